@@ -1,0 +1,42 @@
+"""nas-compressor: one-shot neural architecture search that turns a checkpoint into smaller, proven checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.pipeline import compress
+    from compressor.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "__version__", "compress"]
+
+
+def _check_siblings() -> None:
+    """`search`, `export` and `evals` are common names: refuse to start on somebody else's package of that name."""
+    root = Path(__file__).resolve().parent.parent
+    for name in ("search", "export", "evals"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin != root / name / "__init__.py":
+            raise ImportError(
+                f"the package '{name}' of nas-compressor is shadowed by {origin or 'nothing that can be found'}: "
+                "rename that file or run from another folder"
+            )
+
+
+_check_siblings()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Recipe":
+        from compressor.recipe import Recipe
+
+        return Recipe
+    if name == "compress":
+        from compressor.pipeline import compress
+
+        return compress
+    raise AttributeError(f"module 'compressor' has no attribute '{name}'")

@@ -1,0 +1,272 @@
+"""One choice of sizes: canonical form, hash, JSON, exact accounting. No torch.
+
+An `Architecture` says, for every layer of the base model, how many heads and neurons a sub-network keeps.
+A `Structure` lists the base model's tensors by symbolic axes; from the two, parameters, bytes,
+multiply-accumulates and KV-cache bytes follow exactly, without building a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Half = Literal["attention", "mlp"]
+Unit = Literal["one", "hidden", "query", "kv", "ffn", "experts"]
+
+HALVES: tuple[Half, Half] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerSizes:
+    """Sizes of one layer, under Hugging Face's names. A removed half-block has size 0.
+
+    `num_experts` is 0 for a dense MLP. Sizes that have no effect are zeroed, so that two descriptions of
+    one network are equal: no key-value heads means no query heads, no neurons means no experts.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    num_experts: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (self.num_attention_heads, self.num_key_value_heads, self.intermediate_size, self.num_experts)
+        if min(sizes) < 0:
+            raise ValueError(f"sizes must not be negative: {sizes}")
+        if not (self.num_attention_heads and self.num_key_value_heads):
+            object.__setattr__(self, "num_attention_heads", 0)
+            object.__setattr__(self, "num_key_value_heads", 0)
+        elif self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot be shared evenly by "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if not self.intermediate_size:
+            object.__setattr__(self, "num_experts", 0)
+
+    @property
+    def skip(self) -> list[Half]:
+        """The removed half-blocks, as Hugging Face's `per_layer_config` names them."""
+        absent: list[Half] = []
+        if not self.num_key_value_heads:
+            absent.append("attention")
+        if not self.intermediate_size:
+            absent.append("mlp")
+        return absent
+
+    @property
+    def removed(self) -> bool:
+        """Whether the whole layer is gone."""
+        return not (self.num_key_value_heads or self.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes of a sub-network: one `LayerSizes` for each layer of the *base*, in order, and the residual width.
+
+    A layer with both halves removed is a removed layer: there is no separate gene for it, so inert sizes
+    of a removed layer cannot make two architectures out of one.
+    """
+
+    hidden_size: int
+    layers: tuple[LayerSizes, ...]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices, in the base, of the layers that are still there."""
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.removed)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all kept layers are alike and whole, so that the family's plain class can hold them."""
+        sizes = {self.layers[i] for i in self.kept}
+        return len(sizes) == 1 and not next(iter(sizes)).skip
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that identify this architecture in stores and file names."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def fits(self, base: Architecture) -> bool:
+        """Whether every size is at most the base's."""
+        return (
+            self.hidden_size <= base.hidden_size
+            and len(self.layers) == len(base.layers)
+            and all(
+                mine.num_attention_heads <= full.num_attention_heads
+                and mine.num_key_value_heads <= full.num_key_value_heads
+                and mine.intermediate_size <= full.intermediate_size
+                and mine.num_experts <= full.num_experts
+                for mine, full in zip(self.layers, base.layers, strict=True)
+            )
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = []
+        for layer in self.layers:
+            row = {
+                "num_attention_heads": layer.num_attention_heads,
+                "num_key_value_heads": layer.num_key_value_heads,
+                "intermediate_size": layer.intermediate_size,
+            }
+            if layer.num_experts:
+                row["num_experts"] = layer.num_experts
+            rows.append(row)
+        return {"hidden_size": self.hidden_size, "layers": rows}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        return cls(int(data["hidden_size"]), tuple(LayerSizes(**row) for row in data["layers"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One dimension of a tensor as blocks of `(unit, width)`: a block holds `width` entries for each unit.
+
+    `Axis((("query", 64),))` is 64 rows for each query head. A fused query-key-value projection is
+    `(("query", d), ("kv", d), ("kv", d))`; a dimension that never changes is `(("one", n),)`.
+    """
+
+    blocks: tuple[tuple[Unit, int], ...]
+
+    def size(self, count: Mapping[Unit, int]) -> int:
+        return sum(width * count[unit] for unit, width in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A parameter of the base model: name in the checkpoint, axes, where it belongs, and what it is used for."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    layer: int | None = None
+    half: Half | None = None
+    role: Literal["linear", "embedding", "head", "other"] = "other"
+
+
+def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit, int]:
+    """How many of each unit there are, within one layer or (None) outside the layers."""
+    counts: dict[Unit, int] = {"one": 1, "hidden": hidden_size, "query": 0, "kv": 0, "ffn": 0, "experts": 0}
+    if layer is not None:
+        counts |= {
+            "query": layer.num_attention_heads,
+            "kv": layer.num_key_value_heads,
+            "ffn": layer.intermediate_size,
+            "experts": layer.num_experts,
+        }
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How many bits a quantized weight takes: `bits` each, and one scale of `scale_bits` for each group of input
+    channels (`group_size` -1: one group per output channel). Activations are not stored and do not count."""
+
+    bits: int
+    group_size: int
+    scale_bits: int = 16
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The base model's tensors and what they cost. Sizes are linear in every unit, so counting is exact.
+
+    `dtype_bytes` is the width of an unquantized weight as stored. A tied output head is listed nowhere: its
+    weight is the embedding's.
+    """
+
+    base: Architecture
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    dtype_bytes: int
+    tensors: tuple[Tensor, ...]
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def shape(self, tensor: Tensor, arch: Architecture) -> tuple[int, ...] | None:
+        """The tensor's shape in `arch`, or None where the half-block or layer it belongs to is removed."""
+        layer = None
+        if tensor.layer is not None:
+            layer = arch.layers[tensor.layer]
+            if layer.removed or (tensor.half is not None and tensor.half in layer.skip):
+                return None
+        counts = unit_counts(arch.hidden_size, layer)
+        return tuple(axis.size(counts) for axis in tensor.axes)
+
+    def parameters(self, arch: Architecture) -> int:
+        """Number of parameters; embeddings counted, tied ones once."""
+        return self._sum("parameters", arch, lambda tensor, shape: _product(shape))
+
+    def bytes(self, arch: Architecture, scheme: Scheme | None = None) -> int:
+        """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers under `scheme`.
+
+        Quantized packages keep embeddings, head and norms at 16 bits. A group size that does not divide a
+        layer's input width falls back to one scale per output channel at 8 bits, as export does.
+        """
+        if scheme is None:
+            return self.dtype_bytes * self.parameters(arch)
+
+        def cost(tensor: Tensor, shape: tuple[int, ...]) -> int:
+            if tensor.role != "linear":
+                return 2 * _product(shape)
+            outputs, inputs = shape
+            bits, group = scheme.bits, scheme.group_size
+            if group > 0 and inputs % group:
+                bits, group = 8, -1
+            groups = 1 if group < 0 else inputs // group
+            return -(-outputs * (inputs * bits + groups * scheme.scale_bits) // 8)
+
+        return self._sum(("bytes", scheme), arch, cost)
+
+    def macs(self, arch: Architecture, context: int = 0) -> int:
+        """Multiply-accumulates to compute one token's logits behind `context` earlier tokens.
+
+        Matrix products only: projections, head, and attention's scores and weighted sum over context + 1 tokens.
+        Experts that a router leaves idle are counted as if they ran.
+        """
+
+        def cost(tensor: Tensor, shape: tuple[int, ...]) -> int:
+            return _product(shape) if tensor.role in ("linear", "head") or self._is_tied_head(tensor) else 0
+
+        attention = sum(2 * layer.num_attention_heads * self.head_dim * (context + 1) for layer in arch.layers)
+        return self._sum("macs", arch, cost) + attention
+
+    def kv_cache_bytes(self, arch: Architecture, tokens: int = 1) -> int:
+        """Bytes of keys and values kept for `tokens` tokens of one sequence, at the stored dtype."""
+        heads = sum(layer.num_key_value_heads for layer in arch.layers)
+        return 2 * heads * self.head_dim * self.dtype_bytes * tokens
+
+    def _is_tied_head(self, tensor: Tensor) -> bool:
+        return self.tied and tensor.role == "embedding"
+
+    def _sum(self, what: Any, arch: Architecture, cost: Any) -> int:
+        """Sum of `cost(tensor, shape)`, each distinct (layer, sizes) computed once: a predicted search asks often."""
+        total = 0
+        for index, layer in [(None, None), *enumerate(arch.layers)]:
+            cache_key = (what, index, layer, arch.hidden_size)
+            if cache_key not in self._cache:
+                self._cache[cache_key] = sum(
+                    cost(tensor, shape)
+                    for tensor in self._by_layer().get(index, ())
+                    if (shape := self.shape(tensor, arch)) is not None
+                )
+            total += self._cache[cache_key]
+        return total
+
+    def _by_layer(self) -> dict[int | None, list[Tensor]]:
+        if "by_layer" not in self._cache:
+            groups: dict[int | None, list[Tensor]] = {}
+            for tensor in self.tensors:
+                groups.setdefault(tensor.layer, []).append(tensor)
+            self._cache["by_layer"] = groups
+        return self._cache["by_layer"]
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,1 @@
+"""The elastic super-network: ordering by importance, activation of sub-networks as views, extraction."""

@@ -1,0 +1,183 @@
+"""What `compressor inspect` tells before any work: structure, space, memory and time to expect. Trains nothing.
+
+Memory and time are estimates from counts: bytes of weights, gradients, moments and activations; floating-point
+operations over what a matrix product reaches on this device, halved for everything that is not one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from compressor.architecture import HALVES
+from compressor.job import Job
+from compressor.progress import console
+
+EFFICIENCY = 0.5
+"""Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
+SCORED_TOKENS = 120
+"""Tokens that scoring one document is taken to need, all its choices together."""
+
+
+def inspect_job(job: Job) -> dict[str, Any]:
+    """Facts about the model and the run that its recipe asks for, as plain JSON types."""
+    structure, recipe = job.structure, job.recipe
+    base = structure.base
+    total = structure.parameters(base)
+    layer = base.layers[0]
+    by_part = {"embedding": 0, "head": 0, "attention": 0, "mlp": 0, "other": 0}
+    for tensor in structure.tensors:
+        count = 1
+        for size in structure.shape(tensor, base) or ():
+            count *= size
+        part = tensor.role if tensor.role in ("embedding", "head") else tensor.half
+        by_part[part if part in HALVES or part in by_part else "other"] += count
+    smallest = structure.parameters(job.space.smallest())
+    return {
+        "model": recipe.model,
+        "family": job.checkpoint.config.model_type,
+        "dtype": str(job.stored_dtype).removeprefix("torch."),
+        "parameters": total,
+        "bytes": structure.bytes(base),
+        "by_part": by_part,
+        "layers": len(base.layers),
+        "hidden_size": base.hidden_size,
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "intermediate_size": layer.intermediate_size,
+        "vocab_size": structure.vocab_size,
+        "tied_embeddings": structure.tied,
+        "kv_cache_bytes_per_token": structure.kv_cache_bytes(base),
+        "space": {
+            "name": job.space.name,
+            "genes": {gene.name: list(gene.values) for gene in job.space.genes},
+            "size": job.space.size,
+            "smallest_parameters": smallest,
+            "smallest_share": smallest / total,
+        },
+        "effort": recipe.effort,
+        "device": str(job.device),
+        **_expectation(job, total),
+    }
+
+
+def _expectation(job: Job, total: int) -> dict[str, Any]:
+    recipe, structure = job.recipe, job.structure
+    base = structure.base
+    rate = matrix_rate(job.device, job.compute_dtype) * EFFICIENCY
+    macs = structure.macs(base, recipe.finetuning.sequence_length // 2)
+    members = 3 if recipe.finetuning.sampler == "sandwich" else 1
+    train = 6 * macs * (recipe.finetuning.tokens or 0) * members * 0.8
+    documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
+    search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
+    heal = (6 * 0.7 + 2) * macs * (recipe.healing.tokens or 0)
+    rows = recipe.finetuning.batch_size * recipe.finetuning.sequence_length
+    layer = base.layers[0]
+    per_token = len(base.layers) * (10 * base.hidden_size + 4 * layer.intermediate_size) + 4 * structure.vocab_size
+    training_bytes = 16 * total + 4 * rows * per_token if recipe.finetuning.tokens else 0
+    scoring_bytes = total * job.compute_dtype.itemsize + 4 * recipe.batch_tokens * (
+        6 * base.hidden_size + 3 * layer.intermediate_size
+    )
+    return {
+        "budget": {
+            "train_tokens": recipe.finetuning.tokens,
+            "evaluations": recipe.searching.evaluations,
+            "heal_tokens": recipe.healing.tokens,
+            "documents_per_task": recipe.searching.limit,
+        },
+        "memory": {"fine-tuning": training_bytes, "search": scoring_bytes},
+        "petaflop": {
+            name: flop / 1e15 for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
+        },
+        "seconds": {"fine-tuning": train / rate, "search": search / rate, "healing": heal / rate},
+        "matrix_rate": rate / EFFICIENCY,
+    }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations per second of a square matrix product, the best of a few."""
+    size = 8192 if device.type == "cuda" else size
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """The facts of `inspect_job` as a few tables on stderr."""
+    total = found["parameters"]
+    model = Table(box=box.SIMPLE, title=f"{found['model']} ({found['family']}, {found['dtype']})", title_justify="left")
+    model.add_column("part")
+    model.add_column("parameters", justify="right")
+    model.add_column("share", justify="right")
+    for part, count in found["by_part"].items():
+        if count:
+            model.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    model.add_row("all", f"{total:,}", "100.0%", end_section=True)
+    console.print(model)
+    console.print(
+        f"{found['layers']} layers of width {found['hidden_size']}, {found['num_attention_heads']} query and "
+        f"{found['num_key_value_heads']} key-value heads, FFN {found['intermediate_size']}, "
+        f"vocabulary {found['vocab_size']:,}{' (tied)' if found['tied_embeddings'] else ''}; {size(found['bytes'])} on "
+        f"disk; {size(found['kv_cache_bytes_per_token'])} of KV cache for each token"
+    )
+    space = found["space"]
+    kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+    for gene, values in space["genes"].items():
+        kind = (gene.partition(".")[0], tuple(values))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    genes = Table(box=box.SIMPLE, title=f"search space '{space['name']}'", title_justify="left")
+    genes.add_column("gene")
+    genes.add_column("times", justify="right")
+    genes.add_column("values", overflow="fold")
+    for (name, values), times in kinds.items():
+        genes.add_row(name, str(times), " ".join(map(str, values)))
+    console.print(genes)
+    console.print(
+        f"10^{math.log10(space['size']):.1f} genomes; the smallest sub-network has {space['smallest_parameters']:,} "
+        f"parameters ({space['smallest_share']:.3f} of the base)"
+    )
+    cost = Table(
+        box=box.SIMPLE,
+        title=f"to expect of --effort {found['effort']} on {found['device']}",
+        title_justify="left",
+    )
+    for column in ("stage", "budget", "memory", "petaFLOP", "time"):
+        cost.add_column(column, justify="left" if column == "stage" else "right")
+    budget = found["budget"]
+    asked = {
+        "fine-tuning": f"{budget['train_tokens']:,} tokens",
+        "search": f"{budget['evaluations']} sub-networks",
+        "healing": f"{budget['heal_tokens']:,} tokens",
+    }
+    for stage, seconds in found["seconds"].items():
+        memory = found["memory"].get(stage, found["memory"]["fine-tuning"])
+        cost.add_row(stage, asked[stage], size(memory), f"{found['petaflop'][stage]:.3g}", duration(seconds))
+    console.print(cost)
+    console.print(
+        f"estimates: a matrix product reaches {found['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
+    )
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,296 @@
+"""What the stages of a run share: the checkpoint, tokenizer, tasks, space and device, each opened when first needed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+from compressor.architecture import Architecture, Scheme, Structure
+from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError, nearest
+from compressor.finetune.data import local_files
+from compressor.finetune.losses import LOSSES
+from compressor.finetune.samplers import SAMPLERS
+from compressor.recipe import Recipe, absolute_or_share, byte_count
+from compressor.run import Run
+from search.algorithms import ALGORITHMS
+from search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from evals.scoring import Scorer
+    from evals.tasks import TaskSet
+
+SMALL = 50_000_000
+"""Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "lm-eval",
+    "pymoo",
+    "neural-compressor",
+    "auto-round",
+    "datasets",
+)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this tool, and of the packages whose versions move results."""
+    found = {
+        "python": platform.python_version(),
+        "nas-compressor": importlib.metadata.version("nas-compressor"),
+    }
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+class Job:
+    """A run with its recipe resolved, and everything that is expensive to open, opened once."""
+
+    def __init__(self, run: Run, recipe: Recipe, redo: str | None = None) -> None:
+        self.run = run
+        self.recipe = recipe
+        self.redo = redo
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
+
+    @property
+    def structure(self) -> Structure:
+        return self.checkpoint.structure
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        return self.checkpoint.fingerprint()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        from accelerate import Accelerator
+
+        cpu = self.recipe.device == "cpu" or not torch.cuda.is_available()
+        if self.recipe.device == "cuda" and cpu:
+            raise RequestError(
+                "--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch"
+            )
+        mixed = "no" if cpu or self.recipe.dtype == "float32" else "bf16"
+        return Accelerator(cpu=cpu, mixed_precision=mixed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the base's weights, which every unquantized package keeps."""
+        dtype = getattr(self.checkpoint.config, "dtype", None) or torch.float32
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What networks are computed in: float32 on a CPU, where halves are emulated, else the stored dtype."""
+        if self.recipe.dtype != "auto":
+            return getattr(torch, self.recipe.dtype)
+        return torch.float32 if self.device.type == "cpu" else self.stored_dtype
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        named = self.recipe.space
+        try:
+            if isinstance(named, dict):
+                return SearchSpace.from_dict(named, self.structure)
+            if Path(named).suffix in (".yaml", ".yml"):
+                return SearchSpace.from_dict(yaml.safe_load(Path(named).read_text()), self.structure)
+            return SearchSpace.preset(named, self.structure)
+        except FileNotFoundError as error:
+            raise RequestError(f"--space {named}: no such file") from error
+        except ValueError as error:
+            raise RequestError(f"--space: {error}") from error
+
+    @cached_property
+    def tasks(self) -> TaskSet:
+        from evals.encoding import Encoder
+        from evals.tasks import TaskSet
+
+        include = [self.recipe.include_path] if self.recipe.include_path else []
+        if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
+            raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
+        return TaskSet.load(
+            self.recipe.tasks, encoder=Encoder(self.tokenizer, self.checkpoint.config), include_path=include
+        )
+
+    def scorer(self, model: Any) -> Scorer:
+        from evals.scoring import NetworkLM, Scorer
+
+        return Scorer(self.tasks, NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens))
+
+    def threads(self, scoring: bool) -> None:
+        """Pin torch's threads for scoring or training."""
+        if self.device.type == "cpu":
+            small = scoring and self.structure.parameters(self.structure.base) < SMALL
+            available = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+            torch.set_num_threads(1 if small else available)
+
+    def load_base(self, dtype: torch.dtype | None = None) -> Any:
+        return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)
+
+    def supernet_of(self, model: Any) -> SuperNetwork:
+        return SuperNetwork(model, structure=self.structure)
+
+    def load_supernet(self) -> SuperNetwork:
+        """The fine-tuned, ordered super-network of this run. Raises `RequestError` if there is none yet."""
+        from transformers import AutoModelForCausalLM
+
+        if self.run.manifest(self.run.supernet) is None:
+            raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
+        model = AutoModelForCausalLM.from_pretrained(
+            self.run.supernet, dtype=self.compute_dtype, local_files_only=True, use_safetensors=True
+        )
+        return self.supernet_of(model.to(self.device).eval())
+
+    def sizes(self) -> list[tuple[str, int | None]]:
+        """(name, most parameters) of every package set that the targets ask for: `best`, or `best-0.67` and so on."""
+        wanted = self.recipe.targets.max_params
+        if not wanted:
+            return [("best", None)]
+        base = self.structure.parameters(self.structure.base)
+        sizes = []
+        for size in wanted:
+            try:
+                sizes.append(absolute_or_share(size, base))
+            except ValueError as error:
+                raise RequestError(f"--max-params: {error}") from error
+        if len(wanted) == 1:
+            return [("best", sizes[0])]
+        return [(f"best-{re.sub(r'[^0-9A-Za-z.]', '', text)}", size) for text, size in zip(wanted, sizes, strict=True)]
+
+    def max_bytes(self) -> int | None:
+        return None if self.recipe.targets.max_bytes is None else byte_count(self.recipe.targets.max_bytes)
+
+    def smallest_scheme(self) -> Scheme | None:
+        """How the smallest requested variant stores its linear layers: what `--max-bytes` is about."""
+        schemes = self.recipe.quantizing.schemes
+        if "int4" in schemes:
+            return Scheme(bits=4, group_size=self.recipe.quantizing.group_size or 32)
+        return Scheme(bits=8, group_size=-1) if schemes else None
+
+    def check(self) -> None:
+        """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""
+        recipe = self.recipe
+        for key, name, known in (
+            ("finetuning.sampler", recipe.finetuning.sampler, SAMPLERS),
+            ("finetuning.loss", recipe.finetuning.loss, LOSSES),
+            ("searching.algorithm", recipe.searching.algorithm, ALGORITHMS),
+        ):
+            if name not in known:
+                hint = nearest(name, known) or f"; known are {', '.join(known)}"
+                raise RequestError(f"{key}: '{name}' is unknown{hint}")
+        self.checkpoint.load_tokenizer()
+        self.check_targets()
+        self.check_group_size()
+        if not recipe.data:
+            raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
+        local_files(recipe.data)
+        if recipe.tasks:
+            self.tasks.documents("search", recipe.searching.limit)
+            self.tasks.documents("report")
+        self.checkpoint.check_finite()
+
+    def check_targets(self) -> None:
+        """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets
+        that contradict one another."""
+        smallest = self.space.smallest()
+        least = self.structure.parameters(smallest)
+        base = self.structure.parameters(self.structure.base)
+        sizes = self.sizes()
+        for _, size in sizes:
+            if size is not None and size < least:
+                raise RequestError(
+                    f"--max-params: {size:,} parameters cannot be reached; the smallest sub-network of this space has "
+                    f"{least:,} ({least / base:.3f} of the base)"
+                )
+            if size is not None and size >= base:
+                raise RequestError(
+                    f"--max-params: {size:,} parameters are no fewer than the base's {base:,}; ask for less"
+                )
+        if len({size for _, size in sizes}) < len(sizes):
+            raise RequestError(f"--max-params: {','.join(self.recipe.targets.max_params)} names one size twice")
+        if len(sizes) > 1 and self.recipe.targets.max_drop is not None:
+            raise RequestError(
+                "--max-drop asks for the smallest network of a quality, several --max-params for the best one of each "
+                "size; give one of the two"
+            )
+        limit = self.max_bytes()
+        if limit is not None:
+            bytes_ = self.structure.bytes(smallest, self.smallest_scheme())
+            if limit < bytes_:
+                raise RequestError(
+                    f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "
+                    f"{bytes_:,} bytes as asked for"
+                )
+
+    def check_group_size(self) -> None:
+        """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
+        group = self.recipe.quantizing.group_size
+        if group is None or "int4" not in self.recipe.quantizing.schemes:
+            return
+        genes = {gene.name: gene.values for gene in self.space.genes}
+        base = self.structure.base
+        widths = {base.hidden_size}
+        for index, layer in enumerate(base.layers):
+            widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
+            per_group = self.structure.head_dim * layer.num_attention_heads // layer.num_key_value_heads
+            widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
+        for width in sorted(widths - {0}):
+            if width % group:
+                common = math.gcd(*(widths - {0}))
+                valid = [size for size in (128, 64, 32, 16, 8) if common % size == 0]
+                raise RequestError(
+                    f"--group-size: {group} does not divide the width {width}; "
+                    + (
+                        f"valid are {', '.join(map(str, valid))}"
+                        if valid
+                        else "leave it out: layers choose for themselves"
+                    )
+                )
+
+    def smallest_in_training(self) -> tuple[Architecture, float]:
+        """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.
+
+        A uniform cut near that size, so that the small end is a sensible network; sizes below it are not trained.
+        """
+        base = self.structure.parameters(self.structure.base)
+        share = self.recipe.finetuning.smallest_share
+        if share is None:
+            asked = [size / base for _, size in self.sizes() if size is not None]
+            share = 0.85 * min(asked, default=0.6)
+        low = max(share * base, self.structure.parameters(self.space.smallest()))
+        return self.uniform_near(low), low
+
+    def draw_near(self, rng: np.random.Generator, parameters: float) -> Architecture:
+        """A random sub-network of about this many parameters."""
+        return self.space.decode(self.space.sample_near(rng, [parameters])[0].tolist())
+
+    def uniform_near(self, parameters: float) -> Architecture:
+        members: Sequence[Architecture] = self.space.uniform_members(64)
+        if not members:
+            return self.draw_near(np.random.default_rng(self.recipe.seed), parameters)
+        return min(members, key=lambda a: abs(self.structure.parameters(a) - parameters))

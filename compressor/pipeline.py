@@ -1,0 +1,145 @@
+"""The whole job and everything else that a command does: the stages in order, and what needs no run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import RequestError
+from compressor.job import Job, versions
+from compressor.progress import say
+from compressor.recipe import Recipe, read_recipe, write_recipe
+from compressor.run import Run, write_json
+from compressor.stages.exporting import export
+from compressor.stages.finetuning import data_fingerprint, finetune
+from compressor.stages.picking import pick
+from compressor.stages.reporting import report
+from compressor.stages.searching import search
+
+
+def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
+    """Check everything that can be checked before work begins, then create or continue the run at `output`.
+
+    Raises `RequestError` without leaving anything behind where the request is wrong.
+    """
+    recipe = recipe.resolved()
+    job = Job(Run(output), recipe, redo)
+    if tasks_needed and not recipe.tasks:
+        raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
+    job.run.check_free()
+    job.check()
+    provenance = {
+        "versions": versions(),
+        "model": job.base_fingerprint,
+        "data": data_fingerprint(recipe.data),
+    }
+    job.run = Run.create(output, recipe, provenance)
+    job.run.log(f"started: {recipe.model}")
+    return job
+
+
+def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
+    """The whole job; returns what report.json holds."""
+    job = start(recipe, Path(output), redo=redo)
+    finetune(job)
+    search(job)
+    pick(job)
+    export(job)
+    return report(job)
+
+
+def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False) -> Job:
+    """An existing run, with the options of a stage command put into its recipe."""
+    run = Run.open(path)
+    overrides = {name: value for name, value in given.items() if value is not None}
+    recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()
+    job = Job(run, recipe, redo)
+    job.check_targets()
+    if overrides:
+        provenance = {
+            "versions": versions(),
+            "model": job.base_fingerprint,
+            "data": data_fingerprint(recipe.data or ""),
+        }
+        write_recipe(recipe, run.recipe_file, provenance)
+    return job
+
+
+def demo(output: Path) -> dict[str, Any]:
+    """The whole job on the bundled checkpoint."""
+    from compressor import demo as bundled
+
+    output.mkdir(parents=True, exist_ok=True)
+    data = output.parent / f"{output.name}-data.jsonl"
+    bundled.training_text(data, n_documents=6000, seed=1)
+    recipe = read_recipe(
+        None,
+        {
+            "model": str(bundled.MODEL),
+            "data": str(data),
+            "tasks": bundled.TASK_NAMES,
+            "include_path": str(bundled.TASKS),
+            "effort": "quick",
+            "targets.max_params": "0.67",
+            "quantizing.schemes": "int8,int4",
+        },
+    )
+    return compress(recipe, output)
+
+
+def inspect(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
+    """Facts about a model and what a run would need; prints them unless `quiet`."""
+    from compressor.inspection import inspect_job, print_inspection
+
+    found = inspect_job(Job(Run(Path()), recipe.resolved()))
+    if not quiet:
+        print_inspection(found)
+    return found
+
+
+def evaluate(
+    path_or_repo: str,
+    tasks: str,
+    *,
+    output: Path | None = None,
+    include_path: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Score any checkpoint; lm-eval's result format."""
+    from evals.evaluate import evaluate as run_evaluation
+
+    results = run_evaluation(
+        path_or_repo,
+        tasks.split(","),
+        include_path=include_path,
+        limit=limit,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if output is not None:
+        write_json(output, results)
+    return results
+
+
+def verify(package: Path, quiet: bool = False) -> dict[str, Any]:
+    """Prove a package again in a fresh process."""
+    from export.verify import verify as run_verification
+
+    found = run_verification(package)
+    if not quiet:
+        say(f"{package}: verified ({', '.join(f'{k} {v}' for k, v in found.items() if not isinstance(v, dict))})")
+    return found
+
+
+def push(package: Path, repo_id: str, *, private: bool, dry_run: bool) -> dict[str, Any]:
+    """Upload a verified package."""
+    from export.push import push as run_push
+
+    return run_push(package, repo_id, private=private, dry_run=dry_run)

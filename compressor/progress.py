@@ -1,0 +1,71 @@
+"""Progress of long work, on stderr: what is being done, how far it is, how long it will still take.
+
+On a terminal these are live bars; elsewhere (a log, CI) one line when a task starts and one when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+console = Console(stderr=True, highlight=False)
+
+
+@dataclass
+class Bar:
+    """One running task; `advance` moves it and may say what it is at (a loss, a score)."""
+
+    _progress: Progress | None = None
+    _task: int = 0
+    done: float = 0
+    note: str = field(default="")
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        self.note = note or self.note
+        if self._progress is not None:
+            self._progress.update(self._task, advance=amount, note=self.note)  # type: ignore[arg-type]
+
+
+@contextmanager
+def bar(what: str, total: float) -> Iterator[Bar]:
+    """`with bar("searching", 60) as b: b.advance()`. Bars do not nest."""
+    started = time.monotonic()
+    if console.is_terminal:
+        with Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeLeft(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        ) as progress:
+            yield Bar(progress, progress.add_task(what, total=total, note=""))
+        return
+    console.print(f"{what} ...")
+    running = Bar()
+    yield running
+    console.print(
+        f"{what}: {running.done:g} of {total:g} in {time.monotonic() - started:.0f} s {running.note}".rstrip()
+    )
+
+
+def say(line: str) -> None:
+    """One plain line on stderr."""
+    console.print(line, markup=False)

@@ -1,0 +1,261 @@
+"""The recipe: what the user asks for, every default filled in. Read from YAML, overridden by the command line.
+
+The resolved recipe stands in `RUN/recipe.yaml`; with the same seed and the same `speed.json` it gives the same run.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compressor.errors import RequestError, nearest
+
+Quantization = Literal["int8", "int8-dynamic", "int4"]
+Layout = Literal["uneven", "uniform", "padded", "gguf"]
+
+BUDGETS: dict[str, dict[str, Any]] = {
+    # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search
+    "quick": {
+        "train_tokens": 400_000,
+        "evaluations": 72,
+        "heal_tokens": 300_000,
+        "limit": 200,
+        "rounding": 50,
+    },
+    "standard": {
+        "train_tokens": 10_000_000,
+        "evaluations": 250,
+        "heal_tokens": 10_000_000,
+        "limit": 500,
+        "rounding": 200,
+    },
+    "thorough": {
+        "train_tokens": 100_000_000,
+        "evaluations": 500,
+        "heal_tokens": 50_000_000,
+        "limit": None,
+        "rounding": 200,
+    },
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Targets(Section):
+    """What the compressed model must reach. `max_params` may hold several sizes, one package set for each."""
+
+    max_params: list[str] = Field(default_factory=list)
+    max_bytes: str | None = None
+    min_speedup: float | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, ge=0, lt=1)
+
+    @field_validator("max_params", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            value = str(value)
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return [str(part) for part in value]
+
+    @field_validator("max_drop", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip().removesuffix("%")) / 100
+        return value
+
+    @model_validator(mode="after")
+    def _readable(self) -> Targets:
+        for size in self.max_params:
+            absolute_or_share(size, 1_000_000)
+        if self.max_bytes is not None:
+            byte_count(self.max_bytes)
+        return self
+
+    @property
+    def empty(self) -> bool:
+        return not self.max_params and self.max_bytes is None and self.min_speedup is None and self.max_drop is None
+
+
+class Finetuning(Section):
+    """One fine-tuning of the super-network. `tokens` 0 searches the base as it is."""
+
+    tokens: int | None = Field(default=None, ge=0)
+    sampler: str = "sandwich"
+    loss: str = "in-place"
+    learning_rate: float = Field(default=2e-4, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    sequence_length: int = Field(default=256, ge=8)
+    smallest_share: float | None = Field(default=None, gt=0, lt=1)
+
+
+class Searching(Section):
+    algorithm: str = "linas"
+    evaluations: int | None = Field(default=None, ge=1)
+    population: int = Field(default=18, ge=4)
+    limit: int | None = Field(default=None, ge=1)
+    objectives: list[str] = Field(default_factory=lambda: ["quality", "parameters", "decode_tps"])
+
+
+class Healing(Section):
+    """A short distillation from the base after slicing. `tokens` 0 leaves the sub-network as cut out."""
+
+    tokens: int | None = Field(default=None, ge=0)
+    learning_rate: float = Field(default=5e-4, gt=0)
+
+
+class Quantizing(Section):
+    """`group_size` is for int4; unset, the largest of 128, 64, 32 that divides all widths. `iterations` is how long
+    AutoRound tunes the rounding of each block; 0 rounds to nearest."""
+
+    schemes: list[Quantization] = Field(default_factory=list)
+    group_size: int | None = Field(default=None, ge=8)
+    iterations: int | None = Field(default=None, ge=0)
+    samples: int = Field(default=64, ge=1)
+
+    @field_validator("schemes", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+
+class Recipe(Section):
+    """Everything a run depends on. Relative paths are relative to the current directory."""
+
+    model: str
+    data: str | None = None
+    tasks: list[str] = Field(default_factory=list)
+    include_path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    space: str | dict[str, Any] = "fine"
+    effort: Literal["quick", "standard", "thorough"] = "standard"
+    targets: Targets = Field(default_factory=Targets)
+    finetuning: Finetuning = Field(default_factory=Finetuning)
+    searching: Searching = Field(default_factory=Searching)
+    healing: Healing = Field(default_factory=Healing)
+    quantizing: Quantizing = Field(default_factory=Quantizing)
+    formats: list[Layout] = Field(default=["uneven"])
+    batch_tokens: int = Field(default=4096, ge=64)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("tasks", "formats", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    def resolved(self) -> Recipe:
+        """The same recipe with the budgets of its effort filled in where nothing else was said."""
+        budget = BUDGETS[self.effort]
+        recipe = self.model_copy(deep=True)
+        if recipe.finetuning.tokens is None:
+            recipe.finetuning.tokens = budget["train_tokens"]
+        if recipe.searching.evaluations is None:
+            recipe.searching.evaluations = budget["evaluations"]
+        if recipe.searching.limit is None:
+            recipe.searching.limit = budget["limit"]
+        if recipe.healing.tokens is None:
+            recipe.healing.tokens = budget["heal_tokens"]
+        if recipe.quantizing.iterations is None:
+            recipe.quantizing.iterations = budget["rounding"]
+        if recipe.targets.empty:
+            recipe.targets.max_drop = 0.01
+        return recipe
+
+
+def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:
+    """A recipe from a YAML file (or nothing) and overrides by dotted name; `new_targets` forgets the file's targets.
+
+    Raises `RequestError` in one line.
+    """
+    values: dict[str, Any] = {}
+    where = "the command line"
+    if file is not None:
+        where = str(file)
+        if not file.is_file():
+            raise RequestError(f"--recipe {file}: no such file")
+        try:
+            loaded = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise RequestError(f"--recipe {file}: not valid YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(loaded, dict):
+            raise RequestError(f"--recipe {file}: expected keys and values")
+        values = loaded
+    if new_targets:
+        values.pop("targets", None)
+    for name, value in overrides.items():
+        if value is None:
+            continue
+        section, _, key = name.rpartition(".")
+        target = values.setdefault(section, {}) if section else values
+        target[key or name] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RequestError(f"{where}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a validation error in one line, with the nearest known key for an unknown one."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in problem["loc"][:-1]:
+            section = section.model_fields[part].annotation if part in section.model_fields else section
+        known = list(getattr(section, "model_fields", Recipe.model_fields))
+        return f"unknown key '{path}'{nearest(str(problem['loc'][-1]), known) or '; known are ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"'{path}' is missing"
+    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+
+
+def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:
+    """`recipe.yaml`: the resolved recipe, with versions and fingerprints under `provenance` for the reader."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    provenance = yaml.safe_dump({"provenance": extra}, sort_keys=False)
+    commented = "".join(f"# {line}\n" for line in provenance.splitlines())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n# Written for the reader; not part of the recipe:\n" + commented)
+    temporary.replace(path)
+
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def absolute_or_share(size: str, base: int) -> int:
+    """Parameters meant by `0.67`, `67%` (shares of `base`), `450M` or `450000`. Raises ValueError otherwise."""
+    text = size.strip().lower()
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        share = float(match[1]) / 100
+    elif re.fullmatch(r"\d*\.\d+|1", text):
+        share = float(text)
+    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text):
+        return int(float(match[1]) * _SUFFIX[match[2]])
+    else:
+        raise ValueError(f"'{size}' is not a size; write a share (0.67 or 67%) or a number of parameters (450M)")
+    if not 0 < share <= 1:
+        raise ValueError(f"'{size}' is not a share between 0 and 1; write for example 0.67, 67% or 450M")
+    return int(share * base)
+
+
+def byte_count(size: str) -> int:
+    """Bytes meant by `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())
+    if not match or match[2] not in _BYTES:
+        raise ValueError(f"'{size}' is not a size in bytes; write for example 2GiB or 500MB")
+    return int(float(match[1]) * _BYTES[match[2]])

@@ -1,0 +1,115 @@
+"""The run directory: where everything is, and which stages are whole.
+
+A stage writes its manifest last, so the manifest's existence means that the stage is whole. A manifest holds the
+fingerprint of what the stage read: the part of the recipe it depends on, and its inputs. When that changed, the stage
+is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import RequestError
+from compressor.recipe import Recipe, read_recipe, write_recipe
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name, then rename: the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+class Run:
+    """Paths and manifests of one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.log_file = path / "log.txt"
+        self.supernet = path / "supernet"
+        self.speed_table = path / "speed.json"
+        self.search = path / "search"
+        self.evaluations = path / "search" / "evaluations.db"
+        self.front = path / "search" / "front.json"
+        self.picks = path / "search" / "picks.json"
+        self.subnets = path / "subnets"
+        self.packages = path / "packages"
+        self.report = path / "report.json"
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, provenance: dict[str, Any]) -> Run:
+        """The run at `path`, new or continued. Raises `RequestError` where the folder holds something else."""
+        run = cls(path)
+        run.check_free()
+        path.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, run.recipe_file, provenance)
+        return run
+
+    def check_free(self) -> None:
+        """Raises `RequestError` where the folder holds something that is not a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"--output {self.path}: is a file; give a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.recipe_file.is_file():
+            raise RequestError(f"--output {self.path}: the folder holds something else; give a new or an empty folder")
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run. Raises `RequestError` where there is none."""
+        run = cls(path)
+        if not run.recipe_file.is_file():
+            raise RequestError(f"{path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+        return run
+
+    def recipe(self) -> Recipe:
+        return read_recipe(self.recipe_file, {})
+
+    def log(self, line: str) -> None:
+        with self.log_file.open("a") as log:
+            log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
+    def whole(self, folder: Path, inputs: Any) -> bool:
+        """Whether the stage that fills `folder` is whole and was made from the same inputs."""
+        manifest = self.manifest(folder)
+        return manifest is not None and manifest["inputs"] == fingerprint(inputs)
+
+    def manifest(self, folder: Path) -> dict[str, Any] | None:
+        file = folder / "manifest.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    @contextmanager
+    def stage(self, folder: Path, inputs: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Fill a folder under a temporary name; manifest last, then rename.
+
+        Yields the temporary folder, kept across interruptions for whatever a stage can resume from, and a dictionary
+        of facts that goes into the manifest. A temporary folder made from other inputs is thrown away.
+        """
+        temporary = folder.with_name(f".{folder.name}.partial")
+        mark = temporary / "inputs.json"
+        if temporary.exists() and (not mark.is_file() or json.loads(mark.read_text()) != fingerprint(inputs)):
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_json(mark, fingerprint(inputs))
+        facts: dict[str, Any] = {}
+        yield temporary, facts
+        mark.unlink()
+        write_json(temporary / "manifest.json", {"inputs": fingerprint(inputs), **facts})
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)

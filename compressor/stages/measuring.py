@@ -1,0 +1,152 @@
+"""Score base and packages on the report split, time them side by side, and let them speak."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compressor.architecture import Architecture
+from compressor.finetune.data import read_rows
+from compressor.job import Job
+from compressor.progress import bar, say
+from compressor.run import write_json
+from compressor.stages.finetuning import weights_fingerprint
+from compressor.stages.searching import relative_quality, row_key
+
+if TYPE_CHECKING:
+    from search.store import EvaluationStore
+
+
+def measure_packages(job: Job, base: Any, names: list[str]) -> None:
+    """Score base and packages on the report split, time them side by side, and record it in each package.
+
+    Scores are rows of evaluations.db like any other, so nothing is scored twice.
+    """
+    from evals.speed import compare_speed
+    from export.card import read_base_card
+    from export.package import read_record, update_record
+    from search.store import EvaluationStore
+
+    run = job.run
+    job.threads(scoring=True)
+    models = {"base": base} | {name: load_package(run.packages / name, job.compute_dtype, job.device) for name in names}
+    run.search.mkdir(exist_ok=True)
+    with EvaluationStore(run.evaluations) as store, bar("scoring the packages", len(models)) as progress:
+        scores = {}
+        for name, model in models.items():
+            weights = job.base_fingerprint if name == "base" else weights_fingerprint(run.packages / name)
+            architecture = job.structure.base
+            if name != "base":
+                architecture = Architecture.from_dict(read_record(run.packages / name)["entry"]["architecture"])
+            scores[name] = report_scores(job, store, model, architecture, weights)
+            progress.advance(note=name)
+    say("timing base and packages side by side")
+    speeds = compare_speed(models)
+    base_values = {task: score["value"] for task, score in scores["base"].items()}
+    for name in names:
+        values = {task: score["value"] for task, score in scores[name].items()}
+        measured = {
+            "tasks": scores[name],
+            "quality": relative_quality(job, values, base_values),
+            "speed": speeds[name].to_dict(),
+        }
+        update_record(run.packages / name, entry=measured)
+    write_json(
+        run.packages / "base.json",
+        {
+            "base": {
+                "name": Path(job.recipe.model).name,
+                "path": job.recipe.model,
+                "params": job.structure.parameters(job.structure.base),
+                "bytes": job.checkpoint.weight_bytes,
+                "dtype": str(job.stored_dtype).removeprefix("torch."),
+                "architecture": job.structure.base.to_dict(),
+                "card": read_base_card(job.checkpoint.path).model_dump(),
+                "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
+                "tasks": scores["base"],
+                "speed": speeds["base"].to_dict(),
+            },
+            "packages": names,
+            "samples": samples(job, {"base": base} | {n: m for n, m in models.items() if n != "base"}),
+        },
+    )
+
+
+def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
+    from transformers import AutoModelForCausalLM
+
+    from export.package import check_code
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=check_code(folder)
+    )
+    return model.to(device).eval()
+
+
+def report_scores(
+    job: Job, store: EvaluationStore, model: Any, architecture: Architecture, weights: str
+) -> dict[str, dict[str, Any]]:
+    """Every task's score on the report split, in the report's form."""
+    tasks = job.tasks.tasks
+    documents = {name: job.tasks.fingerprint(name, "report") for name in tasks}
+    rows = {name: store.get(architecture, weights, row_key(job, name), documents[name]) for name in tasks}
+    if any(row is None for row in rows.values()):
+        began = time.monotonic()
+        fresh = job.scorer(model).score("report")
+        for name, score in fresh.items():
+            store.put(
+                architecture,
+                weights,
+                row_key(job, name),
+                documents[name],
+                score=score.value,
+                stderr=score.stderr,
+                n=score.n,
+                seconds=time.monotonic() - began,
+            )
+        rows = {name: store.get(architecture, weights, row_key(job, name), documents[name]) for name in tasks}
+    return {
+        name: {
+            "metric": tasks[name].metric,
+            "value": row.score,
+            "stderr": row.stderr,
+            "n": row.n,
+            "split": "report",
+            "higher_is_better": tasks[name].higher_is_better,
+            "chance": job.tasks.chance(name, "report"),
+        }
+        for name, row in rows.items()
+        if row is not None
+    }
+
+
+def samples(job: Job, models: dict[str, Any], count: int = 3, new: int = 48) -> list[dict[str, Any]]:
+    """Greedy continuations of the openings of held-out training documents, base beside packages."""
+    assert job.recipe.data is not None
+    rows = []
+    for row in islice(read_rows(job.recipe.data), 400):
+        text = row.get("text") or " ".join(message["content"] for message in row["messages"])
+        if len(text) > 120:
+            rows.append(text)
+    found = []
+    for text in rows[-count:]:
+        ids = job.tokenizer(text, return_tensors="pt").input_ids[:, :24].to(job.device)
+        ids = ids[:, :-1] if ids.shape[1] > 1 and ids[0, -1] == job.tokenizer.eos_token_id else ids
+        continuations = {}
+        for name, model in models.items():
+            with torch.no_grad():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new,
+                    do_sample=False,
+                    pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
+                )
+            continuations[name] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        found.append({"prompt": job.tokenizer.decode(ids[0], skip_special_tokens=True), "continuations": continuations})
+    return found

@@ -1,0 +1,63 @@
+"""Choose from what was measured, for the targets of the recipe: writes `search/picks.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressor.architecture import Architecture
+from compressor.errors import RequestError
+from compressor.job import Job
+from compressor.progress import say
+from compressor.run import read_json, write_json
+
+
+def pick(job: Job) -> list[dict[str, Any]]:
+    """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
+    from search.objectives import Evaluation
+    from search.pareto import Target
+    from search.pareto import pick as pick_one
+
+    recipe, run = job.recipe, job.run
+    if not run.front.is_file():
+        raise RequestError(f"{run.path}: nothing was searched yet; run compressor search")
+    found = read_json(run.front)
+    base_speed = found["base_decode_tps"]
+    evaluations = []
+    for row in found["evaluations"]:
+        architecture = Architecture.from_dict(row["architecture"])
+        values = row["values"] | {
+            "parameters": job.structure.parameters(architecture),
+            "bytes": job.structure.bytes(architecture, job.smallest_scheme()),
+        }
+        if "decode_tps" in values:
+            values["speedup"] = values["decode_tps"] / base_speed
+        evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+    picks = []
+    for name, size in job.sizes():
+        target = Target(
+            max_params=size,
+            max_bytes=job.max_bytes(),
+            min_speedup=recipe.targets.min_speedup,
+            max_drop=recipe.targets.max_drop,
+        )
+        for uniform in [False, True] if "uniform" in recipe.formats else [False]:
+            try:
+                chosen = pick_one(evaluations, target, uniform=uniform)
+            except ValueError as error:
+                raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
+            picks.append(
+                {
+                    "name": f"{name}-uniform" if uniform else name,
+                    "target": str(target),
+                    "architecture": chosen.architecture.to_dict(),
+                    "key": chosen.architecture.key,
+                    "values": dict(chosen.values),
+                }
+            )
+            share = chosen.values["parameters"] / job.structure.parameters(job.structure.base)
+            say(
+                f"picked {picks[-1]['name']}: {chosen.values['parameters']:,.0f} parameters ({share:.3f} of the base), "
+                f"quality {chosen.values['quality']:.3f} on the search documents"
+            )
+    write_json(run.picks, picks)
+    return picks

@@ -1,0 +1,119 @@
+"""Assemble report.json from what the stages left, write report.html and the model cards, print the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compressor.architecture import Architecture
+from compressor.errors import RequestError
+from compressor.job import Job, versions
+from compressor.progress import console, say
+from compressor.run import read_json
+from compressor.stages.finetuning import data_fingerprint
+
+
+def report(job: Job) -> dict[str, Any]:
+    """Assemble report.json from what the stages left, write report.html and the cards, print the table."""
+    from export.card import render_card
+    from export.package import read_record, write_card
+    from export.report import footnotes, terminal_table, validate_report, verdict, write_report
+
+    run, recipe = job.run, job.recipe
+    base_file = run.packages / "base.json"
+    if not base_file.is_file():
+        raise RequestError(f"{run.path}: nothing was exported yet; run compressor export")
+    exported = read_json(base_file)
+    packages = [read_record(run.packages / name)["entry"] for name in exported["packages"]]
+    found = read_json(run.front) if run.front.is_file() else None
+    manifest = run.manifest(run.supernet) or {}
+    data: dict[str, Any] = {
+        "schema": 1,
+        "versions": versions(),
+        "recipe": recipe.model_dump(mode="json")
+        | {"fingerprints": {"model": job.base_fingerprint, "data": data_fingerprint(recipe.data or "")}},
+        "base": exported["base"],
+        "front": front_rows(job, found) if found else [],
+        "packages": packages,
+        "samples": exported["samples"],
+    }
+    if found:
+        data["search"] = search_section(job, found)
+    if manifest.get("finetune", {}).get("tokens"):
+        facts = manifest["finetune"]
+        data["finetune"] = {key: facts[key] for key in ("curve", "tokens", "seconds", "sampler", "loss", "data")}
+    checked = validate_report(data)
+    page = write_report(checked, run.path)
+    for entry in packages:
+        write_card(run.packages / entry["name"], render_card(checked, entry["name"]))
+    console.print(terminal_table(checked))
+    for line in [*footnotes(checked), "", *verdict(checked)]:
+        say(line)
+    say(f"report: {page}")
+    return read_json(run.report)
+
+
+def front_rows(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
+    keys = set(found["front"])
+    return [candidate_row(job, row) for row in found["evaluations"] if row["key"] in keys]
+
+
+def candidate_row(job: Job, row: dict[str, Any]) -> dict[str, Any]:
+    values = row["values"]
+    return {
+        "key": row["key"],
+        "architecture": row["architecture"],
+        "params": job.structure.parameters(Architecture.from_dict(row["architecture"])),
+        "quality": values["quality"],
+        "decode_tps": values.get("decode_tps"),
+        "tasks": {
+            name: {
+                "metric": task.metric,
+                "value": values[name],
+                "n": sum(len(docs) for _, docs in task.documents("search", job.recipe.searching.limit)),
+                "split": "search",
+                "higher_is_better": task.higher_is_better,
+                "chance": job.tasks.chance(name, "search", job.recipe.searching.limit),
+            }
+            for name, task in job.tasks.tasks.items()
+        },
+    }
+
+
+def predictor_row(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How well the predictor in use (or, where all were set aside, the best of them) ranked the newest measurements."""
+    if not found or not found["newest"]:
+        return None
+    newest = found["newest"]
+    name = found["used"] if found["used"] in newest else max(newest, key=lambda kind: newest[kind]["kendall"])
+    judged = {key: newest[name][key] for key in ("kendall", "spearman", "mae")}
+    return {"name": name, **judged, "used": found["used"] is not None and name not in found["set_aside"]}
+
+
+def search_section(job: Job, found: dict[str, Any]) -> dict[str, Any]:
+    front = set(found["front"])
+    generations = []
+    for row in found["generations"]:
+        generations.append(
+            {
+                "generation": row["generation"],
+                "evaluations": row["evaluations"],
+                "hypervolume": row["hypervolume"],
+                "predictor": predictor_row((row.get("predictors") or {}).get("quality")),
+                "seconds_evaluating": row["seconds"]["evaluation"],
+                "seconds_other": row["seconds"]["overhead"],
+            }
+        )
+    return {
+        "algorithm": found["algorithm"],
+        "evaluations": len(found["evaluations"]),
+        "generations": generations,
+        "points": [
+            candidate_row(job, row) | {"generation": row["generation"], "on_front": row["key"] in front}
+            for row in found["evaluations"]
+        ],
+        "space": {
+            "name": job.space.name,
+            "genes": [{"name": g.name, "values": list(g.values)} for g in job.space.genes],
+        },
+        "targets": {k: v for k, v in job.recipe.targets.model_dump().items() if v},
+    }

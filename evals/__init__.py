@@ -1,0 +1,1 @@
+"""nas-compressor's room for lm-eval scoring, speed, pruning baselines, comparison."""

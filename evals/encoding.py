@@ -1,0 +1,146 @@
+"""Text to tokens exactly as lm-eval's HFLM does it. No torch.
+
+Everything that a network is asked becomes a `Span` (score the last tokens of a sequence) or a prompt to continue.
+The rules - where a beginning-of-sequence token goes, how a context and its continuation are cut apart, what is
+truncated, how a long document rolls through the window - are those of `lm_eval.models.huggingface.HFLM` and
+`lm_eval.api.model.TemplateLM` 0.4.13; they decide scores, so they are followed to the letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from lm_eval.models.utils import configure_pad_token, resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+
+class CannotScore(ValueError):
+    """lm-eval itself has no answer for the request at `position`. The message says why, naming no task or document."""
+
+    def __init__(self, position: int, message: str) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+class Span(NamedTuple):
+    """Score the last `scored` of `tokens`, each given all tokens before it. At least one token is only context."""
+
+    tokens: tuple[int, ...]
+    scored: int
+
+
+class Encoder:
+    """A tokenizer and a context length, and what HFLM makes of text with them.
+
+    `max_length` is the network's context in tokens; without it, it is read from `config` and tokenizer as HFLM does.
+    A tokenizer without a pad token is given one, as by HFLM.
+    """
+
+    def __init__(self, tokenizer: Any, config: Any = None, max_length: int | None = None) -> None:
+        self.tokenizer = configure_pad_token(tokenizer, model_config=config)
+        self.max_length = max_length or resolve_max_length(config, tokenizer)
+        self.eot_token_id: int = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        self.prefix_token_id: int = bos if bos is not None else tokenizer.eos_token_id
+        self._known: dict[tuple[str, bool], list[int]] = {}
+
+    def encode(self, texts: Iterable[str], special: bool = True, prefix: str | None = "") -> list[list[int]]:
+        """Token ids of each text; each distinct text is encoded once. `special`: as the tokenizer itself adds them,
+        unless the text already begins with `prefix` (the prefix token's text; None: never)."""
+        if special and prefix == "":
+            prefix = self.tokenizer.decode(self.prefix_token_id)
+        keys = [(text, special and (prefix is None or not text.startswith(prefix))) for text in texts]
+        for add in (True, False):
+            new = list(dict.fromkeys(text for text, adds in keys if adds is add and (text, add) not in self._known))
+            if new:
+                ids = self.tokenizer(new, add_special_tokens=add)["input_ids"]
+                self._known.update(zip(((text, add) for text in new), ids, strict=True))
+        return [self._known[key] for key in keys]
+
+    def forget(self) -> None:
+        """Drop the texts remembered so far."""
+        self._known.clear()
+
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """(context, continuation) in tokens. Trailing spaces of a context belong to its continuation.
+
+        Raises `CannotScore` where nothing is left to score or to condition on.
+        """
+        moved = []
+        for context, continuation in pairs:
+            stripped = context.rstrip()
+            moved.append((stripped, context[len(stripped) :] + continuation) if context else (None, continuation))
+        wholes = iter(self.encode(left + right for left, right in moved if left is not None))
+        contexts = iter(self.encode(left for left, right in moved if left is not None))
+        bare = iter(self.encode((right for left, right in moved if left is None), special=False))
+        result = []
+        for position, (left, _) in enumerate(moved):
+            if left is not None:
+                context_ids = next(contexts)
+                continuation_ids = next(wholes)[len(context_ids) :]
+            else:
+                continuation_ids = next(bare)
+                context_ids = [self.prefix_token_id]
+                if continuation_ids[:1] == context_ids:
+                    context_ids, continuation_ids = continuation_ids[:1], continuation_ids[1:]
+            if not continuation_ids or not context_ids:
+                what = "the text to score" if context_ids else "the context"
+                raise CannotScore(position, f"{what} has no token of its own")
+            result.append((context_ids, continuation_ids))
+        return result
+
+    def spans(self, pairs: Sequence[tuple[str, str]]) -> list[Span]:
+        """One span for each (context, continuation), truncated from the left where it exceeds the context.
+
+        Raises `CannotScore` where the continuation alone exceeds it.
+        """
+        result = []
+        for position, (context, continuation) in enumerate(self.pairs(pairs)):
+            if len(continuation) > self.max_length:
+                raise CannotScore(
+                    position,
+                    f"the text to score has {len(continuation)} tokens and the context holds {self.max_length}",
+                )
+            result.append(self._span(context, continuation))
+        return result
+
+    def rolling(self, texts: Iterable[str]) -> list[list[Span]]:
+        """The spans whose log-likelihoods add up to each text's: windows that do not overlap in what they score."""
+        result = []
+        for ids in self.encode(texts):
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            result.append([self._span(*make_disjoint_window(window)) for window in windows])
+        return result
+
+    def prompts(self, texts: Iterable[str], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """Prompts for generation, truncated from the left to leave room for the new tokens. Raises `CannotScore`."""
+        room = self.max_length - max_new_tokens
+        if room <= 0:
+            raise CannotScore(
+                0, f"{max_new_tokens} new tokens leave no room for a prompt in a context of {self.max_length}"
+            )
+        prompts = [tuple(ids[-room:]) for ids in self.encode(texts, prefix=self.tokenizer.bos_token)]
+        if () in prompts:
+            raise CannotScore(prompts.index(()), "the prompt has no token")
+        return prompts
+
+    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages under the tokenizer's chat template; without the system's where the template refuses it."""
+        import jinja2
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return render(messages)
+        except jinja2.exceptions.TemplateError:
+            return render([message for message in messages if message["role"] != "system"])
+
+    def _span(self, context: list[int], continuation: list[int]) -> Span:
+        return Span(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))

@@ -1,0 +1,558 @@
+"""A network in memory as an lm-eval `LM`: what HFLM answers, computed with as little work as possible.
+
+- What requests share is computed once: the tokens of all requests form a tree (`evals.packing`), and the network
+  reads a tree as one sequence, without padding, through its own modelling code; only attention knows the tree.
+- Logits are computed where a token is scored, and nowhere else.
+- Where consecutive calls activate sub-networks with equal leading layers, those layers are not computed again.
+
+A network that cannot be read as a tree (its attention is not transformers' own interface, or looks at a window) is
+found out by comparison and read in plain padded batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+
+from evals.encoding import Encoder, Span
+from evals.packing import Pack, pack
+
+log = logging.getLogger(__name__)
+
+TREE_ATTENTION = "nas_compressor_tree"
+
+Answer = tuple[float, bool]
+"""Log-likelihood in nats, and whether every scored token is the network's first choice."""
+
+
+class Plan:
+    """Spans in the form that a network reads: the distinct ones, packed, on the network's device."""
+
+    def __init__(self, spans: Sequence[Span], max_tokens: int, max_rows: int, device: torch.device) -> None:
+        self.distinct = list(dict.fromkeys(spans))
+        number = {span: i for i, span in enumerate(self.distinct)}
+        self.index = [number[span] for span in spans]
+        self.packs = [_DevicePack(p, device) for p in pack(self.distinct, max_tokens, max_rows)]
+        self.longest = max((len(span.tokens) for span in self.distinct), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the network reads to answer all spans."""
+        return sum(p.tokens.shape[1] for p in self.packs)
+
+
+class _DevicePack:
+    """A `Pack` as tensors: tokens and positions [1, n]; the blocks' indices; rows, at, targets and owner."""
+
+    def __init__(self, source: Pack, device: torch.device) -> None:
+        def put(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.tokens, self.positions = put(source.tokens)[None], put(source.positions)[None]
+        self.rows, self.at, self.targets, self.owner = map(
+            put, (source.rows, source.at, source.targets, source.owner)
+        )
+        self.blocks = []
+        for block in source.blocks:
+            valid = block.valid.reshape(-1)
+            self.blocks.append(
+                _DeviceBlocks(
+                    put(block.queries),
+                    put(block.keys),
+                    put(block.mask)[:, None],
+                    put(block.queries.reshape(-1)[valid]),
+                    None if valid.all() else put(valid.nonzero()[0]),
+                )
+            )
+
+
+class _DeviceBlocks:
+    """`queries` [b, q], `keys` [b, k], `mask` [b, 1, q, k]; `nodes`: where the valid outputs, `valid`, belong."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, mask: Tensor, nodes: Tensor, valid: Tensor | None) -> None:
+        self.queries, self.keys, self.nodes, self.valid = queries, keys, nodes, valid
+        self._mask = mask
+        self._additive: dict[torch.dtype, Tensor] = {}
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Zero where a query sees a key, minus infinity elsewhere."""
+        if dtype not in self._additive:
+            zero = torch.zeros((), dtype=dtype, device=self._mask.device)
+            self._additive[dtype] = torch.where(self._mask, zero, torch.full_like(zero, -torch.inf))
+        return self._additive[dtype]
+
+
+_reading: list[tuple[_DevicePack, dict[int, str]]] = []
+"""The pack that is being read, and each configuration's own attention implementation. Empty outside `_tree`."""
+
+
+def _tree_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The network's own attention, block by block. `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]."""
+    source, implementations = _reading[-1]
+    config: Any = module.config
+    name = implementations[id(config)]
+    if name in AttentionInterface._global_mapping:
+        attend: Callable[..., Any] = AttentionInterface._global_mapping[name]
+    else:
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    kwargs.pop("is_causal", None)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [n, heads, d]
+    result = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
+
+    def gather(states: Tensor, nodes: Tensor) -> Tensor:
+        return states[nodes].transpose(1, 2)  # [b, heads, nodes, d]
+
+    for block in source.blocks:
+        seen, _ = attend(
+            module,
+            gather(q, block.queries),
+            gather(k, block.keys),
+            gather(v, block.keys),
+            block.mask(q.dtype),
+            **kwargs,
+        )
+        flat = seen.reshape(-1, *result.shape[1:])
+        result[block.nodes] = flat if block.valid is None else flat[block.valid]
+    return result[None], None
+
+
+AttentionInterface.register(TREE_ATTENTION, _tree_attention)
+
+
+class NetworkLM(LM):
+    """lm-eval's view of `model`, a transformers causal language model or one that takes the same arguments.
+
+    `max_tokens`: tokens to read in one pass. `max_logits`: logits to hold at once. `cache_bytes`: memory for the
+    outputs of layers that the next call may share. Evaluation mode is the caller's to set, and so are threads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        *,
+        max_tokens: int | None = None,
+        max_logits: int = 2**25,
+        cache_bytes: int = 2**28,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.encoder = encoder
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self.max_tokens = max_tokens or (2048 if parameter.device.type == "cpu" else 16384)
+        config: Any = model.config
+        vocabulary = getattr(getattr(config, "text_config", None) or config, "vocab_size", 2**16)
+        self.max_rows = max(1, max_logits // vocabulary)
+        self.cache_bytes = cache_bytes
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._window = _attention_window(config)
+        self._as_tree: bool | None = None if {"position_ids", "logits_to_keep"} <= set(parameters) else False
+        self._shared = _SharedLayers(model)
+
+    # What lm-eval asks of an LM
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def max_length(self) -> int:
+        return self.encoder.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.encoder.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.encoder.chat(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        pairs = [(request.args[0], request.args[1]) for request in requests]
+        return self.answer(self.plan(self.encoder.spans(pairs)))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows = self.encoder.rolling(request.args[0] for request in requests)
+        scores = iter(self.answer(self.plan([span for own in windows for span in own])))
+        return [sum(next(scores)[0] for _ in own) for own in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first stop string, greedy unless a task's settings say otherwise.
+
+        Each is what HFLM gives with a batch of one: there, what a document stops at does not depend on its neighbours.
+        """
+        texts: list[str | None] = [None] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
+        for members in groups.values():
+            prompts = [self.prompt(*requests[i].args) for i in members]
+            kwargs, until, new = self._generation(requests[members[0]].args[1])
+            greedy = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("do_sample")
+            write = self._greedy if greedy and self._plain_generation() else self._generate
+            order = sorted(range(len(members)), key=lambda j: len(prompts[j]))
+            for batch in _batches(order, [len(p) + new for p in prompts], self.max_tokens):
+                written = write([prompts[j] for j in batch], new, until, kwargs)
+                for j, ids in zip(batch, written, strict=True):
+                    text = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+                    texts[members[j]] = postprocess_generated_text(text, until, None)
+        return texts  # type: ignore[return-value]
+
+    def prompt(self, text: str, settings: dict[str, Any]) -> tuple[int, ...]:
+        """A generation request's prompt in tokens. Raises `CannotScore` where there is no room for it."""
+        return self.encoder.prompts([text], self._generation(settings)[2])[0]
+
+    # What our own scoring asks
+
+    def plan(self, spans: Sequence[Span]) -> Plan:
+        return Plan(spans, self.max_tokens, self.max_rows, self._device)
+
+    @torch.inference_mode()
+    def answer(self, plan: Plan, layers: Sequence[Any] | None = None) -> list[Answer]:
+        """One answer for each span of the plan.
+
+        `layers`: for each layer of the network, what stands for all that it computes beside its weights (so, the
+        sizes that are active). Leading layers equal to those of the call before, on the same plan, are not computed
+        again; weights that changed in between are noticed.
+        """
+        count = len(plan.distinct)
+        totals = torch.zeros(count, dtype=torch.float64, device=self._device)
+        misses = torch.zeros(count, dtype=torch.int64, device=self._device)
+        with ExitStack() as stack:
+            if self._reads_trees(plan):
+                implementations = stack.enter_context(_tree_interface(self.model))
+                shared = stack.enter_context(self._shared.over(plan, layers, self.cache_bytes))
+                for i, source in enumerate(plan.packs):
+                    _reading.append((source, implementations))
+                    try:
+                        shared(i)
+                        logits = self.model(
+                            input_ids=source.tokens,
+                            position_ids=source.positions,
+                            use_cache=False,
+                            logits_to_keep=source.rows,
+                        ).logits[0]
+                    finally:
+                        _reading.pop()
+                    _add_scores(logits, source.at, source.targets, source.owner, totals, misses)
+            else:
+                for ids, rows, targets, owner in self._padded(plan):
+                    logits = self.model(input_ids=ids, use_cache=False).logits
+                    used, at = torch.unique(rows, return_inverse=True)
+                    _add_scores(logits.flatten(0, 1)[used], at, targets, owner, totals, misses)
+        values, firsts = totals.tolist(), (misses == 0).tolist()
+        return [(values[i], firsts[i]) for i in plan.index]
+
+    def _reads_trees(self, plan: Plan) -> bool:
+        if self._window is not None and plan.longest > self._window:
+            return False
+        if self._as_tree is None:
+            self._as_tree = self._tree_equals_plain(plan)
+            if not self._as_tree:
+                log.warning("this network cannot read shared prefixes once: scoring it in padded batches")
+        return self._as_tree
+
+    def _tree_equals_plain(self, plan: Plan) -> bool:
+        """Compare both ways on a few spans of the plan, among them some that share a prefix."""
+        ordered = sorted(plan.distinct, key=lambda span: span.tokens)
+        sample = Plan([*ordered[:6], *sorted(ordered, key=lambda s: len(s.tokens))[-2:]], 2**20, 2**20, self._device)
+        self._as_tree = False
+        plain = self.answer(sample)
+        self._as_tree = True
+        try:
+            tree = self.answer(sample)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            log.info("reading as a tree failed: %s", error)
+            return False
+        # Half precision rounds differently in every layout; a wrong mask is off by far more than this.
+        slack = 1e-3 if next(self.model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
+        return all(abs(a - b) <= slack * (1 + abs(a)) for (a, _), (b, _) in zip(plain, tree, strict=True))
+
+    def _padded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Distinct inputs in right-padded batches: ids [b, t]; flat row, target and owner of each scored token."""
+        readers: dict[tuple[int, ...], list[int]] = {}
+        for i, span in enumerate(plan.distinct):
+            readers.setdefault(span.tokens[:-1], []).append(i)
+        inputs = sorted(readers, key=len)
+        for batch in _batches(range(len(inputs)), [len(ids) for ids in inputs], min(self.max_tokens, self.max_rows)):
+            width = max(len(inputs[b]) for b in batch)
+            rows: list[int] = []
+            targets: list[int] = []
+            owner: list[int] = []
+            for place, b in enumerate(batch):
+                for i in readers[inputs[b]]:
+                    stop, scored = place * width + len(inputs[b]), plan.distinct[i].scored
+                    rows += range(stop - scored, stop)
+                    targets += plan.distinct[i].tokens[-scored:]
+                    owner += [i] * scored
+            ids = [inputs[b] + (0,) * (width - len(inputs[b])) for b in batch]
+            tensors = [torch.tensor(x, dtype=torch.int64, device=self._device) for x in (ids, rows, targets, owner)]
+            yield tensors[0], tensors[1], tensors[2], tensors[3]
+
+    # Generation
+
+    def _generation(self, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
+        """Settings as HFLM reads them: what goes to `generate`, stop strings, and how many new tokens."""
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
+        eos = self.encoder.tokenizer.decode(self.encoder.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        return kwargs, until, kwargs.pop("max_gen_toks")
+
+    def _plain_generation(self) -> bool:
+        """Whether the network's own generation settings leave greedy decoding as it is."""
+        settings: Any = getattr(self.model, "generation_config", None)
+        if settings is None:
+            return True
+        neutral = {
+            "num_beams": (None, 1),
+            "repetition_penalty": (None, 1.0),
+            "no_repeat_ngram_size": (None, 0),
+            "min_new_tokens": (None,),
+            "min_length": (None, 0),
+            "bad_words_ids": (None,),
+            "suppress_tokens": (None,),
+            "begin_suppress_tokens": (None,),
+            "forced_bos_token_id": (None,),
+            "forced_eos_token_id": (None,),
+            "sequence_bias": (None,),
+            "encoder_repetition_penalty": (None, 1.0),
+            "exponential_decay_length_penalty": (None,),
+            "guidance_scale": (None, 1.0),
+            "penalty_alpha": (None,),
+            "max_time": (None,),
+            "stop_strings": (None,),
+        }
+        return all(getattr(settings, name, None) in values for name, values in neutral.items())
+
+    def _stops(self, until: list[str]) -> Callable[[list[int]], bool]:
+        """Whether the tokens written so far end a document: lm-eval's criterion, and the network's end of sequence."""
+        tokenizer = self.encoder.tokenizer
+        longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in until), default=0) + 2
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        last = set(ends if isinstance(ends, list) else [ends]) | {self.encoder.eot_token_id}
+
+        def stops(written: list[int]) -> bool:
+            if written[-1] in last:
+                return True
+            tail = tokenizer.decode(written[-longest:])
+            return any(text in tail for text in until)
+
+        return stops
+
+    @torch.inference_mode()
+    def _greedy(
+        self, prompts: list[tuple[int, ...]], new: int, until: list[str], kwargs: dict[str, Any]
+    ) -> list[list[int]]:
+        """Greedy continuations with a key-value cache; a document that has ended leaves the batch."""
+        ids, mask = self._left_padded(prompts)
+        stops = self._stops(until)
+        cache = DynamicCache(config=self.model.config)
+        written: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        for _ in range(new):
+            last = {"logits_to_keep": 1} if self._keeps_logits else {}
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **last,
+            ).logits
+            chosen = logits[:, -1].argmax(-1)
+            for place, token in zip(active, chosen.tolist(), strict=True):
+                written[place].append(token)
+            keep = [row for row, place in enumerate(active) if not stops(written[place])]
+            if not keep:
+                break
+            if len(keep) < len(active):
+                kept = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(kept)
+                chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+                active = [active[row] for row in keep]
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+            positions = positions[:, -1:] + 1
+        return written
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: list[tuple[int, ...]], new: int, until: list[str], kwargs: dict[str, Any]
+    ) -> list[list[int]]:
+        """Continuations by the network's own `generate`, with HFLM's arguments."""
+        kwargs = {"temperature": 0.0, **kwargs}
+        if kwargs["temperature"] == 0.0 and not kwargs.get("do_sample"):
+            kwargs["do_sample"] = False
+            kwargs.pop("temperature")
+        stops = self._stops(until)
+        ids, mask = self._left_padded(prompts)
+        model: Any = self.model
+        length = kwargs.pop("max_length", ids.shape[1] + new)
+        result = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_length=length,
+            pad_token_id=self.encoder.tokenizer.pad_token_id,
+            use_cache=True,
+            **kwargs,
+        )
+        written = []
+        for row in result[:, ids.shape[1] :].tolist():
+            size = next((n for n in range(1, len(row) + 1) if stops(row[:n])), len(row))
+            written.append(row[:size])
+        return written
+
+    def _left_padded(self, prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        width = max(map(len, prompts))
+        pad = self.encoder.tokenizer.pad_token_id
+        ids = torch.tensor([(pad,) * (width - len(p)) + p for p in prompts], device=self._device)
+        mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts], device=self._device)
+        return ids, mask
+
+
+def _add_scores(logits: Tensor, at: Tensor, targets: Tensor, owner: Tensor, totals: Tensor, misses: Tensor) -> None:
+    """Add scored tokens' log-probabilities and whether they are not the first choice. `logits` [r, vocabulary]."""
+    logits = logits.float()
+    scores = logits[at, targets] - logits.logsumexp(-1)[at]
+    totals.index_add_(0, owner, scores.double())
+    misses.index_add_(0, owner, (logits.argmax(-1)[at] != targets).long())
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """`order`, shortest first, in runs whose padded size stays within `budget` tokens."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * lengths[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _attention_window(config: Any) -> int | None:
+    """Tokens that the narrowest layer's attention reaches, or None where it reaches all."""
+    config = getattr(config, "text_config", None) or config
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"}:
+        return 0  # recurrent or chunked layers: neither is a matter of masks
+    if kinds == {"full_attention"} or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+@contextmanager
+def _tree_interface(model: nn.Module) -> Iterator[dict[int, str]]:
+    """Route the network's attention through `_tree_attention`; gives {id of a configuration: its own way}.
+
+    Layers of an uneven network have configurations of their own, so all that modules hold are switched.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    own = {key: getattr(config, "_attn_implementation", None) or "eager" for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = TREE_ATTENTION
+    try:
+        yield own
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = own[key]
+
+
+class _SharedLayers:
+    """Outputs of leading layers, kept from one call to the next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        config: Any = getattr(model.config, "text_config", None) or model.config
+        depth = getattr(config, "num_hidden_layers", None)
+        self._owner: tuple[nn.Module, str] | None = None
+        for module in model.modules():
+            for name, child in module.named_children():
+                if self._owner is None and isinstance(child, nn.ModuleList) and len(child) == depth:
+                    self._owner = (module, name)
+        self._plan: Plan | None = None
+        self._keys: list[Any] = []
+        self._outputs: list[list[Any]] = []
+
+    @contextmanager
+    def over(self, plan: Plan, layers: Sequence[Any] | None, budget: int) -> Iterator[Callable[[int], None]]:
+        """Within, the network's layers answer from what is kept where they can; call with a pack's number before
+        each pass. Nothing is kept for `layers` None."""
+        if self._owner is None or layers is None:
+            yield lambda number: None
+            return
+        module, name = self._owner
+        keys = [(self._weights(), *layers[:1]), *layers[1:]] if layers else []
+        if self._plan is not plan:
+            self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
+        common = 0
+        while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
+            common += 1
+        kept = min(common, *(len(outputs) for outputs in self._outputs)) if self._outputs else 0
+        config: Any = getattr(self._model.config, "text_config", None) or self._model.config
+        width = next(self._model.parameters()).element_size() * config.hidden_size
+        depth = min(len(keys), budget // max(1, plan.tokens * width))
+        own = getattr(module, name)
+        previous = module.__dict__.get(name)
+        self._keys = []  # whatever happens below, nothing half-written is believed
+
+        def before(number: int) -> None:
+            outputs = self._outputs[number]
+            del outputs[min(kept, depth) :]
+            module.__dict__[name] = [
+                _KnownLayer(layer, outputs[i]) if i < kept and i < depth else _RecordedLayer(layer, outputs)
+                if i < depth else layer
+                for i, layer in enumerate(own)
+            ]
+
+        try:
+            yield before
+            self._keys = keys[:depth]
+        finally:
+            if previous is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = previous
+
+    def _weights(self) -> tuple[Any, ...]:
+        """Changes whenever a parameter is replaced or written to."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._model.parameters())
+
+
+class _RecordedLayer:
+    def __init__(self, layer: Any, outputs: list[Any]) -> None:
+        self._layer, self._outputs = layer, outputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._layer(*args, **kwargs)
+        self._outputs.append(result)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class _KnownLayer:
+    def __init__(self, layer: Any, output: Any) -> None:
+        self._layer, self._output = layer, output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)

@@ -1,0 +1,69 @@
+"""The layouts that a sub-network can be written in, by name. To add one, write its function and name it below.
+
+Every function takes the standalone network that `compressor.elastic.slicing.extract` made, its architecture, and the
+destination folder, and returns the package; the keyword arguments are those of `export.package.write_package`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.architecture import Architecture
+from compressor.errors import RequestError, nearest
+from export.package import UNEVEN_PREFIX, PackageInfo, write_package
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Write = Callable[..., PackageInfo]
+
+
+def write_uneven(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """Sizes that differ by layer, in the family's classes and one small code file; plain where they do not differ."""
+    return write_package(model, destination, **options)
+
+
+def write_uniform(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """The family's plain class, no code. Raises `RequestError` for a network that it cannot hold."""
+    config: Any = model.config
+    if config.model_type.startswith(UNEVEN_PREFIX):
+        raise RequestError(
+            "the layers of this architecture differ in size: a uniform package needs a uniform architecture "
+            "(pick one), or use --format padded"
+        )
+    return write_package(model, destination, **options)
+
+
+def write_padded(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """The uneven network made uniform by zeros: loads everywhere, computes the same, gives back part of the saving."""
+    from export.padded import pad
+
+    entry = {key: value for key, value in options.pop("entry").items() if key != "params"}
+    padded = pad(model, architecture)
+    return write_package(padded, destination, entry=entry, layout="padded", expected=model, **options)
+
+
+def write_gguf(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """One file for llama.cpp, weights and tokenizer; `gguf_type` is f32, f16 (default), bf16, q8_0 or q4_0."""
+    from export.gguf_layout import write
+
+    return write(model, architecture, destination, **options)
+
+
+LAYOUTS: dict[str, Write] = {
+    "uneven": write_uneven,
+    "uniform": write_uniform,
+    "padded": write_padded,
+    "gguf": write_gguf,
+}
+
+
+def write_layout(
+    layout: str, model: nn.Module, architecture: Architecture, destination: Path, **options: Any
+) -> PackageInfo:
+    """Write `model` in the layout of that name. Raises `RequestError` for one that is not known."""
+    if layout not in LAYOUTS:
+        raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    return LAYOUTS[layout](model, architecture, destination, **options)

@@ -1,0 +1,428 @@
+"""A package: the folder that leaves this house. Written whole or not at all, and readable without torch.
+
+`compression.json` in it holds the package's own entry of report.json, its lineage, a probe of its outputs, and a hash
+of every other file. Weights are safetensors, sharded as the hub's loaders expect; there is no pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor import __version__
+from compressor.architecture import Architecture
+from compressor.errors import RequestError, VerificationError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SCHEMA = 1
+RECORD = "compression.json"
+CARD = "README.md"
+MAX_SHARD_BYTES = 5 * 10**9
+UNEVEN_PREFIX = "uneven_"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
+
+
+@dataclass(frozen=True)
+class PackageInfo:
+    """What a package says of itself. `bytes` are those of its weights on disk; `files` maps names to their hashes."""
+
+    path: Path
+    name: str
+    layout: str
+    quantization: str | None
+    architecture: Architecture
+    params: int
+    bytes: int
+    files: dict[str, str]
+    verified: dict[str, Any] | None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes on disk of the weights: the sum of all *.safetensors (or *.gguf) files, headers included."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `VerificationError` that names the file where it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VerificationError(f"{path}: the file is missing") from None
+    except ValueError as error:
+        raise VerificationError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise VerificationError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Written beside and renamed, so that a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    # The probe is hundreds of numbers that nobody reads one by one: it takes one line.
+    lines = json.dumps({k: v for k, v in value.items() if k != "probe"}, indent=2, ensure_ascii=False)
+    if "probe" in value:
+        lines = lines.removesuffix("\n}") + f',\n  "probe": {json.dumps(value["probe"], ensure_ascii=False)}\n}}'
+    partial.write_text(lines + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(package: Path) -> dict[str, Any]:
+    """compression.json. Raises `RequestError` where the folder is no package."""
+    if not package.is_dir():
+        raise RequestError(f"{package}: no such folder")
+    if not (package / RECORD).exists():
+        raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
+    record = read_json(package / RECORD)
+    if record.get("schema") != SCHEMA or not {"entry", "files", "probe"} <= set(record):
+        raise VerificationError(f"{package / RECORD}: not of schema {SCHEMA}, or a section is missing")
+    return record
+
+
+def read_package(package: Path) -> PackageInfo:
+    """What the package in this folder is, from its files alone."""
+    record = read_record(package)
+    entry = record["entry"]
+    return PackageInfo(
+        path=package,
+        name=entry["name"],
+        layout=entry["layout"],
+        quantization=entry["quantization"],
+        architecture=Architecture.from_dict(entry["architecture"]),
+        params=entry["params"],
+        bytes=weight_bytes(package),
+        files={name: file["sha256"] for name, file in record["files"].items()},
+        verified=entry.get("verified"),
+    )
+
+
+def update_record(package: Path, **sections: Mapping[str, Any]) -> None:
+    """Add to sections of compression.json: `update_record(package, entry={"quality": 0.98})`."""
+    record = read_record(package)
+    for name, values in sections.items():
+        record[name] |= values
+    write_json(package / RECORD, record)
+
+
+def write_card(package: Path, text: str) -> None:
+    """Write the model card and record its hash."""
+    record = read_record(package)
+    (package / CARD).write_text(text, encoding="utf-8")
+    record["files"][CARD] = _fingerprint(package / CARD)
+    write_json(package / RECORD, record)
+
+
+def check_files(package: Path) -> None:
+    """Every recorded file is there and unchanged, and nothing was slipped in that a loader would run or read.
+
+    Raises `VerificationError` that names the file.
+    """
+    record = read_record(package)
+    for name, recorded in record["files"].items():
+        file = package / name
+        if not file.is_file():
+            raise VerificationError(f"{file}: the file is missing")
+        if file.stat().st_size != recorded["bytes"]:
+            raise VerificationError(f"{file}: {file.stat().st_size} bytes where {recorded['bytes']} were written")
+        if sha256(file) != recorded["sha256"]:
+            raise VerificationError(f"{file}: its content is not what was written (SHA-256 differs)")
+    for file in sorted(package.rglob("*")):
+        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf"}
+        if file.is_file() and loadable and file.relative_to(package).as_posix() not in record["files"]:
+            raise VerificationError(f"{file}: the file was not part of the package when it was written")
+    check_code(package)
+
+
+def check_code(folder: Path) -> bool:
+    """Whether the folder needs its own code file, all of it being what this version writes.
+
+    False for a folder without remote code. Raises `VerificationError` naming the file where there is other code:
+    neither `verify` nor `evaluate` runs that.
+    """
+    from compressor.elastic.uneven import auto_map, modeling_file_name, modeling_source
+    from compressor.families import families
+
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    named = config.get("auto_map")
+    code = sorted(folder.glob("*.py"))
+    if named is None and not code:
+        return False
+    family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
+    if family is None or config["model_type"] == family.model_type or named != auto_map(family):
+        raise VerificationError(f"{folder / 'config.json'}: its auto_map is not what this version writes")
+    expected = modeling_file_name(family)
+    for file in code:
+        if file.name != expected:
+            raise VerificationError(f"{file}: a code file that this version does not write")
+    if not (folder / expected).is_file():
+        raise VerificationError(f"{folder / expected}: the code file is missing")
+    if sha256(folder / expected) != hashlib.sha256(modeling_source(family).encode()).hexdigest():
+        raise VerificationError(f"{folder / expected}: the code file differs from what this version writes")
+    return True
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@contextmanager
+def staged(destination: Path, needed: int) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `destination` when the block ends well, and vanishes otherwise.
+
+    An earlier package at `destination` is replaced. Raises `RequestError` where something else is there, and where
+    the disk has not `needed` bytes (or turns out to be full).
+    """
+    if destination.exists() and not (destination / RECORD).exists():
+        if not destination.is_dir():
+            raise RequestError(f"{destination}: a file is in the way; choose another output folder")
+        if any(destination.iterdir()):
+            raise RequestError(f"{destination}: the folder holds something else; choose another one or empty it")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(destination.parent).free
+    if free < needed:
+        raise RequestError(
+            f"{destination}: needs {human_bytes(needed)} of disk space, {human_bytes(free)} are free; "
+            f"free {human_bytes(needed - free)} or choose another disk"
+        )
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if destination.exists():
+            old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+            destination.rename(old)
+            partial.rename(destination)
+            shutil.rmtree(old)
+        else:
+            partial.rename(destination)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RequestError(f"{destination}: the disk is full; {human_bytes(needed)} are needed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class WeightWriter:
+    """Streams tensors into hub-standard safetensors shards: no more than one shard is held in memory.
+
+    `with WeightWriter(folder) as w: w.add(name, tensor)`; on leaving, shards get their final names and, if there are
+    several, model.safetensors.index.json.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def __enter__(self) -> WeightWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self._finish()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self.max_shard_bytes:
+            self._flush()
+        # A view would be written with a name of its own but pin, and be refused for, all of its storage.
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held_bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self._held, self.folder / f"shard-{len(self._shards)}.safetensors", {"format": "pt"})
+        self._shards.append(list(self._held))
+        self._held, self._held_bytes = {}, 0
+
+    def _finish(self) -> None:
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for index, names in enumerate(self._shards):
+            final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{index}.safetensors").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index_file = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            write_json(self.folder / "model.safetensors.index.json", index_file)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer object, or copy the tokenizer files (with the chat template) of a checkpoint's folder."""
+    if not isinstance(tokenizer, Path):
+        tokenizer.save_pretrained(folder)
+        return
+    found = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+    if not any(file.name.startswith("tokenizer") for file in found):
+        raise RequestError(f"{tokenizer}: no tokenizer files; a package needs the base's tokenizer")
+    for file in found:
+        shutil.copyfile(file, folder / file.name)
+
+
+def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> str:
+    """Write config.json, generation_config.json and, for an uneven network, its code file. Returns the layout."""
+    from compressor.elastic.uneven import auto_map, modeling_file_name, modeling_source
+    from compressor.families import families
+
+    config: Any = model.config
+    config.save_pretrained(folder)
+    written = read_json(folder / "config.json")
+    written["architectures"] = [type(model).__name__]
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    layout = "uniform"
+    if config.model_type.startswith(UNEVEN_PREFIX):
+        layout = "uneven"
+        family = families()[config.model_type.removeprefix(UNEVEN_PREFIX)]
+        written["auto_map"] = auto_map(family)
+        (folder / modeling_file_name(family)).write_text(modeling_source(family), encoding="utf-8")
+    write_json(folder / "config.json", written)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    return layout
+
+
+def write_record(
+    folder: Path,
+    *,
+    entry: Mapping[str, Any],
+    lineage: Mapping[str, Any],
+    probe: Mapping[str, Any],
+) -> None:
+    """Write compression.json over the files that are in the folder now."""
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
+    record = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "entry": {**entry, "verified": None},
+        "lineage": dict(lineage),
+        "probe": dict(probe),
+        "files": {name: _fingerprint(folder / name) for name in files},
+    }
+    write_json(folder / RECORD, record)
+
+
+def versions(names: Iterable[str] = ("torch", "transformers", "safetensors")) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"nas-compressor": __version__} | {name: version(name) for name in names}
+
+
+def write_package(
+    model: nn.Module,
+    destination: Path,
+    *,
+    tokenizer: Any,
+    entry: Mapping[str, Any],
+    dtype: torch.dtype,
+    lineage: Mapping[str, Any] | None = None,
+    probe_ids: Tensor | None = None,
+    reference: Path | None = None,
+    card: str | None = None,
+    layout: str | None = None,
+    expected: nn.Module | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> PackageInfo:
+    """Write a standalone model (from `compressor.elastic.slicing.extract`) as an unquantized package.
+
+    `tokenizer` is a tokenizer object or the folder of the base's tokenizer files. `entry` must hold `name` and
+    `architecture` (as a dict); whatever else the report wants may be there. Weights are stored in `dtype`, the
+    base's. `probe_ids` [sequences, length] are token ids to compare on (held-out text is best; random ids
+    otherwise); with `reference`, the full logits on them go to that safetensors file, for `verify`. The logits are
+    those of `expected` where the package must equal another network than the one it holds (a padded one).
+
+    Raises `RequestError` where the destination holds something else, the disk is too small, or the tokenizer missing.
+    """
+    import torch
+
+    from export import probe as probes
+
+    parameters = dict(model.named_parameters())  # a tied head appears once, under the embedding's name
+    params = sum(p.numel() for p in parameters.values())
+    if entry.get("params", params) != params:
+        raise ValueError(f"the entry says {entry['params']} parameters, the network has {params}")
+    bad = [name for name, p in parameters.items() if not torch.isfinite(p.to(dtype)).all()]
+    if bad:
+        raise ValueError(f"{bad[0]} holds values that {dtype} cannot: not finite")
+    with staged(destination, params * dtype.itemsize + 2**24) as folder:
+        written_layout = write_config(model, folder, dtype)
+        write_tokenizer(tokenizer, folder)
+        with WeightWriter(folder, max_shard_bytes) as weights:
+            for name, parameter in parameters.items():
+                weights.add(name, parameter.to(dtype))
+        ids = probe_ids if probe_ids is not None else probes.default_ids(model.config)
+        logits = probes.logits_of(probes.stored_network(expected or model, dtype), ids)
+        if reference is not None:
+            probes.save_reference(reference, ids, logits)
+        if isinstance(tokenizer, Path):
+            tokenizer = load_tokenizer(folder)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
+        own = {
+            **entry,
+            "path": str(destination),
+            "layout": layout or written_layout,
+            "quantization": None,
+            "params": params,
+            "bytes": weight_bytes(folder),
+        }
+        write_record(folder, entry=own, lineage=lineage or {}, probe=probes.make_probe(logits, ids, tokenizer))
+    return read_package(destination)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a package or checkpoint folder, without running any code from it."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    if not model_type.startswith(UNEVEN_PREFIX):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # The uneven configuration would lead AutoTokenizer to the code file, which a tokenizer does not need.
+    plain = AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX))
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256(file), "bytes": file.stat().st_size}

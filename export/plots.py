@@ -1,0 +1,413 @@
+"""The pictures of a report as inline SVG, and how numbers are written beside them.
+
+Every function returns markup that needs nothing from outside: colours are CSS classes of the page, so that light and
+dark mode both work, and what a reader can hover is a `<title>`. All text that comes from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Literal
+
+from markupsafe import Markup
+
+from compressor.architecture import Architecture, LayerSizes
+
+WIDTH = 720
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42
+MOST_COLUMNS = 24
+
+
+def count(number: float) -> str:
+    """A count in at most four digits: `973`, `260 k`, `1.24 B`."""
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= 0.9995 * scale:
+            return f"{_three_digits(number / scale)}{unit}"
+    return f"{number:.0f}"
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units, as file managers and the hub count: `812 B`, `1.06 MB`."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= 0.9995 * scale:
+            return f"{_three_digits(number / scale)} {unit}"
+    return f"{number:.0f} B"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage in about three digits: `66.7 %`, `8.33 %`, `100 %`."""
+    return f"{_three_digits(100 * share)} %"
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second in about three digits, whole from 100 on."""
+    return _three_digits(tokens_per_second) if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Time in its two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _three_digits(number: float) -> str:
+    magnitude = abs(number)
+    return f"{number:.2f}" if magnitude < 9.995 else f"{number:.1f}" if magnitude < 99.95 else f"{number:.0f}"
+
+
+def runs(values: Iterable[int]) -> str:
+    """Values in order, equal neighbours written once: `3x768 512 0 2x768`."""
+    counted = [(value, len(list(group))) for value, group in groupby(values)]
+    return " ".join(str(value) if times == 1 else f"{times}x{value}" for value, times in counted)
+
+
+def sizes_text(architecture: Architecture) -> str:
+    """One line that tells an architecture: FFN widths and key-value heads of every layer of the base, 0 where gone."""
+    text = (
+        f"FFN {runs(layer.intermediate_size for layer in architecture.layers)}; "
+        f"KV heads {runs(layer.num_key_value_heads for layer in architecture.layers)}"
+    )
+    if any(layer.num_experts for layer in architecture.layers):
+        text += f"; experts {runs(layer.num_experts for layer in architecture.layers)}"
+    return text
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter plot. `label` is written beside it; `title` shows on hover."""
+
+    x: float
+    y: float
+    title: str
+    kind: Literal["point", "front", "chosen", "base"] = "point"
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named curve through `points` (x, y), drawn in the page's colour number `colour` (1 to 4)."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 1
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values between `low` and `high` to pixels between `start` and `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> str:
+        return f"{self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start):.1f}"
+
+
+def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+    """About `wanted` round numbers (1, 2 or 5 times a power of ten) within [low, high]."""
+    rough = (high - low) / wanted
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def scatter(
+    dots: Sequence[Dot],
+    x_label: str,
+    y_label: str,
+    *,
+    less_is_better: bool,
+    limits: Sequence[float] = (),
+    x_is_share: bool = False,
+    height: int = 340,
+) -> Markup:
+    """Dots with a staircase along those that no other beats on both axes. The y axis is a share, such as quality, and
+    more of it is better.
+
+    `limits` are vertical lines: the sizes that were asked for. Emphasised dots are drawn last, so that none is hidden.
+    """
+    x, y, parts = _frame([dot.x for dot in dots], [dot.y for dot in dots], x_label, y_label, height, x_is_share, True)
+    parts += [
+        Markup(
+            '<line class="limit" x1="{0}" x2="{0}" y1="{1}" y2="{2}"><title>asked for: at most {3}</title></line>'
+        ).format(x(limit), TOP, height - BOTTOM, _tick_text(limit, x_is_share))
+        for limit in limits
+        if x.low <= limit <= x.high
+    ]
+    stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind != "base"], less_is_better)
+    corners = [
+        stairs[0],
+        *(c for a, b in pairwise(stairs) for c in ((b[0], a[1]) if less_is_better else (a[0], b[1]), b)),
+    ]
+    parts.append(
+        Markup('<polyline class="stairs" points="{}"/>').format(" ".join(f"{x(a)},{y(b)}" for a, b in corners))
+    )
+    order = ("point", "front", "base", "chosen")
+    for dot in sorted(dots, key=lambda dot: order.index(dot.kind)):
+        radius = {"point": 3, "front": 4.5, "base": 6, "chosen": 7}[dot.kind]
+        parts.append(
+            Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
+                dot.kind, x(dot.x), y(dot.y), radius, dot.title
+            )
+        )
+        if dot.label:
+            near_edge = float(x(dot.x)) > WIDTH - 120
+            parts.append(
+                Markup('<text class="label" x="{}" y="{}" text-anchor="{}">{}</text>').format(
+                    float(x(dot.x)) + (-11 if near_edge else 11),
+                    float(y(dot.y)) + 4,
+                    "end" if near_edge else "start",
+                    dot.label,
+                )
+            )
+    return _svg(parts, height, f"{y_label} against {x_label}")
+
+
+def undominated(points: Iterable[tuple[float, float]], less_is_better: bool) -> list[tuple[float, float]]:
+    """The points that no other beats, in order of x: more y is better, and less (or more) x."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda p: (p[0] if less_is_better else -p[0], -p[1])):
+        if not found or point[1] > found[-1][1]:
+            found.append(point)
+    return sorted(found)
+
+
+def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 240) -> Markup:
+    """Curves with a dot at every value; the legend stands on top where there are several."""
+    values = [point for curve in curves for point in curve.points]
+    x, y, parts = _frame([v[0] for v in values], [v[1] for v in values], x_label, y_label, height)
+    for curve in curves:
+        path = " ".join(f"{x(a)},{y(b)}" for a, b in curve.points)
+        parts.append(Markup('<polyline class="curve c{}" points="{}"/>').format(curve.colour, path))
+        if len(curve.points) <= 60:
+            parts += [
+                Markup('<circle class="f{}" cx="{}" cy="{}" r="3"><title>{}: {} at {}</title></circle>').format(
+                    curve.colour, x(a), y(b), curve.name, _tick_text(b), _tick_text(a)
+                )
+                for a, b in curve.points
+            ]
+    if len(curves) > 1:
+        at = LEFT + 12
+        for curve in curves:
+            parts.append(
+                Markup(
+                    '<rect class="f{}" x="{}" y="{}" width="10" height="10" rx="2"/><text x="{}" y="{}">{}</text>'
+                ).format(curve.colour, at, 2, at + 15, 11, curve.name)
+            )
+            at += 34 + 7 * len(curve.name)
+    return _svg(parts, height, f"{y_label} against {x_label}")
+
+
+def architecture_picture(architecture: Architecture, base: Architecture) -> Markup:
+    """Layers from left to right: attention groups above, FFN width below, the base as outline behind."""
+    depth = len(base.layers)
+    step = (WIDTH - LEFT - RIGHT) / depth
+    bar = min(step * 0.72, 44)
+    panels: list[tuple[str, str, int, int]] = [
+        ("KV heads", "num_key_value_heads", TOP, 70),
+        ("FFN width", "intermediate_size", TOP + 70 + 26, 110),
+    ]
+    parts: list[Markup] = []
+    for name, attribute, top, height in panels:
+        most = max(getattr(layer, attribute) for layer in base.layers) or 1
+        bottom = top + height
+        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, top + 10, most))
+        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">0</text>').format(LEFT - 8, bottom))
+        parts.append(
+            Markup(
+                '<text class="panel" transform="translate({},{}) rotate(-90)" text-anchor="middle">{}</text>'
+            ).format(12, top + height / 2, name)
+        )
+        for index, (mine, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
+            left = LEFT + index * step + (step - bar) / 2
+            kept, whole = getattr(mine, attribute), getattr(full, attribute)
+            parts.append(Markup("<g><title>{}</title>").format(layer_text(index, mine, full)))
+            for css, amount in (("outline", whole), ("bar", kept)):
+                if amount:
+                    tall = height * amount / most
+                    parts.append(
+                        Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                            css, left, bottom - tall, bar, tall
+                        )
+                    )
+            if attribute == "num_key_value_heads" and bar > 6 and whole <= 16:
+                parts += [
+                    Markup('<line class="cut" x1="{0:.1f}" x2="{1:.1f}" y1="{2:.1f}" y2="{2:.1f}"/>').format(
+                        left, left + bar, bottom - height * group / most
+                    )
+                    for group in range(1, kept)
+                ]
+            if whole and not kept:
+                parts.append(
+                    Markup('<text class="gone" x="{:.1f}" y="{:.1f}" text-anchor="middle">✕</text>').format(
+                        left + bar / 2, bottom - 5
+                    )
+                )
+            parts.append(Markup("</g>"))
+    bottom = TOP + 70 + 26 + 110
+    every = max(1, math.ceil(depth / 32))
+    parts += [
+        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            LEFT + (index + 0.5) * step, bottom + 16, index
+        )
+        for index in range(0, depth, every)
+    ]
+    parts.append(
+        Markup('<text x="{}" y="{}" text-anchor="middle">layer of the base</text>').format(
+            (LEFT + WIDTH) / 2, bottom + 34
+        )
+    )
+    return _svg(parts, bottom + 42, "sizes of every layer")
+
+
+def layer_text(index: int, mine: LayerSizes, full: LayerSizes) -> str:
+    """What is left of one layer, in words."""
+    if mine.removed:
+        return f"layer {index}: removed"
+    attention = (
+        f"{mine.num_key_value_heads} of {full.num_key_value_heads} KV heads "
+        f"({mine.num_attention_heads} of {full.num_attention_heads} query heads)"
+        if mine.num_key_value_heads
+        else "attention removed"
+    )
+    mlp = f"FFN width {mine.intermediate_size} of {full.intermediate_size}" if mine.intermediate_size else "FFN removed"
+    experts = f", {mine.num_experts} of {full.num_experts} experts" if mine.num_experts else ""
+    return f"layer {index}: {attention}, {mlp}{experts}"
+
+
+def usage_map(architectures: Sequence[Architecture], attribute: str, declared: Iterable[int] = ()) -> Markup:
+    """How often each value of one size appears in `architectures`: a row for each layer, a column for each value.
+
+    `declared` are values of the search space that may not appear at all. The darker the cell, the more often; the
+    number is the percentage. Neighbouring values share a column where there are many.
+    """
+    values = sorted({getattr(layer, attribute) for arch in architectures for layer in arch.layers} | set(declared))
+    together = math.ceil(len(values) / MOST_COLUMNS)
+    # A column of its own for what is gone.
+    gone, rest = values[: values[0] == 0], values[values[0] == 0 :]
+    columns = [gone] * bool(gone) + [rest[i : i + together] for i in range(0, len(rest), together)]
+    names = ["gone" if column == [0] else " to ".join(map(str, sorted({column[0], column[-1]}))) for column in columns]
+    depth = len(architectures[0].layers)
+    width = min((WIDTH - LEFT - RIGHT) / len(columns), 72)
+    height = 18 if depth <= 40 else 10
+    parts: list[Markup] = []
+    every = max(1, math.ceil(len(columns) * 40 / (WIDTH - LEFT - RIGHT)))
+    for index, column in enumerate(columns):
+        if index % every == 0:
+            heading = "gone" if column == [0] else column[0]
+            parts.append(
+                Markup('<text x="{:.1f}" y="11" text-anchor="middle">{}</text>').format(
+                    LEFT + (index + 0.5) * width, heading
+                )
+            )
+    texts: list[Markup] = []
+    parts.append(Markup('<g stroke-width="{}">').format(height - 1))
+    for row in range(depth):
+        times = Counter(getattr(arch.layers[row], attribute) for arch in architectures)
+        middle = 18 + (row + 0.5) * height
+        if height > 10 or row % 2 == 0:
+            texts.append(
+                Markup('<text x="{}" y="{:.0f}" text-anchor="end">{}</text>').format(LEFT - 8, middle + 4, row)
+            )
+        parts.append(Markup('<path class="row" d="M{} {:g}h{:.0f}"/>').format(LEFT, middle, width * len(columns)))
+        for index, column in enumerate(columns):
+            here = sum(times[value] for value in column)
+            if not here:
+                continue
+            share = here / len(architectures)
+            parts.append(
+                Markup('<path class="cell" opacity="{:.2f}" d="M{:.1f} {:g}h{:.1f}"><title>{}</title></path>').format(
+                    0.08 + 0.92 * share,
+                    LEFT + index * width + 0.5,
+                    middle,
+                    width - 1,
+                    f"layer {row}: {names[index]} in {here} of {len(architectures)}",
+                )
+            )
+            if height > 10 and width >= 26:
+                texts.append(
+                    Markup('<text class="{}" x="{:.1f}" y="{:.0f}" text-anchor="middle">{:.0f}</text>').format(
+                        "on-dark" if share > 0.6 else "on-light", LEFT + (index + 0.5) * width, middle + 4, 100 * share
+                    )
+                )
+    parts.append(Markup("</g>"))
+    return _svg([*parts, *texts], 18 + depth * height + 4, "how often each value appears on the front")
+
+
+def _frame(
+    xs: Sequence[float],
+    ys: Sequence[float],
+    x_label: str,
+    y_label: str,
+    height: int,
+    x_is_share: bool = False,
+    y_is_share: bool = False,
+) -> tuple[_Axis, _Axis, list[Markup]]:
+    """Both axes with their ticks; between whole numbers on the x axis there are none."""
+    x = _Axis(*_padded(xs), LEFT, WIDTH - RIGHT)
+    y = _Axis(*_padded(ys), height - BOTTOM, TOP)
+    parts = []
+    for tick in ticks(y.low, y.high, 5):
+        parts.append(
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick))
+        )
+        parts.append(
+            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                LEFT - 6, float(y(tick)) + 4, _tick_text(tick, y_is_share)
+            )
+        )
+    whole = all(float(value).is_integer() for value in xs)
+    for tick in ticks(x.low, x.high, 7):
+        if whole and not math.isclose(tick, round(tick), abs_tol=1e-9):
+            continue
+        parts.append(
+            Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                x(tick), height - BOTTOM + 17, _tick_text(tick, x_is_share)
+            )
+        )
+    parts.append(
+        Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+            LEFT, WIDTH - RIGHT, height - BOTTOM, height - BOTTOM
+        )
+    )
+    parts.append(
+        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format((LEFT + WIDTH) / 2, height - 6, x_label)
+    )
+    parts.append(
+        Markup('<text transform="translate(12,{}) rotate(-90)" text-anchor="middle">{}</text>').format(
+            (TOP + height - BOTTOM) / 2, y_label
+        )
+    )
+    return x, y, parts
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _tick_text(value: float, is_share: bool = False) -> str:
+    if is_share:
+        return f"{100 * value:.4g} %"
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g}{unit}"
+    return f"{value:.4g}" if abs(value) > 1e-12 else "0"
+
+
+def _svg(parts: Sequence[Markup], height: float, description: str) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, height, description, Markup("").join(parts)
+    )

@@ -1,0 +1,81 @@
+"""A probe: a few token sequences and what the network says about them, small enough to travel with a package.
+
+Full logits of the same sequences (`save_reference`) are compared once, at export; the compact probe in
+compression.json lets `compressor verify` re-check a package anywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SEQUENCES, LENGTH = 4, 32
+TOP = 5
+TEXT = "The quick brown fox: 3 jumps, 2 dogs.\nOnce upon a time"
+
+
+def default_ids(config: Any, seed: int = 0) -> Tensor:
+    """Seeded random token ids of shape [SEQUENCES, LENGTH], shorter where the context is."""
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (SEQUENCES, length), generator=generator)
+
+
+def stored_network(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network as a package stores it: parameters rounded to `dtype`, computed in float32.
+
+    Returns `model` itself where that changes nothing. Buffers (rotary frequencies) are never stored, so not rounded.
+    """
+    if dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters()):
+        return model
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(dtype).to(torch.float32)
+    return rounded
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Float32 logits [sequences, length, vocabulary] on the CPU, computed without a cache."""
+    device = next(model.parameters()).device
+    return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+def next_log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p(token t+1 | tokens up to t), shape [sequences, length - 1]."""
+    return logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def make_probe(logits: Tensor, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
+    """The JSON form: ids, next-token log-probabilities, the top tokens of each position, and one tokenized text."""
+    top = logits.double().log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+    text_ids = tokenizer(TEXT).input_ids
+    return {
+        "ids": ids.tolist(),
+        "next_logprob": _rounded(next_log_probabilities(logits, ids)),
+        "top_ids": top.indices.tolist(),
+        "top_logprob": _rounded(top.values),
+        "max_abs_logit": float(logits.abs().max()),
+        "text": TEXT,
+        "text_ids": text_ids,
+        "text_decoded": tokenizer.decode(text_ids),
+    }
+
+
+def _rounded(values: Tensor) -> Any:
+    return [_rounded(v) for v in values] if values.dim() > 1 else [round(float(v), 7) for v in values]
+
+
+def save_reference(path: Path, ids: Tensor, logits: Tensor) -> None:
+    save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, path)
+
+
+def load_reference(path: Path) -> tuple[Tensor, Tensor]:
+    """Ids and full logits that `save_reference` wrote."""
+    held = load_file(path)
+    return held["ids"], held["logits"]

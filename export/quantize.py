@@ -1,0 +1,481 @@
+"""INT8 and INT4 packages: neural-compressor's AutoRound, written as compressed-tensors.
+
+The work runs in a child process (`python -m export.quantize JOB.json`): auto-round writes to stdout and stderr, changes
+global state, and leaves files where it runs. One child makes all schemes asked for, since starting it takes longer
+than quantizing a small network. Of what AutoRound writes, only the weights and the quantization configuration are
+used; everything else is copied from the unquantized package.
+
+Schemes: `int8` stores weights in 8 bits, one scale for each output channel; `int8-dynamic` the same with activations
+rounded to 8 bits on the fly, token by token; `int4` stores 4 bits with a scale for each group of input channels.
+Embeddings, output head and norms stay bfloat16, and so do scales.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from compressor.errors import RequestError
+from export.package import (
+    CARD,
+    RECORD,
+    PackageInfo,
+    WeightWriter,
+    check_code,
+    human_bytes,
+    read_json,
+    read_package,
+    read_record,
+    sha256,
+    staged,
+    versions,
+    weight_bytes,
+    weight_files,
+    write_json,
+    write_record,
+)
+from export.verify import fresh_environment, last_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SchemeName = Literal["int8", "int8-dynamic", "int4"]
+SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
+GROUP_SIZES = (128, 64, 32)
+AUTOROUND_STEP = 32
+"""AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
+
+_PRESETS = {"int8": "W8A16", "int8-dynamic": "INT8_W8A8", "int4": "W4A16"}
+_BATCH = 8
+
+Progress = Callable[[int, int, str], None]
+"""Called with blocks done, blocks in all, and what is being quantized."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One quantized package and what it really costs.
+
+    `bits_per_weight` counts the stored codes, scales and shapes of the linear layers inside blocks;
+    `bits_per_parameter` the whole file. `exceptions` maps each linear layer that is not under the scheme to what
+    became of it.
+    """
+
+    package: PackageInfo
+    scheme: SchemeName
+    group_size: int
+    iterations: int
+    bits_per_weight: float
+    bits_per_parameter: float
+    bytes: int
+    exceptions: dict[str, str] = field(default_factory=dict)
+
+
+def linear_widths(source: Path) -> dict[str, tuple[int, int]]:
+    """Output and input width of every linear layer inside the blocks, by module name, from the files' headers."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in weight_files(source):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                shape = tensors.get_slice(name).get_shape()
+                if len(shape) == 2 and ".layers." in name and name.endswith(".weight"):
+                    found[name.removesuffix(".weight")] = (shape[0], shape[1])
+    return found
+
+
+def plan_groups(
+    widths: Mapping[str, tuple[int, int]], scheme: SchemeName, group_size: int | None = None
+) -> tuple[int, list[str]]:
+    """The group size (-1: one scale for each output channel) and the layers that fall back to per-channel INT8.
+
+    For int4 without a group size of the user's: the largest of 128, 64, 32 that divides the input width of every layer
+    that does not fall back. Layers with a width that is no multiple of 32 fall back. Raises `RequestError` for a
+    group size of the user's that does not divide a width, or has no meaning for the scheme.
+    """
+    left_out = [name for name, pair in widths.items() if any(width % AUTOROUND_STEP for width in pair)]
+    if scheme != "int4":
+        if group_size not in (None, -1):
+            raise RequestError(f"a group size of {group_size} was given, but {scheme} has one scale for each channel")
+        return -1, left_out if scheme == "int8" else []
+    inputs = sorted({columns for _, columns in widths.values()})
+    if group_size is not None:
+        valid = [g for g in GROUP_SIZES if not any(width % g for width in inputs)]
+        bad = [width for width in inputs if group_size <= 0 or width % group_size]
+        if bad:
+            choice = f"valid sizes here are {', '.join(map(str, valid))}" if valid else "no group size divides them all"
+            raise RequestError(f"group size {group_size} does not divide the width {bad[0]}; {choice}")
+        if group_size % AUTOROUND_STEP:
+            raise RequestError(f"group size {group_size} is not a multiple of {AUTOROUND_STEP}")
+        return group_size, left_out
+    inside = {columns for name, (_, columns) in widths.items() if name not in left_out}
+    return next((g for g in GROUP_SIZES if not any(width % g for width in inside)), GROUP_SIZES[-1]), left_out
+
+
+def quantize_package(
+    source: Path,
+    destination: Path,
+    scheme: SchemeName,
+    *,
+    calibration: Tensor | Sequence[str] | None,
+    iterations: int,
+    group_size: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    log: Path | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize one unquantized package; see `quantize_packages`."""
+    return quantize_packages(
+        source,
+        {scheme: destination},
+        calibration=calibration,
+        iterations=iterations,
+        group_size=group_size,
+        seed=seed,
+        device=device,
+        log=log,
+        progress=progress,
+    )[0]
+
+
+def quantize_packages(
+    source: Path,
+    destinations: Mapping[SchemeName, Path],
+    *,
+    calibration: Tensor | Sequence[str] | None,
+    iterations: int,
+    group_size: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    log: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Quantized]:
+    """Write a quantized package for each scheme in `destinations`, all in one child process.
+
+    `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
+    for each block; 0 rounds to nearest with scales chosen on the calibration data. Without calibration data, weights
+    are rounded to nearest and nothing else (and `iterations` must be 0). `group_size` is the user's wish for int4.
+    The child's output is appended to `log`.
+
+    Raises `RequestError` (a group size that does not divide, a destination that holds something else, no disk space)
+    before anything is computed, and RuntimeError with the child's last words where it fails.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    record = read_record(source)
+    if record["entry"]["quantization"] is not None:
+        raise RequestError(f"{source}: already quantized; quantize the unquantized package")
+    unknown = [scheme for scheme in destinations if scheme not in SCHEMES]
+    if unknown:
+        raise RequestError(f"unknown quantization '{unknown[0]}'; known are: {', '.join(SCHEMES)}")
+    if calibration is None and iterations:
+        raise RequestError("tuning needs calibration data: give some, or ask for 0 iterations")
+    widths = linear_widths(source)
+    plans = {s: plan_groups(widths, s, group_size if s == "int4" else None) for s in destinations}
+    if calibration is not None and not isinstance(calibration, torch.Tensor):
+        calibration = pack_texts(source, calibration)
+    with tempfile.TemporaryDirectory(prefix="compressor-quantize-") as folder:
+        scratch = Path(folder)
+        if calibration is not None:
+            save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
+        job = {
+            "source": str(source.resolve()),
+            "iterations": iterations,
+            "seed": seed,
+            "device": device,
+            "schemes": [{"scheme": s, "group_size": g, "left_out": names} for s, (g, names) in plans.items()],
+        }
+        write_json(scratch / "job.json", job)
+        blocks = len({name.split(".layers.")[1].split(".")[0] for name in widths})
+        output = _run_child(scratch, source, blocks, len(plans), progress)
+        if log is not None:
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(output)
+        if not (scratch / "done").exists():
+            raise RuntimeError(f"quantization of {source} failed: {last_line(output)}")
+        return [
+            _assemble(source, record, scratch / scheme, destinations[scheme], scheme, group, names, iterations, widths)
+            for scheme, (group, names) in plans.items()
+        ]
+
+
+def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
+    """Token ids [sequences, length] of texts joined end to end; no longer than the network's context."""
+    import torch
+
+    from export.package import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    context = read_json(source / "config.json").get("max_position_embeddings") or length
+    ids = [token for text in texts for token in tokenizer(text, verbose=False).input_ids]
+    length = min(length, context, len(ids))
+    if length < 2:
+        raise RequestError("the calibration data holds no text")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def _run_child(scratch: Path, source: Path, blocks: int, schemes: int, progress: Progress | None) -> str:
+    """Run the child, following its log for progress. Returns what it printed."""
+    printed = scratch / "output.txt"
+    with printed.open("wb") as stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "export.quantize", str(scratch / "job.json")],
+            env=fresh_environment(scratch, weight_bytes(source)),
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)
+                if progress is not None:
+                    progress(*_position(printed.read_text(errors="replace"), blocks, schemes))
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    return printed.read_text(errors="replace")
+
+
+def _position(output: str, blocks: int, schemes: int) -> tuple[int, int, str]:
+    """Blocks done so far, read off auto-round's own progress bar: a change of its wording costs only this display."""
+    _, *started = re.split(r"^== (\S+)$", output, flags=re.MULTILINE)
+    if not started:
+        return 0, blocks * schemes, "starting"
+    scheme, printed = started[-2:]
+    bars = re.findall(r"Quantizing[^\r\n]*?(\d+)/\d+ \[", printed)
+    done = int(bars[-1]) if bars else 0
+    return (len(started) // 2 - 1) * blocks + done, blocks * schemes, scheme
+
+
+def _assemble(
+    source: Path,
+    record: dict[str, Any],
+    raw: Path,
+    destination: Path,
+    scheme: SchemeName,
+    group_size: int,
+    left_out: list[str],
+    iterations: int,
+    widths: Mapping[str, tuple[int, int]],
+) -> Quantized:
+    """Build the package from the child's weights and the source's other files."""
+    needed = weight_bytes(raw) + 2**24
+    with staged(destination, needed) as folder:
+        skipped = {CARD, RECORD, "config.json", "model.safetensors.index.json"}
+        skipped |= {file.name for file in weight_files(source)}
+        for name in record["files"]:
+            if name not in skipped:
+                (folder / name).write_bytes((source / name).read_bytes())
+        for file in [*weight_files(raw), *raw.glob("*.index.json")]:
+            file.rename(folder / file.name)
+        config = read_json(source / "config.json")
+        config["dtype"] = "bfloat16"
+        config["quantization_config"] = read_json(raw / "quantization_config.json")
+        write_json(folder / "config.json", config)
+        costs = stored_bits(folder, widths)
+        report = {
+            "scheme": scheme,
+            "group_size": group_size,
+            "iterations": iterations,
+            "bits_per_weight": costs,
+            "bits_per_parameter": 8 * weight_bytes(folder) / record["entry"]["params"],
+            "exceptions": _exceptions(scheme, left_out, config),
+        }
+        kept = ("name", "architecture", "layout", "params")
+        entry = {
+            **{key: record["entry"][key] for key in kept},
+            "path": str(destination),
+            "quantization": scheme,
+            "quantization_report": report,
+            "bytes": weight_bytes(folder),
+        }
+        lineage = {
+            **record["lineage"],
+            "quantized_from": {"name": record["entry"]["name"], "record_sha256": sha256(source / RECORD)},
+            "quantizer": versions(("neural-compressor", "auto-round", "compressed-tensors")),
+        }
+        write_record(folder, entry=entry, lineage=lineage, probe=record["probe"])
+    info = read_package(destination)
+    return Quantized(
+        package=info,
+        scheme=scheme,
+        group_size=group_size,
+        iterations=iterations,
+        bits_per_weight=costs,
+        bits_per_parameter=report["bits_per_parameter"],
+        bytes=info.bytes,
+        exceptions=report["exceptions"],
+    )
+
+
+def _exceptions(scheme: SchemeName, left_out: list[str], config: Mapping[str, Any]) -> dict[str, str]:
+    exceptions = {"model.embed_tokens": "bfloat16 (embeddings are not quantized)"}
+    if not config.get("tie_word_embeddings"):
+        exceptions["lm_head"] = "bfloat16 (the output head is not quantized)"
+    why = "per-channel INT8, rounded to nearest (a width is no multiple of 32)"
+    return exceptions | dict.fromkeys(left_out, why)
+
+
+def stored_bits(folder: Path, widths: Mapping[str, tuple[int, int]]) -> float:
+    """Bits stored for each weight of the blocks' linear layers: codes, scales, zero points and shapes; no biases."""
+    from safetensors import safe_open
+
+    sizes = {"I32": 32, "I8": 8, "BF16": 16, "F16": 16, "F32": 32, "I64": 64, "U8": 8}
+    bits = 0
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                module, _, part = name.rpartition(".")
+                if module in widths and part.startswith("weight"):
+                    view = tensors.get_slice(name)
+                    count = 1
+                    for size in view.get_shape():
+                        count *= size
+                    bits += count * sizes[view.get_dtype()]
+    return bits / sum(rows * columns for rows, columns in widths.values())
+
+
+# --- the child -------------------------------------------------------------------------------------------------------
+
+
+def _child(job_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    job = read_json(job_path)
+    scratch = job_path.parent
+    held = scratch / "calibration.safetensors"
+    ids = load_file(held)["ids"] if held.exists() else None
+    for plan in job["schemes"]:
+        print(f"\n== {plan['scheme']}", flush=True)
+        torch.manual_seed(job["seed"])
+        _quantize(Path(job["source"]), scratch / plan["scheme"], plan, job, ids)
+    (scratch / "done").touch()
+
+
+def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, Any], ids: Tensor | None) -> None:
+    """Leave model*.safetensors and quantization_config.json of one scheme in `target`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    on_cpu = job["device"] == "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=torch.float32 if on_cpu else torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=check_code(source),
+    )
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    head = {name for name in linear if ".layers." not in name}
+    target.mkdir()
+    if set(plan["left_out"]) | head == set(linear):
+        raise RuntimeError("no layer has widths that are multiples of 32: there is nothing to quantize")
+    raw = _autoround(model, plan, job, ids, target / "raw")
+    found = read_json(raw / "config.json")["quantization_config"]
+    ignored = set(found["ignore"])
+    if ignored != head | set(plan["left_out"]):
+        raise RuntimeError(f"AutoRound left out other layers than expected: {sorted(ignored ^ head ^ set(plan['left_out']))}")
+    names = [name for name in linear if name not in ignored]
+    write_json(target / "quantization_config.json", _configuration(found, names, plan["left_out"]))
+    with WeightWriter(target) as weights:
+        for name, tensor in _stored(raw):
+            module, _, part = name.rpartition(".")
+            if module in plan["left_out"] and part == "weight":
+                for suffix, value in per_channel_int8(tensor).items():
+                    weights.add(f"{module}.{suffix}", value)
+            else:
+                weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+
+
+def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tensor | None, output: Path) -> Path:
+    """Run neural-compressor's AutoRound; returns the folder that it wrote."""
+    from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
+
+    from export.package import load_tokenizer
+
+    options: dict[str, Any] = {"group_size": plan["group_size"]} if plan["scheme"] != "int8-dynamic" else {}
+    if ids is None:
+        options |= {"disable_opt_rtn": True}
+    else:
+        options |= {"dataset": list(ids.split(_BATCH)), "nsamples": len(ids), "seqlen": ids.shape[1]}
+    config = AutoRoundConfig(
+        tokenizer=load_tokenizer(Path(job["source"])),
+        scheme=_PRESETS[plan["scheme"]],
+        iters=job["iterations"],
+        batch_size=min(_BATCH, len(ids)) if ids is not None else _BATCH,
+        seed=job["seed"],
+        # Rounding is tuned against the scales as they are stored.
+        scale_dtype="bf16",
+        amp=job["device"] != "cpu",
+        device_map=job["device"],
+        export_format="llm_compressor",
+        output_dir=str(output),
+        reloading=False,
+        **options,
+    )
+    prepared = prepare(model, config)
+    # auto-round collects garbage several times for each block; over all modules loaded so far that is most of the time
+    # that a small network takes. Frozen, they are left alone.
+    gc.freeze()
+    convert(prepared)
+    written = [path.parent for path in output.rglob("config.json")]
+    if len(written) != 1:
+        raise RuntimeError(f"AutoRound wrote {len(written)} models where one was expected")
+    return written[0]
+
+
+def _stored(folder: Path) -> Any:
+    from safetensors import safe_open
+
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
+
+
+def per_channel_int8(weight: Tensor) -> dict[str, Tensor]:
+    """A linear layer's weight [out, in] in compressed-tensors' packed form: 8 bits, one bfloat16 scale for each row."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    # The scale is rounded up to bfloat16 so that the largest weight of a row never overflows its code.
+    scale = (weight.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+    stored = (scale * (1 + 2**-8)).to(torch.bfloat16)
+    codes = (weight.float() / stored.float()).round().clamp(-128, 127).to(torch.int8)
+    return {
+        "weight_packed": pack_to_int32(codes, 8),
+        "weight_scale": stored,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def _configuration(found: dict[str, Any], names: list[str], left_out: list[str]) -> dict[str, Any]:
+    """AutoRound's configuration, with a second group for the layers that it left out."""
+    if not left_out:
+        return found
+    (main,) = found["config_groups"].values()
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    fallback = {**main, "targets": left_out, "weights": {**weights, "group_size": None}}
+    if main["weights"]["num_bits"] == 8:
+        groups = {"group_0": main}
+    else:
+        groups = {"group_0": {**main, "targets": names}, "group_1": fallback}
+    return {**found, "config_groups": groups, "ignore": [n for n in found["ignore"] if n not in left_out]}
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]))

@@ -1,0 +1,346 @@
+"""Proof of a package: a fresh process that sees only the folder loads it and re-checks what it claims.
+
+`python -m export.verify PACKAGE` prints the result as JSON. Nothing of the process that wrote the package is used:
+weights, code, configuration and tokenizer all come from the folder, through transformers' Auto classes, offline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import VerificationError
+from export.package import check_code, check_files, load_tokenizer, read_record, update_record, versions, weight_bytes
+
+TOLERANCE = 1e-5
+"""Largest |Δ logit| as a share of the largest |logit|, float32, the stored weights on both sides."""
+
+BOUNDS = {"int8": 0.1, "int8-dynamic": 0.25, "int4": 1.0}
+"""Largest mean |Δ log-probability| (nats) of the next tokens that quantization may cause, by scheme.
+
+Networks of a few hundred thousand parameters come to half of these at 4 bits; weights or scales that were misread
+cost several nats. Whether the loss is acceptable is for the tasks to say.
+"""
+
+OWN = "quantized_next_logprob"
+"""Key of the probe for what a quantized package itself said when it was first verified: later checks are exact."""
+
+NEW_TOKENS = 12
+
+
+def verify(package: Path, reference: Path | None = None, *, record: bool = False) -> dict[str, Any]:
+    """Check one package in a fresh process; see `verify_all`."""
+    return verify_all([(package, reference)], record=record)[0]
+
+
+def verify_all(
+    packages: Sequence[tuple[Path, Path | None]], *, record: bool = False, log: Path | None = None
+) -> list[dict[str, Any]]:
+    """Check packages in one fresh process. Returns what was proved of each, in order.
+
+    Each comes with the full logits that export saved (`write_package(reference=…)`; the unquantized network's, for a
+    quantized package), or None to compare with the compact probe inside the package. With `record`, the result is
+    written into each package's compression.json. The process's own output goes to `log`.
+
+    Raises `VerificationError` naming the file or the first claim that does not hold.
+    """
+    for package, _ in packages:
+        check_files(package)
+    with tempfile.TemporaryDirectory(prefix="compressor-verify-") as scratch:
+        jobs = Path(scratch) / "jobs.json"
+        results = Path(scratch) / "results.json"
+        pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
+        jobs.write_text(json.dumps(pairs), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "export.verify", "--jobs", str(jobs), str(results)],
+            env=fresh_environment(Path(scratch), max(weight_bytes(p) for p, _ in packages)),
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if log is not None:
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(done.stdout)
+        found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    if "error" in found:
+        raise VerificationError(found["error"])
+    if "results" not in found:
+        raise VerificationError(f"{packages[0][0]}: the checking process died: {last_line(done.stdout)}")
+    for (package, _), result in zip(packages, found["results"], strict=True):
+        own = result.pop(OWN, None)
+        if record:
+            update_record(package, entry={"verified": result}, probe={} if own is None else {OWN: own})
+    return found["results"]
+
+
+SMALL_BYTES = 200 * 2**20
+"""Networks with fewer bytes of weights are computed on one thread: more only get into each other's way."""
+
+
+def fresh_environment(scratch: Path, network_bytes: int) -> dict[str, str]:
+    """Environment of a new interpreter that finds our packages, stays offline, and keeps remote code in `scratch`."""
+    root = Path(__file__).resolve().parent.parent
+    search_path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if network_bytes < SMALL_BYTES else {}
+    return os.environ | threads | {
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def last_line(output: str) -> str:
+    """The last line that says something: an exception's message, where a traceback ends the output."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def check(package: Path, reference: Path | None = None) -> dict[str, Any]:
+    """All checks of one package, in this process (which should be a fresh one)."""
+    record = read_record(package)
+    if record["entry"]["layout"] == "gguf":
+        from export.gguf_layout import check_gguf
+
+        return check_gguf(package, record)
+    return _Checker(package, record, reference).run()
+
+
+class _Checker:
+    """The checks of one Hugging Face package, in order; each raises `VerificationError` or adds to `result`."""
+
+    def __init__(self, package: Path, record: dict[str, Any], reference: Path | None) -> None:
+        import torch
+
+        self.package, self.record, self.reference = package, record, reference
+        self.trusted = check_code(package)
+        self.quantization: str | None = record["entry"]["quantization"]
+        self.ids = torch.tensor(record["probe"]["ids"])
+        self.result: dict[str, Any] = {}
+        self.own: Any = None  # next-token log-probabilities of a quantized network
+
+    def fail(self, message: str) -> VerificationError:
+        return VerificationError(f"{self.package}: {message}")
+
+    def load(self, folder: Path) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=self.trusted,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            # Whatever transformers stumbles over is a fault of the package, and that is what the user needs to hear.
+            raise self.fail(f"does not load: {type(error).__name__}: {last_line(str(error))}") from error
+        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        for key, names in wrong.items():
+            if names:
+                raise self.fail(f"{key.replace('_', ' ')} on loading: {', '.join(names[:3])}")
+        return model.eval()
+
+    def run(self) -> dict[str, Any]:
+        from export.probe import logits_of
+
+        model = self.load(self.package)
+        logits = logits_of(model, self.ids)  # a compressed network unpacks its weights in this first pass
+        self.parameters(model)
+        self.logits(logits)
+        self.padding(model, logits)
+        self.cache(model)
+        self.tokenizer()
+        self.reload(model, logits)
+        return {
+            "layout": self.record["entry"]["layout"],
+            "quantization": self.quantization,
+            **self.result,
+            "remote_code": self.trusted,
+            "device": "cpu",
+            "dtype": "float32",
+            "versions": versions(("torch", "transformers", "tokenizers")),
+            **({OWN: self.own.tolist()} if self.own is not None else {}),
+        }
+
+    def parameters(self, model: Any) -> None:
+        packing = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        count = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(packing))
+        claimed = self.record["entry"]["params"]
+        if count != claimed:
+            raise self.fail(f"has {count} parameters where compression.json says {claimed}")
+        self.result["params"] = count
+
+    def logits(self, logits: Any) -> None:
+        import torch
+
+        from export.probe import load_reference, next_log_probabilities
+
+        probe = self.record["probe"]
+        scale = probe["max_abs_logit"]
+        expected = torch.tensor(probe["next_logprob"], dtype=torch.float64)
+        if self.reference is not None:
+            ids, full = load_reference(self.reference)
+            if not torch.equal(ids, self.ids):
+                raise self.fail("the reference logits are of other tokens than the probe")
+            expected = next_log_probabilities(full, ids)
+        found = next_log_probabilities(logits, self.ids)
+        mean = (found - expected).abs().mean().item()
+        if self.quantization is not None:
+            bound = BOUNDS[self.quantization]
+            if not mean <= bound:
+                raise self.fail(f"next-token log-probabilities are off by {mean:.4f} on average, allowed are {bound}")
+            self.result |= {"compared_with": "the unquantized network", "bound": bound}
+            self.own = found
+            if OWN in probe:
+                difference = (found - torch.tensor(probe[OWN], dtype=torch.float64)).abs().max().item()
+                allowed = self.slack(logits)
+                if not difference <= allowed:
+                    raise self.fail(f"log-probabilities differ by up to {difference:.3g} from those at export")
+                self.result["max_abs_logprob_difference_from_export"] = difference
+        elif self.reference is not None:
+            difference = (logits - full).abs().max().item()
+            if not difference <= TOLERANCE * scale:
+                raise self.fail(f"logits differ by up to {difference:.3g}, allowed are {TOLERANCE * scale:.3g}")
+            self.result |= {
+                "compared_with": "full logits of the network in memory",
+                "max_abs_logit_difference": difference,
+                "tolerance": TOLERANCE * scale,
+            }
+        else:
+            # A logit's tolerance moves a log-probability by at most twice as much; the probe is rounded to 7 digits.
+            allowed = 2 * TOLERANCE * scale + 1e-7
+            log_probs = logits.double().log_softmax(-1)
+            top = torch.tensor(probe["top_logprob"], dtype=torch.float64)
+            top_found = log_probs.gather(-1, torch.tensor(probe["top_ids"]))
+            difference = max((found - expected).abs().max().item(), (top_found - top).abs().max().item())
+            if not difference <= allowed:
+                raise self.fail(f"log-probabilities differ by up to {difference:.3g}, allowed are {allowed:.3g}")
+            self.result |= {
+                "compared_with": "the package's probe",
+                "max_abs_logprob_difference": difference,
+                "tolerance": allowed,
+            }
+        self.result["mean_abs_logprob_difference"] = mean
+
+    def padding(self, model: Any, logits: Any) -> None:
+        """Sequences of different lengths, padded on the left, against each one alone."""
+        import torch
+
+        count, length = self.ids.shape
+        pad = model.config.pad_token_id or 0
+        padded, mask = torch.full_like(self.ids, pad), torch.zeros_like(self.ids)
+        kept = [max(1, length - 3 * i) for i in range(count)]
+        for row, keep in enumerate(kept):
+            padded[row, length - keep :] = self.ids[row, :keep]
+            mask[row, length - keep :] = 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            batch = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        allowed = self.slack(logits)
+        for row, keep in enumerate(kept):
+            difference = (batch[row, length - keep :] - logits[row, :keep]).abs().max().item()
+            if not difference <= allowed:
+                raise self.fail(f"a left-padded batch differs by {difference:.3g} from single sequences")
+        self.result["padding_equal"] = True
+
+    def cache(self, model: Any) -> None:
+        """Greedy continuations with and without the key-value cache."""
+        import torch
+
+        prompt = self.ids[:1, : max(1, self.ids.shape[1] // 2)]
+        room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - prompt.shape[1]
+        options = {
+            "attention_mask": torch.ones_like(prompt),
+            "do_sample": False,
+            "max_new_tokens": min(NEW_TOKENS, room),
+            "pad_token_id": model.config.pad_token_id or 0,
+        }
+        cached = model.generate(prompt, use_cache=True, **options)
+        uncached = model.generate(prompt, use_cache=False, **options)
+        if not torch.equal(cached, uncached):
+            self.tie(model, cached, uncached)
+        self.result["cached_equals_uncached"] = True
+
+    def tie(self, model: Any, cached: Any, uncached: Any) -> None:
+        """Two greedy continuations may part where two tokens are equally likely, and nowhere else."""
+        import torch
+
+        from export.probe import logits_of
+
+        length = min(cached.shape[1], uncached.shape[1])
+        apart = (cached[0, :length] != uncached[0, :length]).nonzero()
+        if len(apart):
+            at = int(apart[0])
+            logits = logits_of(model, uncached[:, :at])[0, -1]
+            gap = (logits[uncached[0, at]] - logits[cached[0, at]]).abs().item()
+            if gap <= self.slack(logits):
+                return
+        del torch
+        raise self.fail(f"greedy generation with the cache gives {cached.tolist()}, without it {uncached.tolist()}")
+
+    def slack(self, logits: Any) -> float:
+        """What equal computations in another order may differ by.
+
+        Where activations are rounded, one that lies between two codes may fall to either side.
+        """
+        factor = 1000 if self.quantization == "int8-dynamic" else 1
+        return factor * TOLERANCE * logits.abs().max().item()
+
+    def tokenizer(self) -> None:
+        probe = self.record["probe"]
+        tokenizer = load_tokenizer(self.package)
+        ids = tokenizer(probe["text"]).input_ids
+        if ids != probe["text_ids"]:
+            raise self.fail(f"the tokenizer gives {ids} for {probe['text']!r}, recorded are {probe['text_ids']}")
+        if tokenizer.decode(ids) != probe["text_decoded"]:
+            raise self.fail(f"the tokenizer decodes {ids} as {tokenizer.decode(ids)!r}")
+        self.result["tokenizer_equal"] = True
+
+    def reload(self, model: Any, logits: Any) -> None:
+        """Saved by transformers and loaded again: the same logits."""
+        if self.quantization is not None:
+            # transformers writes a compressed network back decompressed under a compressed configuration.
+            self.result["save_and_reload_equal"] = None
+            return
+        from export.probe import logits_of
+
+        with tempfile.TemporaryDirectory(prefix="compressor-verify-") as folder:
+            model.save_pretrained(folder)
+            again = logits_of(self.load(Path(folder)), self.ids)
+        difference = (again - logits).abs().max().item()
+        if not difference <= self.slack(logits):
+            raise self.fail(f"saved and loaded again, its logits differ by {difference:.3g}")
+        self.result["save_and_reload_equal"] = True
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments[0] != "--jobs":
+        check_files(Path(arguments[0]))
+        print(json.dumps(check(Path(arguments[0])), indent=2))
+        return 0
+    jobs = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    found: dict[str, Any]
+    try:
+        found = {"results": [check(Path(package), Path(ref) if ref else None) for package, ref in jobs]}
+    except VerificationError as error:
+        found = {"error": str(error)}
+    Path(arguments[2]).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

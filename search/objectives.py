@@ -1,0 +1,195 @@
+"""What a search optimises: objectives that are measured, objectives that are computed, and hard bounds on either.
+
+Sizes follow exactly from the architecture and are never predicted; neither is speed, which a function handed in
+computes from layer timings. Only what an evaluation measures needs a predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.architecture import Architecture, LayerSizes, Scheme, Structure
+from search.space import Genomes, SearchSpace
+
+Direction = Literal["max", "min"]
+Values = NDArray[np.float64]
+
+SPEEDS: dict[str, Direction] = {"decode_tps": "max", "prefill_tps": "max", "latency": "min"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One number of an architecture and which way is better.
+
+    `compute` gives it exactly; without it the number comes from evaluations. `additive` says that it is a sum over
+    layers plus a part that depends on the hidden size alone, which lets a predicted search add up table entries.
+    """
+
+    name: str
+    direction: Direction
+    compute: Callable[[Architecture], float] | None = None
+    additive: bool = False
+
+    @property
+    def kind(self) -> Literal["measured", "computed"]:
+        return "measured" if self.compute is None else "computed"
+
+    def cost(self, values: Any) -> Any:
+        """`values` turned so that less is better."""
+        return -values if self.direction == "max" else values
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A hard bound on an objective, which need not be one of those searched for. Bounds are inclusive."""
+
+    objective: Objective
+    maximum: float | None = None
+    minimum: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.maximum is None and self.minimum is None:
+            raise ValueError(f"a constraint on {self.objective.name} needs a maximum or a minimum")
+        if self.maximum is not None and self.minimum is not None and self.minimum > self.maximum:
+            raise ValueError(f"{self.objective.name} cannot be at least {self.minimum:g} and at most {self.maximum:g}")
+
+    def violation(self, values: Values) -> Values:
+        """How far values miss the bounds, as a share of the bound; 0 where they hold."""
+        missed = np.zeros(len(values))
+        if self.maximum is not None:
+            missed = np.maximum(missed, (values - self.maximum) / max(abs(self.maximum), 1e-12))
+        if self.minimum is not None:
+            missed = np.maximum(missed, (self.minimum - values) / max(abs(self.minimum), 1e-12))
+        return missed
+
+    def __str__(self) -> str:
+        bounds = [] if self.minimum is None else [f"at least {self.minimum:,.6g}"]
+        if self.maximum is not None:
+            bounds.append(f"at most {self.maximum:,.6g}")
+        return f"{self.objective.name} {' and '.join(bounds)}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured sub-network: every objective's and constraint's number by name, and whatever else was measured.
+
+    `full` is False for one that was scored on part of the documents only; such a one is never on the front.
+    """
+
+    architecture: Architecture
+    values: Mapping[str, float]
+    generation: int = 0
+    index: int = 0
+    full: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "key": self.architecture.key,
+            "architecture": self.architecture.to_dict(),
+            "values": dict(self.values),
+            "generation": self.generation,
+            "index": self.index,
+            "full": self.full,
+        }
+
+
+def computed(
+    structure: Structure,
+    *,
+    scheme: Scheme | None = None,
+    context: int = 0,
+    speed: Mapping[str, Callable[[Architecture], float]] | None = None,
+) -> dict[str, Objective]:
+    """The objectives that need no evaluation, by name.
+
+    `parameters`; `bytes` as stored, under `scheme` where one is given; `macs` for one token behind `context` others;
+    `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps` (tokens per second), `latency`.
+    """
+    objectives = [
+        Objective("parameters", "min", structure.parameters, additive=True),
+        Objective("bytes", "min", lambda a: structure.bytes(a, scheme), additive=True),
+        Objective("macs", "min", lambda a: structure.macs(a, context), additive=True),
+        Objective("kv_cache_bytes", "min", structure.kv_cache_bytes, additive=True),
+    ]
+    for name, function in (speed or {}).items():
+        if name not in SPEEDS:
+            raise ValueError(f"unknown speed '{name}'; valid are {', '.join(SPEEDS)}")
+        objectives.append(Objective(name, SPEEDS[name], function))
+    return {objective.name: objective for objective in objectives}
+
+
+def choose(names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]) -> list[Objective]:
+    """Two to four objectives by name: of `known` (see `computed`), or of what evaluations will measure.
+
+    ValueError, with what would be valid, for a name that nobody computes or measures.
+    """
+    for name in names:
+        if name not in known and name not in measured:
+            raise ValueError(f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}")
+    chosen = [known[name] if name in known else Objective(name, measured[name]) for name in names]
+    check(chosen)
+    return chosen
+
+
+def check(objectives: Sequence[Objective]) -> None:
+    """ValueError unless these are two to four objectives, all different, of which at least one is measured."""
+    names = [objective.name for objective in objectives]
+    if not 2 <= len(names) <= 4:
+        raise ValueError(f"a search takes two to four objectives, not {len(names)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"an objective is named twice: {', '.join(names)}")
+    if all(objective.kind == "computed" for objective in objectives):
+        raise ValueError(f"{', '.join(names)} are all computed from sizes; add a measured objective such as quality")
+
+
+@dataclass
+class Computer:
+    """Computed objectives of whole matrices of genomes. Exact, and fast through tables of each layer's part."""
+
+    space: SearchSpace
+    objective: Objective
+    _table: dict[tuple[int, int, tuple[int, ...]], float] = field(default_factory=dict)
+    _outer: dict[int, float] = field(default_factory=dict)
+    _whole: dict[Architecture, float] = field(default_factory=dict)
+
+    def __call__(self, genomes: Genomes) -> Values:
+        """The objective of each row, [n]."""
+        compute = self.objective.compute
+        if compute is None:
+            raise ValueError(f"{self.objective.name} is measured, not computed")
+        if self.objective.additive:
+            return self._add_up(compute, genomes)
+        found = []
+        for architecture in self.space.decode_all(genomes):
+            if architecture not in self._whole:
+                self._whole[architecture] = float(compute(architecture))
+            found.append(self._whole[architecture])
+        return np.array(found)
+
+    def _add_up(self, compute: Callable[[Architecture], float], genomes: Genomes) -> Values:
+        sizes, hidden = self.space.sizes(genomes)
+        layers = sizes.shape[1]
+        nothing = LayerSizes(0, 0, 0)
+        for width in np.unique(hidden).tolist():
+            if width not in self._outer:
+                self._outer[width] = float(compute(Architecture(width, (nothing,) * layers)))
+        total = np.array([self._outer[width] for width in hidden.tolist()])
+        codes = np.repeat(hidden[:, None], layers, axis=1)
+        for column in range(sizes.shape[2]):
+            codes = codes * (int(sizes[:, :, column].max()) + 1) + sizes[:, :, column]
+        for layer in range(layers):
+            _, first, where = np.unique(codes[:, layer], return_index=True, return_inverse=True)
+            parts = np.empty(len(first))
+            for position, row in enumerate(first):
+                key = (layer, int(hidden[row]), tuple(sizes[row, layer].tolist()))
+                if key not in self._table:
+                    alone = tuple(LayerSizes(*key[2]) if i == layer else nothing for i in range(layers))
+                    self._table[key] = float(compute(Architecture(key[1], alone))) - self._outer[key[1]]
+                parts[position] = self._table[key]
+            total += parts[where]
+        return total

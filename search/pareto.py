@@ -1,0 +1,146 @@
+"""The Pareto front of what was measured, how good it is, and what to pick from it. Less is better throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pymoo.indicators.hv import HV
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+
+from search.objectives import Constraint, Evaluation, Objective
+
+Costs = NDArray[np.float64]
+"""Objectives turned so that less is better, [n, objectives]."""
+
+
+def costs(evaluations: Sequence[Evaluation], objectives: Sequence[Objective]) -> Costs:
+    """The objectives of evaluations, less is better."""
+    rows = [[objective.cost(e.values[objective.name]) for objective in objectives] for e in evaluations]
+    return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
+
+
+def violations(evaluations: Sequence[Evaluation], constraints: Sequence[Constraint]) -> Costs:
+    """By how much each evaluation misses each constraint, [n, constraints]; 0 where it holds."""
+    if not constraints or not evaluations:
+        return np.zeros((len(evaluations), len(constraints)))
+    columns = [c.violation(np.array([float(e.values[c.objective.name]) for e in evaluations])) for c in constraints]
+    return np.column_stack(columns)
+
+
+def ranks(values: Costs) -> list[NDArray[np.intp]]:
+    """Indices of the first, second, … non-dominated front. Equal rows are on the same front."""
+    return list(NonDominatedSorting().do(values)) if len(values) else []
+
+
+def non_dominated(values: Costs) -> NDArray[np.intp]:
+    """Indices, ascending, of the rows that no other row is better than in all respects. Equal rows all stay."""
+    return np.sort(ranks(values)[0]) if len(values) else np.zeros(0, dtype=np.intp)
+
+
+def hypervolume(values: Costs, reference: Sequence[float] | Costs) -> float:
+    """Volume that the rows dominate within the reference point (Zitzler and Thiele 1999), in the units given."""
+    inside = values[(values < np.asarray(reference)).all(axis=1)] if len(values) else values
+    return float(HV(ref_point=np.asarray(reference, dtype=float))(inside)) if len(inside) else 0.0
+
+
+def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
+    """`n` rows, or all, each the farthest from those chosen before it and from `occupied`, in units of the ranges.
+
+    Where nothing is occupied the extremes of the first objective come first.
+    """
+    if len(values) <= n:
+        return list(range(len(values)))
+    everything = values if occupied is None else np.vstack([values, occupied])
+    low, high = everything.min(0), everything.max(0)
+    scaled = (values - low) / np.where(high > low, high - low, 1.0)
+    chosen: list[int] = []
+    if occupied is None or not len(occupied):
+        chosen = [int(np.argmin(scaled[:, 0]))]
+        distance = np.linalg.norm(scaled - scaled[chosen[0]], axis=1)
+    else:
+        taken = (occupied - low) / np.where(high > low, high - low, 1.0)
+        distance = np.linalg.norm(scaled[:, None] - taken[None], axis=2).min(1)
+    while len(chosen) < n:
+        distance[chosen] = -1.0
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(scaled - scaled[chosen[-1]], axis=1))
+    return chosen
+
+
+def knee(values: Costs) -> int:
+    """The row nearest to having it all: the least sum of objectives, each scaled to the range of the rows given."""
+    low, high = values.min(0), values.max(0)
+    return int(np.argmin(((values - low) / np.where(high > low, high - low, 1.0)).sum(1)))
+
+
+def front(
+    evaluations: Iterable[Evaluation], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()
+) -> list[Evaluation]:
+    """The fully measured evaluations that meet the constraints and that none other dominates, by the first objective,
+    best first."""
+    full = [e for e in evaluations if e.full]
+    feasible = ~(violations(full, constraints) > 0).any(axis=1)
+    values = costs(full, objectives)
+    usable = np.flatnonzero(feasible & np.isfinite(values).all(axis=1))
+    best = usable[non_dominated(values[usable])]
+    order = sorted(best.tolist(), key=lambda i: (tuple(values[i]), full[i].architecture.key))
+    return [full[i] for i in order]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asked for. Sizes are absolute (the caller resolves shares); speed-up is against the base."""
+
+    max_params: int | None = None
+    max_bytes: int | None = None
+    min_speedup: float | None = None
+    max_drop: float | None = None
+
+    def bounds(self) -> list[tuple[str, float, bool]]:
+        """The sizes asked for: name in `Evaluation.values`, bound, and whether the value must be at most the bound."""
+        wanted = [("parameters", self.max_params, True), ("bytes", self.max_bytes, True),
+                  ("speedup", self.min_speedup, False)]
+        return [(name, float(bound), upper) for name, bound, upper in wanted if bound is not None]
+
+    def __str__(self) -> str:
+        parts = [f"{name} {'at most' if upper else 'at least'} {bound:,.6g}" for name, bound, upper in self.bounds()]
+        if self.max_drop is not None:
+            parts.append(f"quality at least {1 - self.max_drop:.6g}")
+        return " and ".join(parts)
+
+
+def pick(evaluations: Iterable[Evaluation], target: Target, *, uniform: bool = False) -> Evaluation:
+    """The measured architecture that a target asks for; `uniform` looks only at those whose kept layers are alike.
+
+    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop, otherwise the one of best
+    quality, among those that meet the sizes asked for. Values need `quality`, `parameters`, and `bytes` or `speedup`
+    (decode speed over the base's) where the target names them. ValueError, naming the nearest, where none meets it.
+    """
+    candidates = [e for e in evaluations if e.full and (e.architecture.is_uniform or not uniform)]
+    what = "measured architecture with all kept layers alike" if uniform else "measured architecture"
+    if not candidates:
+        raise ValueError(f"there is no {what} to pick from")
+    if not target.bounds() and target.max_drop is None:
+        raise ValueError("a target needs at least one of max_params, max_bytes, min_speedup and max_drop")
+
+    def misses(evaluation: Evaluation) -> float:
+        total = 0.0
+        for name, bound, upper in target.bounds():
+            value = evaluation.values[name]
+            total += max(0.0, (value - bound if upper else bound - value) / abs(bound or 1.0))
+        if target.max_drop is not None:
+            total += max(0.0, 1 - target.max_drop - evaluation.values["quality"])
+        return total
+
+    meeting = [e for e in candidates if misses(e) == 0.0]
+    if not meeting:
+        nearest = min(candidates, key=lambda e: (misses(e), e.architecture.key))
+        names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
+        has = ", ".join(f"{name} {nearest.values[name]:,.6g}" for name in names)
+        raise ValueError(f"no {what} has {target}; the nearest has {has}")
+    if target.max_drop is not None:
+        return min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))
+    return min(meeting, key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))

@@ -1,0 +1,235 @@
+"""The search loop: ask an algorithm, have its architectures measured wherever that is, tell it, report, repeat."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compressor.architecture import Architecture
+from search.algorithms import algorithm as algorithm_named
+from search.objectives import Constraint, Evaluation, Objective, check
+from search.pareto import Costs, costs, front, hypervolume, violations
+from search.space import SearchSpace
+
+Measure = Callable[[list[Architecture]], Iterable[tuple[Architecture, Mapping[str, float]]]]
+"""Measures architectures, in any order, each yielded as soon as it is known, with its values by name.
+
+One that was measured before comes from the store, at once; so does all of an interrupted search, when it is run again.
+"""
+
+
+@dataclass
+class SearchResult:
+    """All that a search measured, and how it went. `generations` holds one JSON-able record for each generation."""
+
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    algorithm: str
+    seed: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
+
+    @property
+    def front(self) -> list[Evaluation]:
+        """The measured Pareto front within the constraints, by the first objective, best first."""
+        return front(self.evaluations, self.objectives, self.constraints)
+
+    def gene_counts(self) -> dict[str, dict[int, int]]:
+        """How often each gene takes each value on the front; inert genes are not counted."""
+        counts: dict[str, Counter[int]] = {gene.name: Counter() for gene in self.space.genes}
+        for evaluation in self.front:
+            genome = self.space.encode(evaluation.architecture)
+            for gene, index, inert in zip(self.space.genes, genome, self.space.inert(genome), strict=True):
+                if not inert:
+                    counts[gene.name][gene.values[index]] += 1
+        return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "algorithm": self.algorithm,
+            "seed": self.seed,
+            "space": {"name": self.space.name, "size": self.space.size, "genes": self.space.to_dict()},
+            "objectives": [{"name": o.name, "direction": o.direction, "kind": o.kind} for o in self.objectives],
+            "constraints": [str(c) for c in self.constraints],
+            "reference": self.reference,
+            "evaluations": [e.to_dict() for e in self.evaluations],
+            "front": [e.architecture.key for e in self.front],
+            "gene_counts": self.gene_counts(),
+            "generations": self.generations,
+        }
+
+
+def search(
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    measure: Measure,
+    *,
+    algorithm: str = "linas",
+    evaluations: int = 250,
+    population: int = 50,
+    seed: int = 0,
+    constraints: Sequence[Constraint] = (),
+    include: Iterable[Architecture] = (),
+    warm_start: Iterable[Architecture] = (),
+    reference: Sequence[float] | None = None,
+    on_request: Callable[[int, list[Architecture]], None] | None = None,
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_generation: Callable[[dict[str, Any]], None] | None = None,
+) -> SearchResult:
+    """Search `space` with a budget of `evaluations` measured architectures.
+
+    The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`), `warm_start`, and
+    random architectures spread over all sizes within the constraints, `population` in all; then `algorithm` decides.
+    `on_request(generation, architectures)` is called before a generation is measured, `on_evaluation` the moment each
+    measurement arrives, `on_generation` with each generation's record.
+
+    The same arguments and measurements give the same search; so an interrupted one is resumed by running it again
+    with a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in the objectives'
+    own units; by default the worst of each objective in the first generation. Hypervolumes are in units of the box
+    between the reference and the best of each objective in the first generation, and can exceed 1.
+
+    ValueError for a request that cannot be met; what `measure` raises passes through.
+    """
+    check(objectives)
+    check_constraints(space, constraints)
+    if evaluations < 2 or population < 2:
+        raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
+    rng = np.random.default_rng(seed)
+    initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
+    searcher = algorithm_named(algorithm)(
+        space,
+        objectives,
+        population=population,
+        evaluations=evaluations,
+        seed=int(rng.integers(2**31)),
+        constraints=constraints,
+        initial=initial[:evaluations],
+    )
+    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed)
+    scale: tuple[Costs, Costs] | None = None
+    began = time.perf_counter()
+    while len(result.evaluations) < evaluations:
+        size = population if result.generations else len(initial)
+        asked = searcher.ask(min(size, evaluations - len(result.evaluations)))
+        if not asked:
+            break
+        asking = dict(searcher.report)
+        generation = len(result.generations)
+        if on_request is not None:
+            on_request(generation, asked)
+        measuring = time.perf_counter()
+        fresh = _measured(asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation)
+        measured = time.perf_counter()
+        result.evaluations += fresh
+        searcher.report = {}
+        searcher.tell([(e.architecture, e.values) for e in fresh])
+        if scale is None:
+            scale = _scale(result, reference)
+            result.reference = [float(o.cost(v)) for o, v in zip(objectives, scale[1], strict=True)]
+        record = {
+            "generation": generation,
+            "evaluations": len(result.evaluations),
+            "new": len(fresh),
+            "hypervolume": _hypervolume(result, *scale),
+            "front": len(result.front),
+            **asking,
+            **searcher.report,
+            "seconds": {"evaluation": measured - measuring, "overhead": 0.0},
+        }
+        record["seconds"]["overhead"] = time.perf_counter() - began - (measured - measuring)
+        began = time.perf_counter()
+        result.generations.append(record)
+        if on_generation is not None:
+            on_generation(record)
+    return result
+
+
+def first_generation(
+    space: SearchSpace,
+    n: int,
+    rng: np.random.Generator,
+    include: Iterable[Architecture] = (),
+    constraints: Sequence[Constraint] = (),
+) -> list[Architecture]:
+    """The base, the smallest, all of `include`, and architectures spread over the sizes that constraints on
+    `parameters` leave, up to `n` in all; more only where `include` needs it.
+
+    ValueError where `include` holds something that the space does not.
+    """
+    included = list(include)
+    chosen = dict.fromkeys([space.base, space.smallest(), *included])
+    for architecture in chosen:
+        space.encode(architecture)
+    sized = [c for c in constraints if c.objective.name == "parameters"]
+    least = max((c.minimum for c in sized if c.minimum is not None), default=None)
+    most = min((c.maximum for c in sized if c.maximum is not None), default=None)
+    for _ in range(20):
+        missing = n - len(chosen)
+        if missing <= 0:
+            break
+        chosen |= dict.fromkeys(space.decode_all(space.sample_sizes(rng, missing, least, most)))
+    return list(chosen)
+
+
+def check_constraints(space: SearchSpace, constraints: Sequence[Constraint]) -> None:
+    """ValueError for a size that even the smallest architecture exceeds, or even the base falls short of, naming it."""
+    for constraint in constraints:
+        objective = constraint.objective
+        if objective.compute is None:
+            continue
+        small, base = float(objective.compute(space.smallest())), float(objective.compute(space.base))
+        low, high = min(small, base), max(small, base)
+        if constraint.maximum is not None and low > constraint.maximum:
+            raise ValueError(f"{constraint} is out of reach: the search space goes down to {low:,.6g}")
+        if constraint.minimum is not None and high < constraint.minimum:
+            raise ValueError(f"{constraint} is out of reach: the search space goes up to {high:,.6g}")
+
+
+def _measured(
+    asked: list[Architecture],
+    measure: Measure,
+    complete: Callable[[Architecture, Mapping[str, float]], dict[str, float]],
+    generation: int,
+    before: int,
+    on_evaluation: Callable[[Evaluation], None] | None,
+) -> list[Evaluation]:
+    """Evaluations in the order in which they were asked for, whatever the order in which they arrive."""
+    places = {architecture: place for place, architecture in enumerate(asked)}
+    found: dict[int, Evaluation] = {}
+    for architecture, values in measure(asked):
+        place = places.get(architecture)
+        if place is None or place in found:
+            raise ValueError(f"architecture {architecture.key} was measured but not asked for")
+        found[place] = Evaluation(architecture, complete(architecture, values), generation, before + place)
+        if on_evaluation is not None:
+            on_evaluation(found[place])
+    if len(found) < len(asked):
+        raise RuntimeError(f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement")
+    return [found[place] for place in range(len(asked))]
+
+
+def _scale(result: SearchResult, reference: Sequence[float] | None) -> tuple[Costs, Costs]:
+    """Best and worst of each objective in the first generation, less is better; the worst may be given."""
+    values = costs(result.evaluations, result.objectives)
+    values = values[np.isfinite(values).all(axis=1)]
+    if not len(values):
+        raise ValueError("no architecture of the first generation has a finite score")
+    worst = values.max(axis=0)
+    if reference is not None:
+        worst = np.array([float(o.cost(r)) for o, r in zip(result.objectives, reference, strict=True)])
+    return values.min(axis=0), worst
+
+
+def _hypervolume(result: SearchResult, best: Costs, worst: Costs) -> float:
+    values = costs(result.evaluations, result.objectives)
+    feasible = ~(violations(result.evaluations, result.constraints) > 0).any(axis=1)
+    values = values[np.isfinite(values).all(axis=1) & feasible]
+    box = np.where(worst > best, worst - best, 1.0)
+    return hypervolume((values - best) / box, (worst - best) / box)

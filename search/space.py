@@ -1,0 +1,722 @@
+"""What may be cut: genes, genomes, and the architectures they stand for.
+
+A genome holds one index for each gene, into that gene's ascending values; the last value is the base's own, so the
+genome of all last values is the base model. Several genomes can stand for one architecture (the width of a layer that
+another gene removes is inert); `canonicalize` maps them to one. Most work is done on matrices of genomes, one per
+row, because a predicted search looks at thousands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.architecture import Architecture, LayerSizes, Structure
+
+Genome = tuple[int, ...]
+Genomes = NDArray[np.int64]
+"""Genomes as rows, [n, genes]."""
+
+POLICIES = ("first", "alternate", "late-block")
+PRESETS = ("llama-nas", "instatune", "depth", "uniform", "fine")
+PER_LAYER = ("kv", "ffn", "experts", "layer")
+GLOBAL = ("kv", "ffn", "experts", "heads", "hidden_size", "depth")
+HEADS, KV, FFN, EXPERTS = range(4)
+ENUMERABLE = 50_000
+"""Spaces of at most so many genomes are listed where no formula or sampling will do."""
+COLUMNS = {"kv": KV, "ffn": FFN, "experts": EXPERTS}
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """One elastic size. `kv.3`, `ffn.3`, `experts.3` and `layer.3` belong to layer 3 of the base; `kv`, `ffn` and
+    `experts` hold for all layers at once, `heads` is the number of query heads for each key-value head, `hidden_size`
+    the residual width, and `depth` the number of layers, which a policy chooses.
+
+    `values` ascend and end with the base's own. 0 removes the half-block (`kv`, `ffn`) or the layer (`layer`).
+    """
+
+    name: str
+    values: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def layer(self) -> int | None:
+        index = self.name.partition(".")[2]
+        return int(index) if index else None
+
+
+def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The `depth` of `layers` layers that a published policy keeps.
+
+    `first` keeps the first (DyNAS-T's rule for BERT and ViT), `alternate` removes evenly spaced ones (AutoDistil),
+    `late-block` removes one block that ends just before the last sixteenth of the layers, at least one (the
+    late-middle block of the depth-pruning papers). `importance` keeps the first `depth` of `order`, which lists all
+    layers, most important first.
+    """
+    gone = layers - depth
+    if policy == "first":
+        removed: Iterable[int] = range(depth, layers)
+    elif policy == "alternate":
+        removed = {int((i + 0.5) * layers / gone) for i in range(gone)}
+    elif policy == "late-block":
+        end = max(layers - max(1, layers // 16), gone)
+        removed = range(end - gone, end)
+    elif policy == "importance" and order is not None:
+        removed = set(order[depth:])
+    else:
+        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order")
+    return tuple(i for i in range(layers) if i not in set(removed))
+
+
+def widths(base: int, step: int | None = None) -> tuple[int, ...]:
+    """FFN widths from `step` to `base`, in steps that hardware and quantization groups like.
+
+    Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts, thinned to
+    about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself. A remainder of less
+    than half a step is not worth a value of its own.
+    """
+    if step is None:
+        if base < 64:
+            step = max(1, math.ceil(base / 8))
+        else:
+            unit = next((u for u in (128, 64, 32) if base % u == 0 and base // u >= 8), 32)
+            parts = base // unit
+            coarse = math.ceil(parts / 12)
+            step = unit * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
+    elif not 0 < step <= base or (base % step and step % 32):
+        fitting = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
+        raise ValueError(
+            f"a step of {step} does not divide the FFN width {base}; valid are its divisors "
+            f"({', '.join(map(str, fitting))}) and multiples of 32 below it"
+        )
+    below = [w for w in range(step, base, step) if base - w >= step / 2]
+    return (*below, base)
+
+
+class SearchSpace:
+    """Genes over a base model's structure.
+
+    `kept` says for each value of the `depth` gene, in order, which layers stay. An architecture of the space keeps
+    attention in at least one layer: a genome that would not is repaired, the first layer that it keeps (or else the
+    first that it could) getting its smallest attention.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        genes: Iterable[Gene],
+        *,
+        kept: Sequence[Iterable[int]] | None = None,
+        name: str = "custom",
+    ) -> None:
+        self.structure = structure
+        self.base = structure.base
+        self.genes = tuple(genes)
+        self.name = name
+        self._index = {gene.name: position for position, gene in enumerate(self.genes)}
+        self._check()
+        layers = len(self.base.layers)
+        self._values = [np.array(gene.values, dtype=np.int64) for gene in self.genes]
+        self._counts = np.array([len(gene.values) for gene in self.genes], dtype=np.int64)
+        self._base_sizes = np.array(
+            [
+                [s.num_attention_heads, s.num_key_value_heads, s.intermediate_size, s.num_experts]
+                for s in self.base.layers
+            ],
+            dtype=np.int64,
+        )
+        self._queries = self._base_sizes[:, HEADS] // np.maximum(self._base_sizes[:, KV], 1)
+        self._keep = self._check_kept(kept, layers)
+        self._removable = np.array(
+            [
+                f"layer.{i}" in self._index
+                or (self._holds_zero(f"ffn.{i}") and (self._holds_zero(f"kv.{i}") or not self._base_sizes[i, KV]))
+                for i in range(layers)
+            ]
+        )
+        self._layer_sizes: dict[tuple[int, ...], LayerSizes] = {}
+
+    # -- validation -------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        layers = len(self.base.layers)
+        if not self.genes:
+            raise ValueError("the search space has no genes; name at least one of kv, ffn, layer, depth")
+        if len(self._index) != len(self.genes):
+            raise ValueError("the search space names a gene twice")
+        for gene in self.genes:
+            kind, _, index = gene.name.partition(".")
+            per_layer = kind in PER_LAYER and index.isdecimal() and int(index) < layers
+            if not per_layer and not (kind in GLOBAL and not index):
+                raise ValueError(
+                    f"unknown gene '{gene.name}'; valid are {', '.join(GLOBAL)} and, for layers 0 to {layers - 1}, "
+                    + ", ".join(f"{k}.N" for k in PER_LAYER)
+                )
+            if per_layer and kind in self._index:
+                raise ValueError(f"'{gene.name}' contradicts '{kind}', which holds for all layers; keep one of them")
+            self._check_values(gene)
+
+    def _check_values(self, gene: Gene) -> None:
+        full, least = self._base_value(gene), 1
+        if gene.layer is not None and gene.kind != "experts":
+            least = 0
+        if not full:
+            raise ValueError(f"{gene.name}: the original has none of these")
+        valid = f"valid are {least} to {full}, ascending, the original's {full} last"
+        if any(not isinstance(v, int) or isinstance(v, bool) for v in gene.values):
+            raise ValueError(f"{gene.name}: {list(gene.values)} are not all whole numbers; {valid}")
+        ascending = all(
+            a < b or (a == b and gene.kind == "depth")
+            for a, b in zip(gene.values, gene.values[1:], strict=False)
+        )
+        if not gene.values or not ascending:
+            raise ValueError(f"{gene.name}: {list(gene.values)} does not ascend; {valid}")
+        if gene.values[-1] > full:
+            reason = "query heads for each key-value head" if gene.kind == "heads" else "size"
+            raise ValueError(f"{gene.name}: {gene.values[-1]} is above the original's {reason}; {valid}")
+        if gene.values[0] < least:
+            raise ValueError(f"{gene.name}: {gene.values[0]} is too small; {valid}")
+        if gene.values[-1] != full:
+            raise ValueError(f"{gene.name}: {list(gene.values)} leaves out the original; {valid}")
+
+    def _base_value(self, gene: Gene) -> int:
+        if gene.kind == "hidden_size":
+            return self.base.hidden_size
+        if gene.kind == "depth":
+            return len(self.base.layers)
+        if gene.kind == "layer":
+            return 1
+        if gene.layer is not None:
+            return _size(self.base.layers[gene.layer], gene.kind)
+        present = [s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)]
+        sizes = {_size(layer, gene.kind) for layer in present}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"{gene.name}: the original's layers differ ({', '.join(map(str, sorted(sizes)))}); "
+                f"use {gene.kind}.N for each layer"
+            )
+        return sizes.pop()
+
+    def _check_kept(self, kept: Sequence[Iterable[int]] | None, layers: int) -> NDArray[np.bool_]:
+        """Which layers each value of `depth` keeps, [values, layers]; one row of all layers without such a gene."""
+        if "depth" not in self._index:
+            if kept is not None:
+                raise ValueError("layers to keep were given, but there is no depth gene")
+            return np.ones((1, layers), dtype=bool)
+        counts = self.genes[self._index["depth"]].values
+        subsets = [set(subset) for subset in kept or ()]
+        if [len(subset) for subset in subsets] != list(counts):
+            raise ValueError(f"depth: {list(counts)} layers need as many sets of layers to keep, in the same order")
+        for subset in subsets:
+            if not subset <= set(range(layers)):
+                raise ValueError(f"depth: layers {sorted(subset)} are not all among 0 to {layers - 1}")
+            if not any(self._base_sizes[i, KV] for i in subset):
+                raise ValueError(f"depth: keeping only layers {sorted(subset)} leaves no attention")
+        return np.array([[i in subset for i in range(layers)] for subset in subsets])
+
+    def _holds_zero(self, name: str) -> bool:
+        return name in self._index and self.genes[self._index[name]].values[0] == 0
+
+    # -- genomes to sizes -------------------------------------------------------------------------------------------
+
+    def sizes(self, genomes: Genomes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sizes that genomes stand for: [n, layers, (query heads, kv heads, FFN width, experts)], and hidden sizes [n].
+
+        Canonical as an `Architecture` is: sizes of removed halves are 0.
+        """
+        return self._express(self.repair(genomes))
+
+    def _express(self, genomes: Genomes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        n = len(genomes)
+        sizes = np.repeat(self._base_sizes[None], n, axis=0)
+        hidden = np.full(n, self.base.hidden_size, dtype=np.int64)
+        queries = np.repeat(self._queries[None], n, axis=0)
+        present = self._keep[genomes[:, self._index["depth"]]] if "depth" in self._index else np.ones(
+            (n, len(self.base.layers)), dtype=bool
+        )
+        present = present.copy()
+        for position, gene in enumerate(self.genes):
+            chosen = self._values[position][genomes[:, position]]
+            if gene.kind == "hidden_size":
+                hidden = chosen
+            elif gene.kind == "heads":
+                queries = np.minimum(queries, chosen[:, None])
+            elif gene.kind == "layer":
+                present[:, gene.layer] &= chosen.astype(bool)
+            elif gene.kind in COLUMNS and gene.layer is not None:
+                sizes[:, gene.layer, COLUMNS[gene.kind]] = chosen
+            elif gene.kind in COLUMNS:
+                column = sizes[:, :, COLUMNS[gene.kind]]
+                np.minimum(column, chosen[:, None], out=column)
+        sizes *= present[:, :, None]
+        sizes[:, :, HEADS] = sizes[:, :, KV] * queries
+        sizes[:, :, EXPERTS] *= sizes[:, :, FFN] > 0
+        return sizes, hidden
+
+    def repair(self, genomes: Genomes) -> Genomes:
+        """The genomes, those changed that would leave no attention anywhere."""
+        genomes = np.array(genomes, dtype=np.int64, ndmin=2)
+        sizes, _ = self._express(genomes)
+        for row in np.flatnonzero(~sizes[:, :, KV].any(axis=1)):
+            keep = self._keep[genomes[row, self._index["depth"]]] if "depth" in self._index else self._keep[0]
+            possible = np.flatnonzero(keep & (self._base_sizes[:, KV] > 0))
+            standing = [i for i in possible if sizes[row, i, FFN]]
+            layer = standing[0] if standing else possible[0]
+            if f"layer.{layer}" in self._index:
+                genomes[row, self._index[f"layer.{layer}"]] = len(self.genes[self._index[f"layer.{layer}"]].values) - 1
+            if self._holds_zero(f"kv.{layer}"):
+                position = self._index[f"kv.{layer}"]
+                genomes[row, position] = max(genomes[row, position], 1)
+        return genomes
+
+    def canonicalize(self, genomes: Genomes) -> Genomes:
+        """One genome, of all that stand for the same architecture. Inert genes take their last value."""
+        return self._canonicalize(genomes)[0]
+
+    def _canonicalize(self, genomes: Genomes) -> tuple[Genomes, NDArray[np.bool_]]:
+        """Canonical genomes, and which of their genes are inert, both [n, genes]."""
+        genomes = self.repair(genomes)
+        sizes, _ = self._express(genomes)
+        inert = np.zeros(genomes.shape, dtype=bool)
+        gone = ~(sizes[:, :, KV] | sizes[:, :, FFN]).astype(bool)
+        inside = np.ones_like(gone)
+        if "depth" in self._index:
+            # The first set of layers that holds the kept ones and whose other layers the remaining genes can remove.
+            holds = (~gone[:, None] <= self._keep[None]).all(2)
+            explains = (self._keep[None] <= (~gone | self._removable)[:, None]).all(2)
+            genomes[:, self._index["depth"]] = np.argmax(holds & explains, axis=1)
+            inside = self._keep[genomes[:, self._index["depth"]]]
+        for position, gene in enumerate(self.genes):
+            if gene.layer is None:
+                continue
+            lost, here = gone[:, gene.layer], inside[:, gene.layer]
+            if gene.kind == "layer":
+                genomes[lost & here, position] = 0
+                inert[:, position] = ~here
+            elif f"layer.{gene.layer}" in self._index:
+                inert[:, position] = lost
+            else:
+                inert[:, position] = ~here
+                genomes[lost & here, position] = 0
+            if gene.kind == "experts":
+                inert[:, position] |= sizes[:, gene.layer, FFN] == 0
+        return np.where(inert, self._counts - 1, genomes), inert
+
+    def features(self, genomes: Genomes) -> NDArray[np.float64]:
+        """What predictors see, [n, features]: every gene's value as a share of the base's, then its one-hot code over
+        the declared values. Both are 0 where the gene is inert, so equal architectures have equal features."""
+        genomes, inert = self._canonicalize(genomes)
+        ordinal = np.empty(genomes.shape)
+        codes = []
+        for position, values in enumerate(self._values):
+            ordinal[:, position] = values[genomes[:, position]] / values[-1]
+            codes.append(
+                (genomes[:, position, None] == np.arange(len(values))) & ~inert[:, position, None]
+            )
+        ordinal[inert] = 0.0
+        return np.hstack([ordinal, *codes])
+
+    # -- single genomes and architectures ---------------------------------------------------------------------------
+
+    def decode(self, genome: Sequence[int]) -> Architecture:
+        """The architecture that a genome stands for."""
+        return self.decode_all(self._row(genome))[0]
+
+    def decode_all(self, genomes: Genomes) -> list[Architecture]:
+        """The architectures that rows of genomes stand for."""
+        sizes, hidden = self.sizes(genomes)
+        return [
+            Architecture(width, tuple(self._sizes_of(tuple(row)) for row in rows))
+            for width, rows in zip(hidden.tolist(), sizes.tolist(), strict=True)
+        ]
+
+    def _sizes_of(self, row: tuple[int, ...]) -> LayerSizes:
+        if row not in self._layer_sizes:
+            self._layer_sizes[row] = LayerSizes(*row)
+        return self._layer_sizes[row]
+
+    def encode(self, architecture: Architecture) -> Genome:
+        """The canonical genome of an architecture. ValueError where the space does not hold it."""
+        if len(architecture.layers) != len(self.base.layers):
+            raise ValueError(f"the architecture has {len(architecture.layers)} layers, not {len(self.base.layers)}")
+        genome = self._counts - 1
+        kept = np.array([not layer.removed for layer in architecture.layers])
+        if "depth" in self._index:
+            fits = (kept <= self._keep).all(1) & (self._keep <= (kept | self._removable)).all(1)
+            if not fits.any():
+                raise ValueError("the space has no depth that keeps just the architecture's layers")
+            genome[self._index["depth"]] = np.argmax(fits)
+        standing = [layer for layer in architecture.layers if not layer.removed]
+        for position, gene in enumerate(self.genes):
+            if gene.kind == "depth":
+                continue
+            wanted = self._value_in(gene, architecture, standing)
+            if wanted is not None and wanted in gene.values:
+                genome[position] = gene.values.index(wanted)
+        canonical = self.canonicalize(genome[None])
+        if self.decode_all(canonical)[0] != architecture:
+            raise ValueError("the search space does not hold this architecture")
+        return tuple(canonical[0].tolist())
+
+    def _value_in(self, gene: Gene, architecture: Architecture, standing: list[LayerSizes]) -> int | None:
+        """A gene's value as an architecture shows it; None where nothing shows it."""
+        if gene.kind == "hidden_size":
+            return architecture.hidden_size
+        if gene.kind == "heads":
+            return next((_size(layer, "heads") for layer in standing if layer.num_key_value_heads), None)
+        chosen = architecture.layers[gene.layer] if gene.layer is not None else next(iter(standing), None)
+        if gene.kind == "layer":
+            return int(chosen is not None and not chosen.removed)
+        if chosen is None:
+            return None
+        return _size(chosen, gene.kind)
+
+    def canonical(self, genome: Sequence[int]) -> Genome:
+        """`canonicalize` for one genome."""
+        return tuple(self.canonicalize(self._row(genome))[0].tolist())
+
+    def inert(self, genome: Sequence[int]) -> list[bool]:
+        """Which genes of a genome have no effect."""
+        return self._canonicalize(self._row(genome))[1][0].tolist()
+
+    def _row(self, genome: Sequence[int]) -> Genomes:
+        row = np.array([genome], dtype=np.int64)
+        if row.shape[1] != len(self.genes) or (row < 0).any() or (row >= self._counts).any():
+            raise ValueError(f"a genome of this space has {len(self.genes)} indices below {self._counts.tolist()}")
+        return row
+
+    def __contains__(self, architecture: Architecture) -> bool:
+        try:
+            self.encode(architecture)
+        except ValueError:
+            return False
+        return True
+
+    def largest(self) -> Architecture:
+        """The base itself."""
+        return self.base
+
+    def smallest(self) -> Architecture:
+        """All genes at their least: the smallest size that the space holds."""
+        return self.decode_all(np.zeros((1, len(self.genes)), dtype=np.int64))[0]
+
+    # -- how many ---------------------------------------------------------------------------------------------------
+
+    @property
+    def upper(self) -> NDArray[np.int64]:
+        """The highest index of each gene."""
+        return self._counts - 1
+
+    @property
+    def size(self) -> int:
+        """Number of raw genomes, inert genes counted."""
+        return math.prod(len(gene.values) for gene in self.genes)
+
+    def distinct(self) -> int | None:
+        """Number of different architectures; None where it follows from no formula here and is too many to list."""
+        if self.size <= ENUMERABLE:
+            return sum(1 for _ in self.architectures())
+        per_layer = {gene.kind for gene in self.genes if gene.layer is not None}
+        whole = all(not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers)))
+        if not whole or per_layer & {"layer"} or any(gene.kind == "experts" for gene in self.genes):
+            if "depth" in self._index or "experts" in per_layer:
+                return None
+            return self._distinct_with_removal()
+        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth")
+        options = self._options()
+        return shared * sum(
+            math.prod(options[i] for i in np.flatnonzero(row)) for row in np.unique(self._keep, axis=0)
+        )
+
+    def _options(self) -> list[int]:
+        counts = [1] * len(self.base.layers)
+        for gene in self.genes:
+            if gene.layer is not None and gene.kind in ("kv", "ffn"):
+                counts[gene.layer] *= len(gene.values)
+        return counts
+
+    def _distinct_with_removal(self) -> int | None:
+        if any(gene.layer is None and gene.kind in COLUMNS for gene in self.genes):
+            return None
+        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None)
+        every, without = 1, 1
+        for i, options in enumerate(self._options()):
+            gone_twice = f"layer.{i}" in self._index and not (self._holds_zero(f"kv.{i}") and self._holds_zero(f"ffn.{i}"))
+            every *= options + gone_twice
+            attention_free = options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
+            if not self._base_sizes[i, KV]:
+                attention_free = options
+            without *= attention_free + gone_twice
+        return shared * (every - without)
+
+    def _gene_values(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        return self.genes[self._index[name]].values if name in self._index else default
+
+    def architectures(self) -> Iterator[Architecture]:
+        """All different architectures, in the order of their genomes. For spaces small enough to enumerate."""
+        seen: set[Genome] = set()
+        for genome in product(*(range(count) for count in self._counts)):
+            canonical = self.canonical(genome)
+            if canonical not in seen:
+                seen.add(canonical)
+                yield self.decode(canonical)
+
+    # -- samples ----------------------------------------------------------------------------------------------------
+
+    def sample(self, rng: np.random.Generator, n: int = 1) -> Genomes:
+        """Random canonical genomes, [n, genes], each gene uniform and independent; they may repeat."""
+        return self.canonicalize(rng.integers(0, self._counts, size=(n, len(self.genes))))
+
+    def sample_tilted(self, rng: np.random.Generator, n: int) -> Genomes:
+        """Random canonical genomes whose sizes spread widely, [n, genes]: `sample_near` without a size to meet."""
+        u = rng.random((n, len(self.genes))) ** np.exp(rng.uniform(-3, 3, size=(n, 1)))
+        return self.canonicalize(np.minimum((self._counts * u).astype(np.int64), self._counts - 1))
+
+    def sample_near(self, rng: np.random.Generator, parameters: Sequence[float]) -> Genomes:
+        """A random canonical genome for each of the numbers of parameters given, and near it, [n, genes].
+
+        One uniform u for each gene picks the index floor(count * u**exp(tilt)). The index falls as the tilt grows,
+        from the base to the smallest; bisection finds the tilt that meets the size. What a uniform draw would almost
+        never reach (sizes near either end) is as likely this way as the middle.
+        """
+        n = len(parameters)
+        u = rng.random((n, len(self.genes)))
+        low, high = np.full(n, -12.0), np.full(n, 12.0)
+        nearest, best = np.full(n, np.inf), np.zeros((n, len(self.genes)), dtype=np.int64)
+        for _ in range(24):
+            middle = (low + high) / 2
+            index = np.minimum((self._counts * u ** np.exp(middle)[:, None]).astype(np.int64), self._counts - 1)
+            excess = np.array([self.structure.parameters(a) for a in self.decode_all(index)]) - parameters
+            better = np.abs(excess) < nearest
+            best[better], nearest[better] = index[better], np.abs(excess)[better]
+            low, high = np.where(excess > 0, middle, low), np.where(excess > 0, high, middle)
+        return self.canonicalize(best)
+
+    def sample_sizes(
+        self, rng: np.random.Generator, n: int, least: float | None = None, most: float | None = None
+    ) -> Genomes:
+        """Genomes spread over the sizes from `least` (the smallest's) to `most` (the base's) parameters, one each
+        from `n` equal shares of that range, [n, genes]."""
+        smallest, base = (self.structure.parameters(a) for a in (self.smallest(), self.base))
+        low = smallest if least is None else min(max(least, smallest), base)
+        high = base if most is None else min(max(most, low), base)
+        return self.sample_near(rng, low + (high - low) * (np.arange(n) + rng.random(n)) / max(n, 1))
+
+    def uniform_members(self, n: int, largest: float | None = None) -> list[Architecture]:
+        """At most `n` architectures whose kept layers are alike and whole, spread over all sizes up to `largest`
+        parameters, the most evenly cut of each size: what the plain layout can hold."""
+        found: dict[Architecture, tuple[int, float]] = {}
+        for candidate, shares in self._uniform_candidates():
+            if candidate.is_uniform and candidate in self:
+                found[candidate] = (self.structure.parameters(candidate), max(shares) - min(shares))
+        if largest is not None:
+            found = {a: v for a, v in found.items() if v[0] <= largest}
+        if not found or n < 1:
+            return []
+        low, high = min(v[0] for v in found.values()), max(v[0] for v in found.values())
+        bins: dict[int, list[Architecture]] = {}
+        for candidate, (parameters, _) in found.items():
+            bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(candidate)
+        return [min(members, key=lambda a: (found[a][1], found[a][0], a.layers)) for _, members in sorted(bins.items())]
+
+    def _uniform_candidates(self) -> Iterator[tuple[Architecture, list[float]]]:
+        """Combinations of a common width, a common number of heads and a depth, with each one's share of the base."""
+        layers = len(self.base.layers)
+        full = self.base.layers[0]
+        if any(layer != full for layer in self.base.layers):
+            return
+        common: dict[str, set[int]] = {}
+        for kind, whole in (("kv", full.num_key_value_heads), ("ffn", full.intermediate_size)):
+            options = [
+                set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,)))) for i in range(layers)
+            ]
+            common[kind] = set.intersection(*options) - {0}
+        if "depth" in self._index:
+            subsets = {tuple(np.flatnonzero(row).tolist()) for row in self._keep}
+        elif self._removable.all():
+            subsets = {kept_layers(p, layers, d) for p in POLICIES for d in range(1, layers + 1)}
+        else:
+            subsets = {tuple(range(layers))}
+        queries = full.num_attention_heads // max(full.num_key_value_heads, 1)
+        for hidden, group, kv, ffn, kept in product(
+            self._gene_values("hidden_size", (self.base.hidden_size,)),
+            self._gene_values("heads", (queries,)),
+            sorted(common["kv"]), sorted(common["ffn"]), sorted(subsets),
+        ):
+            sizes = LayerSizes(kv * group, kv, ffn, full.num_experts)
+            removed = LayerSizes(0, 0, 0)
+            rows = tuple(sizes if i in kept else removed for i in range(layers))
+            shares = [kv / full.num_key_value_heads, ffn / full.intermediate_size, len(kept) / layers]
+            yield Architecture(hidden, rows), shares
+
+    # -- named and written spaces -----------------------------------------------------------------------------------
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        structure: Structure,
+        *,
+        step: int | None = None,
+        policy: str = "late-block",
+        order: Sequence[int] | None = None,
+    ) -> SearchSpace:
+        """A space by name.
+
+        `llama-nas`: three depths and two FFN widths for each layer ({24, 28, 32} and {5504, 11008} on Llama-2-7B, in
+        proportion elsewhere). `instatune`: depths from three quarters up, half to all heads, half to all of the FFN,
+        for each layer. `depth`: any subset of layers. `uniform`: depth, one FFN width and one number of heads for all
+        layers. `fine`: heads and FFN width of each layer, 0 included, at a `step` of the FFN width that suits
+        hardware and quantization groups.
+
+        `order` (all layers, most important first) replaces `policy` where a depth gene chooses layers.
+        """
+        layers = structure.base.layers
+        count = len(layers)
+        policy = "importance" if order is not None else policy
+        if name == "fine":
+            genes: dict[str, Any] = {}
+            for i, layer in enumerate(layers):
+                if layer.num_key_value_heads:
+                    genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
+                genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step)]
+        elif name == "llama-nas":
+            genes = {"depth": _depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count], policy, order)}
+            for i, layer in enumerate(layers):
+                genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step)
+        elif name == "instatune":
+            genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
+            for i, layer in enumerate(layers):
+                kv = layer.num_key_value_heads
+                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
+                genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
+        elif name == "depth":
+            genes = {f"layer.{i}": [0, 1] for i in range(count)}
+        elif name == "uniform":
+            genes = {
+                "depth": _depth(range(max(1, count // 4), count + 1), policy, order),
+                "kv": list(range(1, layers[0].num_key_value_heads + 1)),
+                "ffn": list(widths(layers[0].intermediate_size, step)),
+            }
+        else:
+            raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
+        space = cls.from_dict(genes, structure)
+        space.name = name
+        return space
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], structure: Structure) -> SearchSpace:
+        """A space that a recipe spells out: gene names to values.
+
+        `ffn.*` stands for all layers and `ffn.4-7` for a range; a later line overrides an earlier one for its layers.
+        Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets the MLP go). `depth` is
+        `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or `{keep: [[0, 1, 3], …]}`.
+        Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError("a search space is a mapping from gene names to values")
+        layers = len(structure.base.layers)
+        genes: dict[str, tuple[int, ...]] = {}
+        kept: list[tuple[int, ...]] | None = None
+        for name, values in data.items():
+            if name == "depth":
+                kept = _read_depth(values, layers)
+                genes["depth"] = tuple(len(subset) for subset in kept)
+                continue
+            for target in _targets(str(name), layers):
+                genes[target] = _read_values(target, values, structure)
+        return cls(structure, [Gene(name, values) for name, values in genes.items()], kept=kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, every gene in full."""
+        data: dict[str, Any] = {gene.name: list(gene.values) for gene in self.genes}
+        if "depth" in data:
+            data["depth"] = {"keep": [np.flatnonzero(row).tolist() for row in self._keep]}
+        return data
+
+
+def _size(layer: LayerSizes, kind: str) -> int:
+    """A layer's size under the name of a gene; `heads` is query heads for each key-value head."""
+    return {
+        "kv": layer.num_key_value_heads,
+        "ffn": layer.intermediate_size,
+        "experts": layer.num_experts,
+        "heads": layer.num_attention_heads // max(layer.num_key_value_heads, 1),
+    }[kind]
+
+
+def _shrunk(count: int, numerator: int, denominator: int) -> int:
+    """A share of `count` layers, different for 3/4, 7/8 and 1 wherever `count` has three values to give."""
+    missing = {4: 2, 8: 1}[denominator]
+    return max(1, min(round(count * numerator / denominator), count - missing))
+
+
+def _shares(base: int, shares: Sequence[float], step: int | None) -> list[int]:
+    """Shares of a width, rounded to multiples of `step` (32, or 1 below 64), and the width itself."""
+    unit = step or (32 if base >= 64 else 1)
+    if step is not None:
+        widths(base, step)
+    return sorted({max(unit, round(base * share / unit) * unit) for share in shares} - {base} | {base})
+
+
+def _depth(values: Iterable[int], policy: str, order: Sequence[int] | None) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"values": sorted(set(values)), "policy": policy}
+    if order is not None:
+        chosen["order"] = list(order)
+    return chosen
+
+
+def _read_depth(values: Any, layers: int) -> list[tuple[int, ...]]:
+    if not isinstance(values, Mapping):
+        values = {"values": values}
+    unknown = set(values) - {"values", "policy", "order", "keep"}
+    if unknown:
+        raise ValueError(f"depth: unknown {', '.join(sorted(map(str, unknown)))}; valid are values, policy, order, keep")
+    if "keep" in values:
+        return [tuple(sorted(set(subset))) for subset in values["keep"]]
+    order = values.get("order")
+    if order is not None and sorted(order) != list(range(layers)):
+        raise ValueError(f"depth: the order must list each of the layers 0 to {layers - 1} once")
+    policy = "importance" if order is not None else values.get("policy", "late-block")
+    depths = values.get("values")
+    if not isinstance(depths, Sequence) or not all(isinstance(d, int) and 1 <= d <= layers for d in depths):
+        raise ValueError(f"depth: {depths} are not all whole numbers from 1 to {layers}")
+    return [kept_layers(policy, layers, depth, order) for depth in depths]
+
+
+def _targets(name: str, layers: int) -> list[str]:
+    """The genes that a name of a written space stands for."""
+    kind, _, where = name.partition(".")
+    if where == "*":
+        return [f"{kind}.{i}" for i in range(layers)]
+    first, dash, last = where.partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < layers:
+        return [f"{kind}.{i}" for i in range(int(first), int(last) + 1)]
+    return [name]
+
+
+def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...]:
+    if isinstance(values, Mapping):
+        kind, _, index = name.partition(".")
+        if kind != "ffn" or set(values) - {"step", "min"}:
+            raise ValueError(f"{name}: give a list of values (only an FFN width can be {{step: …, min: …}})")
+        layer = structure.base.layers[int(index) if index.isdecimal() and int(index) < len(structure.base.layers) else 0]
+        try:
+            chosen = widths(layer.intermediate_size, values.get("step"))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        least = values.get("min", chosen[0])
+        return tuple(v for v in (0, *chosen) if v >= least)
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name}: {values!r} is not a list of values")
+    return tuple(values)

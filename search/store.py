@@ -1,0 +1,223 @@
+"""The evaluation store: every measured sub-network, in SQLite, the moment it is measured.
+
+One file that is whole after a kill at any moment: each evaluation is a transaction of its own under SQLite's rollback
+journal with full synchronisation. (A write-ahead log would be quicker, but a copy of the file alone would miss rows.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from compressor.architecture import Architecture
+
+APPLICATION = 0x4E415343  # "NASC", in the file's header: tells our stores from other SQLite files
+VERSION = 1
+SCHEMA = """
+CREATE TABLE architectures (key TEXT PRIMARY KEY, json TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE evaluations (
+    architecture TEXT NOT NULL REFERENCES architectures (key),
+    weights TEXT NOT NULL,
+    task TEXT NOT NULL,
+    documents TEXT NOT NULL,
+    score REAL NOT NULL,
+    stderr REAL,
+    n INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    timestamp TEXT NOT NULL,
+    PRIMARY KEY (architecture, weights, task, documents)
+);
+CREATE TABLE requests (
+    run TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    architecture TEXT NOT NULL REFERENCES architectures (key),
+    PRIMARY KEY (run, generation, position)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The score of one architecture, with given weights, on given documents of a task (named with its metric).
+
+    `weights` and `documents` are fingerprints. `stderr` is the score's standard error, None where none is known; `n`
+    the number of documents; `timestamp` is UTC, ISO 8601.
+    """
+
+    architecture: str
+    weights: str
+    task: str
+    documents: str
+    score: float
+    stderr: float | None
+    n: int
+    seconds: float
+    timestamp: str
+
+
+class EvaluationStore:
+    """`evaluations.db`. Opening an existing one resumes; ValueError for a file that is damaged or something else's.
+
+    Usable from several threads, and from several processes that wait for one another's writes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise ValueError(f"cannot open the evaluation store {self.path}: {error}") from None
+        try:
+            self._open()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            self._connection.execute("PRAGMA synchronous = FULL")
+            with self._transaction():
+                (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+                (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+                if not tables and not application:
+                    for statement in SCHEMA.split(";\n"):
+                        self._connection.execute(statement)
+                    self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
+                    self._connection.execute(f"PRAGMA user_version = {VERSION}")
+                elif application != APPLICATION:
+                    raise ValueError(f"{self.path} is a database of something else, not an evaluation store")
+                elif version != VERSION:
+                    raise ValueError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
+            (state,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is damaged or no evaluation store: {error}") from None
+        if state != "ok":
+            raise ValueError(f"{self.path} is damaged: {' '.join(state.split())}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def put(
+        self,
+        architecture: Architecture,
+        weights: str,
+        task: str,
+        documents: str,
+        *,
+        score: float,
+        stderr: float | None,
+        n: int,
+        seconds: float,
+    ) -> None:
+        """Record one score; it is on disk when this returns. Recorded again, the first record stays.
+
+        ValueError for a score that is not a number.
+        """
+        if math.isnan(score):
+            raise ValueError(f"the score of {architecture.key} on {task} is not a number")
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        stderr = None if stderr is None or math.isnan(stderr) else stderr
+        with self._transaction():
+            self._add(architecture)
+            self._connection.execute(
+                "INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (architecture.key, weights, task, documents, float(score), stderr, int(n), float(seconds), stamp),
+            )
+
+    def get(self, architecture: Architecture, weights: str, task: str, documents: str) -> Measurement | None:
+        """The recorded score, or None."""
+        found = self._rows(
+            "SELECT * FROM evaluations WHERE architecture = ? AND weights = ? AND task = ? AND documents = ?",
+            (architecture.key, weights, task, documents),
+        )
+        return Measurement(*found[0]) if found else None
+
+    def all(
+        self, *, weights: str | None = None, task: str | None = None, documents: str | None = None
+    ) -> list[tuple[Architecture, Measurement]]:
+        """All recorded scores in the order in which they were recorded, or those with the values given."""
+        wanted = {"weights": weights, "task": task, "documents": documents}
+        conditions = [f"evaluations.{column} = ?" for column, value in wanted.items() if value is not None]
+        rows = self._rows(
+            "SELECT architectures.json, evaluations.* FROM evaluations JOIN architectures ON key = architecture"
+            + (" WHERE " + " AND ".join(conditions) if conditions else "")
+            + " ORDER BY evaluations.rowid",
+            [value for value in wanted.values() if value is not None],
+        )
+        return [(Architecture.from_dict(json.loads(row[0])), Measurement(*row[1:])) for row in rows]
+
+    def record_request(self, run: str, generation: int, architectures: Sequence[Architecture]) -> None:
+        """Record what a search asked to have measured in one generation, in its order; a resumed run repeats it.
+
+        ValueError where the same run asked for something else before: then it is not the same search.
+        """
+        with self._transaction():
+            before = self._connection.execute(
+                "SELECT architecture FROM requests WHERE run = ? AND generation = ? ORDER BY position",
+                (run, generation),
+            ).fetchall()
+            if not before:
+                for position, architecture in enumerate(architectures):
+                    self._add(architecture)
+                    self._connection.execute(
+                        "INSERT INTO requests VALUES (?, ?, ?, ?)", (run, generation, position, architecture.key)
+                    )
+            elif [key for (key,) in before] != [architecture.key for architecture in architectures]:
+                raise ValueError(
+                    f"{self.path}: generation {generation} of {run} asked for other architectures before; "
+                    "the search has changed, so it cannot be resumed"
+                )
+
+    def requests(self, run: str) -> list[tuple[int, Architecture]]:
+        """What a run asked for, with its generation, in order."""
+        rows = self._rows(
+            "SELECT generation, json FROM requests JOIN architectures ON key = architecture WHERE run = ? "
+            "ORDER BY generation, position",
+            (run,),
+        )
+        return [(generation, Architecture.from_dict(json.loads(text))) for generation, text in rows]
+
+    def _add(self, architecture: Architecture) -> None:
+        self._connection.execute(
+            "INSERT OR IGNORE INTO architectures VALUES (?, ?)",
+            (architecture.key, json.dumps(architecture.to_dict(), sort_keys=True)),
+        )
+
+    def _rows(self, query: str, values: Sequence[str]) -> list[tuple]:
+        with self._lock:
+            try:
+                return self._connection.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise ValueError(f"{self.path} is damaged: {error}") from None
+
+    def close(self) -> None:
+        """Close the file; everything recorded is already on disk."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> EvaluationStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,166 @@
+"""The super-network: full network untouched, ordering without effect, a view equal to its extracted twin."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.slicing import extract
+from compressor.elastic.supernet import SuperNetwork
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "llama-biases-tied": lambda: LlamaConfig(
+        **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=12
+    ),
+    "llama-mha": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 6}),
+    "llama-mqa": lambda: LlamaConfig(**SIZES | {"num_key_value_heads": 1}),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(CONFIGS[request.param]()).eval()
+    with torch.no_grad():  # biases and norms start at constants, which would hide a wrong permutation
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    yield network
+
+
+def random_architecture(base: Architecture, rng: random.Random) -> Architecture:
+    full = base.layers[0]
+    per_group = full.num_attention_heads // full.num_key_value_heads
+    layers = []
+    for _ in base.layers:
+        groups = rng.randint(0, full.num_key_value_heads)
+        layers.append(LayerSizes(groups * per_group, groups, rng.choice([0, 8, 24, 40, full.intermediate_size])))
+    if not any(layer.num_key_value_heads for layer in layers):
+        layers[-1] = full
+    return Architecture(base.hidden_size, tuple(layers))
+
+
+IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
+
+
+def logits(network: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**({"input_ids": IDS} | inputs)).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -> None:
+    before = logits(model)
+    supernet = SuperNetwork(model)
+    rng = random.Random(1)
+    for _ in range(5):
+        supernet.activate(random_architecture(supernet.base, rng))
+        logits(model)
+    supernet.activate(supernet.base)
+    assert torch.equal(logits(model), before)
+
+
+def test_ordering_leaves_the_function_unchanged(model: PreTrainedModel) -> None:
+    before = logits(model)
+    supernet = SuperNetwork(model)
+    scores = activation_importance(supernet, [IDS])
+    order = order_by(scores)
+    assert any(not torch.equal(o, o.sort().values) for o in order.values())
+    apply_ordering(supernet, order)
+    assert_close(logits(model), before)
+    again = activation_importance(supernet, [IDS])
+    for key, value in again.items():
+        assert torch.all(value[:-1] >= value[1:] - 1e-6 * value.max()), f"{key} is not in order of importance"
+
+
+def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    apply_ordering(supernet, order_by(activation_importance(supernet, [IDS])))
+    rng = random.Random(2)
+    for _ in range(12):
+        architecture = random_architecture(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
+        with supernet.activated(architecture):
+            viewed = logits(model)
+        assert_close(logits(standalone), viewed)
+        counted = sum(p.numel() for p in standalone.parameters())
+        assert supernet.structure.parameters(architecture) == counted
+        assert supernet.structure.bytes(architecture) == 4 * counted
+
+
+def test_cache_padding_and_generation(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    rng = random.Random(3)
+    for _ in range(6):
+        architecture = random_architecture(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
+        mask = torch.ones_like(IDS)
+        mask[0, :4] = 0
+        with supernet.activated(architecture):
+            assert_close(logits(standalone, attention_mask=mask)[:, 4:], logits(model, attention_mask=mask)[:, 4:])
+            generated = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=True)
+            uncached = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(generated, uncached)
+        assert torch.equal(standalone.generate(IDS[:1], max_new_tokens=6, do_sample=False), generated)
+        assert torch.equal(standalone.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False), generated)
+
+
+def test_gradients_reach_the_full_weights_and_only_the_active_part(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    full = supernet.base.layers[0]
+    per_group = full.num_attention_heads // full.num_key_value_heads
+    small = LayerSizes(per_group, 1, 24)
+    layers = (full, small, LayerSizes(0, 0, 0), full)
+    with supernet.activated(Architecture(supernet.base.hidden_size, layers)):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    name = f"{supernet.family.layers}.1.mlp.down_proj.weight"
+    gradient = dict(model.named_parameters())[name].grad
+    assert gradient is not None
+    assert gradient[:, :24].abs().sum() > 0 and gradient[:, 24:].abs().sum() == 0
+    assert dict(model.named_parameters())[name.replace(".1.", ".2.")].grad is None
+
+
+def test_state_dict_never_shows_a_sub_network(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with supernet.activated(random_architecture(supernet.base, random.Random(4))):
+        assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def test_larger_than_the_base_is_refused(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    full = supernet.base.layers[0]
+    wide = LayerSizes(full.num_attention_heads, full.num_key_value_heads, full.intermediate_size + 8)
+    with pytest.raises(ValueError, match="larger"):
+        supernet.activate(Architecture(supernet.base.hidden_size, (wide, *supernet.base.layers[1:])))

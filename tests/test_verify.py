@@ -1,0 +1,168 @@
+"""Verification: a fresh process proves what a package claims, and every claim that does not hold is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_networks import EVEN, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from compressor.architecture import Architecture
+from compressor.errors import RequestError, VerificationError
+from export.package import read_package, sha256, write_package
+from export.verify import check, verify, verify_all
+
+NETWORKS = {"even": EVEN, "uneven": UNEVEN}
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    for name, architecture in NETWORKS.items():
+        write(architecture, folder / name, folder / f"{name}.safetensors")
+    return folder
+
+
+def write(architecture: Architecture, destination: Path, reference: Path) -> None:
+    write_package(
+        cut(tiny_llama(), architecture),
+        destination,
+        tokenizer=tiny_tokenizer(),
+        entry={"name": destination.name, "architecture": architecture.to_dict()},
+        dtype=torch.bfloat16,
+        probe_ids=probe_ids(),
+        reference=reference,
+    )
+
+
+@pytest.fixture
+def package(tmp_path: Path, packages: Path) -> Path:
+    return shutil.copytree(packages / "uneven", tmp_path / "uneven")
+
+
+def edit(package: Path, name: str, **values: Any) -> None:
+    """Change a JSON file of the package, and the recorded hash with it: only the contents can give it away."""
+    content = json.loads((package / name).read_text())
+    (package / name).write_text(json.dumps(content | values))
+    forgive(package, name)
+
+
+def forgive(package: Path, name: str) -> None:
+    record = json.loads((package / "compression.json").read_text())
+    record["files"][name] = {"sha256": sha256(package / name), "bytes": (package / name).stat().st_size}
+    (package / "compression.json").write_text(json.dumps(record))
+
+
+def test_a_fresh_process_proves_good_packages(packages: Path, tmp_path: Path) -> None:
+    copies = [shutil.copytree(packages / name, tmp_path / name) for name in NETWORKS]
+    log = tmp_path / "log.txt"
+    results = verify_all(
+        [(copies[0], packages / "even.safetensors"), (copies[1], packages / "uneven.safetensors"), (copies[1], None)],
+        record=True,
+        log=log,
+    )
+    for result in results:
+        for claim in ("padding_equal", "cached_equals_uncached", "tokenizer_equal", "save_and_reload_equal"):
+            assert result[claim] is True
+    for result, name in zip(results, [*NETWORKS, "uneven"], strict=True):
+        assert result["params"] == read_package(packages / name).params
+        assert result["remote_code"] is (name == "uneven")
+    assert [r["compared_with"].split()[0] for r in results] == ["full", "full", "the"]
+    assert read_package(copies[1]).verified == results[2]
+    assert read_package(packages / "even").verified is None
+    assert verify(copies[1]) == results[2]
+    assert log.exists()
+
+
+def test_it_runs_by_itself_from_anywhere(packages: Path, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "export.verify", str(packages / "even")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["padding_equal"] is True
+
+
+def test_faults_reach_the_caller_from_the_fresh_process(package: Path) -> None:
+    edit(package, "config.json", rms_norm_eps=0.3)
+    with pytest.raises(VerificationError, match="uneven: log-probabilities differ by up to"):
+        verify(package)
+    (package / "config.json").unlink()
+    with pytest.raises(VerificationError, match=r"config\.json: the file is missing"):
+        verify(package)
+    with pytest.raises(RequestError, match="not a package"):
+        verify(package.parent)
+
+
+def test_changed_weights_are_found(package: Path, packages: Path) -> None:
+    weights = load_file(package / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5] *= 1.05
+    save_file(weights, package / "model.safetensors", {"format": "pt"})
+    forgive(package, "model.safetensors")
+    with pytest.raises(VerificationError, match="log-probabilities differ"):
+        check(package)
+    with pytest.raises(VerificationError, match="logits differ by up to"):
+        check(package, packages / "uneven.safetensors")
+
+
+def test_missing_and_unknown_weights_are_found(package: Path) -> None:
+    weights = load_file(package / "model.safetensors")
+    moved = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, package / "model.safetensors", {"format": "pt"})
+    forgive(package, "model.safetensors")
+    with pytest.raises(VerificationError, match=r"missing keys on loading: model\.layers\.1\.mlp\.up_proj\.weight"):
+        check(package)
+    weights["model.layers.1.mlp.up_proj.weight"], weights["model.layers.9.mlp.up_proj.weight"] = moved, moved.clone()
+    save_file(weights, package / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"unexpected keys on loading: model\.layers\.9"):
+        check(package)
+
+
+def test_a_configuration_of_another_size_is_found(package: Path) -> None:
+    edit(package, "config.json", intermediate_size=64)
+    with pytest.raises(VerificationError, match="does not load|mismatched keys"):
+        check(package)
+
+
+def test_a_wrong_parameter_count_is_found(package: Path) -> None:
+    record = json.loads((package / "compression.json").read_text())
+    record["entry"]["params"] += 1
+    (package / "compression.json").write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match="parameters where compression.json says"):
+        check(package)
+
+
+def test_another_tokenizer_is_found(package: Path) -> None:
+    content = json.loads((package / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-30]
+    (package / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match="the tokenizer gives"):
+        check(package)
+
+
+def test_a_broken_cache_is_found(package: Path) -> None:
+    """Layers that keep their place in the base share cache slots wrongly: the pitfall that `layer_idx` is about."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    original = LlamaAttention.__init__
+
+    def first_slot(self: Any, config: Any, layer_idx: int) -> None:
+        original(self, config, layer_idx)
+        object.__setattr__(self, "_slot", 0)
+
+    slots = property(lambda self: 0, lambda self, value: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaAttention, "__init__", first_slot)
+        patch.setattr(LlamaAttention, "layer_idx", slots, raising=False)
+        with pytest.raises(VerificationError, match="greedy generation with the cache"):
+            check(package)

@@ -1,0 +1,83 @@
+"""A tiny checkpoint, data and task for tests of the whole tool: made in a moment, random, and complete."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "tie_word_embeddings": True,
+}
+WORDS = "the cat dog sun sees likes a red big old house tree and then".split()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, and three marks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(alphabet)}
+    vocab |= {"<s>": 256, "</s>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers.decoders import ByteLevel
+
+    tokenizer.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
+    )
+
+
+def checkpoint(folder: Path, seed: int = 0, **sizes: object) -> Path:
+    """A random Llama with a byte tokenizer, saved as a Hugging Face checkpoint."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | sizes)))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7))) + "." for _ in range(count)]
+
+
+def data(file: Path, documents: int = 200) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(documents, 1)))
+    return file
+
+
+def task(folder: Path, name: str = "tiny_choice", documents: int = 24) -> Path:
+    """A task file with two choices a document; `folder` is what `--include-path` names."""
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"context": text[:12], "choices": [" cat", " house"], "gold": index % 2}
+        for index, text in enumerate(sentences(documents, 2))
+    ]
+    documents_file = folder / f"{name}.jsonl"
+    documents_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {documents_file}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{context}}"\n'
+        'doc_to_target: "{{gold}}"\n'
+        'doc_to_choice: "{{choices}}"\n'
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    return folder
