@@ -66,7 +66,7 @@ class Checkpoint:
                 for name in weights.keys():  # noqa: SIM118 - not a dictionary
                     if not torch.isfinite(weights.get_tensor(name)).all():
                         raise RequestError(
-                            f"{self.name}: the weight {name} in {file.name} is NaN or infinite somewhere; fetch it again"
+                            f"{self.name}: the weight {name} in {file.name} has NaN or infinite values; fetch it again"
                         )
 
     def load_tokenizer(self) -> Any:

@@ -21,6 +21,8 @@ from typer.exceptions import Abort, Exit, TyperException
 from compressor.errors import RequestError, VerificationError
 from compressor.progress import console, say
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -314,11 +316,13 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         return _fail(2, error.format_message())
     except Exit as error:
-        return error.exit_code
+        if error.exit_code != INTERRUPTED:  # what typer makes of Ctrl-C
+            return error.exit_code
     except (KeyboardInterrupt, Abort):
-        return _fail(130, "interrupted; what was done is kept: run the same command again to resume")
+        pass
     except Exception as error:
         return _explain(error)
+    return _fail(INTERRUPTED, "interrupted; what was done is kept: run the same command again to resume")
 
 
 def _explain(error: Exception) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from evals.scoring import Scorer
+    from evals.speed import SpeedTable
     from evals.tasks import TaskSet
 
 SMALL = 50_000_000
@@ -65,6 +66,7 @@ class Job:
         self.run = run
         self.recipe = recipe
         self.redo = redo
+        self.speed: SpeedTable | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -260,11 +262,12 @@ class Job:
             per_group = self.structure.head_dim * layer.num_attention_heads // layer.num_key_value_heads
             widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
         for width in sorted(widths - {0}):
-            if width % group:
+            if width % group or group % 32:
                 common = math.gcd(*(widths - {0}))
-                valid = [size for size in (128, 64, 32, 16, 8) if common % size == 0]
+                valid = [size for size in (128, 64, 32) if common % size == 0]
+                what = f"does not divide the width {width}" if width % group else "is not a multiple of 32"
                 raise RequestError(
-                    f"--group-size: {group} does not divide the width {width}; "
+                    f"--group-size: {group} {what}; "
                     + (
                         f"valid are {', '.join(map(str, valid))}"
                         if valid

@@ -14,7 +14,7 @@ from compressor.stages.exporting import export
 from compressor.stages.finetuning import data_fingerprint, finetune
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
-from compressor.stages.searching import search
+from compressor.stages.searching import check_speedup, search
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
@@ -28,10 +28,11 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
     job.run.check_free()
     job.check()
+    check_speedup(job)
     provenance = {
         "versions": versions(),
         "model": job.base_fingerprint,
-        "data": data_fingerprint(recipe.data),
+        "data": data_fingerprint(recipe.data or ""),
     }
     job.run = Run.create(output, recipe, provenance)
     job.run.log(f"started: {recipe.model}")

@@ -6,6 +6,7 @@ Nothing here needs torch until something is measured: a saved `SpeedTable` predi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -244,8 +245,8 @@ class SpeedTable:
             values = json.loads(path.read_text())
             if values.pop("schema", None) != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            parts = {name: PartTimes(**values.pop(name)) for name in ("prefill", "decode")}
-            return cls(**values, **parts)
+            values |= {name: PartTimes(**values[name]) for name in ("prefill", "decode")}
+            return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a speed table ({error})") from error
 
@@ -274,23 +275,24 @@ class SpeedTable:
         design = _designed(structure, seed)
         reference = build(base)
         prompt, new = _fitting(prompt, new, _context(reference, prompt + new))
-        pairs: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
+        pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
         with torch.inference_mode():
             for architecture in design:
                 model = build(architecture)
-                mine: list[NDArray[np.float64]] = []
-                beside: list[NDArray[np.float64]] = []
+                mine: list[tuple[float, list[float]]] = []
+                beside: list[tuple[float, list[float]]] = []
                 for turn in range(rounds + 1):
-                    for target, times in ((model, mine), (reference, beside))[:: 1 if turn % 2 else -1]:
-                        times.append(_short_run(target, batch, prompt, new))
-                pairs.append((np.percentile(mine[1:], 25, axis=0), np.percentile(beside[1:], 25, axis=0)))
+                    for target, into in ((model, mine), (reference, beside))[:: 1 if turn % 2 else -1]:
+                        into.append(_short_run(target, batch, prompt, new))
+                pairs.append((_typical(mine[1:]), _typical(beside[1:])))
                 del model
                 on_step()
         # The machine's speed drifts; the base, timed beside every network, tells by how much.
-        level = np.median([beside for _, beside in pairs], axis=0)
-        seconds = np.array([mine / beside * level for mine, beside in pairs])
+        timed = np.array(pairs)  # [networks, itself or the base, prefill or decode]
+        seconds = timed[:, 0] / timed[:, 1] * np.median(timed[:, 1], axis=0)
         fitted, held_out = range(len(design) - HELD_OUT), range(len(design) - HELD_OUT, len(design))
-        times, errors = [], {}
+        times: list[PartTimes] = []
+        errors = {}
         for column, name in enumerate(("prefill", "decode")):
             known = PartTimes.fit([design[i] for i in fitted], seconds[fitted, column], *sizes, base.hidden_size)
             guesses = np.array([known.seconds(design[i], base.hidden_size) for i in held_out])
@@ -384,31 +386,53 @@ def _designed(structure: Structure, seed: int) -> list[Architecture]:
     return list(dict.fromkeys(design))
 
 
-def _short_run(model: nn.Module, batch: int, prompt: int, new: int) -> NDArray[np.float64]:
-    """Seconds to read `prompt` tokens, and of a decoding step half-way through writing `new` tokens: the lower
-    quartile of a few, since other work on the machine only ever adds time."""
-    first, _ = _run(model, _random_ids(model, batch, prompt), 1)
+def _short_run(model: nn.Module, batch: int, prompt: int, new: int) -> tuple[float, list[float]]:
+    """Seconds to read `prompt` tokens, and of a few decoding steps half-way through writing `new` tokens."""
     steps = max(1, min(STEPS, new - 1))
-    _, decode = _run(model, _random_ids(model, batch, prompt + (new - steps) // 2), steps + 1)
-    return np.array([first, np.percentile(decode, 25)])
+    between = (new - steps) // 2
+    first, *rest = _moments(model, [_random_ids(model, batch, size) for size in (prompt, between) if size], steps)
+    return first, rest[-steps:]
+
+
+def _typical(runs: Sequence[tuple[float, list[float]]]) -> tuple[float, float]:
+    """Time to read the prompt and of one decoding step: the lower quartiles, since other work on the machine only
+    ever adds time."""
+    steps = [step for _, steps in runs for step in steps]
+    return np.percentile([first for first, _ in runs], 25), np.percentile(steps, 25)
 
 
 def _run(model: nn.Module, ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
     """Seconds to the first new token, and of each of the `new - 1` decoding steps after it."""
+    first, *steps = _moments(model, [ids], new - 1)
+    return first, steps
+
+
+def _moments(model: nn.Module, inputs: Sequence[torch.Tensor], steps: int) -> list[float]:
+    """Seconds of each pass: over `inputs` one after another, then over `steps` greedy tokens, all with one cache."""
     import torch
 
-    def now() -> float:
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-        return time.perf_counter()
+    # The time of a single thread does not run while other work has its core.
+    clock = time.thread_time if _is_single_thread(inputs[0].device) else time.perf_counter
 
-    cache, token = None, ids
+    def now() -> float:
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize(inputs[0].device)
+        return clock()
+
+    cache, token = None, inputs[0]
     moments = [now()]
-    for _ in range(new):
+    for i in range(len(inputs) + steps):
+        token = inputs[i] if i < len(inputs) else token
         out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
         moments.append(now())
-    return moments[1] - moments[0], [after - before for before, after in zip(moments[1:], moments[2:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(moments)]
+
+
+def _is_single_thread(device: torch.device) -> bool:
+    import torch
+
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def _text_config(model: Any) -> Any:

@@ -204,21 +204,11 @@ def human_bytes(count: float) -> str:
 def staged(destination: Path, needed: int) -> Iterator[Path]:
     """A temporary sibling folder that becomes `destination` when the block ends well, and vanishes otherwise.
 
-    An earlier package at `destination` is replaced. Raises `RequestError` where something else is there, and where
-    the disk has not `needed` bytes (or turns out to be full).
+    An earlier package at `destination` is replaced. Raises `RequestError` as `check_destination` does, and where the
+    disk turns out to be full.
     """
-    if destination.exists() and not (destination / RECORD).exists():
-        if not destination.is_dir():
-            raise RequestError(f"{destination}: a file is in the way; choose another output folder")
-        if any(destination.iterdir()):
-            raise RequestError(f"{destination}: the folder holds something else; choose another one or empty it")
+    check_destination(destination, needed)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise RequestError(
-            f"{destination}: needs {human_bytes(needed)} of disk space, {human_bytes(free)} are free; "
-            f"free {human_bytes(needed - free)} or choose another disk"
-        )
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -237,6 +227,27 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
         raise RequestError(f"{destination}: the disk is full; {human_bytes(needed)} are needed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_destination(destination: Path, needed: int) -> None:
+    """Raises `RequestError` where `destination` holds anything but an earlier package, or its disk lacks `needed` bytes."""
+    if destination.exists() and not (destination / RECORD).exists():
+        if not destination.is_dir():
+            raise RequestError(f"{destination}: a file is in the way; choose another output folder")
+        if any(destination.iterdir()):
+            raise RequestError(f"{destination}: the folder holds something else; choose another one or empty it")
+    existing = next(parent for parent in (destination.absolute(), *destination.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RequestError(
+            f"{destination}: needs {human_bytes(needed)} of disk space, {human_bytes(free)} are free; "
+            f"free {human_bytes(needed - free)} or choose another disk"
+        )
+
+
+def path_in_run(destination: Path) -> str:
+    """The path that a package's entry holds: seen from the run directory, and telling nothing of this machine."""
+    return f"{destination.parent.name}/{destination.name}"
 
 
 class WeightWriter:
@@ -279,7 +290,7 @@ class WeightWriter:
     def _finish(self) -> None:
         self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             (self.folder / f"shard-{index}.safetensors").rename(self.folder / final)
@@ -402,7 +413,7 @@ def write_package(
             (folder / CARD).write_text(card, encoding="utf-8")
         own = {
             **entry,
-            "path": str(destination),
+            "path": path_in_run(destination),
             "layout": layout or written_layout,
             "quantization": None,
             "params": params,

@@ -31,7 +31,8 @@ from export.package import (
     PackageInfo,
     WeightWriter,
     check_code,
-    human_bytes,
+    check_destination,
+    path_in_run,
     read_json,
     read_package,
     read_record,
@@ -183,6 +184,8 @@ def quantize_packages(
     if calibration is None and iterations:
         raise RequestError("tuning needs calibration data: give some, or ask for 0 iterations")
     widths = linear_widths(source)
+    for destination in destinations.values():
+        check_destination(destination, weight_bytes(source))
     plans = {s: plan_groups(widths, s, group_size if s == "int4" else None) for s in destinations}
     if calibration is not None and not isinstance(calibration, torch.Tensor):
         calibration = pack_texts(source, calibration)
@@ -295,10 +298,11 @@ def _assemble(
             "bits_per_parameter": 8 * weight_bytes(folder) / record["entry"]["params"],
             "exceptions": _exceptions(scheme, left_out, config),
         }
-        kept = ("name", "architecture", "layout", "params")
+        kept = ("architecture", "layout", "params")
         entry = {
+            "name": destination.name,
+            "path": path_in_run(destination),
             **{key: record["entry"][key] for key in kept},
-            "path": str(destination),
             "quantization": scheme,
             "quantization_report": report,
             "bytes": weight_bytes(folder),

@@ -1,7 +1,7 @@
 """Proof of a package: a fresh process that sees only the folder loads it and re-checks what it claims.
 
-`python -m export.verify PACKAGE` prints the result as JSON. Nothing of the process that wrote the package is used:
-weights, code, configuration and tokenizer all come from the folder, through transformers' Auto classes, offline.
+Nothing of the process that wrote the package is used: weights, code, configuration and tokenizer all come from the
+folder, through transformers' Auto classes, offline. The process is `python -m export.verify JOBS RESULTS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def verify_all(
         pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
         jobs.write_text(json.dumps(pairs), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "export.verify", "--jobs", str(jobs), str(results)],
+            [sys.executable, "-m", "export.verify", str(jobs), str(results)],
             env=fresh_environment(Path(scratch), max(weight_bytes(p) for p, _ in packages)),
             cwd=scratch,
             stdin=subprocess.DEVNULL,
@@ -136,18 +136,17 @@ class _Checker:
         import torch
         from transformers import AutoModelForCausalLM
 
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = self.step(
+            "loading",
+            lambda: AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=self.trusted,
                 use_safetensors=True,
                 output_loading_info=True,
-            )
-        except Exception as error:
-            # Whatever transformers stumbles over is a fault of the package, and that is what the user needs to hear.
-            raise self.fail(f"does not load: {type(error).__name__}: {last_line(str(error))}") from error
+            ),
+        )
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         for key, names in wrong.items():
             if names:
@@ -158,13 +157,14 @@ class _Checker:
         from export.probe import logits_of
 
         model = self.load(self.package)
-        logits = logits_of(model, self.ids)  # a compressed network unpacks its weights in this first pass
+        # A compressed network unpacks its weights in this first pass.
+        logits = self.step("a forward pass", logits_of, model, self.ids)
         self.parameters(model)
         self.logits(logits)
-        self.padding(model, logits)
-        self.cache(model)
-        self.tokenizer()
-        self.reload(model, logits)
+        self.step("a padded batch", self.padding, model, logits)
+        self.step("generation", self.cache, model)
+        self.step("the tokenizer", self.tokenizer)
+        self.step("saving and loading again", self.reload, model, logits)
         return {
             "layout": self.record["entry"]["layout"],
             "quantization": self.quantization,
@@ -175,6 +175,15 @@ class _Checker:
             "versions": versions(("torch", "transformers", "tokenizers")),
             **({OWN: self.own.tolist()} if self.own is not None else {}),
         }
+
+    def step(self, what: str, do: Callable[..., Any], *arguments: Any) -> Any:
+        """Whatever a package makes transformers stumble over is a fault of the package, and to be told as one."""
+        try:
+            return do(*arguments)
+        except VerificationError:
+            raise
+        except Exception as error:
+            raise self.fail(f"{what} fails: {type(error).__name__}: {last_line(str(error))}") from error
 
     def parameters(self, model: Any) -> None:
         packing = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -277,8 +286,6 @@ class _Checker:
 
     def tie(self, model: Any, cached: Any, uncached: Any) -> None:
         """Two greedy continuations may part where two tokens are equally likely, and nowhere else."""
-        import torch
-
         from export.probe import logits_of
 
         length = min(cached.shape[1], uncached.shape[1])
@@ -289,7 +296,6 @@ class _Checker:
             gap = (logits[uncached[0, at]] - logits[cached[0, at]]).abs().item()
             if gap <= self.slack(logits):
                 return
-        del torch
         raise self.fail(f"greedy generation with the cache gives {cached.tolist()}, without it {uncached.tolist()}")
 
     def slack(self, logits: Any) -> float:
@@ -328,17 +334,13 @@ class _Checker:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments[0] != "--jobs":
-        check_files(Path(arguments[0]))
-        print(json.dumps(check(Path(arguments[0])), indent=2))
-        return 0
-    jobs = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
+    jobs = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     found: dict[str, Any]
     try:
         found = {"results": [check(Path(package), Path(ref) if ref else None) for package, ref in jobs]}
     except VerificationError as error:
         found = {"error": str(error)}
-    Path(arguments[2]).write_text(json.dumps(found), encoding="utf-8")
+    Path(arguments[1]).write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""nas-compressor's room for the torch-free search: space, objectives, predictors, algorithms, evaluation store."""
+"""nas-compressor's torch-free search: space, objectives, predictors, algorithms, evaluation store."""

@@ -1,8 +1,8 @@
-"""Search algorithms, ask and tell: `ask` names architectures worth measuring, `tell` brings their measurements back.
+"""Search algorithms: `ask` names architectures worth measuring, `tell` brings the measurements back.
 
-No algorithm asks for an architecture twice. All randomness comes from one seeded generator, and nothing depends on
-time or on the order in which measurements arrive, so telling the same results again reproduces the same asks: a
-search is resumed by replaying it.
+No algorithm asks for an architecture twice. All randomness comes from one seeded generator, and nothing
+depends on time or on the order in which measurements arrive, so telling the same results again reproduces the
+same asks: a search is resumed by replaying it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -43,8 +43,9 @@ Result = tuple[Architecture, Mapping[str, float]]
 class Algorithm(ABC):
     """A search over `space` for the front of `objectives` within `constraints`.
 
-    `initial` is asked for first, whatever the algorithm. `population` is the usual number of architectures in one
-    generation, `evaluations` how many will be measured in all. ValueError for objectives that cannot be searched.
+    `initial` is asked for first, whatever the algorithm. `population` is the usual number of architectures in
+    one generation, `evaluations` how many will be measured in all. ValueError for objectives that cannot be
+    searched.
     """
 
     name: ClassVar[str]
@@ -79,7 +80,7 @@ class Algorithm(ABC):
         """What the last `ask` and `tell` have to say for the generation's record; plain JSON types."""
 
     def ask(self, n: int) -> list[Architecture]:
-        """Up to `n` architectures that were never asked for; none if the algorithm or the space has no more."""
+        """Up to `n` architectures that were never asked for; none if there are no more."""
         self.report = {}
         if self._queue:
             chosen = [self._queue.popleft() for _ in range(min(n, len(self._queue)))]
@@ -91,7 +92,7 @@ class Algorithm(ABC):
         return self.space.decode_all(np.array(chosen)) if chosen else []
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Take measurements in the order in which they were asked for. Only measured objectives need to be there."""
+        """Take measurements, in the order in which they were asked for; computed objectives may be missing."""
         watched = [o.name for o in self.measured] + list(self._computers)
         for architecture, values in results:
             row = values if all(name in values for name in watched) else self.complete(architecture, values)
@@ -100,40 +101,62 @@ class Algorithm(ABC):
         self._learn(len(results))
 
     def complete(self, architecture: Architecture, values: Mapping[str, float]) -> dict[str, float]:
-        """`values` and every computed objective and constraint. ValueError where a measured one is missing."""
+        """`values` and all that is computed, by name. ValueError where something measured is missing."""
         missing = [o.name for o in self.measured if o.name not in values]
         if missing:
             raise ValueError(
-                f"the measurement of {architecture.key} lacks {', '.join(missing)}; it has {', '.join(values) or 'none'}"
+                f"the measurement of {architecture.key} lacks {', '.join(missing)}; "
+                f"it has {', '.join(values) or 'nothing'}"
             )
         genome = np.array([self.space.encode(architecture)])
-        return {k: float(v) for k, v in values.items()} | {k: float(c(genome)[0]) for k, c in self._computers.items()}
+        return {k: float(v) for k, v in values.items()} | {
+            k: float(c(genome)[0]) for k, c in self._computers.items()
+        }
 
     @abstractmethod
     def _propose(self, n: int) -> list[Genome]:
         """Up to `n` canonical genomes that were not asked for before."""
 
-    def _learn(self, new: int) -> None:
+    def _learn(self, new: int) -> None:  # noqa: B027 - most algorithms learn nothing between generations
         """Called when the last `new` measurements have arrived."""
 
     def _fresh(self, n: int, avoid: Iterable[Genome] = ()) -> list[Genome]:
-        """Up to `n` random canonical genomes that were not asked for; all that are left where that is fewer."""
+        """Up to `n` random canonical genomes that were not asked for; all that are left where that is fewer.
+
+        Those that meet the constraints that need no measurement come first.
+        """
         taken = self._asked | set(avoid)
-        found: dict[Genome, None] = {}
+        found: dict[Genome, float] = {}
         for _ in range(50):
-            if len(found) >= n:
-                return list(found)[:n]
+            if sum(not missed for missed in found.values()) >= n:
+                break
             rows = self.space.sample(self.rng, 2 * n)
-            found.update((g, None) for g in map(tuple, rows.tolist()) if g not in taken)
+            if self.constraints:
+                # Uniform genomes have middling sizes; bounds may lie anywhere.
+                rows = np.vstack([rows, self.space.sample_tilted(self.rng, 2 * n)])
+            found |= self._missing(g for g in map(tuple, rows.tolist()) if g not in taken)
         if len(found) < n and self.space.size <= ENUMERABLE:
             left = [g for g in (self.space.encode(a) for a in self.space.architectures()) if g not in taken]
-            found.update((left[i], None) for i in self.rng.permutation(len(left)))
-        return list(found)[:n]
+            found |= self._missing(left[i] for i in self.rng.permutation(len(left)))
+        return sorted(found, key=lambda genome: found[genome])[:n]
+
+    def _missing(self, genomes: Iterable[Genome]) -> dict[Genome, float]:
+        """By how much each genome misses the constraints that need no measurement."""
+        rows = list(genomes)
+        return dict(zip(rows, self._exact_violation(np.array(rows)).tolist(), strict=True)) if rows else {}
+
+    def _exact_violation(self, genomes: Genomes) -> NDArray[np.float64]:
+        """The sum of what each row violates of the constraints that are computed, [n]."""
+        total = np.zeros(len(genomes))
+        for constraint in self.constraints:
+            if constraint.objective.name in self._computers:
+                total += constraint.violation(self._computers[constraint.objective.name](genomes))
+        return total
 
     def _costs(self) -> tuple[Costs, Costs]:
-        """Objectives (less is better) and violations of everything measured, [n, objectives], [n, constraints + 1].
+        """Objectives, less is better, [n, objectives], and violations, [n, constraints + 1], of all measured.
 
-        The last violation marks measurements that are not finite; their objectives stand at the worst that was seen.
+        The last violation marks measurements that are not finite; their objectives stand at the worst seen.
         """
         return self._arrange({name: np.array([v[name] for v in self.values]) for name in self.values[0]})
 
@@ -157,14 +180,14 @@ class RandomSearch(Algorithm):
         return self._fresh(n)
 
 
-# -- evolution through pymoo ----------------------------------------------------------------------------------------
+# -- evolution through pymoo --
 
 
 class StepMutation(Mutation):
     """Each gene, with probability 1 / genes, moves one step or is drawn anew, with even chances.
 
-    Polynomial mutation with rounding, as in DyNAS-T, never flips a gene of two values: at its usual eta of 20 a move
-    of more than half the range has a probability of 1e-6.
+    Polynomial mutation with rounding, as in DyNAS-T, never flips a gene of two values: at its usual eta of 20
+    a move of more than half the range has a probability of 1e-6.
     """
 
     def _do(
@@ -189,25 +212,32 @@ class _Canonical(Repair):
         return self.space.canonicalize(np.around(X).astype(np.int64))
 
 
-class _Unasked(DuplicateElimination):
-    """Drops rows that repeat another row or one that was asked for."""
+class _Unwanted(DuplicateElimination):
+    """Drops rows that repeat another, were asked for, or violate a constraint that is computed."""
 
-    def __init__(self, asked: set[Genome]) -> None:
+    def __init__(self, asked: set[Genome], violation: Callable[[Genomes], NDArray[np.float64]]) -> None:
         super().__init__()
         self.asked = asked
+        self.violation = violation
 
-    def _do(self, pop: Population, other: Population | None, is_duplicate: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _do(
+        self, pop: Population, other: Population | None, is_duplicate: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         taken = set(self.asked) if other is None else set(map(tuple, other.get("X").tolist()))
         for i, row in enumerate(map(tuple, pop.get("X").tolist())):
             is_duplicate[i] |= row in taken
             if other is None:
                 taken.add(row)
+        if other is None:
+            is_duplicate |= self.violation(pop.get("X").astype(np.int64)) > 0
         return is_duplicate
 
 
 def _problem(space: SearchSpace, objectives: int, constraints: int) -> Problem:
     upper = space.upper
-    return Problem(n_var=len(upper), n_obj=objectives, n_ieq_constr=constraints, xl=np.zeros(len(upper)), xu=upper)
+    return Problem(
+        n_var=len(upper), n_obj=objectives, n_ieq_constr=constraints, xl=np.zeros(len(upper)), xu=upper
+    )
 
 
 def _evaluated(problem: Problem, genomes: Genomes, costs: Costs, violations: Costs) -> Population:
@@ -232,7 +262,7 @@ class _Evolution(Algorithm):
         if not self.genomes:
             return self._fresh(n)
         if self._genetic is None:
-            self._genetic = self._build(_operators(self.space, self._asked))
+            self._genetic = self._build(_operators(self.space, _Unwanted(self._asked, self._exact_violation)))
             self._genetic.setup(
                 self._problem, seed=int(self.rng.integers(2**31)), termination=NoTermination(), verbose=False
             )
@@ -253,12 +283,12 @@ class _Evolution(Algorithm):
         self._genetic.tell(infills=_evaluated(self._problem, rows, costs[-new:], violations[-new:]))
 
 
-def _operators(space: SearchSpace, asked: set[Genome]) -> dict[str, Any]:
+def _operators(space: SearchSpace, unwanted: DuplicateElimination | bool) -> dict[str, Any]:
     return {
         "crossover": SBX(prob=0.9, eta=15),
         "mutation": StepMutation(),
         "repair": _Canonical(space),
-        "eliminate_duplicates": _Unasked(asked),
+        "eliminate_duplicates": unwanted,
     }
 
 
@@ -274,7 +304,7 @@ class NSGA2Search(_Evolution):
 def _by_niche(
     pop: Population, P: NDArray[np.intp], random_state: np.random.Generator, **kwargs: Any
 ) -> NDArray[np.intp]:
-    """U-NSGA-III's tournament, seeded throughout: pymoo breaks ties of infeasible pairs with a generator of its own."""
+    """U-NSGA-III's tournament, seeded throughout: pymoo draws between equally infeasible ones unseeded."""
     winners = comp_by_rank_and_ref_line_dist(pop, P, random_state=random_state)
     for i, (a, b) in enumerate(P):
         if pop[a].CV[0] == pop[b].CV[0] > 0:
@@ -283,7 +313,7 @@ def _by_niche(
 
 
 class UNSGA3Search(_Evolution):
-    """U-NSGA-III (Seada and Deb 2016) with Das-Dennis reference directions, at most one for each of the population."""
+    """U-NSGA-III (Seada and Deb 2016), with at most `population` Das-Dennis reference directions."""
 
     name = "unsga3"
 
@@ -297,7 +327,9 @@ class UNSGA3Search(_Evolution):
                 break
             directions = more
         size = max(self.population, len(directions))
-        return UNSGA3(directions, pop_size=size, selection=TournamentSelection(func_comp=_by_niche), **operators)
+        return UNSGA3(
+            directions, pop_size=size, selection=TournamentSelection(func_comp=_by_niche), **operators
+        )
 
 
 class AGEMOEASearch(_Evolution):
@@ -316,7 +348,7 @@ class AGEMOEASearch(_Evolution):
         return AGEMOEA(pop_size=self.population, **operators)
 
 
-# -- LINAS ----------------------------------------------------------------------------------------------------------
+# -- LINAS --
 
 
 class _Predicted(Problem):
@@ -344,12 +376,13 @@ class _Predicted(Problem):
 
 
 class LINAS(Algorithm):
-    """LINAS (Cummings et al., arXiv 2205.10358): measure a generation, train predictors on all measurements, search
-    with NSGA-II on predictions, and take the next generation from what that search saw.
+    """LINAS (Cummings et al., arXiv 2205.10358): measure a generation, train predictors on all measurements,
+    search with NSGA-II on predictions, and take the next generation from what that search saw.
 
-    Differences from the published algorithm: sizes and speed are computed, not predicted; the next generation is the
-    non-dominated *unmeasured* candidates, spread over what the measured front leaves open; and while a measured
-    objective has no predictor that ranks better than chance, generations are NSGA-II's offspring of the measured.
+    Differences from the published algorithm: sizes and speed are computed, not predicted; the next generation
+    is the non-dominated *unmeasured* candidates, spread over what the measured front leaves open; and while a
+    measured objective has no predictor that ranks better than chance, generations are NSGA-II's offspring of
+    the measured.
     """
 
     name = "linas"
@@ -416,18 +449,24 @@ class LINAS(Algorithm):
         return costs, violations[:, :-1]  # predictions are always finite
 
     def _inner_search(self) -> dict[Genome, tuple[list[float], list[float]]]:
-        """All candidates that an NSGA-II on predictions came across, with their costs and violations."""
+        """Candidates with their predicted costs and violations: all that an NSGA-II on predictions came
+        across, or the whole space where it has no more genomes than that search would look at.
+        """
         problem = _Predicted(self)
+        if self.space.size <= 2 * self.inner_population * self.inner_generations:
+            problem.evaluate(self.space.all_genomes(), return_values_of=["F"])
+            return problem.seen
         best = [self.genomes[i] for i in self._ranked()[: self.inner_population // 2]]
-        start = np.vstack([np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))])
-        genetic = NSGA2(
-            pop_size=self.inner_population, sampling=np.unique(start, axis=0), **_operators(self.space, set())
+        start = np.vstack(
+            [np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))]
         )
+        genetic = NSGA2(
+            pop_size=self.inner_population, sampling=np.unique(start, axis=0), **_operators(self.space, True)
+        )
+        genetic.mating.n_max_iterations = 3  # a predicted generation need not be full
         genetic.setup(problem, seed=int(self.rng.integers(2**31)), termination=NoTermination(), verbose=False)
         for _ in range(self.inner_generations):
             genetic.next()
-            if genetic.termination.force_termination:
-                break  # mating finds no new genome: a small space is exhausted
         return problem.seen
 
     def _ranked(self) -> list[int]:
@@ -439,8 +478,9 @@ class LINAS(Algorithm):
         return order + [int(rest[i]) for i in np.argsort(missed[rest], kind="stable")]
 
     def _select(self, n: int, seen: Mapping[Genome, tuple[list[float], list[float]]]) -> list[Genome]:
-        """The next generation: unmeasured candidates front by front, the last front thinned to what is far apart and
-        far from the measured front; where too few are feasible, the least infeasible ones."""
+        """The next generation: unmeasured candidates front by front, the last front thinned to what is far
+        apart and far from the measured front; where too few are feasible, the least infeasible ones.
+        """
         candidates = [g for g in seen if g not in self._asked]
         if not candidates:
             return []
@@ -458,14 +498,18 @@ class LINAS(Algorithm):
             if len(chosen) >= n:
                 break
         infeasible = np.flatnonzero(missed > 0)
-        chosen += [int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]]
+        chosen += [
+            int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]
+        ]
         return [candidates[i] for i in chosen]
 
     def _offspring(self, n: int) -> list[Genome]:
         """One generation of NSGA-II on measurements alone."""
         problem = _problem(self.space, len(self.objectives), len(self.constraints) + 1)
         costs, violations = self._costs()
-        genetic = NSGA2(pop_size=self.population, **_operators(self.space, self._asked))
+        genetic = NSGA2(
+            pop_size=self.population, **_operators(self.space, _Unwanted(self._asked, self._exact_violation))
+        )
         genetic.setup(problem, seed=int(self.rng.integers(2**31)), termination=NoTermination(), verbose=False)
         genetic.tell(infills=_evaluated(problem, np.array(self.genomes), costs, violations))
         genetic.n_offsprings = n
@@ -474,16 +518,17 @@ class LINAS(Algorithm):
         return chosen + self._fresh(n - len(chosen), chosen)
 
 
-# -- greedy ---------------------------------------------------------------------------------------------------------
+# -- greedy --
 
 
 class Greedy(Algorithm):
-    """Perturbation-based selection (DARTS-PT, arXiv 2108.04392, turned to cutting): measure every single cut of the
-    current architecture, make the least harmful, and go on until the target is met.
+    """Perturbation-based selection (DARTS-PT, arXiv 2108.04392, turned to cutting): measure every single cut
+    of the current architecture, make the least harmful, and go on until the target is met.
 
-    A cut lowers one gene by one value. Harm is lost quality (the first measured objective) for each unit of the first
-    computed objective saved. The target is the upper bound of the first constraint on a computed objective, or else
-    the smallest architecture. Where the budget is too small for a round per cut, a round makes several of its cuts.
+    A cut lowers one gene by one value. Harm is lost quality (the first measured objective) for each unit of
+    the first computed objective saved. The target is the upper bound of the first constraint on a computed
+    objective, or else the smallest architecture. Where the budget is too small for a round per cut, a round
+    makes several of its cuts.
     """
 
     name = "greedy"
@@ -522,14 +567,19 @@ class Greedy(Algorithm):
         return self._target is not None and float(self._size(np.array([self._current]))[0]) <= self._target
 
     def _cuts(self) -> list[Genome]:
-        """Architectures with one gene one value lower, that are different from the current one and smaller."""
+        """Smaller architectures, each with one gene of the current one a value lower."""
         rows = [
-            [*self._current[:i], value - 1, *self._current[i + 1 :]] for i, value in enumerate(self._current) if value
+            [*self._current[:i], value - 1, *self._current[i + 1 :]]
+            for i, value in enumerate(self._current)
+            if value
         ]
         if not rows:
             return []
-        cuts = [g for g in dict.fromkeys(map(tuple, self.space.canonicalize(np.array(rows)).tolist()))
-                if g != self._current]
+        cuts = [
+            g
+            for g in dict.fromkeys(map(tuple, self.space.canonicalize(np.array(rows)).tolist()))
+            if g != self._current
+        ]
         sizes = self._size(np.array([self._current, *cuts]))
         return [g for g, size in zip(cuts, sizes[1:], strict=True) if size < sizes[0]]
 
@@ -538,7 +588,8 @@ class Greedy(Algorithm):
         sizes = self._size(np.array([self._current, *cuts]))
         now = self._harmed.cost(known[self._current])
         harm = [
-            (self._harmed.cost(known[g]) - now) / (sizes[0] - size) for g, size in zip(cuts, sizes[1:], strict=True)
+            (self._harmed.cost(known[g]) - now) / (sizes[0] - size)
+            for g, size in zip(cuts, sizes[1:], strict=True)
         ]
         order = np.argsort(np.nan_to_num(harm, nan=np.inf), kind="stable")
         rounds = max(1, (self.evaluations - len(self.genomes)) // (len(cuts) + 1))

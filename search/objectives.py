@@ -1,11 +1,12 @@
-"""What a search optimises: objectives that are measured, objectives that are computed, and hard bounds on either.
+"""What a search optimises: measured objectives, computed objectives, and hard bounds on either.
 
-Sizes follow exactly from the architecture and are never predicted; neither is speed, which a function handed in
-computes from layer timings. Only what an evaluation measures needs a predictor.
+Sizes follow exactly from the architecture and are never predicted; neither is speed, which a function handed
+in computes from layer timings. Only what an evaluation measures needs a predictor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,12 +23,18 @@ Values = NDArray[np.float64]
 SPEEDS: dict[str, Direction] = {"decode_tps": "max", "prefill_tps": "max", "latency": "min"}
 
 
+def number(value: float) -> str:
+    """A number for a message: large ones in full, with separators."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Objective:
     """One number of an architecture and which way is better.
 
-    `compute` gives it exactly; without it the number comes from evaluations. `additive` says that it is a sum over
-    layers plus a part that depends on the hidden size alone, which lets a predicted search add up table entries.
+    `compute` gives it exactly; without it the number comes from evaluations. `additive` says that it is a sum
+    over layers plus a part that depends on the hidden size alone, which lets a predicted search add up table
+    entries.
     """
 
     name: str
@@ -56,7 +63,7 @@ class Constraint:
         if self.maximum is None and self.minimum is None:
             raise ValueError(f"a constraint on {self.objective.name} needs a maximum or a minimum")
         if self.maximum is not None and self.minimum is not None and self.minimum > self.maximum:
-            raise ValueError(f"{self.objective.name} cannot be at least {self.minimum:g} and at most {self.maximum:g}")
+            raise ValueError(f"no value is {self}: the bounds contradict each other")
 
     def violation(self, values: Values) -> Values:
         """How far values miss the bounds, as a share of the bound; 0 where they hold."""
@@ -68,15 +75,15 @@ class Constraint:
         return missed
 
     def __str__(self) -> str:
-        bounds = [] if self.minimum is None else [f"at least {self.minimum:,.6g}"]
+        bounds = [] if self.minimum is None else [f"at least {number(self.minimum)}"]
         if self.maximum is not None:
-            bounds.append(f"at most {self.maximum:,.6g}")
+            bounds.append(f"at most {number(self.maximum)}")
         return f"{self.objective.name} {' and '.join(bounds)}"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured sub-network: every objective's and constraint's number by name, and whatever else was measured.
+    """One measured sub-network: every objective's and constraint's number, and whatever else was measured.
 
     `full` is False for one that was scored on part of the documents only; such a one is never on the front.
     """
@@ -91,7 +98,7 @@ class Evaluation:
         return {
             "key": self.architecture.key,
             "architecture": self.architecture.to_dict(),
-            "values": dict(self.values),
+            "values": {k: v if math.isfinite(v) else None for k, v in self.values.items()},
             "generation": self.generation,
             "index": self.index,
             "full": self.full,
@@ -107,8 +114,9 @@ def computed(
 ) -> dict[str, Objective]:
     """The objectives that need no evaluation, by name.
 
-    `parameters`; `bytes` as stored, under `scheme` where one is given; `macs` for one token behind `context` others;
-    `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps` (tokens per second), `latency`.
+    `parameters`; `bytes` as stored, under `scheme` where one is given; `macs` for one token behind `context`
+    others; `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps` (tokens per
+    second), `latency`.
     """
     objectives = [
         Objective("parameters", "min", structure.parameters, additive=True),
@@ -123,33 +131,39 @@ def computed(
     return {objective.name: objective for objective in objectives}
 
 
-def choose(names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]) -> list[Objective]:
+def choose(
+    names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]
+) -> list[Objective]:
     """Two to four objectives by name: of `known` (see `computed`), or of what evaluations will measure.
 
     ValueError, with what would be valid, for a name that nobody computes or measures.
     """
     for name in names:
         if name not in known and name not in measured:
-            raise ValueError(f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}")
+            raise ValueError(
+                f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}"
+            )
     chosen = [known[name] if name in known else Objective(name, measured[name]) for name in names]
     check(chosen)
     return chosen
 
 
 def check(objectives: Sequence[Objective]) -> None:
-    """ValueError unless these are two to four objectives, all different, of which at least one is measured."""
+    """ValueError unless these are two to four different objectives, at least one of them measured."""
     names = [objective.name for objective in objectives]
     if not 2 <= len(names) <= 4:
         raise ValueError(f"a search takes two to four objectives, not {len(names)}")
     if len(set(names)) != len(names):
         raise ValueError(f"an objective is named twice: {', '.join(names)}")
     if all(objective.kind == "computed" for objective in objectives):
-        raise ValueError(f"{', '.join(names)} are all computed from sizes; add a measured objective such as quality")
+        raise ValueError(
+            f"{', '.join(names)} are all computed from sizes; add a measured objective such as quality"
+        )
 
 
 @dataclass
 class Computer:
-    """Computed objectives of whole matrices of genomes. Exact, and fast through tables of each layer's part."""
+    """A computed objective of whole matrices of genomes: exact, and fast through tables of layers' parts."""
 
     space: SearchSpace
     objective: Objective

@@ -1,4 +1,4 @@
-"""The Pareto front of what was measured, how good it is, and what to pick from it. Less is better throughout."""
+"""The Pareto front of what was measured, how good it is, and what to pick from it. Less is better."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-from search.objectives import Constraint, Evaluation, Objective
+from search.objectives import Constraint, Evaluation, Objective, number
 
 Costs = NDArray[np.float64]
 """Objectives turned so that less is better, [n, objectives]."""
@@ -26,7 +26,9 @@ def violations(evaluations: Sequence[Evaluation], constraints: Sequence[Constrai
     """By how much each evaluation misses each constraint, [n, constraints]; 0 where it holds."""
     if not constraints or not evaluations:
         return np.zeros((len(evaluations), len(constraints)))
-    columns = [c.violation(np.array([float(e.values[c.objective.name]) for e in evaluations])) for c in constraints]
+    columns = [
+        c.violation(np.array([float(e.values[c.objective.name]) for e in evaluations])) for c in constraints
+    ]
     return np.column_stack(columns)
 
 
@@ -36,18 +38,19 @@ def ranks(values: Costs) -> list[NDArray[np.intp]]:
 
 
 def non_dominated(values: Costs) -> NDArray[np.intp]:
-    """Indices, ascending, of the rows that no other row is better than in all respects. Equal rows all stay."""
+    """Indices, ascending, of the rows that no other row dominates. Equal rows all stay."""
     return np.sort(ranks(values)[0]) if len(values) else np.zeros(0, dtype=np.intp)
 
 
 def hypervolume(values: Costs, reference: Sequence[float] | Costs) -> float:
-    """Volume that the rows dominate within the reference point (Zitzler and Thiele 1999), in the units given."""
+    """Volume that the rows dominate within the reference point (Zitzler and Thiele 1999)."""
     inside = values[(values < np.asarray(reference)).all(axis=1)] if len(values) else values
     return float(HV(ref_point=np.asarray(reference, dtype=float))(inside)) if len(inside) else 0.0
 
 
 def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
-    """`n` rows, or all, each the farthest from those chosen before it and from `occupied`, in units of the ranges.
+    """`n` rows, or all, each the farthest from those chosen before it and from `occupied`, in units of the
+    ranges.
 
     Where nothing is occupied the extremes of the first objective come first.
     """
@@ -71,7 +74,7 @@ def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
 
 
 def knee(values: Costs) -> int:
-    """The row nearest to having it all: the least sum of objectives, each scaled to the range of the rows given."""
+    """The row of the least sum of objectives, each scaled to the range of the rows given."""
     low, high = values.min(0), values.max(0)
     return int(np.argmin(((values - low) / np.where(high > low, high - low, 1.0)).sum(1)))
 
@@ -79,8 +82,9 @@ def knee(values: Costs) -> int:
 def front(
     evaluations: Iterable[Evaluation], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()
 ) -> list[Evaluation]:
-    """The fully measured evaluations that meet the constraints and that none other dominates, by the first objective,
-    best first."""
+    """The fully measured evaluations that meet the constraints and that none other dominates, by the first
+    objective, best first.
+    """
     full = [e for e in evaluations if e.full]
     feasible = ~(violations(full, constraints) > 0).any(axis=1)
     values = costs(full, objectives)
@@ -92,7 +96,9 @@ def front(
 
 @dataclass(frozen=True)
 class Target:
-    """What the user asked for. Sizes are absolute (the caller resolves shares); speed-up is against the base."""
+    """What the user asked for. Sizes are absolute (the caller resolves shares); speed-up is against the
+    base.
+    """
 
     max_params: int | None = None
     max_bytes: int | None = None
@@ -100,24 +106,34 @@ class Target:
     max_drop: float | None = None
 
     def bounds(self) -> list[tuple[str, float, bool]]:
-        """The sizes asked for: name in `Evaluation.values`, bound, and whether the value must be at most the bound."""
-        wanted = [("parameters", self.max_params, True), ("bytes", self.max_bytes, True),
-                  ("speedup", self.min_speedup, False)]
+        """The sizes asked for: name in `Evaluation.values`, bound, and whether the value must be at most the
+        bound.
+        """
+        wanted = [
+            ("parameters", self.max_params, True),
+            ("bytes", self.max_bytes, True),
+            ("speedup", self.min_speedup, False),
+        ]
         return [(name, float(bound), upper) for name, bound, upper in wanted if bound is not None]
 
     def __str__(self) -> str:
-        parts = [f"{name} {'at most' if upper else 'at least'} {bound:,.6g}" for name, bound, upper in self.bounds()]
+        parts = [
+            f"{name} {'at most' if upper else 'at least'} {number(bound)}"
+            for name, bound, upper in self.bounds()
+        ]
         if self.max_drop is not None:
             parts.append(f"quality at least {1 - self.max_drop:.6g}")
         return " and ".join(parts)
 
 
 def pick(evaluations: Iterable[Evaluation], target: Target, *, uniform: bool = False) -> Evaluation:
-    """The measured architecture that a target asks for; `uniform` looks only at those whose kept layers are alike.
+    """The measured architecture that a target asks for; `uniform` looks only at those whose kept layers are
+    alike.
 
-    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop, otherwise the one of best
-    quality, among those that meet the sizes asked for. Values need `quality`, `parameters`, and `bytes` or `speedup`
-    (decode speed over the base's) where the target names them. ValueError, naming the nearest, where none meets it.
+    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop, otherwise the one of
+    best quality, among those that meet the sizes asked for. Values need `quality`, `parameters`, and `bytes`
+    or `speedup` (decode speed over the base's) where the target names them. ValueError, naming the nearest,
+    where none meets it.
     """
     candidates = [e for e in evaluations if e.full and (e.architecture.is_uniform or not uniform)]
     what = "measured architecture with all kept layers alike" if uniform else "measured architecture"
@@ -139,7 +155,7 @@ def pick(evaluations: Iterable[Evaluation], target: Target, *, uniform: bool = F
     if not meeting:
         nearest = min(candidates, key=lambda e: (misses(e), e.architecture.key))
         names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
-        has = ", ".join(f"{name} {nearest.values[name]:,.6g}" for name in names)
+        has = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
         raise ValueError(f"no {what} has {target}; the nearest has {has}")
     if target.max_drop is not None:
         return min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))

@@ -1,5 +1,6 @@
-"""Predictors of what evaluations measure, from few samples: ridge, support vectors, boosting, a Gaussian process, and
-a stack of them. Cross-validation chooses; one that ranked the newest measurements no better than chance is set aside.
+"""Predictors of what evaluations measure, from few samples: ridge, support vectors, boosting, a Gaussian
+process, and a stack of them. Cross-validation chooses; one that ranked the newest measurements no better than
+chance is set aside.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ CHANCE = 0.2
 class Report:
     """How well predictions rank and match measurements: Kendall's tau-b, Spearman's rho, mean absolute error.
 
-    `chance` is the probability that a random ranking has at least this tau. Correlations are 0 and `chance` 1 where
-    either side is constant.
+    `chance` is the probability that a random ranking has at least this tau. Correlations are 0 and `chance` 1
+    where either side is constant.
     """
 
     kendall: float
@@ -60,12 +61,16 @@ def report(y_true: Vector, y_pred: Vector) -> Report:
     if len(y_true) < 2 or np.ptp(y_true) == 0 or np.ptp(y_pred) == 0:
         return Report(0.0, 0.0, mae, 1.0, len(y_true))
     tau = kendalltau(y_true, y_pred, alternative="greater")
-    return Report(float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true))
+    return Report(
+        float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true)
+    )
 
 
 @dataclass
 class Model:
-    """A trained regressor with its own scaling of targets. `predict` gives means, and deviations where it knows them."""
+    """A trained regressor with its own scaling of targets. `predict` gives means, and deviations where it
+    knows them.
+    """
 
     name: str
     mean: Callable[[Matrix], Vector]
@@ -89,7 +94,9 @@ def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Model:
 
 
 def _kernel(x: Matrix, y: Vector, ordinals: int, most: int = 120) -> ConstantKernel:
-    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of some rows."""
+    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of some
+    rows.
+    """
     rows = np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)
     scale = max(float(np.sqrt(x[:, :ordinals].var(axis=0).sum())), 1e-3)
     kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(scale, (scale / 20, scale * 50), nu=2.5) + WhiteKernel(
@@ -113,8 +120,8 @@ def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Model:
 class Predictor:
     """All kinds of predictors of one measured objective, and which of them is in use.
 
-    `ordinals` is the number of leading features that are ordinal: trees and the Gaussian process see those only, the
-    one-hot codes serve the linear and kernel models.
+    `ordinals` is the number of leading features that are ordinal: trees and the Gaussian process see those
+    only, the one-hot codes serve the linear and kernel models.
     """
 
     ordinals: int
@@ -132,8 +139,9 @@ class Predictor:
     def fit(self, x: Matrix, y: Vector, set_aside: Collection[str] = ()) -> None:
         """Train every kind on features [n, features] and measurements [n], and choose one.
 
-        Five-fold cross-validation gives each kind's out-of-fold predictions; the highest Kendall tau is chosen, the
-        lower error among equals, from those not `set_aside`. None is chosen if all are, or with fewer than 8 samples.
+        Five-fold cross-validation gives each kind's out-of-fold predictions; the highest Kendall tau is
+        chosen, the lower error among equals, from those not `set_aside`. None is chosen if all are, or with
+        fewer than 8 samples.
         """
         self.models, self.scores, self.chosen = {}, {}, None
         if len(x) < FEWEST or np.ptp(y) == 0:
@@ -169,7 +177,9 @@ class Predictor:
         return self._predict(self.models[self.chosen], x)
 
     def deviation(self, x: Matrix) -> Vector | None:
-        """The Gaussian process's standard deviations, [n], in the objective's units; None where it is not trained."""
+        """The Gaussian process's standard deviations, [n], in the objective's units; None where it is not
+        trained.
+        """
         known = self.models["gp"].deviation if "gp" in self.models else None
         return None if known is None else known(x) * self._scale
 
@@ -189,7 +199,9 @@ def _out_of_fold(fit: Fit, x: Matrix, y: Vector, ordinals: int, folds: Folds) ->
 
 
 def _stack(predictions: Matrix, y: Vector, folds: Folds) -> tuple[Vector, Vector]:
-    """Non-negative weights of the models' out-of-fold predictions, and the stack's own out-of-fold predictions."""
+    """Non-negative weights of the models' out-of-fold predictions, and the stack's own out-of-fold
+    predictions.
+    """
     outside = np.empty(len(y))
     for rows, held_out in folds:
         outside[held_out] = predictions[held_out] @ nnls(predictions[rows], y[rows])[0]

@@ -1,4 +1,4 @@
-"""The search loop: ask an algorithm, have its architectures measured wherever that is, tell it, report, repeat."""
+"""The search loop: ask an algorithm, have its architectures measured wherever that is, tell it, report."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import numpy as np
 
 from compressor.architecture import Architecture
 from search.algorithms import algorithm as algorithm_named
-from search.objectives import Constraint, Evaluation, Objective, check
+from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
 from search.space import SearchSpace
 
 Measure = Callable[[list[Architecture]], Iterable[tuple[Architecture, Mapping[str, float]]]]
 """Measures architectures, in any order, each yielded as soon as it is known, with its values by name.
 
-One that was measured before comes from the store, at once; so does all of an interrupted search, when it is run again.
+One that was measured before comes from the store, at once; so does all of an interrupted search, when it is
+run again.
 """
 
 
 @dataclass
 class SearchResult:
-    """All that a search measured, and how it went. `generations` holds one JSON-able record for each generation."""
+    """All that a search measured, and how it went: one record of plain JSON types for each generation."""
 
     space: SearchSpace
     objectives: tuple[Objective, ...]
@@ -56,7 +57,9 @@ class SearchResult:
             "algorithm": self.algorithm,
             "seed": self.seed,
             "space": {"name": self.space.name, "size": self.space.size, "genes": self.space.to_dict()},
-            "objectives": [{"name": o.name, "direction": o.direction, "kind": o.kind} for o in self.objectives],
+            "objectives": [
+                {"name": o.name, "direction": o.direction, "kind": o.kind} for o in self.objectives
+            ],
             "constraints": [str(c) for c in self.constraints],
             "reference": self.reference,
             "evaluations": [e.to_dict() for e in self.evaluations],
@@ -85,22 +88,26 @@ def search(
 ) -> SearchResult:
     """Search `space` with a budget of `evaluations` measured architectures.
 
-    The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`), `warm_start`, and
-    random architectures spread over all sizes within the constraints, `population` in all; then `algorithm` decides.
-    `on_request(generation, architectures)` is called before a generation is measured, `on_evaluation` the moment each
-    measurement arrives, `on_generation` with each generation's record.
+    The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`),
+    `warm_start`, and random architectures spread over all sizes within the constraints, `population` in all;
+    then `algorithm` decides. `on_request(generation, architectures)` is called before a generation is
+    measured, `on_evaluation` the moment each measurement arrives, `on_generation` with each generation's
+    record.
 
-    The same arguments and measurements give the same search; so an interrupted one is resumed by running it again
-    with a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in the objectives'
-    own units; by default the worst of each objective in the first generation. Hypervolumes are in units of the box
-    between the reference and the best of each objective in the first generation, and can exceed 1.
+    The same arguments and measurements give the same search; so an interrupted one is resumed by running it
+    again with a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in
+    the objectives' own units; by default the worst of each objective in the first generation. Hypervolumes
+    are in units of the box between the reference and the best of each objective in the first generation, and
+    can exceed 1.
 
     ValueError for a request that cannot be met; what `measure` raises passes through.
     """
     check(objectives)
     check_constraints(space, constraints)
     if evaluations < 2 or population < 2:
-        raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
+        raise ValueError(
+            "a search needs a budget of at least two evaluations and a population of at least two"
+        )
     rng = np.random.default_rng(seed)
     initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
     searcher = algorithm_named(algorithm)(
@@ -125,7 +132,9 @@ def search(
         if on_request is not None:
             on_request(generation, asked)
         measuring = time.perf_counter()
-        fresh = _measured(asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation)
+        fresh = _measured(
+            asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation
+        )
         measured = time.perf_counter()
         result.evaluations += fresh
         searcher.report = {}
@@ -179,7 +188,7 @@ def first_generation(
 
 
 def check_constraints(space: SearchSpace, constraints: Sequence[Constraint]) -> None:
-    """ValueError for a size that even the smallest architecture exceeds, or even the base falls short of, naming it."""
+    """ValueError, naming what is within reach, for a computed bound that neither end of the space meets."""
     for constraint in constraints:
         objective = constraint.objective
         if objective.compute is None:
@@ -187,9 +196,9 @@ def check_constraints(space: SearchSpace, constraints: Sequence[Constraint]) -> 
         small, base = float(objective.compute(space.smallest())), float(objective.compute(space.base))
         low, high = min(small, base), max(small, base)
         if constraint.maximum is not None and low > constraint.maximum:
-            raise ValueError(f"{constraint} is out of reach: the search space goes down to {low:,.6g}")
+            raise ValueError(f"{constraint} is out of reach: the search space goes down to {number(low)}")
         if constraint.minimum is not None and high < constraint.minimum:
-            raise ValueError(f"{constraint} is out of reach: the search space goes up to {high:,.6g}")
+            raise ValueError(f"{constraint} is out of reach: the search space goes up to {number(high)}")
 
 
 def _measured(
@@ -211,7 +220,9 @@ def _measured(
         if on_evaluation is not None:
             on_evaluation(found[place])
     if len(found) < len(asked):
-        raise RuntimeError(f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement")
+        raise RuntimeError(
+            f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement"
+        )
     return [found[place] for place in range(len(asked))]
 
 

@@ -1,9 +1,9 @@
 """What may be cut: genes, genomes, and the architectures they stand for.
 
-A genome holds one index for each gene, into that gene's ascending values; the last value is the base's own, so the
-genome of all last values is the base model. Several genomes can stand for one architecture (the width of a layer that
-another gene removes is inert); `canonicalize` maps them to one. Most work is done on matrices of genomes, one per
-row, because a predicted search looks at thousands.
+A genome holds one index for each gene, into that gene's ascending values; the last value is the base's own,
+so the genome of all last values is the base model. Several genomes can stand for one architecture (the width
+of a layer that another gene removes is inert); `canonicalize` maps them to one. Most work is done on matrices
+of genomes, one per row, because a predicted search looks at thousands.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ COLUMNS = {"kv": KV, "ffn": FFN, "experts": EXPERTS}
 
 @dataclass(frozen=True, slots=True)
 class Gene:
-    """One elastic size. `kv.3`, `ffn.3`, `experts.3` and `layer.3` belong to layer 3 of the base; `kv`, `ffn` and
-    `experts` hold for all layers at once, `heads` is the number of query heads for each key-value head, `hidden_size`
-    the residual width, and `depth` the number of layers, which a policy chooses.
+    """One elastic size. `kv.3`, `ffn.3`, `experts.3` and `layer.3` belong to layer 3 of the base; `kv`, `ffn`
+    and `experts` hold for all layers at once, `heads` is the number of query heads for each key-value head,
+    `hidden_size` the residual width, and `depth` the number of layers, which a policy chooses.
 
-    `values` ascend and end with the base's own. 0 removes the half-block (`kv`, `ffn`) or the layer (`layer`).
+    `values` ascend and end with the base's own. 0 removes the half-block (`kv`, `ffn`) or the layer
+    (`layer`).
     """
 
     name: str
@@ -58,10 +59,10 @@ class Gene:
 def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | None = None) -> tuple[int, ...]:
     """The `depth` of `layers` layers that a published policy keeps.
 
-    `first` keeps the first (DyNAS-T's rule for BERT and ViT), `alternate` removes evenly spaced ones (AutoDistil),
-    `late-block` removes one block that ends just before the last sixteenth of the layers, at least one (the
-    late-middle block of the depth-pruning papers). `importance` keeps the first `depth` of `order`, which lists all
-    layers, most important first.
+    `first` keeps the first (DyNAS-T's rule for BERT and ViT), `alternate` removes evenly spaced ones
+    (AutoDistil), `late-block` removes one block that ends just before the last sixteenth of the layers, at
+    least one (the late-middle block of the depth-pruning papers). `importance` keeps the first `depth` of
+    `order`, which lists all layers, most important first.
     """
     gone = layers - depth
     if policy == "first":
@@ -74,16 +75,18 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
     elif policy == "importance" and order is not None:
         removed = set(order[depth:])
     else:
-        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order")
+        raise ValueError(
+            f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order"
+        )
     return tuple(i for i in range(layers) if i not in set(removed))
 
 
 def widths(base: int, step: int | None = None) -> tuple[int, ...]:
     """FFN widths from `step` to `base`, in steps that hardware and quantization groups like.
 
-    Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts, thinned to
-    about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself. A remainder of less
-    than half a step is not worth a value of its own.
+    Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts,
+    thinned to about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself. A
+    remainder of less than half a step is not worth a value of its own.
     """
     if step is None:
         if base < 64:
@@ -106,9 +109,9 @@ def widths(base: int, step: int | None = None) -> tuple[int, ...]:
 class SearchSpace:
     """Genes over a base model's structure.
 
-    `kept` says for each value of the `depth` gene, in order, which layers stay. An architecture of the space keeps
-    attention in at least one layer: a genome that would not is repaired, the first layer that it keeps (or else the
-    first that it could) getting its smallest attention.
+    `kept` says for each value of the `depth` gene, in order, which layers stay. An architecture of the space
+    keeps attention in at least one layer: a genome that would not is repaired, the first layer that it keeps
+    (or else the first that it could) getting its smallest attention.
     """
 
     def __init__(
@@ -140,13 +143,16 @@ class SearchSpace:
         self._removable = np.array(
             [
                 f"layer.{i}" in self._index
-                or (self._holds_zero(f"ffn.{i}") and (self._holds_zero(f"kv.{i}") or not self._base_sizes[i, KV]))
+                or (
+                    self._holds_zero(f"ffn.{i}")
+                    and (self._holds_zero(f"kv.{i}") or not self._base_sizes[i, KV])
+                )
                 for i in range(layers)
             ]
         )
         self._layer_sizes: dict[tuple[int, ...], LayerSizes] = {}
 
-    # -- validation -------------------------------------------------------------------------------------------------
+    # -- validation --
 
     def _check(self) -> None:
         layers = len(self.base.layers)
@@ -159,11 +165,13 @@ class SearchSpace:
             per_layer = kind in PER_LAYER and index.isdecimal() and int(index) < layers
             if not per_layer and not (kind in GLOBAL and not index):
                 raise ValueError(
-                    f"unknown gene '{gene.name}'; valid are {', '.join(GLOBAL)} and, for layers 0 to {layers - 1}, "
-                    + ", ".join(f"{k}.N" for k in PER_LAYER)
+                    f"unknown gene '{gene.name}'; valid are {', '.join(GLOBAL)} "
+                    f"and, for layers 0 to {layers - 1}, " + ", ".join(f"{k}.N" for k in PER_LAYER)
                 )
             if per_layer and kind in self._index:
-                raise ValueError(f"'{gene.name}' contradicts '{kind}', which holds for all layers; keep one of them")
+                raise ValueError(
+                    f"'{gene.name}' contradicts '{kind}', which holds for all layers; keep one of them"
+                )
             self._check_values(gene)
 
     def _check_values(self, gene: Gene) -> None:
@@ -198,7 +206,9 @@ class SearchSpace:
             return 1
         if gene.layer is not None:
             return _size(self.base.layers[gene.layer], gene.kind)
-        present = [s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)]
+        present = [
+            s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)
+        ]
         sizes = {_size(layer, gene.kind) for layer in present}
         if len(sizes) != 1:
             raise ValueError(
@@ -208,7 +218,9 @@ class SearchSpace:
         return sizes.pop()
 
     def _check_kept(self, kept: Sequence[Iterable[int]] | None, layers: int) -> NDArray[np.bool_]:
-        """Which layers each value of `depth` keeps, [values, layers]; one row of all layers without such a gene."""
+        """Which layers each value of `depth` keeps, [values, layers]; one row of all layers without such a
+        gene.
+        """
         if "depth" not in self._index:
             if kept is not None:
                 raise ValueError("layers to keep were given, but there is no depth gene")
@@ -216,7 +228,9 @@ class SearchSpace:
         counts = self.genes[self._index["depth"]].values
         subsets = [set(subset) for subset in kept or ()]
         if [len(subset) for subset in subsets] != list(counts):
-            raise ValueError(f"depth: {list(counts)} layers need as many sets of layers to keep, in the same order")
+            raise ValueError(
+                f"depth: {list(counts)} layers need as many sets of layers to keep, in the same order"
+            )
         for subset in subsets:
             if not subset <= set(range(layers)):
                 raise ValueError(f"depth: layers {sorted(subset)} are not all among 0 to {layers - 1}")
@@ -227,10 +241,11 @@ class SearchSpace:
     def _holds_zero(self, name: str) -> bool:
         return name in self._index and self.genes[self._index[name]].values[0] == 0
 
-    # -- genomes to sizes -------------------------------------------------------------------------------------------
+    # -- genomes to sizes --
 
     def sizes(self, genomes: Genomes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sizes that genomes stand for: [n, layers, (query heads, kv heads, FFN width, experts)], and hidden sizes [n].
+        """Sizes that genomes stand for: [n, layers, (query heads, kv heads, FFN width, experts)], and hidden
+        sizes [n].
 
         Canonical as an `Architecture` is: sizes of removed halves are 0.
         """
@@ -241,8 +256,10 @@ class SearchSpace:
         sizes = np.repeat(self._base_sizes[None], n, axis=0)
         hidden = np.full(n, self.base.hidden_size, dtype=np.int64)
         queries = np.repeat(self._queries[None], n, axis=0)
-        present = self._keep[genomes[:, self._index["depth"]]] if "depth" in self._index else np.ones(
-            (n, len(self.base.layers)), dtype=bool
+        present = (
+            self._keep[genomes[:, self._index["depth"]]]
+            if "depth" in self._index
+            else np.ones((n, len(self.base.layers)), dtype=bool)
         )
         present = present.copy()
         for position, gene in enumerate(self.genes):
@@ -273,7 +290,9 @@ class SearchSpace:
             standing = [i for i in possible if sizes[row, i, FFN]]
             layer = standing[0] if standing else possible[0]
             if f"layer.{layer}" in self._index:
-                genomes[row, self._index[f"layer.{layer}"]] = len(self.genes[self._index[f"layer.{layer}"]].values) - 1
+                genomes[row, self._index[f"layer.{layer}"]] = (
+                    len(self.genes[self._index[f"layer.{layer}"]].values) - 1
+                )
             if self._holds_zero(f"kv.{layer}"):
                 position = self._index[f"kv.{layer}"]
                 genomes[row, position] = max(genomes[row, position], 1)
@@ -291,7 +310,7 @@ class SearchSpace:
         gone = ~(sizes[:, :, KV] | sizes[:, :, FFN]).astype(bool)
         inside = np.ones_like(gone)
         if "depth" in self._index:
-            # The first set of layers that holds the kept ones and whose other layers the remaining genes can remove.
+            # The first set of layers that holds the kept ones and whose others other genes can remove.
             holds = (~gone[:, None] <= self._keep[None]).all(2)
             explains = (self._keep[None] <= (~gone | self._removable)[:, None]).all(2)
             genomes[:, self._index["depth"]] = np.argmax(holds & explains, axis=1)
@@ -313,20 +332,20 @@ class SearchSpace:
         return np.where(inert, self._counts - 1, genomes), inert
 
     def features(self, genomes: Genomes) -> NDArray[np.float64]:
-        """What predictors see, [n, features]: every gene's value as a share of the base's, then its one-hot code over
-        the declared values. Both are 0 where the gene is inert, so equal architectures have equal features."""
+        """What predictors see, [n, features]: every gene's value as a share of the base's, then its one-hot
+        code over the declared values. Both are 0 where the gene is inert, so equal architectures have equal
+        features.
+        """
         genomes, inert = self._canonicalize(genomes)
         ordinal = np.empty(genomes.shape)
         codes = []
         for position, values in enumerate(self._values):
             ordinal[:, position] = values[genomes[:, position]] / values[-1]
-            codes.append(
-                (genomes[:, position, None] == np.arange(len(values))) & ~inert[:, position, None]
-            )
+            codes.append((genomes[:, position, None] == np.arange(len(values))) & ~inert[:, position, None])
         ordinal[inert] = 0.0
         return np.hstack([ordinal, *codes])
 
-    # -- single genomes and architectures ---------------------------------------------------------------------------
+    # -- single genomes and architectures --
 
     def decode(self, genome: Sequence[int]) -> Architecture:
         """The architecture that a genome stands for."""
@@ -348,7 +367,9 @@ class SearchSpace:
     def encode(self, architecture: Architecture) -> Genome:
         """The canonical genome of an architecture. ValueError where the space does not hold it."""
         if len(architecture.layers) != len(self.base.layers):
-            raise ValueError(f"the architecture has {len(architecture.layers)} layers, not {len(self.base.layers)}")
+            raise ValueError(
+                f"the architecture has {len(architecture.layers)} layers, not {len(self.base.layers)}"
+            )
         genome = self._counts - 1
         kept = np.array([not layer.removed for layer in architecture.layers])
         if "depth" in self._index:
@@ -392,7 +413,9 @@ class SearchSpace:
     def _row(self, genome: Sequence[int]) -> Genomes:
         row = np.array([genome], dtype=np.int64)
         if row.shape[1] != len(self.genes) or (row < 0).any() or (row >= self._counts).any():
-            raise ValueError(f"a genome of this space has {len(self.genes)} indices below {self._counts.tolist()}")
+            raise ValueError(
+                f"a genome of this space has {len(self.genes)} indices below {self._counts.tolist()}"
+            )
         return row
 
     def __contains__(self, architecture: Architecture) -> bool:
@@ -410,7 +433,7 @@ class SearchSpace:
         """All genes at their least: the smallest size that the space holds."""
         return self.decode_all(np.zeros((1, len(self.genes)), dtype=np.int64))[0]
 
-    # -- how many ---------------------------------------------------------------------------------------------------
+    # -- how many --
 
     @property
     def upper(self) -> NDArray[np.int64]:
@@ -423,16 +446,22 @@ class SearchSpace:
         return math.prod(len(gene.values) for gene in self.genes)
 
     def distinct(self) -> int | None:
-        """Number of different architectures; None where it follows from no formula here and is too many to list."""
+        """Number of different architectures; None where it follows from no formula here and is too many to
+        list.
+        """
         if self.size <= ENUMERABLE:
-            return sum(1 for _ in self.architectures())
+            return len(self.all_genomes())
         per_layer = {gene.kind for gene in self.genes if gene.layer is not None}
-        whole = all(not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers)))
+        whole = all(
+            not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers))
+        )
         if not whole or per_layer & {"layer"} or any(gene.kind == "experts" for gene in self.genes):
             if "depth" in self._index or "experts" in per_layer:
                 return None
             return self._distinct_with_removal()
-        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth")
+        shared = math.prod(
+            len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth"
+        )
         options = self._options()
         return shared * sum(
             math.prod(options[i] for i in np.flatnonzero(row)) for row in np.unique(self._keep, axis=0)
@@ -451,9 +480,13 @@ class SearchSpace:
         shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None)
         every, without = 1, 1
         for i, options in enumerate(self._options()):
-            gone_twice = f"layer.{i}" in self._index and not (self._holds_zero(f"kv.{i}") and self._holds_zero(f"ffn.{i}"))
+            gone_twice = f"layer.{i}" in self._index and not (
+                self._holds_zero(f"kv.{i}") and self._holds_zero(f"ffn.{i}")
+            )
             every *= options + gone_twice
-            attention_free = options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
+            attention_free = (
+                options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
+            )
             if not self._base_sizes[i, KV]:
                 attention_free = options
             without *= attention_free + gone_twice
@@ -463,31 +496,35 @@ class SearchSpace:
         return self.genes[self._index[name]].values if name in self._index else default
 
     def architectures(self) -> Iterator[Architecture]:
-        """All different architectures, in the order of their genomes. For spaces small enough to enumerate."""
-        seen: set[Genome] = set()
-        for genome in product(*(range(count) for count in self._counts)):
-            canonical = self.canonical(genome)
-            if canonical not in seen:
-                seen.add(canonical)
-                yield self.decode(canonical)
+        """All different architectures, in the order of their genomes. For spaces small enough to
+        enumerate.
+        """
+        yield from self.decode_all(self.all_genomes())
 
-    # -- samples ----------------------------------------------------------------------------------------------------
+    def all_genomes(self) -> Genomes:
+        """All different canonical genomes, ascending, [n, genes]. For spaces small enough to enumerate."""
+        raw = list(product(*(range(len(gene.values)) for gene in self.genes)))
+        return np.unique(self.canonicalize(np.array(raw, dtype=np.int64)), axis=0)
+
+    # -- samples --
 
     def sample(self, rng: np.random.Generator, n: int = 1) -> Genomes:
         """Random canonical genomes, [n, genes], each gene uniform and independent; they may repeat."""
         return self.canonicalize(rng.integers(0, self._counts, size=(n, len(self.genes))))
 
     def sample_tilted(self, rng: np.random.Generator, n: int) -> Genomes:
-        """Random canonical genomes whose sizes spread widely, [n, genes]: `sample_near` without a size to meet."""
+        """Random canonical genomes whose sizes spread widely, [n, genes]: `sample_near` without a size to
+        meet.
+        """
         u = rng.random((n, len(self.genes))) ** np.exp(rng.uniform(-3, 3, size=(n, 1)))
         return self.canonicalize(np.minimum((self._counts * u).astype(np.int64), self._counts - 1))
 
-    def sample_near(self, rng: np.random.Generator, parameters: Sequence[float]) -> Genomes:
+    def sample_near(self, rng: np.random.Generator, parameters: NDArray[np.float64]) -> Genomes:
         """A random canonical genome for each of the numbers of parameters given, and near it, [n, genes].
 
-        One uniform u for each gene picks the index floor(count * u**exp(tilt)). The index falls as the tilt grows,
-        from the base to the smallest; bisection finds the tilt that meets the size. What a uniform draw would almost
-        never reach (sizes near either end) is as likely this way as the middle.
+        One uniform u for each gene picks the index floor(count * u**exp(tilt)). The index falls as the tilt
+        grows, from the base to the smallest; bisection finds the tilt that meets the size. What a uniform
+        draw would almost never reach (sizes near either end) is as likely this way as the middle.
         """
         n = len(parameters)
         u = rng.random((n, len(self.genes)))
@@ -495,7 +532,9 @@ class SearchSpace:
         nearest, best = np.full(n, np.inf), np.zeros((n, len(self.genes)), dtype=np.int64)
         for _ in range(24):
             middle = (low + high) / 2
-            index = np.minimum((self._counts * u ** np.exp(middle)[:, None]).astype(np.int64), self._counts - 1)
+            index = np.minimum(
+                (self._counts * u ** np.exp(middle)[:, None]).astype(np.int64), self._counts - 1
+            )
             excess = np.array([self.structure.parameters(a) for a in self.decode_all(index)]) - parameters
             better = np.abs(excess) < nearest
             best[better], nearest[better] = index[better], np.abs(excess)[better]
@@ -505,16 +544,18 @@ class SearchSpace:
     def sample_sizes(
         self, rng: np.random.Generator, n: int, least: float | None = None, most: float | None = None
     ) -> Genomes:
-        """Genomes spread over the sizes from `least` (the smallest's) to `most` (the base's) parameters, one each
-        from `n` equal shares of that range, [n, genes]."""
+        """Genomes spread over the sizes from `least` (the smallest's) to `most` (the base's) parameters, one
+        each from `n` equal shares of that range, [n, genes].
+        """
         smallest, base = (self.structure.parameters(a) for a in (self.smallest(), self.base))
         low = smallest if least is None else min(max(least, smallest), base)
         high = base if most is None else min(max(most, low), base)
         return self.sample_near(rng, low + (high - low) * (np.arange(n) + rng.random(n)) / max(n, 1))
 
     def uniform_members(self, n: int, largest: float | None = None) -> list[Architecture]:
-        """At most `n` architectures whose kept layers are alike and whole, spread over all sizes up to `largest`
-        parameters, the most evenly cut of each size: what the plain layout can hold."""
+        """At most `n` architectures whose kept layers are alike and whole, spread over all sizes up to
+        `largest` parameters, the most evenly cut of each size: what the plain layout can hold.
+        """
         found: dict[Architecture, tuple[int, float]] = {}
         for candidate, shares in self._uniform_candidates():
             if candidate.is_uniform and candidate in self:
@@ -526,11 +567,18 @@ class SearchSpace:
         low, high = min(v[0] for v in found.values()), max(v[0] for v in found.values())
         bins: dict[int, list[Architecture]] = {}
         for candidate, (parameters, _) in found.items():
-            bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(candidate)
-        return [min(members, key=lambda a: (found[a][1], found[a][0], a.layers)) for _, members in sorted(bins.items())]
+            bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(
+                candidate
+            )
+        return [
+            min(members, key=lambda a: (found[a][1], found[a][0], a.layers))
+            for _, members in sorted(bins.items())
+        ]
 
     def _uniform_candidates(self) -> Iterator[tuple[Architecture, list[float]]]:
-        """Combinations of a common width, a common number of heads and a depth, with each one's share of the base."""
+        """Combinations of a common width, a common number of heads and a depth, with each one's share of the
+        base.
+        """
         layers = len(self.base.layers)
         full = self.base.layers[0]
         if any(layer != full for layer in self.base.layers):
@@ -538,7 +586,8 @@ class SearchSpace:
         common: dict[str, set[int]] = {}
         for kind, whole in (("kv", full.num_key_value_heads), ("ffn", full.intermediate_size)):
             options = [
-                set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,)))) for i in range(layers)
+                set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,))))
+                for i in range(layers)
             ]
             common[kind] = set.intersection(*options) - {0}
         if "depth" in self._index:
@@ -551,7 +600,9 @@ class SearchSpace:
         for hidden, group, kv, ffn, kept in product(
             self._gene_values("hidden_size", (self.base.hidden_size,)),
             self._gene_values("heads", (queries,)),
-            sorted(common["kv"]), sorted(common["ffn"]), sorted(subsets),
+            sorted(common["kv"]),
+            sorted(common["ffn"]),
+            sorted(subsets),
         ):
             sizes = LayerSizes(kv * group, kv, ffn, full.num_experts)
             removed = LayerSizes(0, 0, 0)
@@ -559,7 +610,7 @@ class SearchSpace:
             shares = [kv / full.num_key_value_heads, ffn / full.intermediate_size, len(kept) / layers]
             yield Architecture(hidden, rows), shares
 
-    # -- named and written spaces -----------------------------------------------------------------------------------
+    # -- named and written spaces --
 
     @classmethod
     def preset(
@@ -573,11 +624,11 @@ class SearchSpace:
     ) -> SearchSpace:
         """A space by name.
 
-        `llama-nas`: three depths and two FFN widths for each layer ({24, 28, 32} and {5504, 11008} on Llama-2-7B, in
-        proportion elsewhere). `instatune`: depths from three quarters up, half to all heads, half to all of the FFN,
-        for each layer. `depth`: any subset of layers. `uniform`: depth, one FFN width and one number of heads for all
-        layers. `fine`: heads and FFN width of each layer, 0 included, at a `step` of the FFN width that suits
-        hardware and quantization groups.
+        `llama-nas`: three depths and two FFN widths for each layer ({24, 28, 32} and {5504, 11008} on
+        Llama-2-7B, in proportion elsewhere). `instatune`: depths from three quarters up, half to all heads,
+        half to all of the FFN, for each layer. `depth`: any subset of layers. `uniform`: depth, one FFN width
+        and one number of heads for all layers. `fine`: heads and FFN width of each layer, 0 included, at a
+        `step` of the FFN width that suits hardware and quantization groups.
 
         `order` (all layers, most important first) replaces `policy` where a depth gene chooses layers.
         """
@@ -598,7 +649,9 @@ class SearchSpace:
             genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
             for i, layer in enumerate(layers):
                 kv = layer.num_key_value_heads
-                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
+                genes[f"kv.{i}"] = sorted(
+                    {max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv}
+                )
                 genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
         elif name == "depth":
             genes = {f"layer.{i}": [0, 1] for i in range(count)}
@@ -618,9 +671,9 @@ class SearchSpace:
     def from_dict(cls, data: Mapping[str, Any], structure: Structure) -> SearchSpace:
         """A space that a recipe spells out: gene names to values.
 
-        `ffn.*` stands for all layers and `ffn.4-7` for a range; a later line overrides an earlier one for its layers.
-        Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets the MLP go). `depth` is
-        `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or `{keep: [[0, 1, 3], …]}`.
+        `ffn.*` stands for all layers and `ffn.4-7` for a range; a later line overrides an earlier one for its
+        layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets the MLP go). `depth`
+        is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or `{keep: [[0, 1, 3], …]}`.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
         """
         if not isinstance(data, Mapping):
@@ -681,7 +734,9 @@ def _read_depth(values: Any, layers: int) -> list[tuple[int, ...]]:
         values = {"values": values}
     unknown = set(values) - {"values", "policy", "order", "keep"}
     if unknown:
-        raise ValueError(f"depth: unknown {', '.join(sorted(map(str, unknown)))}; valid are values, policy, order, keep")
+        raise ValueError(
+            f"depth: unknown {', '.join(sorted(map(str, unknown)))}; valid are values, policy, order, keep"
+        )
     if "keep" in values:
         return [tuple(sorted(set(subset))) for subset in values["keep"]]
     order = values.get("order")
@@ -710,7 +765,9 @@ def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...
         kind, _, index = name.partition(".")
         if kind != "ffn" or set(values) - {"step", "min"}:
             raise ValueError(f"{name}: give a list of values (only an FFN width can be {{step: …, min: …}})")
-        layer = structure.base.layers[int(index) if index.isdecimal() and int(index) < len(structure.base.layers) else 0]
+        layer = structure.base.layers[
+            int(index) if index.isdecimal() and int(index) < len(structure.base.layers) else 0
+        ]
         try:
             chosen = widths(layer.intermediate_size, values.get("step"))
         except ValueError as error:

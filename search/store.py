@@ -1,7 +1,8 @@
 """The evaluation store: every measured sub-network, in SQLite, the moment it is measured.
 
-One file that is whole after a kill at any moment: each evaluation is a transaction of its own under SQLite's rollback
-journal with full synchronisation. (A write-ahead log would be quicker, but a copy of the file alone would miss rows.)
+One file that is whole after a kill at any moment: each evaluation is a transaction of its own under SQLite's
+rollback journal with full synchronisation. (A write-ahead log would be quicker, but a copy of the file alone
+would miss rows.)
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ CREATE TABLE requests (
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The score of one architecture, with given weights, on given documents of a task (named with its metric).
+    """The score of one architecture, with given weights, on given documents of a task (named with its
+    metric).
 
-    `weights` and `documents` are fingerprints. `stderr` is the score's standard error, None where none is known; `n`
-    the number of documents; `timestamp` is UTC, ISO 8601.
+    `weights` and `documents` are fingerprints. `stderr` is the score's standard error, None where none is
+    known; `n` the number of documents; `timestamp` is UTC, ISO 8601.
     """
 
     architecture: str
@@ -65,7 +67,8 @@ class Measurement:
 
 
 class EvaluationStore:
-    """`evaluations.db`. Opening an existing one resumes; ValueError for a file that is damaged or something else's.
+    """`evaluations.db`. Opening an existing one resumes; ValueError for a file that is damaged or something
+    else's.
 
     Usable from several threads, and from several processes that wait for one another's writes.
     """
@@ -74,7 +77,9 @@ class EvaluationStore:
         self.path = Path(path)
         self._lock = threading.Lock()
         try:
-            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(
+                self.path, timeout=60, isolation_level=None, check_same_thread=False
+            )
         except sqlite3.Error as error:
             raise ValueError(f"cannot open the evaluation store {self.path}: {error}") from None
         try:
@@ -98,7 +103,9 @@ class EvaluationStore:
                 elif application != APPLICATION:
                     raise ValueError(f"{self.path} is a database of something else, not an evaluation store")
                 elif version != VERSION:
-                    raise ValueError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
+                    raise ValueError(
+                        f"{self.path} has version {version} of the evaluation store; known is {VERSION}"
+                    )
             (state,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is damaged or no evaluation store: {error}") from None
@@ -140,7 +147,17 @@ class EvaluationStore:
             self._add(architecture)
             self._connection.execute(
                 "INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (architecture.key, weights, task, documents, float(score), stderr, int(n), float(seconds), stamp),
+                (
+                    architecture.key,
+                    weights,
+                    task,
+                    documents,
+                    float(score),
+                    stderr,
+                    int(n),
+                    float(seconds),
+                    stamp,
+                ),
             )
 
     def get(self, architecture: Architecture, weights: str, task: str, documents: str) -> Measurement | None:
@@ -158,7 +175,7 @@ class EvaluationStore:
         wanted = {"weights": weights, "task": task, "documents": documents}
         conditions = [f"evaluations.{column} = ?" for column, value in wanted.items() if value is not None]
         rows = self._rows(
-            "SELECT architectures.json, evaluations.* FROM evaluations JOIN architectures ON key = architecture"
+            "SELECT json, evaluations.* FROM evaluations JOIN architectures ON key = architecture"
             + (" WHERE " + " AND ".join(conditions) if conditions else "")
             + " ORDER BY evaluations.rowid",
             [value for value in wanted.values() if value is not None],
@@ -166,7 +183,8 @@ class EvaluationStore:
         return [(Architecture.from_dict(json.loads(row[0])), Measurement(*row[1:])) for row in rows]
 
     def record_request(self, run: str, generation: int, architectures: Sequence[Architecture]) -> None:
-        """Record what a search asked to have measured in one generation, in its order; a resumed run repeats it.
+        """Record what a search asked to have measured in one generation, in its order; a resumed run repeats
+        it.
 
         ValueError where the same run asked for something else before: then it is not the same search.
         """
@@ -179,7 +197,8 @@ class EvaluationStore:
                 for position, architecture in enumerate(architectures):
                     self._add(architecture)
                     self._connection.execute(
-                        "INSERT INTO requests VALUES (?, ?, ?, ?)", (run, generation, position, architecture.key)
+                        "INSERT INTO requests VALUES (?, ?, ?, ?)",
+                        (run, generation, position, architecture.key),
                     )
             elif [key for (key,) in before] != [architecture.key for architecture in architectures]:
                 raise ValueError(

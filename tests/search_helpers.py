@@ -46,8 +46,9 @@ SMALL = llama(3, 16, 128, 4, 2, 4, 50, tied=True)
 
 
 def quality(structure: Structure, architecture: Architecture) -> float:
-    """An analytic stand-in for a score: 1 for the base, less for every cut, most for cuts of early layers, and more
-    than the sum of its parts where both halves of a layer are thin."""
+    """An analytic stand-in for a score: 1 for the base, less for every cut, most for cuts of early layers,
+    and more than the sum of its parts where both halves of a layer are thin.
+    """
     harm = 0.0
     for i, (layer, full) in enumerate(zip(architecture.layers, structure.base.layers, strict=True)):
         attention = 1 - layer.num_attention_heads / full.num_attention_heads

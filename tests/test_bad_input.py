@@ -193,7 +193,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (same_size_twice, ["0.67,67%", "twice"]),
     (not_smaller, ["5,000,000", "base"]),
     (not_a_size, ["1.5", "0.67"]),
-    (group_size, ["48", "16"]),
+    (group_size, ["48", "width"]),
     (occupied, ["something else"]),
     (unknown_key, ["learning_rte", "learning_rate"]),
     (unknown_algorithm, ["linsa", "linas"]),

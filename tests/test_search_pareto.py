@@ -4,10 +4,24 @@ from search_helpers import SMALL, quality
 
 from compressor.architecture import Architecture, LayerSizes, Scheme
 from search.objectives import Computer, Constraint, Evaluation, Objective, choose, computed
-from search.pareto import Target, costs, front, hypervolume, knee, non_dominated, pick, ranks, spread, violations
+from search.pareto import (
+    Target,
+    costs,
+    front,
+    hypervolume,
+    knee,
+    non_dominated,
+    pick,
+    ranks,
+    spread,
+    violations,
+)
 from search.space import SearchSpace
 
-QUALITY, PARAMETERS = Objective("quality", "max"), Objective("parameters", "min", SMALL.parameters, additive=True)
+QUALITY, PARAMETERS = (
+    Objective("quality", "max"),
+    Objective("parameters", "min", SMALL.parameters, additive=True),
+)
 
 
 def architecture(*widths: int, kv: int = 2) -> Architecture:
@@ -15,7 +29,9 @@ def architecture(*widths: int, kv: int = 2) -> Architecture:
 
 
 def evaluation(quality: float, parameters: int, *widths: int, **more: float) -> Evaluation:
-    return Evaluation(architecture(*(widths or (parameters,))), {"quality": quality, "parameters": parameters} | more)
+    return Evaluation(
+        architecture(*(widths or (parameters,))), {"quality": quality, "parameters": parameters} | more
+    )
 
 
 def test_front_against_brute_force():
@@ -24,7 +40,10 @@ def test_front_against_brute_force():
         values = rng.integers(0, 6, size=(80, objectives)).astype(float)
         better = [[(a <= b).all() and (a < b).any() for a in values] for b in values]
         assert non_dominated(values).tolist() == [i for i, row in enumerate(better) if not any(row)]
-    assert [sorted(r.tolist()) for r in ranks(np.array([[0, 1], [1, 0], [1, 1], [0, 1.0]]))] == [[0, 1, 3], [2]]
+    assert [sorted(r.tolist()) for r in ranks(np.array([[0, 1], [1, 0], [1, 1], [0, 1.0]]))] == [
+        [0, 1, 3],
+        [2],
+    ]
 
 
 def test_hypervolume_by_hand():
@@ -54,7 +73,9 @@ def test_front_of_evaluations():
     ]
     sizes = [e.values["parameters"] for e in front(found, [QUALITY, PARAMETERS])]
     assert sizes == [100, 60, 20]
-    within = front(found, [QUALITY, PARAMETERS], [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)])
+    within = front(
+        found, [QUALITY, PARAMETERS], [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)]
+    )
     assert [e.values["parameters"] for e in within] == [60]
     assert costs(found[:1], [QUALITY, PARAMETERS]).tolist() == [[-1, 100]]
     assert front([], [QUALITY, PARAMETERS]) == []
@@ -62,7 +83,12 @@ def test_front_of_evaluations():
 
 def test_constraints_measure_how_far():
     constraint = Constraint(PARAMETERS, maximum=50, minimum=10)
-    assert violations([evaluation(1, p) for p in (100, 50, 10, 5)], [constraint])[:, 0].tolist() == [1, 0, 0, 0.5]
+    assert violations([evaluation(1, p) for p in (100, 50, 10, 5)], [constraint])[:, 0].tolist() == [
+        1,
+        0,
+        0,
+        0.5,
+    ]
     assert str(constraint) == "parameters at least 10 and at most 50"
     for bounds in ({}, {"maximum": 1.0, "minimum": 2.0}):
         with pytest.raises(ValueError, match="parameters"):
@@ -104,9 +130,13 @@ def test_pick_of_uniform_ones():
 
 
 def test_pick_names_the_nearest():
-    with pytest.raises(ValueError, match="parameters at most 15; the nearest has quality 0.6, parameters 20"):
+    with pytest.raises(
+        ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"
+    ):
         pick(MEASURED, Target(max_params=15))
-    with pytest.raises(ValueError, match=r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"):
+    with pytest.raises(
+        ValueError, match=r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"
+    ):
         pick(MEASURED, Target(min_speedup=1.3, max_drop=0.01))
     with pytest.raises(ValueError, match="needs at least one"):
         pick(MEASURED, Target())
@@ -115,8 +145,12 @@ def test_pick_names_the_nearest():
 
 
 def test_objectives_by_name():
-    known = computed(SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)})
-    chosen = choose(["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"})
+    known = computed(
+        SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)}
+    )
+    chosen = choose(
+        ["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"}
+    )
     assert [(o.name, o.direction, o.kind) for o in chosen] == [
         ("quality", "max", "measured"),
         ("bytes", "min", "computed"),
@@ -126,7 +160,9 @@ def test_objectives_by_name():
     base = np.array([space.upper])
     assert Computer(space, known["bytes"])(base)[0] == SMALL.bytes(SMALL.base, Scheme(4, 32))
     assert Computer(space, known["macs"])(base)[0] == SMALL.macs(SMALL.base, 3)
-    assert Computer(space, known["decode_tps"])(space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))).tolist() == [50, 100 / 3]
+    assert Computer(space, known["decode_tps"])(
+        space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))
+    ).tolist() == [50, 100 / 3]
     with pytest.raises(ValueError, match="measured, not computed"):
         Computer(space, QUALITY)(base)
 
@@ -134,7 +170,10 @@ def test_objectives_by_name():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["quality", "flops"], "nobody can measure 'flops'; valid objectives are quality, loss, parameters, bytes"),
+        (
+            ["quality", "flops"],
+            "nobody can measure 'flops'; valid objectives are quality, loss, parameters, bytes",
+        ),
         (["quality"], "two to four objectives, not 1"),
         (["quality", "loss", "parameters", "bytes", "macs"], "two to four objectives, not 5"),
         (["quality", "quality"], "named twice"),

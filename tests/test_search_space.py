@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 SPACES = {
     **{name: SearchSpace.preset(name, PROSE) for name in PRESETS},
     "small fine": SearchSpace.preset("fine", SMALL, step=64),
-    "layers and widths": SearchSpace.from_dict({"layer.*": [0, 1], "ffn.*": [0, 64, 128], "kv.*": [0, 2]}, SMALL),
+    "layers and widths": SearchSpace.from_dict(
+        {"layer.*": [0, 1], "ffn.*": [0, 64, 128], "kv.*": [0, 2]}, SMALL
+    ),
     "depth over removable halves": SearchSpace.from_dict(
         {"depth": {"values": [1, 2, 3], "order": [2, 0, 1]}, "kv.*": [0, 1, 2], "ffn.*": [0, 128]}, SMALL
     ),
@@ -36,7 +39,9 @@ def test_llama_nas_is_the_published_space():
     assert space.distinct() == 2**24 + 2**28 + 2**32
     assert LLAMA_2_7B.parameters(space.base) == 6_738_415_616
     smallest = space.smallest()
-    assert len(smallest.kept) == 24 and {smallest.layers[i].intermediate_size for i in smallest.kept} == {5504}
+    assert len(smallest.kept) == 24 and {smallest.layers[i].intermediate_size for i in smallest.kept} == {
+        5504
+    }
     assert round(LLAMA_2_7B.parameters(smallest) / 1e9, 3) == 3.496
 
 
@@ -51,10 +56,14 @@ def test_genomes_and_architectures_match(name):
     assert space.decode_all(canonical) == architectures
     assert (space.canonicalize(canonical) == canonical).all()
     assert [space.encode(a) for a in architectures] == list(map(tuple, canonical.tolist()))
-    assert all(any(layer.num_key_value_heads for layer in a.layers) and a.fits(space.base) for a in architectures)
+    assert all(
+        any(layer.num_key_value_heads for layer in a.layers) and a.fits(space.base) for a in architectures
+    )
     rows = {a: row.tobytes() for a, row in zip(architectures, space.features(genomes), strict=True)}
     assert rows == {a: row.tobytes() for a, row in zip(architectures, space.features(canonical), strict=True)}
-    assert len(set(rows.values())) == len(set(architectures)), "different architectures need different features"
+    assert len(set(rows.values())) == len(set(architectures)), (
+        "different architectures need different features"
+    )
     assert space.decode(tuple(space.upper)) == space.base == space.largest()
 
 
@@ -75,7 +84,14 @@ def test_distinct_counts_architectures(name, monkeypatch):
     assert space.distinct() == brute == len(list(space.architectures()))
     monkeypatch.setattr(space_module, "ENUMERABLE", 0)
     assert space.distinct() in (brute, None)
-    if name in ("depth", "small fine", "any one removed", "llama-nas", "layers and widths", "queries and hidden"):
+    if name in (
+        "depth",
+        "small fine",
+        "any one removed",
+        "llama-nas",
+        "layers and widths",
+        "queries and hidden",
+    ):
         assert space.distinct() == brute
 
 
@@ -145,7 +161,10 @@ def test_layers_that_policies_keep():
 
 
 def test_presets_in_proportion():
-    genes = {gene.name: gene.values for gene in SearchSpace.preset("llama-nas", llama(5, 64, 172, 8, 4, 8, 512)).genes}
+    genes = {
+        gene.name: gene.values
+        for gene in SearchSpace.preset("llama-nas", llama(5, 64, 172, 8, 4, 8, 512)).genes
+    }
     assert genes["depth"] == (3, 4, 5) and genes["ffn.0"] == (96, 172)
     fine = {gene.name: gene.values for gene in SPACES["fine"].genes}
     assert fine["kv.7"] == (0, 1, 2, 3, 4) and fine["ffn.0"] == (0, *range(64, 769, 64))
@@ -180,9 +199,15 @@ def test_a_written_space():
     ("data", "message"),
     [
         ({"ffn.0": [256, 1024]}, "1024 is above the original's size; valid are 0 to 768"),
-        ({"ffn.*": {"step": 100}}, "step of 100 does not divide the FFN width 768; valid are its divisors .*64, .*128"),
+        (
+            {"ffn.*": {"step": 100}},
+            "step of 100 does not divide the FFN width 768; valid are its divisors .*64, .*128",
+        ),
         ({"kv.3": [1, 2, 8]}, "8 is above the original's size; valid are 0 to 4"),
-        ({"heads": [1, 3]}, "3 is above the original's query heads for each key-value head; valid are 1 to 2"),
+        (
+            {"heads": [1, 3]},
+            "3 is above the original's query heads for each key-value head; valid are 1 to 2",
+        ),
         ({"heads": [0, 2]}, "0 is too small"),
         ({"ffn.0": [256, 512]}, "leaves out the original; .*768 last"),
         ({"ffn.0": [512, 256, 768]}, "does not ascend"),
@@ -194,7 +219,10 @@ def test_a_written_space():
         ({"ffn": [256, 768], "ffn.3": [256, 768]}, "contradicts 'ffn'"),
         ({"experts.0": [1, 2]}, "the original has none"),
         ({"layer.0": [1]}, None),
-        ({"depth": {"values": [6, 8], "policy": "random"}}, "unknown policy 'random'; valid are first, alternate"),
+        (
+            {"depth": {"values": [6, 8], "policy": "random"}},
+            "unknown policy 'random'; valid are first, alternate",
+        ),
         ({"depth": {"values": [6, 9]}}, "not all whole numbers from 1 to 8"),
         ({"depth": {"values": [6, 8], "order": [0, 1]}}, "each of the layers 0 to 7 once"),
         ({"depth": {"layers": 3}}, "unknown layers; valid are values, policy, order, keep"),
@@ -214,8 +242,6 @@ def test_impossible_spaces_are_refused(data, message):
 
 def test_a_gene_for_all_layers_needs_equal_layers():
     layers = (LayerSizes(4, 2, 64), LayerSizes(4, 2, 128))
-    from dataclasses import replace
-
     uneven = replace(llama(2, 16, 128, 4, 2, 4, 50), base=Architecture(16, layers))
     with pytest.raises(ValueError, match=r"layers differ \(64, 128\); use ffn.N"):
         SearchSpace(uneven, [Gene("ffn", (32, 128))])
@@ -233,9 +259,11 @@ def test_samples_meet_sizes():
     found = [PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 20))]
     share = (high - low) / 20
     assert all(abs(p - (low + (i + 0.5) * share)) < 1.5 * share for i, p in enumerate(found))
-    near = space.decode_all(space.sample_near(rng, [0.9 * high] * 5))
+    near = space.decode_all(space.sample_near(rng, np.full(5, 0.9 * high)))
     assert all(abs(PROSE.parameters(a) / high - 0.9) < 0.03 for a in near) and len(set(near)) == 5
-    bounded = [PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 5, 0.5 * high, 0.6 * high))]
+    bounded = [
+        PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 5, 0.5 * high, 0.6 * high))
+    ]
     assert all(0.47 * high < p < 0.63 * high for p in bounded)
 
 

@@ -23,7 +23,7 @@ SIZES = {
     "pad_token_id": 258,
     "tie_word_embeddings": True,
 }
-WORDS = "the cat dog sun sees likes a red big old house tree and then".split()
+WORDS = ["the", "cat", "dog", "sun", "sees", "likes", "a", "red", "big", "old", "house", "tree", "and", "then"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

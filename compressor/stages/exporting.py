@@ -25,24 +25,21 @@ from compressor.stages.measuring import measure_packages
 
 def export(job: Job) -> list[dict[str, Any]]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
-    from export.package import read_record, write_package
-    from export.quantize import quantize_packages
+    from export.package import read_record
     from export.verify import verify_all
 
     recipe, run = job.recipe, job.run
     if not run.picks.is_file():
         raise RequestError(f"{run.path}: nothing was picked yet; run compressor pick")
-    picks = read_json(run.picks)
     manifest = run.manifest(run.supernet) or {}
     run.packages.mkdir(exist_ok=True)
     supernet = job.load_supernet()
     base = job.load_base()
     blocks = training_blocks(job, recipe.healing.tokens or 0)
-    probe_ids = blocks.split()[1].ids[:4, :32]
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
-        for picked in picks:
+        for picked in read_json(run.picks):
             name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
             inputs = {
                 "weights": manifest["weights"],
@@ -52,10 +49,7 @@ def export(job: Job) -> list[dict[str, Any]]:
                 "data": blocks.fingerprint,
                 "seed": recipe.seed,
             }
-            folders = [
-                run.packages / name,
-                *(run.packages / f"{name}-{s}" for s in recipe.quantizing.schemes),
-            ]
+            folders = package_folders(job, name)
             written += [folder.name for folder in folders]
             if all(made_from(folder, inputs) for folder in folders):
                 continue
@@ -66,39 +60,67 @@ def export(job: Job) -> list[dict[str, Any]]:
                 "target": picked["target"],
                 "versions": versions(),
             }
-            entry = {"name": name, "architecture": picked["architecture"]}
             network = shipped_network(job, supernet, base, blocks, name, architecture, lineage)
             reference = Path(scratch) / f"{name}.safetensors"
-            say(f"packaging {name}")
-            write_package(
-                network,
-                folders[0],
-                tokenizer=job.tokenizer,
-                entry=entry,
-                dtype=job.stored_dtype,
-                lineage=lineage,
-                probe_ids=probe_ids,
-                reference=reference,
-            )
-            if recipe.quantizing.schemes:
-                say(f"quantizing {name} to {', '.join(recipe.quantizing.schemes)}")
-                quantize_packages(
-                    folders[0],
-                    dict(zip(recipe.quantizing.schemes, folders[1:], strict=True)),
-                    calibration=blocks.ids[: recipe.quantizing.samples],
-                    iterations=recipe.quantizing.iterations or 0,
-                    group_size=recipe.quantizing.group_size,
-                    seed=recipe.seed,
-                    log=run.log_file,
-                )
+            write_packages(job, name, architecture, network, blocks, folders, lineage, reference)
             proofs += [(folder, reference) for folder in folders]
         if proofs:
             say(f"proving {len(proofs)} packages in a fresh process")
             verify_all(proofs, record=True, log=run.log_file)
     measure_packages(job, base, written)
-    entries = [read_record(run.packages / name)["entry"] for name in written]
     run.log(f"exported: {', '.join(written)}")
-    return entries
+    return [read_record(run.packages / name)["entry"] for name in written]
+
+
+def package_folders(job: Job, name: str) -> list[Path]:
+    """What is written of one pick: its own layout first, quantized ones, then copies in other layouts."""
+    formats = job.recipe.formats
+    suffixes = ["", *(f"-{scheme}" for scheme in job.recipe.quantizing.schemes)]
+    if not name.endswith("-uniform"):
+        suffixes += [f"-{layout}" for layout in formats if layout not in ("uneven", "uniform")]
+    return [job.run.packages / f"{name}{suffix}" for suffix in suffixes]
+
+
+def write_packages(
+    job: Job,
+    name: str,
+    architecture: Architecture,
+    network: Any,
+    blocks: Blocks,
+    folders: list[Path],
+    lineage: dict[str, Any],
+    reference: Path,
+) -> None:
+    """Write one pick in every variant asked for; `reference` receives the logits that each is proved against."""
+    from export.layouts import write_layout
+    from export.quantize import quantize_packages
+
+    quantizing = job.recipe.quantizing
+    own, *others = folders
+    say(f"packaging {name}")
+    options: dict[str, Any] = {
+        "tokenizer": job.tokenizer,
+        "dtype": job.stored_dtype,
+        "lineage": lineage,
+        "probe_ids": blocks.split()[1].ids[:4, :32],
+    }
+    entry = {"name": name, "architecture": architecture.to_dict()}
+    write_layout("uneven", network, architecture, own, entry=entry, reference=reference, **options)
+    if quantizing.schemes:
+        say(f"quantizing {name} to {', '.join(quantizing.schemes)}")
+        quantize_packages(
+            own,
+            dict(zip(quantizing.schemes, others, strict=False)),
+            calibration=blocks.ids[: quantizing.samples],
+            iterations=quantizing.iterations or 0,
+            group_size=quantizing.group_size,
+            seed=job.recipe.seed,
+            device=job.device.type,
+            log=job.run.log_file,
+        )
+    for folder in others[len(quantizing.schemes) :]:
+        layout = folder.name.removeprefix(f"{name}-")
+        write_layout(layout, network, architecture, folder, entry=entry | {"name": folder.name}, **options)
 
 
 def made_from(folder: Path, inputs: Any) -> bool:

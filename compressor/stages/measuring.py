@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +84,14 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     from export.package import check_code
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=check_code(folder)
-    )
-    return model.to(device).eval()
+    # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
+    with redirect_stderr(StringIO()), torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=check_code(folder)
+        )
+        model = model.to(device).eval()
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+    return model
 
 
 def report_scores(
@@ -128,15 +134,14 @@ def report_scores(
 def samples(job: Job, models: dict[str, Any], count: int = 3, new: int = 48) -> list[dict[str, Any]]:
     """Greedy continuations of the openings of held-out training documents, base beside packages."""
     assert job.recipe.data is not None
-    rows = []
-    for row in islice(read_rows(job.recipe.data), 400):
-        text = row.get("text") or " ".join(message["content"] for message in row["messages"])
-        if len(text) > 120:
-            rows.append(text)
+    texts = [
+        row.get("text") or " ".join(message["content"] for message in row["messages"])
+        for row in islice(read_rows(job.recipe.data), 400)
+    ]
     found = []
-    for text in rows[-count:]:
-        ids = job.tokenizer(text, return_tensors="pt").input_ids[:, :24].to(job.device)
-        ids = ids[:, :-1] if ids.shape[1] > 1 and ids[0, -1] == job.tokenizer.eos_token_id else ids
+    for text in [text for text in texts if len(text) > 20][-count:]:
+        ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
+        ids = ids[:, : min(24, 1 + ids.shape[1] // 2)].to(job.device)
         continuations = {}
         for name, model in models.items():
             with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compressor.architecture import Architecture
+from compressor.elastic.slicing import fits_plain_class
 from compressor.errors import RequestError
 from compressor.job import Job
 from compressor.progress import say
@@ -40,9 +41,11 @@ def pick(job: Job) -> list[dict[str, Any]]:
             min_speedup=recipe.targets.min_speedup,
             max_drop=recipe.targets.max_drop,
         )
-        for uniform in [False, True] if "uniform" in recipe.formats else [False]:
+        kinds = [False] if set(recipe.formats) - {"uniform"} else []
+        for uniform in [*kinds, True] if "uniform" in recipe.formats else kinds:
+            plain = [e for e in evaluations if fits_plain_class(job.checkpoint.config, e.architecture)]
             try:
-                chosen = pick_one(evaluations, target, uniform=uniform)
+                chosen = pick_one(plain if uniform else evaluations, target)
             except ValueError as error:
                 raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
             picks.append(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
+from compressor.elastic.slicing import extract, fits_plain_class
 from compressor.errors import RequestError
 from compressor.job import Job
 from compressor.progress import bar, say
@@ -51,7 +50,7 @@ def search(job: Job) -> dict[str, Any]:
     run.search.mkdir(exist_ok=True)
     job.threads(scoring=True)
     supernet = job.load_supernet()
-    speed = speed_table(job, supernet)
+    speed = speed_table(job, supernet.model)
     scorer = job.scorer(supernet.model)
     with EvaluationStore(run.evaluations) as store:
         base_scores = base_on_search_split(job, store, documents)
@@ -106,6 +105,7 @@ def search(job: Job) -> dict[str, Any]:
                 yield architecture, values | {"quality": relative_quality(job, values, base_scores)}
 
         uniform = job.space.uniform_members(6, max(sizes) if sizes else None)
+        uniform = [a for a in uniform if fits_plain_class(job.checkpoint.config, a)]
         if sizes:
             uniform = [a for a in uniform if job.structure.parameters(a) >= low] or uniform[-1:]
         with bar("searching", recipe.searching.evaluations or 0) as progress:
@@ -186,17 +186,37 @@ def base_on_search_split(job: Job, store: Any, documents: dict[str, str]) -> dic
     return values
 
 
-def speed_table(job: Job, supernet: SuperNetwork) -> SpeedTable:
-    """speed.json: layer timings on this device, measured once per run."""
+def speed_table(job: Job, model: Any) -> SpeedTable:
+    """speed.json: layer timings on this device, measured once per run on networks cut out of `model`.
+
+    Timings do not depend on what the weights are, so the base serves as well as the super-network.
+    """
     from evals.speed import SpeedTable
 
-    if job.run.speed_table.is_file():
-        return SpeedTable.load(job.run.speed_table)
-    with bar("timing the layers", SpeedTable.steps(job.structure)) as progress:
-        table = SpeedTable.measure(
-            lambda architecture: extract(supernet.model, job.structure, architecture),
-            job.structure,
-            on_step=progress.advance,
+    if job.speed is None and job.run.speed_table.is_file():
+        job.speed = SpeedTable.load(job.run.speed_table)
+    if job.speed is None:
+        job.threads(scoring=True)
+        with bar("timing the layers", SpeedTable.steps(job.structure)) as progress:
+            job.speed = SpeedTable.measure(
+                lambda architecture: extract(model, job.structure, architecture),
+                job.structure,
+                on_step=progress.advance,
+            )
+    if not job.run.speed_table.is_file() and job.run.recipe_file.is_file():
+        job.speed.save(job.run.speed_table)
+    return job.speed
+
+
+def check_speedup(job: Job) -> None:
+    """Refuse a speed-up that not even the smallest sub-network of the space reaches on this device."""
+    wanted = job.recipe.targets.min_speedup
+    if wanted is None:
+        return
+    table = speed_table(job, job.load_base())
+    smallest, base = (table.predict(a)["decode_tps"] for a in (job.space.smallest(), job.structure.base))
+    if smallest < wanted * base:
+        raise RequestError(
+            f"--min-speedup: {wanted:g} cannot be reached; the smallest sub-network of this space is "
+            f"{smallest / base:.2f} times as fast as the base"
         )
-    table.save(job.run.speed_table)
-    return table

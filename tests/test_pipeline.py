@@ -1,0 +1,217 @@
+"""The whole job on a tiny checkpoint: every step real, resumable, and visible on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from compressor.cli import run
+from compressor.errors import RequestError
+
+RECIPE = """
+finetuning: {{tokens: 1600, batch_size: 4, sequence_length: 32}}
+searching: {{evaluations: 14, population: 7, limit: 12}}
+healing: {{tokens: 640}}
+quantizing: {{schemes: [int8, int4], iterations: {iterations}, samples: 4}}
+space: {{ffn.*: [32, 64], kv.*: [1, 2], layer.1: [0, 1]}}
+targets: {{max_params: [0.8]}}
+"""
+
+
+class Made:
+    """A finished run and how it was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = tiny.checkpoint(folder / "model")
+        self.data = tiny.data(folder / "data.jsonl", 300)
+        self.tasks = tiny.task(folder / "tasks", documents=40)
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text(RECIPE.format(iterations=1))
+        self.run = folder / "run"
+
+    def arguments(self, *more: str) -> list[str]:
+        return [
+            "compress", str(self.model), "--recipe", str(self.recipe), "--data", str(self.data),
+            "--tasks", "tiny_choice", "--include-path", str(self.tasks), "--output", str(self.run), *more,
+        ]  # fmt: skip
+
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.run / "report.json").read_text())
+
+    def rows(self) -> int:
+        with sqlite3.connect(self.run / "search" / "evaluations.db") as database:
+            return database.execute("select count(*) from evaluations").fetchone()[0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    bench = Made(tmp_path_factory.mktemp("job"))
+    assert run(bench.arguments()) == 0
+    return bench
+
+
+def test_everything_is_where_it_should_be(made: Made) -> None:
+    for name in (
+        "recipe.yaml", "log.txt", "supernet/manifest.json", "supernet/model.safetensors",
+        "supernet/ordering.safetensors", "speed.json", "search/evaluations.db", "search/front.json",
+        "subnets/best/model.safetensors",
+        "subnets/best-sliced/model.safetensors", "packages/best/config.json", "packages/best/README.md",
+        "packages/best-int8/compression.json", "packages/best-int4/compression.json", "report.json", "report.html",
+    ):  # fmt: skip
+        assert (made.run / name).is_file(), name
+    left = [path for path in made.run.rglob("*") if "partial" in path.name or path.suffix in (".tmp", ".bin", ".pt")]
+    assert left == []
+
+
+def test_the_report_says_what_is_on_disk(made: Made) -> None:
+    report = made.report()
+    assert [package["name"] for package in report["packages"]] == ["best", "best-int8", "best-int4"]
+    best, int8, int4 = report["packages"]
+    assert best["params"] <= 0.8 * report["base"]["params"]
+    assert int4["bytes"] < int8["bytes"] < best["bytes"] < report["base"]["bytes"]
+    for package in report["packages"]:
+        folder = made.run / "packages" / package["name"]
+        assert package["bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        assert package["tasks"]["tiny_choice"]["split"] == "report"
+        assert package["verified"]["cached_equals_uncached"] is True
+        assert package["speed"]["decode_tps"] > 0
+    assert report["search"]["evaluations"] == 14 == len({point["key"] for point in report["search"]["points"]})
+    assert len(report["samples"]) == 3 and set(report["samples"][0]["continuations"]) >= {"base", "best"}
+    assert "best-int4" in (made.run / "report.html").read_text()
+
+
+def test_the_package_loads_in_transformers_and_is_the_searched_architecture(made: Made) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = made.run / "packages" / "best"
+    entry = made.report()["packages"][0]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=entry["layout"] == "uneven")
+    assert sum(p.numel() for p in model.parameters()) == entry["params"]
+    ids = AutoTokenizer.from_pretrained(folder)("the cat", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_run_again_it_does_nothing_anew(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, before = made.rows(), (made.run / "packages" / "best" / "model.safetensors").stat().st_mtime_ns
+    assert run(made.arguments("--json")) == 0
+    assert json.loads(capsys.readouterr().out)["packages"] == made.report()["packages"]
+    assert made.rows() == rows
+    assert (made.run / "packages" / "best" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_verify_and_evaluate_agree_with_the_report(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    package = made.run / "packages" / "best"
+    assert run(["verify", str(package), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == made.report()["packages"][0]["params"]
+    output = made.folder / "scores.json"
+    arguments = ["evaluate", str(package), "--tasks", "tiny_choice", "--include-path", str(made.tasks)]
+    assert run([*arguments, "--output", str(output)]) == 0
+    scores = json.loads(output.read_text())
+    assert scores["n-samples"]["tiny_choice"]["effective"] == 40
+    assert 0 <= scores["results"]["tiny_choice"]["acc,none"] <= 1
+
+
+def test_a_new_target_is_picked_and_exported_without_searching(made: Made) -> None:
+    folder = made.folder / "copy"
+    shutil.copytree(made.run, folder)
+    with sqlite3.connect(folder / "search" / "evaluations.db") as database:
+        before = database.execute("select count(*) from evaluations where weights != 'x'").fetchone()[0]
+    assert run(["pick", str(folder), "--max-params", "0.75"]) == 0
+    picks = json.loads((folder / "search" / "picks.json").read_text())
+    assert picks[0]["values"]["parameters"] <= 0.75 * made.report()["base"]["params"]
+    with sqlite3.connect(folder / "search" / "evaluations.db") as database:
+        assert database.execute("select count(*) from evaluations").fetchone()[0] == before
+
+
+def test_measured_work_is_not_thrown_away_unasked(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(made.arguments("--train-tokens", "3200")) == 2
+    assert "--redo finetune" in capsys.readouterr().err
+    assert run(made.arguments()) == 0  # the run is as it was
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evals.scoring import Scorer
+
+    again = Made(tmp_path)
+    shutil.copytree(made.run, again.run)
+    shutil.rmtree(again.run / "packages")
+    for name in ("evaluations.db", "front.json", "picks.json"):
+        (again.run / "search" / name).unlink()
+    original, calls = Scorer.score, 0
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    search = ["search", str(again.run), "--include-path", str(made.tasks)]
+    monkeypatch.setattr(Scorer, "score", killed)
+    assert run(search) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert again.rows() == 6
+    monkeypatch.setattr(Scorer, "score", original)
+    assert run(search) == 0
+    first, second = (
+        json.loads((bench.run / "search" / "front.json").read_text())["evaluations"] for bench in (made, again)
+    )
+    assert [row["key"] for row in first] == [row["key"] for row in second]
+    assert [row["values"]["quality"] for row in first] == [row["values"]["quality"] for row in second]
+
+
+def test_training_free_uniform_and_by_python(tmp_path: Path) -> None:
+    from compressor import Recipe, compress
+
+    bench = Made(tmp_path)
+    recipe = Recipe.model_validate(
+        {
+            "model": str(bench.model),
+            "data": str(bench.data),
+            "tasks": ["tiny_choice"],
+            "include_path": str(bench.tasks),
+            "space": {"ffn.*": [32, 64], "kv.*": [1, 2]},
+            "targets": {"max_params": ["0.85", "0.75"]},
+            "finetuning": {"tokens": 0, "sequence_length": 32},
+            "searching": {"evaluations": 12, "population": 6, "limit": 8},
+            "healing": {"tokens": 0},
+            "formats": ["uneven", "uniform"],
+        }
+    )
+    report = compress(recipe, bench.run)
+    names = [package["name"] for package in report["packages"]]
+    assert names == ["best-0.85", "best-0.85-uniform", "best-0.75", "best-0.75-uniform"]
+    uniform = [package for package in report["packages"] if package["name"].endswith("uniform")]
+    assert {package["layout"] for package in uniform} == {"uniform"}
+    config = json.loads((bench.run / "packages" / "best-0.75-uniform" / "config.json").read_text())
+    assert config["model_type"] == "llama" and "auto_map" not in config
+    assert report["finetune"] is None
+
+
+def test_an_unreachable_speedup_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    from compressor import Recipe, compress
+
+    bench = Made(tmp_path)
+    recipe = Recipe.model_validate(
+        {
+            "model": str(bench.model),
+            "data": str(bench.data),
+            "tasks": ["tiny_choice"],
+            "include_path": str(bench.tasks),
+            "targets": {"min_speedup": 500},
+            "effort": "quick",
+        }
+    )
+    with pytest.raises(RequestError, match="--min-speedup"):
+        compress(recipe, bench.run)
+    assert not (bench.run / "supernet").exists()

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+
+from search.predictors import FEWEST, NAMES, Predictor, report
+
+
+def smooth(rng, n, genes=6):
+    x = rng.random((n, genes))
+    return x, 3 - 2 * x[:, 0] - x[:, 1] ** 2 + x[:, 2] * x[:, 3]
+
+
+def test_report_by_hand():
+    found = report(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
+    assert found.kendall == pytest.approx(4 / 6) and found.spearman == pytest.approx(0.8)
+    assert found.mae == pytest.approx(2.5 / 4) and found.n == 4
+    assert found.chance == pytest.approx(4 / 24)  # orders of four with at most one inversion
+    assert report(np.array([1.0, 2, 3, 4, 5]), np.arange(5.0)).chance == pytest.approx(1 / 120)
+
+
+def test_useful_means_better_than_chance():
+    truth = np.arange(8.0)
+    assert report(truth, truth**3).useful
+    assert not report(truth, -truth).useful
+    assert not report(truth, np.ones(8)).useful
+    assert not report(np.array([0.0, 1, 2, 3]), np.array([1.0, 0, 3, 2])).useful
+    assert report(truth[:3], -truth[:3]).useful, "three measurements are too few to judge by"
+
+
+def test_all_kinds_learn_a_smooth_function_and_one_is_chosen():
+    rng = np.random.default_rng(0)
+    x, y = smooth(rng, 100)
+    new_x, new_y = smooth(rng, 60)
+    predictor = Predictor(ordinals=6)
+    predictor.fit(x, 100 + 50 * y)
+    newest = predictor.newest(new_x, 100 + 50 * new_y)
+    assert tuple(newest) == tuple(predictor.scores) == NAMES
+    assert all(found.kendall > 0.7 and found.useful for found in newest.values())
+    assert predictor.scores[predictor.chosen].kendall == max(s.kendall for s in predictor.scores.values())
+    assert newest[predictor.chosen].kendall > 0.85
+    assert report(100 + 50 * new_y, predictor.predict(new_x)) == newest[predictor.chosen]
+    deviation = predictor.deviation(np.vstack([x[:1], x[:1] + 5]))
+    assert deviation is not None and 0 < 2 * deviation[0] < deviation[1]
+
+
+def test_what_is_set_aside_is_not_chosen():
+    x, y = smooth(np.random.default_rng(1), 50)
+    predictor = Predictor(ordinals=6)
+    predictor.fit(x, y)
+    first = predictor.chosen
+    predictor.fit(x, y, set_aside=[first])
+    assert predictor.chosen in set(NAMES) - {first}
+    predictor.fit(x, y, set_aside=NAMES)
+    assert predictor.chosen is None and tuple(predictor.scores) == NAMES
+    with pytest.raises(ValueError, match="no predictor"):
+        predictor.predict(x)
+
+
+def test_noise_ranks_no_better_than_chance():
+    rng = np.random.default_rng(2)
+    predictor = Predictor(ordinals=6)
+    predictor.fit(rng.random((60, 6)), rng.random(60))
+    newest = predictor.newest(rng.random((40, 6)), rng.random(40))
+    assert sum(found.useful for found in newest.values()) <= 1
+    assert all(abs(found.kendall) < 0.25 for found in newest.values())
+
+
+def test_too_little_to_learn_from():
+    x, y = smooth(np.random.default_rng(3), FEWEST)
+    predictor = Predictor(ordinals=6)
+    for features, target in ((x[:-1], y[:-1]), (x, np.ones(FEWEST))):
+        predictor.fit(features, target)
+        assert predictor.chosen is None and predictor.newest(x, y) == {} and predictor.deviation(x) is None
+    predictor.fit(x, y)
+    assert predictor.chosen is not None
+
+
+def test_the_same_samples_give_the_same_predictions():
+    x, y = smooth(np.random.default_rng(4), 40)
+    predictions = []
+    for _ in range(2):
+        predictor = Predictor(ordinals=6, seed=5)
+        predictor.fit(x, y)
+        predictions.append(predictor.predict(x).tobytes())
+        np.random.default_rng().random(3)
+    assert predictions[0] == predictions[1]
