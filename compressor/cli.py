@@ -307,8 +307,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
-        result = app(arguments, standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        status = app(arguments, standalone_mode=False)
+        if status != INTERRUPTED:  # what typer makes of Ctrl-C
+            return status if isinstance(status, int) else 0
     except RequestError as error:
         return _fail(2, str(error))
     except VerificationError as error:
@@ -316,8 +317,7 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         return _fail(2, error.format_message())
     except Exit as error:
-        if error.exit_code != INTERRUPTED:  # what typer makes of Ctrl-C
-            return error.exit_code
+        return error.exit_code
     except (KeyboardInterrupt, Abort):
         pass
     except Exception as error:

@@ -76,7 +76,7 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * 0.7 + 2) * macs * (recipe.healing.tokens or 0)
-    rows = recipe.finetuning.batch_size * recipe.finetuning.sequence_length
+    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
     layer = base.layers[0]
     per_token = len(base.layers) * (10 * base.hidden_size + 4 * layer.intermediate_size) + 4 * structure.vocab_size
     training_bytes = 16 * total + 4 * rows * per_token if recipe.finetuning.tokens else 0

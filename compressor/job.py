@@ -21,9 +21,10 @@ from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
 from compressor.finetune.data import local_files
+from compressor.finetune.loop import TrainSettings
 from compressor.finetune.losses import LOSSES
 from compressor.finetune.samplers import SAMPLERS
-from compressor.recipe import Recipe, absolute_or_share, byte_count
+from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run
 from search.algorithms import ALGORITHMS
 from search.space import SearchSpace
@@ -194,6 +195,13 @@ class Job:
             return Scheme(bits=4, group_size=self.recipe.quantizing.group_size or 32)
         return Scheme(bits=8, group_size=-1) if schemes else None
 
+    def fill_in(self) -> None:
+        """Put what follows from the model into the recipe, where the user said nothing."""
+        rate = learning_rate_for(self.structure.base.hidden_size)
+        for section in (self.recipe.finetuning, self.recipe.healing):
+            if section.learning_rate is None:
+                section.learning_rate = rate
+
     def check(self) -> None:
         """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""
         recipe = self.recipe
@@ -212,9 +220,18 @@ class Job:
             raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
         local_files(recipe.data)
         if recipe.tasks:
-            self.tasks.documents("search", recipe.searching.limit)
-            self.tasks.documents("report")
+            self.check_tasks()
         self.checkpoint.check_finite()
+
+    def check_tasks(self) -> None:
+        """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.checkpoint.config)
+        scorer = self.scorer(model)
+        scorer.prepare("search", self.recipe.searching.limit)
+        scorer.prepare("report")
 
     def check_targets(self) -> None:
         """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets
@@ -275,6 +292,18 @@ class Job:
                     )
                 )
 
+    def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
+        """The loop's settings for a section of the recipe, after `fill_in`."""
+        assert section.tokens is not None and section.learning_rate is not None
+        assert self.recipe.finetuning.batch_size is not None
+        return TrainSettings(
+            tokens=section.tokens,
+            batch_size=self.recipe.finetuning.batch_size,
+            sequence_length=length,
+            learning_rate=section.learning_rate,
+            seed=seed,
+        )
+
     def smallest_in_training(self) -> tuple[Architecture, float]:
         """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.
 
@@ -293,7 +322,7 @@ class Job:
         return self.space.decode(self.space.sample_near(rng, [parameters])[0].tolist())
 
     def uniform_near(self, parameters: float) -> Architecture:
-        members: Sequence[Architecture] = self.space.uniform_members(64)
+        members: Sequence[Architecture] = self.space.uniform_members(12)
         if not members:
             return self.draw_near(np.random.default_rng(self.recipe.seed), parameters)
         return min(members, key=lambda a: abs(self.structure.parameters(a) - parameters))

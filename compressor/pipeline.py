@@ -28,6 +28,7 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
     job.run.check_free()
     job.check()
+    job.fill_in()
     check_speedup(job)
     provenance = {
         "versions": versions(),

@@ -18,12 +18,14 @@ Quantization = Literal["int8", "int8-dynamic", "int4"]
 Layout = Literal["uneven", "uniform", "padded", "gguf"]
 
 BUDGETS: dict[str, dict[str, Any]] = {
-    # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search
+    # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search;
+    # batch is sequences in a training step; rounding is AutoRound's steps for each block
     "quick": {
-        "train_tokens": 400_000,
+        "train_tokens": 200_000,
         "evaluations": 72,
-        "heal_tokens": 300_000,
+        "heal_tokens": 400_000,
         "limit": 200,
+        "batch": 4,
         "rounding": 50,
     },
     "standard": {
@@ -31,6 +33,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "evaluations": 250,
         "heal_tokens": 10_000_000,
         "limit": 500,
+        "batch": 16,
         "rounding": 200,
     },
     "thorough": {
@@ -38,6 +41,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "evaluations": 500,
         "heal_tokens": 50_000_000,
         "limit": None,
+        "batch": 32,
         "rounding": 200,
     },
 }
@@ -85,13 +89,14 @@ class Targets(Section):
 
 
 class Finetuning(Section):
-    """One fine-tuning of the super-network. `tokens` 0 searches the base as it is."""
+    """One fine-tuning of the super-network. `tokens` 0 searches the base as it is. An unset `learning_rate` follows
+    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained."""
 
     tokens: int | None = Field(default=None, ge=0)
     sampler: str = "sandwich"
     loss: str = "in-place"
-    learning_rate: float = Field(default=2e-4, gt=0)
-    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, ge=1)
     sequence_length: int = Field(default=256, ge=8)
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
 
@@ -108,7 +113,7 @@ class Healing(Section):
     """A short distillation from the base after slicing. `tokens` 0 leaves the sub-network as cut out."""
 
     tokens: int | None = Field(default=None, ge=0)
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
 
 
 class Quantizing(Section):
@@ -163,6 +168,8 @@ class Recipe(Section):
         recipe = self.model_copy(deep=True)
         if recipe.finetuning.tokens is None:
             recipe.finetuning.tokens = budget["train_tokens"]
+        if recipe.finetuning.batch_size is None:
+            recipe.finetuning.batch_size = budget["batch"]
         if recipe.searching.evaluations is None:
             recipe.searching.evaluations = budget["evaluations"]
         if recipe.searching.limit is None:
@@ -174,6 +181,15 @@ class Recipe(Section):
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe
+
+
+def learning_rate_for(hidden_size: int) -> float:
+    """Peak learning rate by residual width: 3e-3 at 64, 5e-5 at 4096.
+
+    The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al.,
+    arXiv 2203.03466); the constant was found by healing stories260K (`docs/results.md`).
+    """
+    return 0.2 / hidden_size
 
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from lm_eval.models.utils import configure_pad_token, resolve_max_length
+from lm_eval.models.utils import configure_pad_token, handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 
@@ -28,6 +28,14 @@ class Span(NamedTuple):
 
     tokens: tuple[int, ...]
     scored: int
+
+
+class Generation(NamedTuple):
+    """How to continue a prompt: at most `new` tokens, up to the first of `until`, `arguments` as for `generate`."""
+
+    new: int
+    until: list[str]
+    arguments: dict[str, Any]
 
 
 class Encoder:
@@ -54,7 +62,7 @@ class Encoder:
         for add in (True, False):
             new = list(dict.fromkeys(text for text, adds in keys if adds is add and (text, add) not in self._known))
             if new:
-                ids = self.tokenizer(new, add_special_tokens=add)["input_ids"]
+                ids = self.tokenizer(new, add_special_tokens=add, verbose=False)["input_ids"]
                 self._known.update(zip(((text, add) for text in new), ids, strict=True))
         return [self._known[key] for key in keys]
 
@@ -112,6 +120,13 @@ class Encoder:
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             result.append([self._span(*make_disjoint_window(window)) for window in windows])
         return result
+
+    def generation(self, settings: dict[str, Any]) -> Generation:
+        """A task's `generation_kwargs` as HFLM reads them: 256 new tokens unless said, the end of text always stops."""
+        arguments: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
+        end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(arguments.pop("until", None), eos=end)
+        return Generation(arguments.pop("max_gen_toks"), until, arguments)
 
     def prompts(self, texts: Iterable[str], max_new_tokens: int) -> list[tuple[int, ...]]:
         """Prompts for generation, truncated from the left to leave room for the new tokens. Raises `CannotScore`."""

@@ -61,10 +61,9 @@ def evaluate(
         holdout=False,
     )
     scorer = Scorer(task_set, NetworkLM(model.eval(), encoder))
-    questions = scorer.prepare("all", limit)
-    answers = questions.ask(scorer.lm)
+    answers = scorer.ask("all", limit)
     collected: dict[str, Any] = {}
-    for leaves in questions.documents.values():
+    for leaves in task_set.questions("all", limit).documents.values():
         for leaf, documents in leaves:
             if documents:
                 raw = raw_metrics(leaf, documents, answers)
@@ -77,7 +76,7 @@ def evaluate(
                 accumulated.metrics[task_name][f"{metric}_stderr,{filter_name}"] = error
     results: dict[str, Any] = dict(aggregate_groups(accumulated)._to_eval_results())
     parameter = next(model.parameters())
-    scores = scorer.scores(questions, answers, "all")
+    scores = scorer.scores("all", limit, answers)
     return results | {
         "config": {
             "model": "hf",

@@ -14,23 +14,27 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
-from evals.encoding import Encoder, Span
+from evals.encoding import Encoder, Generation, Span
 from evals.packing import Pack, pack
 
 log = logging.getLogger(__name__)
 
 TREE_ATTENTION = "nas_compressor_tree"
+SMALLEST_PASS = 256
+"""Tokens below which a pass is not cut further for the sake of more workers."""
 
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether every scored token is the network's first choice."""
@@ -39,11 +43,18 @@ Answer = tuple[float, bool]
 class Plan:
     """Spans in the form that a network reads: the distinct ones, packed, on the network's device."""
 
-    def __init__(self, spans: Sequence[Span], max_tokens: int, max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, spans: Sequence[Span], max_tokens: int, max_rows: int, device: torch.device, workers: int = 1
+    ) -> None:
         self.distinct = list(dict.fromkeys(spans))
         number = {span: i for i, span in enumerate(self.distinct)}
         self.index = [number[span] for span in spans]
-        self.packs = [_DevicePack(p, device) for p in pack(self.distinct, max_tokens, max_rows)]
+        packs = pack(self.distinct, max_tokens, max_rows)
+        if workers > 1:  # as many passes as keep all workers busy to the end
+            rounds = -(-len(packs) // workers)
+            even = int(1.05 * sum(map(len, packs)) / (rounds * workers))
+            packs = pack(self.distinct, min(max_tokens, max(even, SMALLEST_PASS)), max_rows)
+        self.packs = [_DevicePack(p, device) for p in packs]
         self.longest = max((len(span.tokens) for span in self.distinct), default=0)
 
     @property
@@ -60,9 +71,7 @@ class _DevicePack:
             return torch.from_numpy(array).to(device)
 
         self.tokens, self.positions = put(source.tokens)[None], put(source.positions)[None]
-        self.rows, self.at, self.targets, self.owner = map(
-            put, (source.rows, source.at, source.targets, source.owner)
-        )
+        self.rows, self.at, self.targets, self.owner = map(put, (source.rows, source.at, source.targets, source.owner))
         self.blocks = []
         for block in source.blocks:
             valid = block.valid.reshape(-1)
@@ -93,17 +102,23 @@ class _DeviceBlocks:
         return self._additive[dtype]
 
 
-_reading: list[tuple[_DevicePack, dict[int, str]]] = []
-"""The pack that is being read, and each configuration's own attention implementation. Empty outside `_tree`."""
+class _Reading(threading.local):
+    """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`."""
+
+    pack: _DevicePack
+    number: int
+    implementations: dict[int, str]
+
+
+_reading = _Reading()
 
 
 def _tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The network's own attention, block by block. `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]."""
-    source, implementations = _reading[-1]
     config: Any = module.config
-    name = implementations[id(config)]
+    name = _reading.implementations[id(config)]
     if name in AttentionInterface._global_mapping:
         attend: Callable[..., Any] = AttentionInterface._global_mapping[name]
     else:
@@ -115,7 +130,7 @@ def _tree_attention(
     def gather(states: Tensor, nodes: Tensor) -> Tensor:
         return states[nodes].transpose(1, 2)  # [b, heads, nodes, d]
 
-    for block in source.blocks:
+    for block in _reading.pack.blocks:
         seen, _ = attend(
             module,
             gather(q, block.queries),
@@ -136,7 +151,9 @@ class NetworkLM(LM):
     """lm-eval's view of `model`, a transformers causal language model or one that takes the same arguments.
 
     `max_tokens`: tokens to read in one pass. `max_logits`: logits to hold at once. `cache_bytes`: memory for the
-    outputs of layers that the next call may share. Evaluation mode is the caller's to set, and so are threads.
+    outputs of layers that the next call may share. `workers`: passes to run side by side; on a CPU, a small network
+    makes far better use of n cores with n workers and one torch thread than the other way round. Evaluation mode is
+    the caller's to set, and so are torch's threads.
     """
 
     def __init__(
@@ -147,6 +164,7 @@ class NetworkLM(LM):
         max_tokens: int | None = None,
         max_logits: int = 2**25,
         cache_bytes: int = 2**28,
+        workers: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -158,6 +176,7 @@ class NetworkLM(LM):
         vocabulary = getattr(getattr(config, "text_config", None) or config, "vocab_size", 2**16)
         self.max_rows = max(1, max_logits // vocabulary)
         self.cache_bytes = cache_bytes
+        self.workers = workers
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._window = _attention_window(config)
@@ -200,26 +219,21 @@ class NetworkLM(LM):
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(i)
         for members in groups.values():
-            prompts = [self.prompt(*requests[i].args) for i in members]
-            kwargs, until, new = self._generation(requests[members[0]].args[1])
-            greedy = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("do_sample")
+            how = self.encoder.generation(requests[members[0]].args[1])
+            prompts = self.encoder.prompts([requests[i].args[0] for i in members], how.new)
+            greedy = not set(how.arguments) - {"do_sample", "temperature"} and not how.arguments.get("do_sample")
             write = self._greedy if greedy and self._plain_generation() else self._generate
             order = sorted(range(len(members)), key=lambda j: len(prompts[j]))
-            for batch in _batches(order, [len(p) + new for p in prompts], self.max_tokens):
-                written = write([prompts[j] for j in batch], new, until, kwargs)
-                for j, ids in zip(batch, written, strict=True):
+            for batch in _batches(order, [len(prompt) + how.new for prompt in prompts], self.max_tokens):
+                for j, ids in zip(batch, write([prompts[j] for j in batch], how), strict=True):
                     text = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
-                    texts[members[j]] = postprocess_generated_text(text, until, None)
+                    texts[members[j]] = postprocess_generated_text(text, how.until, None)
         return texts  # type: ignore[return-value]
-
-    def prompt(self, text: str, settings: dict[str, Any]) -> tuple[int, ...]:
-        """A generation request's prompt in tokens. Raises `CannotScore` where there is no room for it."""
-        return self.encoder.prompts([text], self._generation(settings)[2])[0]
 
     # What our own scoring asks
 
     def plan(self, spans: Sequence[Span]) -> Plan:
-        return Plan(spans, self.max_tokens, self.max_rows, self._device)
+        return Plan(spans, self.max_tokens, self.max_rows, self._device, self.workers)
 
     @torch.inference_mode()
     def answer(self, plan: Plan, layers: Sequence[Any] | None = None) -> list[Answer]:
@@ -229,33 +243,43 @@ class NetworkLM(LM):
         sizes that are active). Leading layers equal to those of the call before, on the same plan, are not computed
         again; weights that changed in between are noticed.
         """
-        count = len(plan.distinct)
-        totals = torch.zeros(count, dtype=torch.float64, device=self._device)
-        misses = torch.zeros(count, dtype=torch.int64, device=self._device)
-        with ExitStack() as stack:
-            if self._reads_trees(plan):
-                implementations = stack.enter_context(_tree_interface(self.model))
-                shared = stack.enter_context(self._shared.over(plan, layers, self.cache_bytes))
-                for i, source in enumerate(plan.packs):
-                    _reading.append((source, implementations))
-                    try:
-                        shared(i)
-                        logits = self.model(
-                            input_ids=source.tokens,
-                            position_ids=source.positions,
-                            use_cache=False,
-                            logits_to_keep=source.rows,
-                        ).logits[0]
-                    finally:
-                        _reading.pop()
-                    _add_scores(logits, source.at, source.targets, source.owner, totals, misses)
-            else:
-                for ids, rows, targets, owner in self._padded(plan):
-                    logits = self.model(input_ids=ids, use_cache=False).logits
-                    used, at = torch.unique(rows, return_inverse=True)
-                    _add_scores(logits.flatten(0, 1)[used], at, targets, owner, totals, misses)
+        if not plan.distinct:
+            return []
+        parts = self._read_trees(plan, layers) if self._reads_trees(plan) else self._read_padded(plan)
+        totals = torch.zeros(len(plan.distinct), dtype=torch.float64, device=self._device)
+        misses = torch.zeros(len(plan.distinct), dtype=torch.int64, device=self._device)
+        for owner, scores, missed in parts:
+            totals.index_add_(0, owner, scores.double())
+            misses.index_add_(0, owner, missed.long())
         values, firsts = totals.tolist(), (misses == 0).tolist()
         return [(values[i], firsts[i]) for i in plan.index]
+
+    def _read_trees(self, plan: Plan, layers: Sequence[Any] | None) -> Iterator[Scored]:
+        with _tree_interface(self.model) as implementations, self._shared.over(plan, layers, self.cache_bytes):
+
+            def read(number: int) -> Scored:
+                source = plan.packs[number]
+                _reading.pack, _reading.number, _reading.implementations = source, number, implementations
+                with torch.inference_mode():  # of this thread
+                    logits = self.model(
+                        input_ids=source.tokens,
+                        position_ids=source.positions,
+                        use_cache=False,
+                        logits_to_keep=source.rows,
+                    ).logits[0]
+                    return source.owner, *_scores(logits, source.at, source.targets)
+
+            if self.workers == 1 or len(plan.packs) == 1:
+                yield from map(read, range(len(plan.packs)))
+            else:
+                with ThreadPoolExecutor(self.workers) as pool:
+                    yield from pool.map(read, range(len(plan.packs)))
+
+    def _read_padded(self, plan: Plan) -> Iterator[Scored]:
+        for ids, rows, targets, owner in self._padded(plan):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            used, at = torch.unique(rows, return_inverse=True)
+            yield owner, *_scores(logits.flatten(0, 1)[used], at, targets)
 
     def _reads_trees(self, plan: Plan) -> bool:
         if self._window is not None and plan.longest > self._window:
@@ -269,18 +293,23 @@ class NetworkLM(LM):
     def _tree_equals_plain(self, plan: Plan) -> bool:
         """Compare both ways on a few spans of the plan, among them some that share a prefix."""
         ordered = sorted(plan.distinct, key=lambda span: span.tokens)
-        sample = Plan([*ordered[:6], *sorted(ordered, key=lambda s: len(s.tokens))[-2:]], 2**20, 2**20, self._device)
-        self._as_tree = False
-        plain = self.answer(sample)
-        self._as_tree = True
+        spans = dict.fromkeys([*ordered[:6], *sorted(ordered, key=lambda span: len(span.tokens))[-2:]])
+        sample = Plan(list(spans), 2**20, 2**20, self._device)
+        plain = list(self._read_padded(sample))
         try:
-            tree = self.answer(sample)
+            tree = list(self._read_trees(sample, None))
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             log.info("reading as a tree failed: %s", error)
             return False
+        totals = torch.zeros(2, len(spans), dtype=torch.float64, device=self._device)
+        for total, parts in zip(totals, (plain, tree), strict=True):
+            for owner, scores, _ in parts:
+                total.index_add_(0, owner, scores.double())
         # Half precision rounds differently in every layout; a wrong mask is off by far more than this.
         slack = 1e-3 if next(self.model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
-        return all(abs(a - b) <= slack * (1 + abs(a)) for (a, _), (b, _) in zip(plain, tree, strict=True))
+        return bool(((totals[0] - totals[1]).abs() <= slack * (1 + totals[0].abs())).all())
 
     def _padded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Distinct inputs in right-padded batches: ids [b, t]; flat row, target and owner of each scored token."""
@@ -305,38 +334,22 @@ class NetworkLM(LM):
 
     # Generation
 
-    def _generation(self, settings: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
-        """Settings as HFLM reads them: what goes to `generate`, stop strings, and how many new tokens."""
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
-        eos = self.encoder.tokenizer.decode(self.encoder.eot_token_id, skip_special_tokens=False)
-        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-        return kwargs, until, kwargs.pop("max_gen_toks")
-
     def _plain_generation(self) -> bool:
         """Whether the network's own generation settings leave greedy decoding as it is."""
         settings: Any = getattr(self.model, "generation_config", None)
         if settings is None:
             return True
-        neutral = {
-            "num_beams": (None, 1),
-            "repetition_penalty": (None, 1.0),
-            "no_repeat_ngram_size": (None, 0),
-            "min_new_tokens": (None,),
-            "min_length": (None, 0),
-            "bad_words_ids": (None,),
-            "suppress_tokens": (None,),
-            "begin_suppress_tokens": (None,),
-            "forced_bos_token_id": (None,),
-            "forced_eos_token_id": (None,),
-            "sequence_bias": (None,),
-            "encoder_repetition_penalty": (None, 1.0),
-            "exponential_decay_length_penalty": (None,),
-            "guidance_scale": (None, 1.0),
-            "penalty_alpha": (None,),
-            "max_time": (None,),
-            "stop_strings": (None,),
-        }
-        return all(getattr(settings, name, None) in values for name, values in neutral.items())
+        harmless = (
+            "_token_id",
+            "_length",
+            "_version",
+            "_from_model_config",
+            "temperature",
+            "top_",
+            "_sample",
+            "_cache",
+        )
+        return not [name for name in settings.to_diff_dict() if not any(part in name for part in harmless)]
 
     def _stops(self, until: list[str]) -> Callable[[list[int]], bool]:
         """Whether the tokens written so far end a document: lm-eval's criterion, and the network's end of sequence."""
@@ -354,17 +367,15 @@ class NetworkLM(LM):
         return stops
 
     @torch.inference_mode()
-    def _greedy(
-        self, prompts: list[tuple[int, ...]], new: int, until: list[str], kwargs: dict[str, Any]
-    ) -> list[list[int]]:
+    def _greedy(self, prompts: list[tuple[int, ...]], how: Generation) -> list[list[int]]:
         """Greedy continuations with a key-value cache; a document that has ended leaves the batch."""
         ids, mask = self._left_padded(prompts)
-        stops = self._stops(until)
+        stops = self._stops(how.until)
         cache = DynamicCache(config=self.model.config)
         written: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        for _ in range(new):
+        for _ in range(how.new):
             last = {"logits_to_keep": 1} if self._keeps_logits else {}
             logits = self.model(
                 input_ids=ids,
@@ -391,18 +402,16 @@ class NetworkLM(LM):
         return written
 
     @torch.inference_mode()
-    def _generate(
-        self, prompts: list[tuple[int, ...]], new: int, until: list[str], kwargs: dict[str, Any]
-    ) -> list[list[int]]:
+    def _generate(self, prompts: list[tuple[int, ...]], how: Generation) -> list[list[int]]:
         """Continuations by the network's own `generate`, with HFLM's arguments."""
-        kwargs = {"temperature": 0.0, **kwargs}
+        kwargs = {"temperature": 0.0, **how.arguments}
         if kwargs["temperature"] == 0.0 and not kwargs.get("do_sample"):
             kwargs["do_sample"] = False
             kwargs.pop("temperature")
-        stops = self._stops(until)
+        stops = self._stops(how.until)
         ids, mask = self._left_padded(prompts)
         model: Any = self.model
-        length = kwargs.pop("max_length", ids.shape[1] + new)
+        length = kwargs.pop("max_length", ids.shape[1] + how.new)
         result = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -425,12 +434,14 @@ class NetworkLM(LM):
         return ids, mask
 
 
-def _add_scores(logits: Tensor, at: Tensor, targets: Tensor, owner: Tensor, totals: Tensor, misses: Tensor) -> None:
-    """Add scored tokens' log-probabilities and whether they are not the first choice. `logits` [r, vocabulary]."""
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Of scored tokens: the span each belongs to, its log-probability, and whether it is not the first choice."""
+
+
+def _scores(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` at rows `at` of `logits` [r, vocabulary]; where they are not the first choice."""
     logits = logits.float()
-    scores = logits[at, targets] - logits.logsumexp(-1)[at]
-    totals.index_add_(0, owner, scores.double())
-    misses.index_add_(0, owner, (logits.argmax(-1)[at] != targets).long())
+    return logits[at, targets] - logits.logsumexp(-1)[at], logits.argmax(-1)[at] != targets
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -490,42 +501,36 @@ class _SharedLayers:
         self._outputs: list[list[Any]] = []
 
     @contextmanager
-    def over(self, plan: Plan, layers: Sequence[Any] | None, budget: int) -> Iterator[Callable[[int], None]]:
-        """Within, the network's layers answer from what is kept where they can; call with a pack's number before
-        each pass. Nothing is kept for `layers` None."""
+    def over(self, plan: Plan, layers: Sequence[Any] | None, budget: int) -> Iterator[None]:
+        """Within, the network's layers answer from what is kept where they can. Nothing is kept for `layers` None."""
         if self._owner is None or layers is None:
-            yield lambda number: None
+            yield
             return
         module, name = self._owner
-        keys = [(self._weights(), *layers[:1]), *layers[1:]] if layers else []
+        keys = [self._weights(), *layers]
         if self._plan is not plan:
             self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
         common = 0
         while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
             common += 1
-        kept = min(common, *(len(outputs) for outputs in self._outputs)) if self._outputs else 0
         config: Any = getattr(self._model.config, "text_config", None) or self._model.config
         width = next(self._model.parameters()).element_size() * config.hidden_size
-        depth = min(len(keys), budget // max(1, plan.tokens * width))
+        depth = min(len(layers), budget // (plan.tokens * width))
+        known = min(max(common - 1, 0), depth)
+        for outputs in self._outputs:
+            del outputs[known:]
         own = getattr(module, name)
         previous = module.__dict__.get(name)
         self._keys = []  # whatever happens below, nothing half-written is believed
-
-        def before(number: int) -> None:
-            outputs = self._outputs[number]
-            del outputs[min(kept, depth) :]
-            module.__dict__[name] = [
-                _KnownLayer(layer, outputs[i]) if i < kept and i < depth else _RecordedLayer(layer, outputs)
-                if i < depth else layer
-                for i, layer in enumerate(own)
-            ]
-
+        module.__dict__[name] = [
+            _SharedLayer(layer, i, i < known, self._outputs) if i < depth else layer for i, layer in enumerate(own)
+        ]
         try:
-            yield before
-            self._keys = keys[:depth]
+            yield
+            self._keys = keys[: depth + 1]
         finally:
             if previous is None:
-                module.__dict__.pop(name, None)
+                del module.__dict__[name]
             else:
                 module.__dict__[name] = previous
 
@@ -534,25 +539,17 @@ class _SharedLayers:
         return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._model.parameters())
 
 
-class _RecordedLayer:
-    def __init__(self, layer: Any, outputs: list[Any]) -> None:
-        self._layer, self._outputs = layer, outputs
+class _SharedLayer:
+    """Stands for a layer: gives its output from before where that is `known`, and keeps it where it is not."""
+
+    def __init__(self, layer: Any, position: int, known: bool, outputs: list[list[Any]]) -> None:
+        self._layer, self._position, self._known, self._outputs = layer, position, known, outputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._layer(*args, **kwargs)
-        self._outputs.append(result)
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-
-class _KnownLayer:
-    def __init__(self, layer: Any, output: Any) -> None:
-        self._layer, self._output = layer, output
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output
+        outputs = self._outputs[_reading.number]
+        if not self._known:
+            outputs.append(self._layer(*args, **kwargs))
+        return outputs[self._position]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)

@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
-from evals.encoding import CannotScore, Span
-from evals.network import Answer, NetworkLM, Plan
+from evals.network import NetworkLM, Plan
 from evals.tasks import Document, Leaf, ScoredTask, Split, TaskSet
 
 BOOTSTRAP_ITERATIONS = 100
 """Resamples behind a bootstrapped standard error: lm-eval's 100,000 say the same within about 7 %."""
+
+Answers = dict[int, list[Any]]
+"""{id of an instance: its responses, as many as it asks for}."""
 
 RawMetrics = dict[tuple[str, str], list[Any]]
 """{(metric, filter): one value for each document}, lm-eval's intermediate form."""
@@ -53,7 +54,7 @@ class TaskScore:
         """Whether the score is within two standard errors of chance, so that it tells nothing."""
         if self.chance is None or self.stderr is None:
             return False
-        return abs(self.value - self.chance) <= 2 * self.stderr
+        return abs(self.value - self.chance) <= 2 * self.stderr + 1e-9
 
 
 def quality(scores: Mapping[str, TaskScore], base: Mapping[str, TaskScore]) -> float:
@@ -83,13 +84,11 @@ class Scorer:
     def __init__(self, tasks: TaskSet, lm: NetworkLM) -> None:
         self.tasks = tasks
         self.lm = lm
-        self._questions: dict[tuple[Split, int | None], Questions] = {}
+        self._plans: dict[tuple[Split, int | None], Plan] = {}
 
-    def prepare(self, split: Split, limit: int | None = None) -> Questions:
-        """The split's documents, ready to be asked. Raises RequestError naming a document that cannot be scored."""
-        if (split, limit) not in self._questions:
-            self._questions[split, limit] = Questions(self.tasks.documents(split, limit), self.lm)
-        return self._questions[split, limit]
+    def prepare(self, split: Split, limit: int | None = None) -> None:
+        """Render and encode the split's documents now. Raises RequestError naming one that cannot be scored."""
+        self.tasks.questions(split, limit)
 
     def score(
         self, split: Split, limit: int | None = None, *, architecture: Architecture | None = None
@@ -99,17 +98,33 @@ class Scorer:
         `architecture`, where the network is a super-network: what is active. Leading layers that are equal to those
         of the call before are then not computed again.
         """
-        questions = self.prepare(split, limit)
+        return self.scores(split, limit, self.ask(split, limit, architecture))
+
+    def ask(self, split: Split, limit: int | None = None, architecture: Architecture | None = None) -> Answers:
+        """The network's answers to all requests of the documents; the arguments are those of `score`."""
+        questions = self.tasks.questions(split, limit)
+        if (split, limit) not in self._plans:
+            self._plans[split, limit] = self.lm.plan(questions.spans)
         layers = None
         if architecture is not None:
             layers = [(architecture.hidden_size, sizes) for sizes in architecture.layers]
-        return self.scores(questions, questions.ask(self.lm, layers), split)
+        answers: Answers = {}
+        scores = iter(self.lm.answer(self._plans[split, limit], layers))
+        for instance in questions.scored:
+            answers[id(instance)] = [next(scores)] * (instance.repeats or 1)
+        for instance, windows in zip(questions.rolled, questions.windows, strict=True):
+            total = sum(next(scores)[0] for _ in range(windows))
+            answers[id(instance)] = [total] * (instance.repeats or 1)
+        repeated = [instance for instance in questions.written for _ in range(instance.repeats or 1)]
+        for instance, text in zip(repeated, self.lm.generate_until(repeated) if repeated else [], strict=True):
+            answers.setdefault(id(instance), []).append(text)
+        return answers
 
-    def scores(self, questions: Questions, answers: Answers, split: Split) -> dict[str, TaskScore]:
-        """What the answers to `questions` are worth."""
+    def scores(self, split: Split, limit: int | None, answers: Answers) -> dict[str, TaskScore]:
+        """What the answers to the documents' requests are worth."""
         return {
             name: self._task_score(self.tasks.tasks[name], documents, answers, split)
-            for name, documents in questions.documents.items()
+            for name, documents in self.tasks.questions(split, limit).documents.items()
         }
 
     def _task_score(
@@ -141,61 +156,6 @@ class Scorer:
             task.chance(documents),
             [float(item) for item in everything] if numbers else None,
         )
-
-
-Answers = dict[int, list[Any]]
-"""{id of an instance: its responses, as many as it asks for}."""
-
-
-class Questions:
-    """The requests of some documents in the form that `NetworkLM` takes, planned once and asked many times."""
-
-    def __init__(self, documents: Mapping[str, Sequence[tuple[Leaf, list[Document]]]], lm: NetworkLM) -> None:
-        self.documents = {name: list(leaves) for name, leaves in documents.items()}
-        asked: dict[str, list[tuple[Leaf, Document, Instance]]] = defaultdict(list)
-        for leaves in self.documents.values():
-            for leaf, docs in leaves:
-                for document in docs:
-                    for instance in document.instances:
-                        asked[instance.request_type].append((leaf, document, instance))
-        self._scored = [instance for _, _, instance in asked["loglikelihood"]]
-        self._rolled = [instance for _, _, instance in asked["loglikelihood_rolling"]]
-        self._written = [instance for _, _, instance in asked["generate_until"]]
-        encoder = lm.encoder
-        spans: list[Span] = _blame(
-            asked["loglikelihood"], lambda: encoder.spans([(str(i.args[0]), str(i.args[1])) for i in self._scored])
-        )
-        windows = encoder.rolling(instance.args[0] for instance in self._rolled)
-        self._windows = [len(own) for own in windows]
-        for leaf, document, instance in asked["generate_until"]:
-            _blame([(leaf, document, instance)], lambda i=instance: lm.prompt(*i.args))  # type: ignore[misc]
-        self._plan: Plan = lm.plan(spans + [span for own in windows for span in own])
-
-    def ask(self, lm: NetworkLM, layers: Sequence[Any] | None = None) -> Answers:
-        """The network's answers. `layers`: see `NetworkLM.answer`."""
-        answers: Answers = {}
-        scores = iter(lm.answer(self._plan, layers))
-        for instance in self._scored:
-            answers[id(instance)] = [next(scores)] * (instance.repeats or 1)
-        for instance, count in zip(self._rolled, self._windows, strict=True):
-            total = sum(next(scores)[0] for _ in range(count))
-            answers[id(instance)] = [total] * (instance.repeats or 1)
-        repeated = [instance for instance in self._written for _ in range(instance.repeats or 1)]
-        for instance, text in zip(repeated, lm.generate_until(repeated) if repeated else [], strict=True):
-            answers.setdefault(id(instance), []).append(text)
-        return answers
-
-
-def _blame(asked: Sequence[tuple[Leaf, Document, Instance]], encode: Callable[[], Any]) -> Any:
-    """Run `encode`; where it finds a request that lm-eval cannot score, name the task and the document."""
-    try:
-        return encode()
-    except CannotScore as error:
-        leaf, document, _ = asked[error.position]
-        raise RequestError(
-            f"task {leaf.name}, document {document.index}: {error}; leave the task out, or use fewer few-shot examples "
-            "or a network with a longer context"
-        ) from error
 
 
 def raw_metrics(
@@ -241,4 +201,4 @@ def _mean(items: Sequence[float]) -> float:
     return sum(items) / len(items)
 
 
-__all__ = ["Answer", "NetworkLM", "Questions", "Scorer", "TaskScore", "quality", "raw_metrics", "standard_error"]
+__all__ = ["NetworkLM", "Scorer", "TaskScore", "quality", "raw_metrics", "standard_error"]

@@ -34,7 +34,7 @@ MIXED = 16
 """Random architectures that are timed along with the designed ones."""
 HELD_OUT = 6
 """Of those, the ones that are first left out, to state the table's error in it."""
-SMOOTHING = 0.1
+SMOOTHING = 2.0
 """Pull of the table's timings towards straight lines between neighbouring sizes, against timings worth 1 each."""
 STEPS = 16
 """Decoding steps in one short run."""

@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from compressor.errors import RequestError, nearest
-from evals.encoding import Encoder
+from evals.encoding import CannotScore, Encoder, Span
 
 Split = Literal["search", "report", "all"]
 SEARCH_DIGITS = "02468ace"
@@ -222,6 +224,47 @@ class ScoredTask:
         return next(entry for entry in self.group.aggregate_metric_list if entry.metric == self.metric)
 
 
+class Questions:
+    """All requests of some documents, in tokens.
+
+    `spans`: one for each request of `scored`, then `windows[i]` for each of `rolled`; `written` are to be generated.
+    Raises RequestError naming a document that lm-eval itself cannot score.
+    """
+
+    def __init__(self, documents: dict[str, list[tuple[Leaf, list[Document]]]], encoder: Encoder) -> None:
+        self.documents = documents
+        asked: dict[str, list[tuple[Leaf, Document, Instance]]] = defaultdict(list)
+        for leaves in documents.values():
+            for leaf, docs in leaves:
+                for document in docs:
+                    for instance in document.instances:
+                        asked[instance.request_type].append((leaf, document, instance))
+        self.scored = [instance for _, _, instance in asked["loglikelihood"]]
+        self.rolled = [instance for _, _, instance in asked["loglikelihood_rolling"]]
+        self.written = [instance for _, _, instance in asked["generate_until"]]
+        pairs = [(str(instance.args[0]), str(instance.args[1])) for instance in self.scored]
+        self.spans: list[Span] = _blame(asked["loglikelihood"], lambda: encoder.spans(pairs))
+        rolling = encoder.rolling(instance.args[0] for instance in self.rolled)
+        self.windows = [len(windows) for windows in rolling]
+        self.spans += [span for windows in rolling for span in windows]
+        for row in asked["generate_until"]:
+            text, settings = row[2].args
+            _blame([row], partial(encoder.prompts, [text], encoder.generation(settings).new))
+        encoder.forget()
+
+
+def _blame(asked: Sequence[tuple[Leaf, Document, Instance]], encode: Callable[[], Any]) -> Any:
+    """Run `encode`; where it finds a request that lm-eval cannot score, name the task and the document."""
+    try:
+        return encode()
+    except CannotScore as error:
+        leaf, document, _ = asked[error.position]
+        raise RequestError(
+            f"task {leaf.name}, document {document.index}: {error}; leave the task out, or use fewer few-shot examples "
+            "or a network with a longer context"
+        ) from error
+
+
 @dataclass(eq=False)
 class TaskSet:
     """The tasks of a run by name, with their documents and prompts."""
@@ -229,6 +272,7 @@ class TaskSet:
     tasks: dict[str, ScoredTask]
     encoder: Encoder
     groups: dict[str, Group] = field(default_factory=dict)
+    _questions: dict[tuple[Split, int | None], Questions] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -280,6 +324,12 @@ class TaskSet:
                 raise RequestError(f"task {name} has no document{where}; leave it out or give it more documents")
         return chosen
 
+    def questions(self, split: Split, limit: int | None = None) -> Questions:
+        """The requests of the split's documents, encoded once. Raises RequestError as `documents` and `Questions`."""
+        if (split, limit) not in self._questions:
+            self._questions[split, limit] = Questions(self.documents(split, limit), self.encoder)
+        return self._questions[split, limit]
+
     def chance(self, name: str, split: Split = "report", limit: int | None = None) -> float | None:
         """The task's score under uniform guessing among the choices, or None if it is not multiple choice."""
         task = self.tasks[name]
@@ -302,20 +352,19 @@ def spread(limit: int, sizes: Sequence[int], weights: Sequence[int]) -> list[int
 
     Largest remainders first, ties in order. Every task that has documents gets one, even if that exceeds `limit`.
     """
-    shares = [0] * len(sizes)
-    left = min(limit, sum(sizes))
-    open_tasks = [i for i, size in enumerate(sizes) if size]
-    while left and open_tasks:
-        total = sum(weights[i] for i in open_tasks)
-        quotas = {i: min(left * weights[i] / total, sizes[i] - shares[i]) for i in open_tasks}
-        given = {i: int(quota) for i, quota in quotas.items()}
-        if not any(given.values()):
-            by_remainder = sorted(open_tasks, key=lambda i: (-quotas[i], i))
-            given = dict.fromkeys(by_remainder[:left], 1)
-        for i, count in given.items():
-            shares[i] += count
-        left -= sum(given.values())
-        open_tasks = [i for i in open_tasks if shares[i] < sizes[i]]
+    quotas = [0.0] * len(sizes)
+    left, unfilled = min(limit, sum(sizes)), [i for i, size in enumerate(sizes) if size]
+    while unfilled:
+        unit = left / sum(weights[i] for i in unfilled)
+        filled = [i for i in unfilled if unit * weights[i] >= sizes[i]]
+        for i in filled or unfilled:
+            quotas[i] = sizes[i] if filled else unit * weights[i]
+        left -= sum(sizes[i] for i in filled)
+        unfilled = [i for i in unfilled if i not in filled] if filled else []
+    shares = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - quotas[i], i))
+    for i in by_remainder[: min(limit, sum(sizes)) - sum(shares)]:
+        shares[i] += 1
     return [max(share, 1) if size else 0 for share, size in zip(shares, sizes, strict=True)]
 
 
@@ -456,4 +505,3 @@ def _lm_eval_seeds() -> Any:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-

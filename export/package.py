@@ -230,7 +230,8 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
 
 
 def check_destination(destination: Path, needed: int) -> None:
-    """Raises `RequestError` where `destination` holds anything but an earlier package, or its disk lacks `needed` bytes."""
+    """Raises `RequestError` where `destination` holds no earlier package but something else, and where the disk lacks
+    `needed` bytes."""
     if destination.exists() and not (destination / RECORD).exists():
         if not destination.is_dir():
             raise RequestError(f"{destination}: a file is in the way; choose another output folder")

@@ -12,7 +12,6 @@ import copy
 from math import gcd
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compressor.architecture import Architecture, LayerSizes
@@ -51,11 +50,11 @@ def pad(model: nn.Module, architecture: Architecture) -> nn.Module:
     for name, axes in family.layer.items():
         if "norm" in name and any(unit in ("query", "kv", "ffn") for unit in axes):
             raise RequestError(
-                f"the padded layout cannot hold this {family.model_type}: {name} averages over all heads, zeros included"
+                f"the padded layout cannot hold {family.model_type} networks: {name} averages over all heads, zeros too"
             )
     target = padded_sizes(architecture, config.num_attention_heads)
     plain = _plain_config(config, architecture, target)
-    padded = build_standalone(plain)
+    padded: Any = build_standalone(plain)
     source = dict(model.named_parameters())
     weights = {name: value.detach().clone() for name, value in source.items() if not name.startswith(family.layers)}
     for index, kept in enumerate(architecture.kept):

@@ -13,14 +13,13 @@ Embeddings, output head and norms stay bfloat16, and so do scales.
 from __future__ import annotations
 
 import gc
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -391,8 +390,9 @@ def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, A
     raw = _autoround(model, plan, job, ids, target / "raw")
     found = read_json(raw / "config.json")["quantization_config"]
     ignored = set(found["ignore"])
-    if ignored != head | set(plan["left_out"]):
-        raise RuntimeError(f"AutoRound left out other layers than expected: {sorted(ignored ^ head ^ set(plan['left_out']))}")
+    expected = head | set(plan["left_out"])
+    if ignored != expected:
+        raise RuntimeError(f"AutoRound left out other layers than expected: {', '.join(sorted(ignored ^ expected))}")
     names = [name for name in linear if name not in ignored]
     write_json(target / "quantization_config.json", _configuration(found, names, plan["left_out"]))
     with WeightWriter(target) as weights:

@@ -91,13 +91,14 @@ def fresh_environment(scratch: Path, network_bytes: int) -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     search_path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if network_bytes < SMALL_BYTES else {}
-    return os.environ | threads | {
+    settings = {
         "PYTHONPATH": os.pathsep.join(search_path),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    return os.environ | threads | settings
 
 
 def last_line(output: str) -> str:

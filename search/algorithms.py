@@ -34,7 +34,7 @@ from pymoo.util.ref_dirs import get_reference_directions
 from compressor.architecture import Architecture
 from search.objectives import Computer, Constraint, Objective, check
 from search.pareto import Costs, non_dominated, ranks, spread
-from search.predictors import Predictor, Report
+from search.predictors import JUDGED, Predictor, Report
 from search.space import ENUMERABLE, Genome, Genomes, SearchSpace
 
 Result = tuple[Architecture, Mapping[str, float]]
@@ -82,17 +82,14 @@ class Algorithm(ABC):
     def ask(self, n: int) -> list[Architecture]:
         """Up to `n` architectures that were never asked for; none if there are no more."""
         self.report = {}
-        if self._queue:
-            chosen = [self._queue.popleft() for _ in range(min(n, len(self._queue)))]
-        else:
-            chosen = self._propose(n)
+        chosen = [self._queue.popleft() for _ in range(min(n, len(self._queue)))] or self._propose(n)
         if len(set(chosen)) < len(chosen) or not self._asked.isdisjoint(chosen):
             raise RuntimeError(f"{self.name} asked for an architecture twice")
         self._asked.update(chosen)
         return self.space.decode_all(np.array(chosen)) if chosen else []
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Take measurements, in the order in which they were asked for; computed objectives may be missing."""
+        """Take measurements in the order in which they were asked for; what is computed may be missing."""
         watched = [o.name for o in self.measured] + list(self._computers)
         for architecture, values in results:
             row = values if all(name in values for name in watched) else self.complete(architecture, values)
@@ -109,9 +106,7 @@ class Algorithm(ABC):
                 f"it has {', '.join(values) or 'nothing'}"
             )
         genome = np.array([self.space.encode(architecture)])
-        return {k: float(v) for k, v in values.items()} | {
-            k: float(c(genome)[0]) for k, c in self._computers.items()
-        }
+        return {k: float(v) for k, v in values.items()} | {k: float(c(genome)[0]) for k, c in self._computers.items()}
 
     @abstractmethod
     def _propose(self, n: int) -> list[Genome]:
@@ -220,9 +215,7 @@ class _Unwanted(DuplicateElimination):
         self.asked = asked
         self.violation = violation
 
-    def _do(
-        self, pop: Population, other: Population | None, is_duplicate: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
+    def _do(self, pop: Population, other: Population | None, is_duplicate: NDArray[np.bool_]) -> NDArray[np.bool_]:
         taken = set(self.asked) if other is None else set(map(tuple, other.get("X").tolist()))
         for i, row in enumerate(map(tuple, pop.get("X").tolist())):
             is_duplicate[i] |= row in taken
@@ -235,9 +228,7 @@ class _Unwanted(DuplicateElimination):
 
 def _problem(space: SearchSpace, objectives: int, constraints: int) -> Problem:
     upper = space.upper
-    return Problem(
-        n_var=len(upper), n_obj=objectives, n_ieq_constr=constraints, xl=np.zeros(len(upper)), xu=upper
-    )
+    return Problem(n_var=len(upper), n_obj=objectives, n_ieq_constr=constraints, xl=np.zeros(len(upper)), xu=upper)
 
 
 def _evaluated(problem: Problem, genomes: Genomes, costs: Costs, violations: Costs) -> Population:
@@ -327,9 +318,7 @@ class UNSGA3Search(_Evolution):
                 break
             directions = more
         size = max(self.population, len(directions))
-        return UNSGA3(
-            directions, pop_size=size, selection=TournamentSelection(func_comp=_by_niche), **operators
-        )
+        return UNSGA3(directions, pop_size=size, selection=TournamentSelection(func_comp=_by_niche), **operators)
 
 
 class AGEMOEASearch(_Evolution):
@@ -406,7 +395,7 @@ class LINAS(Algorithm):
             self._newest[name] = predictor.newest(features[usable], target[usable]) if usable.any() else {}
             for kind, found in self._newest[name].items():
                 aside = self._set_aside[name]
-                if found.useful and kind in aside and found.n >= 4:
+                if found.useful and kind in aside and found.n >= JUDGED:
                     aside.remove(kind)
                 elif not found.useful and kind not in aside:
                     aside.append(kind)
@@ -457,9 +446,7 @@ class LINAS(Algorithm):
             problem.evaluate(self.space.all_genomes(), return_values_of=["F"])
             return problem.seen
         best = [self.genomes[i] for i in self._ranked()[: self.inner_population // 2]]
-        start = np.vstack(
-            [np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))]
-        )
+        start = np.vstack([np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))])
         genetic = NSGA2(
             pop_size=self.inner_population, sampling=np.unique(start, axis=0), **_operators(self.space, True)
         )
@@ -498,9 +485,7 @@ class LINAS(Algorithm):
             if len(chosen) >= n:
                 break
         infeasible = np.flatnonzero(missed > 0)
-        chosen += [
-            int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]
-        ]
+        chosen += [int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]]
         return [candidates[i] for i in chosen]
 
     def _offspring(self, n: int) -> list[Genome]:
@@ -569,16 +554,12 @@ class Greedy(Algorithm):
     def _cuts(self) -> list[Genome]:
         """Smaller architectures, each with one gene of the current one a value lower."""
         rows = [
-            [*self._current[:i], value - 1, *self._current[i + 1 :]]
-            for i, value in enumerate(self._current)
-            if value
+            [*self._current[:i], value - 1, *self._current[i + 1 :]] for i, value in enumerate(self._current) if value
         ]
         if not rows:
             return []
         cuts = [
-            g
-            for g in dict.fromkeys(map(tuple, self.space.canonicalize(np.array(rows)).tolist()))
-            if g != self._current
+            g for g in dict.fromkeys(map(tuple, self.space.canonicalize(np.array(rows)).tolist())) if g != self._current
         ]
         sizes = self._size(np.array([self._current, *cuts]))
         return [g for g, size in zip(cuts, sizes[1:], strict=True) if size < sizes[0]]
@@ -588,8 +569,7 @@ class Greedy(Algorithm):
         sizes = self._size(np.array([self._current, *cuts]))
         now = self._harmed.cost(known[self._current])
         harm = [
-            (self._harmed.cost(known[g]) - now) / (sizes[0] - size)
-            for g, size in zip(cuts, sizes[1:], strict=True)
+            (self._harmed.cost(known[g]) - now) / (sizes[0] - size) for g, size in zip(cuts, sizes[1:], strict=True)
         ]
         order = np.argsort(np.nan_to_num(harm, nan=np.inf), kind="stable")
         rounds = max(1, (self.evaluations - len(self.genomes)) // (len(cuts) + 1))

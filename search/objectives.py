@@ -131,18 +131,14 @@ def computed(
     return {objective.name: objective for objective in objectives}
 
 
-def choose(
-    names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]
-) -> list[Objective]:
+def choose(names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]) -> list[Objective]:
     """Two to four objectives by name: of `known` (see `computed`), or of what evaluations will measure.
 
     ValueError, with what would be valid, for a name that nobody computes or measures.
     """
     for name in names:
         if name not in known and name not in measured:
-            raise ValueError(
-                f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}"
-            )
+            raise ValueError(f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}")
     chosen = [known[name] if name in known else Objective(name, measured[name]) for name in names]
     check(chosen)
     return chosen
@@ -156,9 +152,7 @@ def check(objectives: Sequence[Objective]) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"an objective is named twice: {', '.join(names)}")
     if all(objective.kind == "computed" for objective in objectives):
-        raise ValueError(
-            f"{', '.join(names)} are all computed from sizes; add a measured objective such as quality"
-        )
+        raise ValueError(f"{', '.join(names)} are all computed from sizes; add a measured objective such as quality")
 
 
 @dataclass

@@ -26,9 +26,7 @@ def violations(evaluations: Sequence[Evaluation], constraints: Sequence[Constrai
     """By how much each evaluation misses each constraint, [n, constraints]; 0 where it holds."""
     if not constraints or not evaluations:
         return np.zeros((len(evaluations), len(constraints)))
-    columns = [
-        c.violation(np.array([float(e.values[c.objective.name]) for e in evaluations])) for c in constraints
-    ]
+    columns = [c.violation(np.array([float(e.values[c.objective.name]) for e in evaluations])) for c in constraints]
     return np.column_stack(columns)
 
 
@@ -117,10 +115,7 @@ class Target:
         return [(name, float(bound), upper) for name, bound, upper in wanted if bound is not None]
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {'at most' if upper else 'at least'} {number(bound)}"
-            for name, bound, upper in self.bounds()
-        ]
+        parts = [f"{name} {'at most' if upper else 'at least'} {number(bound)}" for name, bound, upper in self.bounds()]
         if self.max_drop is not None:
             parts.append(f"quality at least {1 - self.max_drop:.6g}")
         return " and ".join(parts)

@@ -61,9 +61,7 @@ def report(y_true: Vector, y_pred: Vector) -> Report:
     if len(y_true) < 2 or np.ptp(y_true) == 0 or np.ptp(y_pred) == 0:
         return Report(0.0, 0.0, mae, 1.0, len(y_true))
     tau = kendalltau(y_true, y_pred, alternative="greater")
-    return Report(
-        float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true)
-    )
+    return Report(float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true))
 
 
 @dataclass

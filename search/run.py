@@ -57,9 +57,7 @@ class SearchResult:
             "algorithm": self.algorithm,
             "seed": self.seed,
             "space": {"name": self.space.name, "size": self.space.size, "genes": self.space.to_dict()},
-            "objectives": [
-                {"name": o.name, "direction": o.direction, "kind": o.kind} for o in self.objectives
-            ],
+            "objectives": [{"name": o.name, "direction": o.direction, "kind": o.kind} for o in self.objectives],
             "constraints": [str(c) for c in self.constraints],
             "reference": self.reference,
             "evaluations": [e.to_dict() for e in self.evaluations],
@@ -105,9 +103,7 @@ def search(
     check(objectives)
     check_constraints(space, constraints)
     if evaluations < 2 or population < 2:
-        raise ValueError(
-            "a search needs a budget of at least two evaluations and a population of at least two"
-        )
+        raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
     rng = np.random.default_rng(seed)
     initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
     searcher = algorithm_named(algorithm)(
@@ -132,9 +128,7 @@ def search(
         if on_request is not None:
             on_request(generation, asked)
         measuring = time.perf_counter()
-        fresh = _measured(
-            asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation
-        )
+        fresh = _measured(asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation)
         measured = time.perf_counter()
         result.evaluations += fresh
         searcher.report = {}
@@ -220,9 +214,7 @@ def _measured(
         if on_evaluation is not None:
             on_evaluation(found[place])
     if len(found) < len(asked):
-        raise RuntimeError(
-            f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement"
-        )
+        raise RuntimeError(f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement")
     return [found[place] for place in range(len(asked))]
 
 

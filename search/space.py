@@ -75,9 +75,7 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
     elif policy == "importance" and order is not None:
         removed = set(order[depth:])
     else:
-        raise ValueError(
-            f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order"
-        )
+        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order")
     return tuple(i for i in range(layers) if i not in set(removed))
 
 
@@ -143,10 +141,7 @@ class SearchSpace:
         self._removable = np.array(
             [
                 f"layer.{i}" in self._index
-                or (
-                    self._holds_zero(f"ffn.{i}")
-                    and (self._holds_zero(f"kv.{i}") or not self._base_sizes[i, KV])
-                )
+                or (self._holds_zero(f"ffn.{i}") and (self._holds_zero(f"kv.{i}") or not self._base_sizes[i, KV]))
                 for i in range(layers)
             ]
         )
@@ -169,9 +164,7 @@ class SearchSpace:
                     f"and, for layers 0 to {layers - 1}, " + ", ".join(f"{k}.N" for k in PER_LAYER)
                 )
             if per_layer and kind in self._index:
-                raise ValueError(
-                    f"'{gene.name}' contradicts '{kind}', which holds for all layers; keep one of them"
-                )
+                raise ValueError(f"'{gene.name}' contradicts '{kind}', which holds for all layers; keep one of them")
             self._check_values(gene)
 
     def _check_values(self, gene: Gene) -> None:
@@ -184,8 +177,7 @@ class SearchSpace:
         if any(not isinstance(v, int) or isinstance(v, bool) for v in gene.values):
             raise ValueError(f"{gene.name}: {list(gene.values)} are not all whole numbers; {valid}")
         ascending = all(
-            a < b or (a == b and gene.kind == "depth")
-            for a, b in zip(gene.values, gene.values[1:], strict=False)
+            a < b or (a == b and gene.kind == "depth") for a, b in zip(gene.values, gene.values[1:], strict=False)
         )
         if not gene.values or not ascending:
             raise ValueError(f"{gene.name}: {list(gene.values)} does not ascend; {valid}")
@@ -206,9 +198,7 @@ class SearchSpace:
             return 1
         if gene.layer is not None:
             return _size(self.base.layers[gene.layer], gene.kind)
-        present = [
-            s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)
-        ]
+        present = [s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)]
         sizes = {_size(layer, gene.kind) for layer in present}
         if len(sizes) != 1:
             raise ValueError(
@@ -228,9 +218,7 @@ class SearchSpace:
         counts = self.genes[self._index["depth"]].values
         subsets = [set(subset) for subset in kept or ()]
         if [len(subset) for subset in subsets] != list(counts):
-            raise ValueError(
-                f"depth: {list(counts)} layers need as many sets of layers to keep, in the same order"
-            )
+            raise ValueError(f"depth: {list(counts)} layers need as many sets of layers to keep, in the same order")
         for subset in subsets:
             if not subset <= set(range(layers)):
                 raise ValueError(f"depth: layers {sorted(subset)} are not all among 0 to {layers - 1}")
@@ -290,9 +278,7 @@ class SearchSpace:
             standing = [i for i in possible if sizes[row, i, FFN]]
             layer = standing[0] if standing else possible[0]
             if f"layer.{layer}" in self._index:
-                genomes[row, self._index[f"layer.{layer}"]] = (
-                    len(self.genes[self._index[f"layer.{layer}"]].values) - 1
-                )
+                genomes[row, self._index[f"layer.{layer}"]] = len(self.genes[self._index[f"layer.{layer}"]].values) - 1
             if self._holds_zero(f"kv.{layer}"):
                 position = self._index[f"kv.{layer}"]
                 genomes[row, position] = max(genomes[row, position], 1)
@@ -367,9 +353,7 @@ class SearchSpace:
     def encode(self, architecture: Architecture) -> Genome:
         """The canonical genome of an architecture. ValueError where the space does not hold it."""
         if len(architecture.layers) != len(self.base.layers):
-            raise ValueError(
-                f"the architecture has {len(architecture.layers)} layers, not {len(self.base.layers)}"
-            )
+            raise ValueError(f"the architecture has {len(architecture.layers)} layers, not {len(self.base.layers)}")
         genome = self._counts - 1
         kept = np.array([not layer.removed for layer in architecture.layers])
         if "depth" in self._index:
@@ -413,9 +397,7 @@ class SearchSpace:
     def _row(self, genome: Sequence[int]) -> Genomes:
         row = np.array([genome], dtype=np.int64)
         if row.shape[1] != len(self.genes) or (row < 0).any() or (row >= self._counts).any():
-            raise ValueError(
-                f"a genome of this space has {len(self.genes)} indices below {self._counts.tolist()}"
-            )
+            raise ValueError(f"a genome of this space has {len(self.genes)} indices below {self._counts.tolist()}")
         return row
 
     def __contains__(self, architecture: Architecture) -> bool:
@@ -452,20 +434,14 @@ class SearchSpace:
         if self.size <= ENUMERABLE:
             return len(self.all_genomes())
         per_layer = {gene.kind for gene in self.genes if gene.layer is not None}
-        whole = all(
-            not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers))
-        )
+        whole = all(not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers)))
         if not whole or per_layer & {"layer"} or any(gene.kind == "experts" for gene in self.genes):
             if "depth" in self._index or "experts" in per_layer:
                 return None
             return self._distinct_with_removal()
-        shared = math.prod(
-            len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth"
-        )
+        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth")
         options = self._options()
-        return shared * sum(
-            math.prod(options[i] for i in np.flatnonzero(row)) for row in np.unique(self._keep, axis=0)
-        )
+        return shared * sum(math.prod(options[i] for i in np.flatnonzero(row)) for row in np.unique(self._keep, axis=0))
 
     def _options(self) -> list[int]:
         counts = [1] * len(self.base.layers)
@@ -484,9 +460,7 @@ class SearchSpace:
                 self._holds_zero(f"kv.{i}") and self._holds_zero(f"ffn.{i}")
             )
             every *= options + gone_twice
-            attention_free = (
-                options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
-            )
+            attention_free = options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
             if not self._base_sizes[i, KV]:
                 attention_free = options
             without *= attention_free + gone_twice
@@ -519,7 +493,7 @@ class SearchSpace:
         u = rng.random((n, len(self.genes))) ** np.exp(rng.uniform(-3, 3, size=(n, 1)))
         return self.canonicalize(np.minimum((self._counts * u).astype(np.int64), self._counts - 1))
 
-    def sample_near(self, rng: np.random.Generator, parameters: NDArray[np.float64]) -> Genomes:
+    def sample_near(self, rng: np.random.Generator, parameters: Sequence[float] | NDArray[np.float64]) -> Genomes:
         """A random canonical genome for each of the numbers of parameters given, and near it, [n, genes].
 
         One uniform u for each gene picks the index floor(count * u**exp(tilt)). The index falls as the tilt
@@ -532,10 +506,8 @@ class SearchSpace:
         nearest, best = np.full(n, np.inf), np.zeros((n, len(self.genes)), dtype=np.int64)
         for _ in range(24):
             middle = (low + high) / 2
-            index = np.minimum(
-                (self._counts * u ** np.exp(middle)[:, None]).astype(np.int64), self._counts - 1
-            )
-            excess = np.array([self.structure.parameters(a) for a in self.decode_all(index)]) - parameters
+            index = np.minimum((self._counts * u ** np.exp(middle)[:, None]).astype(np.int64), self._counts - 1)
+            excess = np.array([self.structure.parameters(a) for a in self.decode_all(index)]) - np.asarray(parameters)
             better = np.abs(excess) < nearest
             best[better], nearest[better] = index[better], np.abs(excess)[better]
             low, high = np.where(excess > 0, middle, low), np.where(excess > 0, high, middle)
@@ -567,13 +539,8 @@ class SearchSpace:
         low, high = min(v[0] for v in found.values()), max(v[0] for v in found.values())
         bins: dict[int, list[Architecture]] = {}
         for candidate, (parameters, _) in found.items():
-            bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(
-                candidate
-            )
-        return [
-            min(members, key=lambda a: (found[a][1], found[a][0], a.layers))
-            for _, members in sorted(bins.items())
-        ]
+            bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(candidate)
+        return [min(members, key=lambda a: (found[a][1], found[a][0], a.layers)) for _, members in sorted(bins.items())]
 
     def _uniform_candidates(self) -> Iterator[tuple[Architecture, list[float]]]:
         """Combinations of a common width, a common number of heads and a depth, with each one's share of the
@@ -585,10 +552,7 @@ class SearchSpace:
             return
         common: dict[str, set[int]] = {}
         for kind, whole in (("kv", full.num_key_value_heads), ("ffn", full.intermediate_size)):
-            options = [
-                set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,))))
-                for i in range(layers)
-            ]
+            options = [set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,)))) for i in range(layers)]
             common[kind] = set.intersection(*options) - {0}
         if "depth" in self._index:
             subsets = {tuple(np.flatnonzero(row).tolist()) for row in self._keep}
@@ -649,9 +613,7 @@ class SearchSpace:
             genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
             for i, layer in enumerate(layers):
                 kv = layer.num_key_value_heads
-                genes[f"kv.{i}"] = sorted(
-                    {max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv}
-                )
+                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
                 genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
         elif name == "depth":
             genes = {f"layer.{i}": [0, 1] for i in range(count)}

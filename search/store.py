@@ -77,9 +77,7 @@ class EvaluationStore:
         self.path = Path(path)
         self._lock = threading.Lock()
         try:
-            self._connection = sqlite3.connect(
-                self.path, timeout=60, isolation_level=None, check_same_thread=False
-            )
+            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise ValueError(f"cannot open the evaluation store {self.path}: {error}") from None
         try:
@@ -103,9 +101,7 @@ class EvaluationStore:
                 elif application != APPLICATION:
                     raise ValueError(f"{self.path} is a database of something else, not an evaluation store")
                 elif version != VERSION:
-                    raise ValueError(
-                        f"{self.path} has version {version} of the evaluation store; known is {VERSION}"
-                    )
+                    raise ValueError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
             (state,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is damaged or no evaluation store: {error}") from None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from evals.encoding import Encoder
 from evals.network import NetworkLM
 from evals.tasks import Leaf, TaskSet
-from tests import tiny
 
 Row = dict[str, Any]
 
@@ -83,7 +83,9 @@ def questions(count: int, seed: int = 2, longest: int | None = None) -> list[Row
     for i, text in enumerate(tiny.sentences(count, seed)):
         question = text if longest is None or i % 3 else (text + " ") * (longest // len(text) + 1)
         choices = [" cat", " house", " a cat and a tree"][: 2 + i % 2]
-        rows.append({"id": i, "question": question.rstrip(), "choices": choices, "gold": i % len(choices), "word": "sun"})
+        rows.append(
+            {"id": i, "question": question.rstrip(), "choices": choices, "gold": i % len(choices), "word": "sun"}
+        )
     return rows
 
 

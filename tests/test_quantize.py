@@ -172,9 +172,7 @@ def test_the_configuration_names_what_is_where(quantized: dict[str, Quantized]) 
     assert sorted(written["config_groups"]["group_1"]["targets"]) == sorted(ODD)
 
 
-def test_the_same_seed_gives_the_same_weights(
-    source: Path, quantized: dict[str, Quantized], tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_weights(source: Path, quantized: dict[str, Quantized], tmp_path: Path) -> None:
     """Also when the scheme is made alone, and not after two others in one process."""
     made = quantize_package(source, tmp_path / "p", "int4", calibration=probe_ids(length=32), iterations=2, seed=1)
     assert made.package.files["model.safetensors"] == quantized["int4"].package.files["model.safetensors"]
@@ -243,9 +241,7 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
 
 def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, Quantized], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="already quantized"):
-        quantize_package(
-            quantized["int8"].package.path, tmp_path / "p", "int4", calibration=probe_ids(), iterations=0
-        )
+        quantize_package(quantized["int8"].package.path, tmp_path / "p", "int4", calibration=probe_ids(), iterations=0)
 
 
 def test_a_failing_child_says_why(source: Path, tmp_path: Path) -> None:
@@ -290,15 +286,16 @@ def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
     )
     made = quantize_packages(
         source,
-        {scheme: tmp_path / scheme for scheme in SCHEMES},
-        calibration=pack_texts(source, texts, 128)[:16],
+        {scheme: tmp_path / scheme for scheme in ("int8", "int4")},
+        calibration=pack_texts(source, texts, 128)[:8],
         iterations=0,
     )
     results = verify_all([(source, reference), *((q.package.path, reference) for q in made)])
     assert results[0]["max_abs_logit_difference"] <= results[0]["tolerance"]
-    for result, limit in zip(results[1:], (0.05, 0.1, 0.3), strict=True):
+    for result, limit in zip(results[1:], (0.05, 0.3), strict=True):
         assert result["mean_abs_logprob_difference"] < limit
-    fallen = [name for name, what in made[2].exceptions.items() if "INT8" in what]
+    fallen = [name for name, what in made[1].exceptions.items() if "INT8" in what]
     assert len(fallen) == (15 if checkpoint == "stories260K" else 0)
-    assert made[0].bytes < 0.32 * 4 * made[0].package.params or checkpoint == "stories260K"
-    assert made[2].bytes < 0.23 * 4 * made[2].package.params or checkpoint == "stories260K"
+    if not fallen:
+        assert made[0].bytes < 0.32 * 4 * made[0].package.params
+        assert made[1].bytes < 0.23 * 4 * made[1].package.params

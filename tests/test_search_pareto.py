@@ -29,9 +29,7 @@ def architecture(*widths: int, kv: int = 2) -> Architecture:
 
 
 def evaluation(quality: float, parameters: int, *widths: int, **more: float) -> Evaluation:
-    return Evaluation(
-        architecture(*(widths or (parameters,))), {"quality": quality, "parameters": parameters} | more
-    )
+    return Evaluation(architecture(*(widths or (parameters,))), {"quality": quality, "parameters": parameters} | more)
 
 
 def test_front_against_brute_force():
@@ -73,9 +71,7 @@ def test_front_of_evaluations():
     ]
     sizes = [e.values["parameters"] for e in front(found, [QUALITY, PARAMETERS])]
     assert sizes == [100, 60, 20]
-    within = front(
-        found, [QUALITY, PARAMETERS], [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)]
-    )
+    within = front(found, [QUALITY, PARAMETERS], [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)])
     assert [e.values["parameters"] for e in within] == [60]
     assert costs(found[:1], [QUALITY, PARAMETERS]).tolist() == [[-1, 100]]
     assert front([], [QUALITY, PARAMETERS]) == []
@@ -130,9 +126,7 @@ def test_pick_of_uniform_ones():
 
 
 def test_pick_names_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"
-    ):
+    with pytest.raises(ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"):
         pick(MEASURED, Target(max_params=15))
     with pytest.raises(
         ValueError, match=r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"
@@ -145,12 +139,8 @@ def test_pick_names_the_nearest():
 
 
 def test_objectives_by_name():
-    known = computed(
-        SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)}
-    )
-    chosen = choose(
-        ["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"}
-    )
+    known = computed(SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)})
+    chosen = choose(["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"})
     assert [(o.name, o.direction, o.kind) for o in chosen] == [
         ("quality", "max", "measured"),
         ("bytes", "min", "computed"),
@@ -160,9 +150,10 @@ def test_objectives_by_name():
     base = np.array([space.upper])
     assert Computer(space, known["bytes"])(base)[0] == SMALL.bytes(SMALL.base, Scheme(4, 32))
     assert Computer(space, known["macs"])(base)[0] == SMALL.macs(SMALL.base, 3)
-    assert Computer(space, known["decode_tps"])(
-        space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))
-    ).tolist() == [50, 100 / 3]
+    assert Computer(space, known["decode_tps"])(space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))).tolist() == [
+        50,
+        100 / 3,
+    ]
     with pytest.raises(ValueError, match="measured, not computed"):
         Computer(space, QUALITY)(base)
 

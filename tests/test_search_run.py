@@ -1,6 +1,10 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,11 +78,7 @@ def test_searches_find_the_brute_forced_front():
         result = search(space, objectives, bench, algorithm=name, evaluations=120, population=20, seed=1)
         assert len(bench.asked) == len(set(bench.asked)) == len(result.evaluations) == 120
         shares[name] = share_of_true_front(space, result.evaluations, objectives)
-    assert (
-        shares["linas"] > 0.99
-        and shares["nsga2"] > 0.94
-        and shares["random"] < shares["nsga2"] < shares["linas"]
-    )
+    assert shares["linas"] > 0.99 and shares["nsga2"] > 0.94 and shares["random"] < shares["nsga2"] < shares["linas"]
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2"])
@@ -131,9 +131,7 @@ def test_a_resumed_search_goes_on_as_the_unbroken_one_would_have(name, dies_at):
     assert resumed.measured == len(unbroken.asked) - dies_at
     assert again.evaluations == whole.evaluations
     for one, other in zip(again.generations, whole.generations, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {
-            k: v for k, v in other.items() if k != "seconds"
-        }
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
 
 
 def test_different_seeds_differ():
@@ -171,9 +169,7 @@ def test_the_first_generation():
     sizes = sorted(PROSE.parameters(a) for a in first)
     assert max(np.diff(sizes)) < 0.35 * (sizes[-1] - sizes[0])
     with pytest.raises(ValueError, match="does not hold"):
-        first_generation(
-            space, 5, np.random.default_rng(0), [Architecture(256, (LayerSizes(8, 4, 700),) * 8)]
-        )
+        first_generation(space, 5, np.random.default_rng(0), [Architecture(256, (LayerSizes(8, 4, 700),) * 8)])
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2", "unsga3"])
@@ -214,9 +210,7 @@ def test_a_bound_on_quality_steers_too():
 def test_constraints_out_of_reach():
     space = SearchSpace.preset("llama-nas", PROSE)
     size = computed(PROSE)["parameters"]
-    with pytest.raises(
-        ValueError, match=r"parameters at most 1,000 is out of reach: .* goes down to 5,049,600"
-    ):
+    with pytest.raises(ValueError, match=r"parameters at most 1,000 is out of reach: .* goes down to 5,049,600"):
         search(space, objectives_of(PROSE), Bench(PROSE), constraints=[Constraint(size, maximum=1000)])
     with pytest.raises(ValueError, match="goes up to"):
         search(space, objectives_of(PROSE), Bench(PROSE), constraints=[Constraint(size, minimum=1e9)])
@@ -228,9 +222,7 @@ def test_predictors_that_rank_noise_are_set_aside():
     def noise(structure, a):
         return np.random.default_rng(int(a.key, 16)).random()
 
-    result = search(
-        space, objectives_of(PROSE), Bench(PROSE, score=noise), evaluations=100, population=20, seed=4
-    )
+    result = search(space, objectives_of(PROSE), Bench(PROSE, score=noise), evaluations=100, population=20, seed=4)
     aside = [g["predictors"]["quality"]["set_aside"] for g in result.generations[2:]]
     assert any(len(kinds) >= 3 for kinds in aside)
     for before, after in zip(result.generations[1:], result.generations[2:], strict=False):
@@ -405,6 +397,13 @@ def test_mutation_reaches_every_value_of_every_gene():
     rows = np.zeros((2000, len(space.genes)), dtype=np.int64)
     mutated = StepMutation()._do(problem, rows, random_state=searcher.rng)
     assert (mutated.max(0) == space.upper).all() and (mutated.min(0) == 0).all()
-    assert (
-        0.3 < (mutated != rows).sum(1).mean() < 1
-    )  # one gene is chosen, but a step down or a redraw may stay at 0
+    assert 0.3 < (mutated != rows).sum(1).mean() < 1  # one gene is chosen, but a step down or a redraw may stay at 0
+
+
+def test_search_needs_no_torch_and_of_ours_only_the_architecture():
+    code = (
+        "import sys, search.run, search.store; found = {m for m in sys.modules if m.startswith('compressor.')}\n"
+        "assert 'torch' not in sys.modules and found == {'compressor.architecture'}, found"
+    )
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})

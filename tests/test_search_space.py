@@ -15,9 +15,7 @@ PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 SPACES = {
     **{name: SearchSpace.preset(name, PROSE) for name in PRESETS},
     "small fine": SearchSpace.preset("fine", SMALL, step=64),
-    "layers and widths": SearchSpace.from_dict(
-        {"layer.*": [0, 1], "ffn.*": [0, 64, 128], "kv.*": [0, 2]}, SMALL
-    ),
+    "layers and widths": SearchSpace.from_dict({"layer.*": [0, 1], "ffn.*": [0, 64, 128], "kv.*": [0, 2]}, SMALL),
     "depth over removable halves": SearchSpace.from_dict(
         {"depth": {"values": [1, 2, 3], "order": [2, 0, 1]}, "kv.*": [0, 1, 2], "ffn.*": [0, 128]}, SMALL
     ),
@@ -39,9 +37,7 @@ def test_llama_nas_is_the_published_space():
     assert space.distinct() == 2**24 + 2**28 + 2**32
     assert LLAMA_2_7B.parameters(space.base) == 6_738_415_616
     smallest = space.smallest()
-    assert len(smallest.kept) == 24 and {smallest.layers[i].intermediate_size for i in smallest.kept} == {
-        5504
-    }
+    assert len(smallest.kept) == 24 and {smallest.layers[i].intermediate_size for i in smallest.kept} == {5504}
     assert round(LLAMA_2_7B.parameters(smallest) / 1e9, 3) == 3.496
 
 
@@ -56,14 +52,10 @@ def test_genomes_and_architectures_match(name):
     assert space.decode_all(canonical) == architectures
     assert (space.canonicalize(canonical) == canonical).all()
     assert [space.encode(a) for a in architectures] == list(map(tuple, canonical.tolist()))
-    assert all(
-        any(layer.num_key_value_heads for layer in a.layers) and a.fits(space.base) for a in architectures
-    )
+    assert all(any(layer.num_key_value_heads for layer in a.layers) and a.fits(space.base) for a in architectures)
     rows = {a: row.tobytes() for a, row in zip(architectures, space.features(genomes), strict=True)}
     assert rows == {a: row.tobytes() for a, row in zip(architectures, space.features(canonical), strict=True)}
-    assert len(set(rows.values())) == len(set(architectures)), (
-        "different architectures need different features"
-    )
+    assert len(set(rows.values())) == len(set(architectures)), "different architectures need different features"
     assert space.decode(tuple(space.upper)) == space.base == space.largest()
 
 
@@ -161,10 +153,7 @@ def test_layers_that_policies_keep():
 
 
 def test_presets_in_proportion():
-    genes = {
-        gene.name: gene.values
-        for gene in SearchSpace.preset("llama-nas", llama(5, 64, 172, 8, 4, 8, 512)).genes
-    }
+    genes = {gene.name: gene.values for gene in SearchSpace.preset("llama-nas", llama(5, 64, 172, 8, 4, 8, 512)).genes}
     assert genes["depth"] == (3, 4, 5) and genes["ffn.0"] == (96, 172)
     fine = {gene.name: gene.values for gene in SPACES["fine"].genes}
     assert fine["kv.7"] == (0, 1, 2, 3, 4) and fine["ffn.0"] == (0, *range(64, 769, 64))
@@ -261,9 +250,7 @@ def test_samples_meet_sizes():
     assert all(abs(p - (low + (i + 0.5) * share)) < 1.5 * share for i, p in enumerate(found))
     near = space.decode_all(space.sample_near(rng, np.full(5, 0.9 * high)))
     assert all(abs(PROSE.parameters(a) / high - 0.9) < 0.03 for a in near) and len(set(near)) == 5
-    bounded = [
-        PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 5, 0.5 * high, 0.6 * high))
-    ]
+    bounded = [PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 5, 0.5 * high, 0.6 * high))]
     assert all(0.47 * high < p < 0.63 * high for p in bounded)
 
 

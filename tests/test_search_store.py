@@ -108,9 +108,7 @@ def test_threads_and_connections_share_it(tmp_path):
     path = tmp_path / "e.db"
     with EvaluationStore(path) as one, EvaluationStore(path) as two:
         threads = [
-            threading.Thread(
-                target=lambda s, part: [record(s, a) for a in part], args=(store, ARCHITECTURES[i::4])
-            )
+            threading.Thread(target=lambda s, part: [record(s, a) for a in part], args=(store, ARCHITECTURES[i::4]))
             for i, store in enumerate((one, two, one, two))
         ]
         for thread in threads:

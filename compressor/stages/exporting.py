@@ -15,7 +15,6 @@ from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks
 from compressor.finetune.elastic import heal
-from compressor.finetune.loop import TrainSettings
 from compressor.job import Job, versions
 from compressor.progress import say
 from compressor.run import fingerprint, read_json, write_json
@@ -163,13 +162,7 @@ def shipped_network(
         network.load_state_dict(load_weights(healed), strict=False)
         return network
     state = run.subnets / f".{name}-{lineage['inputs']}.training.safetensors"
-    settings = TrainSettings(
-        tokens=recipe.healing.tokens,
-        batch_size=recipe.finetuning.batch_size,
-        sequence_length=blocks.ids.shape[1],
-        learning_rate=recipe.healing.learning_rate,
-        seed=recipe.seed + 1,
-    )
+    settings = job.train_settings(recipe.healing, blocks.ids.shape[1], recipe.seed + 1)
     job.threads(scoring=False)
     history = heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
     write_package(network, healed, **options)

@@ -12,7 +12,7 @@ from compressor.elastic.ordering import activation_importance, apply_ordering, o
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks, pack
 from compressor.finetune.elastic import finetune_supernet
-from compressor.finetune.loop import History, TrainSettings
+from compressor.finetune.loop import History
 from compressor.finetune.losses import LOSSES, NEEDS_BASE
 from compressor.finetune.samplers import SAMPLERS, SizedSpace
 from compressor.job import Job
@@ -42,16 +42,10 @@ def finetune(job: Job) -> dict[str, Any]:
             f"{run.path}: its super-network was fine-tuned from another recipe or data; say --redo finetune to do it "
             "again (its evaluations will not count any more), or name another --output"
         )
-    settings = TrainSettings(
-        tokens=recipe.finetuning.tokens or 0,
-        batch_size=recipe.finetuning.batch_size,
-        sequence_length=recipe.finetuning.sequence_length,
-        learning_rate=recipe.finetuning.learning_rate,
-        seed=recipe.seed,
-    )
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.threads(scoring=False)
-        blocks = training_blocks(job, settings.tokens)
+        blocks = training_blocks(job, recipe.finetuning.tokens or 0)
+        settings = job.train_settings(recipe.finetuning, blocks.ids.shape[1], recipe.seed)
         model = job.load_base(torch.float32)
         supernet = job.supernet_of(model)
         say(f"ordering neurons and heads by importance on {CALIBRATION_BLOCKS} blocks of the data")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import redirect_stderr
 from io import StringIO
 from itertools import islice
@@ -17,7 +16,7 @@ from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run import write_json
 from compressor.stages.finetuning import weights_fingerprint
-from compressor.stages.searching import relative_quality, row_key
+from compressor.stages.searching import relative_quality, stored_scores
 
 if TYPE_CHECKING:
     from search.store import EvaluationStore
@@ -99,23 +98,7 @@ def report_scores(
 ) -> dict[str, dict[str, Any]]:
     """Every task's score on the report split, in the report's form."""
     tasks = job.tasks.tasks
-    documents = {name: job.tasks.fingerprint(name, "report") for name in tasks}
-    rows = {name: store.get(architecture, weights, row_key(job, name), documents[name]) for name in tasks}
-    if any(row is None for row in rows.values()):
-        began = time.monotonic()
-        fresh = job.scorer(model).score("report")
-        for name, score in fresh.items():
-            store.put(
-                architecture,
-                weights,
-                row_key(job, name),
-                documents[name],
-                score=score.value,
-                stderr=score.stderr,
-                n=score.n,
-                seconds=time.monotonic() - began,
-            )
-        rows = {name: store.get(architecture, weights, row_key(job, name), documents[name]) for name in tasks}
+    rows = stored_scores(job, store, architecture, weights, "report", lambda: job.scorer(model).score("report"))
     return {
         name: {
             "metric": tasks[name].metric,
@@ -127,7 +110,6 @@ def report_scores(
             "chance": job.tasks.chance(name, "report"),
         }
         for name, row in rows.items()
-        if row is not None
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -16,7 +18,9 @@ from compressor.progress import bar, say
 from compressor.run import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
+    from evals.scoring import TaskScore
     from evals.speed import SpeedTable
+    from search.store import EvaluationStore, Measurement
 
 
 def search(job: Job) -> dict[str, Any]:
@@ -33,10 +37,9 @@ def search(job: Job) -> dict[str, Any]:
         raise RequestError(f"{run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
     weights = manifest["weights"]
     limit = recipe.searching.limit
-    documents = {name: job.tasks.fingerprint(name, "search", limit) for name in job.tasks.tasks}
     inputs = {
         "weights": weights,
-        "documents": documents,
+        "documents": {name: job.tasks.fingerprint(name, "search", limit) for name in job.tasks.tasks},
         "searching": recipe.searching.model_dump(),
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),
@@ -53,7 +56,7 @@ def search(job: Job) -> dict[str, Any]:
     speed = speed_table(job, supernet.model)
     scorer = job.scorer(supernet.model)
     with EvaluationStore(run.evaluations) as store:
-        base_scores = base_on_search_split(job, store, documents)
+        base_scores = base_on_search_split(job, store)
         exact = computed(
             job.structure,
             scheme=job.smallest_scheme(),
@@ -82,27 +85,14 @@ def search(job: Job) -> dict[str, Any]:
 
         def measure(asked: list[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
             for architecture in asked:
-                scores = {t: store.get(architecture, weights, row_key(job, t), documents[t]) for t in documents}
-                if any(score is None for score in scores.values()):
-                    began = time.monotonic()
-                    with torch.no_grad():
-                        supernet.activate(architecture)
-                        fresh = scorer.score("search", limit, architecture=architecture)
-                    seconds = time.monotonic() - began
-                    for name, score in fresh.items():
-                        store.put(
-                            architecture,
-                            weights,
-                            row_key(job, name),
-                            documents[name],
-                            score=score.value,
-                            stderr=score.stderr,
-                            n=score.n,
-                            seconds=seconds / len(fresh),
-                        )
-                    scores = {t: store.get(architecture, weights, row_key(job, t), documents[t]) for t in documents}
-                values = {name: score.score for name, score in scores.items() if score is not None}
+                rows = stored_scores(job, store, architecture, weights, "search", partial(score_active, architecture))
+                values = {name: row.score for name, row in rows.items()}
                 yield architecture, values | {"quality": relative_quality(job, values, base_scores)}
+
+        def score_active(architecture: Architecture) -> dict[str, TaskScore]:
+            with torch.no_grad():
+                supernet.activate(architecture)
+                return scorer.score("search", limit, architecture=architecture)
 
         uniform = job.space.uniform_members(6, max(sizes) if sizes else None)
         uniform = [a for a in uniform if fits_plain_class(job.checkpoint.config, a)]
@@ -118,21 +108,18 @@ def search(job: Job) -> dict[str, Any]:
                 share = best.get("parameters", 0) / job.structure.parameters(job.structure.base)
                 progress.advance(note=f"best quality {best.get('quality', 0):.3f} at {share:.2f} of the parameters")
 
-            try:
-                result = run_search(
-                    job.space,
-                    objectives,
-                    measure,
-                    algorithm=recipe.searching.algorithm,
-                    evaluations=recipe.searching.evaluations or 1,
-                    population=recipe.searching.population,
-                    seed=recipe.seed,
-                    constraints=constraints,
-                    include=uniform,
-                    on_evaluation=note,
-                )
-            except ValueError as error:
-                raise RequestError(f"search: {error}") from error
+            result = run_search(
+                job.space,
+                objectives,
+                measure,
+                algorithm=recipe.searching.algorithm,
+                evaluations=recipe.searching.evaluations or 1,
+                population=recipe.searching.population,
+                seed=recipe.seed,
+                constraints=constraints,
+                include=uniform,
+                on_evaluation=note,
+            )
     found = {
         "inputs": fingerprint(inputs),
         "weights": weights,
@@ -159,31 +146,52 @@ def relative_quality(job: Job, values: dict[str, float], base: dict[str, float])
     return sum(ratios) / len(ratios)
 
 
-def base_on_search_split(job: Job, store: Any, documents: dict[str, str]) -> dict[str, float]:
-    """The base's own scores on the search documents, from the store where they were measured before."""
-    base = job.structure.base
-    rows = {t: store.get(base, job.base_fingerprint, row_key(job, t), documents[t]) for t in documents}
-    if any(row is None for row in rows.values()):
-        say("scoring the base")
+def stored_scores(
+    job: Job,
+    store: EvaluationStore,
+    architecture: Architecture,
+    weights: str,
+    split: Literal["search", "report"],
+    score: Callable[[], dict[str, TaskScore]],
+) -> dict[str, Measurement]:
+    """Every task's score of an architecture with these weights: from the store, or else from `score` and recorded.
+
+    A score that is not a number (a network whose numbers overflowed) is recorded as the worst there is.
+    """
+    limit = job.recipe.searching.limit if split == "search" else None
+    tasks = job.tasks.tasks
+    keys = {name: (row_key(job, name), job.tasks.fingerprint(name, split, limit)) for name in tasks}
+
+    def known() -> dict[str, Measurement]:
+        rows = {name: store.get(architecture, weights, *key) for name, key in keys.items()}
+        return {name: row for name, row in rows.items() if row is not None}
+
+    if len(known()) < len(tasks):
         began = time.monotonic()
-        scores = job.scorer(job.load_base()).score("search", job.recipe.searching.limit)
-        for name, score in scores.items():
-            store.put(
-                base,
-                job.base_fingerprint,
-                row_key(job, name),
-                documents[name],
-                score=score.value,
-                stderr=score.stderr,
-                n=score.n,
-                seconds=time.monotonic() - began,
+        fresh = score()
+        seconds = (time.monotonic() - began) / len(fresh)
+        for name, found in fresh.items():
+            value = found.value
+            if math.isnan(value):
+                value = 0.0 if found.higher_is_better else math.inf
+            store.put(architecture, weights, *keys[name], score=value, stderr=found.stderr, n=found.n, seconds=seconds)
+    return known()
+
+
+def base_on_search_split(job: Job, store: EvaluationStore) -> dict[str, float]:
+    """The base's own scores on the search documents. Raises `RequestError` where nothing can be measured against it."""
+
+    def score() -> dict[str, TaskScore]:
+        say("scoring the base")
+        return job.scorer(job.load_base()).score("search", job.recipe.searching.limit)
+
+    rows = stored_scores(job, store, job.structure.base, job.base_fingerprint, "search", score)
+    for name, row in rows.items():
+        if not 0 < row.score < math.inf:
+            raise RequestError(
+                f"task {name}: the base scores {row.score:g}, so nothing can be measured against it; choose another"
             )
-        rows = {t: store.get(base, job.base_fingerprint, row_key(job, t), documents[t]) for t in documents}
-    values = {name: row.score for name, row in rows.items()}
-    for name, value in values.items():
-        if value == 0:
-            raise RequestError(f"task {name}: the base scores 0, so nothing can be measured against it; choose another")
-    return values
+    return {name: row.score for name, row in rows.items()}
 
 
 def speed_table(job: Job, model: Any) -> SpeedTable:

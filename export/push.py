@@ -1,0 +1,107 @@
+"""Upload a verified package to the hub.
+
+`huggingface_hub` does the work: one commit, files that are there already are not sent again, so a broken upload is
+resumed by running the command again. No token is ever read, kept or printed here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import RequestError
+from compressor.progress import say
+from export.package import RECORD, check_files, human_bytes, read_package, read_record
+
+REPLACED = ["*.safetensors", "*.gguf", "*.py", "*.index.json", "*.bin"]
+"""What an earlier package may have left in the repository and this one does not bring."""
+
+
+def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Upload the package's recorded files (and nothing else of the folder) to `repo_id`, in one commit.
+
+    Returns `repo`, `url`, `private`, `bytes`, `files` (name and bytes each), and `commit`, None in a dry run: that
+    checks the package, lists the files, and asks no server.
+
+    Raises `RequestError` where the package is not verified, nobody is logged in, the hub refuses, or the repository
+    holds something else, and `VerificationError` where the files are not what was written.
+    """
+    info = read_package(package)
+    if not info.verified:
+        raise RequestError(f"{package}: not verified, and so not to be published; export it again")
+    check_files(package)
+    names = [RECORD, *read_record(package)["files"]]
+    files = [{"name": name, "bytes": (package / name).stat().st_size} for name in names]
+    total = sum(file["bytes"] for file in files)
+    for file in files:
+        say(f"{human_bytes(file['bytes']):>10}  {file['name']}")
+    done: dict[str, Any] = {"repo": repo_id, "private": private, "files": files, "bytes": total}
+    _check_name(repo_id)
+    if dry_run:
+        say(f"{human_bytes(total):>10}  in all would go to {repo_id}; nothing was uploaded")
+        return done | {"url": None, "commit": None}
+    say(f"uploading {human_bytes(total)} to {repo_id}")
+    url, commit = _upload(package, repo_id, names, private)
+    say(f"{url} is at commit {commit}")
+    return done | {"url": url, "commit": commit}
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RequestError(f"'{repo_id}' is no name of a repository: {str(error).splitlines()[0]}") from None
+
+
+def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tuple[str, str]:
+    """Create the repository where there is none, and commit the files. Returns its address and the commit."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if get_token() is None:
+        raise RequestError(
+            "not logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that may write; "
+            "--dry-run needs neither"
+        )
+    api = HfApi()
+    # The HTTP library's own base of all errors: which library that is has changed with huggingface_hub's versions.
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        present = set(api.list_repo_files(repo.repo_id)) - {".gitattributes"}
+        if present and RECORD not in present:
+            raise RequestError(f"{repo_id}: the repository holds something else ({min(present)}); choose another name")
+        commit = api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=package,
+            commit_message=f"Upload {package.name} with nas-compressor",
+            allow_patterns=names,
+            delete_patterns=REPLACED,
+        )
+    except OfflineModeIsEnabled:
+        raise RequestError("HF_HUB_OFFLINE is set: unset it to reach the hub") from None
+    except HfHubHTTPError as error:
+        raise RequestError(_refusal(repo_id, error)) from None
+    except transport_error as error:
+        reason = str(error) or type(error).__name__
+        hint = "run the command again to resume"
+        raise RequestError(f"cannot reach the hub at {api.endpoint}: {reason}; {hint}") from None
+    except RuntimeError as error:  # how huggingface_hub wraps what happens to one file
+        cause = error.__cause__
+        if not isinstance(cause, transport_error):
+            raise
+        raise RequestError(f"{error} ({str(cause).splitlines()[0]}); run the command again to resume") from None
+    return str(repo), commit.oid
+
+
+def _refusal(repo_id: str, error: Any) -> str:
+    status = error.response.status_code if error.response is not None else None
+    said = (error.server_message or str(error).strip().splitlines()[0]).rstrip(".")
+    if status == 401:
+        return f"the hub does not know the token: {said}; run `hf auth login` again, or renew HF_TOKEN"
+    if status == 403:
+        return f"the token may not write to {repo_id}: {said}; use one with write access to that namespace"
+    return f"the hub refused the upload to {repo_id} (status {status}): {said}"
