@@ -75,21 +75,27 @@ class Checkpoint:
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=self.trust_remote_code)
 
 
-def open_checkpoint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Find a checkpoint by path or hub name and check that it can be compressed. Raises `RequestError`."""
-    path = _locate(name, revision)
+def open_checkpoint(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, *, weights: bool = True
+) -> Checkpoint:
+    """Find a checkpoint by path or hub name and check that it can be compressed. Raises `RequestError`.
+
+    Without `weights`, config.json is enough: for looking at a model that is not here.
+    """
+    path = _locate(name, revision, _PATTERNS if weights else ["*config.json"])
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
         raise RequestError(f"{name}: there is no config.json in {path}; give the folder of a Hugging Face checkpoint")
     config = _read_config(name, path, trust_remote_code)
-    _check_weights(name, path)
-    if not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if weights:
+        _check_weights(name, path)
+    if weights and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise RequestError(f"{name}: no tokenizer in {path} (tokenizer.json or tokenizer.model); copy it there")
     return Checkpoint(name, path, config, describe(config, trust_remote_code), trust_remote_code)
 
 
-def _locate(name: str, revision: str | None) -> Path:
+def _locate(name: str, revision: str | None, patterns: list[str]) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -101,7 +107,7 @@ def _locate(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(

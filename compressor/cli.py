@@ -10,16 +10,20 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from compressor.errors import RequestError, VerificationError
-from compressor.progress import console, say
+from compressor.progress import console
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -77,6 +81,34 @@ def overrides(**given: Any) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in given.items()}
 
 
+def recipe_of(file: Path | None, options: dict[str, Any]) -> Recipe:
+    """The recipe that the options ask for. Where all that it names lies on this machine, no network is asked: a look-up
+    on the hub can hang for minutes behind a firewall."""
+    from compressor.recipe import read_recipe
+
+    recipe = read_recipe(file, overrides(**options))
+    local = Path(recipe.model).expanduser().is_dir() and recipe.data is not None and Path(recipe.data).exists()
+    if local and tasks_are_local(recipe.tasks, recipe.include_path):
+        stay_offline()
+    return recipe
+
+
+def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
+    """Whether every task is a file of `include_path`, and none of those files wants data from the hub."""
+    if include_path is None:
+        return not tasks
+    text = "\n".join(file.read_text() for file in Path(include_path).rglob("*.yaml"))
+    if set(re.findall(r"^dataset_path: *[\"']?([^\s\"']+)", text, re.M)) - {"json", "csv", "parquet", "text", "arrow"}:
+        return False
+    return all(re.search(rf"^(task|group): *{re.escape(name.partition(':')[0])} *$", text, re.M) for name in tasks)
+
+
+def stay_offline() -> None:
+    """Before any Hugging Face library is imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
 def emit(value: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(value, indent=1))
@@ -87,6 +119,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"), json: Json = False
 ) -> None:
     """The whole job on the bundled checkpoint, offline, in about three minutes."""
+    stay_offline()
     from compressor import pipeline
 
     emit(pipeline.demo(output), json)
@@ -140,13 +173,11 @@ def compress(
     json: Json = False,
 ) -> None:
     """The whole job: fine-tune once, search, slice, heal, quantize, prove, report. Run again, it resumes."""
+    options = {k: v for k, v in locals().items() if k not in ("output", "recipe", "redo", "json")}
+    asked = recipe_of(recipe, options)
     from compressor import pipeline
-    from compressor.recipe import read_recipe
 
-    options = {
-        k: v for k, v in locals().items() if k not in ("output", "recipe", "redo", "json", "pipeline", "read_recipe")
-    }
-    emit(pipeline.compress(read_recipe(recipe, overrides(**options)), needed(output), redo=redo), json)
+    emit(pipeline.compress(asked, needed(output), redo=redo), json)
 
 
 @app.command()
@@ -170,13 +201,11 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Create a run and fine-tune its super-network."""
+    options = {k: v for k, v in locals().items() if k not in ("output", "recipe", "redo", "json")}
+    asked = recipe_of(recipe, options)
     from compressor import pipeline
-    from compressor.recipe import read_recipe
 
-    options = {
-        k: v for k, v in locals().items() if k not in ("output", "recipe", "redo", "json", "pipeline", "read_recipe")
-    }
-    job = pipeline.start(read_recipe(recipe, overrides(**options)), needed(output), redo=redo, tasks_needed=False)
+    job = pipeline.start(asked, needed(output), redo=redo, tasks_needed=False)
     emit(pipeline.finetune(job), json)
 
 
@@ -361,6 +390,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("torchao", "torch.utils._pytree", "datasets", "lm_eval", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-__all__ = ["app", "main", "run", "say"]

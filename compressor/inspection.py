@@ -20,6 +20,10 @@ from compressor.progress import console
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
+GPU_RATE = 400e12
+"""Bfloat16 operations per second that a current data-centre GPU keeps up; for recipes that ask for a GPU elsewhere."""
+HEALED = 0.7
+"""Size of the sub-network that is healed, beside the base that teaches it."""
 SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together."""
 
@@ -75,14 +79,14 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     train = 6 * macs * (recipe.finetuning.tokens or 0) * members * 0.8
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
-    heal = (6 * 0.7 + 2) * macs * (recipe.healing.tokens or 0)
+    heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
     rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
     layer = base.layers[0]
     per_token = len(base.layers) * (10 * base.hidden_size + 4 * layer.intermediate_size) + 4 * structure.vocab_size
-    training_bytes = 16 * total + 4 * rows * per_token if recipe.finetuning.tokens else 0
-    scoring_bytes = total * job.compute_dtype.itemsize + 4 * recipe.batch_tokens * (
-        6 * base.hidden_size + 3 * layer.intermediate_size
-    )
+    training_bytes = 16 * total + 4 * rows * per_token
+    weight_bytes = total * job.compute_dtype.itemsize
+    healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
+    scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * layer.intermediate_size)
     return {
         "budget": {
             "train_tokens": recipe.finetuning.tokens,
@@ -90,11 +94,15 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
             "heal_tokens": recipe.healing.tokens,
             "documents_per_task": recipe.searching.limit,
         },
-        "memory": {"fine-tuning": training_bytes, "search": scoring_bytes},
+        "memory": {"fine-tuning": training_bytes, "search": scoring_bytes, "healing": healing_bytes},
         "petaflop": {
             name: flop / 1e15 for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
         },
         "seconds": {"fine-tuning": train / rate, "search": search / rate, "healing": heal / rate},
+        "seconds_on_gpu": {
+            name: flop / (GPU_RATE * EFFICIENCY)
+            for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
+        },
         "matrix_rate": rate / EFFICIENCY,
     }
 
@@ -152,7 +160,7 @@ def print_inspection(found: dict[str, Any]) -> None:
         title=f"to expect of --effort {found['effort']} on {found['device']}",
         title_justify="left",
     )
-    for column in ("stage", "budget", "memory", "petaFLOP", "time"):
+    for column in ("stage", "budget", "memory", "petaFLOP", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
         cost.add_column(column, justify="left" if column == "stage" else "right")
     budget = found["budget"]
     asked = {
@@ -161,8 +169,11 @@ def print_inspection(found: dict[str, Any]) -> None:
         "healing": f"{budget['heal_tokens']:,} tokens",
     }
     for stage, seconds in found["seconds"].items():
-        memory = found["memory"].get(stage, found["memory"]["fine-tuning"])
-        cost.add_row(stage, asked[stage], size(memory), f"{found['petaflop'][stage]:.3g}", duration(seconds))
+        memory = size(found["memory"][stage]) if seconds else ""
+        on_gpu = found["seconds_on_gpu"][stage]
+        cost.add_row(
+            stage, asked[stage], memory, f"{found['petaflop'][stage]:.3g}", duration(seconds), duration(on_gpu)
+        )
     console.print(cost)
     console.print(
         f"estimates: a matrix product reaches {found['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
@@ -178,6 +189,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 90 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} days"

@@ -61,17 +61,22 @@ def versions() -> dict[str, str]:
 
 
 class Job:
-    """A run with its recipe resolved, and everything that is expensive to open, opened once."""
+    """A run with its recipe resolved, and everything that is expensive to open, opened once.
 
-    def __init__(self, run: Run, recipe: Recipe, redo: str | None = None) -> None:
+    `weights` False is for looking only: the checkpoint's configuration is enough.
+    """
+
+    def __init__(self, run: Run, recipe: Recipe, redo: str | None = None, *, weights: bool = True) -> None:
         self.run = run
         self.recipe = recipe
         self.redo = redo
+        self.weights = weights
         self.speed: SpeedTable | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self.recipe.model, self.recipe.revision, self.recipe.trust_remote_code)
+        recipe = self.recipe
+        return open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code, weights=self.weights)
 
     @property
     def structure(self) -> Structure:

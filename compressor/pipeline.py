@@ -67,33 +67,44 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
     return job
 
 
+DEMO = {
+    "effort": "quick",
+    "targets.max_params": "0.67",
+    "finetuning.tokens": 60_000,
+    "searching.evaluations": 60,
+    "searching.population": 15,
+    "searching.limit": 60,
+    "healing.tokens": 120_000,
+    "quantizing.schemes": "int8,int4",
+    "quantizing.iterations": 20,
+    "quantizing.samples": 32,
+}
+"""Budgets that fit three minutes on two cores."""
+
+
 def demo(output: Path) -> dict[str, Any]:
-    """The whole job on the bundled checkpoint."""
+    """The whole job on the bundled checkpoint, offline; its training text is generated beside the run."""
     from compressor import demo as bundled
 
-    output.mkdir(parents=True, exist_ok=True)
-    data = output.parent / f"{output.name}-data.jsonl"
+    Run(output).check_free()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    data = output.with_suffix(".jsonl")
     bundled.training_text(data, n_documents=6000, seed=1)
-    recipe = read_recipe(
-        None,
-        {
-            "model": str(bundled.MODEL),
-            "data": str(data),
-            "tasks": bundled.TASK_NAMES,
-            "include_path": str(bundled.TASKS),
-            "effort": "quick",
-            "targets.max_params": "0.67",
-            "quantizing.schemes": "int8,int4",
-        },
-    )
-    return compress(recipe, output)
+    given = {
+        "model": str(bundled.MODEL),
+        "data": str(data),
+        "tasks": list(bundled.TASK_NAMES),
+        "include_path": str(bundled.TASKS),
+    }
+    return compress(read_recipe(None, given | DEMO), output)
 
 
 def inspect(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     """Facts about a model and what a run would need; prints them unless `quiet`."""
     from compressor.inspection import inspect_job, print_inspection
 
-    found = inspect_job(Job(Run(Path()), recipe.resolved()))
+    recipe = recipe.model_copy(update={"device": "auto"})  # a recipe for a GPU may be looked at without one
+    found = inspect_job(Job(Run(Path()), recipe.resolved(), weights=False))
     if not quiet:
         print_inspection(found)
     return found

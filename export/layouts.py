@@ -6,6 +6,7 @@ destination folder, and returns the package; the keyword arguments are those of 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,8 @@ def write_padded(model: nn.Module, architecture: Architecture, destination: Path
 
 def write_gguf(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
     """One file for llama.cpp, weights and tokenizer; `gguf_type` is f32, f16 (default), bf16, q8_0 or q4_0."""
+    if importlib.util.find_spec("gguf") is None:
+        raise RequestError("the gguf layout needs the gguf package: pip install 'nas-compressor[gguf]'")
     from export.gguf_layout import write
 
     return write(model, architecture, destination, **options)

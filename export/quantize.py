@@ -101,7 +101,7 @@ def plan_groups(
 
     For int4 without a group size of the user's: the largest of 128, 64, 32 that divides the input width of every layer
     that does not fall back. Layers with a width that is no multiple of 32 fall back. Raises `RequestError` for a
-    group size of the user's that does not divide a width, or has no meaning for the scheme.
+    group size of the user's that does not divide a width, or has no meaning for the scheme, and where all fall back.
     """
     left_out = [name for name, pair in widths.items() if any(width % AUTOROUND_STEP for width in pair)]
     if scheme != "int4":
@@ -119,6 +119,8 @@ def plan_groups(
             raise RequestError(f"group size {group_size} is not a multiple of {AUTOROUND_STEP}")
         return group_size, left_out
     inside = {columns for name, (_, columns) in widths.items() if name not in left_out}
+    if not inside:
+        raise RequestError(f"int4 needs widths that are multiples of {AUTOROUND_STEP}, and no layer has; ask for int8")
     return next((g for g in GROUP_SIZES if not any(width % g for width in inside)), GROUP_SIZES[-1]), left_out
 
 
@@ -386,15 +388,16 @@ def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, A
     head = {name for name in linear if ".layers." not in name}
     target.mkdir()
     if set(plan["left_out"]) | head == set(linear):
-        raise RuntimeError("no layer has widths that are multiples of 32: there is nothing to quantize")
-    raw = _autoround(model, plan, job, ids, target / "raw")
-    found = read_json(raw / "config.json")["quantization_config"]
-    ignored = set(found["ignore"])
-    expected = head | set(plan["left_out"])
-    if ignored != expected:
-        raise RuntimeError(f"AutoRound left out other layers than expected: {', '.join(sorted(ignored ^ expected))}")
-    names = [name for name in linear if name not in ignored]
-    write_json(target / "quantization_config.json", _configuration(found, names, plan["left_out"]))
+        raw, found = source, _channel_configuration(sorted(head))
+    else:
+        raw = _autoround(model, plan, job, ids, target / "raw")
+        found = read_json(raw / "config.json")["quantization_config"]
+        expected = head | set(plan["left_out"])
+        if set(found["ignore"]) != expected:
+            unexpected = ", ".join(sorted(set(found["ignore"]) ^ expected))
+            raise RuntimeError(f"AutoRound left out other layers than expected: {unexpected}")
+        found = _configuration(found, linear, plan["left_out"])
+    write_json(target / "quantization_config.json", found)
     with WeightWriter(target) as weights:
         for name, tensor in _stored(raw):
             module, _, part = name.rpartition(".")
@@ -436,6 +439,7 @@ def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tenso
     # that a small network takes. Frozen, they are left alone.
     gc.freeze()
     convert(prepared)
+    gc.unfreeze()
     written = [path.parent for path in output.rglob("config.json")]
     if len(written) != 1:
         raise RuntimeError(f"AutoRound wrote {len(written)} models where one was expected")
@@ -467,18 +471,41 @@ def per_channel_int8(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _configuration(found: dict[str, Any], names: list[str], left_out: list[str]) -> dict[str, Any]:
-    """AutoRound's configuration, with a second group for the layers that it left out."""
+_CHANNEL_INT8 = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+    "group_size": None,
+}
+
+
+def _configuration(found: dict[str, Any], linear: list[str], left_out: list[str]) -> dict[str, Any]:
+    """AutoRound's configuration, with the layers that it left out put under per-channel INT8."""
     if not left_out:
         return found
     (main,) = found["config_groups"].values()
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    fallback = {**main, "targets": left_out, "weights": {**weights, "group_size": None}}
-    if main["weights"]["num_bits"] == 8:
-        groups = {"group_0": main}
-    else:
-        groups = {"group_0": {**main, "targets": names}, "group_1": fallback}
+    names = [name for name in linear if name not in found["ignore"]]
+    groups = {"group_0": main}
+    if main["weights"]["num_bits"] != 8:
+        groups = {
+            "group_0": {**main, "targets": names},
+            "group_1": {**main, "targets": left_out, "weights": _CHANNEL_INT8},
+        }
     return {**found, "config_groups": groups, "ignore": [n for n in found["ignore"] if n not in left_out]}
+
+
+def _channel_configuration(ignored: list[str]) -> dict[str, Any]:
+    """The configuration of a network of which AutoRound would take no layer: all are per-channel INT8."""
+    weights_only = {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL_INT8, **weights_only}},
+        "ignore": ignored,
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import VerificationError
+from compressor.errors import RequestError, VerificationError
 from export.package import check_code, check_files, load_tokenizer, read_record, update_record, versions, weight_bytes
 
 TOLERANCE = 1e-5
@@ -48,7 +48,8 @@ def verify_all(
     quantized package), or None to compare with the compact probe inside the package. With `record`, the result is
     written into each package's compression.json. The process's own output goes to `log`.
 
-    Raises `VerificationError` naming the file or the first claim that does not hold.
+    Raises `VerificationError` naming the file or the first claim that does not hold, and `RequestError` where a folder
+    is no package or the runtime that it is for is not installed.
     """
     for package, _ in packages:
         check_files(package)
@@ -71,6 +72,8 @@ def verify_all(
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(done.stdout)
         found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    if "refused" in found:
+        raise RequestError(found["refused"])
     if "error" in found:
         raise VerificationError(found["error"])
     if "results" not in found:
@@ -341,6 +344,8 @@ def _main(arguments: list[str]) -> int:
         found = {"results": [check(Path(package), Path(ref) if ref else None) for package, ref in jobs]}
     except VerificationError as error:
         found = {"error": str(error)}
+    except RequestError as error:
+        found = {"refused": str(error)}
     Path(arguments[1]).write_text(json.dumps(found), encoding="utf-8")
     return 0
 

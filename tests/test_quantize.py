@@ -206,6 +206,8 @@ def test_group_sizes() -> None:
         plan_groups(widths | {"d": (64, 172)}, "int4", 32)
     with pytest.raises(RequestError, match="not a multiple of 32"):
         plan_groups(widths, "int4", 16)
+    with pytest.raises(RequestError, match=r"multiples of 32, and no layer has; ask for int8"):
+        plan_groups({"d": (48, 64), "e": (64, 48)}, "int4")
     with pytest.raises(RequestError, match="one scale for each channel"):
         plan_groups(widths, "int8", 64)
 
@@ -237,6 +239,24 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "p" / "thesis.txt").touch()
     with pytest.raises(RequestError, match="holds something else"):
         quantize_package(source, tmp_path / "p", "int4", calibration=ids, iterations=1)
+
+
+def test_a_network_of_odd_widths_is_int8_throughout(tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=40, intermediate_size=56, head_dim=10, num_hidden_layers=2)
+    architecture = Architecture(40, (LayerSizes(4, 2, 56), LayerSizes(4, 2, 40)))
+    entry = {"name": "best", "architecture": architecture.to_dict()}
+    write_package(
+        cut(model, architecture),
+        tmp_path / "best",
+        tokenizer=tiny_tokenizer(),
+        entry=entry,
+        dtype=torch.float32,
+        probe_ids=probe_ids(),
+    )
+    made = quantize_package(tmp_path / "best", tmp_path / "int8", "int8", calibration=probe_ids(), iterations=1)
+    assert len([what for what in made.exceptions.values() if "INT8" in what]) == 14 and made.bits_per_weight < 9
+    result = check(made.package.path)
+    assert result["mean_abs_logprob_difference"] <= 0.05
 
 
 def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, Quantized], tmp_path: Path) -> None:
