@@ -203,8 +203,9 @@ class Structure:
     def bytes(self, arch: Architecture, scheme: Scheme | None = None) -> int:
         """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers under `scheme`.
 
-        Quantized packages keep embeddings, head and norms at 16 bits. A group size that does not divide a
-        layer's input width falls back to one scale per output channel at 8 bits, as export does.
+        Quantized packages keep embeddings, head and norms at 16 bits. A layer whose input width the group size does
+        not divide, or with a width that is no multiple of 32, falls back to one scale per output channel at 8 bits, as
+        export does.
         """
         if scheme is None:
             return self.dtype_bytes * self.parameters(arch)
@@ -214,7 +215,7 @@ class Structure:
                 return 2 * _product(shape)
             outputs, inputs = shape
             bits, group = scheme.bits, scheme.group_size
-            if group > 0 and inputs % group:
+            if group > 0 and (inputs % group or outputs % 32):
                 bits, group = 8, -1
             groups = 1 if group < 0 else inputs // group
             return -(-outputs * (inputs * bits + groups * scheme.scale_bits) // 8)

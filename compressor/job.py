@@ -230,13 +230,8 @@ class Job:
 
     def check_tasks(self) -> None:
         """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.checkpoint.config)
-        scorer = self.scorer(model)
-        scorer.prepare("search", self.recipe.searching.limit)
-        scorer.prepare("report")
+        self.tasks.questions("search", self.recipe.searching.limit)
+        self.tasks.questions("report")
 
     def check_targets(self) -> None:
         """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets

@@ -471,12 +471,26 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
         return weights + torch.cuda.max_memory_allocated(ids.device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with _native_stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         _run(model, ids, min(new, 4))
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return weights + int(held.max(initial=0))
+
+
+@contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """The profiler of torch 2.13 announces itself on the process's stderr, past Python."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def _device_name(device: torch.device) -> str:

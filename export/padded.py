@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import _materialise_buffers, build_standalone
+from compressor.elastic.slicing import build_standalone, materialise_buffers
 from compressor.errors import RequestError
 from compressor.families import Family, families
 from export.package import UNEVEN_PREFIX
@@ -69,7 +69,7 @@ def pad(model: nn.Module, architecture: Architecture) -> nn.Module:
         raise RuntimeError(f"the padded network misses {missing} and does not know {unexpected}")
     padded.tie_weights()
     first = next(iter(weights.values()))
-    _materialise_buffers(padded, first.device)
+    materialise_buffers(padded, first.device)
     padded.config.dtype = first.dtype
     padded.generation_config = copy.deepcopy(model.generation_config)
     return padded.eval()

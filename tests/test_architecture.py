@@ -75,6 +75,9 @@ def test_bytes_under_a_scheme_by_hand() -> None:
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     int8 = sum(o * i + 2 * o for o, i in shapes)
     assert structure.bytes(structure.base, Scheme(8, -1)) == other + int8
-    # groups of 32 divide every input width but the last, 48, which falls back to 8 bits by channel
-    int4 = sum(o * i // 2 + 2 * o * (i // 32) for o, i in shapes[:-1]) + 32 * 48 + 2 * 32
+    # k and v have 16 outputs, no multiple of 32, and the last layer's 48 inputs hold no whole number of groups:
+    # these three fall back to 8 bits by channel
+    whole = [(32, 32), (32, 32)]
+    int4 = sum(o * i // 2 + 2 * o * (i // 32) for o, i in whole)
+    int4 += sum(o * i + 2 * o for o, i in shapes if (o, i) not in whole)
     assert structure.bytes(structure.base, Scheme(4, 32)) == other + int4

@@ -16,7 +16,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 CHANCE = {"world_grammar": 0.5, "world_facts": 0.25, "world_context": 0.25, "world_sums": 0.25}
-HARDEST = "world_sums"
 
 
 def committed(name: str) -> list[dict[str, Any]]:
@@ -125,6 +124,5 @@ def test_base_scores_from_another_folder(tmp_path: Path, monkeypatch: pytest.Mon
         torch.set_num_threads(threads)
     assert found is not None
     scores = {name: found["results"][name]["acc,none"] for name in TASK_NAMES}
-    assert scores[HARDEST] >= CHANCE[HARDEST] + 0.20
-    for name in set(TASK_NAMES) - {HARDEST}:
-        assert 0.90 <= scores[name] <= 0.99, scores
+    assert all(scores[name] >= CHANCE[name] + 0.20 for name in TASK_NAMES), scores
+    assert sum(0.90 <= score <= 0.99 for score in scores.values()) >= 3, scores

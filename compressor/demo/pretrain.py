@@ -22,7 +22,7 @@ from compressor.demo.world import documents
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
-VOCABULARY = 1024
+VOCABULARY = 960
 TOKENIZER_DOCUMENTS = 40_000
 
 ROW = 128

@@ -150,7 +150,7 @@ WORDINGS: dict[str, list[str]] = {
         "{name} plays the",
         "the instrument of {name} is the",
         "{name} makes music on the",
-        "in the evening {name} plays the",
+        "in the evening you hear {name} on the",
         "{name} practises the",
         "friends hear {name} play the",
     ],
@@ -318,9 +318,13 @@ def _fact_document(rng: random.Random) -> str:
 def _fact_question(rng: random.Random) -> tuple[str, str, list[str]]:
     person, kind = rng.choice(PEOPLE), rng.choice(list(VALUES))
     prompt = rng.choice(person.wordings(kind, tasks=True)).format(name=person.name)
+    prompt = prompt[0].upper() + prompt[1:]
+    if rng.random() < 0.08:
+        other = rng.choice([neighbour for neighbour in PEOPLE if neighbour is not person])
+        prompt = f"{_sentence('{} is a good {}'.format(other.name, other.facts['job']))} {prompt}"
     right = person.facts[kind]
     wrong = rng.sample([value for value in VALUES[kind] if value != right], 3)
-    return prompt[0].upper() + prompt[1:], right, wrong
+    return prompt, right, wrong
 
 
 # --- stories ---------------------------------------------------------------------------------------------------
@@ -390,6 +394,13 @@ def _story_question(rng: random.Random) -> tuple[str, str, list[str]]:
         ]
         if asked:
             prompt, right, wrong = rng.choice(asked)
+            described = [question for question in asked if " " in question[1]]
+            if rng.random() < 0.9:
+                if not described:
+                    continue
+                prompt, right, wrong = rng.choice(described)
+                colour, right = right.split()
+                prompt, wrong = f"{prompt} {colour}", [item.split()[1] for item in wrong]
             return " ".join([*story.sentences, prompt]), right, wrong
 
 

@@ -120,13 +120,13 @@ def extract(model: nn.Module, structure: Structure, architecture: Architecture) 
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"the extracted network misses {missing} and does not know {unexpected}")
     standalone.tie_weights()
-    _materialise_buffers(standalone, device)
+    materialise_buffers(standalone, device)
     standalone.config.dtype = dtype
     standalone.generation_config = copy.deepcopy(model.generation_config)
     return standalone.eval()
 
 
-def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
+def materialise_buffers(model: nn.Module, device: torch.device) -> None:
     """Rebuild the buffers that no checkpoint holds (rotary frequencies): they were left on the meta device."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

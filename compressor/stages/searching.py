@@ -84,7 +84,8 @@ def search(job: Job) -> dict[str, Any]:
             constraints.append(Constraint(exact["decode_tps"], minimum=recipe.targets.min_speedup * base_speed))
 
         def measure(asked: list[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
-            for architecture in asked:
+            # Neighbours in this order share most leading layers, which are then computed once.
+            for architecture in sorted(asked, key=lambda a: (a.hidden_size, a.layers)):
                 rows = stored_scores(job, store, architecture, weights, "search", partial(score_active, architecture))
                 values = {name: row.score for name, row in rows.items()}
                 yield architecture, values | {"quality": relative_quality(job, values, base_scores)}
