@@ -202,10 +202,10 @@ class Job:
 
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
-        rate = learning_rate_for(self.structure.base.hidden_size)
+        hidden_size = self.structure.base.hidden_size
         for section in (self.recipe.finetuning, self.recipe.healing):
             if section.learning_rate is None:
-                section.learning_rate = rate
+                section.learning_rate = learning_rate_for(hidden_size, healing=section is self.recipe.healing)
 
     def check(self) -> None:
         """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""

@@ -183,13 +183,14 @@ class Recipe(Section):
         return recipe
 
 
-def learning_rate_for(hidden_size: int) -> float:
-    """Peak learning rate by residual width: 3e-3 at 64, 5e-5 at 4096.
+def learning_rate_for(hidden_size: int, healing: bool) -> float:
+    """Peak learning rate by residual width: at 64, 3e-3 to heal and 5e-4 to fine-tune; at 4096, 5e-5 and 7e-6.
 
     The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al.,
-    arXiv 2203.03466); the constant was found by healing stories260K (`docs/results.md`).
+    arXiv 2203.03466). The constants were found on stories260K and prose-7m: a network that was cut needs, and bears, a
+    rate that would undo much of what a whole one knows (`docs/results.md`).
     """
-    return 0.2 / hidden_size
+    return (0.2 if healing else 0.03) / hidden_size
 
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:

@@ -17,6 +17,10 @@ from compressor.finetune.losses import MemberLoss, forward_kl, held_out_loss
 from compressor.finetune.samplers import Sampler
 
 
+HELD_OUT_BLOCKS = 16
+"""Blocks behind each point of the training curve: few, since every point costs several passes over them."""
+
+
 def finetune_supernet(
     supernet: SuperNetwork,
     data: Blocks,
@@ -114,4 +118,4 @@ def _held_out(model: nn.Module, data: Blocks, batch: int, accelerator: Accelerat
     def forward(ids: Tensor) -> Tensor:
         return model(input_ids=ids.to(accelerator.device), use_cache=False).logits.cpu()
 
-    return held_out_loss(forward, data.ids[:32], data.labels[:32], batch)
+    return held_out_loss(forward, data.ids[:HELD_OUT_BLOCKS], data.labels[:HELD_OUT_BLOCKS], batch)

@@ -82,7 +82,7 @@ def train(
     state: Path,
     accelerator: Accelerator,
     measure: Callable[[], dict[str, float]] | None = None,
-    measurements: int = 8,
+    measurements: int = 6,
 ) -> History:
     """Train `model` in place. `state` is the file that makes it resumable; `measure` gives the curve's points."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -210,6 +210,7 @@ def speed_table(job: Job, model: Any) -> SpeedTable:
             job.speed = SpeedTable.measure(
                 lambda architecture: extract(model, job.structure, architecture),
                 job.structure,
+                rounds=3,
                 on_step=progress.advance,
             )
     if not job.run.speed_table.is_file() and job.run.recipe_file.is_file():

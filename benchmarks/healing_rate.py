@@ -1,0 +1,70 @@
+"""Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
+
+    python benchmarks/healing_rate.py MODEL --data FILE [--tokens 100000] [--rates 1e-3,3e-3,6e-3] [--batches 4,16]
+
+A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation. Without
+MODEL: the bundled checkpoint on generated text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from compressor import demo
+from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.slicing import extract
+from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.elastic import heal
+from compressor.finetune.loop import TrainSettings
+from compressor.job import Job
+from compressor.recipe import Recipe
+from compressor.run import Run
+from compressor.stages.finetuning import training_blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
+    parser.add_argument("--data")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
+    parser.add_argument("--batches", default="4,16")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    if arguments.data is None:
+        arguments.data = str(folder / "text.jsonl")
+        demo.training_text(Path(arguments.data), n_documents=6000, seed=1)
+    job = Job(Run(folder), Recipe(model=arguments.model, data=arguments.data))
+    job.threads(scoring=False)
+    blocks = training_blocks(job, arguments.tokens)
+    supernet = SuperNetwork(job.load_base(torch.float32))
+    apply_ordering(supernet, order_by(activation_importance(supernet, blocks.ids[:64].split(8))))
+    base = job.load_base(torch.float32)
+    full = job.structure.parameters(job.structure.base)
+    architecture = job.uniform_near(0.67 * full)
+    print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
+    print("| rate | batch | held-out loss before | after | seconds |\n|---|---|---|---|---|")
+    for rate in map(float, arguments.rates.split(",")):
+        for batch in map(int, arguments.batches.split(",")):
+            began = time.monotonic()
+            settings = TrainSettings(arguments.tokens, batch, blocks.ids.shape[1], rate, seed=0)
+            history = heal(
+                extract(supernet.model, job.structure, architecture),
+                base,
+                blocks,
+                settings,
+                state=folder / f"{rate}-{batch}.safetensors",
+                accelerator=Accelerator(cpu=True),
+            )
+            first, last = history.curve[0]["loss"], history.curve[-1]["loss"]
+            print(f"| {rate:g} | {batch} | {first:.3f} | {last:.3f} | {time.monotonic() - began:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
