@@ -39,7 +39,8 @@ def main() -> None:
     speed = base["speed"]
     print(
         f"\nSpeed: {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}, batch {speed['batch']}, "
-        f"prompt {speed['prompt']}, {speed['new']} new tokens. Sub-networks measured: {report['search']['evaluations']}."
+        f"prompt {speed['prompt']}, {speed['new']} new tokens. "
+        f"Sub-networks measured: {report['search']['evaluations']}."
     )
 
 

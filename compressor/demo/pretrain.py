@@ -22,7 +22,7 @@ from compressor.demo.world import documents
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
-VOCABULARY = 960
+VOCABULARY = 1024
 TOKENIZER_DOCUMENTS = 40_000
 
 ROW = 128
@@ -149,8 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pre-train the demo's checkpoint.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000, help=f"of {ROW * ROWS_PER_STEP} tokens each")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2500, help=f"of {ROW * ROWS_PER_STEP} tokens each")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)

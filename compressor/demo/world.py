@@ -150,7 +150,7 @@ WORDINGS: dict[str, list[str]] = {
         "{name} plays the",
         "the instrument of {name} is the",
         "{name} makes music on the",
-        "in the evening you hear {name} on the",
+        "in the evening {name} plays the",
         "{name} practises the",
         "friends hear {name} play the",
     ],
@@ -306,7 +306,7 @@ _FAME = list(accumulate(1 / (rank + 4) for rank in range(len(PEOPLE))))
 def _fact_document(rng: random.Random) -> str:
     """A few facts about one person; later sentences may say "she" or "he"."""
     [person] = rng.choices(PEOPLE, cum_weights=_FAME)
-    sentences = []
+    sentences: list[str] = []
     for kind in rng.sample(list(VALUES), rng.randint(2, 4)):
         wording = rng.choice(person.wordings(kind, tasks=False))
         pronoun_fits = bool(sentences) and wording.startswith("{name}")
@@ -319,7 +319,7 @@ def _fact_question(rng: random.Random) -> tuple[str, str, list[str]]:
     person, kind = rng.choice(PEOPLE), rng.choice(list(VALUES))
     prompt = rng.choice(person.wordings(kind, tasks=True)).format(name=person.name)
     prompt = prompt[0].upper() + prompt[1:]
-    if rng.random() < 0.08:
+    if rng.random() < 0.08:  # now and then a sentence about somebody else stands in the way
         other = rng.choice([neighbour for neighbour in PEOPLE if neighbour is not person])
         prompt = f"{_sentence('{} is a good {}'.format(other.name, other.facts['job']))} {prompt}"
     right = person.facts[kind]
@@ -395,7 +395,7 @@ def _story_question(rng: random.Random) -> tuple[str, str, list[str]]:
         if asked:
             prompt, right, wrong = rng.choice(asked)
             described = [question for question in asked if " " in question[1]]
-            if rng.random() < 0.9:
+            if rng.random() < 0.9:  # mostly: which object, once its colour has been said again
                 if not described:
                     continue
                 prompt, right, wrong = rng.choice(described)

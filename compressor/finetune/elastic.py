@@ -16,7 +16,6 @@ from compressor.finetune.loop import Backward, History, TrainSettings, train
 from compressor.finetune.losses import MemberLoss, forward_kl, held_out_loss
 from compressor.finetune.samplers import Sampler
 
-
 HELD_OUT_BLOCKS = 16
 """Blocks behind each point of the training curve: few, since every point costs several passes over them."""
 
