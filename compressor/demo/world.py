@@ -316,8 +316,13 @@ def _fact_document(rng: random.Random) -> str:
 
 
 def _fact_question(rng: random.Random) -> tuple[str, str, list[str]]:
-    person, kind = rng.choice(PEOPLE), rng.choice(list(VALUES))
-    prompt = rng.choice(person.wordings(kind, tasks=True)).format(name=person.name)
+    wordings: list[str] = []
+    while not wordings:
+        person, kind = rng.choice(PEOPLE), rng.choice(list(VALUES))
+        trained = person.wordings(kind, tasks=False)
+        # "Ann plays the drum" also ends the training sentence "In the evening Ann plays the drum".
+        wordings = [w for w in person.wordings(kind, tasks=True) if not any(t.endswith(w) for t in trained)]
+    prompt = rng.choice(wordings).format(name=person.name)
     prompt = prompt[0].upper() + prompt[1:]
     if rng.random() < 0.08:  # now and then a sentence about somebody else stands in the way
         other = rng.choice([neighbour for neighbour in PEOPLE if neighbour is not person])
