@@ -358,15 +358,6 @@ def _explain(error: Exception) -> int:
     """Conditions of the machine are the user's to mend (2); anything else is ours (1)."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _fail(2, f"no disk space left ({error.filename or 'while writing'}); free some and run again to resume")
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
-        return _fail(
-            2,
-            "out of memory; halve batch_tokens (scoring) or finetuning.batch_size in the recipe and run again",
-        )
     log = Path("compressor-error.log")
     log.write_text(traceback.format_exc())
     reason = (str(error).strip().splitlines() or [""])[0]

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from compressor.errors import RequestError
 from compressor.job import Job, versions
 from compressor.progress import say
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from compressor.run import Run, write_json
-from compressor.stages.exporting import export
-from compressor.stages.finetuning import data_fingerprint, finetune
+from compressor.stages import exporting, finetuning, searching
+from compressor.stages.finetuning import data_fingerprint
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
-from compressor.stages.searching import check_speedup, search
+from compressor.stages.searching import check_speedup
+
+Result = TypeVar("Result")
+
+
+def advised(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
+    """A stage that, out of memory, says which batch sizes to try."""
+
+    @functools.wraps(stage)
+    def run(job: Job) -> Result:
+        try:
+            return stage(job)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                raise
+            batch = max(1, (job.recipe.finetuning.batch_size or 2) // 2)
+            raise RequestError(
+                f"out of memory; put batch_tokens: {max(64, job.recipe.batch_tokens // 2)} and finetuning.batch_size: "
+                f"{batch} into a recipe and run again; what was done is kept"
+            ) from error
+
+    return run
+
+
+finetune = advised(finetuning.finetune)
+search = advised(searching.search)
+export = advised(exporting.export)
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:

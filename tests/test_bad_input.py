@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -220,3 +221,30 @@ def test_one_line_status_two_and_nothing_left(
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["search", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "weights"), ["no disk space", "weights"]),
+        (MemoryError(), ["out of memory", "batch_tokens: 2048", "finetuning.batch_size: 2"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory", "batch_tokens: 2048"]),
+    ],
+)
+def test_a_machine_that_is_too_small_is_said_in_one_line(
+    bench: Bench,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    words: list[str],
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("compressor.stages.finetuning.finetune_supernet", fail)
+    assert bench.compress() == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert not (bench.output / "supernet").exists()
