@@ -100,11 +100,11 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
 DEMO = {
     "effort": "quick",
     "targets.max_params": "0.67",
-    "finetuning.tokens": 60_000,
+    "finetuning.tokens": 40_000,
     "searching.evaluations": 60,
     "searching.population": 15,
     "searching.limit": 60,
-    "healing.tokens": 120_000,
+    "healing.tokens": 90_000,
     "quantizing.schemes": "int8,int4",
     "quantizing.iterations": 20,
     "quantizing.samples": 32,
