@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from evals.speed import SpeedTable
     from evals.tasks import TaskSet
 
+STAGES = ("finetune", "search", "export")
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -69,6 +70,8 @@ class Job:
     def __init__(self, run: Run, recipe: Recipe, redo: str | None = None, *, weights: bool = True) -> None:
         self.run = run
         self.recipe = recipe
+        if redo is not None and redo not in STAGES:
+            raise RequestError(f"--redo {redo}: no such stage{nearest(redo, STAGES)} (stages are {', '.join(STAGES)})")
         self.redo = redo
         self.weights = weights
         self.speed: SpeedTable | None = None

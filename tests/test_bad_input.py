@@ -161,6 +161,10 @@ def unknown_key(b: Bench) -> None:
     b.options["--recipe"] = str(recipe)
 
 
+def unknown_stage(b: Bench) -> None:
+    b.options["--redo"] = "finetuen"
+
+
 def unknown_algorithm(b: Bench) -> None:
     recipe = b.folder / "recipe.yaml"
     recipe.write_text("searching:\n  algorithm: linsa\n")
@@ -197,6 +201,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (group_size, ["48", "width"]),
     (occupied, ["something else"]),
     (unknown_key, ["learning_rte", "learning_rate"]),
+    (unknown_stage, ["finetuen", "finetune"]),
     (unknown_algorithm, ["linsa", "linas"]),
     (too_long, ["tiny_choice", "64"]),
 ]

@@ -50,7 +50,7 @@ def export(job: Job) -> list[dict[str, Any]]:
             }
             folders = package_folders(job, name)
             written += [folder.name for folder in folders]
-            if all(made_from(folder, inputs) for folder in folders):
+            if job.redo != "export" and all(made_from(folder, inputs) for folder in folders):
                 continue
             lineage = {
                 "inputs": fingerprint(inputs),

@@ -10,6 +10,9 @@ from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.run import read_json
 from compressor.stages.finetuning import data_fingerprint
+from compressor.stages.searching import row_key
+
+Errors = dict[tuple[str, str], float | None]
 
 
 def report(job: Job) -> dict[str, Any]:
@@ -25,6 +28,7 @@ def report(job: Job) -> dict[str, Any]:
     exported = read_json(base_file)
     packages = [read_record(run.packages / name)["entry"] for name in exported["packages"]]
     found = read_json(run.front) if run.front.is_file() else None
+    errors = standard_errors(job, found) if found else {}
     manifest = run.manifest(run.supernet) or {}
     data: dict[str, Any] = {
         "schema": 1,
@@ -32,12 +36,12 @@ def report(job: Job) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json")
         | {"fingerprints": {"model": job.base_fingerprint, "data": data_fingerprint(recipe.data or "")}},
         "base": exported["base"],
-        "front": front_rows(job, found) if found else [],
+        "front": front_rows(job, found, errors) if found else [],
         "packages": packages,
         "samples": exported["samples"],
     }
     if found:
-        data["search"] = search_section(job, found)
+        data["search"] = search_section(job, found, errors)
     if manifest.get("finetune", {}).get("tokens"):
         facts = manifest["finetune"]
         data["finetune"] = {key: facts[key] for key in ("curve", "tokens", "seconds", "sampler", "loss", "data")}
@@ -52,12 +56,20 @@ def report(job: Job) -> dict[str, Any]:
     return read_json(run.report)
 
 
-def front_rows(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
+def front_rows(job: Job, found: dict[str, Any], errors: Errors) -> list[dict[str, Any]]:
     keys = set(found["front"])
-    return [candidate_row(job, row) for row in found["evaluations"] if row["key"] in keys]
+    return [candidate_row(job, row, errors) for row in found["evaluations"] if row["key"] in keys]
 
 
-def candidate_row(job: Job, row: dict[str, Any]) -> dict[str, Any]:
+def standard_errors(job: Job, found: dict[str, Any]) -> Errors:
+    """Standard error of every score of the search, by architecture and the store's name of the task."""
+    from search.store import EvaluationStore
+
+    with EvaluationStore(job.run.evaluations) as store:
+        return {(a.key, row.task): row.stderr for a, row in store.all(weights=found["weights"])}
+
+
+def candidate_row(job: Job, row: dict[str, Any], errors: Errors) -> dict[str, Any]:
     values = row["values"]
     return {
         "key": row["key"],
@@ -69,6 +81,7 @@ def candidate_row(job: Job, row: dict[str, Any]) -> dict[str, Any]:
             name: {
                 "metric": task.metric,
                 "value": values[name],
+                "stderr": errors.get((row["key"], row_key(job, name))),
                 "n": sum(len(docs) for _, docs in task.documents("search", job.recipe.searching.limit)),
                 "split": "search",
                 "higher_is_better": task.higher_is_better,
@@ -89,7 +102,7 @@ def predictor_row(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"name": name, **judged, "used": found["used"] is not None and name not in found["set_aside"]}
 
 
-def search_section(job: Job, found: dict[str, Any]) -> dict[str, Any]:
+def search_section(job: Job, found: dict[str, Any], errors: Errors) -> dict[str, Any]:
     front = set(found["front"])
     generations = []
     for row in found["generations"]:
@@ -108,7 +121,7 @@ def search_section(job: Job, found: dict[str, Any]) -> dict[str, Any]:
         "evaluations": len(found["evaluations"]),
         "generations": generations,
         "points": [
-            candidate_row(job, row) | {"generation": row["generation"], "on_front": row["key"] in front}
+            candidate_row(job, row, errors) | {"generation": row["generation"], "on_front": row["key"] in front}
             for row in found["evaluations"]
         ],
         "space": {

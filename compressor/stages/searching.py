@@ -46,7 +46,7 @@ def search(job: Job) -> dict[str, Any]:
         "seed": recipe.seed,
         "device": str(job.device),
     }
-    if run.front.is_file():
+    if run.front.is_file() and job.redo != "search":
         found = read_json(run.front)
         if found["inputs"] == fingerprint(inputs):
             return found
