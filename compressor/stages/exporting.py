@@ -16,7 +16,7 @@ from compressor.errors import RequestError
 from compressor.finetune.data import Blocks
 from compressor.finetune.elastic import heal
 from compressor.job import Job, versions
-from compressor.progress import say
+from compressor.progress import bar, say
 from compressor.run import fingerprint, read_json, write_json
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
@@ -106,17 +106,20 @@ def write_packages(
     entry = {"name": name, "architecture": architecture.to_dict()}
     write_layout("uneven", network, architecture, own, entry=entry, reference=reference, **options)
     if quantizing.schemes:
-        say(f"quantizing {name} to {', '.join(quantizing.schemes)}")
-        quantize_packages(
-            own,
-            dict(zip(quantizing.schemes, others, strict=False)),
-            calibration=blocks.ids[: quantizing.samples],
-            iterations=quantizing.iterations or 0,
-            group_size=quantizing.group_size,
-            seed=job.recipe.seed,
-            device=job.device.type,
-            log=job.run.log_file,
-        )
+        blocks_to_do = len(quantizing.schemes) * len(architecture.kept)
+        with bar(f"quantizing {name}", blocks_to_do) as progress:
+            quantize_packages(
+                own,
+                dict(zip(quantizing.schemes, others, strict=False)),
+                calibration=blocks.ids[: quantizing.samples],
+                iterations=quantizing.iterations or 0,
+                group_size=quantizing.group_size,
+                seed=job.recipe.seed,
+                device=job.device.type,
+                log=job.run.log_file,
+                progress=lambda done, _, what: progress.advance(done - progress.done, what),
+            )
+            progress.advance(blocks_to_do - progress.done)
     for folder in others[len(quantizing.schemes) :]:
         layout = folder.name.removeprefix(f"{name}-")
         write_layout(layout, network, architecture, folder, entry=entry | {"name": folder.name}, **options)
