@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich import box
+from rich.table import Table
 
 from compressor.errors import RequestError
 from compressor.job import Job, versions
-from compressor.progress import say
+from compressor.progress import console, say
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from compressor.run import Run, write_json
 from compressor.stages import exporting, finetuning, searching
-from compressor.stages.finetuning import data_fingerprint
+from compressor.stages.finetuning import check_unchanged, data_fingerprint
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_speedup
@@ -59,6 +61,7 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
     job.run.check_free()
     job.check()
     job.fill_in()
+    check_unchanged(job)
     check_speedup(job)
     provenance = {
         "versions": versions(),
@@ -153,7 +156,7 @@ def evaluate(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Score any checkpoint; lm-eval's result format."""
+    """Score any checkpoint; lm-eval's result format. Prints the scores unless `quiet`."""
     from evals.evaluate import evaluate as run_evaluation
 
     results = run_evaluation(
@@ -168,6 +171,15 @@ def evaluate(
     )
     if output is not None:
         write_json(output, results)
+    if not quiet:
+        table = Table(box=box.SIMPLE)
+        for column in ("task", "metric", "score", "± standard error", "documents"):
+            table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+        for name, score in results["scores"].items():
+            error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
+            note = " (near chance)" if score["near_chance"] else ""
+            table.add_row(name, score["metric"], f"{score['value']:.4f}{note}", error, f"{score['n']:,}")
+        console.print(table)
     return results
 
 

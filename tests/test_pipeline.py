@@ -114,6 +114,7 @@ def test_verify_and_evaluate_agree_with_the_report(made: Made, capsys: pytest.Ca
     output = made.folder / "scores.json"
     arguments = ["evaluate", str(package), "--tasks", "tiny_choice", "--include-path", str(made.tasks)]
     assert run([*arguments, "--output", str(output)]) == 0
+    assert "tiny_choice" in capsys.readouterr().err
     scores = json.loads(output.read_text())
     assert scores["n-samples"]["tiny_choice"]["effective"] == 40
     assert 0 <= scores["results"]["tiny_choice"]["acc,none"] <= 1
@@ -132,8 +133,10 @@ def test_a_new_target_is_picked_and_exported_without_searching(made: Made) -> No
 
 
 def test_measured_work_is_not_thrown_away_unasked(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = (made.run / "recipe.yaml").read_text()
     assert run(made.arguments("--train-tokens", "3200")) == 2
     assert "--redo finetune" in capsys.readouterr().err
+    assert (made.run / "recipe.yaml").read_text() == recipe
     assert run(made.arguments()) == 0  # the run is as it was
 
 

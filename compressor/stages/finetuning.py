@@ -21,10 +21,10 @@ from compressor.progress import say
 CALIBRATION_BLOCKS = 64
 
 
-def finetune(job: Job) -> dict[str, Any]:
-    """Order the base by importance and fine-tune it once as a super-network. Returns the stage's manifest."""
-    recipe, run = job.recipe, job.run
-    least, low = job.smallest_in_training()
+def finetuning_inputs(job: Job) -> dict[str, Any]:
+    """All that the stage reads; another value of any of it makes another super-network."""
+    recipe = job.recipe
+    least, _ = job.smallest_in_training()
     inputs = {
         "model": job.base_fingerprint,
         "data": data_fingerprint(recipe.data or ""),
@@ -35,13 +35,28 @@ def finetune(job: Job) -> dict[str, Any]:
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
         inputs = {key: inputs[key] for key in ("model", "data", "seed")}
-    if run.whole(run.supernet, inputs):
-        return run.manifest(run.supernet) or {}
-    if run.manifest(run.supernet) is not None and job.redo != "finetune":
+    return inputs
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse to throw a super-network and its evaluations away unasked. Before the run's recipe is replaced."""
+    run = job.run
+    made = run.manifest(run.supernet) is not None
+    if made and job.redo != "finetune" and not run.whole(run.supernet, finetuning_inputs(job)):
         raise RequestError(
             f"{run.path}: its super-network was fine-tuned from another recipe or data; say --redo finetune to do it "
             "again (its evaluations will not count any more), or name another --output"
         )
+
+
+def finetune(job: Job) -> dict[str, Any]:
+    """Order the base by importance and fine-tune it once as a super-network. Returns the stage's manifest."""
+    recipe, run = job.recipe, job.run
+    inputs = finetuning_inputs(job)
+    if run.whole(run.supernet, inputs):
+        return run.manifest(run.supernet) or {}
+    check_unchanged(job)
+    least, low = job.smallest_in_training()
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.threads(scoring=False)
         blocks = training_blocks(job, recipe.finetuning.tokens or 0)
@@ -56,13 +71,7 @@ def finetune(job: Job) -> dict[str, Any]:
         history = History()
         if settings.tokens:
             full = job.structure.parameters(job.structure.base)
-            space = SizedSpace(
-                job.structure.base,
-                least,
-                low,
-                0.98 * full,
-                job.draw_near,
-            )
+            space = SizedSpace(job.structure.base, least, low, 0.98 * full, job.draw_near)
             middle = job.uniform_near((low + full) / 2)
             history = finetune_supernet(
                 supernet,

@@ -114,7 +114,7 @@ def report_scores(
 
 
 def samples(job: Job, models: dict[str, Any], count: int = 3, new: int = 48) -> list[dict[str, Any]]:
-    """Greedy continuations of the openings of held-out training documents, base beside packages."""
+    """Greedy continuations of the openings of a few documents of the user's data, base beside packages."""
     assert job.recipe.data is not None
     texts = [
         row.get("text") or " ".join(message["content"] for message in row["messages"])
