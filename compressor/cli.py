@@ -82,15 +82,28 @@ def overrides(**given: Any) -> dict[str, Any]:
 
 
 def recipe_of(file: Path | None, options: dict[str, Any]) -> Recipe:
-    """The recipe that the options ask for. Where all that it names lies on this machine, no network is asked: a look-up
-    on the hub can hang for minutes behind a firewall."""
+    """The recipe that the options ask for."""
     from compressor.recipe import read_recipe
 
     recipe = read_recipe(file, overrides(**options))
+    offline_if_local(recipe)
+    return recipe
+
+
+def offline_if_local(recipe: Recipe) -> None:
+    """Ask no network where everything that the recipe names lies on this machine: a look-up on the hub can hang for
+    minutes behind a firewall."""
     local = Path(recipe.model).expanduser().is_dir() and recipe.data is not None and Path(recipe.data).exists()
     if local and tasks_are_local(recipe.tasks, recipe.include_path):
         stay_offline()
-    return recipe
+
+
+def look_at(run: Path) -> None:
+    """Before a stage command imports anything: is this a run that needs the network?"""
+    from compressor.recipe import read_recipe
+
+    if (run / "recipe.yaml").is_file():
+        offline_if_local(read_recipe(run / "recipe.yaml", {}))
 
 
 def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
@@ -221,6 +234,7 @@ def search(
     json: Json = False,
 ) -> None:
     """Search a fine-tuned run; measured sub-networks are kept and never measured twice."""
+    look_at(run)
     from compressor import pipeline
 
     given = overrides(
@@ -239,6 +253,7 @@ def pick(
     json: Json = False,
 ) -> None:
     """Choose from what was measured, for new targets, without searching again."""
+    look_at(run)
     from compressor import pipeline
 
     given = overrides(max_params=max_params, max_bytes=max_bytes, min_speedup=min_speedup, max_drop=max_drop)
@@ -255,6 +270,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Slice, heal, quantize, package and prove what was picked."""
+    look_at(run)
     from compressor import pipeline
 
     given = overrides(quantize=quantize, group_size=group_size, formats=formats, heal_tokens=heal_tokens)
@@ -264,6 +280,7 @@ def export(
 @app.command()
 def report(run: RunDir, json: Json = False) -> None:
     """Assemble report.json and report.html from what the run holds."""
+    look_at(run)
     from compressor import pipeline
 
     emit(pipeline.report(pipeline.resume(run, {})), json)
