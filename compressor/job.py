@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -221,6 +222,8 @@ class Job:
             if name not in known:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
+        if "gguf" in recipe.formats and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
+            raise RequestError("--format gguf needs the extra: pip install 'nas-compressor[gguf]'")
         self.checkpoint.load_tokenizer()
         self.check_targets()
         self.check_group_size()
