@@ -38,7 +38,7 @@ def main() -> None:
             Recipe(model=str(demo.MODEL), tasks=list(demo.TASK_NAMES), include_path=str(demo.TASKS)),
         )
         supernet = SuperNetwork(job.load_base())
-        calibration = pack(str(data), job.tokenizer, 256).ids[:64].split(8)
+        calibration = pack(str(data), job.tokenizer, 256)[:64].ids.split(8)
     apply_ordering(supernet, order_by(activation_importance(supernet, calibration)))
     scorer = job.scorer(supernet.model)
     full = job.structure.parameters(job.structure.base)

@@ -44,7 +44,7 @@ def main() -> None:
     job.threads(scoring=False)
     blocks = training_blocks(job, arguments.tokens)
     supernet = SuperNetwork(job.load_base(torch.float32))
-    apply_ordering(supernet, order_by(activation_importance(supernet, blocks.ids[:64].split(8))))
+    apply_ordering(supernet, order_by(activation_importance(supernet, blocks[:64].ids.split(8))))
     base = job.load_base(torch.float32)
     full = job.structure.parameters(job.structure.base)
     architecture = job.uniform_near(0.67 * full)
@@ -53,7 +53,7 @@ def main() -> None:
     for rate in map(float, arguments.rates.split(",")):
         for batch in map(int, arguments.batches.split(",")):
             began = time.monotonic()
-            settings = TrainSettings(arguments.tokens, batch, blocks.ids.shape[1], rate, seed=0)
+            settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed=0)
             history = heal(
                 extract(supernet.model, job.structure, architecture),
                 base,

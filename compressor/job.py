@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,11 @@ from compressor.architecture import Architecture, Scheme, Structure
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
-from compressor.finetune.data import local_files
 from compressor.finetune.loop import TrainSettings
 from compressor.finetune.losses import LOSSES
-from compressor.finetune.samplers import SAMPLERS
+from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
+from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
+from compressor.finetune.sources import local_files
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run
 from search.algorithms import ALGORITHMS
@@ -214,14 +215,18 @@ class Job:
     def check(self) -> None:
         """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""
         recipe = self.recipe
-        for key, name, known in (
+        named: list[tuple[str, str, Iterable[str]]] = [
             ("finetuning.sampler", recipe.finetuning.sampler, SAMPLERS),
-            ("finetuning.loss", recipe.finetuning.loss, LOSSES),
+            ("finetuning.draw", recipe.finetuning.draw, DRAWS),
+            *(("finetuning.loss", loss, LOSSES) for loss in recipe.finetuning.losses),
+            ("finetuning.optimizer", recipe.finetuning.optimizer, OPTIMIZERS),
             ("searching.algorithm", recipe.searching.algorithm, ALGORITHMS),
-        ):
+        ]
+        for key, name, known in named:
             if name not in known:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
+        check_optimizer(recipe.finetuning.optimizer, self.device.type)
         if "gguf" in recipe.formats and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
             raise RequestError("--format gguf needs the extra: pip install 'nas-compressor[gguf]'")
         self.checkpoint.load_tokenizer()
@@ -301,14 +306,35 @@ class Job:
     def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
         """The loop's settings for a section of the recipe, after `fill_in`."""
         assert section.tokens is not None and section.learning_rate is not None
-        assert self.recipe.finetuning.batch_size is not None
+        finetuning = self.recipe.finetuning
+        assert finetuning.batch_size is not None
+        chosen: dict[str, Any] = {}
+        if isinstance(section, Finetuning):
+            names = ("schedule", "warmup_share", "tail_share", "weight_decay", "clip", "move_idle")
+            chosen = {name: getattr(section, name) for name in names}
         return TrainSettings(
             tokens=section.tokens,
-            batch_size=self.recipe.finetuning.batch_size,
+            batch_size=finetuning.batch_size,
             sequence_length=length,
             learning_rate=section.learning_rate,
             seed=seed,
+            accumulation=finetuning.gradient_accumulation,
+            optimizer=finetuning.optimizer,
+            **chosen,
         )
+
+    def training_range(self) -> Range:
+        """The sub-networks that the fine-tuning trains."""
+        least, low = self.smallest_in_training()
+
+        def uniform(rng: np.random.Generator) -> Architecture:
+            """Every gene uniformly, drawn again where the sub-network is smaller than what is trained."""
+            while True:
+                drawn = self.space.decode(self.space.sample(rng)[0].tolist())
+                if self.structure.parameters(drawn) >= low:
+                    return drawn
+
+        return Range(self.structure, least, uniform, self.draw_near)
 
     def smallest_in_training(self) -> tuple[Architecture, float]:
         """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.

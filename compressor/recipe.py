@@ -90,15 +90,39 @@ class Targets(Section):
 
 class Finetuning(Section):
     """One fine-tuning of the super-network. `tokens` 0 searches the base as it is. An unset `learning_rate` follows
-    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained."""
+    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained.
+
+    `loss` is a name or weights by name, say `{ce: 0.3, kl: 0.7}`. `strong_teacher` is the share of the steps, from the
+    first, in which the frozen base teaches; after them each step's largest sub-network does.
+    """
 
     tokens: int | None = Field(default=None, ge=0)
     sampler: str = "sandwich"
-    loss: str = "in-place"
+    random_members: int = Field(default=1, ge=0)
+    draw: str = "sizes"
+    loss: str | dict[str, float] = "kl"
+    temperature: float = Field(default=1.0, gt=0)
+    strong_teacher: float = Field(default=0.0, ge=0, le=1)
+    parameters: Literal["all", "lora"] = "all"
+    rank: int = Field(default=32, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: float = Field(default=0.03, ge=0, le=1)
+    tail_share: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    move_idle: bool = False
+    optimizer: str = "adamw"
     batch_size: int | None = Field(default=None, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
     sequence_length: int = Field(default=256, ge=8)
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Weights by name."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
 
 class Searching(Section):

@@ -1,9 +1,9 @@
-"""Data, samplers, losses and the loop: hand-computed cases, and a killed run that ends at the same weights."""
+"""Samplers, draws and the loop: who takes part, what moves, and a killed run that ends at the same weights."""
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,117 +12,36 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import IGNORED, Blocks, encode_row, pack, read_rows
-from compressor.finetune.elastic import finetune_supernet, heal
-from compressor.finetune.loop import Backward, TrainSettings, train
-from compressor.finetune.losses import LOSSES, cross_entropy, forward_kl
-from compressor.finetune.samplers import SAMPLERS, SizedSpace, alternate, joint, sandwich
+from compressor.families import describe
+from compressor.finetune.data import Batch, Blocks, pack
+from compressor.finetune.elastic import Scheme, finetune_supernet, heal, without_dropout
+from compressor.finetune.forward import trace
+from compressor.finetune.idle import held_still, idle_slices
+from compressor.finetune.loop import Backward, History, TrainSettings, train
+from compressor.finetune.losses import LOSSES, Loss
+from compressor.finetune.optimizers import OPTIMIZERS
+from compressor.finetune.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, UniformGenes
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:{{ m.content }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
-)
-
-
-def test_packing_joins_documents_with_end_marks(tmp_path: Path) -> None:
-    file = tmp_path / "d.jsonl"
-    file.write_text('{"text": "abc"}\n{"text": "de"}\n{"text": "fgh"}\n')
-    tokenizer = tiny.byte_tokenizer()
-    blocks = pack(str(file), tokenizer, 5)
-    a, b, c, d, e, f = (tokenizer(letter).input_ids[0] for letter in "abcdef")
-    assert blocks.ids.tolist() == [[a, b, c, 257, d], [e, 257, f, *tokenizer("gh").input_ids]]
-    assert torch.equal(blocks.ids, blocks.labels) and blocks.documents == 3
-
-
-def test_conversations_are_learnt_from_where_the_assistant_speaks() -> None:
-    tokenizer = tiny.byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    turns = [("user", "hi"), ("assistant", "yo"), ("user", "q"), ("assistant", "z")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    ids, labels = encode_row(row, tokenizer, "x")
-    assert tokenizer.decode(ids) == "U:hi\nA:yo\nU:q\nA:z\n"
-    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    assert tokenizer.decode(learnt) == "yo\nz\n"
-
-
-def test_conversations_need_a_chat_template() -> None:
-    with pytest.raises(RequestError, match="chat template"):
-        encode_row({"messages": [{"role": "assistant", "content": "x"}]}, tiny.byte_tokenizer(), "x")
-
-
-def test_plain_text_and_parquet_are_read(tmp_path: Path) -> None:
-    import pandas
-
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    pandas.DataFrame({"text": ["three", "four"]}).to_parquet(tmp_path / "b.parquet")
-    assert [row["text"].strip() for row in read_rows(str(tmp_path))] == ["one", "two", "three", "four"]
-
-
-def test_every_epoch_visits_every_block_once_in_its_own_order() -> None:
-    blocks = Blocks(torch.arange(7)[:, None], torch.arange(7)[:, None], "", 7)
-    seen = torch.cat([blocks.batch(step, 2, seed=1)[0].flatten() for step in range(7)]).tolist()
-    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
-    assert seen[:7] != seen[7:]
-    assert seen[4:6] == blocks.batch(2, 2, seed=1)[0].flatten().tolist()
-
-
-def test_losses_by_hand() -> None:
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 0, 1] = math.log(3)  # the first token predicts token 1 with probability 3/6
-    labels = torch.tensor([[0, 1, IGNORED]])
-    assert cross_entropy(logits, labels).item() == pytest.approx(math.log(2))
-    teacher = torch.zeros(1, 3, 4)  # uniform: KL = sum 1/4 log(1/4 / p) = 1/4 log(1/2) + 3/4 log(3/2)
-    assert forward_kl(logits, teacher, labels).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-    assert forward_kl(teacher, teacher, labels).item() == 0
-
-
-class Sizes:
-    """A space of one number, so that draws can be told apart."""
-
-    def largest(self) -> Architecture:
-        return self.of(8)
-
-    def smallest(self) -> Architecture:
-        return self.of(1)
-
-    def sample(self, rng: np.random.Generator) -> Architecture:
-        return self.of(int(rng.integers(2, 8)))
-
-    def of(self, width: int) -> Architecture:
-        return Architecture(4, (LayerSizes(1, 1, width),))
-
-
-def widths(members: list[Any]) -> list[int]:
-    return [member.architecture.layers[0].intermediate_size for member in members]
-
-
-def test_who_takes_part_in_a_step() -> None:
-    rng = np.random.default_rng(0)
-    assert widths(sandwich(Sizes())(0, rng))[::2] == [8, 1]
-    assert 1 < widths(sandwich(Sizes())(0, rng))[1] < 8
-    assert widths(alternate(Sizes())(0, rng)) == [8]
-    assert len(alternate(Sizes())(1, rng)) == 1 and widths(alternate(Sizes())(1, rng))[0] < 8
-    assert widths(joint(Sizes())(0, rng))[0] == 8 and len(joint(Sizes())(0, rng)) == 2
-    assert set(SAMPLERS) == {"sandwich", "alternate", "joint"}
-
-
-def test_sizes_are_drawn_evenly() -> None:
-    drawn = []
-    space = SizedSpace(Sizes().of(8), Sizes().of(1), 100, 200, lambda rng, n: drawn.append(n) or Sizes().of(2))
-    rng = np.random.default_rng(1)
-    for _ in range(2000):
-        space.sample(rng)
-    assert 100 <= min(drawn) < 105 and 195 < max(drawn) <= 200
-    assert abs(np.mean(drawn) - 150) < 3
+SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 32), LayerSizes(2, 1, 32)))
+CE = Loss({"ce": 1.0})
 
 
 def settings(tokens: int, **more: Any) -> TrainSettings:
-    return TrainSettings(tokens=tokens, batch_size=2, sequence_length=16, learning_rate=1e-2, seed=3, **more)
+    return TrainSettings(
+        **({"tokens": tokens, "batch_size": 2, "sequence_length": 16, "learning_rate": 1e-2, "seed": 3} | more)
+    )
+
+
+def widths_near(rng: np.random.Generator, parameters: float) -> Architecture:
+    return Architecture(32, tuple(LayerSizes(4, 2, int(w)) for w in rng.integers(16, 64, size=3)))
+
+
+def range_of(structure: Any) -> Range:
+    return Range(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near)
 
 
 @pytest.fixture
@@ -137,94 +56,277 @@ def blocks(tmp_path: Path) -> Blocks:
     return pack(str(tiny.data(tmp_path / "d.jsonl")), tiny.byte_tokenizer(), 16)
 
 
+def tuned(network: Any, blocks: Blocks, folder: Path, scheme: Scheme, how: TrainSettings, **more: Any) -> History:
+    supernet = SuperNetwork(network)
+    base = SuperNetwork(copy.deepcopy(network)) if scheme.needs_base else None
+    history = finetune_supernet(
+        supernet,
+        blocks,
+        how,
+        scheme,
+        range_of(supernet.structure),
+        state=folder / "state.safetensors",
+        accelerator=Accelerator(cpu=True),
+        base=base,
+        **more,
+    )
+    assert supernet.current == supernet.base
+    return history
+
+
+def test_who_takes_part_in_a_step(network: Any) -> None:
+    range_, rng = range_of(describe(network.config)), np.random.default_rng(0)
+    draw = EvenSizes(range_)
+
+    def roles(sampler: str, step: int) -> list[str]:
+        return [member.role for member in SAMPLERS[sampler](step, rng, range_, draw, 2)]
+
+    assert roles("sandwich", 0) == ["largest", "random", "random", "smallest"]
+    assert roles("alternate", 0) == ["largest"] and roles("alternate", 1) == ["random", "random"]
+    assert roles("joint", 0) == ["largest", "random", "random"]
+    members = SAMPLERS["sandwich"](0, rng, range_, draw, 1)
+    assert members[0].architecture == range_.largest and members[-1].architecture == range_.least
+
+
+def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
+    asked: list[float] = []
+    structure = describe(network.config)
+    uniform = widths_near(np.random.default_rng(5), 0)
+    range_ = Range(structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL)
+    rng = np.random.default_rng(1)
+    low, high = range_.sizes
+    for _ in range(2000):
+        EvenSizes(range_)(rng)
+    assert low <= min(asked) and max(asked) <= high < structure.parameters(range_.largest)
+    shares = np.histogram(asked, bins=4, range=(low, high))[0] / 2000
+    assert np.abs(shares - 0.25).max() < 0.04
+    assert UniformGenes(range_)(rng) == uniform
+
+
+def test_sizes_that_still_learn_are_drawn_more_often(network: Any) -> None:
+    structure = describe(network.config)
+    range_ = range_of(structure)
+    memory: dict[str, Any] = {}
+    draw = ShiftedSizes(range_, memory)
+    assert np.allclose(draw.shares(), 1 / draw.BINS)
+    for step in range(30):
+        draw.observe(SMALL, 3.0 - 0.05 * step)  # the smallest bin still falls
+        draw.observe(structure.base, 0.5)  # the largest does not
+    shares = draw.shares()
+    assert shares.sum() == pytest.approx(1) and shares[0] == max(shares) > 3 * shares[-1]
+    assert shares[-1] == pytest.approx(draw.EVEN / draw.BINS)
+    again = ShiftedSizes(range_, json.loads(json.dumps(memory)))  # as restored from a training state
+    assert np.array_equal(again.shares(), shares)
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.25])
+def test_the_rate_warms_up_falls_and_stays(tail: float) -> None:
+    how = settings(16 * 2 * 400, learning_rate=1.0, warmup_share=0.1, tail_share=tail, final_share=0.2)
+    rates = [how.rate(step) for step in range(how.steps)]
+    assert rates[0] == pytest.approx(1 / 40) and max(rates) == rates[39] == rates[40] == 1.0
+    assert rates[40:] == sorted(rates[40:], reverse=True)
+    flat = sum(rate == 0.2 for rate in rates)
+    assert flat >= 400 * tail if tail else flat <= 1
+    line = settings(16 * 2 * 400, learning_rate=1.0, warmup_share=0.1, schedule="linear", final_share=0.0)
+    assert line.rate(40 + 90) == pytest.approx(0.75)
+    assert settings(16 * 2 * 400, learning_rate=1.0, schedule="constant").rate(399) == 1.0
+
+
 class Killed(Exception):
     pass
 
 
-def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(network: Any, blocks: Blocks, tmp_path: Path) -> None:
-    start = {name: value.clone() for name, value in network.state_dict().items()}
-    accelerator = Accelerator(cpu=True)
-    stop_at: int | None = None
+@pytest.mark.parametrize("draw", ["sizes", "shift"])
+def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
+    network: Any, blocks: Blocks, tmp_path: Path, draw: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.finetune import elastic
 
-    def step(number: int, ids: Tensor, labels: Tensor, backward: Backward) -> float:
-        if number == stop_at:
-            raise Killed
-        loss = cross_entropy(network(input_ids=ids).logits, labels)
-        backward(loss)
-        return float(loss.detach())
-
-    def run(state: Path) -> None:
-        train(
-            network, blocks, settings(320, checkpoint_seconds=0), step, what="t", state=state, accelerator=accelerator
-        )
-
-    run(tmp_path / "whole.safetensors")
-    whole = {name: value.clone() for name, value in network.state_dict().items()}
+    start = copy.deepcopy(network.state_dict())
+    how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
+    scheme = Scheme(draw=draw)
+    (tmp_path / "whole").mkdir()
+    tuned(network, blocks, tmp_path / "whole", scheme, how)
+    whole = copy.deepcopy(network.state_dict())
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
     network.load_state_dict(start)
-    stop_at = 6
-    with pytest.raises(Killed):
-        run(tmp_path / "killed.safetensors")
+    passes = 0
+
+    def dies(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 3 * 15 + 2:  # in the midst of step 15
+            raise Killed
+        return trace(*args)
+
+    (tmp_path / "killed").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic, "trace", dies)
+        with pytest.raises(Killed):
+            tuned(network, blocks, tmp_path / "killed", scheme, how)
     network.load_state_dict(start)  # whatever memory held is gone
-    stop_at = None
-    run(tmp_path / "killed.safetensors")
+    tuned(network, blocks, tmp_path / "killed", scheme, how)
     for name, value in network.state_dict().items():
         assert torch.equal(value, whole[name]), name
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-@pytest.mark.parametrize("loss", list(LOSSES))
-def test_fine_tuning_makes_small_sub_networks_better(
-    network: Any, blocks: Blocks, tmp_path: Path, sampler: str, loss: str
+def test_every_sampler_makes_small_sub_networks_better(
+    network: Any, blocks: Blocks, tmp_path: Path, sampler: str
 ) -> None:
-    import copy
+    watched = {"largest": describe(network.config).base, "smallest": SMALL}
+    history = tuned(network, blocks, tmp_path, Scheme(sampler), settings(3200), watched=watched)
+    # `alternate` trains the smallest only through the weights that it shares.
+    assert history.curve[-1]["smallest"] < history.curve[0]["smallest"] - 0.3
+    assert history.curve[-1]["largest"] < history.curve[0]["largest"] - 0.3
+    assert history.tokens == 3200
+    assert history.passes == 100 * {"sandwich": 3, "joint": 2, "alternate": 1}[sampler]
 
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("strong", [0.0, 1.0])
+def test_every_loss_brings_the_smallest_nearer_to_what_teaches_it(
+    network: Any, blocks: Blocks, tmp_path: Path, loss: str, strong: float
+) -> None:
+    supernet = SuperNetwork(copy.deepcopy(network))
+    scheme = Scheme(loss=Loss({loss: 1.0}), strong_teacher=strong)
+    batch = blocks[:8]
+
+    def distance() -> float:
+        """Of the smallest sub-network from its teacher, by the very loss."""
+        from compressor.finetune.forward import Recorder
+
+        teacher = SuperNetwork(network) if strong else supernet
+        keeps = scheme.loss.keeps()
+        with torch.no_grad(), Recorder(teacher, **keeps) as theirs, Recorder(supernet, **keeps) as ours:
+            taught_by = trace(teacher.model, batch, theirs)
+            supernet.activate(SMALL)
+            found = scheme.loss(trace(supernet.model, batch, ours), taught_by)
+            supernet.activate(supernet.base)
+        return found.item()
+
+    before = distance()
+    tuned(supernet.model, blocks, tmp_path, scheme, settings(1600))
+    assert distance() < before
+
+
+def test_a_strong_teacher_teaches_the_first_part_only(network: Any, blocks: Blocks, tmp_path: Path) -> None:
     base = copy.deepcopy(network)
+    calls: list[Any] = []
+    base.model.register_forward_hook(lambda *_: calls.append(1))
     supernet = SuperNetwork(network)
-    small = Architecture(supernet.base.hidden_size, (LayerSizes(2, 1, 32),) * 3)
-
-    class Two:
-        def largest(self) -> Architecture:
-            return supernet.base
-
-        def smallest(self) -> Architecture:
-            return small
-
-        def sample(self, rng: np.random.Generator) -> Architecture:
-            return small
-
-    history = finetune_supernet(
+    finetune_supernet(
         supernet,
         blocks,
-        settings(1600),
-        SAMPLERS[sampler](Two()),
-        LOSSES[loss],
-        state=tmp_path / "s.safetensors",
+        settings(320),
+        Scheme(strong_teacher=0.3),
+        range_of(supernet.structure),
+        state=tmp_path / "s",
         accelerator=Accelerator(cpu=True),
-        base=base,
-        watched={"largest": supernet.base, "smallest": small},
+        base=SuperNetwork(base),
     )
-    assert supernet.current == supernet.base
-    if loss != "base-kl":  # the random base has nothing to teach
-        assert history.curve[-1]["smallest"] < history.curve[0]["smallest"] - 0.3
-        assert history.curve[-1]["largest"] < history.curve[0]["largest"] - 0.3
-    assert history.tokens == 1600 and history.passes >= 50
+    assert len(calls) == 3
+    assert all(torch.equal(p, q) for p, q in zip(base.parameters(), base.parameters(), strict=True))
+
+
+def moved(network: Any, members: list[Architecture], move_idle: bool) -> dict[str, torch.Tensor]:
+    """Train the full network for a step, so that there is momentum; then a step of `members` only. What moved?"""
+    supernet = SuperNetwork(network)
+    parameters = dict(network.named_parameters())
+    optimizer = OPTIMIZERS["adamw"]([{"params": list(parameters.values()), "weight_decay": 0.1}], 1e-2)
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, ids, torch.arange(16).expand(2, 16))
+    before: dict[str, torch.Tensor] = {}
+    for active in ([supernet.base], members):
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        for architecture in active:
+            supernet.activate(architecture)
+            CE(trace(network, batch), None).backward()
+        idle = {} if move_idle else idle_slices(supernet.structure, active)
+        with held_still(optimizer, parameters, idle):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    supernet.activate(supernet.base)
+    return {name: parameters[name].detach() != before[name] for name in parameters}
+
+
+def test_decay_and_momentum_leave_idle_slices_alone(network: Any) -> None:
+    at = {True: moved(copy.deepcopy(network), [SMALL], True), False: moved(network, [SMALL], False)}
+    gate, query = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    out, gone = "model.layers.2.self_attn.o_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+    assert at[True][gate][32:].all() and at[True][query][16:].all()  # what would happen
+    still = at[False]
+    assert still[gate][:32].all() and not still[gate][32:].any()
+    assert still[query][:16].all() and not still[query][16:].any()
+    assert still[out][:, :16].all() and not still[out][:, 16:].any()
+    assert not still[gone].any()
+    assert still["model.embed_tokens.weight"].all()
+
+
+def test_what_any_member_of_a_step_used_is_not_idle(network: Any) -> None:
+    structure = describe(network.config)
+    wide = Architecture(32, (LayerSizes(4, 2, 16), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
+    idle = idle_slices(structure, [SMALL, wide])
+    assert idle["model.layers.1.self_attn.q_proj.weight"] is None
+    assert [(d, i.tolist()) for d, i in idle["model.layers.0.mlp.down_proj.weight"]] == [(1, list(range(32, 64)))]
+    assert "model.layers.0.self_attn.q_proj.weight" not in idle and "model.layers.2.mlp.up_proj.weight" not in idle
+    assert idle_slices(structure, [structure.base]) == {}
+
+
+def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+    blocks.table[:, 1, :5] = -100  # and parts that learn from different numbers of tokens
+    blocks.table[::2, 1, :12] = -100
+    start = copy.deepcopy(network.state_dict())
+    ends = []
+    for parts in (1, 4):
+        network.load_state_dict(start)
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        tuned(network, blocks, folder, Scheme(), settings(16 * 4 * 6, batch_size=4, accumulation=parts))
+        ends.append(copy.deepcopy(network.state_dict()))
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], atol=2e-4), name
+    assert any(not torch.equal(value, start[name]) for name, value in ends[0].items())
+
+
+def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+    plain = copy.deepcopy(network)
+    network.gradient_checkpointing_enable()
+    recomputed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal recomputed
+        recomputed += 1
+
+    network.model.layers[0].mlp.act_fn.register_forward_hook(count)
+    loss = Loss({"kl": 1.0, "relations": 0.5, "hidden": 0.5})
+    for model, folder in ((network, tmp_path / "a"), (plain, tmp_path / "b")):
+        folder.mkdir()
+        tuned(model, blocks, folder, Scheme(loss=loss), settings(32 * 4))
+    assert recomputed == 2 * 3 * 4  # three members, four steps, forward and again
+    for (name, ours), theirs in zip(network.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6), name
+
+
+def test_only_the_largest_is_regularised() -> None:
+    block = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2))
+    block[1].attention_dropout = 0.25
+    with without_dropout(block, True):
+        assert block[0].p == 0 and block[1].attention_dropout == 0
+    with without_dropout(block, False):
+        assert block[0].p == 0.5 and block[1].attention_dropout == 0.25
+    assert block[0].p == 0.5 and block[1].attention_dropout == 0.25
 
 
 def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Blocks, tmp_path: Path) -> None:
-    import copy
-
-    from compressor.elastic.slicing import extract
-    from compressor.families import describe
-
     structure = describe(network.config)
     cut = Architecture(32, (LayerSizes(2, 1, 32),) * 3)
     standalone = extract(network, structure, cut)
-    ids = blocks.ids[:4]
+    batch = blocks[:4]
 
     def distance() -> float:
         with torch.no_grad():
-            return float(forward_kl(standalone(ids).logits, network(ids).logits, ids))
+            return Loss({"kl": 1.0})(trace(standalone, batch), trace(network, batch)).item()
 
     before = distance()
     base = copy.deepcopy(network)
@@ -236,15 +338,21 @@ def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Block
 def test_state_is_json_and_safetensors_only(network: Any, blocks: Blocks, tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    def step(number: int, ids: Tensor, labels: Tensor, backward: Backward) -> float:
-        backward(cross_entropy(network(input_ids=ids).logits, labels))
+    def step(number: int, batch: Batch, backward: Backward) -> float:
+        backward(CE(trace(network, batch), None))
         return 0.0
 
     state = tmp_path / "s.safetensors"
-    train(
-        network, blocks, settings(96, checkpoint_seconds=0), step, what="t", state=state,
-        accelerator=Accelerator(cpu=True),
-    )  # fmt: skip
+    how = settings(96, checkpoint_seconds=0)
+    train(network, blocks, how, step, what="t", state=state, accelerator=Accelerator(cpu=True), memory={"a": [0.1]})
     with safe_open(state, "pt") as file:
-        assert int(file.metadata()["step"]) == 3
-        assert json.loads(file.metadata()["history"])["tokens"] == 96
+        facts = json.loads(file.metadata()["facts"])
+    assert facts["step"] == 3 and facts["history"]["tokens"] == 96 and facts["memory"] == {"a": [0.1]}
+
+
+def test_every_name_of_the_recipe_is_known() -> None:
+    from compressor.recipe import Finetuning
+
+    section = Finetuning()
+    assert section.sampler in SAMPLERS and section.draw in DRAWS and section.optimizer in OPTIMIZERS
+    assert set(section.losses) <= set(LOSSES) and Finetuning(loss={"ce": 0.3, "kl": 0.7}).losses["kl"] == 0.7

@@ -1,144 +1,144 @@
-"""Training text: read through `datasets`, tokenised, and packed into blocks of equal length.
+"""Training data: documents tokenised and packed into blocks of equal length, on disk, and read back at random.
 
-A source is a local `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub dataset written
-`name`, `name:config` or `name:config:split`. A row has `text`, or `messages` (rendered with the tokenizer's chat
-template, loss on the assistant's turns only).
+Documents lie end to end, and none sees another: positions count from 0 in every document (and in every block), which
+transformers' masks take for packed sequences and keep attention within (`find_packed_sequence_indices`), and no
+document's first token is learnt from the one before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressor.errors import RequestError
+from compressor.finetune.sources import Row, read_rows
 
 IGNORED = -100
 """Label of a token that is not learnt from, as in transformers."""
 
-_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, labels and positions within the document, each [rows, length], int64."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.ids[rows], self.labels[rows], self.positions[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device))
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a network is called with. The mask follows from the positions."""
+        return {"input_ids": self.ids, "position_ids": self.positions}
+
+    @property
+    def learnt(self) -> Tensor:
+        """Which positions predict a token that is learnt from, [rows, length - 1]."""
+        return self.labels[:, 1:] != IGNORED
+
+    def split(self, size: int) -> list[Batch]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed training data: `ids` and `labels` of shape [blocks, length], and where the text came from."""
+    """Packed training data. `table` is [blocks, 3, length], int32, mapped from a file: ids, labels, positions."""
 
-    ids: Tensor
-    labels: Tensor
+    table: Tensor
     fingerprint: str
     documents: int
+    _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self.table.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a block."""
+        return self.table.shape[2]
+
+    def __getitem__(self, rows: slice | list[int]) -> Batch:
+        return Batch(*self.table[rows].long().unbind(1))
 
     def split(self, share: float = 0.02, least: int = 8) -> tuple[Blocks, Blocks]:
         """The training part and a held-out part of `share` (at least `least` blocks, at most half), from the end."""
         held = min(max(least, round(share * len(self))), len(self) // 2)
         cut = len(self) - held
         return (
-            Blocks(self.ids[:cut], self.labels[:cut], self.fingerprint, self.documents),
-            Blocks(self.ids[cut:], self.labels[cut:], self.fingerprint, self.documents),
+            Blocks(self.table[:cut], self.fingerprint, self.documents),
+            Blocks(self.table[cut:], self.fingerprint, self.documents),
         )
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, size: int, seed: int) -> Batch:
         """The `size` blocks of a step. A pure function of (seed, step): resuming needs no saved reader state.
 
         Every epoch visits all blocks once in an order of its own.
         """
         positions = range(step * size, (step + 1) * size)
-        rows = [int(self._epoch_order(p // len(self), seed)[p % len(self)]) for p in positions]
-        return self.ids[rows], self.labels[rows]
+        return self[[int(self._epoch_order(p // len(self), seed)[p % len(self)]) for p in positions]]
 
     def _epoch_order(self, epoch: int, seed: int) -> Tensor:
-        cached = self.__dict__.get("_order")
-        if cached is None or cached[0] != (epoch, seed):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            cached = ((epoch, seed), torch.randperm(len(self), generator=generator))
-            object.__setattr__(self, "_order", cached)
-        return cached[1]
+        key = seed * 1_000_003 + epoch
+        if key not in self._order:
+            if len(self._order) > 1:  # a step can lie in two epochs
+                self._order.clear()
+            self._order[key] = torch.randperm(len(self), generator=torch.Generator().manual_seed(key))
+        return self._order[key]
 
 
-def local_files(source: str) -> list[Path] | None:
-    """The files of a local source, or None where `source` names a hub dataset.
-
-    Raises `RequestError` for what is missing, empty, of another kind, or (JSON lines) not valid at some line.
-    """
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in _READERS and not path.is_absolute() and source[:1] not in ".~":
-        return None
-    if not path.exists():
-        raise RequestError(f"--data {source}: no such file")
-    files = sorted(f for f in path.iterdir() if f.suffix in _READERS) if path.is_dir() else [path]
-    if not files or any(f.suffix not in _READERS for f in files):
-        raise RequestError(f"--data {source}: expected {', '.join(_READERS)} files")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise RequestError(f"--data {file}: the file is empty")
-        if file.suffix == ".jsonl":
-            _check_jsonl(file)
-    return files
-
-
-def read_rows(source: str) -> Iterator[dict[str, Any]]:
-    """The rows of a source, in order. Raises `RequestError` for every way in which a source can be unusable."""
-    import datasets
-
-    files = local_files(source)
-    if files is not None:
-        for file in files:
-            try:
-                options = {"sample_by": "paragraph"} if file.suffix == ".txt" else {}
-                yield from datasets.load_dataset(
-                    _READERS[file.suffix], data_files=str(file), split="train", streaming=True, **options
-                )
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise RequestError(f"--data {file}: cannot be read ({error})") from error
-        return
-    name, _, rest = source.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        yield from datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--data {source}: neither a local file nor a reachable hub dataset ({reason})") from error
-
-
-def _check_jsonl(file: Path) -> None:
-    """Name the first bad line; `datasets` would say only that generation failed. Reads no further than it must."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise RequestError(f"--data {file}: line {number} is not valid JSON ({error})") from error
-            if not isinstance(row, dict) or not ("text" in row or "messages" in row):
-                raise RequestError(f"--data {file}: line {number} has neither 'text' nor 'messages'")
-
-
-def encode_row(row: dict[str, Any], tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
+def encode_row(row: Row, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
     """Token ids and labels of one document, with the marks that separate it from the next."""
-    if "messages" in row:
+    if row.get("messages"):
         return _encode_messages(row["messages"], tokenizer, source)
-    if not isinstance(row.get("text"), str):
-        raise RequestError(f"--data {source}: a row has neither 'text' nor 'messages'")
-    ids = tokenizer(row["text"]).input_ids
-    starts_marked = bool(ids) and ids[0] == tokenizer.bos_token_id
-    ends_marked = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    if not starts_marked and not ends_marked and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    if row.get("completion") is not None:
+        return _encode_completion(row["prompt"], row["completion"], tokenizer, source)
+    ids = _ended(tokenizer(row["text"], verbose=False).input_ids, tokenizer)
     return ids, list(ids)
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
-    """A conversation, learnt from only where the assistant speaks.
+def _encode_completion(prompt: Any, completion: Any, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
+    """A prompt and its completion, learnt from only in the completion. Either may be a list of messages."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        ids, labels = _encode_messages([*prompt, *completion], tokenizer, source, first=len(prompt))
+        return ids, labels
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        raise RequestError(f"--data {source}: 'prompt' and 'completion' must both be texts or both lists of messages")
+    # Tokenised apart, as a prompt is when it is answered.
+    before = tokenizer(prompt, verbose=False).input_ids
+    if before and before[-1] == tokenizer.eos_token_id:
+        before = before[:-1]
+    ids = _ended([*before, *tokenizer(completion, add_special_tokens=False, verbose=False).input_ids], tokenizer)
+    return ids, [IGNORED] * len(before) + ids[len(before) :]
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The document with an end mark, where the tokenizer marks neither its start nor its end."""
+    starts_marked = bool(ids) and ids[0] == tokenizer.bos_token_id
+    ends_marked = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    if not starts_marked and not ends_marked and tokenizer.eos_token_id is not None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _encode_messages(
+    messages: list[dict[str, str]], tokenizer: Any, source: str, first: int = 0
+) -> tuple[list[int], list[int]]:
+    """A conversation, learnt from only where the assistant speaks (from message `first` on).
 
     The assistant's span in turn k is what the template adds between the prompt for turn k and the conversation
     including it; this asks nothing of the template but that earlier turns render as prefixes.
@@ -148,7 +148,7 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: Any, source: str
     ids: list[int] = []
     labels: list[int] = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or turn < first:
             continue
         prompt = _render(tokenizer, messages[:turn], prompt=True)
         full = _render(tokenizer, messages[: turn + 1], prompt=False)
@@ -164,32 +164,59 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> lis
     return list(encoded["input_ids"])
 
 
-def pack(source: str, tokenizer: Any, length: int, tokens: int | None = None) -> Blocks:
-    """The source's documents, end to end, in blocks of `length` tokens; the last, incomplete block is left out.
+def pack(
+    source: str,
+    tokenizer: Any,
+    length: int,
+    tokens: int | None = None,
+    seen: Callable[[Row], None] | None = None,
+) -> Blocks:
+    """The source's documents, end to end, in blocks of `length` tokens; the last, incomplete block is left out, and so
+    is a block with nothing to learn from.
 
-    Reading stops after `tokens` tokens where given. Raises `RequestError` if not even one block comes together.
+    Blocks go to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory. Reading
+    stops after `tokens` tokens where given. `seen` is shown every row. Raises `RequestError` if not even two blocks
+    come together.
     """
-    ids: list[int] = []
-    labels: list[int] = []
     digest = hashlib.sha256()
-    documents = 0
-    for row in read_rows(source):
-        row_ids, row_labels = encode_row(row, tokenizer, source)
-        digest.update(str(row_ids).encode())
-        ids += row_ids
-        labels += row_labels
-        documents += 1
-        if tokens is not None and len(ids) >= tokens + length:
-            break
-    blocks = len(ids) // length
-    if blocks < 2:
-        raise RequestError(
-            f"--data {source}: {len(ids)} tokens in {documents} documents do not fill two blocks of {length}"
-        )
-    cut = blocks * length
-    return Blocks(
-        torch.tensor(ids[:cut]).view(blocks, length),
-        torch.tensor(labels[:cut]).view(blocks, length),
-        digest.hexdigest()[:16],
-        documents,
-    )
+    pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
+    documents = read = blocks = 0
+    with tempfile.TemporaryFile(prefix="compressor-") as file:
+        for row in read_rows(source):
+            if seen is not None:
+                seen(row)
+            ids, labels = encode_row(row, tokenizer, source)
+            if not ids:
+                continue
+            digest.update(str(ids).encode())
+            for part, values in zip(pending, (ids, [IGNORED, *labels[1:]], [documents] * len(ids)), strict=True):
+                part += values
+            documents += 1
+            read += len(ids)
+            whole = len(pending[0]) // length * length
+            for start in range(0, whole, length):
+                block = np.array([part[start : start + length] for part in pending], dtype=np.int32)
+                block[2] = _positions(block[2])
+                if (block[1, 1:] != IGNORED).any():
+                    file.write(block.tobytes())
+                    blocks += 1
+            if whole:
+                pending = [part[whole:] for part in pending]
+            if tokens is not None and read >= tokens + length:
+                break
+        if blocks < 2:
+            raise RequestError(
+                f"--data {source}: {read} tokens in {documents} documents do not fill two blocks of {length} tokens "
+                "with something to learn from"
+            )
+        file.flush()
+        # Copy on write: torch wants an array that it may write to. The map outlives the file's name.
+        table = np.memmap(file, np.int32, mode="c", shape=(blocks, 3, length))
+    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents)
+
+
+def _positions(documents: np.ndarray) -> np.ndarray:
+    """Positions that count from 0 in every document, from the document number of each token of a block."""
+    index = np.arange(len(documents))
+    starts = np.concatenate(([True], documents[1:] != documents[:-1]))
+    return index - np.maximum.accumulate(np.where(starts, index, 0))

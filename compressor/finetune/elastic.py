@@ -2,62 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.architecture import Architecture
 from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import Blocks
+from compressor.finetune.data import Batch, Blocks
+from compressor.finetune.forward import Recorder, Trace, trace
+from compressor.finetune.idle import Idle, idle_slices
 from compressor.finetune.loop import Backward, History, TrainSettings, train
-from compressor.finetune.losses import MemberLoss, forward_kl, held_out_loss
-from compressor.finetune.samplers import Sampler
+from compressor.finetune.losses import Loss, held_out_loss
+from compressor.finetune.samplers import DRAWS, SAMPLERS, Member, Range
 
 HELD_OUT_BLOCKS = 16
 """Blocks behind each point of the training curve: few, since every point costs several passes over them."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Who takes part in a step and what from: the choices of one elastic fine-tuning, by name.
+
+    `strong_teacher` is the share of the steps, from the first, in which the frozen base teaches every member; after
+    them the step's largest member teaches the others.
+    """
+
+    sampler: str = "sandwich"
+    draw: str = "sizes"
+    random_members: int = 1
+    loss: Loss = Loss({"kl": 1.0})  # noqa: RUF009 - frozen
+    strong_teacher: float = 0.0
+
+    @property
+    def needs_base(self) -> bool:
+        return self.strong_teacher > 0 and self.loss.taught
 
 
 def finetune_supernet(
     supernet: SuperNetwork,
     data: Blocks,
     settings: TrainSettings,
-    sampler: Sampler,
-    loss: MemberLoss,
+    scheme: Scheme,
+    range_: Range,
     *,
     state: Path,
     accelerator: Accelerator,
-    base: nn.Module | None = None,
+    base: SuperNetwork | None = None,
     watched: dict[str, Architecture] | None = None,
 ) -> History:
     """Train the super-network in place; afterwards its full network is active.
 
-    `base` is the frozen teacher where the loss needs one. `watched` are the sub-networks whose held-out loss makes
-    the curve, by name.
+    `base` is the frozen teacher where the scheme needs one, ordered like the super-network. `watched` are the
+    sub-networks whose held-out loss makes the curve, by name.
     """
     training, held_out = data.split()
+    memory: dict[str, Any] = {}
+    draw = DRAWS[scheme.draw](range_, memory)
+    strong_steps = round(scheme.strong_teacher * settings.steps)
+    members: list[Member] = []
+    drawn_for: int | None = None
 
-    def step(number: int, ids: Tensor, labels: Tensor, backward: Backward) -> float:
-        members = sampler(number, np.random.default_rng([settings.seed, number]))
-        base_logits = None
-        if base is not None:
-            with torch.no_grad():
-                base_logits = base(input_ids=ids, use_cache=False).logits
-        largest: Tensor | None = None
+    def step(number: int, batch: Batch, backward: Backward) -> float:
+        nonlocal members, drawn_for
+        if drawn_for != number:  # the parts of an accumulated batch have the same members
+            generator = np.random.default_rng([settings.seed, number])
+            members = SAMPLERS[scheme.sampler](number, generator, range_, draw, scheme.random_members)
+            drawn_for = number
+        teacher: Trace | None = None
+        if base is not None and number < strong_steps:
+            with torch.no_grad(), accelerator.autocast():
+                teacher = trace(base.model, batch, taught_by)
         shown = 0.0
         for position, member in enumerate(members):
             supernet.activate(member.architecture)
-            with accelerator.autocast():
-                logits = supernet.model(input_ids=ids, use_cache=False).logits
-                value = loss(logits, labels, largest, base_logits)
-            if member.role == "largest":
-                largest = logits.detach()
+            with accelerator.autocast(), without_dropout(supernet.model, member.role != "largest"):
+                student = trace(supernet.model, batch, recorder)
+                value = scheme.loss(student, teacher)
+            if member.role == "largest" and number >= strong_steps:
+                teacher = student.detached()
+            if member.role == "random":
+                draw.observe(member.architecture, float(accelerator.reduce(value.detach(), reduction="mean")))
             if position == 0:
                 shown = float(value.detach())
             backward(value)
         return shown
+
+    def idle(number: int) -> Idle:
+        return idle_slices(supernet.structure, [member.architecture for member in members])
 
     def measure() -> dict[str, float]:
         losses = {}
@@ -66,16 +104,22 @@ def finetune_supernet(
                 losses[name] = _held_out(supernet.model, held_out, settings.batch_size, accelerator)
         return losses
 
-    history = train(
-        supernet.model,
-        training,
-        settings,
-        step,
-        what="fine-tuning",
-        state=state,
-        accelerator=accelerator,
-        measure=measure if watched else None,
-    )
+    with ExitStack() as stack:
+        keeps = scheme.loss.keeps()
+        recorder = stack.enter_context(Recorder(supernet, **keeps)) if any(keeps.values()) else None
+        taught_by = stack.enter_context(Recorder(base, **keeps)) if base is not None and recorder else None
+        history = train(
+            supernet.model,
+            training,
+            settings,
+            step,
+            what="fine-tuning",
+            state=state,
+            accelerator=accelerator,
+            measure=measure if watched else None,
+            idle=idle,
+            memory=memory,
+        )
     supernet.activate(supernet.base)
     return history
 
@@ -88,17 +132,20 @@ def heal(
     *,
     state: Path,
     accelerator: Accelerator,
+    loss: Loss = Loss({"kl": 1.0}),  # noqa: B008 - frozen
 ) -> History:
-    """A short distillation of a standalone sub-network from the frozen base: forward KL on its logits."""
+    """Train a standalone sub-network: by default a short distillation from the frozen base by forward KL."""
     training, held_out = data.split()
 
-    def step(number: int, ids: Tensor, labels: Tensor, backward: Backward) -> float:
-        with torch.no_grad():
-            teacher = base(input_ids=ids, use_cache=False).logits
+    def step(number: int, batch: Batch, backward: Backward) -> float:
+        teacher = None
+        if loss.taught:
+            with torch.no_grad(), accelerator.autocast():
+                teacher = trace(base, batch)
         with accelerator.autocast():
-            loss = forward_kl(model(input_ids=ids, use_cache=False).logits, teacher, labels)
-        backward(loss)
-        return float(loss.detach())
+            value = loss(trace(model, batch), teacher)
+        backward(value)
+        return float(value.detach())
 
     return train(
         model,
@@ -113,8 +160,26 @@ def heal(
     )
 
 
-def _held_out(model: nn.Module, data: Blocks, batch: int, accelerator: Accelerator) -> float:
-    def forward(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(accelerator.device), use_cache=False).logits.cpu()
+@contextmanager
+def without_dropout(model: nn.Module, off: bool) -> Iterator[None]:
+    """Regularise only the largest (BigNAS, section 3.1): smaller members have no capacity to over-fit with.
 
-    return held_out_loss(forward, data.ids[:HELD_OUT_BLOCKS], data.labels[:HELD_OUT_BLOCKS], batch)
+    Dropout is put to 0 rather than the model into evaluation mode, which would also switch gradient checkpointing off.
+    """
+    found = []
+    if off:
+        for module in model.modules():
+            name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+            if isinstance(rate := getattr(module, name, None), float) and rate:
+                found.append((module, name, rate))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
+
+
+def _held_out(model: nn.Module, data: Blocks, rows: int, accelerator: Accelerator) -> float:
+    first = Blocks(data.table[:HELD_OUT_BLOCKS], data.fingerprint, data.documents)
+    return held_out_loss(model, first, rows, accelerator.device)

@@ -1,12 +1,13 @@
 """The training loop: one for the super-network and for healing, resumable at any moment.
 
 A step is given as a function, so samplers and losses stay out of here. Everything that a step draws is a pure
-function of (seed, step); the state on disk is therefore weights, AdamW's moments and the step number, one safetensors
-file, renamed into place. A run that is killed goes on from the last such file to the same weights, bit for bit on one
-CPU process.
+function of (seed, step) and of `memory`; the state on disk is therefore weights, the optimizer's moments, `memory` and
+the step number, one safetensors file, renamed into place. A run that is killed goes on from the last such file to the
+same weights, bit for bit on one CPU process.
 
-Several processes split each batch and average their gradients; the model is not wrapped, since sub-networks use
-different parameters from step to step.
+Several processes split each batch and add up their gradients; the model is not wrapped, since sub-networks use
+different parameters from step to step. Parts of a batch, whether they are other processes' or accumulated one after the
+other, count by the tokens they learn from: how a batch is cut does not change what a step does, but for rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,28 +26,37 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressor.finetune.data import Blocks
+from compressor.finetune.data import Batch, Blocks
+from compressor.finetune.idle import Idle, held_still
+from compressor.finetune.optimizers import OPTIMIZERS
 from compressor.progress import bar
 
 Backward = Callable[[Tensor], None]
-Step = Callable[[int, Tensor, Tensor, Backward], float]
-"""(step, ids, labels, backward) -> loss to show. Calls `backward` once for each member, so that only one member's
-activations are alive at a time."""
+Step = Callable[[int, Batch, Backward], float]
+"""(step, part of its batch, backward) -> loss to show. Calls `backward` once for each member, so that only one member's
+activations are alive at a time. Called once for each part of an accumulated batch."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """`tokens` read from the data in all; `batch_size` blocks of `sequence_length` tokens in a step."""
+    """`tokens` read from the data in all; `batch_size` blocks of `sequence_length` tokens in a step, computed in
+    `accumulation` parts. `weight_decay` is on matrices only. `move_idle` lets weight decay and momentum move slices
+    that took no part in a step."""
 
     tokens: int
     batch_size: int
     sequence_length: int
     learning_rate: float
     seed: int
+    accumulation: int = 1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: float = 0.03
+    tail_share: float = 0.0
     final_share: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
+    optimizer: str = "adamw"
+    move_idle: bool = False
     checkpoint_seconds: float = 60.0
 
     @property
@@ -54,17 +64,24 @@ class TrainSettings:
         return max(1, ceil(self.tokens / (self.batch_size * self.sequence_length)))
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then a cosine down to `final_share` of the peak."""
+        """Learning rate of a step: linear warm-up, then down to `final_share` of the peak by the schedule, and in the
+        last `tail_share` of the steps constant there (BigNAS, arXiv 2003.11142, section 3.1: small sub-networks go on
+        learning while large ones keep from over-fitting)."""
         warmup = max(1, round(self.warmup_share * self.steps))
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * (self.final_share + (1 - self.final_share) * (1 + cos(pi * progress)) / 2)
+        if self.schedule == "constant":
+            return self.learning_rate
+        end = max(warmup + 1, round((1 - self.tail_share) * self.steps))
+        progress = min(1.0, (step - warmup) / (end - warmup))
+        left = 1 - progress if self.schedule == "linear" else (1 + cos(pi * progress)) / 2
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
 
 @dataclass
 class History:
-    """What a training run leaves for the report: curve points, and tokens, seconds and passes spent."""
+    """What a training run leaves for the report: curve points, and tokens, seconds and passes spent. A pass is a
+    forward and a backward of one member over one sequence's worth of a batch, so a step of a sandwich has three."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
@@ -83,23 +100,28 @@ def train(
     accelerator: Accelerator,
     measure: Callable[[], dict[str, float]] | None = None,
     measurements: int = 6,
+    idle: Callable[[int], Idle] | None = None,
+    memory: dict[str, Any] | None = None,
 ) -> History:
-    """Train `model` in place. `state` is the file that makes it resumable; `measure` gives the curve's points."""
+    """Train `model` in place. `state` is the file that makes it resumable; `measure` gives the curve's points.
+
+    `idle` says, after a step, what took no part in it. `memory` is what a step remembers from earlier ones, JSON.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    optimizer = OPTIMIZERS[settings.optimizer](
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        settings.learning_rate,
     )
+    memory = {} if memory is None else memory
     history = History()
-    first = _restore(state, parameters, optimizer, history) if state.exists() else 0
+    first = _restore(state, parameters, optimizer, history, memory) if state.exists() else 0
+    optimizer.zero_grad(set_to_none=True)  # whatever an interrupted caller left
     model.train()
     started = saved = time.monotonic()
     before = history.seconds
     every = max(1, settings.steps // measurements)
-
-    def backward(loss: Tensor) -> None:
-        history.passes += 1
-        accelerator.backward(loss)
-
     with bar(what, settings.steps) as progress:
         progress.advance(first)
         for number in range(first, settings.steps):
@@ -108,25 +130,43 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(number)
             torch.manual_seed(settings.seed * 1_000_003 + number)
-            ids, labels = data.batch(number, settings.batch_size, settings.seed)
-            mine = slice(accelerator.process_index, None, accelerator.num_processes)
-            ids, labels = ids[mine].to(accelerator.device), labels[mine].to(accelerator.device)
-            loss = step(number, ids, labels, backward)
-            _average_gradients(parameters, accelerator)
+            loss = _gradients(data, settings, number, step, accelerator, history)
+            unused = idle(number) if idle is not None else {}
+            _add_up_gradients(parameters, unused, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
-            optimizer.step()
+            with held_still(optimizer, parameters, {} if settings.move_idle else unused):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.tokens += settings.batch_size * settings.sequence_length
             history.seconds = before + time.monotonic() - started
             speed = (number + 1 - first) * settings.batch_size * settings.sequence_length
             progress.advance(note=f"loss {loss:.3f}, {speed / (time.monotonic() - started):,.0f} tokens/s")
             if time.monotonic() - saved > settings.checkpoint_seconds and accelerator.is_main_process:
-                _save(state, parameters, optimizer, history, number + 1)
+                _save(state, parameters, optimizer, history, memory, number + 1)
                 saved = time.monotonic()
     if measure is not None:
         _measure(model, measure, settings.steps, history)
     model.eval()
     return history
+
+
+def _gradients(
+    data: Blocks, settings: TrainSettings, number: int, step: Step, accelerator: Accelerator, history: History
+) -> float:
+    """Add this process's part of the step's gradients to the parameters; returns the step's loss, all processes'."""
+    batch = data.batch(number, settings.batch_size, settings.seed)
+    learnt = int(batch.learnt.sum())
+    mine = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+    shown = torch.zeros((), device=accelerator.device)
+    for part in mine.split(ceil(len(mine) / settings.accumulation)):
+        share = int(part.learnt.sum()) / learnt
+
+        def backward(loss: Tensor, share: float = share) -> None:
+            history.passes += 1
+            accelerator.backward(loss * share)
+
+        shown += share * step(number, part, backward)
+    return float(accelerator.reduce(shown, reduction="sum"))
 
 
 def _measure(model: nn.Module, measure: Callable[[], dict[str, float]], number: int, history: History) -> None:
@@ -136,12 +176,15 @@ def _measure(model: nn.Module, measure: Callable[[], dict[str, float]], number: 
     model.train()
 
 
-def _average_gradients(parameters: dict[str, nn.Parameter], accelerator: Accelerator) -> None:
+def _add_up_gradients(parameters: dict[str, nn.Parameter], idle: Idle, accelerator: Accelerator) -> None:
+    """Sum over processes. What no member used has no gradient in any of them, and is left without."""
     if accelerator.num_processes == 1:
         return
-    for parameter in parameters.values():
+    for name, parameter in parameters.items():
+        if name in idle and idle[name] is None:
+            continue
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        parameter.grad = accelerator.reduce(gradient, reduction="mean")
+        parameter.grad = accelerator.reduce(gradient, reduction="sum")
 
 
 def _save(
@@ -149,35 +192,45 @@ def _save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     history: History,
+    memory: dict[str, Any],
     step: int,
 ) -> None:
     tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach()
+        tensors[f"weight|{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    metadata = {"step": str(step), "history": json.dumps(vars(history))}
+            if isinstance(value, Tensor):
+                tensors[f"{key}|{name}"] = value
+            else:
+                numbers[f"{key}|{name}"] = value
+    facts = {"step": step, "history": vars(history), "memory": memory, "numbers": numbers}
     temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
     temporary.replace(path)
 
 
 def _restore(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: History
+    path: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    memory: dict[str, Any],
 ) -> int:
     with safe_open(path, "pt") as file, torch.no_grad():
-        metadata: dict[str, Any] = file.metadata()
-        keys = set(file.keys())
-        for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"weight.{name}"))
-            moments = {
-                key: file.get_tensor(f"{key}.{name}")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in keys
-            }
-            if moments:
-                optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-                }
-    vars(history).update(json.loads(metadata["history"]))
-    return int(metadata["step"])
+        facts = json.loads(file.metadata()["facts"])
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            what, _, name = key.partition("|")
+            parameter, value = parameters[name], file.get_tensor(key)
+            if what == "weight":
+                parameter.copy_(value)
+            else:  # AdamW wants its step count on the CPU unless it is fused
+                stays = what == "step" and not optimizer.defaults.get("fused")
+                optimizer.state[parameter][what] = value if stays else value.to(parameter.device)
+        for key, value in facts["numbers"].items():
+            what, _, name = key.partition("|")
+            optimizer.state[parameters[name]][what] = value
+    vars(history).update(facts["history"])
+    memory.clear()
+    memory.update(facts["memory"])
+    return facts["step"]

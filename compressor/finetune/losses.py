@@ -1,64 +1,160 @@
-"""What a network learns from. One function is one loss; `LOSSES` says which loss each member of a step gets."""
+"""What a network learns from: a weighted sum of losses against the data and against a teacher.
+
+One function is one loss. `TOKEN_LOSSES` compare next-token distributions and are computed in chunks of tokens, head
+included, so that no pass ever holds the logits of all tokens of a large vocabulary, let alone the teacher's beside
+them. `STATE_LOSSES` compare what happens inside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from compressor.finetune.data import IGNORED
+from compressor.finetune.data import Blocks
+from compressor.finetune.forward import Trace, trace
+
+CHUNK = 2**25
+"""Logits computed at a time, tokens times vocabulary: 128 MiB in float32."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats. `logits` [batch, length, vocabulary], `labels` [batch, length]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+def cross_entropy(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
+    """Next-token cross-entropy in nats, summed over tokens. `logits` [tokens, vocabulary], `targets` [tokens]."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def forward_kl(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over learnt tokens of KL(teacher || student) in nats, times the squared temperature.
+def forward_kl(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
+    """KL(teacher || student) in nats, summed over tokens, times the squared temperature, which keeps gradients at one
+    size (Hinton et al., arXiv 1503.02531, section 2.1). Both logits are [tokens, vocabulary]."""
+    assert teacher is not None
+    student_log = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher_log = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) * temperature**2
 
-    `logits` and `teacher` are [batch, length, vocabulary]; positions whose next token is not learnt from do not count.
+
+def relations(student: Trace, teacher: Trace) -> Tensor:
+    """Self-attention relations of the last layer (AutoDistil, arXiv 2201.12507, section 3.2).
+
+    For each A of queries, keys and values, the scores A A^T / sqrt(d) of all pairs of tokens within a document, the
+    later with the earlier; mean squared difference of teacher's and student's, summed over the three. As in the
+    published code, before the softmax; divided by the teacher's mean square, so that its weight means the same for
+    every network. The student's channels are split into as many heads as the teacher has, or as many fewer as divide
+    both widths.
     """
-    learnt = labels[:, 1:].flatten() != IGNORED
-    student_log = F.log_softmax(logits[:, :-1].flatten(0, 1)[learnt].float() / temperature, dim=-1)
-    teacher_log = F.log_softmax(teacher[:, :-1].flatten(0, 1)[learnt].float() / temperature, dim=-1)
-    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
+    positions = student.batch.positions
+    length = positions.shape[1]
+    index = torch.arange(length, device=positions.device)
+    start = index - positions  # where each token's document begins: equal within a document
+    pairs = (start[:, :, None] == start[:, None, :]) & (index[:, None] >= index)
+    total = student.hidden.new_zeros(())
+    for mine, theirs in zip(student.attention, teacher.attention, strict=True):
+        common = gcd(mine.shape[-1], theirs.shape[-1])
+        heads = max(h for h in range(1, theirs.shape[-1] // teacher.head_dim + 1) if common % h == 0)
+        target = _scores(theirs, heads)
+        difference = (_scores(mine, heads) - target).square().mean(1)
+        total = total + (difference * pairs).sum() / (target.square().mean(1) * pairs).sum()
+    return total
 
 
-MemberLoss = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
-"""(logits, labels, the largest member's detached logits or None, the frozen base's logits or None) -> loss."""
+def _scores(projected: Tensor, heads: int) -> Tensor:
+    """[rows, length, channels] -> scaled products of all pairs [rows, heads, length, length]."""
+    split = projected.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
 
 
-def ce(logits: Tensor, labels: Tensor, largest: Tensor | None, base: Tensor | None) -> Tensor:
-    """Cross-entropy for every member (LLaMA-NAS)."""
-    return cross_entropy(logits, labels)
+def hidden(student: Trace, teacher: Trace) -> Tensor:
+    """One minus the cosine between teacher's and student's hidden states, mean over tokens and the student's layers.
+
+    The residual width is one and the same, so nothing needs to be projected.
+    """
+    distances = [
+        1 - F.cosine_similarity(states.float(), teacher.layers[index].float(), dim=-1).mean()
+        for index, states in student.layers.items()
+    ]
+    return torch.stack(distances).mean()
 
 
-def in_place(logits: Tensor, labels: Tensor, largest: Tensor | None, base: Tensor | None) -> Tensor:
-    """In-place distillation (BigNAS): the largest learns from the data, the others from the largest's soft labels."""
-    return cross_entropy(logits, labels) if largest is None else forward_kl(logits, largest, labels)
+TokenLoss = Callable[[Tensor, Tensor, "Tensor | None", float], Tensor]
+StateLoss = Callable[[Trace, Trace], Tensor]
+
+TOKEN_LOSSES: dict[str, TokenLoss] = {"ce": cross_entropy, "kl": forward_kl}
+STATE_LOSSES: dict[str, StateLoss] = {"relations": relations, "hidden": hidden}
+LOSSES = (*TOKEN_LOSSES, *STATE_LOSSES)
 
 
-def base_kl(logits: Tensor, labels: Tensor, largest: Tensor | None, base: Tensor | None) -> Tensor:
-    """Distillation from the frozen base for every member (InstaTune's strong teacher, g = 1)."""
-    assert base is not None, "base_kl needs the frozen base"
-    return forward_kl(logits, base, labels)
+@dataclass(frozen=True)
+class Loss:
+    """A weighted sum of losses by name, and the temperature of its distributions.
+
+    A network that has no teacher (the largest, where the largest teaches) learns from the data alone.
+    """
+
+    weights: Mapping[str, float]
+    temperature: float = 1.0
+
+    @property
+    def taught(self) -> bool:
+        """Whether anything of it needs a teacher."""
+        return set(self.weights) != {"ce"}
+
+    def keeps(self) -> dict[str, bool]:
+        """What a `Recorder` has to keep for it."""
+        return {"attention": "relations" in self.weights, "layers": "hidden" in self.weights}
+
+    def __call__(self, student: Trace, teacher: Trace | None) -> Tensor:
+        """Mean over the tokens learnt from (token losses) plus the state losses, weighted; a scalar."""
+        weights = self.weights if teacher is not None else {"ce": 1.0}
+        total = student.hidden.new_zeros((), dtype=torch.float32)
+        in_tokens = {name: weight for name, weight in weights.items() if name in TOKEN_LOSSES}
+        if in_tokens:
+            total = total + token_losses(in_tokens, student, teacher, self.temperature) / max(1, len(student.targets))
+        for name, weight in weights.items():
+            if name in STATE_LOSSES:
+                assert teacher is not None
+                total = total + weight * STATE_LOSSES[name](student, teacher)
+        return total
 
 
-LOSSES: dict[str, MemberLoss] = {"ce": ce, "in-place": in_place, "base-kl": base_kl}
-NEEDS_BASE = frozenset({"base-kl"})
+def token_losses(weights: Mapping[str, float], student: Trace, teacher: Trace | None, temperature: float) -> Tensor:
+    """Weighted sum over tokens of the token losses, in chunks of tokens.
+
+    A chunk's logits, the teacher's too, are computed where they are used, thrown away, and computed again for the
+    backward pass: at most one chunk's are alive. What fits into one chunk is computed once.
+    """
+
+    def of(states: Tensor, targets: Tensor, theirs: Tensor | None) -> Tensor:
+        logits = student.head(states)
+        soft = None
+        if teacher is not None and theirs is not None:
+            with torch.no_grad():
+                soft = teacher.head(theirs)
+        parts = [weight * TOKEN_LOSSES[name](logits, targets, soft, temperature) for name, weight in weights.items()]
+        return torch.stack(parts).sum()
+
+    size = max(1, CHUNK // student.vocabulary)
+    columns: list[Any] = [student.hidden.split(size), student.targets.split(size)]
+    needed = teacher is not None and set(weights) != {"ce"}
+    columns.append(teacher.hidden.split(size) if needed and teacher is not None else [None] * len(columns[0]))
+    if len(columns[0]) == 1:
+        return of(*(column[0] for column in columns))
+    total = student.hidden.new_zeros((), dtype=torch.float32)
+    for part in zip(*columns, strict=True):
+        total = total + checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False)
+    return total
 
 
 @torch.no_grad()
-def held_out_loss(forward: Callable[[Tensor], Tensor], ids: Tensor, labels: Tensor, batch: int) -> float:
-    """Mean next-token cross-entropy in nats over held-out blocks, `batch` blocks at a time."""
+def held_out_loss(model: Any, data: Blocks, rows: int, device: torch.device) -> float:
+    """Mean next-token cross-entropy in nats over held-out blocks, `rows` at a time, of the active sub-network."""
     total, count = 0.0, 0
-    for start in range(0, len(ids), batch):
-        part = labels[start : start + batch]
-        learnt = int((part[:, 1:] != IGNORED).sum())
-        if learnt:
-            total += float(cross_entropy(forward(ids[start : start + batch]), part)) * learnt
-            count += learnt
+    for start in range(0, len(data), rows):
+        part = trace(model, data[start : start + rows].to(device))
+        total += float(token_losses({"ce": 1.0}, part, None, 1.0))
+        count += len(part.targets)
     return total / max(count, 1)

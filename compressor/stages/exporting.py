@@ -102,7 +102,7 @@ def write_packages(
         "tokenizer": job.tokenizer,
         "dtype": job.stored_dtype,
         "lineage": lineage,
-        "probe_ids": blocks.split()[1].ids[:4, :32],
+        "probe_ids": blocks.split()[1][:4].ids[:, :32],
     }
     entry = {"name": name, "architecture": architecture.to_dict()}
     write_layout("uneven", network, architecture, own, entry=entry, reference=reference, **options)
@@ -112,7 +112,7 @@ def write_packages(
             quantize_packages(
                 own,
                 dict(zip(quantizing.schemes, others, strict=False)),
-                calibration=blocks.ids[: quantizing.samples],
+                calibration=blocks[: quantizing.samples].ids,
                 iterations=quantizing.iterations or 0,
                 group_size=quantizing.group_size,
                 seed=job.recipe.seed,
@@ -166,7 +166,7 @@ def shipped_network(
         network.load_state_dict(load_weights(healed), strict=False)
         return network
     state = run.subnets / f".{name}-{lineage['inputs']}.training.safetensors"
-    settings = job.train_settings(recipe.healing, blocks.ids.shape[1], recipe.seed + 1)
+    settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)
     job.threads(scoring=False)
     history = heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
     write_package(network, healed, **options)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from compressor.elastic.ordering import activation_importance, apply_ordering, order_by, save_ordering
+from compressor.elastic.ordering import Scores, activation_importance, apply_ordering, order_by, save_ordering
+from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks, pack
-from compressor.finetune.elastic import finetune_supernet
+from compressor.finetune.elastic import Scheme, finetune_supernet
 from compressor.finetune.loop import History
-from compressor.finetune.losses import LOSSES, NEEDS_BASE
-from compressor.finetune.samplers import SAMPLERS, SizedSpace
+from compressor.finetune.losses import Loss
 from compressor.job import Job
 from compressor.progress import say
 
@@ -56,34 +56,17 @@ def finetune(job: Job) -> dict[str, Any]:
     if run.whole(run.supernet, inputs):
         return run.manifest(run.supernet) or {}
     check_unchanged(job)
-    least, low = job.smallest_in_training()
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.threads(scoring=False)
         blocks = training_blocks(job, recipe.finetuning.tokens or 0)
-        settings = job.train_settings(recipe.finetuning, blocks.ids.shape[1], recipe.seed)
         model = job.load_base(torch.float32)
         supernet = job.supernet_of(model)
         say(f"ordering neurons and heads by importance on {CALIBRATION_BLOCKS} blocks of the data")
-        calibration = blocks.ids[:CALIBRATION_BLOCKS].to(job.device).split(8)
-        order = order_by(activation_importance(supernet, calibration))
-        apply_ordering(supernet, order)
+        order = order_supernet(job, supernet, blocks)
         save_ordering(order, folder / "ordering.safetensors")
         history = History()
-        if settings.tokens:
-            full = job.structure.parameters(job.structure.base)
-            space = SizedSpace(job.structure.base, least, low, 0.98 * full, job.draw_near)
-            middle = job.uniform_near((low + full) / 2)
-            history = finetune_supernet(
-                supernet,
-                blocks,
-                settings,
-                SAMPLERS[recipe.finetuning.sampler](space),
-                LOSSES[recipe.finetuning.loss],
-                state=folder / "training.safetensors",
-                accelerator=job.accelerator,
-                base=job.load_base() if recipe.finetuning.loss in NEEDS_BASE else None,
-                watched={"largest": job.structure.base, "middle": middle, "smallest": least},
-            )
+        if recipe.finetuning.tokens:
+            history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
         (folder / "training.safetensors").unlink(missing_ok=True)
         # As stored, so that what is searched is what will be shipped, bit for bit.
         model.to(job.stored_dtype).save_pretrained(folder)
@@ -99,6 +82,41 @@ def finetune(job: Job) -> dict[str, Any]:
         }
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Scores:
+    """Permute neurons and heads by importance on the first blocks of the data; returns the permutations."""
+    calibration = [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
+    order = order_by(activation_importance(supernet, calibration))
+    apply_ordering(supernet, order)
+    return order
+
+
+def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path) -> History:
+    """Fine-tune an ordered super-network in place as the recipe says. `state` makes it resumable."""
+    section = job.recipe.finetuning
+    loss = Loss(section.losses, section.temperature)
+    scheme = Scheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
+    range_ = job.training_range()
+    middle = job.uniform_near(sum(range_.sizes) / 2)
+    model: Any = supernet.model
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    base = None
+    if scheme.needs_base:  # ordered like the super-network, so that heads stand beside the heads they came from
+        base = job.supernet_of(job.load_base())
+        base.model.load_state_dict(model.state_dict())
+    return finetune_supernet(
+        supernet,
+        blocks,
+        job.train_settings(section, blocks.length, job.recipe.seed),
+        scheme,
+        range_,
+        state=state,
+        accelerator=job.accelerator,
+        base=base,
+        watched={"largest": range_.largest, "middle": middle, "smallest": range_.least},
+    )
 
 
 def data_fingerprint(source: str) -> str:

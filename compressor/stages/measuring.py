@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor.architecture import Architecture
-from compressor.finetune.data import read_rows
+from compressor.finetune.sources import read_rows
 from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run import write_json

@@ -1,0 +1,209 @@
+"""Which sampler, draw and loss fine-tune a super-network best? Held-out loss of four sub-networks, the same tokens.
+
+    python benchmarks/finetune.py [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
+
+One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
+first and then trained alone, and the base trained plainly (next-token cross-entropy, at the rates of `--alone`, the
+best of them for each size). The sizes are uniform cuts, the same for all. Every trial is a line of the results file
+as soon as it is done, and is not done again. Without MODEL: the bundled checkpoint on generated text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from compressor import demo
+from compressor.architecture import Architecture
+from compressor.elastic.slicing import extract
+from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.data import Blocks
+from compressor.finetune.elastic import heal
+from compressor.finetune.losses import Loss, held_out_loss
+from compressor.job import Job
+from compressor.recipe import Finetuning, Recipe
+from compressor.run import Run, fingerprint
+from compressor.stages.finetuning import order_supernet, train_supernet, training_blocks
+
+SIZES = (1.0, 0.8, 0.67, 0.5)
+BATCH = 4
+
+TRIALS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # who takes part
+    "sampler alternate": {"sampler": "alternate"},
+    "sampler joint": {"sampler": "joint"},
+    "two random members": {"random_members": 2},
+    "alternate, cross-entropy (LLaMA-NAS)": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
+    # where random members are drawn
+    "draw genes": {"draw": "genes"},
+    "draw shift": {"draw": "shift"},
+    # what from
+    "loss ce": {"loss": "ce"},
+    "strong teacher throughout": {"strong_teacher": 1.0},
+    "strong teacher for a half": {"strong_teacher": 0.5},
+    "temperature 2": {"temperature": 2.0},
+    "loss 0.3 ce + 0.7 kl (InstaTune)": {"loss": {"ce": 0.3, "kl": 0.7}},
+    "loss kl + relations": {"loss": {"kl": 1.0, "relations": 1.0}},
+    "loss kl + hidden": {"loss": {"kl": 1.0, "hidden": 1.0}},
+    # how
+    "constant tail": {"tail_share": 0.25},
+}
+"""Changes of `finetuning` in the recipe, by the name of a row."""
+
+
+class Bench:
+    """One checkpoint, its data, the sub-networks that are compared, and the results so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="finetune-"))
+        self.model, self.data, self.tokens = arguments.model, arguments.data, arguments.tokens
+        if self.data is None:
+            self.data = str(self.folder / "text.jsonl")
+            demo.training_text(Path(self.data), n_documents=6000, seed=1)
+        self.file = Path(arguments.results)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.done: dict[str, dict[str, Any]] = {}
+        if self.file.is_file():
+            self.done = {row["key"]: row for row in map(json.loads, self.file.read_text().splitlines())}
+        job = self.job({}, 0)
+        job.threads(scoring=False)
+        self.blocks: Blocks = training_blocks(job, self.tokens)
+        self.full = job.structure.parameters(job.structure.base)
+        self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
+        self.sizes |= {size: job.uniform_near(size * self.full) for size in SIZES[1:]}
+        self.structure = job.structure
+
+    def job(self, changes: dict[str, Any], seed: int) -> Job:
+        section = Finetuning(tokens=self.tokens, batch_size=BATCH, **changes)
+        recipe = Recipe(model=self.model, data=self.data, finetuning=section, seed=seed, device="cpu")
+        job = Job(Run(self.folder), recipe.resolved())
+        job.fill_in()
+        return job
+
+    def supernet(self, job: Job) -> SuperNetwork:
+        supernet = job.supernet_of(job.load_base(torch.float32))
+        order_supernet(job, supernet, self.blocks)
+        return supernet
+
+    def held_out(self, network: Any) -> float:
+        network.eval()
+        return held_out_loss(network, self.blocks.split()[1], 8, torch.device("cpu"))
+
+    def state(self) -> Path:
+        """Where a trial would keep what makes it resumable: a new place, as trials are done again from their start."""
+        return Path(tempfile.mkdtemp(dir=self.folder)) / "state.safetensors"
+
+    def once(self, facts: dict[str, Any], trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a trial, measured unless a row of the same facts is there."""
+        facts |= {"model": Path(self.model).name, "tokens": self.tokens, "batch": BATCH}
+        key = fingerprint(facts)
+        if key not in self.done:
+            began = time.monotonic()
+            row = {"key": key, **facts, **trial(), "seconds": time.monotonic() - began}
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.done[key] = row
+        return self.done[key]
+
+    def elastic(self, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+        """A super-network fine-tuned with these changes of the default, and the loss of each size cut out of it."""
+        job = self.job(changes, seed)
+
+        def trial() -> dict[str, Any]:
+            supernet = self.supernet(job)
+            history = train_supernet(job, supernet, self.blocks, self.state())
+            return {"losses": self.losses(supernet), "passes": history.passes, "training": history.seconds}
+
+        section = job.recipe.finetuning.model_dump()
+        return self.once({"what": "elastic", "section": section, "seed": seed}, trial)
+
+    def untrained(self) -> dict[str, Any]:
+        def trial() -> dict[str, Any]:
+            return {"losses": self.losses(self.supernet(self.job({}, 0))), "passes": 0, "training": 0.0}
+
+        return self.once({"what": "untrained"}, trial)
+
+    def losses(self, supernet: SuperNetwork) -> list[float]:
+        found = []
+        for architecture in self.sizes.values():
+            with torch.no_grad(), supernet.activated(architecture) as network:
+                found.append(self.held_out(network))
+        return found
+
+    def alone(self, size: float, rate: float, seed: int) -> dict[str, Any]:
+        """One size sliced first, then trained alone with next-token cross-entropy at `rate` / width."""
+        job = self.job({"learning_rate": rate / self.structure.base.hidden_size}, seed)
+
+        def trial() -> dict[str, Any]:
+            supernet = self.supernet(job)
+            network = extract(supernet.model, self.structure, self.sizes[size])
+            settings = job.train_settings(job.recipe.finetuning, self.blocks.length, seed)
+            options: dict[str, Any] = {"state": self.state(), "accelerator": job.accelerator}
+            history = heal(network, network, self.blocks, settings, loss=Loss({"ce": 1.0}), **options)
+            return {"loss": self.held_out(network), "passes": history.passes, "training": history.seconds}
+
+        return self.once({"what": "alone", "size": size, "rate": rate, "seed": seed}, trial)
+
+
+def line(name: str, row: dict[str, Any], reference: list[float], tokens: int) -> str:
+    cells = [f"{loss:.3f} ({loss / best - 1:+.1%})" for loss, best in zip(row["losses"], reference, strict=True)]
+    excess = mean(loss / best - 1 for loss, best in zip(row["losses"], reference, strict=True))
+    spent = [f"{tokens:,}", f"{row['training']:.0f}", f"{row['passes']:,}"]
+    return "| " + " | ".join([name, *cells, f"{excess:+.1%}", *spent]) + " |"
+
+
+def average(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    losses = [mean(values) for values in zip(*(row["losses"] for row in rows), strict=True)]
+    return {"losses": losses, "training": mean(r["training"] for r in rows), "passes": rows[0]["passes"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
+    parser.add_argument("--data")
+    parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--results", default="runs/finetune.jsonl")
+    parser.add_argument("--only", default=";".join(TRIALS), help="names of rows, separated by semicolons")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--alone", default="0.03,0.1", help="rates, times 1 / width, of the sizes trained alone")
+    arguments = parser.parse_args()
+    names = [name for name in arguments.only.split(";") if name]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    rates = [float(rate) for rate in arguments.alone.split(",")]
+    bench = Bench(arguments)
+
+    shares = [bench.structure.parameters(a) / bench.full for a in bench.sizes.values()]
+    header = ["", *(f"{share:.3f}" for share in shares), "mean excess", "tokens", "seconds", "passes"]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
+    best = [min((bench.alone(size, rate, 0) for rate in rates), key=lambda row: row["loss"]) for size in SIZES]
+    reference = [row["loss"] for row in best]
+    print(line("base, sliced, not trained", bench.untrained(), reference, 0))
+    alone = {
+        "losses": reference,
+        "training": sum(row["training"] for row in best),
+        "passes": sum(row["passes"] for row in best),
+    }
+    print(line("each size alone (four runs)", alone, reference, len(SIZES) * arguments.tokens), flush=True)
+    for name in names:
+        rows = [bench.elastic(TRIALS[name], seed) for seed in seeds]
+        print(line(name, average(rows), reference, arguments.tokens), flush=True)
+        if len(rows) > 1:
+            spread = [max(values) - min(values) for values in zip(*(row["losses"] for row in rows), strict=True)]
+            print(
+                f"| ... largest - smallest of {len(rows)} seeds | "
+                + " | ".join(f"{s:.3f}" for s in spread)
+                + " | | | | |"
+            )
+
+
+if __name__ == "__main__":
+    main()

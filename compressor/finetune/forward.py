@@ -1,0 +1,137 @@
+"""What a forward pass leaves for the losses: hidden states and, where asked for, what layers and attention put out.
+
+No pass computes logits. A `Trace` carries the last hidden states and the network's own head, so that a loss can go
+through a vocabulary of any size in chunks of tokens (`compressor.finetune.losses`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.architecture import Axis, unit_counts
+from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.data import Batch
+
+Head = Callable[[Tensor], Tensor]
+"""Last hidden states [tokens, hidden] -> logits [tokens, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One network's pass over a batch.
+
+    `hidden` [tokens, hidden] and `targets` [tokens] are those of the positions that are learnt from. `layers` maps a
+    layer of the base to its output [rows, length, hidden]; `attention` are the queries, keys and values of the last
+    attention block, each [rows, length, channels], before rotation. Both are empty unless a `Recorder` kept them.
+    """
+
+    batch: Batch
+    hidden: Tensor
+    targets: Tensor
+    head: Head
+    vocabulary: int
+    head_dim: int = 0
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    attention: list[Tensor] = field(default_factory=list)
+
+    def detached(self) -> Trace:
+        """The same as a teacher: nothing flows back."""
+        return replace(
+            self,
+            hidden=self.hidden.detach(),
+            layers={index: states.detach() for index, states in self.layers.items()},
+            attention=[projected.detach() for projected in self.attention],
+        )
+
+
+class Recorder:
+    """Keeps, in every pass of a super-network's model, the outputs of its layers or the projections of its attention.
+
+    A context manager: its hooks are gone afterwards.
+    """
+
+    def __init__(self, supernet: SuperNetwork, *, layers: bool = False, attention: bool = False) -> None:
+        self.layers: dict[int, Tensor] = {}
+        self.head_dim = supernet.structure.head_dim
+        self._supernet = supernet
+        self._projected: dict[int, dict[int, list[Tensor]]] = {}
+        self._handles: list[Any] = []
+        modules = dict(supernet.model.named_modules())  # the registered ones, whatever is shadowed
+        if layers:
+            for index, layer in enumerate(modules[supernet.family.layers].children()):
+                self._handles.append(layer.register_forward_hook(partial(self._keep_layer, index)))
+        if attention:
+            for position, tensor in enumerate(supernet.structure.tensors):
+                units = {unit for unit, _ in tensor.axes[0].blocks}
+                if tensor.half == "attention" and tensor.role == "linear" and units & {"query", "kv"}:
+                    assert tensor.layer is not None
+                    keep = partial(self._keep_projection, tensor.layer, position, tensor.axes[0])
+                    module = modules[tensor.name.rpartition(".")[0]]
+                    self._handles.append(module.register_forward_hook(keep))
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def clear(self) -> None:
+        self.layers.clear()
+        self._projected.clear()
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """Queries, keys and values of the last layer that has attention, in the order of the family's table."""
+        last = self._projected[max(self._projected)] if self._projected else {}
+        return [part for position in sorted(last) for part in last[position]]
+
+    def _keep_layer(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        self.layers[index] = output[0] if isinstance(output, tuple) else output
+
+    def _keep_projection(self, layer: int, position: int, axis: Axis, _: nn.Module, __: Any, output: Tensor) -> None:
+        counts = unit_counts(0, self._supernet.current.layers[layer])
+        widths = [width * counts[unit] for unit, width in axis.blocks]
+        self._projected.setdefault(layer, {})[position] = list(output.split(widths, dim=-1))
+
+
+def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> Trace:
+    """Run a causal language model up to its head, with whatever sub-network is active in it."""
+    if recorder is not None:
+        recorder.clear()
+    hidden = getattr(model, model.base_model_prefix)(**batch.inputs, use_cache=False).last_hidden_state
+    return Trace(
+        batch,
+        hidden[:, :-1][batch.learnt],
+        batch.labels[:, 1:][batch.learnt],
+        partial(head_of, model),
+        model.config.vocab_size,
+        recorder.head_dim if recorder else 0,
+        dict(recorder.layers) if recorder else {},
+        recorder.attention if recorder else [],
+    )
+
+
+def head_of(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] by the model's own forward pass, which may scale or cap them.
+
+    The decoder is shadowed by a function that returns `hidden`, the way a removed block is shadowed.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
+
+    shadow = model.__dict__
+    shadow[model.base_model_prefix] = stand_in
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del shadow[model.base_model_prefix]
