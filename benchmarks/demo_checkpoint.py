@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from compressor import demo
-from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.importance import wanda
+from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.supernet import SuperNetwork
 from compressor.finetune.data import pack
 from compressor.job import Job
@@ -39,7 +40,7 @@ def main() -> None:
         )
         supernet = SuperNetwork(job.load_base())
         calibration = pack(str(data), job.tokenizer, 256)[:64].ids.split(8)
-    apply_ordering(supernet, order_by(activation_importance(supernet, calibration)))
+    apply_ordering(supernet, order_by(wanda(supernet, calibration)))
     scorer = job.scorer(supernet.model)
     full = job.structure.parameters(job.structure.base)
     rng = np.random.default_rng(0)

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from compressor import demo
-from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.importance import wanda
+from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.finetune.elastic import heal
@@ -44,7 +45,7 @@ def main() -> None:
     job.threads(scoring=False)
     blocks = training_blocks(job, arguments.tokens)
     supernet = SuperNetwork(job.load_base(torch.float32))
-    apply_ordering(supernet, order_by(activation_importance(supernet, blocks[:64].ids.split(8))))
+    apply_ordering(supernet, order_by(wanda(supernet, blocks[:64].ids.split(8))))
     base = job.load_base(torch.float32)
     full = job.structure.parameters(job.structure.base)
     architecture = job.uniform_near(0.67 * full)

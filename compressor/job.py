@@ -19,6 +19,8 @@ import yaml
 
 from compressor.architecture import Architecture, Scheme, Structure
 from compressor.checkpoint import Checkpoint, open_checkpoint
+from compressor.elastic.importance import IMPORTANCES
+from compressor.elastic.ordering import load_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
 from compressor.finetune.loop import TrainSettings
@@ -227,6 +229,12 @@ class Job:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
         check_optimizer(recipe.finetuning.optimizer, self.device.type)
+        ordering = recipe.finetuning.ordering
+        if Path(ordering).suffix == ".safetensors":
+            load_ordering(Path(ordering), self.structure)
+        elif ordering not in IMPORTANCES:
+            hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
+            raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
         if "gguf" in recipe.formats and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
             raise RequestError("--format gguf needs the extra: pip install 'nas-compressor[gguf]'")
         self.checkpoint.load_tokenizer()

@@ -90,13 +90,15 @@ class Targets(Section):
 
 class Finetuning(Section):
     """One fine-tuning of the super-network. `tokens` 0 searches the base as it is. An unset `learning_rate` follows
-    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained.
+    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained;
+    `ordering` is a criterion of importance, or the `ordering.safetensors` of another run of the same model.
 
     `loss` is a name or weights by name, say `{ce: 0.3, kl: 0.7}`. `strong_teacher` is the share of the steps, from the
     first, in which the frozen base teaches; after them each step's largest sub-network does.
     """
 
     tokens: int | None = Field(default=None, ge=0)
+    ordering: str = "wanda"
     sampler: str = "sandwich"
     random_members: int = Field(default=1, ge=0)
     draw: str = "sizes"

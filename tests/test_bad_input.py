@@ -171,6 +171,12 @@ def unknown_algorithm(b: Bench) -> None:
     b.options["--recipe"] = str(recipe)
 
 
+def unknown_ordering(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("finetuning:\n  ordering: wnada\n")
+    b.options["--recipe"] = str(recipe)
+
+
 def too_long(b: Bench) -> None:
     rows = [{"context": text[:9], "choices": [" b" * 100, " c"], "gold": 0} for text in tiny.sentences(12, 3)]
     (b.tasks / "tiny_choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -203,6 +209,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_key, ["learning_rte", "learning_rate"]),
     (unknown_stage, ["finetuen", "finetune"]),
     (unknown_algorithm, ["linsa", "linas"]),
+    (unknown_ordering, ["wnada", "wanda"]),
     (too_long, ["tiny_choice", "64"]),
 ]
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.importance import wanda
+from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 
@@ -94,19 +95,19 @@ def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -
 def test_ordering_leaves_the_function_unchanged(model: PreTrainedModel) -> None:
     before = logits(model)
     supernet = SuperNetwork(model)
-    scores = activation_importance(supernet, [IDS])
+    scores = wanda(supernet, [IDS])
     order = order_by(scores)
     assert any(not torch.equal(o, o.sort().values) for o in order.values())
     apply_ordering(supernet, order)
     assert_close(logits(model), before)
-    again = activation_importance(supernet, [IDS])
+    again = wanda(supernet, [IDS])
     for key, value in again.items():
         assert torch.all(value[:-1] >= value[1:] - 1e-6 * value.max()), f"{key} is not in order of importance"
 
 
 def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> None:
     supernet = SuperNetwork(model)
-    apply_ordering(supernet, order_by(activation_importance(supernet, [IDS])))
+    apply_ordering(supernet, order_by(wanda(supernet, [IDS])))
     rng = random.Random(2)
     for _ in range(12):
         architecture = random_architecture(supernet.base, rng)

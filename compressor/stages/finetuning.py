@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from compressor.elastic.ordering import Scores, activation_importance, apply_ordering, order_by, save_ordering
+from compressor.elastic.importance import IMPORTANCES
+from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks, pack
@@ -34,7 +35,9 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
         "seed": recipe.seed,
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
-        inputs = {key: inputs[key] for key in ("model", "data", "seed")}
+        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": recipe.finetuning.ordering}
+    if recipe.finetuning.ordering not in IMPORTANCES:
+        inputs["ordering_file"] = data_fingerprint(recipe.finetuning.ordering)
     return inputs
 
 
@@ -61,9 +64,8 @@ def finetune(job: Job) -> dict[str, Any]:
         blocks = training_blocks(job, recipe.finetuning.tokens or 0)
         model = job.load_base(torch.float32)
         supernet = job.supernet_of(model)
-        say(f"ordering neurons and heads by importance on {CALIBRATION_BLOCKS} blocks of the data")
         order = order_supernet(job, supernet, blocks)
-        save_ordering(order, folder / "ordering.safetensors")
+        save_ordering(order, folder / "ordering.safetensors", {"criterion": recipe.finetuning.ordering})
         history = History()
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
@@ -84,10 +86,19 @@ def finetune(job: Job) -> dict[str, Any]:
     return run.manifest(run.supernet) or {}
 
 
-def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Scores:
-    """Permute neurons and heads by importance on the first blocks of the data; returns the permutations."""
-    calibration = [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
-    order = order_by(activation_importance(supernet, calibration))
+def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
+    """Permute neurons and heads as the recipe says; returns the permutations.
+
+    `ordering` names a criterion, which is measured on the first blocks of the data, or a file that another run left.
+    """
+    named = job.recipe.finetuning.ordering
+    if named in IMPORTANCES:
+        say(f"ordering neurons and heads by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
+        calibration = [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
+        order = order_by(IMPORTANCES[named](supernet, calibration))
+    else:
+        say(f"ordering neurons and heads as in {named}")
+        order = load_ordering(Path(named), job.structure)
     apply_ordering(supernet, order)
     return order
 

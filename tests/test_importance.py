@@ -1,0 +1,182 @@
+"""Every criterion of importance against a computation by hand, and what is done with an ordering on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compressor.elastic.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
+from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
+from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError
+
+HEADS, GROUPS, WIDTH, CHANNELS = 4, 2, 5, 8
+HEAD_DIM = CHANNELS // HEADS
+BATCHES = [torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[7, 8, 9, 10, 1, 3]])]
+
+
+@pytest.fixture
+def supernet() -> SuperNetwork:
+    """Two layers in float64, with biases, every weight random."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=11, hidden_size=CHANNELS, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, attention_bias=True, mlp_bias=True, max_position_embeddings=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return SuperNetwork(model)
+
+
+def inputs_of(supernet: SuperNetwork, module: str) -> torch.Tensor:
+    """What a module of layer 1 reads, all calibration tokens as rows."""
+    seen: list[torch.Tensor] = []
+    hook = supernet.model.get_submodule(f"model.layers.1.{module}").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, -2))
+    )
+    with torch.no_grad():
+        for ids in BATCHES:
+            supernet.model(input_ids=ids)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def neuron(supernet: SuperNetwork, j: int) -> list[torch.Tensor]:
+    """Views of all the weights of neuron j of layer 1."""
+    mlp = supernet.model.model.layers[1].mlp
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return [gate.weight[j], gate.bias[j], up.weight[j], up.bias[j], down.weight[:, j]]
+
+
+def group(supernet: SuperNetwork, g: int) -> list[torch.Tensor]:
+    """Views of all the weights of key-value group g of layer 1, with those of its two query heads."""
+    attention = supernet.model.model.layers[1].self_attn
+    query = slice(g * 2 * HEAD_DIM, (g + 1) * 2 * HEAD_DIM)
+    kv = slice(g * HEAD_DIM, (g + 1) * HEAD_DIM)
+    views = [attention.o_proj.weight[:, query]]
+    for projection, rows in ((attention.q_proj, query), (attention.k_proj, kv), (attention.v_proj, kv)):
+        views += [projection.weight[rows], projection.bias[rows]]
+    return views
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_unit(supernet: SuperNetwork) -> None:
+    scores = magnitude(supernet, [])
+    for units, count, weights in (((1, "ffn"), WIDTH, neuron), ((1, "kv"), GROUPS, group)):
+        expected = [torch.cat([w.flatten() for w in weights(supernet, i)]).norm() for i in range(count)]
+        assert torch.allclose(scores[units], torch.stack(expected))
+
+
+def test_activation_and_wanda_are_norms_over_all_tokens(supernet: SuperNetwork) -> None:
+    neurons, heads = inputs_of(supernet, "mlp.down_proj"), inputs_of(supernet, "self_attn.o_proj")
+    assert len(neurons) == 12
+    scores = activation(supernet, BATCHES)
+    assert torch.allclose(scores[1, "ffn"], neurons.norm(dim=0))
+    assert torch.allclose(scores[1, "kv"], heads.view(12, GROUPS, -1).norm(dim=(0, 2)))
+    layer = supernet.model.model.layers[1]
+    weighted = wanda(supernet, BATCHES)
+    assert torch.allclose(weighted[1, "ffn"], neurons.norm(dim=0) * layer.mlp.down_proj.weight.norm(dim=0))
+    channels = heads.norm(dim=0) * layer.self_attn.o_proj.weight.norm(dim=0)
+    assert torch.allclose(weighted[1, "kv"], channels.view(GROUPS, -1).norm(dim=1))
+
+
+def test_taylor_is_the_slope_of_the_loss_as_a_unit_shrinks(supernet: SuperNetwork) -> None:
+    scores = taylor(supernet, BATCHES)
+    step = 1e-3  # transformers' norms and loss are in float32, so a smaller one would measure their rounding
+    for units, count, weights in (((1, "ffn"), WIDTH, neuron), ((1, "kv"), GROUPS, group)):
+        for unit in range(count):
+            views = weights(supernet, unit)
+            expected = 0.0
+            for ids in BATCHES:
+                losses = []
+                for scale in (1 + step, 1 - step):
+                    with torch.no_grad():
+                        kept = [view.clone() for view in views]
+                        for view in views:
+                            view.mul_(scale)
+                        logits = supernet.model(input_ids=ids).logits
+                        losses.append(float(F.cross_entropy(logits[0, :-1], ids[0, 1:])))
+                        for view, before in zip(views, kept, strict=True):
+                            view.copy_(before)
+                expected += abs(losses[0] - losses[1]) / (2 * step)
+            assert scores[units][unit] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in supernet.model.parameters())
+
+
+def test_random_is_a_matter_of_the_seed(supernet: SuperNetwork) -> None:
+    one, same, other = random(supernet, []), random(supernet, []), random(supernet, [], seed=1)
+    assert all(torch.equal(one[units], same[units]) for units in one)
+    assert not any(torch.equal(one[units], other[units]) for units in one)
+
+
+def test_all_criteria_score_the_same_units(supernet: SuperNetwork) -> None:
+    expected = {(layer, unit): count for layer in (0, 1) for unit, count in (("kv", GROUPS), ("ffn", WIDTH))}
+    for name, criterion in IMPORTANCES.items():
+        assert {units: len(score) for units, score in criterion(supernet, BATCHES).items()} == expected, name
+
+
+@pytest.mark.parametrize("name", ["activation", "wanda", "taylor"])
+def test_no_calibration_data_is_an_error(supernet: SuperNetwork, name: str) -> None:
+    with pytest.raises(ValueError, match="calibration"):
+        IMPORTANCES[name](supernet, [])
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) -> None:
+    layers = supernet.model.model.layers
+    with torch.no_grad():  # layer 0 adds nothing
+        for projection in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj):
+            projection.weight.zero_()
+            projection.bias.zero_()
+    influence = block_influence(supernet, BATCHES)
+    assert influence[0] == pytest.approx(0.0, abs=1e-12)
+    before = torch.cat([supernet.model.model.embed_tokens(ids)[0] for ids in BATCHES])
+    after = inputs_of_norm(supernet)
+    assert influence[1] == pytest.approx(1 - float(F.cosine_similarity(before, after, dim=-1).mean()))
+
+
+def inputs_of_norm(supernet: SuperNetwork) -> torch.Tensor:
+    """The residual stream behind the last layer, all calibration tokens as rows."""
+    seen: list[torch.Tensor] = []
+    hook = supernet.model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    with torch.no_grad():
+        for ids in BATCHES:
+            supernet.model(input_ids=ids)
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.fixture
+def order(supernet: SuperNetwork) -> Order:
+    return order_by(magnitude(supernet, []))
+
+
+def test_an_ordering_can_be_used_again(supernet: SuperNetwork, order: Order, tmp_path: Path) -> None:
+    file = tmp_path / "ordering.safetensors"
+    save_ordering(order, file)
+    read = load_ordering(file, supernet.structure)
+    assert read.keys() == order.keys() and all(torch.equal(read[units], order[units]) for units in order)
+    first = [weight.clone() for weight in neuron(supernet, int(order[1, "ffn"][0]))]
+    apply_ordering(supernet, read)
+    assert all(torch.equal(a, b) for a, b in zip(neuron(supernet, 0), first, strict=True))
+
+
+def test_an_ordering_of_another_model_is_refused(supernet: SuperNetwork, order: Order, tmp_path: Path) -> None:
+    file = tmp_path / "ordering.safetensors"
+    for broken, said in (
+        (order | {(1, "ffn"): torch.arange(WIDTH + 1)}, "1.ffn"),
+        (order | {(1, "ffn"): torch.zeros(WIDTH, dtype=torch.int64)}, "1.ffn"),
+        (order | {(2, "ffn"): order[1, "ffn"].clone()}, "another model"),
+    ):
+        save_ordering(broken, file)
+        with pytest.raises(RequestError, match=said):
+            load_ordering(file, supernet.structure)
+    with pytest.raises(RequestError, match="not an ordering"):
+        load_ordering(tmp_path / "none.safetensors", supernet.structure)
+    file.write_text("no tensors")
+    with pytest.raises(RequestError, match="not an ordering"):
+        load_ordering(file, supernet.structure)
