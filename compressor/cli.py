@@ -278,6 +278,39 @@ def export(
 
 
 @app.command()
+def compare(
+    run: RunDir,
+    baselines: Annotated[
+        str | None, typer.Option(help="methods to compare with, comma-separated; all by default")
+    ] = None,
+    max_params: Annotated[
+        str | None, typer.Option(help="sizes, as in compress; the run's own picks by default")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="how often each method is drawn and healed")] = 1,
+    others: Annotated[
+        list[str] | None, typer.Option("--with", help="a checkpoint compressed elsewhere: a folder or a hub name")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Put the compressed model beside pruning baselines: same base, text, tokens, tasks, documents and size."""
+    look_at(run)
+    from compressor import pipeline
+
+    rows = pipeline.compare(
+        pipeline.resume(run, {}),
+        baselines=_several(baselines),
+        sizes=_several(max_params),
+        seeds=seeds,
+        others=others or [],
+    )
+    emit(rows, json)
+
+
+def _several(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+@app.command()
 def report(run: RunDir, json: Json = False) -> None:
     """Assemble report.json and report.html from what the run holds."""
     look_at(run)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from compressor.run import Run, write_json
-from compressor.stages import exporting, finetuning, searching
+from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged, data_fingerprint
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
@@ -98,6 +99,23 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
         }
         write_recipe(recipe, run.recipe_file, provenance)
     return job
+
+
+def compare(
+    job: Job, *, baselines: Sequence[str], sizes: Sequence[str], seeds: int, others: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Put ours beside pruning baselines; prints the table, and writes the report anew where there is one."""
+    from export.comparison import said, standings, terminal_table
+    from export.report import Comparison
+
+    rows = advised(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
+    if job.run.report.is_file():
+        report(job)
+    tables = standings([Comparison.model_validate(row) for row in rows])
+    console.print(terminal_table(tables))
+    for table in tables:
+        say(said(table))
+    return rows
 
 
 DEMO = {

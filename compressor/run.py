@@ -51,6 +51,7 @@ class Run:
         self.picks = path / "search" / "picks.json"
         self.subnets = path / "subnets"
         self.packages = path / "packages"
+        self.comparison = path / "comparison"
         self.report = path / "report.json"
 
     @classmethod

@@ -46,7 +46,7 @@ def evaluate(
     began = time.time()
     if isinstance(path_or_model, (str, Path)):
         name = str(path_or_model)
-        model, tokenizer = _load(name, device, dtype, revision, trust_remote_code)
+        model, tokenizer = load_checkpoint(name, device, dtype, revision, trust_remote_code)
     else:
         model, name = path_or_model, str(getattr(path_or_model.config, "_name_or_path", "")) or "model"
         if tokenizer is None:
@@ -111,7 +111,9 @@ def evaluate(
     }
 
 
-def _load(name: str, device: str, dtype: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_checkpoint(
+    name: str, device: str, dtype: str, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or a hub repository. Code files are run only if they are exactly what this
     version writes, or with `trust_remote_code`."""
     import torch

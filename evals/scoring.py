@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
@@ -35,8 +35,8 @@ class TaskScore:
     """A task's score: `n` documents of `split` under lm-eval's `metric`, with lm-eval's standard error of it.
 
     Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
-    `chance`: the score of uniform guessing, where that means something. `per_document`: the metric for each document
-    in the task's order, where it is a number for each.
+    `chance`: the score of uniform guessing, where that means something. `items`: for each subtask, lm-eval's
+    intermediate value of each document, in the task's order; what its aggregation adds up.
     """
 
     task: str
@@ -47,7 +47,7 @@ class TaskScore:
     split: Split
     higher_is_better: bool
     chance: float | None = None
-    per_document: list[float] | None = None
+    items: list[list[Any]] = field(default_factory=list)
 
     @property
     def near_chance(self) -> bool:
@@ -142,9 +142,8 @@ class Scorer:
                 values.append(math.nan)
                 errors.append(None)
             sizes.append(len(items))
-            everything += items
+            everything.append(items)
         value, error = task.aggregate(values, errors, sizes)
-        numbers = all(isinstance(item, (int, float)) for item in everything)
         return TaskScore(
             task.name,
             task.metric,
@@ -154,7 +153,7 @@ class Scorer:
             split,
             task.higher_is_better,
             task.chance(documents),
-            [float(item) for item in everything] if numbers else None,
+            everything,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from compressor.architecture import Architecture
+from export.comparison import said, standings
 from export.report import (
     DECOMPRESSED,
     TEMPLATES,
@@ -61,6 +62,9 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     package = report.package(package_name)
     alone = report.model_copy(update={"packages": [package]})
     siblings = [row for row in report.packages if row.sizes == package.sizes]
+    compared = [
+        table for table in standings(report.comparison) if any(o.ours and o.params == package.params for o in table)
+    ]
     return TEMPLATES.get_template("card.md.j2").render(
         metadata=card_data(report, package).to_yaml(),
         report=report,
@@ -80,6 +84,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         checks=list(flattened(package.verified)),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
+        compared=compared[0] if compared else None,
+        said=said,
         uneven_transformers=UNEVEN_TRANSFORMERS,
     )
 

@@ -89,6 +89,8 @@ class Dot:
     title: str
     kind: Literal["point", "front", "chosen", "base"] = "point"
     label: str = ""
+    error: float = 0.0
+    """Half the length of a bar along y, such as one standard error."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def scatter(
 
     `limits` are vertical lines: the sizes that were asked for. Emphasised dots are drawn last, so that none is hidden.
     """
-    x, y, parts = _frame([dot.x for dot in dots], [dot.y for dot in dots], x_label, y_label, height, x_is_share, True)
+    ends = [dot.y + sign * dot.error for dot in dots for sign in (-1, 1)]
+    x, y, parts = _frame([dot.x for dot in dots], ends, x_label, y_label, height, x_is_share, True)
     parts += [
         Markup(
             '<line class="limit" x1="{0}" x2="{0}" y1="{1}" y2="{2}"><title>asked for: at most {3}</title></line>'
@@ -155,6 +158,12 @@ def scatter(
     )
     order = ("point", "front", "base", "chosen")
     for dot in sorted(dots, key=lambda dot: order.index(dot.kind)):
+        if dot.error:
+            parts.append(
+                Markup('<line class="error" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
+                    x(dot.x), y(dot.y - dot.error), y(dot.y + dot.error)
+                )
+            )
         radius = {"point": 3, "front": 4.5, "base": 6, "chosen": 7}[dot.kind]
         parts.append(
             Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(

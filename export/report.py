@@ -25,6 +25,8 @@ from rich.text import Text
 
 from compressor.architecture import Architecture
 from compressor.errors import nearest
+from export.comparison import plots as comparison_plots
+from export.comparison import said, standings
 from export.plots import (
     Dot,
     Line,
@@ -333,18 +335,48 @@ class Sample(_Model):
     """Greedy continuation by `base` and by package name."""
 
 
-class Comparison(_Model):
-    """One baseline at one size and seed, healed and scored as ours."""
+class Difference(_Model):
+    """Quality of ours minus another's over the same documents, by paired bootstrap."""
 
-    model_config = ConfigDict(extra="allow")
+    value: float
+    low: float
+    """The central 95 % of the resamples begins here,"""
+    high: float
+    """and ends here."""
+
+    @property
+    def meaning(self) -> Literal["better", "worse", "unclear"]:
+        """`better`: ours, beyond what the choice of documents explains."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
+
+
+class Comparison(_Model):
+    """One method at one size and seed, healed and scored as ours."""
 
     method: str
+    about: str
+    """The paper that defines it, or what it is."""
+    size: str | None
+    """As asked for, such as `0.67`; None for a checkpoint from elsewhere."""
+    seed: int | None
+    path: str
+    architecture: ArchitectureDict | None = None
     params: int
-    quality: float
     bytes: int | None = None
-    seed: int | None = None
-    tasks: dict[str, TaskScore] = {}
+    tokens: int | None = None
+    """Read in healing; None where that is not known."""
+    quality: float
+    """On the report split, as for packages."""
+    quality_stderr: float | None = None
+    """One standard error over documents, bootstrapped."""
+    quality_before_healing: float | None = None
+    """As published: cut, not trained."""
+    tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
     speed: Speed | None = None
+    base_speed: Speed | None = None
+    """The base's, measured in turn with this one's."""
+    ours_minus_this: Difference | None = None
+    """Over all seeds of this method and size; None for ours."""
 
 
 class Report(_Model):
@@ -682,7 +714,8 @@ def render_html(report: Report) -> str:
         notes=notes(report),
         where=measured_in,
         runtimes=_runtimes(report),
-        compared=_compared(report),
+        compared=standings(report.comparison),
+        said=said,
         is_package=lambda row: isinstance(row, Package),
         crowded=_crowded(report),
         pictures=_pictures(report),
@@ -818,7 +851,7 @@ def _plots(report: Report) -> dict[str, Markup]:
         ]
         if trained := [line for line in trained if line.points]:
             plots["training"] = lines(trained, "training tokens", "loss")
-    return plots
+    return plots | comparison_plots(standings(report.comparison), report.base.params)
 
 
 def _size_limits(report: Report) -> list[float]:
@@ -857,12 +890,6 @@ def _declared(report: Report, attribute: str) -> list[int]:
         if attribute in gene.name:
             values |= {value for value in gene.values if isinstance(value, int)}
     return sorted(values)
-
-
-def _compared(report: Report) -> list[Comparison | Package]:
-    """Baselines and ours by falling quality, so that what wins stands first, whoever made it."""
-    ours = [package for package in report.packages if package.quantization is None]
-    return sorted([*report.comparison, *ours], key=lambda row: -row.quality)
 
 
 def _space_size(report: Report) -> str | Markup:

@@ -181,7 +181,24 @@ def full_report() -> dict[str, Any]:
         for n in range(3)
     ]
     report["comparison"] = [
-        {"method": "ShortGPT", "params": 672_000, "quality": 0.8, "seed": 0, "tasks": {"coin": score(0.5, 0.025)}}
+        {
+            "method": method,
+            "about": "a paper",
+            "size": "0.67",
+            "seed": 0,
+            "path": f"comparison/{method}-0.67-0",
+            "params": 672_000,
+            "quality": quality,
+            "quality_stderr": 0.01,
+            "tasks": {"coin": score(0.5, 0.025)},
+            "speed": speed(120.0),
+            "base_speed": speed(100.0),
+            "ours_minus_this": difference,
+        }
+        for method, quality, difference in (
+            ("ours", 0.85, None),
+            ("shortgpt", 0.8, {"value": 0.05, "low": 0.03, "high": 0.07}),
+        )
     ]
     return report
 
@@ -405,7 +422,14 @@ def test_terminal_table_fits_80_columns() -> None:
 
 def test_minimal_report_renders() -> None:
     page = Page(render_html(validate_report(minimal_report())))
-    for heading in ("Pareto front", "Samples", "Search", "Fine-tuning", "Comparison with baselines", "Fingerprints"):
+    for heading in (
+        "Pareto front",
+        "Samples",
+        "Search",
+        "Fine-tuning",
+        "Comparison with other methods",
+        "Fingerprints",
+    ):
         assert heading not in page.text
     assert "not measured" in page.text
     assert page.tags.count("svg") == 1  # the architecture
@@ -418,7 +442,7 @@ def test_full_page() -> None:
     assert page.references == []
     assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe", html)
     # front, speed, architecture, hypervolume, predictor, two usage maps, training
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 10
     assert page.text.count("near chance") >= 6  # four rows, a baseline, and the hovered points
     assert "set aside in generation 2" in page.text
     assert "model.layers.1.mlp.down_proj per-channel INT8" in page.text and "8.25 bits/weight" in page.text

@@ -52,6 +52,7 @@ def standalone_config(config: Any, architecture: Architecture) -> Any:
         if getattr(new, listed, None) is not None:
             setattr(new, listed, [getattr(config, listed)[i] for i in architecture.kept])
     new.num_hidden_layers = len(kept)
+    new.hidden_size = architecture.hidden_size
     if fits_plain_class(config, architecture):
         new.num_attention_heads = kept[0].num_attention_heads
         new.num_key_value_heads = kept[0].num_key_value_heads

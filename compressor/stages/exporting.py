@@ -172,10 +172,15 @@ def shipped_network(
     write_package(network, healed, **options)
     write_json(healed / "healing.json", vars(history))
     state.unlink(missing_ok=True)
-    with torch.no_grad():  # as stored, so that what is proved and scored is what ships
+    round_as_stored(job, network)
+    return network
+
+
+def round_as_stored(job: Job, network: Any) -> None:
+    """Give the weights the values that the stored dtype has, so that what is proved and scored is what ships."""
+    with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(parameter.to(job.stored_dtype))
-    return network
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

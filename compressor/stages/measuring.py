@@ -97,19 +97,21 @@ def report_scores(
     job: Job, store: EvaluationStore, model: Any, architecture: Architecture, weights: str
 ) -> dict[str, dict[str, Any]]:
     """Every task's score on the report split, in the report's form."""
-    tasks = job.tasks.tasks
     rows = stored_scores(job, store, architecture, weights, "report", lambda: job.scorer(model).score("report"))
+    return {name: score_in_report(job, name, row.score, row.stderr, row.n) for name, row in rows.items()}
+
+
+def score_in_report(job: Job, name: str, value: float, stderr: float | None, n: int) -> dict[str, Any]:
+    """A task's score on the report split, as `report.json` holds it."""
+    task = job.tasks.tasks[name]
     return {
-        name: {
-            "metric": tasks[name].metric,
-            "value": row.score,
-            "stderr": row.stderr,
-            "n": row.n,
-            "split": "report",
-            "higher_is_better": tasks[name].higher_is_better,
-            "chance": job.tasks.chance(name, "report"),
-        }
-        for name, row in rows.items()
+        "metric": task.metric,
+        "value": value,
+        "stderr": stderr,
+        "n": n,
+        "split": "report",
+        "higher_is_better": task.higher_is_better,
+        "chance": job.tasks.chance(name, "report"),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.architecture import Architecture
 from compressor.elastic.slicing import fits_plain_class
@@ -11,17 +11,17 @@ from compressor.job import Job
 from compressor.progress import say
 from compressor.run import read_json, write_json
 
-
-def pick(job: Job) -> list[dict[str, Any]]:
-    """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
+if TYPE_CHECKING:
     from search.objectives import Evaluation
-    from search.pareto import Target
-    from search.pareto import pick as pick_one
 
-    recipe, run = job.recipe, job.run
-    if not run.front.is_file():
-        raise RequestError(f"{run.path}: nothing was searched yet; run compressor search")
-    found = read_json(run.front)
+
+def measured(job: Job) -> list[Evaluation]:
+    """Everything that the search measured, with sizes, bytes as asked for, and the speed-up over the base."""
+    from search.objectives import Evaluation
+
+    if not job.run.front.is_file():
+        raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
+    found = read_json(job.run.front)
     base_speed = found["base_decode_tps"]
     evaluations = []
     for row in found["evaluations"]:
@@ -33,6 +33,16 @@ def pick(job: Job) -> list[dict[str, Any]]:
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / base_speed
         evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+    return evaluations
+
+
+def pick(job: Job) -> list[dict[str, Any]]:
+    """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
+    from search.pareto import Target
+    from search.pareto import pick as pick_one
+
+    recipe, run = job.recipe, job.run
+    evaluations = measured(job)
     picks = []
     for name, size in job.sizes():
         target = Target(

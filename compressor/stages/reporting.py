@@ -9,6 +9,7 @@ from compressor.errors import RequestError
 from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.run import read_json
+from compressor.stages.comparing import comparison_rows
 from compressor.stages.finetuning import data_fingerprint
 from compressor.stages.searching import row_key
 
@@ -39,6 +40,7 @@ def report(job: Job) -> dict[str, Any]:
         "front": front_rows(job, found, errors) if found else [],
         "packages": packages,
         "samples": exported["samples"],
+        "comparison": comparison_rows(job),
     }
     if found:
         data["search"] = search_section(job, found, errors)

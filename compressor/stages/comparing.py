@@ -1,0 +1,438 @@
+"""Put ours beside the alternatives: same base, text, tokens, tasks, documents, code and size. Fills `comparison/`.
+
+Every method gives an ordinary package `comparison/METHOD-SIZE-SEED/`, healed with as many tokens as ours has read in
+fine-tuning and healing together, and proved like any other. The row beside it, `METHOD-SIZE-SEED.json`, is written
+last, so its existence means that the method is done; a killed comparison goes on behind the last row.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compressor.architecture import Architecture
+from compressor.elastic.slicing import extract
+from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError, nearest
+from compressor.finetune.data import Blocks
+from compressor.finetune.elastic import heal
+from compressor.job import Job, versions
+from compressor.progress import say
+from compressor.recipe import absolute_or_share
+from compressor.run import Run, fingerprint, read_json, write_json
+from compressor.stages.exporting import round_as_stored
+from compressor.stages.finetuning import CALIBRATION_BLOCKS, finetune, training_blocks
+from compressor.stages.measuring import load_package, score_in_report
+from compressor.stages.picking import measured
+from compressor.stages.searching import relative_quality, search
+
+if TYPE_CHECKING:
+    from evals.baselines import Baseline, Bench, Cut
+    from evals.comparison import Documents, Resampled
+    from evals.scoring import TaskScore
+    from search.objectives import Evaluation
+
+OURS = "ours"
+TOLERANCE = 0.01
+"""Sizes count as the same within this share."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One size: what ours is there, and what every method starts from."""
+
+    job: Job
+    size: str
+    architecture: Architecture
+    supernet: SuperNetwork
+    base: Any
+    calibration: tuple[torch.Tensor, ...]
+
+    @property
+    def parameters(self) -> int:
+        return self.job.structure.parameters(self.architecture)
+
+    @cached_property
+    def bench(self) -> Bench:
+        from evals.baselines import Bench
+
+        return Bench(self.base, self.job.structure, self.calibration, self.parameters)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a network of the size: its name, where it comes from, and how it is made for a seed.
+
+    `trained` methods start from the fine-tuned super-network, so that healing is all they still get; the others heal
+    with the tokens of the fine-tuning too. `drawn` ones differ by seed before they are healed.
+    """
+
+    name: str
+    about: str
+    make: Callable[[Contest, int], Cut]
+    trained: bool = False
+    drawn: bool = False
+
+
+def ours(contest: Contest, seed: int) -> Cut:
+    architecture = contest.architecture
+    return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+
+
+def random_subnetwork(contest: Contest, seed: int) -> Cut:
+    """The first draw of the super-network's space that has the size."""
+    rng = np.random.default_rng([contest.job.recipe.seed, seed])
+    for _ in range(1000):
+        architecture = contest.job.draw_near(rng, contest.parameters)
+        if _same_size(contest.job.structure.parameters(architecture), contest.parameters):
+            return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+    raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
+
+
+def untrained_search(contest: Contest, seed: int) -> Cut:
+    """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
+    job = contest.job
+    recipe = job.recipe.model_copy(deep=True)
+    recipe.finetuning.tokens = 0
+    plain = Job(Run.create(job.run.comparison / "untrained-search", recipe, {"versions": versions()}), recipe)
+    if job.run.speed_table.is_file():  # the same device, and timings do not depend on what the weights are
+        shutil.copy(job.run.speed_table, plain.run.speed_table)
+    finetune(plain)
+    search(plain)
+    evaluations = [e for e in measured(plain) if _same_size(e.values["parameters"], contest.parameters)]
+    if not evaluations:
+        raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
+    best = max(evaluations, key=lambda e: (e.values["quality"], -e.values["parameters"]))
+    return extract(plain.load_supernet().model, job.structure, best.architecture), best.architecture
+
+
+def from_scratch(contest: Contest, seed: int) -> Cut:
+    """The shape of ours with random weights, to be distilled from the base like all others."""
+    network, architecture = ours(contest, seed)
+    torch.manual_seed(contest.job.recipe.seed + seed)
+    fresh: Any = type(network)(network.config)
+    fresh.generation_config = copy.deepcopy(network.generation_config)
+    return fresh.to(contest.job.device, contest.job.compute_dtype).eval(), architecture
+
+
+def published(baseline: Baseline) -> Method:
+    return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.bench))
+
+
+def methods() -> dict[str, Method]:
+    """Ours first, then what it is compared with."""
+    from evals.baselines import baselines
+
+    own = [
+        Method(OURS, "searched in the fine-tuned super-network", ours, trained=True),
+        Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),
+        Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search),
+        Method("scratch", "the shape of ours, distilled from random weights", from_scratch, drawn=True),
+    ]
+    return {m.name: m for m in [*own, *map(published, baselines().values())]}
+
+
+def compare(
+    job: Job,
+    *,
+    baselines: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    seeds: int = 1,
+    others: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Make, heal, prove, score and time every method at every size; returns the report's rows.
+
+    `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
+    where none is given; `others` are checkpoints, by folder or hub name, that were compressed elsewhere.
+    """
+    known = methods()
+    for name in baselines:
+        if name not in known:
+            raise RequestError(f"--baselines: '{name}' is unknown{nearest(name, known)} (known are {', '.join(known)})")
+    if seeds < 1:
+        raise RequestError(f"--seeds: {seeds} is not a number of seeds; say 1 or more")
+    chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
+    run, recipe = job.run, job.recipe
+    picked = sizes_to_compare(job, sizes)
+    supernet, base = job.load_supernet(), job.load_base()
+    total = (recipe.finetuning.tokens or 0) + (recipe.healing.tokens or 0)
+    short, long = training_blocks(job, recipe.healing.tokens or 0), training_blocks(job, total)
+    calibration = tuple(batch.ids for batch in long[:CALIBRATION_BLOCKS].to(job.device).split(8))
+    run.comparison.mkdir(exist_ok=True)
+    base_documents(job, base)
+    rows = [outsider(job, other) for other in others]  # first, for they may be refused
+    contests = [Contest(job, size, architecture, supernet, base, calibration) for size, architecture in picked]
+    for contest in contests:
+        done = []
+        for number, method in enumerate(chosen, start=1):
+            say(f"{method.name} at {contest.size} ({number} of {len(chosen)} methods)")
+            tokens, blocks = (recipe.healing.tokens or 0, short) if method.trained else (total, long)
+            try:
+                done += take_part(contest, method, seeds, tokens, blocks)
+            except RequestError as error:  # it does not reach the size, or does not suit the family
+                say(f"{method.name} is left out at {contest.size}: {error}")
+                run.log(f"{method.name} is left out at {contest.size}: {error}")
+        prove(job, done)
+        time_together(job, base, [row for row in done if row.stem.endswith("-0")])
+        rows += done
+    run.log(f"compared: {', '.join(row.stem for row in rows)}")
+    return comparison_rows(job)
+
+
+def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architecture]]:
+    """(label, architecture of ours) of every size: picked anew from what was measured, or the run's own picks."""
+    from search.pareto import Target
+    from search.pareto import pick as pick_one
+
+    full = job.structure.parameters(job.structure.base)
+    if not asked:
+        if not job.run.picks.is_file():
+            raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick, or say --max-params")
+        own = [row for row in read_json(job.run.picks) if not row["name"].endswith("-uniform")] or read_json(
+            job.run.picks
+        )
+        found = [Architecture.from_dict(row["architecture"]) for row in own]
+        labels = job.recipe.targets.max_params
+        if len(labels) != len(found):
+            labels = [f"{job.structure.parameters(a) / full:.2f}" for a in found]
+        return [(_plain(label), a) for label, a in zip(labels, found, strict=True)]
+    evaluations: list[Evaluation] = measured(job)
+    chosen = []
+    for size in asked:
+        try:
+            limit = absolute_or_share(size, full)
+            best = pick_one(evaluations, Target(max_params=limit)).architecture
+        except ValueError as error:
+            raise RequestError(f"--max-params: {error}") from error
+        if job.structure.parameters(best) < 0.9 * limit:
+            raise RequestError(
+                f"--max-params: this run measured nothing close below {limit:,} parameters; search there first "
+                f"(compressor search {job.run.path} --max-params {size})"
+            )
+        chosen.append((_plain(size), best))
+    return chosen
+
+
+def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
+    """One method at one size for every seed; returns its rows. What is there already is left as it is."""
+    from export.layouts import write_layout
+
+    job = contest.job
+    cut: tuple[Any, Architecture] | None = None
+    raw: float | None = None
+    rows = []
+    for seed in range(seeds):
+        name = f"{method.name}-{contest.size}-{seed}"
+        row_file = job.run.comparison / f"{name}.json"
+        rows.append(row_file)
+        inputs = {
+            "base": job.base_fingerprint,
+            "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
+            "ours": contest.architecture.key,
+            "tokens": tokens,
+            "healing": job.recipe.healing.learning_rate,
+            "data": blocks.fingerprint,
+            "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
+            "seed": job.recipe.seed,
+        }
+        if row_file.is_file() and read_json(row_file)["inputs"] == fingerprint(inputs):
+            continue
+        if cut is None or method.drawn:
+            job.threads(scoring=True)
+            cut, raw = method.make(contest, seed), None
+        network, architecture = copy.deepcopy(cut[0]), cut[1]
+        params = sum(p.numel() for p in network.parameters())
+        if raw is None and tokens:
+            raw, _, _ = scored(job, network)
+        if tokens:
+            heal_as_ours(job, contest.base, network, tokens, blocks, seed, name)
+        quality, tasks, documents = scored(job, network)
+        folder = job.run.comparison / name
+        lineage = {"inputs": fingerprint(inputs), "method": method.name, "about": method.about, "tokens": tokens}
+        write_layout(
+            "uneven",
+            network,
+            architecture,
+            folder,
+            entry={"name": name, "architecture": architecture.to_dict(), "quality": quality, "tasks": tasks},
+            tokenizer=job.tokenizer,
+            dtype=job.stored_dtype,
+            lineage=lineage | {"base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint}},
+            probe_ids=blocks.split()[1][:4].ids[:, :32],
+        )
+        row = {
+            "method": method.name,
+            "about": method.about,
+            "size": contest.size,
+            "seed": seed,
+            "path": f"comparison/{name}",
+            "architecture": architecture.to_dict(),
+            "params": params,
+            "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            "tokens": tokens,
+            "quality": quality,
+            "quality_before_healing": raw if tokens else quality,
+            "tasks": tasks,
+        }
+        write_json(row_file, {"inputs": fingerprint(inputs), "row": row, "documents": documents})
+    return rows
+
+
+def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks, seed: int, name: str) -> None:
+    """Heal in place with the recipe's rate; seed 0 draws what the export of this run drew."""
+    state = job.run.comparison / f".{name}.training.safetensors"
+    section = job.recipe.healing.model_copy(update={"tokens": tokens})
+    settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
+    job.threads(scoring=False)
+    heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
+    state.unlink(missing_ok=True)
+    round_as_stored(job, network)
+
+
+def scored(job: Job, network: Any) -> tuple[float, dict[str, Any], Documents]:
+    """Quality, scores as the report holds them, and every document's own, on the report split."""
+    job.threads(scoring=True)
+    found = job.scorer(network).score("report")
+    base = {task: row["value"] for task, row in read_json(job.run.comparison / "base.json")["tasks"].items()}
+    quality = relative_quality(job, {task: score.value for task, score in found.items()}, base)
+    return quality, in_report(job, found), {task: score.items for task, score in found.items()}
+
+
+def in_report(job: Job, found: Mapping[str, TaskScore]) -> dict[str, Any]:
+    return {task: score_in_report(job, task, score.value, score.stderr, score.n) for task, score in found.items()}
+
+
+def base_documents(job: Job, base: Any) -> None:
+    """`comparison/base.json`: the base's scores and documents, against which every quality is."""
+    file = job.run.comparison / "base.json"
+    inputs = fingerprint({task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks})
+    if file.is_file() and read_json(file)["inputs"] == inputs:
+        return
+    job.threads(scoring=True)
+    found = job.scorer(base).score("report")
+    documents = {task: score.items for task, score in found.items()}
+    write_json(file, {"inputs": inputs, "tasks": in_report(job, found), "documents": documents})
+
+
+def prove(job: Job, rows: Sequence[Path]) -> None:
+    """Reload in a fresh process every package that was not proved yet."""
+    from export.package import read_record
+    from export.verify import verify_all
+
+    folders = [row.with_suffix("") for row in rows]
+    unproved = [folder for folder in folders if not read_record(folder)["entry"].get("verified")]
+    if unproved:
+        verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
+
+
+def time_together(job: Job, base: Any, rows: Sequence[Path]) -> None:
+    """Decode and prefill speed of base and all methods of one size, in turn; seeds share their shape."""
+    from evals.speed import compare_speed
+    from export.package import update_record
+
+    read = {row: read_json(row) for row in rows}
+    if all("speed" in data["row"] for data in read.values()):
+        return
+    job.threads(scoring=True)
+    models = {"base": base}
+    models |= {row.stem: load_package(row.with_suffix(""), job.compute_dtype, job.device) for row in rows}
+    speeds = compare_speed(models)
+    for row, data in read.items():
+        data["row"] |= {"speed": speeds[row.stem].to_dict(), "base_speed": speeds["base"].to_dict()}
+        update_record(row.with_suffix(""), entry={"speed": data["row"]["speed"]})
+        write_json(row, data)
+
+
+def outsider(job: Job, given: str) -> Path:
+    """Score a checkpoint that was compressed elsewhere, as it came, with its own tokenizer."""
+    from evals.encoding import Encoder
+    from evals.evaluate import load_checkpoint
+    from evals.scoring import NetworkLM, Scorer
+    from evals.tasks import TaskSet
+
+    name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
+    file = job.run.comparison / f"with-{name}.json"
+    model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
+    inputs = {
+        "weights": fingerprint([[n, p.shape, p.detach().double().sum().item()] for n, p in model.named_parameters()]),
+        "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
+    }
+    if file.is_file() and read_json(file)["inputs"] == fingerprint(inputs):
+        return file
+    say(f"scoring {given}")
+    include = [job.recipe.include_path] if job.recipe.include_path else []
+    encoder = Encoder(tokenizer, model.config)
+    tasks = TaskSet.load(job.recipe.tasks, encoder=encoder, include_path=include)
+    found = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.recipe.batch_tokens)).score("report")
+    base = {task: row["value"] for task, row in read_json(job.run.comparison / "base.json")["tasks"].items()}
+    parameters = list(model.parameters())
+    row = {
+        "method": name,
+        "about": "compressed elsewhere, as it came",
+        "size": None,
+        "seed": None,
+        "path": given,
+        "params": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "tokens": None,
+        "quality": relative_quality(job, {task: score.value for task, score in found.items()}, base),
+        "tasks": in_report(job, found),
+    }
+    documents = {task: score.items for task, score in found.items()}
+    write_json(file, {"inputs": fingerprint(inputs), "row": row, "documents": documents})
+    return file
+
+
+def comparison_rows(job: Job) -> list[dict[str, Any]]:
+    """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
+
+    Rows of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against
+    ours of the nearest size.
+    """
+    from evals.comparison import paired_difference, qualities, resampled
+
+    folder = job.run.comparison
+    found = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
+    if not found:
+        return []
+    tasks = job.tasks.tasks
+    base: Resampled = resampled(tasks, read_json(folder / "base.json")["documents"])
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for data in found:
+        drawn = qualities(tasks, resampled(tasks, data["documents"]), base)
+        data["drawn"] = drawn
+        data["row"]["quality_stderr"] = float(np.nanstd(drawn)) if np.isfinite(drawn).any() else None
+        groups.setdefault((data["row"]["method"], data["row"]["size"]), []).append(data)
+    mine = {size: group for (method, size), group in groups.items() if method == OURS}
+    for (method, size), group in groups.items():
+        rival = mine.get(size) or min(
+            mine.values(), key=lambda g: abs(g[0]["row"]["params"] - group[0]["row"]["params"]), default=None
+        )
+        if method == OURS or rival is None:
+            continue
+        value = _mean(rival) - _mean(group)
+        difference = paired_difference(value, [d["drawn"] for d in rival], [d["drawn"] for d in group])
+        for data in group:
+            data["row"]["ours_minus_this"] = asdict(difference)
+    return [data["row"] for data in found]
+
+
+def _mean(group: Sequence[dict[str, Any]]) -> float:
+    return sum(data["row"]["quality"] for data in group) / len(group)
+
+
+def _same_size(parameters: float, wanted: int) -> bool:
+    return abs(parameters / wanted - 1) <= TOLERANCE
+
+
+def _plain(size: str) -> str:
+    return re.sub(r"[^0-9A-Za-z.]", "", size)

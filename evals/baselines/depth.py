@@ -1,0 +1,115 @@
+"""Whole layers removed: by block influence, as a block by angular distance, and by the loss that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compressor.architecture import Architecture
+from compressor.elastic.importance import block_influence, wanda
+from compressor.elastic.supernet import SuperNetwork
+from evals.baselines import Baseline, Bench, Cut, ordered_cut, removal, without
+
+
+def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
+    """The residual stream before each layer and after the last one: depth + 1 tensors [batch, length, hidden]."""
+    stream: list[Tensor] = []
+    layers = list(supernet.model.get_submodule(supernet.family.layers).children())
+
+    def before(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stream.append(inputs[0].detach())
+
+    def after(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        stream.append((output if isinstance(output, Tensor) else output[0]).detach())
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            supernet.model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return stream
+
+
+def angular_distance(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """arccos(cos(x, y)) / pi of residuals [..., hidden] -> [...], 0 for parallel and 1 for opposite ones.
+
+    Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887, eq. 3.
+    """
+    cosine = F.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
+    return torch.arccos(cosine.clamp(-1, 1)) / math.pi
+
+
+def shortgpt(bench: Bench) -> Cut:
+    """The layers of the least block influence, measured once on the whole network."""
+    influence = block_influence(bench.supernet(), bench.calibration)
+    order = sorted(range(len(influence)), key=influence.__getitem__)
+    return _cut(bench, removal(bench, (order[:n] for n in range(1, len(order)))))
+
+
+def late_block(bench: Bench) -> Cut:
+    """The n consecutive layers across which the last token's residual turns least."""
+    supernet = bench.supernet()
+    depth = len(bench.structure.base.layers)
+    ends = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in bench.calibration]
+    last = torch.cat(ends, dim=1)  # [depth + 1, sequences, hidden]
+
+    def block(n: int) -> range:
+        turns = [float(angular_distance(last[start], last[start + n]).mean()) for start in range(depth - n + 1)]
+        start = min(range(len(turns)), key=turns.__getitem__)
+        return range(start, start + n)
+
+    return _cut(bench, removal(bench, (block(n) for n in range(1, depth))))
+
+
+def sleb(bench: Bench) -> Cut:
+    """One layer at a time, always the one without which the calibration loss is least."""
+    supernet = bench.supernet()
+
+    def greedily() -> Iterator[set[int]]:
+        removed: set[int] = set()
+        depth = len(bench.structure.base.layers)
+        while len(removed) < depth - 1:
+            left = [index for index in range(depth) if index not in removed]
+            removed = removed | {min(left, key=lambda index: loss_without(bench, supernet, removed | {index}))}
+            yield removed
+
+    return _cut(bench, removal(bench, greedily()))
+
+
+def one_shot_loss(bench: Bench) -> Cut:
+    """The layers without each of which, alone, the calibration loss is least: Minitron's criterion for depth."""
+    supernet = bench.supernet()
+    depth = len(bench.structure.base.layers)
+    order = sorted(range(depth), key=lambda index: loss_without(bench, supernet, {index}))
+    return _cut(bench, removal(bench, (order[:n] for n in range(1, depth))))
+
+
+def loss_without(bench: Bench, supernet: SuperNetwork, removed: set[int]) -> float:
+    """Mean next-token cross-entropy on the calibration text, in nats, without these layers."""
+    total, count = 0.0, 0
+    with torch.no_grad(), supernet.activated(without(bench.structure.base, removed)) as model:
+        for ids in bench.calibration:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
+            count += ids[:, 1:].numel()
+    return total / count
+
+
+def _cut(bench: Bench, architecture: Architecture) -> Cut:
+    """Only where the FFN had to be narrowed too does the order of neurons matter."""
+    return ordered_cut(bench, wanda(bench.supernet(), bench.calibration), architecture)
+
+
+BASELINES = (
+    Baseline("shortgpt", "Men et al., arXiv 2403.03853", shortgpt),
+    Baseline("late-block", "Gromov et al., arXiv 2403.17887", late_block),
+    Baseline("sleb", "Song et al., arXiv 2402.09025", sleb),
+    Baseline("minitron-depth", "Muralidharan et al., arXiv 2407.14679", one_shot_loss),
+)

@@ -1,0 +1,25 @@
+"""Uniform width: every layer keeps the same share of neurons and head groups, chosen by one criterion of importance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from compressor.elastic.importance import IMPORTANCES
+from evals.baselines import Baseline, Bench, Cut, ordered_cut, uniform_width
+
+
+def cut(bench: Bench, criterion: str) -> Cut:
+    scores = IMPORTANCES[criterion](bench.supernet(), bench.calibration)
+    return ordered_cut(bench, scores, uniform_width(bench))
+
+
+def by(criterion: str) -> Callable[[Bench], Cut]:
+    return partial(cut, criterion=criterion)
+
+
+BASELINES = (
+    Baseline("magnitude", "the group's L2 norm, as in Li et al., arXiv 1608.08710", by("magnitude")),
+    Baseline("wanda", "Sun et al., arXiv 2306.11695", by("wanda")),
+    Baseline("taylor", "Ma et al. (LLM-Pruner), arXiv 2305.11627", by("taylor")),
+)

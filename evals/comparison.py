@@ -1,0 +1,97 @@
+"""Is one network better than another on these documents, or is it chance? A paired bootstrap over documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from lm_eval.api.metrics import mean
+from numpy.typing import NDArray
+
+from evals.tasks import ScoredTask
+
+RESAMPLES = 1000
+
+Documents = dict[str, list[list[Any]]]
+"""{task: for each of its subtasks, lm-eval's intermediate value of each document}, always in the same order."""
+
+Resampled = dict[str, NDArray[np.float64]]
+"""{task: its score in each resample}."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Quality of ours minus theirs, with the central 95 % of the resamples."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def meaning(self) -> Literal["better", "worse", "unclear"]:
+        """`better`: ours, beyond what the choice of documents explains."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
+
+
+def resampled(
+    tasks: Mapping[str, ScoredTask], documents: Documents, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Resampled:
+    """Every task's score on documents drawn with replacement, within each subtask. The draws depend on the seed and the
+    task alone, so that resample i of two networks rests on the same documents."""
+    found: Resampled = {}
+    for name, leaves in documents.items():
+        task = tasks[name]
+        columns = []
+        for number, (leaf, items) in enumerate(zip(task.leaves, leaves, strict=True)):
+            rng = np.random.default_rng([seed, number, len(items)])
+            aggregation = leaf.task.aggregation().get(task.metric, mean)
+            columns.append(_aggregates(aggregation, items, rng, resamples))
+        sizes = [len(items) for items in leaves]
+        none = [None] * len(sizes)
+        found[name] = np.array([task.aggregate(list(row), none, sizes)[0] for row in zip(*columns, strict=True)])
+    return found
+
+
+def _aggregates(aggregation: Any, items: Sequence[Any], rng: np.random.Generator, resamples: int) -> NDArray[Any]:
+    if not items:
+        return np.full(resamples, np.nan)
+    draws = (rng.integers(0, len(items), len(items)) for _ in range(resamples))
+    if aggregation is mean:
+        values = np.array(items, dtype=float)
+        return np.array([values[draw].mean() for draw in draws])
+    return np.array([float(aggregation([items[i] for i in draw])) for draw in draws])
+
+
+def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resampled) -> NDArray[np.float64]:
+    """Quality in each resample: the mean over tasks of score / base's score, inverted where lower is better.
+
+    Not a number where the base itself scores nothing on the documents drawn.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [
+            scores[name] / base[name] if tasks[name].higher_is_better else base[name] / scores[name] for name in scores
+        ]
+    found = np.mean(ratios, axis=0)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def paired_difference(
+    value: float, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], *, seed: int = 0
+) -> Difference:
+    """How sure a difference `value` of mean quality is, from each side's `qualities` for every seed.
+
+    Where a side has several seeds they are drawn with replacement too, so that luck in training counts as luck.
+    """
+    rng = np.random.default_rng(seed)
+    mine, other = np.stack(ours), np.stack(theirs)
+
+    def drawn(rows: NDArray[Any]) -> NDArray[Any]:
+        count, resamples = rows.shape
+        return np.take_along_axis(rows, rng.integers(0, count, (count, resamples)), axis=0).mean(0)
+
+    found = drawn(mine) - drawn(other)
+    found = found[np.isfinite(found)]
+    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (-np.inf, np.inf)
+    return Difference(value, float(low), float(high))

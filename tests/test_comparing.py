@@ -1,0 +1,191 @@
+"""The comparison with other methods: statistics by hand, then the whole command on a tiny run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from lm_eval.api.metrics import mean
+
+from compressor.cli import run
+from evals.comparison import paired_difference, qualities, resampled
+from export.comparison import said, standings, terminal_table
+from export.report import Comparison
+
+
+class Task:
+    """As much of a scored task as a bootstrap needs: one subtask, whose score is the mean."""
+
+    higher_is_better = True
+    metric = "acc"
+
+    def __init__(self, aggregation: Any = mean) -> None:
+        self.leaves = [SimpleNamespace(task=SimpleNamespace(aggregation=lambda: {"acc": aggregation}))]
+
+    @staticmethod
+    def aggregate(values: list[float], _: Any, __: Any) -> tuple[float, None]:
+        return values[0], None
+
+
+TASKS: Any = {"coin": Task()}
+
+
+def drawn(items: list[float], base: list[float]) -> Any:
+    return qualities(TASKS, resampled(TASKS, {"coin": [items]}), resampled(TASKS, {"coin": [base]}))
+
+
+def test_resamples_are_of_the_same_documents_for_everybody() -> None:
+    left = [float(i % 3 == 0) for i in range(60)]
+    right = [1 - value for value in left]
+    first = resampled(TASKS, {"coin": [left]})["coin"]
+    second = resampled(TASKS, {"coin": [right]})["coin"]
+    assert np.allclose(first + second, 1.0)  # only where both rest on the same documents
+    assert first.std() == pytest.approx(np.std(left) / 60**0.5, rel=0.1)
+
+
+def test_an_aggregation_that_is_no_mean_is_lm_evals_own() -> None:
+    tasks: Any = {"coin": Task(aggregation=max)}
+    assert set(resampled(tasks, {"coin": [[1.0, 2.0]]}, resamples=50)["coin"]) == {1.0, 2.0}
+
+
+def test_quality_of_the_base_is_one_and_lower_is_better_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = [1.0, 2.0, 3.0, 2.0]
+    assert np.allclose(drawn(base, base), 1.0)
+    monkeypatch.setattr(Task, "higher_is_better", False)
+    assert np.allclose(drawn([2 * value for value in base], base), 0.5)
+
+
+def test_better_is_said_only_where_it_is() -> None:
+    rng = np.random.default_rng(0)
+    base = [1.0] * 400
+    good = (rng.random(400) < 0.8).astype(float)
+    same, bad = good[::-1], good * (rng.random(400) < 0.9)
+    ours = [drawn(list(good), base)]
+    clear = paired_difference(float(good.mean() - bad.mean()), ours, [drawn(list(bad), base)])
+    assert clear.meaning == "better" and clear.low < clear.value < clear.high
+    assert paired_difference(-clear.value, [drawn(list(bad), base)], ours).meaning == "worse"
+    assert paired_difference(0.0, ours, [drawn(list(same), base)]).meaning == "unclear"
+    assert paired_difference(0.0, ours, ours).high == 0.0  # the same documents: no difference in any resample
+
+
+def test_seeds_that_disagree_widen_the_doubt() -> None:
+    base = [1.0] * 100
+    low, high = [float(i % 10 < 6) for i in range(100)], [float(i % 10 < 8) for i in range(100)]
+    steady = [drawn([float(i % 10 < 7) for i in range(100)], base)] * 2
+    lucky = [drawn(low, base), drawn(high, base)]
+    alone, doubtful = paired_difference(0.0, steady, steady), paired_difference(0.0, steady, lucky)
+    assert doubtful.high - doubtful.low > alone.high - alone.low
+
+
+def row(method: str, quality: float, size: str | None = "0.67", seed: int | None = 0, **more: Any) -> Comparison:
+    values = {"about": "", "path": "x", "params": 670, "method": method, "quality": quality, "size": size, "seed": seed}
+    return Comparison.model_validate(values | more)
+
+
+def less(low: float, high: float) -> dict[str, float]:
+    return {"value": (low + high) / 2, "low": low, "high": high}
+
+
+def test_what_wins_stands_first_whoever_made_it() -> None:
+    rows = [
+        row("ours", 0.90),
+        row("sleb", 0.95, ours_minus_this=less(-0.08, -0.02)),
+        row("flap", 0.91, ours_minus_this=less(-0.03, 0.01)),
+        row("magnitude", 0.5, ours_minus_this=less(0.3, 0.5)),
+        row("elsewhere", 0.4, size=None, seed=None, params=700, ours_minus_this=less(0.4, 0.6)),
+    ]
+    (table,) = standings(rows)
+    assert [one.method for one in table] == ["sleb", "flap", "ours", "magnitude", "elsewhere"]
+    assert said(table).startswith("At 0.67 sleb beat ours (quality 90") and "better than 2 of 4 others" in said(table)
+    assert "is not told apart from the best (flap)" in said([one for one in table if one.method != "sleb"])
+    assert "ours is best" in said(table[2:])
+    assert terminal_table([table]).row_count == 5
+
+
+def test_seeds_are_put_together() -> None:
+    rows = [row("ours", 0.8, seed=0, quality_stderr=0.03), row("ours", 0.9, seed=1, quality_stderr=0.03)]
+    ((one,),) = standings(rows)
+    assert one.seeds == 2 and one.quality == pytest.approx(0.85)
+    assert one.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "recipe.yaml").write_text(
+        "finetuning: {tokens: 640, batch_size: 4, sequence_length: 32}\n"
+        "searching: {evaluations: 8, population: 4, limit: 12}\n"
+        "healing: {tokens: 640}\n"
+        "space: {ffn.*: [48, 64]}\n"
+        "targets: {max_params: [0.9]}\n"
+    )
+    arguments = [
+        "compress", str(tiny.checkpoint(folder / "model")), "--recipe", str(folder / "recipe.yaml"),
+        "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
+        "--include-path", str(tiny.task(folder / "tasks", documents=40)), "--output", str(folder / "run"),
+    ]  # fmt: skip
+    assert run(arguments) == 0
+    return folder / "run"
+
+
+def test_one_command_makes_every_row_and_a_second_one_makes_none(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(made), "--baselines", "shortgpt,flap,slicegpt,random,untrained-search,scratch"]
+    assert run([*command, "--json", "--with", str(made / "packages" / "best")]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == {"ours", "shortgpt", "flap", "slicegpt", "random", "untrained-search", "scratch", "best"}
+    report = json.loads((made / "report.json").read_text())
+    assert {row["method"] for row in report["comparison"]} == set(rows)
+    best = report["packages"][0]
+    for same in (rows["ours"], rows["best"]):  # the same network, however it came
+        assert same["tasks"]["tiny_choice"]["value"] == best["tasks"]["tiny_choice"]["value"]
+        assert same["quality"] == best["quality"]
+    assert rows["ours"]["params"] == best["params"]
+    for method, one in rows.items():
+        if method == "best":
+            continue
+        assert one["params"] == pytest.approx(best["params"], rel=0.01)
+        assert one["tokens"] == (640 if method in ("ours", "random") else 1280)
+        assert one["speed"]["decode_tps"] > 0
+        record = json.loads((made / one["path"] / "compression.json").read_text())
+        assert record["entry"]["verified"]["cached_equals_uncached"] is True
+    assert "Comparison with other methods" in (made / "report.html").read_text()
+    assert "Beside other methods" in (made / "packages" / "best" / "README.md").read_text()
+
+    stamps = {file: file.stat().st_mtime_ns for file in (made / "comparison").rglob("*.safetensors")}
+    assert run(command) == 0
+    assert {file: file.stat().st_mtime_ns for file in (made / "comparison").rglob("*.safetensors")} == stamps
+
+
+def test_an_interrupted_comparison_goes_on_behind_the_last_row(made: Path) -> None:
+    command = ["compare", str(made), "--baselines", "shortgpt,flap"]
+    assert run(command) == 0
+    (lost,) = (made / "comparison").glob("flap-*.json")
+    kept = next((made / "comparison").glob("shortgpt-*/*.safetensors"))
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    assert run(command) == 0
+    assert lost.is_file() and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--baselines", "shortgtp"], "did you mean"),
+        (["--max-params", "0.3"], "no measured architecture"),
+        (["--max-params", "much"], "is not a size"),
+        (["--seeds", "0"], "--seeds"),
+        (["--with", "./nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_at_once(
+    made: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert run(["compare", str(made), "--baselines", "ours", *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
