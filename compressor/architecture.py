@@ -85,13 +85,31 @@ class Architecture:
         sizes = {self.layers[i] for i in self.kept}
         return len(sizes) == 1 and not next(iter(sizes)).skip
 
+    def is_uniform_in(self, base: Architecture) -> bool:
+        """`is_uniform` beside a base whose own layers differ in kind (linear attention, dense MLPs among experts).
+
+        Kept layers have all halves that they have in the base; those with attention heads are alike in heads, those
+        with experts in experts and width, and so are the dense ones.
+        """
+        kept = [(self.layers[i], base.layers[i]) for i in self.kept]
+        heads = {
+            (mine.num_attention_heads, mine.num_key_value_heads) for mine, full in kept if full.num_key_value_heads
+        }
+        dense = {mine.intermediate_size for mine, full in kept if not full.num_experts}
+        sparse = {(mine.intermediate_size, mine.num_experts) for mine, full in kept if full.num_experts}
+        return (
+            bool(kept)
+            and all(mine.skip == full.skip for mine, full in kept)
+            and max(len(heads), len(dense), len(sparse)) == 1
+        )
+
     @property
     def key(self) -> str:
         """16 hexadecimal digits that identify this architecture in stores and file names."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def fits(self, base: Architecture) -> bool:
-        """Whether every size is at most the base's."""
+        """Whether every size is at most the base's, and an MLP is left no experts only where the base has none."""
         return (
             self.hidden_size <= base.hidden_size
             and len(self.layers) == len(base.layers)
@@ -100,6 +118,7 @@ class Architecture:
                 and mine.num_key_value_heads <= full.num_key_value_heads
                 and mine.intermediate_size <= full.intermediate_size
                 and mine.num_experts <= full.num_experts
+                and (mine.num_experts > 0 or full.num_experts == 0 or "mlp" in mine.skip)
                 for mine, full in zip(self.layers, base.layers, strict=True)
             )
         )
@@ -138,13 +157,17 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A parameter of the base model: name in the checkpoint, axes, where it belongs, and what it is used for."""
+    """A parameter of the base model: name in the checkpoint, axes, where it belongs, and what it is used for.
+
+    A `linear` weight is that of a linear module within a layer, what quantization works on; `matrix` and `experts`
+    [experts, outputs, inputs] are multiplied with activations too, but stay as they are stored.
+    """
 
     name: str
     axes: tuple[Axis, ...]
     layer: int | None = None
     half: Half | None = None
-    role: Literal["linear", "embedding", "head", "other"] = "other"
+    role: Literal["linear", "matrix", "experts", "embedding", "head", "other"] = "other"
 
 
 def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit, int]:
@@ -175,7 +198,8 @@ class Structure:
     """The base model's tensors and what they cost. Sizes are linear in every unit, so counting is exact.
 
     `dtype_bytes` is the width of an unquantized weight as stored. A tied output head is listed nowhere: its
-    weight is the embedding's.
+    weight is the embedding's. `experts_per_token` is how many experts a router chooses where so many are left;
+    `windows` says for each layer how many tokens its attention reaches, itself among them (0: all).
     """
 
     base: Architecture
@@ -184,6 +208,8 @@ class Structure:
     tied: bool
     dtype_bytes: int
     tensors: tuple[Tensor, ...]
+    experts_per_token: int = 0
+    windows: tuple[int, ...] = ()
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, tensor: Tensor, arch: Architecture) -> tuple[int, ...] | None:
@@ -225,20 +251,33 @@ class Structure:
     def macs(self, arch: Architecture, context: int = 0) -> int:
         """Multiply-accumulates to compute one token's logits behind `context` earlier tokens.
 
-        Matrix products only: projections, head, and attention's scores and weighted sum over context + 1 tokens.
-        Experts that a router leaves idle are counted as if they ran.
+        Matrix products only: projections, head, the experts that a router chooses, and attention's scores and weighted
+        sum over context + 1 tokens. The state updates of linear attention are not counted.
         """
 
         def cost(tensor: Tensor, shape: tuple[int, ...]) -> int:
-            return _product(shape) if tensor.role in ("linear", "head") or self._is_tied_head(tensor) else 0
+            if tensor.role == "experts":
+                return _product(shape[1:]) * min(shape[0], self.experts_per_token)
+            used = tensor.role in ("linear", "matrix", "head") or self._is_tied_head(tensor)
+            return _product(shape) if used else 0
 
-        attention = sum(2 * layer.num_attention_heads * self.head_dim * (context + 1) for layer in arch.layers)
-        return self._sum("macs", arch, cost) + attention
+        reached = self._reached(context + 1)
+        heads = sum(layer.num_attention_heads * tokens for layer, tokens in zip(arch.layers, reached, strict=True))
+        return self._sum("macs", arch, cost) + 2 * heads * self.head_dim
 
     def kv_cache_bytes(self, arch: Architecture, tokens: int = 1) -> int:
-        """Bytes of keys and values kept for `tokens` tokens of one sequence, at the stored dtype."""
-        heads = sum(layer.num_key_value_heads for layer in arch.layers)
-        return 2 * heads * self.head_dim * self.dtype_bytes * tokens
+        """Bytes of keys and values kept for `tokens` tokens of one sequence, at the stored dtype.
+
+        A sliding window keeps those that the next token reaches.
+        """
+        held = [reached - 1 for reached in self._reached(tokens + 1)]
+        heads = sum(layer.num_key_value_heads * kept for layer, kept in zip(arch.layers, held, strict=True))
+        return 2 * heads * self.head_dim * self.dtype_bytes
+
+    def _reached(self, tokens: int) -> list[int]:
+        """How many of `tokens` tokens each layer's attention reaches from the last one, itself among them."""
+        windows = self.windows or (0,) * len(self.base.layers)
+        return [min(tokens, window) if window else tokens for window in windows]
 
     def _is_tied_head(self, tensor: Tensor) -> bool:
         return self.tied and tensor.role == "embedding"

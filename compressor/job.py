@@ -295,7 +295,7 @@ class Job:
         widths = {base.hidden_size}
         for index, layer in enumerate(base.layers):
             widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
-            per_group = self.structure.head_dim * layer.num_attention_heads // layer.num_key_value_heads
+            per_group = self.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)
             widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
         for width in sorted(widths - {0}):
             if width % group or group % 32:

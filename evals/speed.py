@@ -355,7 +355,7 @@ def _designed(structure: Structure, seed: int) -> list[Architecture]:
     random mixtures last."""
     base, depth = structure.base, len(structure.base.layers)
     rng = np.random.default_rng(seed)
-    ratios = [layer.num_attention_heads // layer.num_key_value_heads for layer in base.layers]
+    ratios = [layer.num_attention_heads // max(layer.num_key_value_heads, 1) for layer in base.layers]
     groups = _spread(max(layer.num_key_value_heads for layer in base.layers), ATTENTION_SIZES, 1)
     widths = _spread(max(layer.intermediate_size for layer in base.layers), MLP_SIZES, 32)
 
@@ -372,15 +372,16 @@ def _designed(structure: Structure, seed: int) -> list[Architecture]:
     design += [network([(groups[-1], width)] * depth) for width in widths[:-1]]
     design += [network([(group, widths[-1])] * depth) for group in groups[1:-1]]
     # A cache needs one block of attention; the others may go.
-    design.append(network([full] + [(0, widths[-1])] * (depth - 1)))
-    for count in {max(1, depth // 4), max(1, depth // 2), max(1, 3 * depth // 4)}:
+    first = next(i for i, layer in enumerate(base.layers) if layer.num_key_value_heads)
+    design.append(network([full if i == first else (0, widths[-1]) for i in range(depth)]))
+    for count in {max(first + 1, depth // 4), max(first + 1, depth // 2), max(first + 1, 3 * depth // 4)}:
         design.append(network([full] * count + [(0, 0)] * (depth - count)))
     for _ in range(MIXED):
         present = rng.uniform(0.6, 1.0)
         rows = []
         for i in range(depth):
-            group = int(rng.choice(groups[1:])) if i == 0 or rng.random() < present else 0
-            width = int(rng.choice(widths[1:])) if i == 0 or rng.random() < present else 0
+            group = int(rng.choice(groups[1:])) if i == first or rng.random() < present else 0
+            width = int(rng.choice(widths[1:])) if i == first or rng.random() < present else 0
             rows.append((group, width))
         design.append(network(rows))
     return list(dict.fromkeys(design))

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, LayerSizes, Structure
+from compressor.architecture import Architecture, LayerSizes, Structure, unit_counts
 from compressor.architecture import Tensor as TensorEntry
+from compressor.elastic.supernet import CACHE_MODES, leading, mixed_cache, mixes_tokens
 from compressor.elastic.uneven import uneven_classes
-from compressor.families import Family, families, family_of, head_dim
+from compressor.families import Family, base_architecture, families, family_of, head_dim
 
 
 def renumbered(name: str, family: Family, architecture: Architecture) -> str:
@@ -28,14 +29,17 @@ def renumbered(name: str, family: Family, architecture: Architecture) -> str:
 
 
 def sliced(tensor: TensorEntry, full: Tensor, structure: Structure, architecture: Architecture) -> Tensor | None:
-    """The part of a full parameter that `architecture` keeps, as a view, or None where its half-block is removed."""
-    shape = structure.shape(tensor, architecture)
-    if shape is None:
+    """The part of a full parameter that `architecture` keeps, or None where its half-block is removed.
+
+    A view, except of parameters that hold several things in one (`leading`).
+    """
+    if structure.shape(tensor, architecture) is None:
         return None
-    for dimension, size in enumerate(shape):
-        if size != full.shape[dimension]:
-            full = full.narrow(dimension, 0, size)
-    return full
+    mine = full_sizes = None
+    if tensor.layer is not None:
+        mine, full_sizes = architecture.layers[tensor.layer], structure.base.layers[tensor.layer]
+    counts, kept = unit_counts(structure.base.hidden_size, full_sizes), unit_counts(architecture.hidden_size, mine)
+    return leading(full, tensor.axes, counts, kept)
 
 
 def standalone_config(config: Any, architecture: Architecture) -> Any:
@@ -44,23 +48,35 @@ def standalone_config(config: Any, architecture: Architecture) -> Any:
     Kept layers count from 0. Global sizes of an uneven configuration are the base's; `per_layer_config` holds each
     layer's own.
     """
-    kept = [architecture.layers[i] for i in architecture.kept]
+    family, base = family_of(config), base_architecture(config)
+    kept = [(architecture.layers[i], base.layers[i]) for i in architecture.kept]
     new = copy.deepcopy(config)
-    # Said outright, since families derive it from the number of heads where it is not given.
-    new.head_dim = head_dim(config)
-    for listed in ("layer_types",):
+    if not family.attention_resized:
+        # Said outright, since families derive it from the number of heads where it is not given.
+        new.head_dim = head_dim(config)
+    for listed in family.layer_lists:
         if getattr(new, listed, None) is not None:
             setattr(new, listed, [getattr(config, listed)[i] for i in architecture.kept])
+    if family.dense_ffn:
+        new.mlp_only_layers = [i for i, (_, full) in enumerate(kept) if not full.num_experts]
+        new.decoder_sparse_step = 1
     new.num_hidden_layers = len(kept)
     new.hidden_size = architecture.hidden_size
     if fits_plain_class(config, architecture):
-        new.num_attention_heads = kept[0].num_attention_heads
-        new.num_key_value_heads = kept[0].num_key_value_heads
-        new.intermediate_size = kept[0].intermediate_size
+        for sizes, full in kept:
+            for name, value in _settings(config, family, sizes, full).items():
+                setattr(new, name, value)
         return new
-    config_class, _ = uneven_classes(family_of(config))
+    config_class, _ = uneven_classes(family)
     values = {k: v for k, v in new.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
-    return config_class(**values, per_layer_config={i: _overrides(sizes) for i, sizes in enumerate(kept)})
+    held = [mixes_tokens(*pair) for pair in kept]
+    if mixed_cache(new) and not all(held):
+        values[CACHE_MODES] = [None if holds else "reuse" for holds in held]
+    own = {}
+    for index, (sizes, full) in enumerate(kept):
+        skip = [half for half in sizes.skip if half not in full.skip]
+        own[index] = ({"skip": skip} if skip else {}) | _settings(config, family, sizes, full)
+    return config_class(**values, per_layer_config=own)
 
 
 def fits_plain_class(config: Any, architecture: Architecture) -> bool:
@@ -69,23 +85,28 @@ def fits_plain_class(config: Any, architecture: Architecture) -> bool:
     Llama's configuration wants the residual width to be a multiple of the number of heads, even where `head_dim`
     is given; the rule is applied to all families, since other loaders share it.
     """
-    if not architecture.is_uniform:
+    base = base_architecture(config)
+    if not architecture.is_uniform_in(base):
         return False
-    heads = architecture.layers[architecture.kept[0]].num_attention_heads
-    base_heads = config.num_attention_heads
-    return heads == base_heads or architecture.hidden_size % heads == 0
+    heads = {architecture.layers[i].num_attention_heads for i in architecture.kept} - {0}
+    full = {base.layers[i].num_attention_heads for i in architecture.kept} - {0}
+    if heads == full:
+        return True
+    return not family_of(config).head_width_follows and architecture.hidden_size % heads.pop() == 0
 
 
-def _overrides(sizes: LayerSizes) -> dict[str, Any]:
-    skip = sizes.skip
-    values: dict[str, Any] = {"skip": skip} if skip else {}
-    if "attention" not in skip:
-        values |= {
-            "num_attention_heads": sizes.num_attention_heads,
-            "num_key_value_heads": sizes.num_key_value_heads,
-        }
-    if "mlp" not in skip:
-        values["intermediate_size"] = sizes.intermediate_size
+def _settings(config: Any, family: Family, sizes: LayerSizes, full: LayerSizes) -> dict[str, Any]:
+    """A layer's sizes under the names that its family's configuration has for them."""
+    names, values = family.settings, {}
+    if sizes.num_key_value_heads:
+        values[names["query"]] = sizes.num_attention_heads
+        if "kv" in names:
+            values[names["kv"]] = sizes.num_key_value_heads
+    if sizes.num_experts:
+        values |= {names["ffn"]: sizes.intermediate_size, names["experts"]: sizes.num_experts}
+        values["num_experts_per_tok"] = min(config.num_experts_per_tok, sizes.num_experts)
+    elif sizes.intermediate_size:
+        values[names["ffn"] if not family.dense_ffn else family.dense_ffn] = sizes.intermediate_size
     return values
 
 
@@ -128,10 +149,16 @@ def extract(model: nn.Module, structure: Structure, architecture: Architecture) 
 
 
 def materialise_buffers(model: nn.Module, device: torch.device) -> None:
-    """Rebuild the buffers that no checkpoint holds (rotary frequencies): they were left on the meta device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            with torch.device(device):
-                rebuilt = type(module)(config=module.config)
-            setattr(parent, name.rpartition(".")[2], rebuilt)
+    """Fill the buffers that no checkpoint holds (rotary frequencies, Gemma's scale): they are on the meta device.
+
+    By transformers' own initialisation, which leaves alone what is marked as initialised: the weights.
+    """
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if any(buffer.is_meta for buffer in buffers.values()):
+            for name, buffer in buffers.items():
+                setattr(module, name, torch.empty_like(buffer, device=device))
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            with torch.no_grad():
+                model._init_weights(module)  # type: ignore[operator]

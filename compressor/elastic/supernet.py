@@ -3,14 +3,16 @@
 A module finds `self.weight` in its instance dictionary before it asks `nn.Module` for the registered parameter. So a
 sub-network is a set of *shadows*: `module.__dict__["weight"]` holds a prefix view of the full parameter, which stays
 registered under its own name, sees the gradients of its views, and is what optimizers, `state_dict` and `to` know.
-The full network has no shadows at all: it is the original model, bit for bit and at no cost.
+The full network has no shadows at all: it is the original model, bit for bit and at no cost. Where a parameter holds
+several things in one (query, key and value), its part is a copy, taken anew by every activation.
 
 Prefixes are meaningful once neurons and heads are ordered by importance (`compressor.elastic.ordering`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +20,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, Axis, Half, LayerSizes, Structure, unit_counts
+from compressor.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from compressor.families import Family, describe, family_of
 
+Counts = Mapping[Unit, int]
+"""How many of each unit there are, from `unit_counts`."""
 
-def prefix_rows(axis: Axis, full: dict[Any, int], kept: dict[Any, int]) -> int:
-    """Leading entries of a one-block axis that a prefix of its units covers."""
-    if len(axis.blocks) != 1:
-        raise NotImplementedError("a fused axis has no contiguous prefix")
-    unit, width = axis.blocks[0]
-    assert kept[unit] <= full[unit]
-    return width * kept[unit]
+ELASTIC: tuple[Unit, ...] = ("query", "kv", "ffn", "experts")
+"""The units within a layer that a sub-network has fewer of."""
+
+
+CACHE_MODES = "kv_sharing_modes"
+"""The configuration value by which transformers (5.23) knows layers without a place of their own in the cache."""
+
+
+def mixed_cache(config: Any) -> bool:
+    """Whether layers of different kinds (`layer_types`) keep different things in a key-value cache."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
+
+
+def mixes_tokens(sizes: LayerSizes, full: LayerSizes) -> bool:
+    """Whether a layer still attends, or has linear attention, and so has something to keep in a cache."""
+    return not sizes.removed and ("attention" not in sizes.skip or "attention" in full.skip)
+
+
+def leading(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) -> Tensor:
+    """The part of a full parameter that the first `kept` of its `counts` units have.
+
+    A view, except where a fused axis is cut: its blocks do not lie together, so they are copied.
+    """
+    for dimension, axis in enumerate(axes):
+        if axis.size(counts) == axis.size(kept):
+            continue
+        parts, start = [], 0
+        for unit, width in axis.blocks:
+            parts.append(full.narrow(dimension, start, width * kept[unit]))
+            start += width * counts[unit]
+        full = parts[0] if len(parts) == 1 else torch.cat(parts, dimension)
+    return full
 
 
 def removed_layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -60,11 +89,21 @@ class _Slot:
     axes: tuple[Axis, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """An attribute of a module of one layer that is a multiple of a number of units, and its full value."""
+
+    module: nn.Module
+    attribute: str
+    unit: Unit
+    value: int
+
+
 class SuperNetwork:
     """A Hugging Face causal language model whose sub-networks can be switched on by `Architecture`.
 
-    `model` is used as it is and stays the owner of all weights; there is no second copy. Its layers keep their
-    `layer_idx` in line with the attention blocks that are left, or a key-value cache would not work.
+    `model` is used as it is and stays the owner of all weights; there is no second copy. A key-value cache is told
+    which layers have no attention left, or it would not work (`_activate_cache`).
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None, structure: Structure | None = None) -> None:
@@ -78,11 +117,24 @@ class SuperNetwork:
         self._layers = list(getattr(self._decoder, self._layers_name))
         self._slots: list[dict[Half, list[_Slot]]] = [{"attention": [], "mlp": []} for _ in self._layers]
         for tensor in self.structure.tensors:
-            elastic = any(unit in ("query", "kv", "ffn") for axis in tensor.axes for unit, _ in axis.blocks)
+            elastic = any(unit in ELASTIC for axis in tensor.axes for unit, _ in axis.blocks)
             if tensor.layer is not None and tensor.half is not None and elastic:
                 module_name, _, attribute = tensor.name.rpartition(".")
                 slot = _Slot(model.get_submodule(module_name), attribute, tensor.axes)
                 self._slots[tensor.layer][tensor.half].append(slot)
+        self._counts: list[list[_Count]] = []
+        self._routers: list[Any] = []
+        for layer in self._layers:
+            present = dict(layer.named_modules())  # dense layers among experts lack some
+            counts = [(*path.rpartition(".")[::2], unit) for path, unit in self.family.counts.items()]
+            self._counts.append(
+                [
+                    _Count(present[name], attribute, unit, getattr(present[name], attribute))
+                    for name, attribute, unit in counts
+                    if name in present
+                ]
+            )
+            self._routers.append(present.get(self.family.router) if self.family.router else None)
 
     def activate(self, architecture: Architecture) -> None:
         """Switch `architecture` on; it stays on until the next call. Views follow the grad mode of the caller.
@@ -91,16 +143,9 @@ class SuperNetwork:
         """
         if not architecture.fits(self.base) or architecture.hidden_size != self.base.hidden_size:
             raise ValueError("the architecture is larger than the network, or changes its residual width")
-        position = 0
-        for index, (layer, sizes, full) in enumerate(
-            zip(self._layers, architecture.layers, self.base.layers, strict=True)
-        ):
-            self._activate_layer(index, layer, sizes, full)
-            if sizes.num_key_value_heads:
-                attention = layer._modules[self.family.attention]
-                if hasattr(attention, "layer_idx"):
-                    attention.layer_idx = position
-                position += 1
+        for index, layer in enumerate(self._layers):
+            self._activate_layer(index, layer, architecture.layers[index], self.base.layers[index])
+        self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):
             shadow[self._layers_name] = [
@@ -113,32 +158,58 @@ class SuperNetwork:
 
     def _activate_layer(self, index: int, layer: nn.Module, sizes: LayerSizes, full: LayerSizes) -> None:
         family = self.family
-        counts, full_counts = unit_counts(0, sizes), unit_counts(0, full)
-        stand_ins = {
-            "attention": (family.attention, family.attention_norms, removed_attention),
-            "mlp": (family.mlp, family.mlp_norms, removed_mlp),
+        counts, kept = unit_counts(self.base.hidden_size, full), unit_counts(self.base.hidden_size, sizes)
+        blocks: dict[Half, tuple[str, tuple[str, ...], Any, tuple[Unit, Unit]]] = {
+            "attention": (family.attention, family.attention_norms, removed_attention, ("query", "kv")),
+            "mlp": (family.mlp, family.mlp_norms, removed_mlp, ("ffn", "experts")),
         }
-        same = {
-            "attention": (sizes.num_attention_heads, sizes.num_key_value_heads)
-            == (full.num_attention_heads, full.num_key_value_heads),
-            "mlp": sizes.intermediate_size == full.intermediate_size,
-        }
-        for half, (block, norms, stand_in) in stand_ins.items():
+        for half, (block, norms, stand_in, units) in blocks.items():
+            if half in full.skip:
+                continue
             gone = half in sizes.skip
+            whole = all(counts[unit] == kept[unit] for unit in units)
             _shadow(layer, block, stand_in if gone else None)
             for norm in norms:
                 _shadow(layer, norm, identity if gone else None)
-            for slot in self._slots[index][half]:  # type: ignore[index]
-                view: Tensor | None = None
-                if not gone and not same[half]:
-                    view = slot.module._parameters[slot.attribute]
-                    assert view is not None
-                    if not torch.is_grad_enabled():
-                        view = view.detach()
-                    for dimension, axis in enumerate(slot.axes):
-                        if axis.blocks[0][0] in ("query", "kv", "ffn"):
-                            view = view.narrow(dimension, 0, prefix_rows(axis, full_counts, counts))
-                _shadow(slot.module, slot.attribute, view)
+            for slot in self._slots[index][half]:
+                part: Tensor | None = None
+                if not gone and not whole:
+                    part = slot.module._parameters[slot.attribute]
+                    assert part is not None
+                    part = leading(part if torch.is_grad_enabled() else part.detach(), slot.axes, counts, kept)
+                _shadow(slot.module, slot.attribute, part)
+        for count in self._counts[index]:
+            setattr(count.module, count.attribute, count.value * kept[count.unit] // counts[count.unit])
+        router = self._routers[index]
+        if router is not None:
+            router.top_k = min(self.structure.experts_per_token, sizes.num_experts)
+        if family.reads_config and "attention" not in full.skip:
+            own = None
+            if sizes.num_attention_heads not in (0, full.num_attention_heads):
+                own = copy.copy(self.model.config)
+                setattr(own, family.settings["query"], sizes.num_attention_heads)
+            module = layer._modules[family.reads_config]
+            assert module is not None
+            module.config = own or self.model.config
+
+    def _activate_cache(self, architecture: Architecture) -> None:
+        """Leave no place in key-value caches for layers that have nothing to keep there.
+
+        Where all layers are cached alike, those with attention are counted anew. Where they are not (sliding windows
+        beside full attention, linear attention), a layer's place is bound to its kind: there the configuration marks
+        those without, as transformers' own do whose layers share keys and values.
+        """
+        config: Any = self.model.config
+        held = [mixes_tokens(*pair) for pair in zip(architecture.layers, self.base.layers, strict=True)]
+        if mixed_cache(config):
+            _shadow(config, CACHE_MODES, None if all(held) else [None if holds else "reuse" for holds in held])
+            return
+        position = 0
+        for layer, holds in zip(self._layers, held, strict=True):
+            attention = layer._modules[self.family.attention]
+            if holds and attention is not None:
+                attention.layer_idx = position
+                position += 1
 
     @contextmanager
     def activated(self, architecture: Architecture) -> Iterator[nn.Module]:
@@ -151,8 +222,8 @@ class SuperNetwork:
             self.activate(previous)
 
 
-def _shadow(module: nn.Module, name: str, value: Any) -> None:
+def _shadow(holder: Any, name: str, value: Any) -> None:
     if value is None:
-        module.__dict__.pop(name, None)
+        holder.__dict__.pop(name, None)
     else:
-        module.__dict__[name] = value
+        holder.__dict__[name] = value

@@ -37,11 +37,11 @@ LLAMA = Family(
 MISTRAL = replace(LLAMA, model_type="mistral", class_prefix="Mistral")
 QWEN2 = replace(LLAMA, model_type="qwen2", class_prefix="Qwen2")
 # QK-norm acts within each head, so its weights do not follow the number of heads.
-QWEN3 = replace(
-    LLAMA,
-    model_type="qwen3",
-    class_prefix="Qwen3",
-    layer={**LLAMA.layer, "self_attn.q_norm.weight": ("fixed",), "self_attn.k_norm.weight": ("fixed",)},
-)
+QK_NORM = {"self_attn.q_norm.weight": ("fixed",), "self_attn.k_norm.weight": ("fixed",)}
+QWEN3 = replace(LLAMA, model_type="qwen3", class_prefix="Qwen3", layer={**LLAMA.layer, **QK_NORM})
+# Granite's multipliers of embeddings, residual, attention and logits are numbers of its configuration.
+GRANITE = replace(LLAMA, model_type="granite", class_prefix="Granite")
+# Some layers have no rotary positions: a list over the layers says which.
+SMOLLM3 = replace(LLAMA, model_type="smollm3", class_prefix="SmolLM3", layer_lists=("layer_types", "no_rope_layers"))
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)

@@ -1,0 +1,130 @@
+"""Parity for every family: the super-network is exact, and a view, what is cut from it and what is saved are one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from export_networks import tiny_tokenizer
+from tiny_families import CONFIGS, random_architecture, tiny_network
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.slicing import extract, fits_plain_class
+from compressor.elastic.supernet import SuperNetwork
+from compressor.families import families
+from export.package import write_package
+
+IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
+    yield tiny_network(request.param)
+
+
+def logits(network: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**({"input_ids": IDS} | inputs)).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_every_family_is_tested() -> None:
+    assert {name.partition("-")[0] for name in CONFIGS} == set(families())
+
+
+def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -> None:
+    before = logits(model)
+    settings = model.config.to_dict()
+    supernet = SuperNetwork(model)
+    rng = random.Random(1)
+    for _ in range(5):
+        supernet.activate(random_architecture(supernet.base, rng))
+        logits(model)
+    supernet.activate(supernet.base)
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == settings
+
+
+def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    rng = random.Random(2)
+    for _ in range(8):
+        architecture = random_architecture(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
+        with supernet.activated(architecture):
+            assert_close(logits(standalone), logits(model))
+        counted = sum(p.numel() for p in standalone.parameters())
+        assert supernet.structure.parameters(architecture) == counted
+        assert supernet.structure.bytes(architecture) == 4 * counted
+
+
+def test_macs_and_cache_are_those_of_the_extracted_network(model: PreTrainedModel) -> None:
+    """One token behind seven others: matrix products as torch counts them, keys and values as the cache holds them."""
+    supernet = SuperNetwork(model)
+    structure, rng = supernet.structure, random.Random(3)
+    for _ in range(4):
+        architecture = random_architecture(supernet.base, rng)
+        # State updates of linear attention are no part of the count.
+        pairs = zip(architecture.layers, supernet.base.layers, strict=True)
+        counted = tuple(sizes if full.num_key_value_heads else LayerSizes(0, 0, 0) for sizes, full in pairs)
+        architecture = Architecture(architecture.hidden_size, counted)
+        standalone = extract(model, structure, architecture)
+        for module in standalone.modules():  # layers have configurations of their own
+            if hasattr(module, "config"):
+                module.config._attn_implementation = module.config._experts_implementation = "eager"
+        cache = DynamicCache(config=standalone.config)
+        with torch.no_grad():
+            standalone(IDS[:1, :7], past_key_values=cache, use_cache=True)
+            held = [tensor for layer in cache.layers if layer.keys is not None for tensor in (layer.keys, layer.values)]
+            with FlopCounterMode(display=False) as counter:
+                standalone(IDS[:1, 7:8], past_key_values=cache, use_cache=True)
+        assert sum(tensor.nbytes for tensor in held) == structure.kv_cache_bytes(architecture, 7)
+        assert counter.get_total_flops() == 2 * structure.macs(architecture, context=7)
+
+
+def test_cache_padding_and_generation(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    rng = random.Random(4)
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    for _ in range(3):
+        architecture = random_architecture(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
+        with supernet.activated(architecture):
+            assert_close(logits(standalone, attention_mask=mask)[:, 4:], logits(model, attention_mask=mask)[:, 4:])
+            generated = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=True)
+            uncached = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(generated, uncached)
+        assert torch.equal(standalone.generate(IDS[:1], max_new_tokens=6, do_sample=False), generated)
+        assert torch.equal(standalone.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=False), generated)
+        both = standalone.generate(IDS, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        single = standalone.generate(IDS[1:], max_new_tokens=6, do_sample=False)
+        assert torch.equal(both[1:, : single.shape[1]], single)
+
+
+def test_saved_packages_reload_as_they_were(model: PreTrainedModel, tmp_path: Path) -> None:
+    supernet = SuperNetwork(model)
+    architecture = random_architecture(supernet.base, random.Random(5))
+    halved = [
+        LayerSizes(s.num_attention_heads, s.num_key_value_heads, s.intermediate_size // 2, (s.num_experts + 1) // 2)
+        for s in supernet.base.layers[1:]
+    ]
+    uniform = Architecture(supernet.base.hidden_size, (LayerSizes(0, 0, 0), *halved))
+    assert fits_plain_class(model.config, uniform) and not fits_plain_class(model.config, architecture)
+    for name, chosen in (("uneven", architecture), ("uniform", uniform)):
+        standalone = extract(model, supernet.structure, chosen)
+        entry = {"name": name, "architecture": chosen.to_dict()}
+        info = write_package(
+            standalone, tmp_path / name, tokenizer=tiny_tokenizer(), entry=entry, dtype=torch.float32, probe_ids=IDS
+        )
+        assert info.layout == name
+        reloaded = AutoModelForCausalLM.from_pretrained(info.path, trust_remote_code=name == "uneven").eval()
+        assert torch.equal(logits(reloaded), logits(standalone))
