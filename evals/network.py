@@ -2,7 +2,8 @@
 
 - What requests share is computed once: the tokens of all requests form a tree (`evals.packing`), and the network
   reads a tree as one sequence, without padding, through its own modelling code; only attention knows the tree.
-- Logits are computed where a token is scored, and nowhere else.
+- Logits are computed where a token is scored, and nowhere else; the last layer that attends reads keys and values
+  from all tokens and computes the rest of itself, and of what follows, for those same tokens only.
 - Where consecutive calls activate sub-networks with equal leading layers, those layers are not computed again.
 
 A network that cannot be read as a tree (its attention is not transformers' own interface, or looks at a window) is
@@ -27,8 +28,9 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
+from compressor.architecture import Architecture
 from evals.encoding import Encoder, Generation, Span
-from evals.packing import Pack, pack
+from evals.packing import Blocks, Pack, pack
 
 log = logging.getLogger(__name__)
 
@@ -72,26 +74,19 @@ class _DevicePack:
 
         self.tokens, self.positions = put(source.tokens)[None], put(source.positions)[None]
         self.rows, self.at, self.targets, self.owner = map(put, (source.rows, source.at, source.targets, source.owner))
-        self.blocks = []
-        for block in source.blocks:
-            valid = block.valid.reshape(-1)
-            self.blocks.append(
-                _DeviceBlocks(
-                    put(block.queries),
-                    put(block.keys),
-                    put(block.mask)[:, None],
-                    put(block.queries.reshape(-1)[valid]),
-                    None if valid.all() else put(valid.nonzero()[0]),
-                )
-            )
+        self.blocks = [_DeviceBlocks(block, put) for block in source.blocks]
+        self.last = [_DeviceBlocks(block, put) for block in source.last]
 
 
 class _DeviceBlocks:
-    """`queries` [b, q], `keys` [b, k], `mask` [b, 1, q, k]; `nodes`: where the valid outputs, `valid`, belong."""
+    """`queries` [b, q], `keys` [b, k], `mask` [b, 1, q, k]; `places`: where the valid outputs, `valid`, belong."""
 
-    def __init__(self, queries: Tensor, keys: Tensor, mask: Tensor, nodes: Tensor, valid: Tensor | None) -> None:
-        self.queries, self.keys, self.nodes, self.valid = queries, keys, nodes, valid
-        self._mask = mask
+    def __init__(self, source: Blocks, put: Callable[[Any], Tensor]) -> None:
+        valid = source.valid.reshape(-1)
+        self.queries, self.keys = put(source.queries), put(source.keys)
+        self.places = put(source.queries.reshape(-1)[valid])
+        self.valid = None if valid.all() else put(valid.nonzero()[0])
+        self._mask = put(source.mask)[:, None]
         self._additive: dict[torch.dtype, Tensor] = {}
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -103,20 +98,34 @@ class _DeviceBlocks:
 
 
 class _Reading(threading.local):
-    """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`."""
+    """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`.
+
+    `capturing`: the layer at work is to give its keys and values away; `captured`: they are in place of its own.
+    """
 
     pack: _DevicePack
     number: int
     implementations: dict[int, str]
+    capturing = False
+    captured: tuple[Tensor, Tensor] | None = None
 
 
 _reading = _Reading()
+
+
+class _KeysAndValues(Exception):
+    """Not an error: the way out of a layer that is not to be finished, with its keys and values [1, kv heads, n, d]."""
 
 
 def _tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The network's own attention, block by block. `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]."""
+    if _reading.capturing:
+        raise _KeysAndValues(key, value)
+    blocks = _reading.pack.blocks
+    if _reading.captured is not None:  # the queries are those of the rows
+        (key, value), blocks = _reading.captured, _reading.pack.last
     config: Any = module.config
     name = _reading.implementations[id(config)]
     if name in AttentionInterface._global_mapping:
@@ -128,9 +137,9 @@ def _tree_attention(
     result = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
 
     def gather(states: Tensor, nodes: Tensor) -> Tensor:
-        return states[nodes].transpose(1, 2)  # [b, heads, nodes, d]
+        return states.index_select(0, nodes.reshape(-1)).unflatten(0, nodes.shape).transpose(1, 2)  # [b, heads, m, d]
 
-    for block in _reading.pack.blocks:
+    for block in blocks:
         seen, _ = attend(
             module,
             gather(q, block.queries),
@@ -140,7 +149,7 @@ def _tree_attention(
             **kwargs,
         )
         flat = seen.reshape(-1, *result.shape[1:])
-        result[block.nodes] = flat if block.valid is None else flat[block.valid]
+        result.index_copy_(0, block.places, flat if block.valid is None else flat[block.valid])
     return result[None], None
 
 
@@ -181,7 +190,7 @@ class NetworkLM(LM):
         self._keeps_logits = "logits_to_keep" in parameters
         self._window = _attention_window(config)
         self._as_tree: bool | None = None if {"position_ids", "logits_to_keep"} <= set(parameters) else False
-        self._shared = _SharedLayers(model)
+        self._layers = _Layers(model)
 
     # What lm-eval asks of an LM
 
@@ -236,16 +245,15 @@ class NetworkLM(LM):
         return Plan(spans, self.max_tokens, self.max_rows, self._device, self.workers)
 
     @torch.inference_mode()
-    def answer(self, plan: Plan, layers: Sequence[Any] | None = None) -> list[Answer]:
+    def answer(self, plan: Plan, architecture: Architecture | None = None) -> list[Answer]:
         """One answer for each span of the plan.
 
-        `layers`: for each layer of the network, what stands for all that it computes beside its weights (so, the
-        sizes that are active). Leading layers equal to those of the call before, on the same plan, are not computed
-        again; weights that changed in between are noticed.
+        `architecture`, where the network is a super-network: what is active. Leading layers equal to those of the
+        call before, on the same plan, are not computed again; weights that changed in between are noticed.
         """
         if not plan.distinct:
             return []
-        parts = self._read_trees(plan, layers) if self._reads_trees(plan) else self._read_padded(plan)
+        parts = self._read_trees(plan, architecture) if self._reads_trees(plan) else self._read_padded(plan)
         totals = torch.zeros(len(plan.distinct), dtype=torch.float64, device=self._device)
         misses = torch.zeros(len(plan.distinct), dtype=torch.int64, device=self._device)
         for owner, scores, missed in parts:
@@ -254,8 +262,11 @@ class NetworkLM(LM):
         values, firsts = totals.tolist(), (misses == 0).tolist()
         return [(values[i], firsts[i]) for i in plan.index]
 
-    def _read_trees(self, plan: Plan, layers: Sequence[Any] | None) -> Iterator[Scored]:
-        with _tree_interface(self.model) as implementations, self._shared.over(plan, layers, self.cache_bytes):
+    def _read_trees(self, plan: Plan, architecture: Architecture | None) -> Iterator[Scored]:
+        with (
+            _tree_interface(self.model) as implementations,
+            self._layers.standing_in(plan, architecture, self.cache_bytes) as only_rows,
+        ):
 
             def read(number: int) -> Scored:
                 source = plan.packs[number]
@@ -265,7 +276,7 @@ class NetworkLM(LM):
                         input_ids=source.tokens,
                         position_ids=source.positions,
                         use_cache=False,
-                        logits_to_keep=source.rows,
+                        logits_to_keep=0 if only_rows else source.rows,  # 0: of all that is left
                     ).logits[0]
                     return source.owner, *_scores(logits, source.at, source.targets)
 
@@ -441,7 +452,12 @@ Scored = tuple[Tensor, Tensor, Tensor]
 def _scores(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` at rows `at` of `logits` [r, vocabulary]; where they are not the first choice."""
     logits = logits.float()
-    return logits[at, targets] - logits.logsumexp(-1)[at], logits.argmax(-1)[at] != targets
+    scores, top = logits[at, targets], logits.amax(-1)
+    missed = scores != top[at]
+    ties = (~missed).nonzero()[:, 0]  # of equal logits the first one is chosen; argmax is too slow for all rows
+    missed[ties] = logits[at[ties]].argmax(-1) != targets[ties]
+    total = logits.sub_(top[:, None]).exp_().sum(-1)  # in place: nobody else holds these logits
+    return scores - (top + total.log())[at], missed
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -484,8 +500,9 @@ def _tree_interface(model: nn.Module) -> Iterator[dict[int, str]]:
             config._attn_implementation_internal = own[key]
 
 
-class _SharedLayers:
-    """Outputs of leading layers, kept from one call to the next."""
+class _Layers:
+    """The network's layers, and what stands in for them while trees are read: those whose outputs are known from the
+    call before, and the last one that attends."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -501,38 +518,54 @@ class _SharedLayers:
         self._outputs: list[list[Any]] = []
 
     @contextmanager
-    def over(self, plan: Plan, layers: Sequence[Any] | None, budget: int) -> Iterator[None]:
-        """Within, the network's layers answer from what is kept where they can. Nothing is kept for `layers` None."""
-        if self._owner is None or layers is None:
-            yield
+    def standing_in(self, plan: Plan, architecture: Architecture | None, budget: int) -> Iterator[bool]:
+        """Within, layers answer from what is kept where they can; gives whether only rows leave the last of them.
+
+        `budget`: bytes for what is kept. Nothing is kept where `architecture` is None.
+        """
+        if self._owner is None:
+            yield False
             return
         module, name = self._owner
-        keys = [self._weights(), *layers]
-        if self._plan is not plan:
-            self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
-        common = 0
-        while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
-            common += 1
-        config: Any = getattr(self._model.config, "text_config", None) or self._model.config
-        width = next(self._model.parameters()).element_size() * config.hidden_size
-        depth = min(len(layers), budget // (plan.tokens * width))
-        known = min(max(common - 1, 0), depth)
-        for outputs in self._outputs:
-            del outputs[known:]
-        own = getattr(module, name)
-        previous = module.__dict__.get(name)
-        self._keys = []  # whatever happens below, nothing half-written is believed
-        module.__dict__[name] = [
+        own = list(getattr(module, name))
+        last: int | None = len(own) - 1
+        depth = known = 0
+        if architecture is not None:
+            last = max((i for i, sizes in enumerate(architecture.layers) if sizes.num_key_value_heads), default=None)
+            config: Any = getattr(self._model.config, "text_config", None) or self._model.config
+            width = next(self._model.parameters()).element_size() * config.hidden_size
+            depth = min(len(own) if last is None else last, budget // (plan.tokens * width))
+            keys = [(self._weights(), architecture.hidden_size), *architecture.layers[:depth]]
+            known = self._forget_all_but_common(plan, keys)
+        stand_ins = [
             _SharedLayer(layer, i, i < known, self._outputs) if i < depth else layer for i, layer in enumerate(own)
         ]
+        if last is not None:
+            stand_ins[last] = _LastLayer(own[last])
+        previous = module.__dict__.get(name)
+        module.__dict__[name] = stand_ins
         try:
-            yield
-            self._keys = keys[: depth + 1]
+            yield last is not None
+            if architecture is not None:
+                self._keys = keys
         finally:
             if previous is None:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = previous
+
+    def _forget_all_but_common(self, plan: Plan, keys: list[Any]) -> int:
+        """Drop what is not true of a network with these `keys`; gives the number of layers that are left."""
+        if self._plan is not plan:
+            self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
+        common = 0
+        while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
+            common += 1
+        known = max(common - 1, 0)
+        for outputs in self._outputs:
+            del outputs[known:]
+        self._keys = []  # whatever happens next, nothing half-written is believed
+        return known
 
     def _weights(self) -> tuple[Any, ...]:
         """Changes whenever a parameter is replaced or written to."""
@@ -550,6 +583,41 @@ class _SharedLayer:
         if not self._known:
             outputs.append(self._layer(*args, **kwargs))
         return outputs[self._position]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class _LastLayer:
+    """Stands for the last layer that attends. Given all n nodes, it gives the r rows whose logits are needed: behind
+    its keys and values, nothing of the other nodes is looked at again."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        source = _reading.pack
+        count = source.tokens.shape[1]
+
+        def rows(value: Any) -> Any:
+            """What is [1, n, ...], as hidden states and rotary angles are, for the rows only."""
+            if isinstance(value, tuple):
+                return tuple(map(rows, value))
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == count:
+                return value[:, source.rows]
+            return value
+
+        _reading.capturing = True
+        try:
+            return rows(self._layer(*args, **kwargs))  # a layer without attention runs through
+        except _KeysAndValues as found:
+            _reading.captured = found.args
+        finally:
+            _reading.capturing = False
+        try:
+            return self._layer(*rows(args), **{key: rows(value) for key, value in kwargs.items()})
+        finally:
+            _reading.captured = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)

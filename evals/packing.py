@@ -6,11 +6,13 @@ share - a few-shot preamble, a question's text before its answers, the beginning
 
 Attention over the whole tree would cost the square of its size, so nodes are cut into *blocks*: runs of consecutive
 nodes that have their outside ancestors in common. A block's queries see those ancestors and, under a mask, the block.
+
+Behind the last attention, only the nodes whose logits are needed matter: `last` are the blocks with those queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +25,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks of like size. Node indices, padded with 0: `queries` [b, q], `keys` [b, k]; `mask` [b, q, k], true where
-    a query sees a key; `valid` [b, q], true where a query is a node. A padded query sees key 0, to stay finite."""
+    """Blocks of like size, padded with 0: `queries` [b, q], places among the nodes that ask; `keys` [b, k], nodes;
+    `mask` [b, q, k], true where a query sees a key; `valid` [b, q], false where a query is padding. A padded query
+    sees key 0, to stay finite."""
 
     queries: Ints
     keys: Ints
@@ -37,12 +40,14 @@ class Pack:
     """One forward pass over a tree of n nodes, and how to read the scores of its spans from it.
 
     `tokens`, `positions` [n]. `rows` [r]: the nodes whose logits are needed. Scored token j is `targets[j]` at logits
-    row `at[j]` and belongs to span `owner[j]`, a position in the list of spans that was packed.
+    row `at[j]` and belongs to span `owner[j]`, a position in the list of spans that was packed. In `blocks` all nodes
+    are queries, in `last` only the rows.
     """
 
     tokens: Ints
     positions: Ints
     blocks: tuple[Blocks, ...]
+    last: tuple[Blocks, ...]
     rows: Ints
     at: Ints
     targets: Ints
@@ -102,10 +107,13 @@ def _pack(spans: Sequence[Span], batch: Sequence[int], block: int) -> Pack:
     positions = np.zeros(len(tokens), np.int64)
     for node, parent in enumerate(parents):
         positions[node] = positions[parent] + 1 if parent >= 0 else 0
+    end = _ends(parents)
+    cuts = _cuts(end, block)
     return Pack(
         np.array(tokens, np.int64),
         positions,
-        _blocks(parents, block),
+        _blocks(cuts, end, {node: node for node in range(len(tokens))}),
+        _blocks(cuts, end, row_of),
         np.array(list(row_of), np.int64),
         np.array(at, np.int64),
         np.array(targets, np.int64),
@@ -113,15 +121,23 @@ def _pack(spans: Sequence[Span], batch: Sequence[int], block: int) -> Pack:
     )
 
 
-def _blocks(parents: list[int], block: int) -> tuple[Blocks, ...]:
-    """Cut nodes, in depth-first order, into blocks, and put those of like size together."""
-    count = len(parents)
-    end = list(range(1, count + 1))  # one past a node's last descendant
-    for node in range(count - 1, -1, -1):
+Cut = tuple[list[int], int, int]
+"""A block's outside ancestors, its first node, and one past its last."""
+
+
+def _ends(parents: Sequence[int]) -> list[int]:
+    """One past the last descendant of each node; nodes are in depth-first order."""
+    end = list(range(1, len(parents) + 1))
+    for node in range(len(parents) - 1, -1, -1):
         if parents[node] >= 0:
             end[parents[node]] = max(end[parents[node]], end[node])
-    cuts: list[tuple[list[int], int, int]] = []  # outside ancestors, first node, one past the last
-    todo: list[tuple[list[int], int, int]] = [([], 0, count)]  # sibling subtrees
+    return end
+
+
+def _cuts(end: Sequence[int], block: int) -> list[Cut]:
+    """Cut nodes into blocks of at most `block` where the tree branches."""
+    cuts: list[Cut] = []
+    todo: list[Cut] = [([], 0, len(end))]  # sibling subtrees
     while todo:
         ancestors, start, stop = todo.pop()
         while start < stop:
@@ -142,28 +158,36 @@ def _blocks(parents: list[int], block: int) -> tuple[Blocks, ...]:
             if chain < end[start]:
                 todo.append((above, chain, end[start]))
             start = end[start]
-    ends = np.array(end, np.int64)
-    alike: dict[tuple[int, int], list[tuple[list[int], int, int]]] = {}
+    return cuts
+
+
+def _blocks(cuts: Sequence[Cut], end: Sequence[int], place: Mapping[int, int]) -> tuple[Blocks, ...]:
+    """Blocks of like size together. `place`: the nodes that are queries, and where they stand among the queries."""
+    alike: dict[tuple[int, int], list[tuple[list[int], Cut]]] = {}
     for cut in cuts:
-        alike.setdefault((_round_up(cut[2] - cut[1]), _round_up(len(cut[0]))), []).append(cut)
-    return tuple(_stack(group, ends) for _, group in sorted(alike.items()))
+        queries = [node for node in range(cut[1], cut[2]) if node in place]
+        if queries:
+            size = _round_up(len(queries)), _round_up(len(cut[0]) + cut[2] - cut[1])
+            alike.setdefault(size, []).append((queries, cut))
+    ends = np.array(end, np.int64)
+    return tuple(_stack(group, ends, place) for _, group in sorted(alike.items(), key=lambda item: item[0]))
 
 
-def _stack(cuts: list[tuple[list[int], int, int]], end: Ints) -> Blocks:
-    width = max(stop - start for _, start, stop in cuts)
-    outside = max(len(ancestors) for ancestors, _, _ in cuts)
-    queries = np.zeros((len(cuts), width), np.int64)
-    keys = np.zeros((len(cuts), outside + width), np.int64)
-    mask = np.zeros((len(cuts), width, outside + width), np.bool_)
-    valid = np.zeros((len(cuts), width), np.bool_)
-    for b, (ancestors, start, stop) in enumerate(cuts):
-        size, nodes = stop - start, np.arange(start, stop)
-        queries[b, :size] = nodes
+def _stack(group: Sequence[tuple[list[int], Cut]], end: Ints, place: Mapping[int, int]) -> Blocks:
+    width = max(len(queries) for queries, _ in group)
+    reach = max(len(ancestors) + stop - start for _, (ancestors, start, stop) in group)
+    queries = np.zeros((len(group), width), np.int64)
+    keys = np.zeros((len(group), reach), np.int64)
+    mask = np.zeros((len(group), width, reach), np.bool_)
+    valid = np.zeros((len(group), width), np.bool_)
+    for b, (asking, (ancestors, start, stop)) in enumerate(group):
+        size, outside, nodes, own = len(asking), len(ancestors), np.array(asking), np.arange(start, stop)
+        queries[b, :size] = [place[node] for node in asking]
         valid[b, :size] = True
-        keys[b, : len(ancestors)] = ancestors
-        keys[b, outside : outside + size] = nodes
-        mask[b, :size, : len(ancestors)] = True
-        mask[b, :size, outside : outside + size] = (nodes <= nodes[:, None]) & (nodes[:, None] < end[nodes])
+        keys[b, :outside] = ancestors
+        keys[b, outside : outside + len(own)] = own
+        mask[b, :size, :outside] = True
+        mask[b, :size, outside : outside + len(own)] = (own <= nodes[:, None]) & (nodes[:, None] < end[own])
         mask[b, size:, 0] = True
     return Blocks(queries, keys, mask, valid)
 

@@ -105,11 +105,8 @@ class Scorer:
         questions = self.tasks.questions(split, limit)
         if (split, limit) not in self._plans:
             self._plans[split, limit] = self.lm.plan(questions.spans)
-        layers = None
-        if architecture is not None:
-            layers = [(architecture.hidden_size, sizes) for sizes in architecture.layers]
         answers: Answers = {}
-        scores = iter(self.lm.answer(self._plans[split, limit], layers))
+        scores = iter(self.lm.answer(self._plans[split, limit], architecture))
         for instance in questions.scored:
             answers[id(instance)] = [next(scores)] * (instance.repeats or 1)
         for instance, windows in zip(questions.rolled, questions.windows, strict=True):
