@@ -29,7 +29,7 @@ from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
 from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
 from compressor.finetune.sources import local_files
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
-from compressor.run import Run
+from compressor.run import Run, read_json, write_json
 from search.algorithms import ALGORITHMS
 from search.space import SearchSpace
 
@@ -79,6 +79,7 @@ class Job:
         self.redo = redo
         self.weights = weights
         self.speed: SpeedTable | None = None
+        self._passes: dict[str, int] | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -149,20 +150,37 @@ class Job:
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
         return TaskSet.load(
-            self.recipe.tasks, encoder=Encoder(self.tokenizer, self.checkpoint.config), include_path=include
+            self.recipe.tasks,
+            encoder=Encoder(self.tokenizer, self.checkpoint.config),
+            include_path=include,
+            kept=self.run.requests,
         )
 
     def scorer(self, model: Any) -> Scorer:
+        """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
         from evals.scoring import NetworkLM, Scorer
 
-        return Scorer(self.tasks, NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens))
+        lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
+        if self.device.type == "cpu":
+            if self._passes is None and self.run.passes.is_file():
+                self._passes = read_json(self.run.passes)
+            if self._passes is None or self._passes["cores"] != self.cores:
+                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, self.cores)
+                self._passes = {"cores": self.cores, "side_by_side": lm.workers}
+                if self.run.search.is_dir():
+                    write_json(self.run.passes, self._passes)
+            lm.set_workers(self._passes["side_by_side"], self.cores)
+        return Scorer(self.tasks, lm)
+
+    @property
+    def cores(self) -> int:
+        return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
     def threads(self, scoring: bool) -> None:
-        """Pin torch's threads for scoring or training."""
+        """Pin torch's threads for training, or for scoring and timing one network at a time."""
         if self.device.type == "cpu":
             small = scoring and self.structure.parameters(self.structure.base) < SMALL
-            available = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-            torch.set_num_threads(1 if small else available)
+            torch.set_num_threads(1 if small else self.cores)
 
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)

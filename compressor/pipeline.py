@@ -70,6 +70,8 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         "data": data_fingerprint(recipe.data or ""),
     }
     job.run = Run.create(output, recipe, provenance)
+    if recipe.tasks:
+        job.tasks.keep(job.run.requests)
     job.run.log(f"started: {recipe.model}")
     return job
 

@@ -43,10 +43,12 @@ class Run:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "log.txt"
+        self.requests = path / "requests"
         self.supernet = path / "supernet"
         self.speed_table = path / "speed.json"
         self.search = path / "search"
         self.evaluations = path / "search" / "evaluations.db"
+        self.passes = path / "search" / "passes.json"
         self.front = path / "search" / "front.json"
         self.picks = path / "search" / "picks.json"
         self.subnets = path / "subnets"

@@ -13,9 +13,11 @@ found out by comparison and read in plain padded batches.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -240,6 +242,29 @@ class NetworkLM(LM):
         return texts  # type: ignore[return-value]
 
     # What our own scoring asks
+
+    def tune(self, spans: Sequence[Span], cores: int) -> None:
+        """Set `workers` and torch's threads by timing some of `spans` both ways: one pass at a time on all `cores`,
+        and a pass on each core."""
+        if cores == 1 or self._device.type != "cpu":
+            return
+        ordered = sorted(set(spans), key=lambda span: span.tokens)  # neighbours, as they are read
+        sizes = itertools.accumulate(len(span.tokens) for span in ordered)
+        sample = [span for span, size in zip(ordered, sizes, strict=True) if size <= 4 * cores * SMALLEST_PASS]
+        seconds = {}
+        for workers in (1, cores):
+            self.set_workers(workers, cores)
+            plan = self.plan(sample or ordered[:1])
+            self.answer(plan)  # threads start, masks are made
+            began = time.perf_counter()
+            self.answer(plan)
+            seconds[workers] = time.perf_counter() - began
+        self.set_workers(min(seconds, key=lambda workers: seconds[workers]), cores)
+
+    def set_workers(self, workers: int, cores: int) -> None:
+        """Read `workers` passes side by side, each with its share of the cores."""
+        self.workers = workers
+        torch.set_num_threads(cores // workers)
 
     def plan(self, spans: Sequence[Span]) -> Plan:
         return Plan(spans, self.max_tokens, self.max_rows, self._device, self.workers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import random
 from collections import defaultdict
@@ -64,16 +65,25 @@ class Prompting:
     multiturn: bool = True
 
 
+_Rendered = tuple[str, list[Any], int]
+"""A request as it is written down: its type, its arguments, and which of its document's it is."""
+
+
 class Leaf:
     """One lm-eval task that has documents of its own, with its documents split and their requests built on demand.
 
     With `holdout`, few-shot examples are kept out of both splits: where examples are drawn from the scored documents
     themselves, a fixed seeded set of them is set aside and used for every prompt; where they come from elsewhere,
     scored documents that also stand there are dropped. Without it, prompts are exactly lm-eval's.
+
+    Rendering prompts is most of the work of building a task; `keep` writes them down and `restore` reads them back.
     """
 
-    def __init__(self, task: Task, encoder: Encoder, prompting: Prompting, holdout: bool) -> None:
+    def __init__(
+        self, task: Task, encoder: Encoder, prompting: Prompting, holdout: bool, yaml: Path | None = None
+    ) -> None:
         self.task = task
+        self._yaml = yaml
         self.name: str = task.task_name
         self._encoder = encoder
         self._prompting = prompting
@@ -81,6 +91,7 @@ class Leaf:
         docs = list(task.eval_docs)
         hashes = [doc_hash(doc) for doc in docs]
         excluded = self._set_examples_aside(docs, hashes) if holdout and self.shots else set()
+        self._holdout = holdout
         self._docs = list(zip(docs, hashes, strict=True))
         self._indices: dict[Split, list[int]] = {"search": [], "report": [], "all": []}
         for index, digest in enumerate(hashes):
@@ -88,6 +99,7 @@ class Leaf:
                 self._indices["search" if digest[0] in SEARCH_DIGITS else "report"].append(index)
                 self._indices["all"].append(index)
         self._built: dict[int, Document] = {}
+        self._rendered: dict[int, list[_Rendered]] = {}
         _remember_rendering(task)
 
     def size(self, split: Split) -> int:
@@ -106,6 +118,41 @@ class Leaf:
                 doc, digest = self._docs[index]
                 self._built[index] = Document(index, doc, digest, self._requests(doc, index))
         return [self._built[index] for index in chosen]
+
+    def restore(self, folder: Path) -> None:
+        """Take prompts from what `keep` wrote, where they would be rendered the same today."""
+        file = self._file(folder)
+        if file.is_file():
+            self._rendered = {int(index): requests for index, requests in json.loads(file.read_text()).items()}
+
+    def keep(self, folder: Path) -> None:
+        """Write down the prompts rendered so far."""
+        if self._built.keys() <= self._rendered.keys():
+            return
+        for index, document in self._built.items():
+            self._rendered[index] = [(i.request_type, list(i.args), i.idx) for i in document.instances]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(folder)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._rendered))
+        temporary.replace(file)
+
+    def _file(self, folder: Path) -> Path:
+        """A name that changes with anything that prompts are made of."""
+        sampler = getattr(self.task, "sampler", None)
+        entry = self._yaml
+        parts = [
+            importlib.metadata.version("lm-eval"),
+            self.task.dump_config(),
+            [digest for _, digest in self._docs],
+            [doc_hash(doc) for doc in sampler.df] if self.shots and sampler is not None else [],
+            self._holdout,
+            dataclasses.astuple(self._prompting),
+            self._encoder.tokenizer.chat_template if self._prompting.chat else None,
+            [file.read_text() for file in sorted(entry.parent.glob("*.py"))] if entry is not None else [],
+        ]
+        digest = hash_string(json.dumps(parts, default=handle_non_serializable))[:16]
+        return folder / f"{self.name.replace('/', '_')}-{digest}.json"
 
     def chance(self, documents: Sequence[Document]) -> float | None:
         """Mean accuracy of uniform guessing among each document's choices; None if the task is not multiple choice."""
@@ -139,6 +186,12 @@ class Leaf:
     def _requests(self, doc: Any, index: int) -> tuple[Instance, ...]:
         """As `lm_eval.api.task.Task.build_all_requests` builds them."""
         how, task = self._prompting, self.task
+        metadata = (task.config["task"], index, task.config.repeats)
+        if index in self._rendered:
+            return tuple(
+                Instance(request_type=kind, doc=doc, arguments=tuple(arguments), idx=i, metadata=metadata)
+                for kind, arguments, i in self._rendered[index]
+            )
         template = self._encoder.chat if how.chat else None
         context = task.fewshot_context(
             doc,
@@ -152,7 +205,7 @@ class Leaf:
         requests = task.construct_requests(
             doc=doc,
             ctx=context,
-            metadata=(task.config["task"], index, task.config.repeats),
+            metadata=metadata,
             apply_chat_template=how.chat,
             chat_template=template,
         )
@@ -284,11 +337,13 @@ class TaskSet:
         num_fewshot: int | None = None,
         prompting: Prompting = Prompting(),
         holdout: bool = True,
+        kept: Path | None = None,
     ) -> TaskSet:
         """Build tasks by name (`T` or `T:METRIC`, METRIC as in lm-eval's results, its filter optional: `acc,none`).
 
         lm-eval's own tasks are indexed (seconds) only if a name is not found in `include_path`. `num_fewshot`
-        overrides the tasks' own number of examples, except where a task says 0. Tags become their tasks. Raises
+        overrides the tasks' own number of examples, except where a task says 0. Tags become their tasks. `kept`: the
+        folder of prompts that `keep` wrote before. Raises
         RequestError for an unknown task or metric, a task that needs images, sound or code execution, a task whose
         data cannot be had, and a task asked for twice.
         """
@@ -309,10 +364,20 @@ class TaskSet:
                     if task.task_name in leaves:
                         raise RequestError(f"task {task.task_name} is asked for twice: name it, or its group, once")
                     _prepare(task, num_fewshot)
-                    leaves[task.task_name] = Leaf(task, encoder, prompting, holdout)
+                    entry = index.task_index.get(task.task_name)
+                    leaf = Leaf(task, encoder, prompting, holdout, entry.yaml_path if entry else None)
+                    leaves[task.task_name] = leaf
+                    if kept is not None:
+                        leaf.restore(kept)
                 scored = _choose_metric(item, [leaves[task.task_name] for task in members], metric)
                 tasks[scored.name] = scored
         return cls(tasks, encoder, groups)
+
+    def keep(self, folder: Path) -> None:
+        """Write down the prompts rendered so far, so that `load` with `kept=folder` need not render them again."""
+        for task in self.tasks.values():
+            for leaf in task.leaves:
+                leaf.keep(folder)
 
     def documents(self, split: Split, limit: int | None = None) -> dict[str, list[tuple[Leaf, list[Document]]]]:
         """Each task's documents by leaf. Raises RequestError where a task has none in this split."""

@@ -141,6 +141,32 @@ def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
     assert ours.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
 
 
+def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: Path) -> None:
+    task_set = load(llama, tasks, "few_shot")
+    ours = NetworkLM(llama, task_set.encoder)
+    asked = requests(task_set.tasks["few_shot"].leaves)
+    ours.loglikelihood(asked)  # the first call looks whether the network reads trees
+    sizes: list[int] = []
+    for layer in llama.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    llama.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    ours.loglikelihood(asked)
+    plan = ours.plan(task_set.encoder.spans([request.args for request in asked]))
+    rows = len(plan.packs[0].rows)
+    assert sizes == [plan.tokens, plan.tokens, rows, rows] and rows < plan.tokens
+
+
+def test_passes_run_as_is_fastest(llama: Any, tasks: Path) -> None:
+    task_set = load(llama, tasks, "choice")
+    ours = NetworkLM(llama, task_set.encoder)
+    threads = torch.get_num_threads()
+    try:
+        ours.tune(task_set.questions("all").spans, cores=2)
+        assert ours.workers * torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None:
     encoder = Encoder(tiny.byte_tokenizer(), llama.config)
     theirs = hflm(llama)

@@ -9,10 +9,10 @@ from evals.encoding import Span
 from evals.packing import Pack, pack
 
 
-def seen(packed: Pack) -> list[set[int]]:
-    """The nodes that each node attends to."""
-    sets: list[set[int]] = [set() for _ in range(len(packed))]
-    for blocks in packed.blocks:
+def seen(packed: Pack, last: bool = False) -> list[set[int]]:
+    """The nodes that each node attends to; with `last`, that each row does."""
+    sets: list[set[int]] = [set() for _ in range(len(packed.rows) if last else len(packed))]
+    for blocks in packed.last if last else packed.blocks:
         for queries, keys, mask, valid in zip(blocks.queries, blocks.keys, blocks.mask, blocks.valid, strict=True):
             for query, row, real in zip(queries, mask, valid, strict=True):
                 assert row.any()
@@ -48,6 +48,7 @@ def test_every_span_is_read_whole_and_alone(seed: int, max_tokens: int, block: i
         longest = max(len(spans[i].tokens) for i in packed.owner)
         assert len(packed) <= max(max_tokens, longest)
         visible = seen(packed)
+        assert seen(packed, last=True) == [visible[node] for node in packed.rows]
         for node, row in zip(packed.rows[packed.at], range(len(packed.at)), strict=True):
             span = spans[packed.owner[row]]
             chain = sorted(visible[node], key=lambda n: packed.positions[n])

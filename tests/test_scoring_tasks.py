@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from scoring_helpers import CHOICE, LAST_WORD, questions, write_task
 
@@ -239,3 +240,30 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     """Tasks and a saved speed table serve where no network can run."""
     code = "import sys, evals.tasks, evals.speed, evals.packing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+def test_prompts_are_rendered_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run reads the same prompts from disk; a changed template, or other documents, are rendered anew."""
+    kept = tmp_path / "requests"
+    settings: dict[str, Any] = CHOICE | {"num_fewshot": 2}
+    write_task(tmp_path, "choice", questions(30), **settings)
+
+    def prompts(folder: Path) -> list[Any]:
+        task_set = load(folder, "choice", kept=kept)
+        found = [i.args for _, docs in task_set.documents("all")["choice"] for d in docs for i in d.instances]
+        task_set.keep(kept)
+        return found
+
+    first = prompts(tmp_path)
+    assert len(list(kept.iterdir())) == 1
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("rendered again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConfigurableTask, "fewshot_context", refuse)
+        assert prompts(tmp_path) == first
+        write_task(tmp_path, "choice", questions(30), **settings | {"doc_to_text": "{{question}} so"})
+        with pytest.raises(AssertionError, match="rendered again"):
+            prompts(tmp_path)
+    assert prompts(tmp_path) != first

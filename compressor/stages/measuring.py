@@ -46,6 +46,7 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
             scores[name] = report_scores(job, store, model, architecture, weights)
             progress.advance(note=name)
     say("timing base and packages side by side")
+    job.threads(scoring=True)
     speeds = compare_speed(models)
     base_values = {task: score["value"] for task, score in scores["base"].items()}
     for name in names:
