@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from compressor.errors import RequestError, VerificationError
+from compressor.finetune.engine import is_main
 from compressor.progress import console
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def stay_offline() -> None:
 
 
 def emit(value: Any, as_json: bool) -> None:
-    if as_json:
+    if as_json and is_main():
         print(json.dumps(value, indent=1))
 
 

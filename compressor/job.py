@@ -23,6 +23,7 @@ from compressor.elastic.importance import IMPORTANCES
 from compressor.elastic.ordering import load_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
+from compressor.finetune.engine import make_accelerator
 from compressor.finetune.loop import TrainSettings
 from compressor.finetune.losses import LOSSES
 from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
@@ -100,15 +101,7 @@ class Job:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        from accelerate import Accelerator
-
-        cpu = self.recipe.device == "cpu" or not torch.cuda.is_available()
-        if self.recipe.device == "cuda" and cpu:
-            raise RequestError(
-                "--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch"
-            )
-        mixed = "no" if cpu or self.recipe.dtype == "float32" else "bf16"
-        return Accelerator(cpu=cpu, mixed_precision=mixed)
+        return make_accelerator(self.recipe.device, self.recipe.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from compressor.errors import RequestError
+from compressor.finetune.engine import processes
 from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.recipe import Recipe, read_recipe, write_recipe
@@ -76,8 +77,17 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
     return job
 
 
+def check_alone() -> None:
+    """Only the fine-tuning is for several processes."""
+    if processes() > 1:
+        raise RequestError(
+            "several processes only fine-tune: run torchrun with compressor finetune, then go on in one process"
+        )
+
+
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
     """The whole job; returns what report.json holds."""
+    check_alone()
     job = start(recipe, Path(output), redo=redo)
     finetune(job)
     search(job)
@@ -88,6 +98,7 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
 
 def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False) -> Job:
     """An existing run, with the options of a stage command put into its recipe."""
+    check_alone()
     run = Run.open(path)
     overrides = {name: value for name, value in given.items() if value is not None}
     recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()

@@ -5,6 +5,7 @@ On a terminal these are live bars; elsewhere (a log, CI) one line when a task st
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from rich.progress import (
 )
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-console = Console(stderr=True, highlight=False)
+# Of several processes that train together, the first speaks.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @dataclass

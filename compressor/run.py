@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RequestError
+from compressor.finetune.engine import is_main
 from compressor.recipe import Recipe, read_recipe, write_recipe
 
 
@@ -56,17 +57,25 @@ class Run:
         self.comparison = path / "comparison"
         self.report = path / "report.json"
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process may write here. Of several that fine-tune together, the first does."""
+        return is_main()
+
     @classmethod
     def create(cls, path: Path, recipe: Recipe, provenance: dict[str, Any]) -> Run:
         """The run at `path`, new or continued. Raises `RequestError` where the folder holds something else."""
         run = cls(path)
         run.check_free()
-        path.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, run.recipe_file, provenance)
+        if run.writes:
+            path.mkdir(parents=True, exist_ok=True)
+            write_recipe(recipe, run.recipe_file, provenance)
         return run
 
     def check_free(self) -> None:
         """Raises `RequestError` where the folder holds something that is not a run."""
+        if not self.writes:  # the process that writes may be making it at this moment
+            return
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--output {self.path}: is a file; give a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.recipe_file.is_file():
@@ -84,6 +93,8 @@ class Run:
         return read_recipe(self.recipe_file, {})
 
     def log(self, line: str) -> None:
+        if not self.writes:
+            return
         with self.log_file.open("a") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
@@ -101,9 +112,13 @@ class Run:
         """Fill a folder under a temporary name; manifest last, then rename.
 
         Yields the temporary folder, kept across interruptions for whatever a stage can resume from, and a dictionary
-        of facts that goes into the manifest. A temporary folder made from other inputs is thrown away.
+        of facts that goes into the manifest. A temporary folder made from other inputs is thrown away. In a process
+        that does not write, the folder is only named.
         """
         temporary = folder.with_name(f".{folder.name}.partial")
+        if not self.writes:
+            yield temporary, {}
+            return
         mark = temporary / "inputs.json"
         if temporary.exists() and (not mark.is_file() or json.loads(mark.read_text()) != fingerprint(inputs)):
             shutil.rmtree(temporary)

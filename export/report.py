@@ -307,7 +307,7 @@ class Search(_Model):
 
 
 class CurvePoint(_Model):
-    """Training losses at one step, each of one of the sandwich's networks."""
+    """Held-out losses at one step, nats per token."""
 
     step: int
     tokens: int

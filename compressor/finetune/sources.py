@@ -30,6 +30,16 @@ def has_text(row: Row) -> bool:
     )
 
 
+def plain_text(row: Row) -> str:
+    """All that a row says, in order, without a template."""
+    if row.get("messages"):
+        return "\n".join(message["content"] for message in row["messages"])
+    if row.get("completion") is not None:
+        parts = [row["prompt"], row["completion"]]
+        return "".join(part if isinstance(part, str) else plain_text({"messages": part}) for part in parts)
+    return row["text"]
+
+
 def local_files(source: str) -> list[Path] | None:
     """The files of a local source, or None where `source` names a hub dataset.
 

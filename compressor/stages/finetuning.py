@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from compressor.finetune.data import Blocks, pack
 from compressor.finetune.elastic import Scheme, finetune_supernet
 from compressor.finetune.loop import History
 from compressor.finetune.losses import Loss
+from compressor.finetune.overlap import RUN, Overlap
+from compressor.finetune.sources import Row, plain_text
 from compressor.job import Job
 from compressor.progress import say
 
@@ -60,28 +63,39 @@ def finetune(job: Job) -> dict[str, Any]:
         return run.manifest(run.supernet) or {}
     check_unchanged(job)
     with run.stage(run.supernet, inputs) as (folder, facts):
+        job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
-        blocks = training_blocks(job, recipe.finetuning.tokens or 0)
+        overlap = Overlap(report_texts(job))
+        blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: overlap.show(plain_text(row)))
+        if overlap.found:
+            say(
+                f"warning: {len(overlap.found)} of {overlap.documents} report documents share {RUN} words in a row "
+                f"with the training text, for example {min(overlap.found)}; their scores may be too good"
+            )
         model = job.load_base(torch.float32)
         supernet = job.supernet_of(model)
         order = order_supernet(job, supernet, blocks)
-        save_ordering(order, folder / "ordering.safetensors", {"criterion": recipe.finetuning.ordering})
         history = History()
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
-        (folder / "training.safetensors").unlink(missing_ok=True)
-        # As stored, so that what is searched is what will be shipped, bit for bit.
-        model.to(job.stored_dtype).save_pretrained(folder)
-        job.tokenizer.save_pretrained(folder)
-        facts["weights"] = weights_fingerprint(folder)
-        facts["finetune"] = {
-            **vars(history),
-            "sampler": recipe.finetuning.sampler,
-            "loss": recipe.finetuning.loss,
-            "data": recipe.data,
-            "blocks": len(blocks),
-            "data_fingerprint": blocks.fingerprint,
-        }
+        if run.writes:
+            save_ordering(order, folder / "ordering.safetensors", {"criterion": recipe.finetuning.ordering})
+            (folder / "training.safetensors").unlink(missing_ok=True)
+            # As stored, so that what is searched is what will be shipped, bit for bit.
+            model.to(job.stored_dtype).save_pretrained(folder)
+            job.tokenizer.save_pretrained(folder)
+            facts["weights"] = weights_fingerprint(folder)
+            facts["finetune"] = {
+                **vars(history),
+                "processes": job.accelerator.num_processes,
+                "sampler": recipe.finetuning.sampler,
+                "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
+                "data": recipe.data,
+                "blocks": len(blocks),
+                "data_fingerprint": blocks.fingerprint,
+                "overlapping_report_documents": len(overlap.found),
+            }
+    job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
 
@@ -141,14 +155,29 @@ def data_fingerprint(source: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_blocks(job: Job, tokens: int) -> Blocks:
+def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
+    """Name and texts of every report document; none where there are no tasks yet.
+
+    A document's own columns and not its prompts, which few-shot examples share.
+    """
+    if not job.recipe.tasks:
+        return
+    for leaves in job.tasks.questions("report").documents.values():
+        for leaf, documents in leaves:
+            for document in documents:
+                columns = [value if isinstance(value, list) else [value] for value in document.doc.values()]
+                texts = [text for column in columns for text in column if isinstance(text, str)]
+                yield f"{leaf.name} {document.index}", texts
+
+
+def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = None) -> Blocks:
     """The packed training data, at most about twice what will be read, so that huge sources are not read whole."""
     assert job.recipe.data is not None
     length = min(
         job.recipe.finetuning.sequence_length,
         getattr(job.checkpoint.config, "max_position_embeddings", 10**9),
     )
-    return pack(job.recipe.data, job.tokenizer, length, max(2 * tokens, 4 * CALIBRATION_BLOCKS * length))
+    return pack(job.recipe.data, job.tokenizer, length, max(2 * tokens, 4 * CALIBRATION_BLOCKS * length), seen)
 
 
 def weights_fingerprint(folder: Path) -> str:

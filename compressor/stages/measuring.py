@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor.architecture import Architecture
-from compressor.finetune.sources import read_rows
+from compressor.finetune.sources import plain_text, read_rows
 from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run import write_json
@@ -119,10 +119,7 @@ def score_in_report(job: Job, name: str, value: float, stderr: float | None, n: 
 def samples(job: Job, models: dict[str, Any], count: int = 3, new: int = 48) -> list[dict[str, Any]]:
     """Greedy continuations of the openings of a few documents of the user's data, base beside packages."""
     assert job.recipe.data is not None
-    texts = [
-        row.get("text") or " ".join(message["content"] for message in row["messages"])
-        for row in islice(read_rows(job.recipe.data), 400)
-    ]
+    texts = [plain_text(row) for row in islice(read_rows(job.recipe.data), 400)]
     found = []
     for text in [text for text in texts if len(text) > 20][-count:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids

@@ -1,0 +1,85 @@
+"""Several processes: two train like one with the whole batch; and what an engine would ignore is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from compressor.errors import RequestError
+from compressor.finetune.engine import make_accelerator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def finetune(folder: Path, processes: int) -> Path:
+    """Run `compressor finetune` under torchrun; `folder` holds the checkpoint and the data."""
+    output = folder / f"run-{processes}"
+    recipe = {
+        "finetuning": {"tokens": 2048, "batch_size": 4, "sequence_length": 32, "draw": "shift", "learning_rate": 1e-3},
+        "device": "cpu",
+    }
+    recipe |= {"model": str(folder / "m"), "data": str(folder / "d.jsonl")}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "start.py").write_text("from compressor.cli import main; main()")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), folder / "start.py"]
+    done = subprocess.run(
+        [sys.executable, *command, "finetune", "--recipe", folder / "recipe.yaml", "--output", output],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path / "m")
+    tiny.data(tmp_path / "d.jsonl")
+    one, two = (finetune(tmp_path, processes) for processes in (1, 2))
+    facts = [json.loads((run / "supernet" / "manifest.json").read_text())["finetune"] for run in (one, two)]
+    assert [fact["processes"] for fact in facts] == [1, 2]
+    assert [fact["tokens"] for fact in facts] == [2048, 2048]
+    ours, theirs = (load_file(run / "supernet" / "model.safetensors") for run in (two, one))
+    start = load_file(tmp_path / "m" / "model.safetensors")
+    embedding = "model.embed_tokens.weight"
+    assert (ours[embedding] - start[embedding]).abs().max() > 1e-3
+    for name, weight in ours.items():
+        assert torch.allclose(weight, theirs[name], atol=2e-5), name
+    assert not list(two.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "accelerate ignores them on a CPU"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "would be ignored; say --dtype"),
+        ("WORLD_SIZE", "2", "ACCELERATE_USE_CPU=true"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=said):
+        make_accelerator("cpu", "auto")
+
+
+def test_half_precision_needs_a_gpu_and_bfloat16_does_not() -> None:
+    with pytest.raises(RequestError, match="not on a CPU"):
+        make_accelerator("cpu", "float16")
+    # In a process of its own: accelerate's state is one for all accelerators of a process.
+    code = (
+        "import torch; from compressor.finetune.engine import make_accelerator as make\n"
+        "with make('cpu', 'bfloat16').autocast(): print(torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "torch.bfloat16", done.stderr
