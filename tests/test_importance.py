@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.elastic.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
+from compressor.elastic.masks import learn_masks, straight_through
 from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
@@ -108,6 +109,38 @@ def test_taylor_is_the_slope_of_the_loss_as_a_unit_shrinks(supernet: SuperNetwor
     assert all(parameter.grad is None and parameter.requires_grad for parameter in supernet.model.parameters())
 
 
+def test_masks_pass_gradients_straight_to_the_scores() -> None:
+    scores = torch.tensor([0.2, 0.9, 0.5, 0.7], requires_grad=True)
+    mask = straight_through(scores, 0.5)
+    assert mask.tolist() == [0, 1, 0, 1] and straight_through(scores, 0.01).tolist() == [0, 1, 0, 0]
+    (mask * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    assert scores.grad is not None and scores.grad.tolist() == [1, 2, 3, 4]
+
+
+def test_learned_masks_repair_a_bad_order_and_leave_the_weights_alone(supernet: SuperNetwork) -> None:
+    with torch.no_grad():  # neurons 0 and 3 read, but nothing reads them; the first order puts them on top
+        supernet.model.model.layers[1].mlp.down_proj.weight[:, [0, 3]] = 0.0
+    before = {name: value.clone() for name, value in supernet.model.state_dict().items()}
+    wrong = {units: torch.arange(count, 0, -1) for units, count in {(1, "ffn"): WIDTH}.items()}
+    scores = learn_masks(supernet, BATCHES, wrong, epochs=40)
+
+    def divergence(kept: torch.Tensor) -> float:
+        """KL divergence from the full network to the one with only these neurons in layer 1."""
+        down = supernet.model.model.layers[1].mlp.down_proj.weight
+        gone = [j for j in range(WIDTH) if j not in kept]
+        with torch.no_grad():
+            full = torch.cat([supernet.model(input_ids=ids).logits for ids in BATCHES]).log_softmax(-1)
+            weights = down.clone()
+            down[:, gone] = 0.0
+            cut = torch.cat([supernet.model(input_ids=ids).logits for ids in BATCHES]).log_softmax(-1)
+            down.copy_(weights)
+        return float(F.kl_div(cut, full, log_target=True, reduction="sum"))
+
+    assert divergence(order_by(scores)[1, "ffn"][:3]) < divergence(order_by(wrong)[1, "ffn"][:3])
+    assert all(torch.equal(value, before[name]) for name, value in supernet.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in supernet.model.parameters())
+
+
 def test_random_is_a_matter_of_the_seed(supernet: SuperNetwork) -> None:
     one, same, other = random(supernet, []), random(supernet, []), random(supernet, [], seed=1)
     assert all(torch.equal(one[units], same[units]) for units in one)
@@ -120,7 +153,7 @@ def test_all_criteria_score_the_same_units(supernet: SuperNetwork) -> None:
         assert {units: len(score) for units, score in criterion(supernet, BATCHES).items()} == expected, name
 
 
-@pytest.mark.parametrize("name", ["activation", "wanda", "taylor"])
+@pytest.mark.parametrize("name", ["activation", "wanda", "taylor", "learned"])
 def test_no_calibration_data_is_an_error(supernet: SuperNetwork, name: str) -> None:
     with pytest.raises(ValueError, match="calibration"):
         IMPORTANCES[name](supernet, [])
@@ -134,7 +167,7 @@ def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) ->
             projection.bias.zero_()
     influence = block_influence(supernet, BATCHES)
     assert influence[0] == pytest.approx(0.0, abs=1e-12)
-    before = torch.cat([supernet.model.model.embed_tokens(ids)[0] for ids in BATCHES])
+    before = torch.cat([supernet.model.model.embed_tokens(ids)[0].detach() for ids in BATCHES])
     after = inputs_of_norm(supernet)
     assert influence[1] == pytest.approx(1 - float(F.cosine_similarity(before, after, dim=-1).mean()))
 

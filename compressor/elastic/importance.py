@@ -12,10 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
-from compressor.architecture import Tensor as TensorEntry
-from compressor.elastic.ordering import Run, Scores, runs
+from compressor.elastic.masks import learn_masks
+from compressor.elastic.ordering import Run, Scores, readers, runs
 from compressor.elastic.supernet import SuperNetwork
 
 Batches = Iterable[Tensor]
@@ -87,6 +86,12 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
     return _given(scores)
 
 
+def learned(supernet: SuperNetwork, batches: Batches) -> Scores:
+    """Scores of masks that were learnt on frozen weights, from Wanda's order on (Lottery Jackpots, `masks`)."""
+    batches = list(batches)
+    return learn_masks(supernet, batches, wanda(supernet, batches))
+
+
 def random(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
     """Uniform random numbers: what every criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +104,7 @@ IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
     "activation": activation,
     "wanda": wanda,
     "taylor": taylor,
+    "learned": learned,
     "random": random,
 }
 
@@ -129,14 +135,7 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
 def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> Scores:
     """For each unit, the root of the squared inputs that read it, over all tokens and the unit's channels; `weighted`
     multiplies each channel's by the squares of the weights that it meets."""
-    model = supernet.model
-    readers: list[tuple[TensorEntry, nn.Module, Run]] = []
-    for entry in supernet.structure.tensors:
-        name, _, attribute = entry.name.rpartition(".")
-        module = model.get_submodule(name)
-        if entry.role == "linear" and attribute == "weight" and isinstance(module, nn.Linear | Conv1D):
-            inputs = _input_dimension(module)
-            readers += [(entry, module, run) for run in runs(entry, supernet.base) if run.dimension == inputs]
+    reading = readers(supernet)
     energy: dict[str, Tensor] = {}
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -146,22 +145,18 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(collect(entry.name)) for entry, module, _ in readers]
+    modules = {reader.entry.name: reader.module for reader in reading}
+    hooks = [module.register_forward_pre_hook(collect(name)) for name, module in modules.items()]
     with _removing(hooks):
         _forward(supernet, batches)
     squares: Scores = {}
-    if energy:
-        for entry, _, run in readers:
-            along = energy[entry.name]
-            if weighted:
-                along = along * _along(model.get_parameter(entry.name).detach().double().square(), run.dimension)
-            _add(squares, run, along)
+    for reader in reading if energy else ():
+        along = energy[reader.entry.name]
+        if weighted:
+            weight = supernet.model.get_parameter(reader.entry.name).detach().double()
+            along = along * _along(weight.square(), reader.run.dimension)
+        _add(squares, reader.run, along)
     return _roots(_given(squares))
-
-
-def _input_dimension(module: nn.Module) -> int:
-    """The dimension of a matrix's weight that its inputs run along: transformers' Conv1D stores it transposed."""
-    return 0 if isinstance(module, Conv1D) else 1
 
 
 def _along(values: Tensor, dimension: int) -> Tensor:

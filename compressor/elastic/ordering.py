@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compressor.architecture import Architecture, Structure, Unit, unit_counts
 from compressor.architecture import Tensor as TensorEntry
@@ -65,6 +66,27 @@ def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
             if unit in ORDERED:
                 yield Run((entry.layer, unit), dimension, start, counts[unit], width)
             start += length
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A linear module whose inputs are units: what they send, it reads."""
+
+    entry: TensorEntry
+    module: nn.Module
+    run: Run
+
+
+def readers(supernet: SuperNetwork) -> list[Reader]:
+    """Every linear module that reads units, for Llama the output projections of attention and MLP."""
+    found = []
+    for entry in supernet.structure.tensors:
+        name, _, attribute = entry.name.rpartition(".")
+        module = supernet.model.get_submodule(name)
+        if entry.role == "linear" and attribute == "weight" and isinstance(module, nn.Linear | Conv1D):
+            inputs = 0 if isinstance(module, Conv1D) else 1  # transformers' Conv1D stores its weight transposed
+            found += [Reader(entry, module, run) for run in runs(entry, supernet.base) if run.dimension == inputs]
+    return found
 
 
 def order_by(scores: Scores) -> Order:
