@@ -200,6 +200,7 @@ class Structure:
     `dtype_bytes` is the width of an unquantized weight as stored. A tied output head is listed nowhere: its
     weight is the embedding's. `experts_per_token` is how many experts a router chooses where so many are left;
     `windows` says for each layer how many tokens its attention reaches, itself among them (0: all).
+    `fixed_hidden` is the reason why the residual width is not elastic, where it is not.
     """
 
     base: Architecture
@@ -210,6 +211,7 @@ class Structure:
     tensors: tuple[Tensor, ...]
     experts_per_token: int = 0
     windows: tuple[int, ...] = ()
+    fixed_hidden: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shape(self, tensor: Tensor, arch: Architecture) -> tuple[int, ...] | None:

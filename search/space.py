@@ -174,6 +174,8 @@ class SearchSpace:
         if not full:
             raise ValueError(f"{gene.name}: the original has none of these")
         valid = f"valid are {least} to {full}, ascending, the original's {full} last"
+        if gene.kind == "hidden_size" and self.structure.fixed_hidden:
+            raise ValueError(f"hidden_size: cannot change here ({self.structure.fixed_hidden}); leave it out")
         if any(not isinstance(v, int) or isinstance(v, bool) for v in gene.values):
             raise ValueError(f"{gene.name}: {list(gene.values)} are not all whole numbers; {valid}")
         ascending = all(
@@ -186,6 +188,13 @@ class SearchSpace:
             raise ValueError(f"{gene.name}: {gene.values[-1]} is above the original's {reason}; {valid}")
         if gene.values[0] < least:
             raise ValueError(f"{gene.name}: {gene.values[0]} is too small; {valid}")
+        if gene.kind == "hidden_size" and (heads := max(s.num_attention_heads for s in self.base.layers)):
+            uneven = [v for v in gene.values if v % heads]
+            if uneven:  # configurations refuse it, even where they name a head's width
+                raise ValueError(
+                    f"hidden_size: {uneven[0]} is not a multiple of the {heads} query heads; "
+                    f"valid are the multiples of {heads} up to {full}"
+                )
         if gene.values[-1] != full:
             raise ValueError(f"{gene.name}: {list(gene.values)} leaves out the original; {valid}")
 

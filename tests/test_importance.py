@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import tiny_network
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.elastic.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
 from compressor.elastic.masks import learn_masks, straight_through
-from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
+from compressor.elastic.ordering import Order, Units, apply_ordering, load_ordering, order_by, save_ordering, shapes
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 
@@ -66,11 +68,40 @@ def group(supernet: SuperNetwork, g: int) -> list[torch.Tensor]:
     return views
 
 
+def head(supernet: SuperNetwork, h: int) -> list[torch.Tensor]:
+    """Views of all the weights of query head h of layer 1 that are not its group's."""
+    attention = supernet.model.model.layers[1].self_attn
+    rows = slice(h * HEAD_DIM, (h + 1) * HEAD_DIM)
+    return [attention.q_proj.weight[rows], attention.q_proj.bias[rows], attention.o_proj.weight[:, rows]]
+
+
+def channel(supernet: SuperNetwork, c: int) -> list[torch.Tensor]:
+    """Views of all the weights of residual channel c, in the whole network."""
+    network = supernet.model
+    views = [network.model.embed_tokens.weight[:, c], network.lm_head.weight[:, c], network.model.norm.weight[c]]
+    for layer in network.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        views += [layer.input_layernorm.weight[c], layer.post_attention_layernorm.weight[c]]
+        for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            views.append(reader.weight[:, c])
+        for writer in (attention.o_proj, mlp.down_proj):
+            views += [writer.weight[c], writer.bias[c]]
+    return views
+
+
+WEIGHTS: dict[Units, tuple[int, Callable[[SuperNetwork, int], list[torch.Tensor]]]] = {
+    (1, "ffn"): (WIDTH, neuron),
+    (1, "kv"): (GROUPS, group),
+    (1, "query"): (HEADS, head),
+    (None, "hidden"): (CHANNELS, channel),
+}
+
+
 def test_magnitude_is_the_norm_of_all_weights_of_a_unit(supernet: SuperNetwork) -> None:
     scores = magnitude(supernet, [])
-    for units, count, weights in (((1, "ffn"), WIDTH, neuron), ((1, "kv"), GROUPS, group)):
+    for units, (count, weights) in WEIGHTS.items():
         expected = [torch.cat([w.flatten() for w in weights(supernet, i)]).norm() for i in range(count)]
-        assert torch.allclose(scores[units], torch.stack(expected))
+        assert torch.allclose(scores[units].flatten(), torch.stack(expected))
 
 
 def test_activation_and_wanda_are_norms_over_all_tokens(supernet: SuperNetwork) -> None:
@@ -84,12 +115,47 @@ def test_activation_and_wanda_are_norms_over_all_tokens(supernet: SuperNetwork) 
     assert torch.allclose(weighted[1, "ffn"], neurons.norm(dim=0) * layer.mlp.down_proj.weight.norm(dim=0))
     channels = heads.norm(dim=0) * layer.self_attn.o_proj.weight.norm(dim=0)
     assert torch.allclose(weighted[1, "kv"], channels.view(GROUPS, -1).norm(dim=1))
+    assert torch.allclose(weighted[1, "query"], channels.view(GROUPS, 2, -1).norm(dim=-1))
+
+
+def test_residual_channels_are_scored_by_all_that_read_them(supernet: SuperNetwork) -> None:
+    with torch.no_grad():  # silence all readers but two
+        for module in supernet.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.zero_()
+        gate, lm_head = supernet.model.model.layers[1].mlp.gate_proj, supernet.model.lm_head
+        gate.weight.normal_()
+        lm_head.weight.normal_()
+    energy = inputs_of(supernet, "mlp.gate_proj").norm(dim=0).square() * gate.weight.norm(dim=0).square()
+    seen: list[torch.Tensor] = []
+    hook = lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    scores = wanda(supernet, BATCHES)
+    hook.remove()
+    energy += torch.cat(seen).norm(dim=0).square() * lm_head.weight.norm(dim=0).square()
+    assert torch.allclose(scores[None, "hidden"], energy.sqrt())
+
+
+def test_experts_are_scored_by_what_the_router_gives_them() -> None:
+    supernet = SuperNetwork(tiny_network("mixtral"))
+    layer = supernet.model.model.layers[2].mlp
+    with torch.no_grad():  # constant inputs of 1 make the router's logits its row sums
+        norm = supernet.model.model.layers[2].post_attention_layernorm
+        hook = norm.register_forward_hook(lambda _, __, output: torch.ones_like(output))
+        layer.gate.weight.copy_(torch.tensor([1.0, 3.0, 0.0, 2.0])[:, None] / layer.gate.weight.shape[1])
+    scores, weighted = activation(supernet, BATCHES), wanda(supernet, BATCHES)
+    hook.remove()
+    high, low = torch.tensor([3.0, 2.0]).softmax(0).double()  # two experts for each of 12 tokens
+    expected = torch.stack([0 * low, high, 0 * low, low]) * 12**0.5
+    assert torch.allclose(scores[2, "experts"], expected)
+    outputs = layer.experts.down_proj.double().flatten(1).norm(dim=1)
+    assert torch.allclose(weighted[2, "experts"], expected * outputs)
+    assert torch.equal(scores[2, "ffn"], magnitude(supernet, [])[2, "ffn"])
 
 
 def test_taylor_is_the_slope_of_the_loss_as_a_unit_shrinks(supernet: SuperNetwork) -> None:
     scores = taylor(supernet, BATCHES)
     step = 1e-3  # transformers' norms and loss are in float32, so a smaller one would measure their rounding
-    for units, count, weights in (((1, "ffn"), WIDTH, neuron), ((1, "kv"), GROUPS, group)):
+    for units, (count, weights) in WEIGHTS.items():
         for unit in range(count):
             views = weights(supernet, unit)
             expected = 0.0
@@ -105,7 +171,7 @@ def test_taylor_is_the_slope_of_the_loss_as_a_unit_shrinks(supernet: SuperNetwor
                         for view, before in zip(views, kept, strict=True):
                             view.copy_(before)
                 expected += abs(losses[0] - losses[1]) / (2 * step)
-            assert scores[units][unit] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+            assert scores[units].flatten()[unit] == pytest.approx(expected, rel=1e-2, abs=1e-3)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in supernet.model.parameters())
 
 
@@ -148,9 +214,25 @@ def test_random_is_a_matter_of_the_seed(supernet: SuperNetwork) -> None:
 
 
 def test_all_criteria_score_the_same_units(supernet: SuperNetwork) -> None:
-    expected = {(layer, unit): count for layer in (0, 1) for unit, count in (("kv", GROUPS), ("ffn", WIDTH))}
+    expected = {(layer, "kv"): (GROUPS,) for layer in (0, 1)} | {(layer, "ffn"): (WIDTH,) for layer in (0, 1)}
+    expected |= {(layer, "query"): (GROUPS, HEADS // GROUPS) for layer in (0, 1)} | {(None, "hidden"): (CHANNELS,)}
     for name, criterion in IMPORTANCES.items():
-        assert {units: len(score) for units, score in criterion(supernet, BATCHES).items()} == expected, name
+        scores = criterion(supernet, BATCHES)
+        assert {units: tuple(score.shape) for units, score in scores.items()} == expected, name
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe-dense", "phi3", "gpt2", "gpt_neox", "qwen3_5_text"])
+def test_ordering_all_units_changes_nothing(name: str) -> None:
+    ids = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3]])
+    for criterion in (wanda, taylor):
+        supernet = SuperNetwork(tiny_network(name))
+        with torch.no_grad():
+            before = supernet.model(input_ids=ids).logits
+            order = order_by(criterion(supernet, [ids]))
+            assert order.keys() == shapes(supernet.structure).keys()
+            apply_ordering(supernet, order)
+            after = supernet.model(input_ids=ids).logits
+        assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
 @pytest.mark.parametrize("name", ["activation", "wanda", "taylor", "learned"])
@@ -193,6 +275,7 @@ def test_an_ordering_can_be_used_again(supernet: SuperNetwork, order: Order, tmp
     save_ordering(order, file)
     read = load_ordering(file, supernet.structure)
     assert read.keys() == order.keys() and all(torch.equal(read[units], order[units]) for units in order)
+    del read[None, "hidden"]  # which would move a neuron's own entries too
     first = [weight.clone() for weight in neuron(supernet, int(order[1, "ffn"][0]))]
     apply_ordering(supernet, read)
     assert all(torch.equal(a, b) for a, b in zip(neuron(supernet, 0), first, strict=True))
@@ -203,6 +286,7 @@ def test_an_ordering_of_another_model_is_refused(supernet: SuperNetwork, order: 
     for broken, said in (
         (order | {(1, "ffn"): torch.arange(WIDTH + 1)}, "1.ffn"),
         (order | {(1, "ffn"): torch.zeros(WIDTH, dtype=torch.int64)}, "1.ffn"),
+        (order | {(1, "query"): order[1, "query"].roll(2)}, "1.query"),
         (order | {(2, "ffn"): order[1, "ffn"].clone()}, "another model"),
     ):
         save_ordering(broken, file)

@@ -114,11 +114,14 @@ def tiny_network(name: str) -> PreTrainedModel:
 
 
 def random_architecture(base: Architecture, rng: random.Random) -> Architecture:
-    """Every size of every layer drawn by itself, 0 included; at least one layer keeps its attention."""
+    """Every size of every layer drawn by itself, 0 included, and the query heads of a group; at least one layer keeps
+    its attention."""
     layers = []
+    share = rng.choice([0.5, 1.0])
     for full in base.layers:
         groups = rng.randint(0, full.num_key_value_heads)
-        heads = groups * full.num_attention_heads // max(full.num_key_value_heads, 1)
+        of_each = full.num_attention_heads // max(full.num_key_value_heads, 1)
+        heads = groups * max(1, round(of_each * share))
         # torch's grouped matrix product, which experts use, wants multiples of 16 bytes.
         width = rng.choice([0, 8, 20, full.intermediate_size // 8 * 4, full.intermediate_size])
         layers.append(LayerSizes(heads, groups, width, rng.randint(1, full.num_experts) if full.num_experts else 0))

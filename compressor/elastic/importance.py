@@ -1,7 +1,10 @@
-"""How important each neuron and head group is, by published criteria; `IMPORTANCES` names them.
+"""How important each neuron, head, expert and residual channel is, by published criteria; `IMPORTANCES` names them.
 
 One signature: (super-network with its full network active, calibration batches of token ids [batch, length]) ->
 `Scores`. The calibration data is shared, so that criteria can be compared. `block_influence` does the same for layers.
+
+What activations say of stacked experts: an expert's activation is the weight that the router gives to what it says.
+Its neurons are inside one fused product, where no module reads them: they are ordered by magnitude, together.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor.architecture import Tensor as TensorEntry
 from compressor.elastic.masks import learn_masks
-from compressor.elastic.ordering import Run, Scores, readers, runs
+from compressor.elastic.ordering import Run, Scores, readers, runs, shapes
 from compressor.elastic.supernet import SuperNetwork
 
 Batches = Iterable[Tensor]
@@ -33,15 +37,16 @@ def magnitude(supernet: SuperNetwork, batches: Batches) -> Scores:
 
 
 def activation(supernet: SuperNetwork, batches: Batches) -> Scores:
-    """The L2 norm of a unit's activation over all calibration tokens, where the half-block's output projection reads
-    it (Muralidharan et al., Minitron, arXiv 2407.14679, section 2.2)."""
+    """The L2 norm of a unit's activation over all calibration tokens, where linear modules read it: of neurons and
+    heads the output projections, of residual channels all that stands behind a norm (Muralidharan et al., Minitron,
+    arXiv 2407.14679, section 2.2)."""
     return _reader_energy(supernet, batches, weighted=False)
 
 
 def wanda(supernet: SuperNetwork, batches: Batches) -> Scores:
     """The norm of a unit's activation times the norm of the weights that read it: for unit j of a half-block with
     output projection W (columns j), ||x_j||_2 * ||W[:, j]||_2 (Sun et al., arXiv 2306.11695, eq. 1, summed over a
-    structure's weights in quadrature)."""
+    structure's weights in quadrature, and over all that read a residual channel)."""
     return _reader_energy(supernet, batches, weighted=True)
 
 
@@ -89,14 +94,20 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
 def learned(supernet: SuperNetwork, batches: Batches) -> Scores:
     """Scores of masks that were learnt on frozen weights, from Wanda's order on (Lottery Jackpots, `masks`)."""
     batches = list(batches)
-    return learn_masks(supernet, batches, wanda(supernet, batches))
+    first = wanda(supernet, batches)
+    learnt: Scores = {}
+    for kinds in (("kv", "ffn"), ("query",), ("hidden",)):  # masks of one kind would hide what those of another do
+        learnt |= learn_masks(supernet, batches, {units: first[units] for units in first if units[1] in kinds})
+    return first | learnt
 
 
 def random(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
     """Uniform random numbers: what every criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
-    counts = {run.units: run.count for entry in supernet.structure.tensors for run in runs(entry, supernet.base)}
-    return {units: torch.rand(count, generator=generator, dtype=torch.float64) for units, count in counts.items()}
+    return {
+        units: torch.rand(shape, generator=generator, dtype=torch.float64)
+        for units, shape in shapes(supernet.structure).items()
+    }
 
 
 IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
@@ -133,7 +144,7 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
 
 
 def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> Scores:
-    """For each unit, the root of the squared inputs that read it, over all tokens and the unit's channels; `weighted`
+    """For each unit, the root of its squares where it is read, over all tokens and the unit's channels; `weighted`
     multiplies each channel's by the squares of the weights that it meets."""
     reading = readers(supernet)
     energy: dict[str, Tensor] = {}
@@ -145,8 +156,22 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
 
         return hook
 
+    def collect_routing(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+        def hook(router: nn.Module, _: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            logits, weights, chosen = output  # [tokens, experts], and two times [tokens, experts of each]
+            squares = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+            squares.index_add_(0, chosen.flatten(), weights.double().square().flatten())
+            energy[name] = energy[name] + squares if name in energy else squares
+
+        return hook
+
     modules = {reader.entry.name: reader.module for reader in reading}
     hooks = [module.register_forward_pre_hook(collect(name)) for name, module in modules.items()]
+    experts = [entry for entry in supernet.structure.tensors if _reads_experts(entry)]
+    for entry in experts:
+        layer = supernet.model.get_submodule(f"{supernet.family.layers}.{entry.layer}")
+        router = layer.get_submodule(supernet.family.router)
+        hooks.append(router.register_forward_hook(collect_routing(entry.name)))
     with _removing(hooks):
         _forward(supernet, batches)
     squares: Scores = {}
@@ -156,7 +181,19 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
             weight = supernet.model.get_parameter(reader.entry.name).detach().double()
             along = along * _along(weight.square(), reader.run.dimension)
         _add(squares, reader.run, along)
-    return _roots(_given(squares))
+    scores = _roots(_given(squares))
+    for entry in experts:
+        weight = supernet.model.get_parameter(entry.name).detach().double()
+        read = energy[entry.name] * (_along(weight.square(), 0) if weighted else 1)
+        scores[entry.layer, "experts"] = read.sqrt().cpu()
+    if experts:
+        scores = magnitude(supernet, ()) | scores
+    return scores
+
+
+def _reads_experts(entry: TensorEntry) -> bool:
+    """Whether a parameter holds the output projections of a layer's experts, [experts, residual channels, neurons]."""
+    return entry.role == "experts" and entry.axes[-1].blocks[0][0] == "ffn"
 
 
 def _along(values: Tensor, dimension: int) -> Tensor:

@@ -43,6 +43,8 @@ def learn_masks(
     data = list(batches)
     if not data:
         raise ValueError("no calibration batch was given")
+    if not first:
+        return {}
     scores = {units: _spread(value).requires_grad_() for units, value in first.items()}
     device = data[0].device
     optimizer = torch.optim.SGD(scores.values(), lr=rate, momentum=momentum)
@@ -63,8 +65,8 @@ def learn_masks(
             with torch.no_grad():
                 full = supernet.model(input_ids=ids, use_cache=False).logits
             share = least + (1 - least) * float(torch.rand((), generator=generator))
-            masks |= {units: straight_through(score, share).to(device) for units, score in scores.items()}
             with torch.enable_grad():
+                masks |= {units: straight_through(score, share).to(device) for units, score in scores.items()}
                 masked = supernet.model(input_ids=ids, use_cache=False).logits
                 loss = F.kl_div(
                     F.log_softmax(masked.float(), -1), F.log_softmax(full.float(), -1), log_target=True, reduction="sum"
@@ -84,15 +86,15 @@ def learn_masks(
 
 def straight_through(scores: Tensor, share: float) -> Tensor:
     """The mask of the top `share` of the units, at least one, whose gradient goes to the scores as it is."""
-    kept = max(1, round(share * len(scores)))
-    mask = torch.zeros_like(scores).index_fill(0, scores.topk(kept).indices, 1.0)
+    kept = max(1, round(share * scores.shape[-1]))
+    mask = torch.zeros_like(scores).scatter(-1, scores.topk(kept).indices, 1.0)
     return mask + scores - scores.detach()
 
 
 def _spread(first: Tensor) -> Tensor:
     """Scores from 0.99 to 1 in the order of `first`."""
     ranks = first.argsort(stable=True).argsort().double()
-    return 0.99 + 0.01 * ranks / max(len(first) - 1, 1)
+    return 0.99 + 0.01 * ranks / max(first.shape[-1] - 1, 1)
 
 
 def _masking(reader: Reader, masks: Masks) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
@@ -101,7 +103,7 @@ def _masking(reader: Reader, masks: Masks) -> Callable[[nn.Module, tuple[Tensor,
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if run.units not in masks:
             return None
-        mask = masks[run.units].to(inputs[0].dtype).repeat_interleave(run.width)
+        mask = masks[run.units].to(inputs[0].dtype).flatten().repeat_interleave(run.width)
         return inputs[0] * mask, *inputs[1:]
 
     return hook

@@ -1,6 +1,7 @@
-"""Order neurons and head groups by importance, so that the best sub-network of any width is a prefix.
+"""Order units by importance, so that the best sub-network of any size is a prefix.
 
-Permuting the neurons of an MLP, or the key-value groups of an attention block with their query heads, changes no
+Permuting the neurons of an MLP, the experts of a layer with their router's rows, the key-value groups of an attention
+block with their query heads, the query heads within a group, or the channels of the residual stream changes no
 function: every unit keeps its own weights and only the order of a sum changes. How important a unit is, is for
 `compressor.elastic.importance` to say. An ordering is stored with the run and can be used again in another.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -22,50 +24,57 @@ from compressor.architecture import Tensor as TensorEntry
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 
-Units = tuple[int, Unit]
-"""Which units of the network: `(layer, "kv")` are a layer's key-value groups, `(layer, "ffn")` its neurons."""
+Units = tuple[int | None, Unit]
+"""Which units of the network: `(3, "ffn")` are layer 3's neurons, `(3, "kv")` its key-value groups, `(3, "query")` the
+query heads within each of these, `(3, "experts")` its experts, and `(None, "hidden")` the residual channels."""
 
 Scores = dict[Units, Tensor]
-"""Importance of each unit, [number of units] in float64."""
+"""Importance of each unit in float64, [units]; of query heads [key-value groups, query heads of each], from 2 on."""
 
 Order = dict[Units, Tensor]
-"""Permutation of each set of units, most important first, [number of units] in int64."""
-
-ORDERED: tuple[Unit, ...] = ("kv", "ffn")
-"""The units that can be ordered. Query heads travel with their key-value group."""
+"""Permutation of each set of units in int64, most important first, [units]; query heads stay within their group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where the units of one kind lie along one dimension of a parameter: `count` units of `width` entries each, one
-    behind the other from `start`. Entry `start + width * j + i` is the i-th of unit j."""
+    """Where the units of one kind lie along one dimension of a parameter: as many as `shape` says, of `width` entries
+    each, one behind the other from `start`. Entry `start + width * j + i` is the i-th of unit j."""
 
     units: Units
     dimension: int
     start: int
-    count: int
+    shape: tuple[int, ...]
     width: int
 
+    @property
+    def length(self) -> int:
+        return prod(self.shape) * self.width
+
     def sums(self, along: Tensor) -> Tensor:
-        """Totals of each unit, [count], of values [size of the dimension]."""
-        return along.narrow(0, self.start, self.count * self.width).view(self.count, self.width).sum(1)
+        """Totals of each unit, as `Scores` have them, of values [size of the dimension]."""
+        return along.narrow(0, self.start, self.length).view(*self.shape, self.width).sum(-1)
 
 
 def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
-    """All ordered units of a full parameter, along each of its dimensions."""
-    if entry.layer is None or entry.half is None:
-        return
-    sizes = base.layers[entry.layer]
+    """All units of a full parameter that can be ordered, along each of its dimensions.
+
+    Query heads come before the groups that they move with: both permutations are of the units as they were.
+    """
+    sizes = None if entry.layer is None else base.layers[entry.layer]
     counts = unit_counts(base.hidden_size, sizes)
     for dimension, axis in enumerate(entry.axes):
         start = 0
         for unit, width in axis.blocks:
-            length = counts[unit] * width
-            if unit == "query":
-                unit, width = "kv", width * sizes.num_attention_heads // sizes.num_key_value_heads
-            if unit in ORDERED:
-                yield Run((entry.layer, unit), dimension, start, counts[unit], width)
-            start += length
+            if unit == "hidden":
+                yield Run((None, unit), dimension, start, (counts[unit],), width)
+            elif unit == "query" and counts[unit]:
+                groups, heads = counts["kv"], counts[unit] // counts["kv"]
+                if heads > 1:
+                    yield Run((entry.layer, unit), dimension, start, (groups, heads), width)
+                yield Run((entry.layer, "kv"), dimension, start, (groups,), heads * width)
+            elif unit != "one" and counts[unit]:
+                yield Run((entry.layer, unit), dimension, start, (counts[unit],), width)
+            start += counts[unit] * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +87,17 @@ class Reader:
 
 
 def readers(supernet: SuperNetwork) -> list[Reader]:
-    """Every linear module that reads units, for Llama the output projections of attention and MLP."""
+    """Every linear module that reads units: for Llama's neurons and heads the output projections of MLP and attention,
+    for residual channels the projections into both, and the head where it has a weight of its own."""
     found = []
     for entry in supernet.structure.tensors:
         name, _, attribute = entry.name.rpartition(".")
         module = supernet.model.get_submodule(name)
-        if entry.role == "linear" and attribute == "weight" and isinstance(module, nn.Linear | Conv1D):
+        if (
+            entry.role in ("linear", "matrix", "head")
+            and attribute == "weight"
+            and isinstance(module, nn.Linear | Conv1D)
+        ):
             inputs = 0 if isinstance(module, Conv1D) else 1  # transformers' Conv1D stores its weight transposed
             found += [Reader(entry, module, run) for run in runs(entry, supernet.base) if run.dimension == inputs]
     return found
@@ -91,7 +105,11 @@ def readers(supernet: SuperNetwork) -> list[Reader]:
 
 def order_by(scores: Scores) -> Order:
     """The permutation of each set of units, most important first. Ties keep their place, so it is stable."""
-    return {units: torch.argsort(value, descending=True, stable=True) for units, value in scores.items()}
+    order: Order = {}
+    for units, value in scores.items():
+        within = torch.argsort(value, descending=True, stable=True)
+        order[units] = (within + torch.arange(value.numel()).view_as(value)[..., :1]).flatten()
+    return order
 
 
 def reordered(entry: TensorEntry, full: Tensor, order: Order, base: Architecture) -> Tensor:
@@ -100,7 +118,7 @@ def reordered(entry: TensorEntry, full: Tensor, order: Order, base: Architecture
         if run.units in order:
             index = torch.arange(full.shape[run.dimension])
             within = order[run.units][:, None] * run.width + torch.arange(run.width)
-            index[run.start : run.start + run.count * run.width] = run.start + within.flatten()
+            index[run.start : run.start + run.length] = run.start + within.flatten()
             full = full.index_select(run.dimension, index.to(full.device))
     return full
 
@@ -115,9 +133,25 @@ def apply_ordering(supernet: SuperNetwork, order: Order) -> None:
                 parameter.copy_(permuted)
 
 
+def shapes(structure: Structure) -> dict[Units, tuple[int, ...]]:
+    """All sets of units of a network, and the shape of their scores."""
+    return {run.units: run.shape for entry in structure.tensors for run in runs(entry, structure.base)}
+
+
+def _name(units: Units) -> str:
+    layer, unit = units
+    return unit if layer is None else f"{layer}.{unit}"
+
+
+def _in_groups(permutation: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a permutation moves units within the rows of `shape` only."""
+    size = shape[-1]
+    return torch.equal(permutation // size, torch.arange(len(permutation)) // size)
+
+
 def save_ordering(order: Order, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons."""
-    tensors = {f"{layer}.{unit}": value.cpu().contiguous() for (layer, unit), value in order.items()}
+    tensors = {_name(units): value.cpu().contiguous() for units, value in order.items()}
     save_file(tensors, path, dict(metadata or {}))
 
 
@@ -127,14 +161,14 @@ def load_ordering(path: Path, structure: Structure) -> Order:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path}: not an ordering ({error})") from error
-    counts = {run.units: run.count for entry in structure.tensors for run in runs(entry, structure.base)}
     order: Order = {}
-    for (layer, unit), count in counts.items():
-        value = stored.pop(f"{layer}.{unit}", None)
+    for units, shape in shapes(structure).items():
+        value = stored.pop(_name(units), None)
         if value is not None:
-            if not torch.equal(value.sort().values, torch.arange(count)):
-                raise RequestError(f"{path}: '{layer}.{unit}' does not order the {count} units of this model's layer")
-            order[layer, unit] = value
+            every = torch.arange(prod(shape))
+            if not torch.equal(value.sort().values, every) or not _in_groups(value, shape):
+                raise RequestError(f"{path}: '{_name(units)}' does not order the {len(every)} units of this model")
+            order[units] = value
     if stored or not order:
         raise RequestError(f"{path}: an ordering of another model (it names {next(iter(stored), 'nothing')})")
     return order

@@ -45,16 +45,23 @@ def mixes_tokens(sizes: LayerSizes, full: LayerSizes) -> bool:
 
 
 def leading(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) -> Tensor:
-    """The part of a full parameter that the first `kept` of its `counts` units have.
+    """The part of a full parameter that the first `kept` of its `counts` units have; of query heads, the first of
+    every key-value group that is kept.
 
-    A view, except where a fused axis is cut: its blocks do not lie together, so they are copied.
+    A view, except where what is kept does not lie together (a fused axis, fewer query heads in a group): a copy then.
     """
     for dimension, axis in enumerate(axes):
         if axis.size(counts) == axis.size(kept):
             continue
         parts, start = [], 0
         for unit, width in axis.blocks:
-            parts.append(full.narrow(dimension, start, width * kept[unit]))
+            block = full.narrow(dimension, start, width * counts[unit])
+            if unit == "query" and counts["query"] * kept["kv"] != kept["query"] * counts["kv"]:
+                grouped = block.unflatten(dimension, (counts["kv"], -1, width)).narrow(dimension, 0, kept["kv"])
+                block = grouped.narrow(dimension + 1, 0, kept["query"] // kept["kv"])
+                parts.append(block.flatten(dimension, dimension + 2))
+            else:
+                parts.append(block.narrow(dimension, 0, width * kept[unit]))
             start += width * counts[unit]
         full = parts[0] if len(parts) == 1 else torch.cat(parts, dimension)
     return full
@@ -82,11 +89,18 @@ def identity(hidden_states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A parameter of one layer that shrinks: where it sits, and the axes of its full form."""
+    """A parameter that shrinks: where it sits, and the axes of its full form."""
 
     module: nn.Module
     attribute: str
     axes: tuple[Axis, ...]
+
+    def show(self, counts: Counts, kept: Counts) -> None:
+        """Shadow the parameter by the part that the first `kept` of its `counts` units have."""
+        full = self.module._parameters[self.attribute]
+        assert full is not None
+        part = leading(full if torch.is_grad_enabled() else full.detach(), self.axes, counts, kept)
+        _shadow(self.module, self.attribute, None if part is full else part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +130,18 @@ class SuperNetwork:
         self._decoder = model.get_submodule(path)
         self._layers = list(getattr(self._decoder, self._layers_name))
         self._slots: list[dict[Half, list[_Slot]]] = [{"attention": [], "mlp": []} for _ in self._layers]
+        self._residual: list[_Slot] = []  # those that only the residual width changes
         for tensor in self.structure.tensors:
-            elastic = any(unit in ELASTIC for axis in tensor.axes for unit, _ in axis.blocks)
-            if tensor.layer is not None and tensor.half is not None and elastic:
-                module_name, _, attribute = tensor.name.rpartition(".")
-                slot = _Slot(model.get_submodule(module_name), attribute, tensor.axes)
+            units = {unit for axis in tensor.axes for unit, _ in axis.blocks}
+            module_name, _, attribute = tensor.name.rpartition(".")
+            slot = _Slot(model.get_submodule(module_name), attribute, tensor.axes)
+            if tensor.layer is not None and tensor.half is not None and units & set(ELASTIC):
                 self._slots[tensor.layer][tensor.half].append(slot)
+            elif "hidden" in units:
+                self._residual.append(slot)
+                if tensor.role == "embedding" and self.structure.tied:
+                    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+                    self._residual.append(_Slot(head, "weight", tensor.axes))
         self._counts: list[list[_Count]] = []
         self._routers: list[Any] = []
         for layer in self._layers:
@@ -139,12 +159,16 @@ class SuperNetwork:
     def activate(self, architecture: Architecture) -> None:
         """Switch `architecture` on; it stays on until the next call. Views follow the grad mode of the caller.
 
-        Raises ValueError where a size exceeds the base's.
+        Raises ValueError where a size exceeds the base's, or the residual width is not the family's to change.
         """
-        if not architecture.fits(self.base) or architecture.hidden_size != self.base.hidden_size:
-            raise ValueError("the architecture is larger than the network, or changes its residual width")
+        if not architecture.fits(self.base):
+            raise ValueError("the architecture is larger than the network")
+        if self.structure.fixed_hidden and architecture.hidden_size != self.base.hidden_size:
+            raise ValueError(f"the residual width cannot change: {self.structure.fixed_hidden}")
         for index, layer in enumerate(self._layers):
-            self._activate_layer(index, layer, architecture.layers[index], self.base.layers[index])
+            self._activate_layer(index, layer, architecture)
+        if {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}:
+            self._activate_residual(architecture.hidden_size)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):
@@ -156,9 +180,14 @@ class SuperNetwork:
             shadow.pop(self._layers_name, None)
         self.current = architecture
 
-    def _activate_layer(self, index: int, layer: nn.Module, sizes: LayerSizes, full: LayerSizes) -> None:
-        family = self.family
-        counts, kept = unit_counts(self.base.hidden_size, full), unit_counts(self.base.hidden_size, sizes)
+    def _activate_residual(self, hidden_size: int) -> None:
+        counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)
+        for slot in self._residual:
+            slot.show(counts, kept)
+
+    def _activate_layer(self, index: int, layer: nn.Module, architecture: Architecture) -> None:
+        family, sizes, full = self.family, architecture.layers[index], self.base.layers[index]
+        counts, kept = unit_counts(self.base.hidden_size, full), unit_counts(architecture.hidden_size, sizes)
         blocks: dict[Half, tuple[str, tuple[str, ...], Any, tuple[Unit, Unit]]] = {
             "attention": (family.attention, family.attention_norms, removed_attention, ("query", "kv")),
             "mlp": (family.mlp, family.mlp_norms, removed_mlp, ("ffn", "experts")),
@@ -167,17 +196,18 @@ class SuperNetwork:
             if half in full.skip:
                 continue
             gone = half in sizes.skip
-            whole = all(counts[unit] == kept[unit] for unit in units)
+            whole = all(counts[unit] == kept[unit] for unit in (*units, "hidden"))
             _shadow(layer, block, stand_in if gone else None)
             for norm in norms:
                 _shadow(layer, norm, identity if gone else None)
             for slot in self._slots[index][half]:
-                part: Tensor | None = None
-                if not gone and not whole:
-                    part = slot.module._parameters[slot.attribute]
-                    assert part is not None
-                    part = leading(part if torch.is_grad_enabled() else part.detach(), slot.axes, counts, kept)
-                _shadow(slot.module, slot.attribute, part)
+                if gone or whole:
+                    _shadow(slot.module, slot.attribute, None)
+                else:
+                    slot.show(counts, kept)
+        attention: Any = layer._modules.get(family.attention)
+        if sizes.num_key_value_heads and hasattr(attention, "num_key_value_groups"):
+            attention.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
         for count in self._counts[index]:
             setattr(count.module, count.attribute, count.value * kept[count.unit] // counts[count.unit])
         router = self._routers[index]

@@ -50,7 +50,8 @@ class Family:
 
     `head_width_follows` says that the plain class (or what else loads it) derives a head's width from the number of
     heads, so that it can only hold all of them; `attention_resized` that even the attention module does, so that the
-    uneven code cuts it after it was built. `refused` are settings that are not supported, each with the reason.
+    uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, where it
+    is not. `refused` are settings that are not supported, each with the reason.
     """
 
     model_type: str
@@ -80,6 +81,7 @@ class Family:
     router: str = ""
     head_width_follows: bool = False
     attention_resized: bool = False
+    fixed_hidden: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def half(self, name: str) -> Half | None:
@@ -202,8 +204,9 @@ def describe(config: Any, trust_remote_code: bool = False) -> Structure:
     dtype = getattr(config, "dtype", None) or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     per_token = getattr(config, "num_experts_per_tok", 0) if "experts" in family.settings else 0
+    windows = _windows(config, len(base.layers))
     return Structure(
-        base, width, config.vocab_size, tied, dtype.itemsize, tensors, per_token, _windows(config, len(base.layers))
+        base, width, config.vocab_size, tied, dtype.itemsize, tensors, per_token, windows, family.fixed_hidden
     )
 
 

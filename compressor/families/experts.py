@@ -22,7 +22,7 @@ MIXTRAL = replace(
     class_prefix="Mixtral",
     layer={**ATTENTION, **EXPERTS},
     settings={**LLAMA.settings, "experts": "num_local_experts"},
-    counts={"mlp.gate.num_experts": "experts", "mlp.experts.num_experts": "experts"},
+    counts={"mlp.gate.num_experts": "experts", "mlp.experts.num_experts": "experts", "mlp.gate.hidden_dim": "hidden"},
     router="mlp.gate",
 )
 # Layers that the configuration lists, or skips over, have a dense MLP of another width.

@@ -38,6 +38,7 @@ GPT2 = Family(
     counts={"attn.split_size": "query", "attn.c_attn.nf": "query", "mlp.c_fc.nf": "ffn"},
     head_width_follows=True,
     attention_resized=True,
+    fixed_hidden="the width of a head follows from it",
     refused={
         "scale_attn_by_inverse_layer_idx": "a layer's function would change with the layers that are removed below it",
         "add_cross_attention": "it is the decoder of an encoder",

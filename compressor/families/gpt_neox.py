@@ -34,6 +34,7 @@ GPT_NEOX = Family(
     settings={"query": "num_attention_heads", "ffn": "intermediate_size"},
     head_width_follows=True,
     attention_resized=True,
+    fixed_hidden="the width of a head follows from it",
 )
 
 FAMILIES = (GPT_NEOX,)

@@ -43,6 +43,7 @@ OPT = Family(
     counts={"self_attn.num_heads": "query"},
     head_width_follows=True,
     attention_resized=True,
+    fixed_hidden="the width of a head follows from it",
 )
 
 FAMILIES = (OPT,)

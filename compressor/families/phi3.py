@@ -22,6 +22,7 @@ PHI3 = replace(
     reads_config="self_attn",
     # The configuration checks its rotary factors against a head width that it derives from the number of heads.
     head_width_follows=True,
+    fixed_hidden="the width of a head follows from it",
 )
 
 FAMILIES = (PHI3,)

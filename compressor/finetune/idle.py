@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressor.architecture import Architecture, Structure, unit_counts
+from compressor.elastic.supernet import leading
 
 Idle = Mapping[str, "list[tuple[int, Tensor]] | None"]
 """By parameter name: the (dimension, indices) that no member used, or None where no member used the parameter."""
@@ -36,14 +36,13 @@ def idle_slices(structure: Structure, members: Iterable[Architecture]) -> Idle:
             continue
         unused = []
         for dimension, axis in enumerate(tensor.axes):
-            used = np.zeros(axis.size(_counts(structure.base, tensor.layer)), dtype=bool)
+            full = _counts(structure.base, tensor.layer)
+            every = torch.arange(axis.size(full))
+            used = torch.zeros(len(every), dtype=torch.bool)
             for member in users:
-                counts, at = _counts(member, tensor.layer), 0
-                for unit, width in axis.blocks:
-                    used[at : at + width * counts[unit]] = True
-                    at += width * _counts(structure.base, tensor.layer)[unit]
+                used[leading(every, (axis,), full, _counts(member, tensor.layer))] = True
             if not used.all():
-                unused.append((dimension, torch.from_numpy(np.flatnonzero(~used))))
+                unused.append((dimension, (~used).nonzero().flatten()))
         if unused:
             idle[tensor.name] = unused
     return idle

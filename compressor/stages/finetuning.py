@@ -101,17 +101,19 @@ def finetune(job: Job) -> dict[str, Any]:
 
 
 def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
-    """Permute neurons and heads as the recipe says; returns the permutations.
+    """Permute units as the recipe says; returns the permutations.
 
     `ordering` names a criterion, which is measured on the first blocks of the data, or a file that another run left.
     """
     named = job.recipe.finetuning.ordering
     if named in IMPORTANCES:
-        say(f"ordering neurons and heads by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
+        say(f"ordering units by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
         calibration = [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
         order = order_by(IMPORTANCES[named](supernet, calibration))
+        if all(gene.kind != "hidden_size" for gene in job.space.genes):
+            del order[None, "hidden"]  # which all weights follow: left alone where no sub-network is narrower
     else:
-        say(f"ordering neurons and heads as in {named}")
+        say(f"ordering units as in {named}")
         order = load_ordering(Path(named), job.structure)
     apply_ordering(supernet, order)
     return order
