@@ -303,7 +303,7 @@ class Job:
             return
         genes = {gene.name: gene.values for gene in self.space.genes}
         base = self.structure.base
-        widths = {base.hidden_size}
+        widths = set(genes.get("hidden_size", (base.hidden_size,)))
         for index, layer in enumerate(base.layers):
             widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
             per_group = self.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)

@@ -207,7 +207,8 @@ class SearchSpace:
             return 1
         if gene.layer is not None:
             return _size(self.base.layers[gene.layer], gene.kind)
-        present = [s for s in self.base.layers if (s.num_key_value_heads if gene.kind == "heads" else not s.removed)]
+        attends = gene.kind in ("heads", "kv")  # layers of linear attention have neither
+        present = [s for s in self.base.layers if (s.num_key_value_heads if attends else not s.removed)]
         sizes = {_size(layer, gene.kind) for layer in present}
         if len(sizes) != 1:
             raise ValueError(
@@ -386,8 +387,8 @@ class SearchSpace:
         """A gene's value as an architecture shows it; None where nothing shows it."""
         if gene.kind == "hidden_size":
             return architecture.hidden_size
-        if gene.kind == "heads":
-            return next((_size(layer, "heads") for layer in standing if layer.num_key_value_heads), None)
+        if gene.layer is None and gene.kind in ("heads", "kv"):
+            return next((_size(layer, gene.kind) for layer in standing if layer.num_key_value_heads), None)
         chosen = architecture.layers[gene.layer] if gene.layer is not None else next(iter(standing), None)
         if gene.kind == "layer":
             return int(chosen is not None and not chosen.removed)
@@ -601,40 +602,11 @@ class SearchSpace:
         Llama-2-7B, in proportion elsewhere). `instatune`: depths from three quarters up, half to all heads,
         half to all of the FFN, for each layer. `depth`: any subset of layers. `uniform`: depth, one FFN width
         and one number of heads for all layers. `fine`: heads and FFN width of each layer, 0 included, at a
-        `step` of the FFN width that suits hardware and quantization groups.
+        `step` of the FFN width that suits hardware and quantization groups, and the number of experts.
 
         `order` (all layers, most important first) replaces `policy` where a depth gene chooses layers.
         """
-        layers = structure.base.layers
-        count = len(layers)
-        policy = "importance" if order is not None else policy
-        if name == "fine":
-            genes: dict[str, Any] = {}
-            for i, layer in enumerate(layers):
-                if layer.num_key_value_heads:
-                    genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
-                genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step)]
-        elif name == "llama-nas":
-            genes = {"depth": _depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count], policy, order)}
-            for i, layer in enumerate(layers):
-                genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step)
-        elif name == "instatune":
-            genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
-            for i, layer in enumerate(layers):
-                kv = layer.num_key_value_heads
-                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
-                genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
-        elif name == "depth":
-            genes = {f"layer.{i}": [0, 1] for i in range(count)}
-        elif name == "uniform":
-            genes = {
-                "depth": _depth(range(max(1, count // 4), count + 1), policy, order),
-                "kv": list(range(1, layers[0].num_key_value_heads + 1)),
-                "ffn": list(widths(layers[0].intermediate_size, step)),
-            }
-        else:
-            raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
-        space = cls.from_dict(genes, structure)
+        space = cls.from_dict(_preset(name, structure, step=step, policy=policy, order=order), structure)
         space.name = name
         return space
 
@@ -645,10 +617,20 @@ class SearchSpace:
         `ffn.*` stands for all layers and `ffn.4-7` for a range; a later line overrides an earlier one for its
         layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets the MLP go). `depth`
         is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or `{keep: [[0, 1, 3], …]}`.
+        `preset: llama-nas` starts from a named space, with the `policy`, `step` and `order` of `preset`; the other
+        lines are put over its own.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
         """
         if not isinstance(data, Mapping):
             raise ValueError("a search space is a mapping from gene names to values")
+        if "preset" in data:
+            options: dict[str, Any] = {name: data.get(name) for name in ("step", "order")}
+            options["policy"] = data.get("policy", "late-block")
+            own = {name: values for name, values in data.items() if name not in ("preset", *options)}
+            genes_of_preset = _preset(data["preset"], structure, **options)
+            if "depth" not in genes_of_preset and {"policy", "order"} & set(data):
+                raise ValueError(f"policy, order: the space '{data['preset']}' has no depth gene that they could serve")
+            data = genes_of_preset | own
         layers = len(structure.base.layers)
         genes: dict[str, tuple[int, ...]] = {}
         kept: list[tuple[int, ...]] | None = None
@@ -677,6 +659,49 @@ def _size(layer: LayerSizes, kind: str) -> int:
         "experts": layer.num_experts,
         "heads": layer.num_attention_heads // max(layer.num_key_value_heads, 1),
     }[kind]
+
+
+def _preset(
+    name: str, structure: Structure, *, step: int | None, policy: str, order: Sequence[int] | None
+) -> dict[str, Any]:
+    """The genes of a named space, as a recipe would spell them out. `SearchSpace.preset` says what they are."""
+    layers = structure.base.layers
+    count = len(layers)
+    policy = "importance" if order is not None else policy
+    if name == "fine":
+        genes: dict[str, Any] = {}
+        for i, layer in enumerate(layers):
+            if layer.num_key_value_heads:
+                genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
+            genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step)]
+            if layer.num_experts:
+                genes[f"experts.{i}"] = _experts(layer.num_experts, structure.experts_per_token)
+    elif name == "llama-nas":
+        genes = {"depth": _depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count], policy, order)}
+        for i, layer in enumerate(layers):
+            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step)
+    elif name == "instatune":
+        genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
+        for i, layer in enumerate(layers):
+            if kv := layer.num_key_value_heads:
+                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
+            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
+    elif name == "depth":
+        genes = {f"layer.{i}": [0, 1] for i in range(count)}
+    elif name == "uniform":
+        genes = {
+            "depth": _depth(range(max(1, count // 4), count + 1), policy, order),
+            "kv": list(range(1, max(layer.num_key_value_heads for layer in layers) + 1)),
+            "ffn": list(widths(layers[0].intermediate_size, step)),
+        }
+    else:
+        raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
+    return genes
+
+
+def _experts(count: int, per_token: int) -> list[int]:
+    """Numbers of experts in about eight steps, none so few that a token would go to fewer than it used to."""
+    return sorted({max(per_token, round(count * eighths / 8)) for eighths in range(1, 9)})
 
 
 def _shrunk(count: int, numerator: int, denominator: int) -> int:

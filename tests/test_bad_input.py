@@ -171,6 +171,12 @@ def unknown_algorithm(b: Bench) -> None:
     b.options["--recipe"] = str(recipe)
 
 
+def impossible_space(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("space: {preset: fine, ffn.1: [64, 96]}\n")
+    b.options["--recipe"] = str(recipe)
+
+
 def unknown_ordering(b: Bench) -> None:
     recipe = b.folder / "recipe.yaml"
     recipe.write_text("finetuning:\n  ordering: wnada\n")
@@ -209,6 +215,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_key, ["learning_rte", "learning_rate"]),
     (unknown_stage, ["finetuen", "finetune"]),
     (unknown_algorithm, ["linsa", "linas"]),
+    (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
     (unknown_ordering, ["wnada", "wanda"]),
     (too_long, ["tiny_choice", "64"]),
 ]

@@ -33,7 +33,7 @@ def learn_masks(
 ) -> Scores:
     """Scores whose order is an ordering of the units, learnt on calibration batches of token ids [batch, length].
 
-    The paper's mask is 1 for the top share of the scores m, and dL/dm = dL/d(mask), straight through (its eq. 5 and 6).
+    The paper's mask is 1 for the top share of the scores m, and dL/dm = dL/d(mask), straight through.
     Here L is the KL divergence from the full network to the masked one, the mask multiplies what reads a unit, and the
     share that is kept is drawn anew for every step, uniformly from `least` to 1, since an ordering has to serve all
     sizes. Scores begin between 0.99 and 1, in the order of `first` (the paper's 0.99 for what magnitude would prune,

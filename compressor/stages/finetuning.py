@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressor.elastic.importance import IMPORTANCES
+from compressor.elastic.importance import IMPORTANCES, block_influence
 from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
@@ -75,6 +75,7 @@ def finetune(job: Job) -> dict[str, Any]:
         model = job.load_base(torch.float32)
         supernet = job.supernet_of(model)
         order = order_supernet(job, supernet, blocks)
+        facts["block_influence"] = block_influence(supernet, calibration_batches(job, blocks))
         history = History()
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
@@ -100,6 +101,11 @@ def finetune(job: Job) -> dict[str, Any]:
     return run.manifest(run.supernet) or {}
 
 
+def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
+    """Token ids of the first blocks, which all criteria of importance share."""
+    return [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
+
+
 def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
     """Permute units as the recipe says; returns the permutations.
 
@@ -108,8 +114,7 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
     named = job.recipe.finetuning.ordering
     if named in IMPORTANCES:
         say(f"ordering units by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
-        calibration = [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
-        order = order_by(IMPORTANCES[named](supernet, calibration))
+        order = order_by(IMPORTANCES[named](supernet, calibration_batches(job, blocks)))
         if all(gene.kind != "hidden_size" for gene in job.space.genes):
             del order[None, "hidden"]  # which all weights follow: left alone where no sub-network is narrower
     else:

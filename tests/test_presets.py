@@ -1,0 +1,70 @@
+"""Named spaces for every family, what a recipe can put over them, and what it is told where that is impossible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from search_helpers import LLAMA_2_7B, SMALL
+from tiny_families import CONFIGS
+
+from compressor.families import describe
+from search.space import POLICIES, PRESETS, SearchSpace, kept_layers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_has_every_named_space(name: str) -> None:
+    structure = describe(CONFIGS[name]())
+    alike = len({layer.intermediate_size for layer in structure.base.layers}) == 1
+    for preset in PRESETS:
+        if preset == "uniform" and not alike:
+            with pytest.raises(ValueError, match="the original's layers differ"):
+                SearchSpace.preset(preset, structure)
+            continue
+        space = SearchSpace.preset(preset, structure)
+        assert space.largest() == structure.base
+        assert structure.parameters(space.smallest()) < structure.parameters(structure.base)
+        drawn = space.decode_all(space.sample_tilted(np.random.default_rng(0), 40))
+        assert len(set(drawn)) > 5 and all(space.decode(space.encode(a)) == a for a in drawn)
+
+
+def test_fine_counts_experts_from_those_that_a_token_needs() -> None:
+    space = SearchSpace.preset("fine", describe(CONFIGS["qwen3_moe"]()))  # 6 experts, 3 for each token
+    assert {gene.values for gene in space.genes if gene.kind == "experts"} == {(3, 4, 5, 6)}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_recipe_names_the_policy_of_a_preset(policy: str) -> None:
+    space = SearchSpace.from_dict({"preset": "llama-nas", "policy": policy}, LLAMA_2_7B)
+    genes = {gene.name: gene.values for gene in space.genes}
+    assert genes == {"depth": (24, 28, 32)} | {f"ffn.{i}": (5504, 11008) for i in range(32)}
+    assert space.smallest().kept == kept_layers(policy, 32, 24)
+
+
+def test_a_recipe_puts_its_own_genes_over_a_preset() -> None:
+    space = SearchSpace.from_dict({"preset": "fine", "step": 64, "hidden_size": [8, 16], "ffn.1": [128]}, SMALL)
+    genes = {gene.name: gene.values for gene in space.genes}
+    assert genes["hidden_size"] == (8, 16) and genes["ffn.1"] == (128,) and genes["ffn.0"] == (0, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"preset": "fien"}, "valid are llama-nas, instatune, depth, uniform, fine"),
+        ({"preset": "llama-nas", "policy": "last"}, "valid are first, alternate, late-block"),
+        ({"preset": "fine", "policy": "first"}, "no depth gene"),
+        ({"preset": "fine", "step": 48}, "valid are its divisors"),
+        ({"ffn.0": [64, 256]}, "256 is above the original's size; valid are 0 to 128"),
+        ({"ffn.*": {"step": 48}}, "valid are its divisors"),
+        ({"heads": [1, 4]}, "4 is above the original's query heads for each key-value head; valid are 1 to 2"),
+        ({"kv.0": [3, 4]}, "above the original's size; valid are 0 to 2"),
+        ({"kv.0": [1]}, "leaves out the original; valid are 0 to 2"),
+        ({"hidden_size": [6, 16]}, "6 is not a multiple of the 4 query heads"),
+        ({"depth": {"values": [2, 5]}}, "whole numbers from 1 to 3"),
+        ({"fnn.0": [64]}, "unknown gene 'fnn.0'; valid are"),
+    ],
+)
+def test_an_impossible_recipe_is_told_the_valid_values(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SearchSpace.from_dict(data, SMALL)
