@@ -75,16 +75,18 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     base = structure.base
     rate = matrix_rate(job.device, job.compute_dtype) * EFFICIENCY
     macs = structure.macs(base, recipe.finetuning.sequence_length // 2)
-    members = 3 if recipe.finetuning.sampler == "sandwich" else 1
-    train = 6 * macs * (recipe.finetuning.tokens or 0) * members * 0.8
+    random = recipe.finetuning.random_members
+    members = {"sandwich": 2 + random, "joint": 1 + random}.get(recipe.finetuning.sampler, 1)
+    taught = 2 * recipe.finetuning.strong_teacher  # the frozen base only goes forward
+    train = (6 * members * 0.8 + taught) * macs * (recipe.finetuning.tokens or 0)
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
     rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
     layer = base.layers[0]
     per_token = len(base.layers) * (10 * base.hidden_size + 4 * layer.intermediate_size) + 4 * structure.vocab_size
-    training_bytes = 16 * total + 4 * rows * per_token
     weight_bytes = total * job.compute_dtype.itemsize
+    training_bytes = 16 * total + 4 * rows * per_token + (weight_bytes if recipe.finetuning.strong_teacher else 0)
     healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
     scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * layer.intermediate_size)
     return {

@@ -104,7 +104,7 @@ class Finetuning(Section):
     draw: str = "sizes"
     loss: str | dict[str, float] = "kl"
     temperature: float = Field(default=1.0, gt=0)
-    strong_teacher: float = Field(default=0.0, ge=0, le=1)
+    strong_teacher: float = Field(default=1.0, ge=0, le=1)
     parameters: Literal["all", "lora"] = "all"
     rank: int = Field(default=32, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
@@ -210,13 +210,13 @@ class Recipe(Section):
 
 
 def learning_rate_for(hidden_size: int, healing: bool) -> float:
-    """Peak learning rate by residual width: at 64, 3e-3 to heal and 5e-4 to fine-tune; at 4096, 5e-5 and 7e-6.
+    """Peak learning rate by residual width: at 64, 3e-3 to heal and 1.6e-3 to fine-tune; at 4096, 5e-5 and 2.4e-5.
 
     The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al.,
     arXiv 2203.03466). The constants were found on stories260K and prose-7m: a network that was cut needs, and bears, a
     rate that would undo much of what a whole one knows (`docs/results.md`).
     """
-    return (0.2 if healing else 0.03) / hidden_size
+    return (0.2 if healing else 0.1) / hidden_size
 
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:
