@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.supernet import SuperNetwork
 from compressor.finetune import losses
 from compressor.finetune.data import IGNORED, Batch
-from compressor.finetune.forward import Recorder, Trace, head_of, trace
+from compressor.finetune.forward import Recorder, Trace, trace
 from compressor.finetune.losses import Loss, cross_entropy, forward_kl
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
@@ -56,15 +57,23 @@ def test_a_trace_and_its_head_are_the_models_own_logits(network: Any, batch: Bat
     assert torch.equal(network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt], logits)
 
 
-def test_what_a_head_does_after_projecting_is_kept() -> None:
-    """Gemma 2 caps its logits."""
-    from transformers import AutoModelForCausalLM, Gemma2Config
-
-    config = Gemma2Config(**(tiny.SIZES | {"head_dim": 8, "final_logit_softcapping": 0.05}))
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.arange(6)[None]
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    assert torch.allclose(head_of(model, hidden[0]), model(input_ids=ids, use_cache=False).logits[0], atol=1e-6)
+@pytest.mark.parametrize("family", tiny_families.CONFIGS)
+def test_every_familys_head_packing_and_attention(family: str) -> None:
+    """A head does what the family's does behind its projection (Gemma 2 caps, Granite scales); packed documents do not
+    see one another, where the family's masks look at positions; queries, keys and values are found."""
+    model: Any = tiny_families.tiny_network(family)
+    ids = torch.randint(3, 100, (1, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16)[None] % 8
+    supernet = SuperNetwork(model)
+    with torch.no_grad(), Recorder(supernet, attention=True) as recorder:
+        whole = trace(model, Batch(ids, ids, torch.arange(16)[None]), recorder)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        packed = trace(model, Batch(ids, ids, positions)).hidden[8:]
+        alone = trace(model, Batch(ids[:, 8:], ids[:, 8:], positions[:, 8:])).hidden
+    assert torch.allclose(whole.head(whole.hidden), logits, atol=1e-6)
+    isolated = torch.allclose(packed, alone, atol=1e-5 * float(alone.abs().max()))
+    assert isolated == (family not in ("opt", "opt-projected", "qwen3_5_text"))
+    assert len(whole.attention) == (1 if family.startswith("gpt_neox") else 3)
 
 
 @pytest.mark.parametrize("weights", [{"ce": 1.0}, {"kl": 1.0}, {"ce": 0.3, "kl": 0.7}])

@@ -2,7 +2,8 @@
 
 Documents lie end to end, and none sees another: positions count from 0 in every document (and in every block), which
 transformers' masks take for packed sequences and keep attention within (`find_packed_sequence_indices`), and no
-document's first token is learnt from the one before it.
+document's first token is learnt from the one before it. OPT's masks and linear attention do not look at positions: in
+those, a document does see the ones before it in its block.
 """
 
 from __future__ import annotations

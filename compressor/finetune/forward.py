@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from compressor.architecture import Axis, unit_counts
 from compressor.elastic.supernet import SuperNetwork
+from compressor.families import families
 from compressor.finetune.data import Batch
 
 Head = Callable[[Tensor], Tensor]
@@ -68,11 +70,12 @@ class Recorder:
                 self._handles.append(layer.register_forward_hook(partial(self._keep_layer, index)))
         if attention:
             for position, tensor in enumerate(supernet.structure.tensors):
-                units = {unit for unit, _ in tensor.axes[0].blocks}
+                module = modules[tensor.name.rpartition(".")[0]]
+                outputs = tensor.axes[-1 if isinstance(module, Conv1D) else 0]  # GPT-2 stores its weights transposed
+                units = {unit for unit, _ in outputs.blocks}
                 if tensor.half == "attention" and tensor.role == "linear" and units & {"query", "kv"}:
                     assert tensor.layer is not None
-                    keep = partial(self._keep_projection, tensor.layer, position, tensor.axes[0])
-                    module = modules[tensor.name.rpartition(".")[0]]
+                    keep = partial(self._keep_projection, tensor.layer, position, outputs)
                     self._handles.append(module.register_forward_hook(keep))
 
     def __enter__(self) -> Recorder:
@@ -88,7 +91,8 @@ class Recorder:
 
     @property
     def attention(self) -> list[Tensor]:
-        """Queries, keys and values of the last layer that has attention, in the order of the family's table."""
+        """Queries, keys and values of the last layer that has attention, in the order of the family's table (one
+        tensor of all three, head by head, where the family interleaves them)."""
         last = self._projected[max(self._projected)] if self._projected else {}
         return [part for position in sorted(last) for part in last[position]]
 
@@ -101,11 +105,32 @@ class Recorder:
         self._projected.setdefault(layer, {})[position] = list(output.split(widths, dim=-1))
 
 
+class _Passed:
+    """What a decoder returns, as far as a head looks at it: hidden states, and nothing else."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+def decoder_of(model: Any) -> tuple[nn.Module, str]:
+    """Where a model, standalone and uneven too, keeps the decoder that feeds its head: the parent module and a name."""
+    family = families()[model.config.model_type.removeprefix("uneven_")]
+    parent, _, name = family.layers.rpartition(".")[0].rpartition(".")
+    return model.get_submodule(parent), name
+
+
 def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> Trace:
     """Run a causal language model up to its head, with whatever sub-network is active in it."""
     if recorder is not None:
         recorder.clear()
-    hidden = getattr(model, model.base_model_prefix)(**batch.inputs, use_cache=False).last_hidden_state
+    parent, name = decoder_of(model)
+    hidden = getattr(parent, name)(**batch.inputs, use_cache=False).last_hidden_state
     return Trace(
         batch,
         hidden[:, :-1][batch.learnt],
@@ -123,15 +148,10 @@ def head_of(model: Any, hidden: Tensor) -> Tensor:
 
     The decoder is shadowed by a function that returns `hidden`, the way a removed block is shadowed.
     """
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return BaseModelOutputWithPast(last_hidden_state=hidden[None])
-
-    shadow = model.__dict__
-    shadow[model.base_model_prefix] = stand_in
+    parent, name = decoder_of(model)
+    parent.__dict__[name] = lambda *args, **kwargs: _Passed(hidden[None])
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
     finally:
-        del shadow[model.base_model_prefix]
+        del parent.__dict__[name]
