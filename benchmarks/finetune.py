@@ -42,22 +42,27 @@ TRIALS: dict[str, dict[str, Any]] = {
     "sampler alternate": {"sampler": "alternate"},
     "sampler joint": {"sampler": "joint"},
     "two random members": {"random_members": 2},
-    "alternate, cross-entropy (LLaMA-NAS)": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
     # where random members are drawn
     "draw genes": {"draw": "genes"},
     "draw shift": {"draw": "shift"},
     # what from
+    "taught in place": {"strong_teacher": 0.0},
+    "taught by the base for a half": {"strong_teacher": 0.5},
     "loss ce": {"loss": "ce"},
-    "strong teacher throughout": {"strong_teacher": 1.0},
-    "strong teacher for a half": {"strong_teacher": 0.5},
     "temperature 2": {"temperature": 2.0},
-    "loss 0.3 ce + 0.7 kl (InstaTune)": {"loss": {"ce": 0.3, "kl": 0.7}},
+    "loss 0.3 ce + 0.7 kl": {"loss": {"ce": 0.3, "kl": 0.7}},
     "loss kl + relations": {"loss": {"kl": 1.0, "relations": 1.0}},
     "loss kl + hidden": {"loss": {"kl": 1.0, "hidden": 1.0}},
-    # how
+    # how fast
+    "rate 0.03 / width": {"rate": 0.03},
+    "rate 0.2 / width": {"rate": 0.2},
     "constant tail": {"tail_share": 0.25},
+    # published schemes as they stand
+    "LLaMA-NAS": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
+    "InstaTune, in place": {"sampler": "joint", "draw": "genes", "strong_teacher": 0.0, "loss": {"ce": 0.3, "kl": 0.7}},
+    "BigNAS": {"random_members": 2, "draw": "genes", "strong_teacher": 0.0, "tail_share": 0.25},
 }
-"""Changes of `finetuning` in the recipe, by the name of a row."""
+"""Changes of `finetuning` in the recipe, by the name of a row. `rate` is the learning rate times the width."""
 
 
 class Bench:
@@ -116,6 +121,9 @@ class Bench:
 
     def elastic(self, changes: dict[str, Any], seed: int) -> dict[str, Any]:
         """A super-network fine-tuned with these changes of the default, and the loss of each size cut out of it."""
+        if "rate" in changes:
+            own = {name: value for name, value in changes.items() if name != "rate"}
+            changes = own | {"learning_rate": changes["rate"] / self.structure.base.hidden_size}
         job = self.job(changes, seed)
 
         def trial() -> dict[str, Any]:

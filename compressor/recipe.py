@@ -105,8 +105,6 @@ class Finetuning(Section):
     loss: str | dict[str, float] = "kl"
     temperature: float = Field(default=1.0, gt=0)
     strong_teacher: float = Field(default=1.0, ge=0, le=1)
-    parameters: Literal["all", "lora"] = "all"
-    rank: int = Field(default=32, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: float = Field(default=0.03, ge=0, le=1)

@@ -1,0 +1,111 @@
+"""What does a step of the elastic fine-tuning cost, beside plain steps of its members cut out? Time and memory, paired.
+
+    python benchmarks/finetune_cost.py [MODEL --data FILE] [--repeats 10]
+
+A sandwich of the largest, the uniform cut to 0.67 and the smallest. Forward and backward passes only, as the optimizer
+steps once for all of them; repeats are interleaved, medians are compared. Memory is the peak of what torch allocates
+beyond weights and gradients. Without MODEL: the bundled checkpoint on generated text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from compressor import demo
+from compressor.elastic.slicing import extract
+from compressor.finetune.data import Batch
+from compressor.finetune.forward import trace
+from compressor.finetune.losses import Loss
+from compressor.job import Job
+from compressor.recipe import Recipe
+from compressor.run import Run
+from compressor.stages.finetuning import training_blocks
+
+CE, KL = Loss({"ce": 1.0}), Loss({"kl": 1.0})
+
+
+def peak_bytes(work: Callable[[], None]) -> int:
+    """The most that torch has allocated on the CPU during `work`, beyond what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    at = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        at += event.nbytes()
+        peak = max(peak, at)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
+    parser.add_argument("--data")
+    parser.add_argument("--repeats", type=int, default=10)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    if arguments.data is None:
+        arguments.data = str(folder / "text.jsonl")
+        demo.training_text(Path(arguments.data), n_documents=1000, seed=1)
+    job = Job(Run(folder), Recipe(model=arguments.model, data=arguments.data, device="cpu"))
+    job.threads(scoring=False)
+    batch: Batch = training_blocks(job, 1)[:4]
+    supernet, base = job.supernet_of(job.load_base(torch.float32)), job.load_base(torch.float32)
+    full = job.structure.parameters(job.structure.base)
+    members = [job.structure.base, job.uniform_near(0.67 * full), job.uniform_near(0.5 * full)]
+    networks = [extract(supernet.model, job.structure, member) for member in members]
+
+    def plain(network: Any) -> None:
+        CE(trace(network, batch), None).backward()
+
+    def taught_by_base() -> None:
+        with torch.no_grad():
+            teacher = trace(base, batch)
+        for member in members:
+            supernet.activate(member)
+            KL(trace(supernet.model, batch), teacher).backward()
+
+    def taught_in_place() -> None:
+        teacher = None
+        for member in members:
+            supernet.activate(member)
+            student = trace(supernet.model, batch)
+            loss = KL(student, teacher)
+            teacher = teacher or student.detached()
+            del student
+            loss.backward()
+
+    works: dict[str, Callable[[], None]] = {
+        f"plain {share}": lambda network=network: plain(network)
+        for share, network in zip(("1", "0.67", "0.5"), networks, strict=True)
+    }
+    works |= {"sandwich, taught in place": taught_in_place, "sandwich, taught by the base": taught_by_base}
+    for work in works.values():  # gradients exist from here on
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(arguments.repeats):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    peaks = {name: peak_bytes(work) for name, work in works.items()}
+    names = [name for name in works if name.startswith("plain")]
+    together = sum(median(seconds[name]) for name in names)
+    print(f"{len(batch)} blocks of {batch.ids.shape[1]} tokens, {torch.get_num_threads()} thread(s)\n")
+    print("| | milliseconds | / sum of the plain | peak MiB | beyond the largest plain |\n|---|---|---|---|---|")
+    for name in works:
+        at, peak = median(seconds[name]), peaks[name] / 2**20
+        more = (peaks[name] - max(peaks[plain] for plain in names)) / 2**20
+        print(f"| {name} | {1e3 * at:.0f} | {at / together:.2f} | {peak:.1f} | {more:+.1f} |")
+
+
+if __name__ == "__main__":
+    main()
