@@ -23,7 +23,7 @@ from compressor.elastic.importance import IMPORTANCES
 from compressor.elastic.ordering import load_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
-from compressor.finetune.engine import make_accelerator
+from compressor.finetune.engine import make_accelerator, processes
 from compressor.finetune.loop import TrainSettings
 from compressor.finetune.losses import LOSSES
 from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
@@ -240,6 +240,12 @@ class Job:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
         check_optimizer(recipe.finetuning.optimizer, self.device.type)
+        batch, parts = recipe.finetuning.batch_size or 1, recipe.finetuning.gradient_accumulation
+        if batch % (parts * processes()):
+            raise RequestError(
+                f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "
+                f"{parts} part(s)"
+            )
         ordering = recipe.finetuning.ordering
         if Path(ordering).suffix == ".safetensors":
             load_ordering(Path(ordering), self.structure)

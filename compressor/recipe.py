@@ -119,6 +119,13 @@ class Finetuning(Section):
     sequence_length: int = Field(default=256, ge=8)
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
 
+    @field_validator("loss")
+    @classmethod
+    def _weighted(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (not value or min(value.values()) <= 0):
+            raise ValueError("weights must be above 0, one at least")
+        return value
+
     @property
     def losses(self) -> dict[str, float]:
         """Weights by name."""

@@ -356,3 +356,5 @@ def test_every_name_of_the_recipe_is_known() -> None:
     section = Finetuning()
     assert section.sampler in SAMPLERS and section.draw in DRAWS and section.optimizer in OPTIMIZERS
     assert set(section.losses) <= set(LOSSES) and Finetuning(loss={"ce": 0.3, "kl": 0.7}).losses["kl"] == 0.7
+    with pytest.raises(ValueError, match="weights must be above 0"):
+        Finetuning(loss={"ce": 0.0})

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -83,3 +84,17 @@ def test_half_precision_needs_a_gpu_and_bfloat16_does_not() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "torch.bfloat16", done.stderr
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compressor.cli import run
+
+    recipe: dict[str, Any] = {
+        "model": str(tiny.checkpoint(tmp_path / "m")),
+        "data": str(tiny.data(tmp_path / "d.jsonl")),
+    }
+    recipe["finetuning"] = {"batch_size": 3, "gradient_accumulation": 2}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert run(["finetune", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert "3 sequences cannot be shared evenly by 1 process(es) in 2 part(s)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
