@@ -3,8 +3,7 @@
     python benchmarks/finetune.py [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
-first and then trained alone, and the base trained plainly (next-token cross-entropy, at the rates of `--alone`, the
-best of them for each size). The sizes are uniform cuts, the same for all. Every trial is a line of the results file
+first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the same for all. Every trial is a line of the results file
 as soon as it is done, and is not done again. Without MODEL: the bundled checkpoint on generated text.
 """
 
@@ -33,7 +32,9 @@ from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run, fingerprint
 from compressor.stages.finetuning import order_supernet, train_supernet, training_blocks
 
-SIZES = (1.0, 0.8, 0.67, 0.5)
+ALONE = {1.0: 0.03, 0.8: 0.1, 0.67: 0.1, 0.5: 0.1}
+"""The sizes that are compared, and the learning rate times the width that each is trained with alone: a whole network
+bears less than one that was cut."""
 BATCH = 4
 
 TRIALS: dict[str, dict[str, Any]] = {
@@ -84,7 +85,7 @@ class Bench:
         self.blocks: Blocks = training_blocks(job, self.tokens)
         self.full = job.structure.parameters(job.structure.base)
         self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
-        self.sizes |= {size: job.uniform_near(size * self.full) for size in SIZES[1:]}
+        self.sizes |= {size: job.uniform_near(size * self.full) for size in ALONE if size < 1}
         self.structure = job.structure
 
     def job(self, changes: dict[str, Any], seed: int) -> Job:
@@ -147,8 +148,9 @@ class Bench:
                 found.append(self.held_out(network))
         return found
 
-    def alone(self, size: float, rate: float, seed: int) -> dict[str, Any]:
-        """One size sliced first, then trained alone with next-token cross-entropy at `rate` / width."""
+    def alone(self, size: float, seed: int) -> dict[str, Any]:
+        """One size sliced first, then trained alone with next-token cross-entropy."""
+        rate = ALONE[size]
         job = self.job({"learning_rate": rate / self.structure.base.hidden_size}, seed)
 
         def trial() -> dict[str, Any]:
@@ -182,25 +184,23 @@ def main() -> None:
     parser.add_argument("--results", default="runs/finetune.jsonl")
     parser.add_argument("--only", default=";".join(TRIALS), help="names of rows, separated by semicolons")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--alone", default="0.03,0.1", help="rates, times 1 / width, of the sizes trained alone")
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(";") if name]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    rates = [float(rate) for rate in arguments.alone.split(",")]
     bench = Bench(arguments)
 
     shares = [bench.structure.parameters(a) / bench.full for a in bench.sizes.values()]
     header = ["", *(f"{share:.3f}" for share in shares), "mean excess", "tokens", "seconds", "passes"]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
-    best = [min((bench.alone(size, rate, 0) for rate in rates), key=lambda row: row["loss"]) for size in SIZES]
-    reference = [row["loss"] for row in best]
+    single = [bench.alone(size, seed=0) for size in ALONE]
+    reference = [row["loss"] for row in single]
     print(line("base, sliced, not trained", bench.untrained(), reference, 0))
     alone = {
         "losses": reference,
-        "training": sum(row["training"] for row in best),
-        "passes": sum(row["passes"] for row in best),
+        "training": sum(row["training"] for row in single),
+        "passes": sum(row["passes"] for row in single),
     }
-    print(line("each size alone (four runs)", alone, reference, len(SIZES) * arguments.tokens), flush=True)
+    print(line("each size alone (four runs)", alone, reference, len(ALONE) * arguments.tokens), flush=True)
     for name in names:
         rows = [bench.elastic(TRIALS[name], seed) for seed in seeds]
         print(line(name, average(rows), reference, arguments.tokens), flush=True)
