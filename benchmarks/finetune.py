@@ -3,8 +3,9 @@
     python benchmarks/finetune.py [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
-first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the same for all. Every trial is a line of the results file
-as soon as it is done, and is not done again. Without MODEL: the bundled checkpoint on generated text.
+first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the
+same for all. Every trial is a line of the results file as soon as it is done, and is not done again. Without MODEL: the
+bundled checkpoint on generated text.
 """
 
 from __future__ import annotations
@@ -206,11 +207,8 @@ def main() -> None:
         print(line(name, average(rows), reference, arguments.tokens), flush=True)
         if len(rows) > 1:
             spread = [max(values) - min(values) for values in zip(*(row["losses"] for row in rows), strict=True)]
-            print(
-                f"| ... largest - smallest of {len(rows)} seeds | "
-                + " | ".join(f"{s:.3f}" for s in spread)
-                + " | | | | |"
-            )
+            cells = [f"largest - smallest of {len(rows)} seeds", *(f"{s:.3f}" for s in spread), "", "", "", ""]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
