@@ -48,6 +48,11 @@ Effort = Annotated[str | None, typer.Option(help="quick, standard or thorough: s
 TrainTokens = Annotated[int | None, typer.Option(help="tokens for the one fine-tuning (0: none)")]
 Evaluations = Annotated[int | None, typer.Option(help="sub-networks to measure in the search")]
 HealTokens = Annotated[int | None, typer.Option(help="tokens to heal each chosen sub-network with (0: none)")]
+Workers = Annotated[int | None, typer.Option(help="processes that measure sub-networks side by side")]
+WarmStart = Annotated[
+    str | None,
+    typer.Option(help="what the search starts from: earlier runs, greedy, blockwise, superposition, comma-separated"),
+]
 Limit = Annotated[int | None, typer.Option(help="documents per task in the search")]
 MaxParams = Annotated[str | None, typer.Option(help="0.67, 67%, 450M, or several with commas")]
 MaxBytes = Annotated[str | None, typer.Option(help="of the smallest requested variant's weights, for example 2GiB")]
@@ -71,6 +76,8 @@ def overrides(**given: Any) -> dict[str, Any]:
         "train_tokens": "finetuning.tokens",
         "evaluations": "searching.evaluations",
         "limit": "searching.limit",
+        "warm_start": "searching.warm_start",
+        "workers": "searching.workers",
         "heal_tokens": "healing.tokens",
         "max_params": "targets.max_params",
         "max_bytes": "targets.max_bytes",
@@ -171,6 +178,8 @@ def compress(
     evaluations: Evaluations = None,
     heal_tokens: HealTokens = None,
     limit: Limit = None,
+    warm_start: WarmStart = None,
+    workers: Workers = None,
     max_params: MaxParams = None,
     max_bytes: MaxBytes = None,
     min_speedup: MinSpeedup = None,
@@ -231,16 +240,16 @@ def search(
     evaluations: Evaluations = None,
     limit: Limit = None,
     max_params: MaxParams = None,
+    warm_start: WarmStart = None,
+    workers: Workers = None,
     redo: Redo = None,
     json: Json = False,
 ) -> None:
     """Search a fine-tuned run; measured sub-networks are kept and never measured twice."""
+    given = overrides(**{k: v for k, v in locals().items() if k not in ("run", "redo", "json")})
     look_at(run)
     from compressor import pipeline
 
-    given = overrides(
-        tasks=tasks, include_path=include_path, evaluations=evaluations, limit=limit, max_params=max_params
-    )
     emit(pipeline.search(pipeline.resume(run, given, redo=redo)), json)
 
 

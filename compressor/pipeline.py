@@ -22,7 +22,7 @@ from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged, data_fingerprint
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
-from compressor.stages.searching import check_speedup
+from compressor.stages.searching import check_searching, check_speedup
 
 Result = TypeVar("Result")
 
@@ -64,6 +64,8 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
     job.check()
     job.fill_in()
     check_unchanged(job)
+    if recipe.tasks:
+        check_searching(job)
     check_speedup(job)
     provenance = {
         "versions": versions(),

@@ -133,11 +133,26 @@ class Finetuning(Section):
 
 
 class Searching(Section):
+    """`warm_start` names what the first generation also measures: other runs' folders (their fronts) and proposers.
+    `first_look` is the share of the documents that candidates are scored on first; unset, all at once. `workers`
+    measure side by side: processes of this machine, or Ray actors (`executor: ray`)."""
+
     algorithm: str = "linas"
     evaluations: int | None = Field(default=None, ge=1)
     population: int = Field(default=18, ge=4)
     limit: int | None = Field(default=None, ge=1)
     objectives: list[str] = Field(default_factory=lambda: ["quality", "parameters", "decode_tps"])
+    first_look: float | None = Field(default=None, gt=0, le=0.5)
+    warm_start: list[str] = Field(default_factory=list)
+    workers: int = Field(default=1, ge=1)
+    executor: Literal["processes", "ray"] = "processes"
+
+    @field_validator("objectives", "warm_start", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        return value
 
 
 class Healing(Section):

@@ -117,11 +117,15 @@ class Scorer:
             answers.setdefault(id(instance), []).append(text)
         return answers
 
-    def scores(self, split: Split, limit: int | None, answers: Answers) -> dict[str, TaskScore]:
-        """What the answers to the documents' requests are worth."""
+    def scores(
+        self, split: Split, limit: int | None, answers: Answers, tasks: Mapping[str, ScoredTask] | None = None
+    ) -> dict[str, TaskScore]:
+        """What the answers to the documents' requests are worth, by the metric of each task or those of `tasks`, which
+        may name one task several times (`TaskSet.by_metric`)."""
+        documents = self.tasks.questions(split, limit).documents
         return {
-            name: self._task_score(self.tasks.tasks[name], documents, answers, split)
-            for name, documents in self.tasks.questions(split, limit).documents.items()
+            name: self._task_score(task, documents[task.name], answers, split)
+            for name, task in (tasks or self.tasks.tasks).items()
         }
 
     def _task_score(

@@ -389,6 +389,11 @@ class TaskSet:
                 raise RequestError(f"task {name} has no document{where}; leave it out or give it more documents")
         return chosen
 
+    def by_metric(self, name: str, metric: str) -> ScoredTask:
+        """A task of the set under another of its metrics. Raises RequestError for a metric that it does not have."""
+        task = self.tasks[name]
+        return _choose_metric(task.group or task.leaves[0].task, task.leaves, metric)
+
     def questions(self, split: Split, limit: int | None = None) -> Questions:
         """The requests of the split's documents, encoded once. Raises RequestError as `documents` and `Questions`."""
         if (split, limit) not in self._questions:

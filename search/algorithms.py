@@ -82,6 +82,7 @@ class Algorithm(ABC):
     def ask(self, n: int) -> list[Architecture]:
         """Up to `n` architectures that were never asked for; none if there are no more."""
         self.report = {}
+        self._queue = deque(genome for genome in self._queue if genome not in self._asked)
         chosen = [self._queue.popleft() for _ in range(min(n, len(self._queue)))] or self._propose(n)
         if len(set(chosen)) < len(chosen) or not self._asked.isdisjoint(chosen):
             raise RuntimeError(f"{self.name} asked for an architecture twice")
@@ -89,13 +90,17 @@ class Algorithm(ABC):
         return self.space.decode_all(np.array(chosen)) if chosen else []
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Take measurements in the order in which they were asked for; what is computed may be missing."""
+        """Take measurements in the order in which they were asked for; what is computed may be missing. What was never
+        asked for, being known from elsewhere, will not be asked for either.
+        """
         watched = [o.name for o in self.measured] + list(self._computers)
         for architecture, values in results:
             row = values if all(name in values for name in watched) else self.complete(architecture, values)
             self.genomes.append(self.space.encode(architecture))
             self.values.append({name: row[name] for name in watched})
-        self._learn(len(results))
+        self._asked.update(self.genomes[len(self.genomes) - len(results) :])
+        if results:
+            self._learn(len(results))
 
     def complete(self, architecture: Architecture, values: Mapping[str, float]) -> dict[str, float]:
         """`values` and all that is computed, by name. ValueError where something measured is missing."""

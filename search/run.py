@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from compressor.architecture import Architecture
+from search.algorithms import Greedy
 from search.algorithms import algorithm as algorithm_named
+from search.fidelity import FirstLooks
 from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
 from search.space import SearchSpace
@@ -79,6 +81,9 @@ def search(
     constraints: Sequence[Constraint] = (),
     include: Iterable[Architecture] = (),
     warm_start: Iterable[Architecture] = (),
+    known: Iterable[Evaluation] = (),
+    first_look: Measure | None = None,
+    share: float = 0.25,
     reference: Sequence[float] | None = None,
     on_request: Callable[[int, list[Architecture]], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
@@ -88,9 +93,14 @@ def search(
 
     The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`),
     `warm_start`, and random architectures spread over all sizes within the constraints, `population` in all;
-    then `algorithm` decides. `on_request(generation, architectures)` is called before a generation is
-    measured, `on_evaluation` the moment each measurement arrives, `on_generation` with each generation's
-    record.
+    then `algorithm` decides. `known` are evaluations of an earlier phase of the same search: they count towards
+    the budget and the front, and are not asked for again. `on_request(generation, architectures)` is called
+    before a generation is measured, `on_evaluation` the moment each full measurement arrives, `on_generation`
+    with each generation's record.
+
+    `first_look` measures on a `share` of the documents. After the first generation it goes first, and only what can
+    still matter is measured in full (see `FirstLooks`); the rest is told to the algorithm as foretold, and is never on
+    the front. The budget is then counted in documents: a first look costs `share` of an evaluation.
 
     The same arguments and measurements give the same search; so an interrupted one is resumed by running it
     again with a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in
@@ -106,6 +116,7 @@ def search(
         raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
     rng = np.random.default_rng(seed)
     initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
+    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed, list(known))
     searcher = algorithm_named(algorithm)(
         space,
         objectives,
@@ -115,21 +126,41 @@ def search(
         constraints=constraints,
         initial=initial[:evaluations],
     )
-    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed)
+    searcher.tell([(e.architecture, e.values) for e in result.evaluations])
+    looks = FirstLooks(objectives, constraints)
+    spent = float(len(result.evaluations))
     scale: tuple[Costs, Costs] | None = None
     began = time.perf_counter()
-    while len(result.evaluations) < evaluations:
-        size = population if result.generations else len(initial)
-        asked = searcher.ask(min(size, evaluations - len(result.evaluations)))
+    while True:
+        generation = len(result.generations)
+        looking = first_look if generation else None  # the first generation teaches what a first look is worth
+        room = int((evaluations - spent) / (1 + share if looking else 1))
+        asked = searcher.ask(min(population if generation else len(initial), room)) if room else []
         if not asked:
             break
         asking = dict(searcher.report)
-        generation = len(result.generations)
         if on_request is not None:
             on_request(generation, asked)
         measuring = time.perf_counter()
-        fresh = _measured(asked, measure, searcher.complete, generation, len(result.evaluations), on_evaluation)
+        places = {architecture: index for index, architecture in enumerate(asked, len(result.evaluations))}
+        foretold: dict[Architecture, Evaluation] = {}
+        firsts: dict[Architecture, Mapping[str, float]] = {}
+        if looking is not None:
+            firsts = dict(looking(asked))
+            for architecture in asked:
+                values = searcher.complete(architecture, looks.corrected(firsts[architecture]))
+                expected = Evaluation(architecture, values, generation, places[architecture], full=False)
+                if looks.rules_out(expected, [e for e in result.evaluations if e.full]):
+                    foretold[architecture] = expected
+        wanted = [a for a in asked if a not in foretold]
+        found = _measured(wanted, measure, searcher.complete, generation, places, on_evaluation)
+        if first_look is not None:
+            firsts = firsts or dict(first_look(wanted))
+            for architecture in wanted:
+                looks.learn(firsts[architecture], found[architecture].values)
         measured = time.perf_counter()
+        spent += len(wanted) + (share * len(asked) if looking else 0)
+        fresh = [(found | foretold)[architecture] for architecture in asked]
         result.evaluations += fresh
         searcher.report = {}
         searcher.tell([(e.architecture, e.values) for e in fresh])
@@ -140,6 +171,7 @@ def search(
             "generation": generation,
             "evaluations": len(result.evaluations),
             "new": len(fresh),
+            "full": len(wanted),
             "hypervolume": _hypervolume(result, *scale),
             "front": len(result.front),
             **asking,
@@ -152,6 +184,30 @@ def search(
         if on_generation is not None:
             on_generation(record)
     return result
+
+
+def greedy_path(
+    space: SearchSpace,
+    objectives: Sequence[Objective],
+    measure: Measure,
+    *,
+    evaluations: int,
+    population: int = 50,
+    seed: int = 0,
+    constraints: Sequence[Constraint] = (),
+    on_evaluation: Callable[[Evaluation], None] | None = None,
+) -> list[Evaluation]:
+    """Up to `evaluations` of greedy perturbation alone, from the base down: a warm start for `search` (`known`)."""
+    searcher = Greedy(
+        space, objectives, population=population, evaluations=evaluations, seed=seed, constraints=constraints
+    )
+    found: list[Evaluation] = []
+    while len(found) < evaluations and (asked := searcher.ask(min(population, evaluations - len(found)))):
+        places = {architecture: index for index, architecture in enumerate(asked, len(found))}
+        fresh = _measured(asked, measure, searcher.complete, 0, places, on_evaluation)
+        found += [fresh[architecture] for architecture in asked]
+        searcher.tell([(e.architecture, e.values) for e in found[-len(asked) :]])
+    return found
 
 
 def first_generation(
@@ -200,22 +256,20 @@ def _measured(
     measure: Measure,
     complete: Callable[[Architecture, Mapping[str, float]], dict[str, float]],
     generation: int,
-    before: int,
+    places: Mapping[Architecture, int],
     on_evaluation: Callable[[Evaluation], None] | None,
-) -> list[Evaluation]:
-    """Evaluations in the order in which they were asked for, whatever the order in which they arrive."""
-    places = {architecture: place for place, architecture in enumerate(asked)}
-    found: dict[int, Evaluation] = {}
+) -> dict[Architecture, Evaluation]:
+    """A full evaluation of everything asked for, whatever the order in which they arrive."""
+    found: dict[Architecture, Evaluation] = {}
     for architecture, values in measure(asked):
-        place = places.get(architecture)
-        if place is None or place in found:
+        if architecture not in asked or architecture in found:
             raise ValueError(f"architecture {architecture.key} was measured but not asked for")
-        found[place] = Evaluation(architecture, complete(architecture, values), generation, before + place)
+        found[architecture] = Evaluation(architecture, complete(architecture, values), generation, places[architecture])
         if on_evaluation is not None:
-            on_evaluation(found[place])
+            on_evaluation(found[architecture])
     if len(found) < len(asked):
         raise RuntimeError(f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement")
-    return [found[place] for place in range(len(asked))]
+    return found
 
 
 def _scale(result: SearchResult, reference: Sequence[float] | None) -> tuple[Costs, Costs]:
@@ -231,8 +285,9 @@ def _scale(result: SearchResult, reference: Sequence[float] | None) -> tuple[Cos
 
 
 def _hypervolume(result: SearchResult, best: Costs, worst: Costs) -> float:
-    values = costs(result.evaluations, result.objectives)
-    feasible = ~(violations(result.evaluations, result.constraints) > 0).any(axis=1)
+    full = [e for e in result.evaluations if e.full]
+    values = costs(full, result.objectives)
+    feasible = ~(violations(full, result.constraints) > 0).any(axis=1)
     values = values[np.isfinite(values).all(axis=1) & feasible]
     box = np.where(worst > best, worst - best, 1.0)
     return hypervolume((values - best) / box, (worst - best) / box)

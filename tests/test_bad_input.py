@@ -183,6 +183,28 @@ def unknown_ordering(b: Bench) -> None:
     b.options["--recipe"] = str(recipe)
 
 
+def searching(b: Bench, text: str) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text(f"searching: {{{text}}}\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def unknown_objective(b: Bench) -> None:
+    searching(b, "objectives: [quality, energy]")
+
+
+def metric_of_no_task(b: Bench) -> None:
+    searching(b, "objectives: ['tiny_choice:bleu', parameters]")
+
+
+def five_objectives(b: Bench) -> None:
+    searching(b, "objectives: [quality, parameters, bytes, macs, latency]")
+
+
+def warm_start_from_nothing(b: Bench) -> None:
+    searching(b, "warm_start: [runs/nowhere]")
+
+
 def too_long(b: Bench) -> None:
     rows = [{"context": text[:9], "choices": [" b" * 100, " c"], "gold": 0} for text in tiny.sentences(12, 3)]
     (b.tasks / "tiny_choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -217,6 +239,10 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_algorithm, ["linsa", "linas"]),
     (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
     (unknown_ordering, ["wnada", "wanda"]),
+    (unknown_objective, ["energy", "quality", "tiny_choice", "kl_to_base", "kv_cache_bytes"]),
+    (metric_of_no_task, ["tiny_choice", "bleu", "acc"]),
+    (five_objectives, ["two to four"]),
+    (warm_start_from_nothing, ["runs/nowhere", "greedy"]),
     (too_long, ["tiny_choice", "64"]),
 ]
 

@@ -150,7 +150,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
     shutil.rmtree(again.run / "packages")
     for name in ("evaluations.db", "front.json", "picks.json"):
         (again.run / "search" / name).unlink()
-    original, calls = Scorer.score, 0
+    original, calls = Scorer.ask, 0
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -160,11 +160,11 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
         return original(*args, **kwargs)
 
     search = ["search", str(again.run), "--include-path", str(made.tasks)]
-    monkeypatch.setattr(Scorer, "score", killed)
+    monkeypatch.setattr(Scorer, "ask", killed)
     assert run(search) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert again.rows() == 6
-    monkeypatch.setattr(Scorer, "score", original)
+    monkeypatch.setattr(Scorer, "ask", original)
     assert run(search) == 0
     first, second = (
         json.loads((bench.run / "search" / "front.json").read_text())["evaluations"] for bench in (made, again)

@@ -16,7 +16,7 @@ from compressor.job import Job
 from compressor.progress import bar, say
 from compressor.run import write_json
 from compressor.stages.finetuning import weights_fingerprint
-from compressor.stages.searching import relative_quality, stored_scores
+from compressor.stages.subnets import relative_quality, stored_scores
 
 if TYPE_CHECKING:
     from search.store import EvaluationStore

@@ -11,7 +11,7 @@ from compressor.progress import console, say
 from compressor.run import read_json
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.finetuning import data_fingerprint
-from compressor.stages.searching import row_key
+from compressor.stages.subnets import row_key
 
 Errors = dict[tuple[str, str], float | None]
 

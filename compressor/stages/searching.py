@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compressor.architecture import Architecture
 from compressor.elastic.slicing import extract, fits_plain_class
 from compressor.errors import RequestError
 from compressor.job import Job
-from compressor.progress import bar, say
+from compressor.progress import bar
 from compressor.run import fingerprint, read_json, write_json
+from compressor.stages.subnets import Board, first_look_limit, measurable, score_keys
+from compressor.stages.warming import GREEDY, proposals, sources
+from search.algorithms import algorithm
+from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
+from search.run import greedy_path
+from search.run import search as run_search
+from search.store import EvaluationStore
 
 if TYPE_CHECKING:
-    from evals.scoring import TaskScore
     from evals.speed import SpeedTable
-    from search.store import EvaluationStore, Measurement
+
+NOT_MEASURED = {"workers", "executor"}
+"""Of the recipe's section: who measures, which moves no number."""
+GREEDY_SHARE = 0.25
+"""Share of the evaluations that a warm start from greedy perturbation may take."""
 
 
 def search(job: Job) -> dict[str, Any]:
     """Measure sub-networks and find the Pareto front. Everything measured is kept; returns what front.json holds."""
-    from search.objectives import Constraint, Direction, choose, computed
-    from search.run import search as run_search
-    from search.store import EvaluationStore
-
     recipe, run = job.recipe, job.run
     if not recipe.tasks:
         raise RequestError(f"{run.path}: no tasks yet; say --tasks")
     manifest = run.manifest(run.supernet)
     if manifest is None:
         raise RequestError(f"{run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
-    weights = manifest["weights"]
-    limit = recipe.searching.limit
+    check_searching(job)
     inputs = {
-        "weights": weights,
-        "documents": {name: job.tasks.fingerprint(name, "search", limit) for name in job.tasks.tasks},
-        "searching": recipe.searching.model_dump(),
+        "weights": manifest["weights"],
+        "scores": [score_keys(job, look) for look in (False, True)[: 2 if first_look_limit(job) else 1]],
+        "searching": recipe.searching.model_dump(exclude=NOT_MEASURED),
+        "warm_start": sources(job),
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),
         "seed": recipe.seed,
@@ -52,80 +55,52 @@ def search(job: Job) -> dict[str, Any]:
             return found
     run.search.mkdir(exist_ok=True)
     job.threads(scoring=True)
-    supernet = job.load_supernet()
-    speed = speed_table(job, supernet.model)
-    scorer = job.scorer(supernet.model)
-    with EvaluationStore(run.evaluations) as store:
-        base_scores = base_on_search_split(job, store)
-        exact = computed(
-            job.structure,
-            scheme=job.smallest_scheme(),
-            speed={
-                "decode_tps": lambda a: speed.predict(a)["decode_tps"],
-                "prefill_tps": lambda a: speed.predict(a)["prefill_tps"],
-            },
+    speed = speed_table(job, lambda: job.load_supernet().model)
+    objectives, constraints = goals(job, speed.predict)
+    sizes = [size for _, size in job.sizes() if size is not None]
+    with (
+        EvaluationStore(run.evaluations) as store,
+        closing(Board(job, store, manifest["weights"])) as board,
+        bar("searching", recipe.searching.evaluations or 0) as progress,
+    ):
+        base, best = job.structure.parameters(job.structure.base), (0.0, 0)
+
+        def note(evaluation: Evaluation) -> None:
+            nonlocal best
+            parameters = job.structure.parameters(evaluation.architecture)
+            if not sizes or parameters <= max(sizes):
+                best = max(best, (evaluation.values["quality"], parameters))
+            progress.advance(note=f"best quality {best[0]:.3f} at {best[1] / base:.2f} of the parameters")
+
+        budget = recipe.searching.evaluations or 1
+        common: dict[str, Any] = {
+            "constraints": constraints,
+            "population": recipe.searching.population,
+            "seed": recipe.seed,
+            "on_evaluation": note,
+        }
+        known = []
+        if GREEDY in recipe.searching.warm_start:
+            share = int(GREEDY_SHARE * budget)
+            known = greedy_path(job.space, objectives, board.measure, evaluations=share, **common)
+        result = run_search(
+            job.space,
+            objectives,
+            board.measure,
+            algorithm=recipe.searching.algorithm,
+            evaluations=budget,
+            include=uniform_ones(job),
+            warm_start=proposals(job),
+            known=known,
+            first_look=partial(board.measure, first_look=True) if first_look_limit(job) else None,
+            share=recipe.searching.first_look or 0.0,
+            **common,
         )
-        measured_names: dict[str, Direction] = {"quality": "max"}
-        for name, task in job.tasks.tasks.items():
-            measured_names[name] = "max" if task.higher_is_better else "min"
-        try:
-            objectives = choose(recipe.searching.objectives, exact, measured_names)
-        except ValueError as error:
-            raise RequestError(f"searching.objectives: {error}") from error
-        base_speed = speed.predict(job.structure.base)["decode_tps"]
-        _, low = job.smallest_in_training()
-        sizes = [size for _, size in job.sizes() if size is not None]
-        constraints = []
-        if sizes:
-            constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=min(low, min(sizes))))
-        if job.max_bytes() is not None:
-            constraints.append(Constraint(exact["bytes"], maximum=job.max_bytes()))
-        if recipe.targets.min_speedup is not None:
-            constraints.append(Constraint(exact["decode_tps"], minimum=recipe.targets.min_speedup * base_speed))
-
-        def measure(asked: list[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
-            # Neighbours in this order share most leading layers, which are then computed once.
-            for architecture in sorted(asked, key=lambda a: (a.hidden_size, a.layers)):
-                rows = stored_scores(job, store, architecture, weights, "search", partial(score_active, architecture))
-                values = {name: row.score for name, row in rows.items()}
-                yield architecture, values | {"quality": relative_quality(job, values, base_scores)}
-
-        def score_active(architecture: Architecture) -> dict[str, TaskScore]:
-            with torch.no_grad():
-                supernet.activate(architecture)
-                return scorer.score("search", limit, architecture=architecture)
-
-        uniform = job.space.uniform_members(6, max(sizes) if sizes else None)
-        uniform = [a for a in uniform if fits_plain_class(job.checkpoint.config, a)]
-        if sizes:
-            uniform = [a for a in uniform if job.structure.parameters(a) >= low] or uniform[-1:]
-        with bar("searching", recipe.searching.evaluations or 0) as progress:
-            best: dict[str, float] = {}
-
-            def note(evaluation: Any) -> None:
-                fits = not sizes or evaluation.values["parameters"] <= max(sizes)
-                if fits and evaluation.values["quality"] > best.get("quality", 0.0):
-                    best.update(evaluation.values)
-                share = best.get("parameters", 0) / job.structure.parameters(job.structure.base)
-                progress.advance(note=f"best quality {best.get('quality', 0):.3f} at {share:.2f} of the parameters")
-
-            result = run_search(
-                job.space,
-                objectives,
-                measure,
-                algorithm=recipe.searching.algorithm,
-                evaluations=recipe.searching.evaluations or 1,
-                population=recipe.searching.population,
-                seed=recipe.seed,
-                constraints=constraints,
-                include=uniform,
-                on_evaluation=note,
-            )
     found = {
         "inputs": fingerprint(inputs),
-        "weights": weights,
-        "base": base_scores,
-        "base_decode_tps": base_speed,
+        "weights": manifest["weights"],
+        "base": board.base[False],
+        "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
         **result.to_dict(),
     }
     write_json(run.front, found)
@@ -133,70 +108,62 @@ def search(job: Job) -> dict[str, Any]:
     return found
 
 
-def row_key(job: Job, task: str) -> str:
-    """The store's name of a task's score: the metric belongs to it."""
-    return f"{task}:{job.tasks.tasks[task].key}"
+def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tuple[list[Objective], list[Constraint]]:
+    """What is searched for, and the targets as hard constraints that steer the search.
 
-
-def relative_quality(job: Job, values: dict[str, float], base: dict[str, float]) -> float:
-    """Mean over tasks of score / base's score, inverted where lower is better: the base is 1.0."""
-    ratios = [
-        values[name] / base[name] if task.higher_is_better else base[name] / values[name]
-        for name, task in job.tasks.tasks.items()
-    ]
-    return sum(ratios) / len(ratios)
-
-
-def stored_scores(
-    job: Job,
-    store: EvaluationStore,
-    architecture: Architecture,
-    weights: str,
-    split: Literal["search", "report"],
-    score: Callable[[], dict[str, TaskScore]],
-) -> dict[str, Measurement]:
-    """Every task's score of an architecture with these weights: from the store, or else from `score` and recorded.
-
-    A score that is not a number (a network whose numbers overflowed) is recorded as the worst there is.
+    `predict` gives an architecture's speed (`SpeedTable.predict`). Raises `RequestError` for an objective that nobody
+    can measure.
     """
-    limit = job.recipe.searching.limit if split == "search" else None
-    tasks = job.tasks.tasks
-    keys = {name: (row_key(job, name), job.tasks.fingerprint(name, split, limit)) for name in tasks}
 
-    def known() -> dict[str, Measurement]:
-        rows = {name: store.get(architecture, weights, *key) for name, key in keys.items()}
-        return {name: row for name, row in rows.items() if row is not None}
+    def speed_of(name: str) -> Callable[[Architecture], float]:
+        return lambda architecture: predict(architecture)[name]
 
-    if len(known()) < len(tasks):
-        began = time.monotonic()
-        fresh = score()
-        seconds = (time.monotonic() - began) / len(fresh)
-        for name, found in fresh.items():
-            value = found.value
-            if math.isnan(value):
-                value = 0.0 if found.higher_is_better else math.inf
-            store.put(architecture, weights, *keys[name], score=value, stderr=found.stderr, n=found.n, seconds=seconds)
-    return known()
-
-
-def base_on_search_split(job: Job, store: EvaluationStore) -> dict[str, float]:
-    """The base's own scores on the search documents. Raises `RequestError` where nothing can be measured against it."""
-
-    def score() -> dict[str, TaskScore]:
-        say("scoring the base")
-        return job.scorer(job.load_base()).score("search", job.recipe.searching.limit)
-
-    rows = stored_scores(job, store, job.structure.base, job.base_fingerprint, "search", score)
-    for name, row in rows.items():
-        if not 0 < row.score < math.inf:
-            raise RequestError(
-                f"task {name}: the base scores {row.score:g}, so nothing can be measured against it; choose another"
-            )
-    return {name: row.score for name, row in rows.items()}
+    exact = computed(job.structure, scheme=job.smallest_scheme(), speed={name: speed_of(name) for name in SPEEDS})
+    measured = measurable(job)
+    try:
+        objectives = choose(job.recipe.searching.objectives, exact, measured)
+    except ValueError as error:
+        raise RequestError(f"searching.objectives: {error}") from error
+    targets = job.recipe.targets
+    constraints = []
+    sizes = [size for _, size in job.sizes() if size is not None]
+    if sizes:
+        _, low = job.smallest_in_training()
+        constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=min(low, min(sizes))))
+    if job.max_bytes() is not None:
+        constraints.append(Constraint(exact["bytes"], maximum=job.max_bytes()))
+    if targets.min_speedup is not None:
+        base = predict(job.structure.base)["decode_tps"]
+        constraints.append(Constraint(exact["decode_tps"], minimum=targets.min_speedup * base))
+    if targets.max_drop is not None:
+        constraints.append(Constraint(Objective("quality", measured["quality"]), minimum=1 - targets.max_drop))
+    return objectives, constraints
 
 
-def speed_table(job: Job, model: Any) -> SpeedTable:
-    """speed.json: layer timings on this device, measured once per run on networks cut out of `model`.
+def check_searching(job: Job) -> None:
+    """Refuse, before anything is measured, what the search could not do."""
+    # Speeds are not known yet, and not needed to see whether the rest makes sense.
+    objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
+    sources(job)
+    try:
+        algorithm(job.recipe.searching.algorithm)(job.space, objectives, constraints=constraints)
+    except ValueError as error:
+        raise RequestError(f"searching.algorithm: {error}") from error
+
+
+def uniform_ones(job: Job) -> list[Architecture]:
+    """A few architectures within the sizes asked for that the plain layout can hold: every search measures some."""
+    sizes = [size for _, size in job.sizes() if size is not None]
+    found = job.space.uniform_members(6, max(sizes) if sizes else None)
+    found = [a for a in found if fits_plain_class(job.checkpoint.config, a)]
+    if sizes:
+        _, low = job.smallest_in_training()
+        found = [a for a in found if job.structure.parameters(a) >= low] or found[-1:]
+    return found
+
+
+def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
+    """speed.json: layer timings on this device, measured once per run on networks cut out of what `load_model` gives.
 
     Timings do not depend on what the weights are, so the base serves as well as the super-network.
     """
@@ -206,6 +173,7 @@ def speed_table(job: Job, model: Any) -> SpeedTable:
         job.speed = SpeedTable.load(job.run.speed_table)
     if job.speed is None:
         job.threads(scoring=True)
+        model = load_model()
         with bar("timing the layers", SpeedTable.steps(job.structure)) as progress:
             job.speed = SpeedTable.measure(
                 lambda architecture: extract(model, job.structure, architecture),
@@ -223,7 +191,7 @@ def check_speedup(job: Job) -> None:
     wanted = job.recipe.targets.min_speedup
     if wanted is None:
         return
-    table = speed_table(job, job.load_base())
+    table = speed_table(job, job.load_base)
     smallest, base = (table.predict(a)["decode_tps"] for a in (job.space.smallest(), job.structure.base))
     if smallest < wanted * base:
         raise RequestError(

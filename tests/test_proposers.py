@@ -1,0 +1,84 @@
+"""Proposers on a tiny network: the assembled is the best there is, and what harms least goes first."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from search_helpers import SMALL
+from transformers import AutoModelForCausalLM
+
+from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.proposers import PROPOSERS, assemble, options
+from compressor.stages.warming import layer_variants
+from search.space import SearchSpace
+
+
+def test_assembling_finds_what_brute_force_finds() -> None:
+    space = SearchSpace.from_dict({"ffn.*": [32, 64, 128], "kv.*": [0, 1, 2], "layer.1": [0, 1]}, SMALL)
+    rng = np.random.default_rng(0)
+    harms = {variant: float(rng.random()) for variant in layer_variants(space)}
+    everything = []
+    for combination in product(*options(SMALL, harms)):
+        if any(option.sizes.num_key_value_heads for option in combination):
+            architecture = Architecture(SMALL.base.hidden_size, tuple(option.sizes for option in combination))
+            everything.append((SMALL.parameters(architecture), sum(option.harm for option in combination)))
+    path = assemble(SMALL, harms)
+    assert [parameters for parameters, _ in path] == [SMALL.parameters(a) for _, a in path]
+    for parameters, architecture in path:
+        chosen = [
+            o.harm
+            for row, s in zip(options(SMALL, harms), architecture.layers, strict=True)
+            for o in row
+            if o.sizes == s
+        ]
+        slack = SMALL.parameters(SMALL.base) / 500  # sizes are rounded
+        assert (
+            sum(chosen)
+            <= min(harm for size, harm in everything if size <= parameters - slack or size == parameters) + 1e-9
+        )
+    assert path[-1][1] == SMALL.base and all(architecture in space for _, architecture in path)
+
+
+def test_variants_are_the_spaces_own() -> None:
+    space = SearchSpace.from_dict(
+        {"ffn.0": [32, 128], "kv.2": [0, 1, 2], "depth": {"keep": [[0, 2], [0, 1, 2]]}}, SMALL
+    )
+    full = SMALL.base.layers[0]
+    assert set(layer_variants(space)) == {
+        (0, LayerSizes(4, 2, 32)),
+        (2, LayerSizes(0, 0, full.intermediate_size)),
+        (2, LayerSizes(2, 1, full.intermediate_size)),
+        (1, LayerSizes(0, 0, 0)),
+    }
+    assert layer_variants(SearchSpace.from_dict({"ffn": [64, 128]}, SMALL)) == []
+
+
+@pytest.mark.parametrize("name", PROPOSERS)
+def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
+    idle = model.model.layers[1]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)  # random weights this small do nothing at all
+        idle.mlp.down_proj.weight.zero_()
+        idle.self_attn.o_proj.weight.zero_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    supernet = SuperNetwork(model)
+    space = SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure)
+    batches = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0)).split(2)
+    path = PROPOSERS[name](supernet, layer_variants(space), batches, 0)
+    again = PROPOSERS[name](supernet, layer_variants(space), batches, 0)
+    assert path == again and len(path) > 4 and all(architecture in space for _, architecture in path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and supernet.current == supernet.base
+    whole = supernet.structure.parameters(supernet.base)
+    idle_share = 1 / 3 * (1 - 259 * 32 / whole)
+    sizes = [(parameters / whole, architecture) for parameters, architecture in path]
+    largest = [a for share, a in sizes if share <= 1 - idle_share][-1]
+    assert largest.layers[1].removed and not largest.layers[0].removed and not largest.layers[2].removed

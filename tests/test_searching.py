@@ -1,0 +1,115 @@
+"""The search of a run: what it can measure, on part of the documents, in other processes, and from a warm start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from compressor import pipeline
+from compressor.architecture import Architecture
+from compressor.recipe import read_recipe
+from search.store import EvaluationStore
+
+
+class Made:
+    """A run whose super-network is ready, and a task of two metrics."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tasks = tiny.task(folder / "tasks", documents=60)
+        task = self.tasks / "tiny_choice.yaml"
+        task.write_text(task.read_text() + "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n")
+        given = {
+            "model": str(tiny.checkpoint(folder / "model")),
+            "data": str(tiny.data(folder / "data.jsonl", 300)),
+            "tasks": "tiny_choice:acc",
+            "include_path": str(self.tasks),
+            "space": {"ffn.*": [16, 32, 64], "kv.*": [1, 2], "layer.1": [0, 1]},
+            "finetuning": {"tokens": 0, "sequence_length": 32, "batch_size": 4},
+            "searching": {"evaluations": 24, "population": 8, "limit": 24},
+            "device": "cpu",
+        }
+        self.run = folder / "run"
+        job = pipeline.start(read_recipe(None, given), self.run)
+        pipeline.finetune(job)
+
+    def search(self, folder: Path, **searching: Any) -> dict[str, Any]:
+        """front.json of a search of a copy of the run."""
+        if not folder.exists():
+            shutil.copytree(self.run, folder)
+        job = pipeline.resume(folder, {f"searching.{name}": value for name, value in searching.items()})
+        return pipeline.search(job)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("searching"))
+
+
+def test_objectives_beyond_a_tasks_own_metric(made: Made, tmp_path: Path) -> None:
+    names = ["held_out_loss", "kl_to_base", "tiny_choice:acc_norm", "latency"]
+    found = made.search(tmp_path / "run", objectives=names)
+    base = found["evaluations"][0]
+    # Nothing was trained, so the whole super-network is the base with its neurons in another order.
+    assert base["values"]["kl_to_base"] == pytest.approx(0, abs=1e-6)
+    assert base["values"]["quality"] == 1.0
+    for row in found["evaluations"]:
+        assert row["values"]["kl_to_base"] > -1e-6 and row["values"]["held_out_loss"] > 0
+        assert row["values"]["latency"] > 0 and 0 <= row["values"]["tiny_choice:acc_norm"] <= 1
+    smallest = min(found["evaluations"], key=lambda row: row["values"]["latency"])
+    assert smallest["values"]["kl_to_base"] > 1e-6
+    with EvaluationStore(tmp_path / "run" / "search" / "evaluations.db") as store:
+        kept = {row.task: row for _, row in store.all(weights=found["weights"])}
+    assert kept["kl_to_base"].n == 16 and kept["kl_to_base"].stderr is not None
+    assert "tiny_choice:acc_norm,none" in kept
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
+    return [(row["key"], row["values"]["quality"], row["full"]) for row in found["evaluations"]]
+
+
+def test_other_processes_measure_the_same(made: Made, tmp_path: Path) -> None:
+    alone = made.search(tmp_path / "alone", evaluations=12)
+    shared = made.search(tmp_path / "shared", evaluations=12, workers=2)
+    assert rows(alone) == rows(shared)
+    # Who measures is no part of what is measured: nothing is searched again.
+    before = (tmp_path / "shared" / "search" / "front.json").stat().st_mtime_ns
+    made.search(tmp_path / "shared", workers=1)
+    assert (tmp_path / "shared" / "search" / "front.json").stat().st_mtime_ns == before
+
+
+def test_a_first_look_on_part_of_the_documents(made: Made, tmp_path: Path) -> None:
+    found = made.search(tmp_path / "run", first_look=0.25, evaluations=30)
+    everything = {row["key"]: row for row in found["evaluations"]}
+    partial = {key for key, row in everything.items() if not row["full"]}
+    assert partial and not partial & set(found["front"])
+    with EvaluationStore(tmp_path / "run" / "search" / "evaluations.db") as store:
+        documents: dict[str, set[int]] = {}
+        for architecture, row in store.all(weights=found["weights"]):
+            documents.setdefault(architecture.key, set()).add(row.n)
+    assert {n for key in partial for n in documents[key]} == {6}
+    assert all(documents[key] == {6, 24} for key in set(everything) - partial)
+    spent = len(everything) - len(partial) + 0.25 * (len(everything) - 8)
+    assert 28 < spent <= 30 < len(everything)  # more candidates than full evaluations of the same cost
+    (tmp_path / "run" / "search" / "front.json").unlink()
+    assert rows(made.search(tmp_path / "run")) == rows(found)
+
+
+def test_the_earlier_front_and_greedy_cuts_come_first(made: Made, tmp_path: Path) -> None:
+    earlier = made.search(tmp_path / "earlier", objectives=["quality", "parameters"])
+    start = [str(tmp_path / "earlier"), "greedy", "blockwise"]
+    found = made.search(tmp_path / "run", warm_start=start, objectives=["quality", "parameters"])
+    keys = [row["key"] for row in found["evaluations"]]
+    assert len(keys) == len(set(keys)) == 24
+    first = [Architecture.from_dict(row["architecture"]) for row in found["evaluations"][:6]]
+    whole = first[0]
+    for cut in first[1:]:  # a quarter of the budget: the base, then single cuts of it
+        assert sum(a != b for a, b in zip(cut.layers, whole.layers, strict=True)) == 1
+    assert set(keys) & set(earlier["front"])
+    proposed = json.loads((tmp_path / "run" / "search" / "proposals-blockwise.json").read_text())["architectures"]
+    assert set(keys) & {Architecture.from_dict(row).key for row in proposed}
+    assert json.loads((tmp_path / "run" / "search" / "front.json").read_text())["front"] == found["front"]
