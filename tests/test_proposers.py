@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.data import Batch
 from compressor.finetune.proposers import PROPOSERS, assemble, options
 from compressor.stages.warming import layer_variants
 from search.space import SearchSpace
@@ -71,9 +72,10 @@ def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     supernet = SuperNetwork(model)
     space = SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure)
-    batches = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0)).split(2)
-    path = PROPOSERS[name](supernet, layer_variants(space), batches, 0)
-    again = PROPOSERS[name](supernet, layer_variants(space), batches, 0)
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    path = PROPOSERS[name](supernet, layer_variants(space), batches)
+    again = PROPOSERS[name](supernet, layer_variants(space), batches)
     assert path == again and len(path) > 4 and all(architecture in space for _, architecture in path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters()) and supernet.current == supernet.base

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from compressor.architecture import Architecture, Half, LayerSizes, Structure
 from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.losses import forward_kl
+from compressor.finetune.data import Batch
+from compressor.finetune.forward import Trace, trace
+from compressor.finetune.losses import token_losses
 
 HALVES: tuple[Half, Half] = ("attention", "mlp")
 GRID = 4096
@@ -31,29 +33,26 @@ Path = list[tuple[int, Architecture]]
 """(parameters, architecture), ascending."""
 
 
-def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Tensor], seed: int = 0) -> Path:
+def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]) -> Path:
     """Replace one block at a time and see how far the predictions move (Puzzle, arXiv 2411.19146, section 4.2; the
     block library of BossNAS, arXiv 2103.12424, with the pre-trained network as teacher); assemble for every size.
 
-    The harm of a variant is KL(whole network || network with the one block replaced), in nats per token on `batches`
-    (ids, [batch, length]). One pass over the batches for each variant.
+    The harm of a variant is KL(whole network || network with the one block replaced), in nats per token on `batches`.
+    One pass over the batches for each variant.
     """
     harms = dict.fromkeys(variants, 0.0)
     with torch.no_grad():
-        for ids in batches:
-            whole = supernet.model(input_ids=ids, use_cache=False).logits
+        for batch in batches:
+            whole = trace(supernet.model, batch)
             for layer, sizes in variants:
                 rows = list(supernet.base.layers)
                 rows[layer] = sizes
                 with supernet.activated(Architecture(supernet.base.hidden_size, tuple(rows))) as model:
-                    logits = model(input_ids=ids, use_cache=False).logits
-                harms[layer, sizes] += float(forward_kl(logits, whole, ids)) / len(batches)
+                    harms[layer, sizes] += float(divergence(trace(model, batch), whole)) / len(batches)
     return assemble(supernet.structure, harms)
 
 
-def superposition(
-    supernet: SuperNetwork, variants: Variants, batches: Sequence[Tensor], seed: int = 0, steps: int = 200
-) -> Path:
+def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], steps: int = 200) -> Path:
     """Learn a mixture of all sizes of every half-block at once, while the network is pressed to become smaller.
 
     TangleNAS (arXiv 2312.10440, section 3) superposes the weights of all choices, sum_k alpha_k W[:k]. Where choices
@@ -68,12 +67,12 @@ def superposition(
     full = supernet.structure.parameters(supernet.base)
     found: dict[Architecture, int] = {}
     for step in range(steps):
-        ids = batches[step % len(batches)]
+        batch = batches[step % len(batches)]
         target = full + (mixture.smallest - full) * (step + 1) / steps
         with torch.no_grad():
-            whole = supernet.model(input_ids=ids, use_cache=False).logits
+            whole = trace(supernet.model, batch)
         with mixture.active():
-            kept = forward_kl(supernet.model(input_ids=ids, use_cache=False).logits, whole, ids)
+            kept = divergence(trace(supernet.model, batch), whole)
         # Ten parts in a hundred too large weigh as much as a nat: enough to follow the target, harms decide the rest.
         loss = kept + 100 * ((mixture.expected() - target) / full) ** 2
         optimizer.zero_grad()
@@ -86,7 +85,12 @@ def superposition(
     return sorted(((p, a) for a, p in found.items()), key=lambda point: point[0])
 
 
-PROPOSERS: dict[str, Callable[[SuperNetwork, Variants, Sequence[Tensor], int], Path]] = {
+def divergence(student: Trace, teacher: Trace) -> Tensor:
+    """KL(teacher || student), nats per token."""
+    return token_losses({"kl": 1.0}, student, teacher, 1.0) / max(1, len(student.targets))
+
+
+PROPOSERS: dict[str, Callable[[SuperNetwork, Variants, Sequence[Batch]], Path]] = {
     "blockwise": blockwise,
     "superposition": superposition,
 }

@@ -33,7 +33,8 @@ from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, finetune, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import measured
-from compressor.stages.searching import relative_quality, search
+from compressor.stages.searching import search
+from compressor.stages.subnets import relative_quality
 
 if TYPE_CHECKING:
     from evals.baselines import Baseline, Bench, Cut

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
-from compressor.finetune.losses import cross_entropy, forward_kl
+from compressor.families import family_of
+from compressor.finetune.forward import Trace, trace
+from compressor.finetune.losses import token_losses
+from compressor.finetune.proposers import divergence
 from compressor.job import Job
 from compressor.progress import say
 from compressor.recipe import Recipe
@@ -159,30 +163,33 @@ def _finite(score: TaskScore) -> float:
 
 
 class HeldOut:
-    """Loss on held-out training text, and how far the predictions there are from the base's, both in nats per token.
-
-    The base's logits are kept for the whole search: blocks * length * vocabulary numbers of 4 bytes.
-    """
+    """Loss on held-out training text, and how far the predictions there are from the base's, both in nats per token."""
 
     def __init__(self, job: Job) -> None:
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split(least=HELD_OUT_BLOCKS)
-        self.blocks = list(zip(held_out.ids[:HELD_OUT_BLOCKS], held_out.labels[:HELD_OUT_BLOCKS], strict=True))
-        self.device = job.device
-        self.base = None
+        self.blocks = held_out[:HELD_OUT_BLOCKS].to(job.device).split(1)
+        self.base: list[Trace] = []
         if "kl_to_base" in job.recipe.searching.objectives:
             model = job.load_base().eval()
-            self.base = [self._logits(model, ids) for ids, _ in self.blocks]
+            with torch.no_grad():
+                self.base = [trace(model, block) for block in self.blocks]
+            # From here on only its head is needed, and a second copy of all layers might not fit.
+            parent, _, layers = family_of(model.config).layers.rpartition(".")
+            setattr(model.get_submodule(parent), layers, nn.ModuleList())
 
+    @torch.no_grad()
     def scores(self, model: Any, keys: Keys) -> list[Score]:
         """Mean and standard error over the blocks, of those of the two that `keys` name."""
         began = time.monotonic()
         found: dict[str, list[float]] = {name: [] for name in HELD_OUT if name in keys}
-        for number, (ids, labels) in enumerate(self.blocks):
-            logits, learnt = self._logits(model, ids), labels[None].to(self.device)
+        for number, block in enumerate(self.blocks):
+            student = trace(model, block)
             if "held_out_loss" in found:
-                found["held_out_loss"].append(float(cross_entropy(logits, learnt)))
-            if self.base is not None:
-                found["kl_to_base"].append(float(forward_kl(logits, self.base[number], learnt)))
+                found["held_out_loss"].append(
+                    float(token_losses({"ce": 1.0}, student, None, 1.0)) / len(student.targets)
+                )
+            if "kl_to_base" in found:
+                found["kl_to_base"].append(float(divergence(student, self.base[number])))
         seconds = (time.monotonic() - began) / len(found)
         scores = []
         for name, values in found.items():
@@ -191,10 +198,6 @@ class HeldOut:
             stderr = float(numbers.std() / math.sqrt(len(values))) if len(values) > 1 else None
             scores.append(Score(*keys[name], math.inf if math.isnan(value) else value, stderr, len(values), seconds))
         return scores
-
-    @torch.no_grad()
-    def _logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids[None].to(self.device), use_cache=False).logits
 
 
 def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:

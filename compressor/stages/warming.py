@@ -69,15 +69,15 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a proposer names, of this run's space; from `search/proposals-NAME.json` where it was asked before."""
     manifest = job.run.manifest(job.run.supernet) or {}
-    inputs = [manifest["weights"], job.space.to_dict(), data_fingerprint(job.recipe.data or ""), job.recipe.seed]
+    inputs = [manifest["weights"], job.space.to_dict(), data_fingerprint(job.recipe.data or "")]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
         if not variants:
             raise RequestError(f"--warm-start {name}: this search space has no sizes of single layers to choose from")
         say(f"{name}: looking for architectures to start from")
-        ids = training_blocks(job, 0).ids[:BLOCKS].to(job.device)
-        path = PROPOSERS[name](job.load_supernet(), variants, ids.split(BATCH), job.recipe.seed)
+        batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
+        path = PROPOSERS[name](job.load_supernet(), variants, batches)
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     found = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in found if architecture in job.space]
