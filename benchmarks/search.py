@@ -1,6 +1,9 @@
 """What the search is worth, in four parts; each prints the Markdown table of docs/results.md and can draw its plot.
 
     python benchmarks/search.py space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
+    python benchmarks/search.py fine        hypervolume against evaluations and seconds in the space `fine`
+    python benchmarks/search.py ranks       scores inside the super-network against scores after slicing and healing
+    python benchmarks/search.py overhead    the share of a search's time that is not evaluation
 
 Without options: the bundled checkpoint and one of its own tasks. Whatever is measured goes into `--run`, a run of the
 product's own, so that a second call measures nothing again.
@@ -11,58 +14,103 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from scipy.stats import kendalltau, spearmanr
 
 sys.path.remove(str(Path(__file__).parent))  # this file's name would hide the package of the same name
 
 from compressor import demo, pipeline
 from compressor.architecture import Architecture
+from compressor.elastic.slicing import extract
+from compressor.finetune.elastic import heal
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
+from compressor.stages.finetuning import training_blocks
 from compressor.stages.subnets import Board
 from search.algorithms import ALGORITHMS
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
-from search.run import search
+from search.run import SearchResult, search
 from search.store import EvaluationStore
 
-Scores = dict[Architecture, float]
 LEVELS = (0.90, 0.95, 0.99)
 
 
-def open_run(arguments: argparse.Namespace, folder: Path, **given: Any) -> Job:
-    """A run of the product's own at `folder`, its super-network ready to be searched."""
+@dataclass
+class Bench:
+    """A run of the product's own with its super-network made, and everything to search it by size and one score."""
+
+    job: Job
+    board: Board
+
+    @property
+    def task(self) -> str:
+        return next(iter(self.job.tasks.tasks))
+
+    @property
+    def objectives(self) -> list[Objective]:
+        up = self.job.tasks.tasks[self.task].higher_is_better
+        return [computed(self.job.structure)["parameters"], Objective(self.task, "max" if up else "min")]
+
+    def cost(self, architecture: Architecture, score: float) -> list[float]:
+        """Both objectives, less is better."""
+        return [self.job.structure.parameters(architecture), self.objectives[1].cost(score)]
+
+    def scores(self, architectures: Sequence[Architecture]) -> list[float]:
+        """The task's score of each in the super-network, on the search documents."""
+        found = dict(self.board.measure(architectures))
+        return [found[architecture][self.task] for architecture in architectures]
+
+    def search(self, algorithm: str, seed: int, evaluations: int) -> SearchResult:
+        """A search as shipped, its evaluations from the store where it has them."""
+        population = self.job.recipe.searching.population
+        return search(
+            self.job.space,
+            self.objectives,
+            self.board.measure,
+            algorithm=algorithm,
+            evaluations=evaluations,
+            population=population,
+            seed=seed,
+        )
+
+    def seconds(self, architecture: Architecture) -> float:
+        """What measuring it took, whenever that was."""
+        row = self.board.store.get(architecture, self.board.weights, *self.board.keys[False][self.task])
+        assert row is not None
+        return row.seconds
+
+
+def open_bench(arguments: argparse.Namespace, space: Any) -> Bench:
     data = arguments.data
     if data is None:
-        data = str(folder.with_suffix(".jsonl"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        data = str(arguments.run.with_suffix(".jsonl"))
+        arguments.run.parent.mkdir(parents=True, exist_ok=True)
         demo.training_text(Path(data), n_documents=6000, seed=1)
     given = {
         "model": arguments.checkpoint,
         "data": data,
         "tasks": arguments.task,
         "include_path": arguments.include_path,
+        "space": space,
+        "finetuning.tokens": arguments.train_tokens,
+        "finetuning.batch_size": 4,
         "searching.limit": arguments.documents,
         "device": "cpu",
-    } | given
-    job = pipeline.start(read_recipe(None, given), folder)
-    pipeline.finetune(job)
+    }
+    job = pipeline.start(read_recipe(None, given), arguments.run)
+    weights = pipeline.finetune(job)["weights"]
     job.run.search.mkdir(exist_ok=True)
-    return job
-
-
-def measured(job: Job, architectures: Iterable[Architecture]) -> Scores:
-    """The task's score of each sub-network on the search documents, from the run's store where it is known."""
-    (task,) = job.tasks.tasks
-    weights = job.run.manifest(job.run.supernet)["weights"]
-    with EvaluationStore(job.run.evaluations) as store, closing(Board(job, store, weights)) as board:
-        return {architecture: values[task] for architecture, values in board.measure(list(architectures))}
+    return Bench(job, Board(job, EvaluationStore(job.run.evaluations), weights))
 
 
 # -- a listed space: how many evaluations to how much of the true hypervolume? --
@@ -77,36 +125,35 @@ def space(arguments: argparse.Namespace) -> None:
     structure = Job(Run(Path()), Recipe(model=arguments.checkpoint), weights=False).structure
     layers = range(len(structure.base.layers))
     kept = [*([i for i in layers if i != gone] for gone in layers), list(layers)]
-    genes = {"ffn.*": [int(width) for width in arguments.widths.split(",")], "depth": {"keep": kept}}
-    job = open_run(arguments, arguments.run, space=genes, **{"finetuning.tokens": 0})
-    scores = measured(job, job.space.architectures())
-    (task,) = job.tasks.tasks.values()
-    objectives = [computed(job.structure)["parameters"], Objective("score", "max" if task.higher_is_better else "min")]
-    costs = {a: np.array([job.structure.parameters(a), objectives[1].cost(v)]) for a, v in scores.items()}
-    everything = np.array(list(costs.values()))
-    reference = everything.max(axis=0)
-    whole = hypervolume(everything, reference)
+    widths = [int(width) for width in arguments.widths.split(",")]
+    bench = open_bench(arguments, {"ffn.*": widths, "depth": {"keep": kept}})
+    everything = list(bench.job.space.architectures())
+    scores = dict(zip(everything, bench.scores(everything), strict=True))
+    costs = np.array([bench.cost(*row) for row in scores.items()])
+    reference = costs.max(axis=0)
+    whole = hypervolume(costs, reference)
     print(
-        f"{job.space.distinct():,} architectures, {len(non_dominated(everything))} on the true front; "
-        f"{task.name} {task.metric} on {job.recipe.searching.limit} documents from {min(scores.values()):.4f} to "
-        f"{max(scores.values()):.4f}; population {job.recipe.searching.population}, {arguments.seeds} seeds\n"
+        f"{len(scores):,} architectures, {len(non_dominated(costs))} on the true front; {bench.task} from "
+        f"{min(scores.values()):.4f} to {max(scores.values()):.4f} on {bench.job.recipe.searching.limit} documents; "
+        f"population {bench.job.recipe.searching.population}, {arguments.seeds} seeds\n"
     )
     print("| algorithm | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |\n" + "|---" * 4 + "|")
+    curves = {}
     for name in arguments.algorithms.split(","):
-        curves = [
-            climb(job, name, seed, objectives, scores, costs, reference, whole) for seed in range(arguments.seeds)
-        ]
-        cells = [reached_cell([first_at(curve, level) for curve in curves]) for level in LEVELS]
+        curves[name] = [climb(bench, name, seed, scores, reference, whole) for seed in range(arguments.seeds)]
+        cells = [reached_cell([first_at(curve, level) for curve in curves[name]]) for level in LEVELS]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    if arguments.plot:
+        longest = max(len(curve) for of_seeds in curves.values() for curve in of_seeds)
+        levelled = {k: [c + [c[-1]] * (longest - len(c)) for c in v] for k, v in curves.items()}
+        plot(arguments.plot, [("evaluations", {k: (range(1, longest + 1), v) for k, v in levelled.items()})], log=True)
 
 
 def climb(
-    job: Job,
+    bench: Bench,
     algorithm: str,
     seed: int,
-    objectives: Sequence[Objective],
-    scores: Scores,
-    costs: dict[Architecture, np.ndarray],
+    scores: dict[Architecture, float],
     reference: np.ndarray,
     whole: float,
 ) -> list[float]:
@@ -114,25 +161,24 @@ def climb(
     front = np.empty((0, 2))
     curve: list[float] = []
 
-    def measure(asked: list[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
+    def measure(asked: Sequence[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
         nonlocal front
         for architecture in asked:
-            front = np.vstack([front, costs[architecture]])
+            front = np.vstack([front, bench.cost(architecture, scores[architecture])])
             front = front[non_dominated(front)]
             curve.append(hypervolume(front, reference) / whole)
             if curve[-1] >= LEVELS[-1]:
                 raise Reached
-            yield architecture, {"score": scores[architecture]}
+            yield architecture, {bench.task: scores[architecture]}
 
-    population = job.recipe.searching.population
     with suppress(Reached):
         search(
-            job.space,
-            objectives,
+            bench.job.space,
+            bench.objectives,
             measure,
             algorithm=algorithm,
             evaluations=len(scores),
-            population=population,
+            population=bench.job.recipe.searching.population,
             seed=seed,
         )
     return curve
@@ -155,20 +201,178 @@ def reached_cell(found: Sequence[int | None]) -> str:
     return f"{shown} ({numbers[0]:.0f} to {last})"
 
 
+# -- a space too large to list: hypervolume against evaluations and seconds --
+
+
+def fine(arguments: argparse.Namespace) -> None:
+    """Hypervolume by evaluations and seconds, as a share of what all runs together reached."""
+    bench = open_bench(arguments, "fine")
+    names = arguments.algorithms.split(",")
+    runs = {
+        (name, seed): bench.search(name, seed, arguments.evaluations)
+        for seed in range(arguments.seeds)
+        for name in names
+    }
+    costs = {
+        key: np.array([bench.cost(e.architecture, e.values[bench.task]) for e in run.evaluations])
+        for key, run in runs.items()
+    }
+    union = np.vstack(list(costs.values()))
+    reference = union.max(axis=0)
+    whole = hypervolume(union, reference)
+    marks = [m for m in (30, 60, 90, 120, 250) if m <= arguments.evaluations]
+    print(
+        f"{len({e.architecture for run in runs.values() for e in run.evaluations}):,} sub-networks measured on "
+        f"{arguments.documents} documents of {bench.task}; population {bench.job.recipe.searching.population}, "
+        f"{arguments.seeds} seeds\n"
+    )
+    heads = [f"{mark} evaluations" for mark in marks]
+    print("| algorithm | " + " | ".join(heads) + " | seconds, of them searching |\n" + "|---" * (len(marks) + 2) + "|")
+    by_evaluations, by_seconds = {}, {}
+    for name in names:
+        shares, times, searching = [], [], []
+        for seed in range(arguments.seeds):
+            rows, run = costs[name, seed], runs[name, seed]
+            shares.append([hypervolume(rows[: n + 1], reference) / whole for n in range(len(rows))])
+            overhead = {g["generation"]: g["seconds"]["overhead"] / g["new"] for g in run.generations}
+            spent = [bench.seconds(e.architecture) + overhead[e.generation] for e in run.evaluations]
+            times.append(np.cumsum(spent))
+            searching.append(sum(g["seconds"]["overhead"] for g in run.generations))
+        cells = [median_cell([share[mark - 1] for share in shares], ".3f") for mark in marks]
+        cells.append(f"{np.median([t[-1] for t in times]):.0f}, {np.median(searching):.1f}")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        by_evaluations[name] = (range(1, len(shares[0]) + 1), shares)
+        by_seconds[name] = (np.median(times, axis=0), shares)
+    if arguments.plot:
+        plot(arguments.plot, [("evaluations", by_evaluations), ("seconds", by_seconds)], log=False)
+
+
+def median_cell(values: Sequence[float], form: str) -> str:
+    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+# -- is what is searched what ships? --
+
+
+def ranks(arguments: argparse.Namespace) -> None:
+    """Rank correlation of scores inside the super-network with scores after slicing, and after healing too."""
+    bench = open_bench(arguments, "fine")
+    job = bench.job
+    full = job.structure.parameters(job.structure.base)
+    genomes = job.space.sample_sizes(np.random.default_rng(0), arguments.networks, 0.5 * full, 0.95 * full)
+    architectures = job.space.decode_all(genomes)
+    inside = bench.scores(architectures)
+    job.threads(scoring=False)
+    model, base = job.load_supernet().model.float(), job.load_base(torch.float32)
+    blocks = training_blocks(job, arguments.heal_tokens)
+    job.recipe.healing.tokens = arguments.heal_tokens
+    settings = job.train_settings(job.recipe.healing, blocks.length, seed=0)
+    sliced, healed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, architecture in enumerate(architectures):
+            network = extract(model, job.structure, architecture)
+            sliced.append(scored(bench, network))
+            state = Path(folder) / f"{number}.safetensors"
+            heal(network, base, blocks, settings, state=state, accelerator=Accelerator(cpu=True))
+            healed.append(scored(bench, network.eval()))
+    sizes = np.array([job.structure.parameters(a) / full for a in architectures])
+    print(
+        f"{len(architectures)} sub-networks of {sizes.min():.2f} to {sizes.max():.2f} of the parameters; super-network "
+        f"fine-tuned on {arguments.train_tokens:,} tokens, each healed on {arguments.heal_tokens:,}; {bench.task} on "
+        f"{arguments.documents} documents\n"
+    )
+    print("| scores compared | Kendall tau | Spearman rho | the same, size regressed out |\n" + "|---" * 4 + "|")
+    for what, first, second in (
+        ("in the super-network, sliced", inside, sliced),
+        ("in the super-network, healed", inside, healed),
+    ):
+        left, right = beyond_size(sizes, first), beyond_size(sizes, second)
+        print(
+            f"| {what} | {kendalltau(first, second).statistic:.3f} | {spearmanr(first, second).statistic:.3f} | "
+            f"{kendalltau(left, right).statistic:.3f}, {spearmanr(left, right).statistic:.3f} |"
+        )
+    worst = max(abs(a - b) for a, b in zip(inside, sliced, strict=True))
+    print(f"\nLargest difference between a score in the super-network and after slicing: {worst:.2g}")
+    print(f"Median score in the super-network {np.median(inside):.3f}, healed {np.median(healed):.3f}")
+
+
+def scored(bench: Bench, network: Any) -> float:
+    bench.job.threads(scoring=True)
+    with torch.no_grad():
+        return bench.job.scorer(network).score("search", bench.job.recipe.searching.limit)[bench.task].value
+
+
+def beyond_size(sizes: np.ndarray, scores: Sequence[float]) -> np.ndarray:
+    """What a straight line through size does not explain: larger networks rank higher in any case."""
+    return np.array(scores) - np.polyval(np.polyfit(sizes, scores, 1), sizes)
+
+
+# -- overhead --
+
+
+def overhead(arguments: argparse.Namespace) -> None:
+    """The share of a search's time that is not evaluation; what the store knew counts with the time it once took."""
+    bench = open_bench(arguments, "fine")
+    print("| algorithm | evaluations | evaluating, s | all else, s | share |\n" + "|---" * 5 + "|")
+    for name in arguments.algorithms.split(","):
+        result = bench.search(name, 0, arguments.evaluations)
+        evaluating = sum(bench.seconds(e.architecture) for e in result.evaluations)
+        other = sum(g["seconds"]["overhead"] for g in result.generations)
+        share = other / (evaluating + other)
+        print(f"| {name} | {len(result.evaluations)} | {evaluating:.0f} | {other:.1f} | {share:.1%} |", flush=True)
+
+
+# -- the options --
+
+Panel = tuple[str, dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]]
+"""A name for the horizontal axis; by algorithm, its values, and a curve of hypervolume for each seed."""
+
+
+def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
+    """Median and quartiles over seeds, one panel for each horizontal axis."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "search"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4), squeeze=False, sharey=True)
+    for axis, (name, curves) in zip(axes[0], panels, strict=True):
+        for label, (x, shares) in curves.items():
+            (line,) = axis.plot(x, np.median(shares, axis=0), label=label)
+            axis.fill_between(x, *np.quantile(shares, [0.25, 0.75], axis=0), alpha=0.15, color=line.get_color())
+        axis.set(xlabel=name, xscale="log" if log else "linear", ylim=(0.6, 1.01))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("share of the hypervolume")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["space"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"space": space, "fine": fine, "ranks": ranks, "overhead": overhead}
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--checkpoint", default=str(demo.MODEL))
     parser.add_argument("--data", help="training text; default: generated")
     parser.add_argument("--include-path", default=str(demo.TASKS))
     parser.add_argument("--task", default=demo.TASK_NAMES[0])
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--run", type=Path, default=Path(tempfile.gettempdir()) / "search-benchmark")
-    parser.add_argument("--widths", default="192,384", help="FFN widths of the listed space")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
+    parser.add_argument("--train-tokens", type=int, default=0, help="for the super-network; 0: ordered, not trained")
+    parser.add_argument("--heal-tokens", type=int, default=60_000, help="ranks: for each sub-network")
+    parser.add_argument("--networks", type=int, default=20, help="ranks: how many")
+    parser.add_argument("--widths", default="192,384", help="space: the FFN widths")
+    parser.add_argument("--algorithms", help="comma-separated")
+    parser.add_argument("--seeds", type=int, help="default: 10 of the listed space, else 3")
+    parser.add_argument("--evaluations", type=int, help="default: 120, for overhead 250")
+    parser.add_argument("--plot", type=Path, help="an SVG file to draw")
     arguments = parser.parse_args()
-    {"space": space}[arguments.part](arguments)
+    usual = {"space": ",".join(ALGORITHMS), "overhead": "linas"}.get(arguments.part, "linas,nsga2,random")
+    arguments.algorithms = arguments.algorithms or usual
+    arguments.seeds = arguments.seeds or (10 if arguments.part == "space" else 3)
+    arguments.evaluations = arguments.evaluations or (250 if arguments.part == "overhead" else 120)
+    parts[arguments.part](arguments)
 
 
 if __name__ == "__main__":
