@@ -248,6 +248,8 @@ class Candidate(_Model):
     """Computed from speed.json."""
     tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
     """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
+    further: dict[str, float] = {}
+    """Whatever else the search measured, such as `held_out_loss`."""
 
     @cached_property
     def sizes(self) -> Architecture:
@@ -259,6 +261,8 @@ class Point(Candidate):
 
     generation: int
     on_front: bool
+    full: bool = True
+    """False where only part of the documents were looked at: scores are then what these foretold."""
 
 
 class PredictorScore(_Model):
@@ -802,9 +806,10 @@ def _hover(one: Candidate, report: Report, scores: bool, sizes: bool) -> str:
     if one.decode_tps is not None:
         text[0] += f", {rate(one.decode_tps)} tokens/s"
     if isinstance(one, Point):
-        text[0] += f", generation {one.generation}"
+        text[0] += f", generation {one.generation}" + ("" if one.full else " (a first look only)")
     if scores:
         text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in one.tasks.items()]
+        text += [f"{name} {value:.4g}" for name, value in one.further.items()]
     if sizes:
         text.append(sizes_text(one.sizes))
     return "\n".join(text)
@@ -841,6 +846,9 @@ def _plots(report: Report) -> dict[str, Markup]:
         ]
         if curves := [curve for curve in curves if curve.points]:
             plots["predictor"] = lines(curves, "generation", "rank correlation")
+        errors = [(at, p.mae) for at, p in judged if p.mae is not None]
+        if errors:
+            plots["predictor_error"] = lines([Line("error", errors)], "generation", "mean absolute error", height=160)
     if report.finetune and report.finetune.curve:
         curve = report.finetune.curve
         trained = [
@@ -885,9 +893,10 @@ def _usage(report: Report) -> list[tuple[str, Markup]]:
 
 def _declared(report: Report, attribute: str) -> list[int]:
     """Values of the genes of this size, together with the base's own."""
+    kind = {"intermediate_size": "ffn", "num_key_value_heads": "kv", "num_experts": "experts"}[attribute]
     values = {getattr(layer, attribute) for layer in report.base.sizes.layers}
     for gene in report.search.space.genes if report.search else []:
-        if attribute in gene.name:
+        if gene.name.partition(".")[0] == kind:
             values |= {value for value in gene.values if isinstance(value, int)}
     return sorted(values)
 

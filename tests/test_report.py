@@ -160,9 +160,9 @@ def full_report() -> dict[str, Any]:
         "points": [
             point | {"generation": 0, "on_front": True},
             full | {"generation": 1, "on_front": True},
-            point | thin | {"generation": 2, "on_front": False},
+            point | thin | {"generation": 2, "on_front": False, "full": False, "further": {"kl_to_base": 0.25}},
         ],
-        "space": {"name": "fine", "genes": [{"name": "layers.0.intermediate_size", "values": [64, 128, 192, 256]}]},
+        "space": {"name": "fine", "genes": [{"name": "ffn.0", "values": [64, 128, 192, 256]}]},
         "targets": {"max_params": ["0.67", "50%", "800k"]},
     }
     report["finetune"] = {
@@ -441,8 +441,8 @@ def test_full_page() -> None:
     page = Page(html)
     assert page.references == []
     assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe", html)
-    # front, speed, architecture, hypervolume, predictor, two usage maps, training
-    assert page.tags.count("svg") == 10
+    # front, speed, architecture, hypervolume, predictor and its error, two usage maps, training
+    assert page.tags.count("svg") == 11
     assert page.text.count("near chance") >= 6  # four rows, a baseline, and the hovered points
     assert "set aside in generation 2" in page.text
     assert "model.layers.1.mlp.down_proj per-channel INT8" in page.text and "8.25 bits/weight" in page.text
@@ -458,6 +458,7 @@ def test_full_page() -> None:
 def test_every_measured_point_is_drawn() -> None:
     page = render_html(validate_report(full_report()))
     front = page.split("<h2>Pareto front</h2>")[1].split("</svg>")[0]
+    assert "generation 2 (a first look only)" in front and "kl_to_base 0.25" in front
     assert [front.count(f'<circle class="{kind}"') for kind in ("point", "front", "chosen", "base")] == [1, 1, 1, 1]
     assert re.findall("asked for: at most ([0-9.]+ %)", front) == ["67 %", "80 %"]  # 50 % lies outside
 

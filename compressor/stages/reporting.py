@@ -11,9 +11,10 @@ from compressor.progress import console, say
 from compressor.run import read_json
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.finetuning import data_fingerprint
-from compressor.stages.subnets import row_key
+from compressor.stages.subnets import HELD_OUT, first_look_limit, score_keys
 
-Errors = dict[tuple[str, str], float | None]
+Errors = dict[tuple[str, str, bool], float | None]
+"""By architecture, name of the score, and whether it is of all documents of the search."""
 
 
 def report(job: Job) -> dict[str, Any]:
@@ -64,15 +65,20 @@ def front_rows(job: Job, found: dict[str, Any], errors: Errors) -> list[dict[str
 
 
 def standard_errors(job: Job, found: dict[str, Any]) -> Errors:
-    """Standard error of every score of the search, by architecture and the store's name of the task."""
+    """Standard error of every score of the search."""
     from search.store import EvaluationStore
 
+    looks = [False, True] if first_look_limit(job) else [False]
+    names = {key: (name, not look) for look in looks for name, key in score_keys(job, look).items()}
     with EvaluationStore(job.run.evaluations) as store:
-        return {(a.key, row.task): row.stderr for a, row in store.all(weights=found["weights"])}
+        rows = [(a.key, (row.task, row.documents), row.stderr) for a, row in store.all(weights=found["weights"])]
+    return {(architecture, *names[key]): stderr for architecture, key, stderr in rows if key in names}
 
 
 def candidate_row(job: Job, row: dict[str, Any], errors: Errors) -> dict[str, Any]:
     values = row["values"]
+    limit = job.recipe.searching.limit if row["full"] else first_look_limit(job)
+    further = [name for name in job.recipe.searching.objectives if name in HELD_OUT or ":" in name]
     return {
         "key": row["key"],
         "architecture": row["architecture"],
@@ -83,14 +89,15 @@ def candidate_row(job: Job, row: dict[str, Any], errors: Errors) -> dict[str, An
             name: {
                 "metric": task.metric,
                 "value": values[name],
-                "stderr": errors.get((row["key"], row_key(job, name))),
-                "n": sum(len(docs) for _, docs in task.documents("search", job.recipe.searching.limit)),
+                "stderr": errors.get((row["key"], name, row["full"])),
+                "n": sum(len(docs) for _, docs in task.documents("search", limit)),
                 "split": "search",
                 "higher_is_better": task.higher_is_better,
-                "chance": job.tasks.chance(name, "search", job.recipe.searching.limit),
+                "chance": job.tasks.chance(name, "search", limit),
             }
             for name, task in job.tasks.tasks.items()
         },
+        "further": {name: values[name] for name in further if values[name] is not None},
     }
 
 
@@ -106,6 +113,7 @@ def predictor_row(found: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def search_section(job: Job, found: dict[str, Any], errors: Errors) -> dict[str, Any]:
     front = set(found["front"])
+    judged = next(o["name"] for o in found["objectives"] if o["kind"] == "measured")
     generations = []
     for row in found["generations"]:
         generations.append(
@@ -113,7 +121,7 @@ def search_section(job: Job, found: dict[str, Any], errors: Errors) -> dict[str,
                 "generation": row["generation"],
                 "evaluations": row["evaluations"],
                 "hypervolume": row["hypervolume"],
-                "predictor": predictor_row((row.get("predictors") or {}).get("quality")),
+                "predictor": predictor_row((row.get("predictors") or {}).get(judged)),
                 "seconds_evaluating": row["seconds"]["evaluation"],
                 "seconds_other": row["seconds"]["overhead"],
             }
@@ -123,7 +131,8 @@ def search_section(job: Job, found: dict[str, Any], errors: Errors) -> dict[str,
         "evaluations": len(found["evaluations"]),
         "generations": generations,
         "points": [
-            candidate_row(job, row, errors) | {"generation": row["generation"], "on_front": row["key"] in front}
+            candidate_row(job, row, errors)
+            | {"generation": row["generation"], "on_front": row["key"] in front, "full": row["full"]}
             for row in found["evaluations"]
         ],
         "space": {

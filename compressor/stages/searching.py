@@ -11,7 +11,7 @@ from compressor.architecture import Architecture
 from compressor.elastic.slicing import extract, fits_plain_class
 from compressor.errors import RequestError
 from compressor.job import Job
-from compressor.progress import bar
+from compressor.progress import bar, say
 from compressor.run import fingerprint, read_json, write_json
 from compressor.stages.subnets import Board, first_look_limit, measurable, score_keys
 from compressor.stages.warming import GREEDY, proposals, sources
@@ -79,6 +79,15 @@ def search(job: Job) -> dict[str, Any]:
             "seed": recipe.seed,
             "on_evaluation": note,
         }
+        aside: dict[str, list[str]] = {}
+
+        def tell(record: dict[str, Any]) -> None:
+            run.log(generation_line(record))
+            for name, found in record.get("predictors", {}).items():
+                for kind in set(found["set_aside"]) - set(aside.get(name, [])):
+                    say(f"predictor {kind} of {name} ranked the newest sub-networks no better than chance: set aside")
+                aside[name] = found["set_aside"]
+
         known = []
         if GREEDY in recipe.searching.warm_start:
             share = int(GREEDY_SHARE * budget)
@@ -94,6 +103,7 @@ def search(job: Job) -> dict[str, Any]:
             known=known,
             first_look=partial(board.measure, first_look=True) if first_look_limit(job) else None,
             share=recipe.searching.first_look or 0.0,
+            on_generation=tell,
             **common,
         )
     found = {
@@ -106,6 +116,21 @@ def search(job: Job) -> dict[str, Any]:
     write_json(run.front, found)
     run.log(f"searched: {len(result.evaluations)} sub-networks measured")
     return found
+
+
+def generation_line(record: dict[str, Any]) -> str:
+    """A generation in one line of the log, with how the predictors in use ranked its newcomers beforehand."""
+    parts = [f"generation {record['generation']}: {record['evaluations']} measured"]
+    if record["full"] < record["new"]:
+        parts.append(f"{record['new'] - record['full']} of {record['new']} ruled out by a first look")
+    parts.append(f"hypervolume {record['hypervolume']:.4f}")
+    for name, found in record.get("predictors", {}).items():
+        if judged := found["newest"].get(found["used"]):
+            parts.append(
+                f"{name} by {found['used']}: tau {judged['kendall']:.2f}, rho {judged['spearman']:.2f}, "
+                f"error {judged['mae']:.3g}"
+            )
+    return ", ".join(parts)
 
 
 def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tuple[list[Objective], list[Constraint]]:
