@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import multiprocessing
-import pickle
 import signal
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -183,8 +183,8 @@ class _Server:
             return self._function(item)
         except Exception as error:
             try:
-                pickle.loads(pickle.dumps(error))
-            except Exception:  # whatever an exception's own pickling does
+                ForkingPickler.loads(ForkingPickler.dumps(error))  # what the pipe will do
+            except Exception:  # an exception whose constructor takes something else than it was given
                 return RuntimeError(f"{type(error).__name__}: {error}")
             return error
 
