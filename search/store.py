@@ -36,13 +36,6 @@ CREATE TABLE evaluations (
     timestamp TEXT NOT NULL,
     PRIMARY KEY (architecture, weights, task, documents)
 );
-CREATE TABLE requests (
-    run TEXT NOT NULL,
-    generation INTEGER NOT NULL,
-    position INTEGER NOT NULL,
-    architecture TEXT NOT NULL REFERENCES architectures (key),
-    PRIMARY KEY (run, generation, position)
-) WITHOUT ROWID;
 """
 
 
@@ -177,39 +170,6 @@ class EvaluationStore:
             [value for value in wanted.values() if value is not None],
         )
         return [(Architecture.from_dict(json.loads(row[0])), Measurement(*row[1:])) for row in rows]
-
-    def record_request(self, run: str, generation: int, architectures: Sequence[Architecture]) -> None:
-        """Record what a search asked to have measured in one generation, in its order; a resumed run repeats
-        it.
-
-        ValueError where the same run asked for something else before: then it is not the same search.
-        """
-        with self._transaction():
-            before = self._connection.execute(
-                "SELECT architecture FROM requests WHERE run = ? AND generation = ? ORDER BY position",
-                (run, generation),
-            ).fetchall()
-            if not before:
-                for position, architecture in enumerate(architectures):
-                    self._add(architecture)
-                    self._connection.execute(
-                        "INSERT INTO requests VALUES (?, ?, ?, ?)",
-                        (run, generation, position, architecture.key),
-                    )
-            elif [key for (key,) in before] != [architecture.key for architecture in architectures]:
-                raise ValueError(
-                    f"{self.path}: generation {generation} of {run} asked for other architectures before; "
-                    "the search has changed, so it cannot be resumed"
-                )
-
-    def requests(self, run: str) -> list[tuple[int, Architecture]]:
-        """What a run asked for, with its generation, in order."""
-        rows = self._rows(
-            "SELECT generation, json FROM requests JOIN architectures ON key = architecture WHERE run = ? "
-            "ORDER BY generation, position",
-            (run,),
-        )
-        return [(generation, Architecture.from_dict(json.loads(text))) for generation, text in rows]
 
     def _add(self, architecture: Architecture) -> None:
         self._connection.execute(

@@ -52,20 +52,6 @@ def test_the_first_record_stays_and_nan_is_refused(tmp_path):
         assert store.all()[1][1].score == float("inf")
 
 
-def test_requests_are_kept_in_order_and_must_repeat(tmp_path):
-    with EvaluationStore(tmp_path / "e.db") as store:
-        store.record_request("run", 0, ARCHITECTURES[3:6])
-        store.record_request("run", 1, [ARCHITECTURES[0]])
-        store.record_request("run", 0, ARCHITECTURES[3:6])
-        expected = [(0, a) for a in ARCHITECTURES[3:6]] + [(1, ARCHITECTURES[0])]
-        assert store.requests("run") == expected
-        for other in (ARCHITECTURES[4:7], ARCHITECTURES[3:5], ARCHITECTURES[3:7]):
-            with pytest.raises(ValueError, match="cannot be resumed"):
-                store.record_request("run", 0, other)
-        assert store.requests("run") == expected
-        assert store.requests("another") == []
-
-
 WRITER = """
 import sys
 from search_helpers import SMALL

@@ -24,7 +24,7 @@ from compressor.progress import say
 from compressor.recipe import Recipe
 from compressor.run import Run, fingerprint
 from compressor.stages.finetuning import data_fingerprint, training_blocks
-from search.workers import Processes, RayWorkers, Workers
+from search.workers import Processes, RayWorkers, Workers, WorkersLost
 
 if TYPE_CHECKING:
     from evals.scoring import TaskScore
@@ -46,6 +46,9 @@ class Request:
 
     architecture: Architecture
     first_look: bool = False
+
+    def __str__(self) -> str:
+        return f"architecture {self.architecture.key}"
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,13 @@ class Board:
             return
         if self._workers is None:
             self._workers = open_workers(self.job)
-        yield from self._workers.map(requests)
+        try:
+            yield from self._workers.map(requests)
+        except WorkersLost as error:
+            raise RequestError(
+                f"{error}, most likely for want of memory; use fewer --workers, or a smaller batch_tokens; "
+                "what was measured is kept"
+            ) from error
 
     def close(self) -> None:
         """End the workers, if there are any."""
