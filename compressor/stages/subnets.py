@@ -130,25 +130,22 @@ class SubnetScorer:
         """Everything that an evaluation measures. A full one brings the first look's numbers along: they are about
         some of the same documents."""
         self.supernet.activate(request.architecture)
-        scores = task_scores(
-            self.job,
-            self.scorer,
-            self.keys if not request.first_look else {True: self.keys[True]},
-            request.architecture,
-        )
+        keys = {True: self.keys[True]} if request.first_look else self.keys
+        scores = task_scores(self.job, self.scorer, keys, request.architecture)
         if self.held_out is not None:
             scores += self.held_out.scores(self.supernet.model, self.keys[False])
         return scores
 
 
 def task_scores(job: Job, scorer: Any, keys: dict[bool, Keys], architecture: Architecture | None = None) -> list[Score]:
-    """The scores of the network behind `scorer` at one fidelity or both, from one pass over the documents.
+    """The scores of the network behind `scorer` on all documents of the search (`keys[False]`), on a first look's
+    (`keys[True]`), or on both, from one pass: the latter are among the former.
 
     A score that is not a number (a network whose numbers overflowed) counts as the worst there is.
     """
     limits = {look: first_look_limit(job) if look else job.recipe.searching.limit for look in keys}
     began = time.monotonic()
-    answers = scorer.ask("search", limits[min(limits)], architecture)
+    answers = scorer.ask("search", limits[False] if False in limits else limits[True], architecture)
     tasks = scored_tasks(job)
     found = {look: scorer.scores("search", limit, answers, tasks) for look, limit in limits.items()}
     seconds = (time.monotonic() - began) / sum(map(len, found.values()))
@@ -188,9 +185,8 @@ class HeldOut:
         for number, block in enumerate(self.blocks):
             student = trace(model, block)
             if "held_out_loss" in found:
-                found["held_out_loss"].append(
-                    float(token_losses({"ce": 1.0}, student, None, 1.0)) / len(student.targets)
-                )
+                loss = token_losses({"ce": 1.0}, student, None, 1.0) / max(1, len(student.targets))
+                found["held_out_loss"].append(float(loss))
             if "kl_to_base" in found:
                 found["kl_to_base"].append(float(divergence(student, self.base[number])))
         seconds = (time.monotonic() - began) / len(found)
