@@ -71,12 +71,11 @@ def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[
         target = full + (mixture.smallest - full) * (step + 1) / steps
         with torch.no_grad():
             whole = trace(supernet.model, batch)
+        optimizer.zero_grad()
         with mixture.active():
             kept = divergence(trace(supernet.model, batch), whole)
-        # Ten parts in a hundred too large weigh as much as a nat: enough to follow the target, harms decide the rest.
-        loss = kept + 100 * ((mixture.expected() - target) / full) ** 2
-        optimizer.zero_grad()
-        loss.backward()
+            # A tenth too large weighs as much as a nat: enough to follow the target, and harms decide the rest.
+            (kept + 100 * ((mixture.expected() - target) / full) ** 2).backward()
         optimizer.step()
         if (step + 1) % max(1, steps // 20) == 0:
             path = assemble(supernet.structure, mixture.harms())
