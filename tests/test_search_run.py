@@ -14,7 +14,7 @@ from compressor.architecture import Architecture, LayerSizes
 from search.algorithms import ALGORITHMS, LINAS, StepMutation, algorithm
 from search.objectives import Constraint, choose, computed
 from search.pareto import costs, front, hypervolume, non_dominated
-from search.run import first_generation, search
+from search.run import first_generation, greedy_path, search
 from search.space import SearchSpace
 
 PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
@@ -407,3 +407,42 @@ def test_search_needs_no_torch_and_of_ours_only_the_architecture():
     )
     root = str(Path(__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
+
+
+def first_look(asked):
+    """Off by a bias and by noise, the same for the same architecture."""
+    for a in asked:
+        noise = np.random.default_rng(int(a.key[:8], 16)).normal() * 0.01
+        yield a, {"quality": quality(SMALL, a) - 0.1 + noise}
+
+
+@pytest.mark.parametrize("name", ["linas", "nsga2", "random"])
+def test_a_first_look_spares_what_cannot_matter(name):
+    space, objectives, bench = small_space(), objectives_of(SMALL), Bench(SMALL)
+    result = search(
+        space, objectives, bench, algorithm=name, evaluations=60, population=15, first_look=first_look, share=0.25
+    )
+    partial = [e for e in result.evaluations if not e.full]
+    full = [e for e in result.evaluations if e.full]
+    assert partial and {e.architecture for e in full} == set(bench.asked)
+    assert 58 <= len(full) + 0.25 * (len(result.evaluations) - 15) <= 60 < len(result.evaluations)
+    assert [e.index for e in result.evaluations] == list(range(len(result.evaluations)))
+    for e in partial:
+        assert e.values["quality"] == pytest.approx(quality(SMALL, e.architecture), abs=0.05)  # the bias is gone
+    # Next to nothing that would have been on the front was given up.
+    missed = non_dominated(
+        np.array([[-quality(SMALL, e.architecture), e.values["parameters"]] for e in [*full, *partial]])
+    )
+    assert sum(i >= len(full) for i in missed) <= 1
+    assert all(e.full for e in result.front)
+
+
+def test_what_is_known_counts_and_is_not_asked_for_again():
+    space, objectives, bench = small_space(), objectives_of(SMALL), Bench(SMALL)
+    known = greedy_path(space, objectives, bench, evaluations=20, population=7)
+    n = len(known)
+    assert 10 < n == len(bench.asked) <= 20 and known[0].architecture == space.base
+    after = Bench(SMALL)
+    result = search(space, objectives, after, evaluations=50, population=10, known=known, seed=1)
+    assert result.evaluations[:n] == known and len(result.evaluations) == 50
+    assert len(after.asked) == 50 - n and not set(after.asked) & set(bench.asked)
