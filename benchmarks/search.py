@@ -333,7 +333,7 @@ def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "search"
+    matplotlib.rcParams |= {"svg.hashsalt": "search", "svg.fonttype": "none"}  # the same file every time, and small
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4), squeeze=False, sharey=True)
@@ -341,7 +341,7 @@ def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
         for label, (x, shares) in curves.items():
             (line,) = axis.plot(x, np.median(shares, axis=0), label=label)
             axis.fill_between(x, *np.quantile(shares, [0.25, 0.75], axis=0), alpha=0.15, color=line.get_color())
-        axis.set(xlabel=name, xscale="log" if log else "linear", ylim=(0.6, 1.01))
+        axis.set(xlabel=name, xscale="log" if log else "linear", ylim=(0.8, 1.005))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("share of the hypervolume")
     axes[0][0].legend()
