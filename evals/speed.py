@@ -6,7 +6,6 @@ Nothing here needs torch until something is measured: a saved `SpeedTable` predi
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -36,16 +35,22 @@ HELD_OUT = 6
 """Of those, the ones that are first left out, to state the table's error in it."""
 SMOOTHING = 2.0
 """Pull of the table's timings towards straight lines between neighbouring sizes, against timings worth 1 each."""
-STEPS = 16
-"""Decoding steps in one short run."""
+READS, STEPS = 3, 16
+"""Readings of the prompt, and decoding steps, in one round of timing."""
+
+
+Times = tuple[float, float]
+"""Two numbers: of reading the prompt, and of one decoding step."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over `repeats` runs: read `prompt` tokens, then write `new` greedily with a key-value cache.
+    """Medians over `repeats` runs, after `warmup` more: read `prompt` tokens, then write `new` greedily with a
+    key-value cache.
 
     `prefill_tps` and `decode_tps` are tokens per second over the whole batch; `ttft_ms`: time to the first token;
-    `latency_ms`: the whole run. `spread`: interquartile range of the runs' times as a share of their median.
+    `latency_ms`: the whole run; `throughput_tps`: new tokens per second of the whole run, over the whole batch.
+    `prefill_spread`, `decode_spread`: interquartile range of the runs' times as a share of their median.
     `peak_memory_bytes`: weights, cache and working memory at their highest.
     """
 
@@ -58,16 +63,18 @@ class Speed:
     new: int
     prefill_tps: float
     decode_tps: float
+    throughput_tps: float
     ttft_ms: float
     latency_ms: float
     peak_memory_bytes: int
+    warmup: int
     repeats: int
-    spread: float
+    prefill_spread: float
+    decode_spread: float
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds of it."""
-        kept = ("runtime", "device", "threads", "dtype", "batch", "prompt", "new", "prefill_tps", "decode_tps")
-        return {key: getattr(self, key) for key in kept}
+        return asdict(self)
 
 
 def measure_speed(model: nn.Module, **workload: int | None) -> Speed:
@@ -110,8 +117,7 @@ def compare_speed(
         parameter = next(model.parameters())
         first = statistics.median(first for first, _ in runs[name])
         rest = statistics.median(rest for _, rest in runs[name])
-        totals = [first + rest for first, rest in runs[name]]
-        low, high = np.percentile(totals, [25, 75])
+        total = statistics.median(first + rest for first, rest in runs[name])
         result[name] = Speed(
             runtime=runtime_of(model),
             device=_device_name(parameter.device),
@@ -122,13 +128,22 @@ def compare_speed(
             new=new,
             prefill_tps=batch * prompt / first,
             decode_tps=batch * (new - 1) / rest,
+            throughput_tps=batch * new / total,
             ttft_ms=1e3 * first,
-            latency_ms=1e3 * statistics.median(totals),
+            latency_ms=1e3 * total,
             peak_memory_bytes=memory[name],
+            warmup=warmup,
             repeats=repeats,
-            spread=float(high - low) / statistics.median(totals),
+            prefill_spread=_spread_of([first for first, _ in runs[name]]),
+            decode_spread=_spread_of([rest for _, rest in runs[name]]),
         )
     return result
+
+
+def _spread_of(times: Sequence[float]) -> float:
+    """Interquartile range as a share of the median."""
+    low, middle, high = np.percentile(times, [25, 50, 75])
+    return float((high - low) / middle)
 
 
 def runtime_of(model: Any) -> str:
@@ -271,22 +286,16 @@ class SpeedTable:
         import torch
 
         base = structure.base
-        sizes = _sizes(structure)
-        design = _designed(structure, seed)
+        sizes = sizes_to_time(structure)
+        design = designed(structure, seed)
         reference = build(base)
         prompt, new = _fitting(prompt, new, _context(reference, prompt + new))
-        pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
-        with torch.inference_mode():
-            for architecture in design:
-                model = build(architecture)
-                mine: list[tuple[float, list[float]]] = []
-                beside: list[tuple[float, list[float]]] = []
-                for turn in range(rounds + 1):
-                    for target, into in ((model, mine), (reference, beside))[:: 1 if turn % 2 else -1]:
-                        into.append(_short_run(target, batch, prompt, new))
-                pairs.append((_typical(mine[1:]), _typical(beside[1:])))
-                del model
-                on_step()
+        pairs: list[tuple[Times, Times]] = []
+        for architecture in design:
+            pairs.append(
+                time_beside(build(architecture), reference, batch=batch, prompt=prompt, new=new, rounds=rounds)
+            )
+            on_step()
         # The machine's speed drifts; the base, timed beside every network, tells by how much.
         timed = np.array(pairs)  # [networks, itself or the base, prefill or decode]
         seconds = timed[:, 0] / timed[:, 1] * np.median(timed[:, 1], axis=0)
@@ -313,10 +322,59 @@ class SpeedTable:
             errors,
         )
 
+    def fits(self, structure: Structure) -> bool:
+        """Whether it was measured on a network of these sizes."""
+        sizes = sizes_to_time(structure)
+        return self.hidden_size == structure.base.hidden_size and all(
+            (part.attention_sizes, part.mlp_sizes) == sizes for part in (self.prefill, self.decode)
+        )
+
     @staticmethod
     def steps(structure: Structure) -> int:
         """Networks that `measure` times."""
-        return len(_designed(structure, 0))
+        return len(designed(structure, 0))
+
+
+def time_beside(
+    model: nn.Module, reference: nn.Module, *, batch: int, prompt: int, new: int, rounds: int
+) -> tuple[Times, Times]:
+    """Seconds of `model` and of `reference`: to read `prompt` tokens, and of one more token half-way through writing
+    `new`, in `rounds` rounds.
+
+    They take turns pass by pass, and `model`'s time is the median of its share in the pass beside it: a machine's speed
+    drifts within a second by more than what is to be told apart.
+    """
+    import torch
+
+    steps = max(1, min(STEPS * rounds, new - 2))
+    before = prompt + (new - steps) // 2
+    with torch.inference_mode():
+        ids = _random_ids(reference, batch, prompt)
+        reading = [_in_turns(model, reference, ids, 0)[0] for _ in range(1 + READS * rounds)][1:]
+        writing = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1)[2:]
+    mine, beside = zip(*(_share_and_seconds(pairs) for pairs in (reading, writing)), strict=True)
+    return (mine[0] * beside[0], mine[1] * beside[1]), (beside[0], beside[1])
+
+
+def _in_turns(model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int) -> list[tuple[float, float]]:
+    """Seconds of each pass of both networks, each pass beside the other's."""
+    passes = _passes(model, ids, steps), _passes(reference, ids, steps)
+    pairs = []
+    for number in range(1 + steps):
+        if number % 2:
+            second = next(passes[1])
+            first = next(passes[0])
+        else:
+            first, second = next(passes[0]), next(passes[1])
+        pairs.append((first, second))
+    return pairs
+
+
+def _share_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The median share of the first in the second, and the second's lower quartile, since other work on the machine
+    only ever adds time."""
+    timed = np.array(pairs)
+    return float(np.median(timed[:, 0] / timed[:, 1])), float(np.percentile(timed[:, 1], 25))
 
 
 def _attention_size(layer: LayerSizes) -> int:
@@ -333,7 +391,7 @@ def _shares(size: float, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([np.interp(size, grid, row) for row in np.eye(len(grid))[1:]])
 
 
-def _sizes(structure: Structure) -> tuple[list[int], list[int]]:
+def sizes_to_time(structure: Structure) -> tuple[list[int], list[int]]:
     """Sizes of attention blocks and of MLPs to time, from 0 to the largest layer's."""
     layers = structure.base.layers
     largest = max(layers, key=_attention_size)
@@ -350,7 +408,7 @@ def _spread(largest: int, count: int, unit: int) -> list[int]:
     return [0, *range(step, largest, step), largest]
 
 
-def _designed(structure: Structure, seed: int) -> list[Architecture]:
+def designed(structure: Structure, seed: int) -> list[Architecture]:
     """Networks whose times tell the parts apart: each size in all layers at once, halves removed, fewer layers, and
     random mixtures last."""
     base, depth = structure.base, len(structure.base.layers)
@@ -387,47 +445,30 @@ def _designed(structure: Structure, seed: int) -> list[Architecture]:
     return list(dict.fromkeys(design))
 
 
-def _short_run(model: nn.Module, batch: int, prompt: int, new: int) -> tuple[float, list[float]]:
-    """Seconds to read `prompt` tokens, and of a few decoding steps half-way through writing `new` tokens."""
-    steps = max(1, min(STEPS, new - 1))
-    between = (new - steps) // 2
-    first, *rest = _moments(model, [_random_ids(model, batch, size) for size in (prompt, between) if size], steps)
-    return first, rest[-steps:]
-
-
-def _typical(runs: Sequence[tuple[float, list[float]]]) -> tuple[float, float]:
-    """Time to read the prompt and of one decoding step: the lower quartiles, since other work on the machine only
-    ever adds time."""
-    steps = [step for _, steps in runs for step in steps]
-    return np.percentile([first for first, _ in runs], 25), np.percentile(steps, 25)
-
-
 def _run(model: nn.Module, ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
     """Seconds to the first new token, and of each of the `new - 1` decoding steps after it."""
-    first, *steps = _moments(model, [ids], new - 1)
+    first, *steps = _passes(model, ids, new - 1)
     return first, steps
 
 
-def _moments(model: nn.Module, inputs: Sequence[torch.Tensor], steps: int) -> list[float]:
-    """Seconds of each pass: over `inputs` one after another, then over `steps` greedy tokens, all with one cache."""
+def _passes(model: nn.Module, ids: torch.Tensor, steps: int) -> Iterator[float]:
+    """Seconds of each pass: over `ids`, then over `steps` greedy tokens one by one, all with one cache."""
     import torch
 
     # The time of a single thread does not run while other work has its core.
-    clock = time.thread_time if _is_single_thread(inputs[0].device) else time.perf_counter
+    clock = time.thread_time if _is_single_thread(ids.device) else time.perf_counter
 
     def now() -> float:
-        if inputs[0].is_cuda:
-            torch.cuda.synchronize(inputs[0].device)
+        if ids.is_cuda:
+            torch.cuda.synchronize(ids.device)
         return clock()
 
-    cache, token = None, inputs[0]
-    moments = [now()]
-    for i in range(len(inputs) + steps):
-        token = inputs[i] if i < len(inputs) else token
+    cache, token = None, ids
+    for _ in range(1 + steps):
+        began = now()
         out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        moments.append(now())
-    return [after - before for before, after in itertools.pairwise(moments)]
+        yield now() - began
 
 
 def _is_single_thread(device: torch.device) -> bool:

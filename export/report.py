@@ -133,6 +133,20 @@ class Speed(_Model):
     """Prompt tokens per second, over the whole batch."""
     decode_tps: float
     """Generated tokens per second, over the whole batch."""
+    throughput_tps: float | None = None
+    """Generated tokens per second of the whole run, reading the prompt counted, over the whole batch."""
+    ttft_ms: float | None = None
+    """Milliseconds to the first new token."""
+    latency_ms: float | None = None
+    """Milliseconds of the whole run."""
+    peak_memory_bytes: int | None = None
+    """Weights, cache and working memory at their highest."""
+    warmup: int | None = None
+    repeats: int | None = None
+    """Runs of which these are medians, after so many for warming up."""
+    prefill_spread: float | None = None
+    decode_spread: float | None = None
+    """Interquartile range of the runs' times as a share of their median."""
 
     @property
     def where(self) -> str:

@@ -17,7 +17,8 @@ from compressor.architecture import Architecture, LayerSizes, Structure
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.families import describe
-from evals.speed import PartTimes, Speed, SpeedTable, _designed, _sizes, compare_speed, measure_speed
+from evals.speed import PartTimes, Speed, SpeedTable, compare_speed, designed, measure_speed, sizes_to_time
+from export.report import Speed as PackageSpeed
 
 
 def structure(**sizes: object) -> Structure:
@@ -34,9 +35,9 @@ def true_seconds(architecture: Architecture) -> float:
 
 
 def fitted(base: Structure) -> PartTimes:
-    design = _designed(base, 0)
+    design = designed(base, 0)
     return PartTimes.fit(
-        design, np.array([true_seconds(a) for a in design]), *_sizes(base), hidden_size=base.base.hidden_size
+        design, np.array([true_seconds(a) for a in design]), *sizes_to_time(base), hidden_size=base.base.hidden_size
     )
 
 
@@ -71,11 +72,11 @@ def test_a_size_between_two_is_interpolated_and_a_narrower_residual_costs_its_sh
 
 def test_the_design_tells_all_parts_apart() -> None:
     base = structure(num_hidden_layers=2)
-    design = _designed(base, 0)
+    design = designed(base, 0)
     assert len(set(design)) == len(design) == SpeedTable.steps(base)
     assert all(a.fits(base.base) and any(layer.num_key_value_heads for layer in a.layers) for a in design)
     assert base.base in design
-    assert _designed(base, 0) == design
+    assert designed(base, 0) == design
 
 
 def table(base: Structure) -> SpeedTable:
@@ -93,6 +94,7 @@ def test_predictions_and_round_trip(tmp_path: Path) -> None:
     )
     one.save(tmp_path / "speed.json")
     assert SpeedTable.load(tmp_path / "speed.json") == one
+    assert one.fits(base) and not one.fits(structure(intermediate_size=128))
     code = (
         "import sys, pathlib; from evals.speed import SpeedTable; from compressor.architecture import *;"
         f"t = SpeedTable.load(pathlib.Path({str(tmp_path / 'speed.json')!r}));"
@@ -145,17 +147,9 @@ def test_speeds_are_measured_side_by_side() -> None:
     for speed in speeds.values():
         assert isinstance(speed, Speed) and (speed.threads, speed.prompt, speed.new, speed.repeats) == (1, 8, 3, 2)
         assert speed.decode_tps > 0 and speed.prefill_tps > 0 and speed.ttft_ms <= speed.latency_ms
-    assert set(speeds["1"].to_dict()) == {
-        "runtime",
-        "device",
-        "threads",
-        "dtype",
-        "batch",
-        "prompt",
-        "new",
-        "prefill_tps",
-        "decode_tps",
-    }
+        assert speed.warmup == 1 and speed.prefill_spread >= 0 and speed.decode_spread >= 0
+        assert speed.throughput_tps == pytest.approx(3 / speed.latency_ms * 1e3)
+        assert PackageSpeed(**speed.to_dict()).ttft_ms == speed.ttft_ms  # the report takes it all
 
 
 def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
