@@ -1,6 +1,7 @@
 """Seconds to score one candidate: lm-eval's HFLM on sliced networks and over the super-network, and ours.
 
-    python benchmarks/scoring.py [--checkpoint DIR --include-path DIR --tasks A,B] [--output FILE] [--ablation]
+    python benchmarks/scoring.py [--checkpoint DIR --include-path DIR --tasks A,B] [--output FILE --minutes 5] \\
+        [--ablation]
 
 Candidates are the second generation of the default search (the children of a measured first generation) at a target
 of 0.67 of the parameters, in the order in which a search scores them. Of `--candidates`, `--baseline` evenly spaced
@@ -13,9 +14,10 @@ ones are scored the other ways too:
 
 In (a) and (b), `simple_evaluate` builds its tasks at every call, as it does for anybody; importing lm-eval and indexing
 task files is not counted, and per-document logs are off. HFLM reads batches of 16. All use the same number of threads
-(`--threads`): HFLM in every operation, ours in as many passes side by side. Answers of (b, requests) and (c) are
-compared: the largest difference is in the table. Memory is the growth of the process's resident memory at its peak.
-What is measured is added to `--output`, so that tasks can be measured one by one; the table shows all of it.
+(`--threads`): HFLM in every operation, ours in as many passes side by side; with one, processor time is measured, which
+other work on the machine leaves alone. Answers of (b, requests) and (c) are compared: the largest difference is in the
+table. Memory is the growth of the process's resident memory at its peak.
+What is measured is added to `--output`; after `--minutes` no task is begun any more, and the next run goes on.
 
 `--ablation` scores a few neighbouring candidates with one device of ours switched off at a time.
 """
@@ -27,6 +29,7 @@ import ctypes
 import gc
 import json
 import logging
+import resource
 import statistics
 import tempfile
 import time
@@ -44,7 +47,8 @@ from lm_eval.tasks import TaskManager
 
 from compressor import demo
 from compressor.architecture import Architecture
-from compressor.elastic.ordering import activation_importance, apply_ordering, order_by
+from compressor.elastic.importance import wanda
+from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.finetune.data import pack
@@ -78,9 +82,11 @@ def main() -> None:
     parser.add_argument("--baseline", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--ablation", action="store_true")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    ends = time.monotonic() + 60 * arguments.minutes
     torch.set_num_threads(arguments.threads)
     known: dict[str, Any] = {}
     if arguments.output and arguments.output.is_file():
@@ -88,11 +94,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))
         found = known.setdefault(Path(arguments.checkpoint).name, {"tasks": {}, "ablation": {}})
+        measure, into = bench.compare, found["tasks"]
+        if arguments.ablation:
+            measure, into = bench.ablation, found["ablation"]
         for task in arguments.tasks.split(","):
-            if arguments.ablation:
-                found["ablation"][task] = bench.ablation(task)
-            else:
-                found["tasks"][task] = bench.compare(task)
+            if task in into or time.monotonic() > ends:
+                continue
+            into[task] = measure(task)
             if arguments.output:
                 arguments.output.write_text(json.dumps(known, indent=1) + "\n")
     for name, measured in known.items():
@@ -108,13 +116,14 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments = arguments
+        self.clock = processor_time if arguments.threads == 1 else time.perf_counter
         recipe = Recipe(model=arguments.checkpoint, targets={"max_params": ["0.67"]})  # type: ignore[arg-type]
         self.job = Job(Run(folder), recipe)
         self.supernet = SuperNetwork(self.job.load_base(torch.float32))
         data = folder / "text.jsonl"
         demo.training_text(data, n_documents=400, seed=1)
-        calibration = pack(str(data), self.job.tokenizer, 256).ids[:32].split(8)
-        apply_ordering(self.supernet, order_by(activation_importance(self.supernet, calibration)))
+        calibration = pack(str(data), self.job.tokenizer, 256)[:32].ids.split(8)
+        apply_ordering(self.supernet, order_by(wanda(self.supernet, calibration)))
         self.encoder = Encoder(self.job.tokenizer, self.job.checkpoint.config)
         self.manager = TaskManager(include_path=arguments.include_path, include_defaults=False)
         self.candidates = sorted(self.children(), key=lambda a: (a.hidden_size, a.layers))
@@ -159,6 +168,12 @@ class Bench:
         yield
         torch.set_num_threads(self.arguments.threads)
 
+    @contextmanager
+    def timed(self, into: list[float]) -> Iterator[None]:
+        began = self.clock()
+        yield
+        into.append(self.clock() - began)
+
     def load(self, task: str) -> tuple[TaskSet, int]:
         """The task with as many examples as fit the context, else one; gives that number too."""
         for shots in (self.arguments.shots, 1):
@@ -188,9 +203,9 @@ class Bench:
         )
 
     def compare(self, task: str) -> dict[str, Any]:
-        began = time.perf_counter()
+        began = self.clock()
         tasks, shots = self.load(task)
-        build = time.perf_counter() - began
+        build = self.clock() - began
         asked = tasks.questions(SPLIT, self.arguments.documents)
         chosen = self.candidates[:: -(-len(self.candidates) // self.arguments.baseline)]
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -201,23 +216,23 @@ class Bench:
 
         with peak_memory() as sliced:
             for architecture in chosen:
-                with timed(seconds["a"]):
+                with self.timed(seconds["a"]):
                     self.evaluate(hflm(self.cut_out(architecture)), task, tasks, shots)
         with peak_memory() as switched:
             lm = hflm(self.supernet.model)
             for architecture in chosen:
-                with timed(seconds["b"]):
+                with self.timed(seconds["b"]):
                     self.activate(architecture)
                     self.evaluate(lm, task, tasks, shots)
         for architecture in chosen[::2]:
             self.activate(architecture)
-            with timed(seconds["requests"]):
+            with self.timed(seconds["requests"]):
                 expected[architecture] = lm.loglikelihood(asked.scored, disable_tqdm=True)
         difference = 0.0
         with peak_memory() as ours, self.one_thread():
             scorer = Scorer(tasks, NetworkLM(self.supernet.model, self.encoder, **self.settings))
             for architecture in self.candidates:
-                with timed(seconds["c"]):
+                with self.timed(seconds["c"]):
                     self.activate(architecture)
                     answers = scorer.ask(SPLIT, self.arguments.documents, architecture)
                     scorer.scores(SPLIT, self.arguments.documents, answers)
@@ -256,14 +271,14 @@ class Bench:
             plan = lm.plan(spans)
             lm._as_tree = True
             change(lm, plan)
-            began = time.perf_counter()
+            began = self.clock()
             for architecture in candidates:
                 self.activate(architecture)
                 if cut_out:
                     lm = NetworkLM(self.cut_out(architecture), self.encoder, **self.settings)
                     lm._as_tree = True
                 lm.answer(plan, None if cut_out else architecture)
-            return (time.perf_counter() - began) / len(candidates)
+            return (self.clock() - began) / len(candidates)
 
         def padded(lm: NetworkLM, plan: network.Plan) -> None:
             lm._as_tree = False
@@ -288,11 +303,11 @@ class Bench:
             result["one pass at a time, all threads in it"] = run(workers=1)
         with self.one_thread():
             lm = NetworkLM(self.supernet.model, self.encoder, **self.settings)
-            began = time.perf_counter()
+            began = self.clock()
             for architecture in candidates:
                 self.activate(architecture)
                 self.evaluate(lm, task, tasks, shots)
-            result["our LM in simple_evaluate"] = (time.perf_counter() - began) / len(candidates)
+            result["our LM in simple_evaluate"] = (self.clock() - began) / len(candidates)
         return result
 
 
@@ -312,11 +327,10 @@ def told_apart(spans: Sequence[Span], groups: Iterable[Any]) -> list[Span]:
     ]
 
 
-@contextmanager
-def timed(into: list[float]) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    into.append(time.perf_counter() - began)
+def processor_time() -> float:
+    """Seconds of this process and of the finished ones that it started: lm-eval asks others about the machine."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 @contextmanager

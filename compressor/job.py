@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
@@ -151,29 +150,28 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
+        from evals.network import available_cores
         from evals.scoring import NetworkLM, Scorer
 
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
         if self.device.type == "cpu":
             if self._passes is None and self.run.passes.is_file():
                 self._passes = read_json(self.run.passes)
-            if self._passes is None or self._passes["cores"] != self.cores:
-                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, self.cores)
-                self._passes = {"cores": self.cores, "side_by_side": lm.workers}
+            if self._passes is None or self._passes["cores"] != available_cores():
+                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, available_cores())
+                self._passes = {"cores": available_cores(), "side_by_side": lm.workers}
                 if self.run.search.is_dir():
                     write_json(self.run.passes, self._passes)
-            lm.set_workers(self._passes["side_by_side"], self.cores)
+            lm.set_workers(self._passes["side_by_side"], available_cores())
         return Scorer(self.tasks, lm)
-
-    @property
-    def cores(self) -> int:
-        return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
     def threads(self, scoring: bool) -> None:
         """Pin torch's threads for training, or for scoring and timing one network at a time."""
+        from evals.network import available_cores
+
         if self.device.type == "cpu":
             small = scoring and self.structure.parameters(self.structure.base) < SMALL
-            torch.set_num_threads(1 if small else self.cores)
+            torch.set_num_threads(1 if small else available_cores())
 
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)
@@ -260,6 +258,8 @@ class Job:
         if not recipe.data:
             raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
         local_files(recipe.data)
+        if recipe.speed_table is not None:
+            self.given_speed_table()
         if recipe.tasks:
             self.check_tasks()
         self.checkpoint.check_finite()
@@ -268,6 +268,25 @@ class Job:
         """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
         self.tasks.questions("search", self.recipe.searching.limit)
         self.tasks.questions("report")
+
+    def given_speed_table(self) -> SpeedTable:
+        """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
+        from evals.speed import SpeedTable
+
+        name = self.recipe.speed_table
+        assert name is not None
+        try:
+            table = SpeedTable.load(Path(name))
+        except FileNotFoundError as error:
+            raise RequestError(f"speed_table: {name}: no such file") from error
+        except ValueError as error:
+            raise RequestError(f"speed_table: {error}") from error
+        if not table.fits(self.structure):
+            raise RequestError(
+                f"speed_table: {name}: was measured on a network of other sizes; make one with "
+                f"python -m compressor.speed_table {self.recipe.model} FILE"
+            )
+        return table
 
     def check_targets(self) -> None:
         """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets

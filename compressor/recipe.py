@@ -180,7 +180,10 @@ class Quantizing(Section):
 
 
 class Recipe(Section):
-    """Everything a run depends on. Relative paths are relative to the current directory."""
+    """Everything a run depends on. Relative paths are relative to the current directory.
+
+    `speed_table`: a speed.json measured on the device to search for, where that is not this one.
+    """
 
     model: str
     data: str | None = None
@@ -197,6 +200,7 @@ class Recipe(Section):
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: list[Layout] = Field(default=["uneven"])
     batch_tokens: int = Field(default=4096, ge=64)
+    speed_table: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = Field(default=0, ge=0)

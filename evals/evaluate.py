@@ -40,7 +40,7 @@ def evaluate(
     from lm_eval.api.metrics import mean
     from lm_eval.evaluator_utils import _collect_results, aggregate_groups
 
-    from evals.network import NetworkLM
+    from evals.network import NetworkLM, available_cores
     from evals.scoring import BOOTSTRAP_ITERATIONS, Scorer, raw_metrics, standard_error
 
     began = time.time()
@@ -60,7 +60,9 @@ def evaluate(
         prompting=prompting,
         holdout=False,
     )
-    scorer = Scorer(task_set, NetworkLM(model.eval(), encoder))
+    lm = NetworkLM(model.eval(), encoder)
+    lm.tune(task_set.questions("all", limit).spans, available_cores())
+    scorer = Scorer(task_set, lm)
     answers = scorer.ask("all", limit)
     collected: dict[str, Any] = {}
     for leaves in task_set.questions("all", limit).documents.values():

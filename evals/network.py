@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -42,6 +43,11 @@ SMALLEST_PASS = 256
 
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether every scored token is the network's first choice."""
+
+
+def available_cores() -> int:
+    """CPU cores that this process may keep busy: OMP_NUM_THREADS where the user set it."""
+    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
 
 
 class Plan:
@@ -246,7 +252,7 @@ class NetworkLM(LM):
     def tune(self, spans: Sequence[Span], cores: int) -> None:
         """Set `workers` and torch's threads by timing some of `spans` both ways: one pass at a time on all `cores`,
         and a pass on each core."""
-        if cores == 1 or self._device.type != "cpu":
+        if cores == 1 or self._device.type != "cpu" or not spans:
             return
         ordered = sorted(set(spans), key=lambda span: span.tokens)  # neighbours, as they are read
         sizes = itertools.accumulate(len(span.tokens) for span in ordered)

@@ -140,7 +140,7 @@ class Leaf:
     def _file(self, folder: Path) -> Path:
         """A name that changes with anything that prompts are made of."""
         sampler = getattr(self.task, "sampler", None)
-        entry = self._yaml
+        code = sorted(self._yaml.parent.glob("*.py")) if self._yaml is not None else []
         parts = [
             importlib.metadata.version("lm-eval"),
             self.task.dump_config(),
@@ -149,7 +149,7 @@ class Leaf:
             self._holdout,
             dataclasses.astuple(self._prompting),
             self._encoder.tokenizer.chat_template if self._prompting.chat else None,
-            [file.read_text() for file in sorted(entry.parent.glob("*.py"))] if entry is not None else [],
+            [file.read_text() for file in code],
         ]
         digest = hash_string(json.dumps(parts, default=handle_non_serializable))[:16]
         return folder / f"{self.name.replace('/', '_')}-{digest}.json"

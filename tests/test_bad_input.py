@@ -165,6 +165,12 @@ def unknown_stage(b: Bench) -> None:
     b.options["--redo"] = "finetuen"
 
 
+def speed_of_another(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text(f"speed_table: {b.folder / 'nowhere.json'}\n")
+    b.options["--recipe"] = str(recipe)
+
+
 def unknown_algorithm(b: Bench) -> None:
     recipe = b.folder / "recipe.yaml"
     recipe.write_text("searching:\n  algorithm: linsa\n")
@@ -238,6 +244,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_stage, ["finetuen", "finetune"]),
     (unknown_algorithm, ["linsa", "linas"]),
     (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
+    (speed_of_another, ["speed_table", "nowhere.json", "no such file"]),
     (unknown_ordering, ["wnada", "wanda"]),
     (unknown_objective, ["energy", "quality", "tiny_choice", "kl_to_base", "kv_cache_bytes"]),
     (metric_of_no_task, ["tiny_choice", "bleu", "acc"]),

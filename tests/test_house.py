@@ -19,7 +19,7 @@ ROOMS = [
     ("compressor.finetune", "search"),
     ("evals",),
     ("export",),
-    ("compressor.demo", "compressor.checkpoint", "compressor.recipe", "compressor.run"),
+    ("compressor.demo", "compressor.checkpoint", "compressor.recipe", "compressor.run", "compressor.speed_table"),
     ("compressor.job",),
     ("compressor.inspection", "compressor.stages"),
     ("compressor.pipeline",),

@@ -218,3 +218,24 @@ def test_an_unreachable_speedup_is_refused_before_anything_is_trained(tmp_path: 
     with pytest.raises(RequestError, match="--min-speedup"):
         compress(recipe, bench.run)
     assert not (bench.run / "supernet").exists()
+
+
+def test_a_search_for_another_device_uses_its_table(made: Made, tmp_path: Path) -> None:
+    """A table that says that MLPs cost nothing there makes all sub-networks with equal attention equally fast."""
+    elsewhere = json.loads((made.run / "speed.json").read_text()) | {"device": "elsewhere"}
+    for part in ("prefill", "decode"):
+        elsewhere[part]["mlp"] = [0.0 for _ in elsewhere[part]["mlp"]]
+    table = tmp_path / "elsewhere.json"
+    table.write_text(json.dumps(elsewhere))
+    copied = tmp_path / "run"
+    shutil.copytree(made.run, copied)
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("speed_table: null", f"speed_table: {table}"))
+    rows = made.rows()
+    assert run(["search", str(copied)]) == 0
+    assert json.loads((copied / "speed.json").read_text())["device"] == "elsewhere"
+    speeds: dict[Any, set[float]] = {}
+    for evaluation in json.loads((copied / "search" / "front.json").read_text())["evaluations"]:
+        heads = tuple(layer["num_key_value_heads"] for layer in evaluation["architecture"]["layers"])
+        speeds.setdefault(heads, set()).add(evaluation["values"]["decode_tps"])
+    assert all(len(found) == 1 for found in speeds.values()) and rows == made.rows()

@@ -374,12 +374,33 @@ def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) 
     assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
 
 
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("longest", [None, 150], ids=["whole", "truncated"])
+@pytest.mark.parametrize("kind", [CHOICE, LAST_WORD, WRITING], ids=["choice", "loglikelihood", "generation"])
+def test_answers_under_a_chat_template_equal_hflm(
+    llama: Any, tmp_path: Path, kind: dict[str, Any], longest: int | None
+) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    write_task(tmp_path, "talk", questions(6, longest=longest), **kind)
+    encoder = Encoder(tokenizer, llama.config)
+    prompting = Prompting(chat=True, system=None if longest is None else "be brief")
+    task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting)
+    asked = requests(task_set.tasks["talk"].leaves)
+    prompts = [encoder.encode([request.args[0]])[0] for request in asked]
+    assert any(len(prompt) > encoder.max_length for prompt in prompts) == (longest is not None)
+    assert all(request.args[0].endswith("a:") for request in asked)
+    assert_same_answers(NetworkLM(llama, encoder), hflm(llama, tokenizer, batch=1), asked)
+
+
 def test_chat_template(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny.byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
-        "{% if add_generation_prompt %}a:{% endif %}"
-    )
+    tokenizer.chat_template = CHAT
     write_task(tmp_path, "talk", questions(6), shots=questions(3, 5), num_fewshot=1, **CHOICE)
     encoder = Encoder(tokenizer, llama.config)
     prompting = Prompting(chat=True, system="be brief")

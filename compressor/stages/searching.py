@@ -48,6 +48,7 @@ def search(job: Job) -> dict[str, Any]:
         "space": job.space.to_dict(),
         "seed": recipe.seed,
         "device": str(job.device),
+        "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
     }
     if run.front.is_file() and job.redo != "search":
         found = read_json(run.front)
@@ -190,10 +191,15 @@ def uniform_ones(job: Job) -> list[Architecture]:
 def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     """speed.json: layer timings on this device, measured once per run on networks cut out of what `load_model` gives.
 
-    Timings do not depend on what the weights are, so the base serves as well as the super-network.
+    Timings do not depend on what the weights are, so the base serves as well as the super-network. A table that the
+    recipe names, of another device, takes its place.
     """
     from evals.speed import SpeedTable
 
+    if job.recipe.speed_table is not None:
+        job.speed = job.given_speed_table()
+        if job.run.recipe_file.is_file():
+            job.speed.save(job.run.speed_table)
     if job.speed is None and job.run.speed_table.is_file():
         job.speed = SpeedTable.load(job.run.speed_table)
     if job.speed is None:
