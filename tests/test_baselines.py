@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tiny_families import tiny_network
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.architecture import LayerSizes
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
-from evals.baselines import Bench, baselines, depth, uniform_width
+from evals.baselines import Bench, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
 from evals.baselines.flap import compensate, competed, fluctuation, moments, with_biases
-from evals.baselines.slicegpt import covariance, fold_norms, principal_components, rotate, untied
+from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
 
 SIZES = {
     "vocab_size": 67,
@@ -33,11 +34,6 @@ IDS = torch.randint(67, (4, 16), generator=torch.Generator().manual_seed(3))
 def llama(seed: int = 0, **sizes: Any) -> Any:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | sizes))).eval()
-
-
-def qwen() -> Any:
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)).eval()
 
 
 def bench(model: Any, share: float) -> Bench:
@@ -190,7 +186,7 @@ def test_a_rotated_network_is_the_same_function(tied: bool) -> None:
     turned = untied(model)
     supernet = SuperNetwork(turned)
     rotation = principal_components(covariance(supernet, (IDS,)))
-    fold_norms(supernet)
+    fold_norms(supernet, norm_readers(supernet))
     rotate(supernet, supernet.structure, rotation)
     assert torch.allclose(turned(IDS).logits, model(IDS).logits, atol=1e-5)
 
@@ -221,17 +217,38 @@ def test_uniform_width_keeps_alike_shares() -> None:
     assert given.structure.parameters(found) == pytest.approx(given.parameters, rel=0.01)
 
 
-@pytest.mark.parametrize("make", [llama, qwen])
-@pytest.mark.parametrize("method", list(baselines()))
-def test_every_method_meets_the_size_and_leaves_the_base_alone(method: str, make: Any) -> None:
-    model = make()
+UNSUITABLE = {
+    "flap": ("gpt2", "qwen3_5_text"),
+    "slicegpt": ("gemma2", "gpt2", "opt", "qwen3_5_text"),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "opt", "qwen3_5_text"])
+def test_every_method_meets_the_size_or_says_why_it_cannot(family: str) -> None:
+    model = tiny_network(family)
     before = model(IDS).logits
-    given = bench(model, 0.7)
-    network, architecture = baselines()[method].cut(given)
-    assert sum(p.numel() for p in network.parameters()) == pytest.approx(given.parameters, rel=0.01)
-    assert architecture.fits(given.structure.base)
-    assert torch.isfinite(network(IDS).logits).all()
+    given = bench(model, 0.75)
+    for method, baseline in baselines().items():
+        if family in UNSUITABLE.get(method, ()):
+            with pytest.raises(RequestError, match=f"{method}: .* leave it out of --baselines"):
+                baseline.cut(given)
+            continue
+        network, architecture = baseline.cut(given)
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(given.parameters, rel=0.01), method
+        assert architecture.fits(given.structure.base)
+        assert torch.isfinite(network(IDS).logits).all()
     assert torch.equal(model(IDS).logits, before)
+
+
+def test_experts_are_narrowed_together_in_steps_that_grouped_products_take() -> None:
+    model = tiny_network("mixtral")
+    structure = describe(model.config)
+    asked = Bench(model, structure, (IDS,), structure.parameters(with_ffn(structure.base, 36)))
+    network, architecture = baselines()["shortgpt"].cut(asked)
+    assert not any(layer.intermediate_size % 4 for layer in architecture.layers)
+    assert torch.isfinite(network(IDS).logits).all()
+    with pytest.raises(RequestError, match="flap: not every half-block"):
+        baselines()["flap"].cut(asked)
 
 
 def test_a_size_out_of_reach_is_refused() -> None:

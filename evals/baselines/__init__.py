@@ -151,7 +151,10 @@ def closest(bench: Bench, sized: Callable[[int], Architecture], what: str) -> Ar
     """The FFN width, at the coarsest step that lands close enough, whose network comes closest to the size."""
     full = max(layer.intermediate_size for layer in bench.structure.base.layers)
     best = None
-    for step in STEPS:
+    # Stacked experts are multiplied in groups, for which torch wants rows of whole multiples of 16 bytes.
+    experts = any(layer.num_experts for layer in bench.structure.base.layers)
+    least = 16 // bench.structure.dtype_bytes if experts else 1
+    for step in (step for step in STEPS if step >= least):
         widths = list(range(step, full + 1, step)) or [full]
         miss, best = min(
             (abs(bench.structure.parameters(a) / bench.parameters - 1), i, a) for i, a in enumerate(map(sized, widths))

@@ -13,6 +13,7 @@ from compressor.architecture import HALVES, Architecture, Half, LayerSizes, Unit
 from compressor.elastic.ordering import Scores, Units, apply_ordering, order_by
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError
 from compressor.families import describe
 from evals.baselines import TOLERANCE, Baseline, Bench, Cut
 
@@ -45,9 +46,8 @@ def flap(bench: Bench) -> Cut:
     for index, layer in enumerate(supernet.base.layers):
         for half, count in units_of(layer).items():
             units = index, UNIT[half]
-            weight = projection(supernet, index, half).weight
-            assert isinstance(weight, Tensor)
-            scores[units] = fluctuation(variances[units], weight.detach()).view(count, -1).sum(1)
+            weight = projection(supernet, index, half).weight.detach()
+            scores[units] = fluctuation(variances[units], weight).view(count, -1).sum(1)
     architecture = competed(bench.parameters, structure, scores)
     order = order_by(scores)
     for index, layer in enumerate(architecture.layers):
@@ -140,21 +140,30 @@ def units_of(layer: LayerSizes) -> dict[Half, int]:
     return {"attention": layer.num_key_value_heads, "mlp": layer.intermediate_size}
 
 
-def projection(supernet: SuperNetwork, index: int, half: Half) -> nn.Module:
+def projection(supernet: SuperNetwork, index: int, half: Half) -> nn.Linear:
+    """The linear layer out of a half-block. Raises RequestError where the family has none, or several."""
     layers = list(supernet.model.get_submodule(supernet.family.layers).children())
-    return layers[index].get_submodule(supernet.family.inputs(half)[0])
+    try:
+        module = layers[index].get_submodule(supernet.family.inputs(half)[0])
+    except (LookupError, AttributeError):
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise RequestError(
+            f"flap: not every half-block of {supernet.family.model_type} ends in one linear layer; leave it out of "
+            "--baselines"
+        )
+    return module
 
 
-def compensate(module: nn.Module, mean: Tensor, removed: Tensor, units: int) -> None:
+def compensate(module: nn.Linear, mean: Tensor, removed: Tensor, units: int) -> None:
     """bias += W[:, removed] mean[removed] (FLAP, eq. 4), where the projection has a bias."""
     bias, weight = module.bias, module.weight
     if bias is None or not len(removed):
         return
-    assert isinstance(bias, Tensor) and isinstance(weight, Tensor)
     width = len(mean) // units
     channels = (removed[:, None] * width + torch.arange(width, device=removed.device)).flatten().to(weight.device)
     with torch.no_grad():
-        bias += (weight[:, channels].double() @ mean[channels]).to(bias.dtype)
+        bias.copy_(bias + weight[:, channels].double() @ mean[channels])
 
 
 BASELINES = (Baseline("flap", "An et al., arXiv 2312.11983", flap),)

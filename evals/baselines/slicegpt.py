@@ -25,16 +25,22 @@ def slicegpt(bench: Bench) -> Cut:
     model = untied(bench.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
+    refusal = RequestError(
+        f"slicegpt: the residual stream of {supernet.family.model_type} cannot be rotated (its norms or residual paths "
+        "are not those of Llama); leave it out of --baselines"
+    )
+    readers = norm_readers(supernet)
+    if not {name for norm, names in readers.items() for name in (norm, *names)} <= {t.name for t in structure.tensors}:
+        raise refusal
+    probe = bench.calibration[0][:1]
     rotation = principal_components(covariance(supernet, bench.calibration))
-    before = model(input_ids=bench.calibration[0][:1], use_cache=False).logits.detach()
-    fold_norms(supernet)
-    rotate(supernet, structure, rotation)
-    after = model(input_ids=bench.calibration[0][:1], use_cache=False).logits.detach()
+    with torch.no_grad():
+        before = model(input_ids=probe, use_cache=False).logits
+        fold_norms(supernet, readers)
+        rotate(supernet, structure, rotation)
+        after = model(input_ids=probe, use_cache=False).logits
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise RequestError(
-            f"slicegpt: the residual stream of {supernet.family.model_type} cannot be rotated (its norms or residual "
-            "paths are not those of Llama); leave it out of --baselines"
-        )
+        raise refusal
     mine = replace(bench, model=model, structure=structure)
     architecture = narrowed(mine, replace(structure.base, hidden_size=width(mine)))
     small: Any = extract(model, structure, architecture)
@@ -82,25 +88,29 @@ def is_norm(tensor: Any) -> bool:
     return len(tensor.axes) == 1 and tensor.axes[0].blocks == (("hidden", 1),) and tensor.name.endswith("norm.weight")
 
 
-def fold_norms(supernet: SuperNetwork) -> None:
-    """Multiply every norm's weight into the projections that read it, and set it to one: W diag(g)."""
-    family, model = supernet.family, supernet.model
-    final = next(name for name in family.outer if name.endswith("norm.weight"))
-    readers = {final: [family.head]}
+def norm_readers(supernet: SuperNetwork) -> dict[str, list[str]]:
+    """Names of the norms' weights, each with the names of the weights that read what it gives."""
+    family = supernet.family
+    readers = {name: [family.head] for name in family.outer if name.endswith("norm.weight")}
     for index in range(len(supernet.base.layers)):
+        prefix = f"{family.layers}.{index}."
         for norms, block in ((family.attention_norms, family.attention), (family.mlp_norms, family.mlp)):
-            prefix = f"{family.layers}.{index}."
             inward = [
                 prefix + name
                 for name, axes in family.layer.items()
                 if name.startswith(block + ".") and len(axes) == 2 and axes[-1] == "hidden"
             ]
-            readers[f"{prefix}{norms[0]}.weight"] = inward
+            readers |= {f"{prefix}{norm}.weight": inward for norm in norms}
+    return readers
+
+
+def fold_norms(supernet: SuperNetwork, readers: dict[str, list[str]]) -> None:
+    """Multiply every norm's weight into the projections that read it, and set it to one: W diag(g)."""
     with torch.no_grad():
         for norm, names in readers.items():
-            gain = model.get_parameter(norm)
+            gain = supernet.model.get_parameter(norm)
             for name in names:
-                model.get_parameter(name).mul_(gain)
+                supernet.model.get_parameter(name).mul_(gain)
             gain.fill_(1.0)
 
 
