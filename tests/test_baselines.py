@@ -11,6 +11,7 @@ from tiny_families import tiny_network
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.architecture import LayerSizes
+from compressor.elastic.importance import activation
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
@@ -219,7 +220,8 @@ def test_uniform_width_keeps_alike_shares() -> None:
 
 UNSUITABLE = {
     "flap": ("gpt2", "qwen3_5_text"),
-    "slicegpt": ("gemma2", "gpt2", "opt", "qwen3_5_text"),
+    "slicegpt": ("gemma2", "phi3", "gpt2", "opt", "qwen3_5_text"),
+    "minitron-width": ("gemma2", "phi3", "gpt2", "opt"),
 }
 
 
@@ -249,6 +251,20 @@ def test_experts_are_narrowed_together_in_steps_that_grouped_products_take() -> 
     assert torch.isfinite(network(IDS).logits).all()
     with pytest.raises(RequestError, match="flap: not every half-block"):
         baselines()["flap"].cut(asked)
+
+
+def test_minitron_narrows_residual_and_neurons_alike_and_nothing_else() -> None:
+    model = llama(hidden_size=64, intermediate_size=96)
+    structure = describe(model.config)
+    given = Bench(model, structure, (IDS,), int(0.6 * structure.parameters(structure.base)))
+    network, found = baselines()["minitron-width"].cut(given)
+    assert {layer.num_attention_heads for layer in found.layers} == {4} and len(found.kept) == 5
+    assert (
+        abs(found.hidden_size / 64 - found.layers[0].intermediate_size / 96) < 0.1
+    )  # about a step of the residual and one of the FFN
+    norms = activation(SuperNetwork(model), (IDS,))[None, "hidden"]
+    kept = torch.argsort(norms, descending=True, stable=True)[: found.hidden_size]
+    assert torch.equal(network.model.norm.weight, model.model.norm.weight[kept])
 
 
 def test_a_size_out_of_reach_is_refused() -> None:

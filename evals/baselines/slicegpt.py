@@ -30,7 +30,8 @@ def slicegpt(bench: Bench) -> Cut:
         "are not those of Llama); leave it out of --baselines"
     )
     readers = norm_readers(supernet)
-    if not {name for norm, names in readers.items() for name in (norm, *names)} <= {t.name for t in structure.tensors}:
+    touched = {name for norm, names in readers.items() for name in (norm, *names)}
+    if structure.fixed_hidden or not touched <= {tensor.name for tensor in structure.tensors}:
         raise refusal
     probe = bench.calibration[0][:1]
     rotation = principal_components(covariance(supernet, bench.calibration))

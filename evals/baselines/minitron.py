@@ -1,0 +1,38 @@
+"""Minitron: neurons and residual channels by the norm of their activations, at the same share of both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from compressor.architecture import Architecture
+from compressor.elastic.importance import activation
+from compressor.errors import RequestError
+from evals.baselines import Baseline, Bench, Cut, closest, ordered_cut, with_ffn
+
+
+def width(bench: Bench) -> Cut:
+    """Heads and layers stay whole; the residual and the FFN keep, as nearly as possible, the same share."""
+    structure = bench.structure
+    if structure.fixed_hidden:
+        raise RequestError(
+            f"minitron-width: the residual width cannot change ({structure.fixed_hidden}); leave it out of --baselines"
+        )
+    base = structure.base
+    step = max(layer.num_attention_heads for layer in base.layers)  # families' classes want a multiple of the heads
+    neurons = max(layer.intermediate_size for layer in base.layers)
+    found: list[tuple[float, Architecture]] = []
+    for hidden in range(step, base.hidden_size + 1, step):
+        try:
+            one = closest(bench, partial(with_ffn, replace(base, hidden_size=hidden)), "residual and FFN width")
+        except RequestError:
+            continue
+        kept = max(layer.intermediate_size for layer in one.layers)
+        found.append((abs(hidden / base.hidden_size - kept / neurons), one))
+    if not found:
+        raise RequestError(f"{bench.parameters:,} parameters cannot be reached by residual and FFN width")
+    architecture = min(found, key=lambda item: item[0])[1]
+    return ordered_cut(bench, activation(bench.supernet(), bench.calibration), architecture)
+
+
+BASELINES = (Baseline("minitron-width", "Muralidharan et al., arXiv 2407.14679", width),)
