@@ -238,6 +238,13 @@ class Job:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
         check_optimizer(recipe.finetuning.optimizer, self.device.type)
+        narrows = any(gene.kind == "hidden_size" for gene in self.space.genes)
+        losses = set(recipe.finetuning.losses)
+        if narrows and ("hidden" in losses or (losses != {"ce"} and recipe.finetuning.strong_teacher < 1)):
+            raise RequestError(
+                "--space: where hidden_size is searched, the largest sub-network cannot teach in place and hidden "
+                "states cannot be compared; leave finetuning.strong_teacher at 1 and the loss hidden out"
+            )
         batch, parts = recipe.finetuning.batch_size or 1, recipe.finetuning.gradient_accumulation
         if batch % (parts * processes()):
             raise RequestError(
