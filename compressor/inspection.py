@@ -33,7 +33,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
     structure, recipe = job.structure, job.recipe
     base = structure.base
     total = structure.parameters(base)
-    layer = base.layers[0]
+    layer = max(base.layers)  # one with attention, where some layers have linear attention instead
     by_part = {"embedding": 0, "head": 0, "attention": 0, "mlp": 0, "other": 0}
     for tensor in structure.tensors:
         count = 1
@@ -54,6 +54,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "num_attention_heads": layer.num_attention_heads,
         "num_key_value_heads": layer.num_key_value_heads,
         "intermediate_size": layer.intermediate_size,
+        "num_experts": layer.num_experts,
         "vocab_size": structure.vocab_size,
         "tied_embeddings": structure.tied,
         "kv_cache_bytes_per_token": structure.kv_cache_bytes(base),
@@ -83,12 +84,15 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
     rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
-    layer = base.layers[0]
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * layer.intermediate_size) + 4 * structure.vocab_size
+    neurons = max(
+        s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
+        for s in base.layers
+    )
+    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
     weight_bytes = total * job.compute_dtype.itemsize
     training_bytes = 16 * total + 4 * rows * per_token + (weight_bytes if recipe.finetuning.strong_teacher else 0)
     healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
-    scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * layer.intermediate_size)
+    scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     return {
         "budget": {
             "train_tokens": recipe.finetuning.tokens,
@@ -137,7 +141,8 @@ def print_inspection(found: dict[str, Any]) -> None:
     console.print(model)
     console.print(
         f"{found['layers']} layers of width {found['hidden_size']}, {found['num_attention_heads']} query and "
-        f"{found['num_key_value_heads']} key-value heads, FFN {found['intermediate_size']}, "
+        f"{found['num_key_value_heads']} key-value heads, FFN {found['intermediate_size']}"
+        f"{' of ' + str(found['num_experts']) + ' experts' if found['num_experts'] else ''}, "
         f"vocabulary {found['vocab_size']:,}{' (tied)' if found['tied_embeddings'] else ''}; {size(found['bytes'])} on "
         f"disk; {size(found['kv_cache_bytes_per_token'])} of KV cache for each token"
     )

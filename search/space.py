@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -172,7 +172,9 @@ class SearchSpace:
         if gene.layer is not None and gene.kind != "experts":
             least = 0
         if not full:
-            raise ValueError(f"{gene.name}: the original has none of these")
+            what = {"kv": "attention heads", "experts": "experts"}.get(gene.kind, "of these")
+            where = "the original" if gene.layer is None else f"layer {gene.layer} of the original"
+            raise ValueError(f"{gene.name}: {where} has no {what}")
         valid = f"valid are {least} to {full}, ascending, the original's {full} last"
         if gene.kind == "hidden_size" and self.structure.fixed_hidden:
             raise ValueError(f"hidden_size: cannot change here ({self.structure.fixed_hidden}); leave it out")
@@ -540,7 +542,7 @@ class SearchSpace:
         """
         found: dict[Architecture, tuple[int, float]] = {}
         for candidate, shares in self._uniform_candidates():
-            if candidate.is_uniform and candidate in self:
+            if candidate.is_uniform_in(self.base) and candidate in self:
                 found[candidate] = (self.structure.parameters(candidate), max(shares) - min(shares))
         if largest is not None:
             found = {a: v for a, v in found.items() if v[0] <= largest}
@@ -557,12 +559,14 @@ class SearchSpace:
         base.
         """
         layers = len(self.base.layers)
-        full = self.base.layers[0]
-        if any(layer != full for layer in self.base.layers):
+        full = max(self.base.layers)  # beside layers like it there may be some without heads (linear attention)
+        attending = [bool(layer.num_key_value_heads) for layer in self.base.layers]
+        if any(layer not in (full, replace(full, num_attention_heads=0)) for layer in self.base.layers):
             return
         common: dict[str, set[int]] = {}
         for kind, whole in (("kv", full.num_key_value_heads), ("ffn", full.intermediate_size)):
-            options = [set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,)))) for i in range(layers)]
+            having = [i for i in range(layers) if kind != "kv" or attending[i]]
+            options = [set(self._gene_values(kind, self._gene_values(f"{kind}.{i}", (whole,)))) for i in having]
             common[kind] = set.intersection(*options) - {0}
         if "depth" in self._index:
             subsets = {tuple(np.flatnonzero(row).tolist()) for row in self._keep}
@@ -579,8 +583,9 @@ class SearchSpace:
             sorted(subsets),
         ):
             sizes = LayerSizes(kv * group, kv, ffn, full.num_experts)
-            removed = LayerSizes(0, 0, 0)
-            rows = tuple(sizes if i in kept else removed for i in range(layers))
+            headless = replace(sizes, num_attention_heads=0)
+            present = [sizes if attending[i] else headless for i in range(layers)]
+            rows = tuple(present[i] if i in kept else LayerSizes(0, 0, 0) for i in range(layers))
             shares = [kv / full.num_key_value_heads, ffn / full.intermediate_size, len(kept) / layers]
             yield Architecture(hidden, rows), shares
 
@@ -614,11 +619,11 @@ class SearchSpace:
     def from_dict(cls, data: Mapping[str, Any], structure: Structure) -> SearchSpace:
         """A space that a recipe spells out: gene names to values.
 
-        `ffn.*` stands for all layers and `ffn.4-7` for a range; a later line overrides an earlier one for its
-        layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets the MLP go). `depth`
-        is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or `{keep: [[0, 1, 3], …]}`.
-        `preset: llama-nas` starts from a named space, with the `policy`, `step` and `order` of `preset`; the other
-        lines are put over its own.
+        `ffn.*` stands for all layers (that have such a size) and `ffn.4-7` for a range; a later line overrides
+        an earlier one for its layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets
+        the MLP go). `depth` is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or
+        `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space, with the `policy`, `step` and
+        `order` of `preset`; the other lines are put over its own.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
         """
         if not isinstance(data, Mapping):
@@ -639,7 +644,7 @@ class SearchSpace:
                 kept = _read_depth(values, layers)
                 genes["depth"] = tuple(len(subset) for subset in kept)
                 continue
-            for target in _targets(str(name), layers):
+            for target in _targets(str(name), structure.base.layers):
                 genes[target] = _read_values(target, values, structure)
         return cls(structure, [Gene(name, values) for name, values in genes.items()], kept=kept)
 
@@ -745,11 +750,13 @@ def _read_depth(values: Any, layers: int) -> list[tuple[int, ...]]:
     return [kept_layers(policy, layers, depth, order) for depth in depths]
 
 
-def _targets(name: str, layers: int) -> list[str]:
-    """The genes that a name of a written space stands for."""
+def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
+    """The genes that a name of a written space stands for; `*` is all layers that have such a size."""
     kind, _, where = name.partition(".")
+    layers = len(base)
     if where == "*":
-        return [f"{kind}.{i}" for i in range(layers)]
+        having = [i for i, sizes in enumerate(base) if kind not in COLUMNS or _size(sizes, kind)]
+        return [f"{kind}.{i}" for i in having or range(layers)]
     first, dash, last = where.partition("-")
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < layers:
         return [f"{kind}.{i}" for i in range(int(first), int(last) + 1)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from export_networks import tiny_tokenizer
@@ -14,10 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract, fits_plain_class
+from compressor.elastic.importance import IMPORTANCES
+from compressor.elastic.ordering import apply_ordering, order_by
+from compressor.elastic.slicing import extract, fits_plain_class, sliced
 from compressor.elastic.supernet import SuperNetwork
-from compressor.families import families
+from compressor.errors import RequestError
+from compressor.families import describe, families
 from export.package import write_package
+from search.space import PRESETS, SearchSpace
 
 IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
 
@@ -40,6 +46,11 @@ def test_every_family_is_tested() -> None:
     assert {name.partition("-")[0] for name in CONFIGS} == set(families())
 
 
+def test_the_guide_shows_a_family_as_it_is() -> None:
+    root = Path(__file__).parents[1]
+    assert (root / "compressor/families/starcoder2.py").read_text() in (root / "docs/adding-a-family.md").read_text()
+
+
 def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -> None:
     before = logits(model)
     settings = model.config.to_dict()
@@ -53,6 +64,16 @@ def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -
     assert model.config.to_dict() == settings
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
+def test_ordering_leaves_the_function_unchanged(model: PreTrainedModel, criterion: str) -> None:
+    before = logits(model)
+    supernet = SuperNetwork(model)
+    order = order_by(IMPORTANCES[criterion](supernet, [IDS]))
+    assert any(not torch.equal(o, o.sort().values) for o in order.values())
+    apply_ordering(supernet, order)
+    assert_close(logits(model), before)
+
+
 def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> None:
     supernet = SuperNetwork(model)
     rng = random.Random(2)
@@ -64,6 +85,20 @@ def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> N
         counted = sum(p.numel() for p in standalone.parameters())
         assert supernet.structure.parameters(architecture) == counted
         assert supernet.structure.bytes(architecture) == 4 * counted
+
+
+def test_gradients_reach_the_full_weights_and_only_the_active_part(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    architecture = random_architecture(supernet.base, random.Random(6))
+    with supernet.activated(architecture):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    for tensor in supernet.structure.tensors:
+        gradient = model.get_parameter(tensor.name).grad
+        if supernet.structure.shape(tensor, architecture) is None:
+            assert gradient is None
+        elif tensor.role in ("linear", "embedding", "head"):
+            kept = sliced(tensor, gradient, supernet.structure, architecture)
+            assert gradient.count_nonzero() == kept.count_nonzero() > 0, tensor.name
 
 
 def test_macs_and_cache_are_those_of_the_extracted_network(model: PreTrainedModel) -> None:
@@ -128,3 +163,64 @@ def test_saved_packages_reload_as_they_were(model: PreTrainedModel, tmp_path: Pa
         assert info.layout == name
         reloaded = AutoModelForCausalLM.from_pretrained(info.path, trust_remote_code=name == "uneven").eval()
         assert torch.equal(logits(reloaded), logits(standalone))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_suits_every_family(model: PreTrainedModel, preset: str) -> None:
+    structure = describe(model.config)
+    widths = {layer.intermediate_size for layer in structure.base.layers}
+    if preset == "uniform" and len(widths) > 1:
+        with pytest.raises(ValueError, match=r"layers differ .* use ffn\.N for each layer"):
+            SearchSpace.preset(preset, structure)
+        return
+    space = SearchSpace.preset(preset, structure)
+    assert space.smallest().fits(structure.base) and space.decode(space.upper.tolist()) == structure.base
+    sparse = {f"experts.{i}" for i, layer in enumerate(structure.base.layers) if layer.num_experts}
+    headless = {f"kv.{i}" for i, layer in enumerate(structure.base.layers) if not layer.num_key_value_heads}
+    names = {gene.name for gene in space.genes}
+    assert not names & headless and (preset != "fine" or sparse <= names)
+    for architecture in space.decode_all(space.sample(np.random.default_rng(0), 3)):
+        standalone = extract(model, structure, architecture)
+        assert structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
+    members = space.uniform_members(6)
+    assert all(member.is_uniform_in(structure.base) for member in members)
+    assert members or preset != "uniform"
+
+
+def test_a_space_that_the_family_lacks_is_refused_in_one_line() -> None:
+    mixed, dense = describe(CONFIGS["qwen3_5_text"]()), describe(CONFIGS["qwen3"]())
+    assert [gene.name for gene in SearchSpace.from_dict({"kv.*": [1, 3]}, mixed).genes] == ["kv.1", "kv.3"]
+    with pytest.raises(ValueError, match=r"kv\.0: layer 0 of the original has no attention heads"):
+        SearchSpace.from_dict({"kv.0": [1, 3]}, mixed)
+    with pytest.raises(ValueError, match=r"experts\.0: layer 0 of the original has no experts"):
+        SearchSpace.from_dict({"experts.*": [1, 2]}, dense)
+
+
+def test_what_a_family_refuses_is_said_with_the_reason() -> None:
+    config = CONFIGS["gpt2"]()
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(RequestError, match="would change with the layers that are removed below it"):
+        describe(config)
+
+
+@pytest.mark.skipif("COMPRESSOR_ASSETS" not in os.environ, reason="COMPRESSOR_ASSETS is not set")
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-char361", "prose-7m"])
+def test_real_checkpoints_are_exact(name: str) -> None:
+    """50 random architectures each: the view is the extracted network, and the counts are its own."""
+    folder = Path(os.environ["COMPRESSOR_ASSETS"]) / "checkpoints" / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    before = logits(model, input_ids=ids)
+    supernet = SuperNetwork(model)
+    with supernet.activated(random_architecture(supernet.base, random.Random(0))):
+        assert not torch.equal(logits(model, input_ids=ids), before)
+    assert torch.equal(logits(model, input_ids=ids), before)
+    apply_ordering(supernet, order_by(IMPORTANCES["wanda"](supernet, [ids])))
+    assert_close(logits(model, input_ids=ids), before)
+    rng = random.Random(1)
+    for _ in range(50):
+        architecture = random_architecture(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
+        assert supernet.structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
+        with supernet.activated(architecture):
+            assert_close(logits(standalone, input_ids=ids), logits(model, input_ids=ids))

@@ -206,7 +206,7 @@ def test_a_written_space():
         ({"ffn.8": [256, 768]}, "unknown gene 'ffn.8'.*layers 0 to 7"),
         ({"width": [256, 768]}, "unknown gene 'width'; valid are kv"),
         ({"ffn": [256, 768], "ffn.3": [256, 768]}, "contradicts 'ffn'"),
-        ({"experts.0": [1, 2]}, "the original has none"),
+        ({"experts.0": [1, 2]}, "of the original has no experts"),
         ({"layer.0": [1]}, None),
         (
             {"depth": {"values": [6, 8], "policy": "random"}},

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 from compressor.architecture import Architecture, LayerSizes
@@ -93,6 +94,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=56, word_embed_proj_dim=48),
     "opt-projected": lambda: OPTConfig(**COMMON, ffn_dim=56, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "starcoder2": lambda: Starcoder2Config(**SIZES, tie_word_embeddings=True),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3, head_dim=16, norm_topk_prob=True

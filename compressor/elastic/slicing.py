@@ -63,8 +63,8 @@ def standalone_config(config: Any, architecture: Architecture) -> Any:
     new.num_hidden_layers = len(kept)
     new.hidden_size = architecture.hidden_size
     if fits_plain_class(config, architecture):
-        for sizes, full in kept:
-            for name, value in _settings(config, family, sizes, full).items():
+        for sizes, _ in kept:
+            for name, value in _settings(config, family, sizes).items():
                 setattr(new, name, value)
         return new
     config_class, _ = uneven_classes(family)
@@ -75,7 +75,7 @@ def standalone_config(config: Any, architecture: Architecture) -> Any:
     own = {}
     for index, (sizes, full) in enumerate(kept):
         skip = [half for half in sizes.skip if half not in full.skip]
-        own[index] = ({"skip": skip} if skip else {}) | _settings(config, family, sizes, full)
+        own[index] = ({"skip": skip} if skip else {}) | _settings(config, family, sizes)
     return config_class(**values, per_layer_config=own)
 
 
@@ -95,7 +95,7 @@ def fits_plain_class(config: Any, architecture: Architecture) -> bool:
     return not family_of(config).head_width_follows and architecture.hidden_size % heads.pop() == 0
 
 
-def _settings(config: Any, family: Family, sizes: LayerSizes, full: LayerSizes) -> dict[str, Any]:
+def _settings(config: Any, family: Family, sizes: LayerSizes) -> dict[str, Any]:
     """A layer's sizes under the names that its family's configuration has for them."""
     names, values = family.settings, {}
     if sizes.num_key_value_heads:
@@ -106,7 +106,7 @@ def _settings(config: Any, family: Family, sizes: LayerSizes, full: LayerSizes) 
         values |= {names["ffn"]: sizes.intermediate_size, names["experts"]: sizes.num_experts}
         values["num_experts_per_tok"] = min(config.num_experts_per_tok, sizes.num_experts)
     elif sizes.intermediate_size:
-        values[names["ffn"] if not family.dense_ffn else family.dense_ffn] = sizes.intermediate_size
+        values[family.dense_ffn or names["ffn"]] = sizes.intermediate_size
     return values
 
 

@@ -29,7 +29,6 @@ Counts = Mapping[Unit, int]
 ELASTIC: tuple[Unit, ...] = ("query", "kv", "ffn", "experts")
 """The units within a layer that a sub-network has fewer of."""
 
-
 CACHE_MODES = "kv_sharing_modes"
 """The configuration value by which transformers (5.23) knows layers without a place of their own in the cache."""
 

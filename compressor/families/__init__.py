@@ -51,7 +51,8 @@ class Family:
     `head_width_follows` says that the plain class (or what else loads it) derives a head's width from the number of
     heads, so that it can only hold all of them; `attention_resized` that even the attention module does, so that the
     uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, where it
-    is not. `refused` are settings that are not supported, each with the reason.
+    is not, and `unquantizable` why a network cannot be quantized. `refused` are settings that are not supported, each
+    with the reason.
     """
 
     model_type: str
@@ -82,6 +83,7 @@ class Family:
     head_width_follows: bool = False
     attention_resized: bool = False
     fixed_hidden: str = ""
+    unquantizable: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def half(self, name: str) -> Half | None:
@@ -244,7 +246,8 @@ def _role(family: Family, name: str, axes: tuple[Axis, ...], layer: int | None, 
         return "embedding" if name == family.embedding else "head"
     if len(axes) > 1 and axes[0].blocks[0][0] == "experts":
         return "experts" if len(axes) == 3 else "matrix"  # stacked weights of all experts, and their router's
-    if len(axes) == 2 and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
+    module = model.get_submodule(name.rpartition(".")[0])
+    if len(axes) == 2 and isinstance(module, nn.Linear | Conv1D):
         return "matrix" if layer is None else "linear"
     return "other"
 
