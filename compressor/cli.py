@@ -60,7 +60,10 @@ MinSpeedup = Annotated[float | None, typer.Option(help="decode tokens per second
 MaxDrop = Annotated[str | None, typer.Option(help="largest loss of quality, for example 1%")]
 Quantize = Annotated[str | None, typer.Option(help="int8, int8-dynamic, int4, comma-separated")]
 GroupSize = Annotated[int | None, typer.Option(help="int4's group size; unset: the largest that divides all widths")]
-Formats = Annotated[str | None, typer.Option("--format", help="uneven, uniform, padded, gguf, comma-separated")]
+Formats = Annotated[
+    str | None,
+    typer.Option("--format", help="uneven, uniform, padded, gguf (f16; or gguf-q8_0, gguf-q4_0, …), onnx, openvino"),
+]
 Seed = Annotated[int | None, typer.Option(help="the seed of everything random")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16: what is computed in")]
@@ -361,11 +364,16 @@ def evaluate(
 
 
 @app.command()
-def verify(package: Annotated[Path, typer.Argument(help="a package folder")], json: Json = False) -> None:
+def verify(
+    package: Annotated[Path, typer.Argument(help="a package folder")],
+    scores: Annotated[bool, typer.Option("--scores", help="measure the reported task scores again, too")] = False,
+    include_path: IncludePath = None,
+    json: Json = False,
+) -> None:
     """Reload a package in a fresh process and check again what it claims."""
     from compressor import pipeline
 
-    emit(pipeline.verify(package, quiet=json), json)
+    emit(pipeline.verify(package, scores=scores, include_path=include_path, quiet=json), json)
 
 
 @app.command()

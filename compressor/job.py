@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 import platform
 import re
@@ -30,6 +29,9 @@ from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
 from compressor.finetune.sources import local_files
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run, read_json, write_json
+from export.gguf_layout import check_family, check_tokenizer
+from export.layouts import check_installed
+from export.quantize import linear_layers
 from search.algorithms import ALGORITHMS
 from search.space import SearchSpace
 
@@ -257,8 +259,13 @@ class Job:
         elif ordering not in IMPORTANCES:
             hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
             raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
-        if "gguf" in recipe.formats and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
-            raise RequestError("--format gguf needs the extra: pip install 'nas-compressor[gguf]'")
+        for layout in recipe.formats:
+            check_installed(layout)
+        if any(layout.startswith("gguf") for layout in recipe.formats):
+            check_family(self.checkpoint.config.model_type)
+            check_tokenizer(self.tokenizer)
+        if recipe.quantizing.schemes:
+            linear_layers(self.checkpoint.config, recipe.trust_remote_code)
         self.checkpoint.load_tokenizer()
         self.check_targets()
         self.check_group_size()

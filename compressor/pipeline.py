@@ -216,11 +216,14 @@ def evaluate(
     return results
 
 
-def verify(package: Path, quiet: bool = False) -> dict[str, Any]:
-    """Prove a package again in a fresh process."""
+def verify(
+    package: Path, *, scores: bool = False, include_path: str | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Prove a package again in a fresh process; with `scores` or task files also what it scores."""
+    from export.verify import TaskFiles
     from export.verify import verify as run_verification
 
-    found = run_verification(package)
+    found = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
     if not quiet:
         say(f"{package}: verified ({', '.join(f'{k} {v}' for k, v in found.items() if not isinstance(v, dict))})")
     return found

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compressor.errors import RequestError, nearest
 
 Quantization = Literal["int8", "int8-dynamic", "int4"]
-Layout = Literal["uneven", "uniform", "padded", "gguf"]
+Layout = Literal[
+    "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
+]
 
 BUDGETS: dict[str, dict[str, Any]] = {
     # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search;

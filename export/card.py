@@ -72,6 +72,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         package=package,
         title=repo_id or f"{report.base.name} {package.label}",
         location=_literal(repo_id or f"path/to/{package.name}"),
+        file=package.file,
+        file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
         prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
         remote_code=package.layout == "uneven",
         verdict=" ".join(verdict(alone)),
@@ -164,8 +166,9 @@ def eval_results(package: Package) -> list[EvalResult]:
     add(*about, "quality", package.quality, "mean over tasks of score / base's score")
     add(*about, "parameters", package.params)
     add(*about, "bytes", package.bytes, "bytes of weights on disk")
-    if package.quantization_report:
-        add(*about, "bits_per_weight", package.quantization_report.bits_per_weight, "bits per quantized weight")
+    if report := package.quantization_report:
+        add(*about, "bits_per_weight", report.bits_per_weight, "bits per quantized weight")
+        add(*about, "bits_per_parameter", report.bits_per_parameter, "bits of the file per parameter")
     if speed := package.speed:
         work = ("speed", speed.workload)
         add(*work, "prefill_tps", speed.prefill_tps, f"prefill tokens per second ({speed.where})")

@@ -10,7 +10,6 @@ only, not by their rules. Whether both agree is checked by `check_gguf`, which a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import urllib.request
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
+from export.layouts import check_installed
 from export.package import (
     CARD,
     UNEVEN_PREFIX,
@@ -126,11 +126,12 @@ def write(
             (folder / CARD).write_text(card, encoding="utf-8")
         probe = probes.make_probe(logits, ids, tokenizer)
         probe["tokenization"] = [[text, tokenizer(text, verbose=False).input_ids] for text in [*sample_texts(), *texts]]
-        probe["greedy"] = _greedy(network, ids[:1, : max(1, ids.shape[1] // 2)])
+        probe["greedy"] = probes.greedy(network, ids[:1, : max(1, ids.shape[1] // 2)])
         own = {
             **entry,
             "path": path_in_run(destination),
             "layout": "gguf",
+            "file": file.name,
             "quantization": gguf_type if gguf_type in QUANTIZED else None,
             "architecture": architecture.to_dict(),
             "params": params,
@@ -162,9 +163,9 @@ def _write_file(
     config: Any = model.config
     plain = config.model_type.removeprefix(UNEVEN_PREFIX)
     uneven = plain != config.model_type
-    if plain not in _OWN_NAME or (uneven and plain not in _LIKE_LLAMA):
-        kind = f"uneven {plain}" if uneven else plain
-        raise RequestError(f"llama.cpp has no architecture for {kind} networks; use --format padded")
+    check_family(plain)
+    if uneven and plain not in _LIKE_LLAMA:
+        raise RequestError(f"llama.cpp has no architecture for uneven {plain} networks; use --format padded")
     target = "deci" if uneven else _OWN_NAME[plain]
     writer = GGUFWriter(file, target)
     writer.add_name(name)
@@ -272,6 +273,12 @@ def _neighbours(values: Any, head_dim: int) -> Any:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
+def _halves(values: Any, head_dim: int) -> Any:
+    """The rows as they were before `_neighbours`."""
+    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
 def _context(config: Any) -> int:
     """Positions for which the file computes what transformers does: llama.cpp has no window for these families."""
     window = getattr(config, "sliding_window", None)
@@ -306,8 +313,7 @@ def _write_rotary(writer: Any, config: Any) -> Any:
 def _write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     from gguf import TokenType
 
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    kind, pre = tokenizer_kind(described)
+    kind, pre, described = check_tokenizer(tokenizer)
     model = described["model"]
     tokens = [f"[unused {i}]" for i in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
@@ -345,6 +351,24 @@ def _write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     writer.add_add_eos_token(len(full) > len(plain) and full[-1] == tokenizer.eos_token_id != plain[-1])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_family(model_type: str) -> None:
+    """Raises `RequestError` for a family that this layout does not write."""
+    if model_type not in _OWN_NAME:
+        known = ", ".join(_OWN_NAME)
+        raise RequestError(f"--format gguf does not know {model_type} networks; it writes {known}")
+
+
+def check_tokenizer(tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
+    """What `tokenizer_kind` says of a tokenizer, and its description. Raises `RequestError` as that does."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise RequestError("the gguf layout needs a tokenizer.json; this tokenizer has none")
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind, pre = tokenizer_kind(described)
+    if not described["model"]["merges"]:
+        raise RequestError("llama.cpp loads no BPE tokenizer without merges")
+    return kind, pre, described
 
 
 def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
@@ -408,20 +432,6 @@ def sample_texts(count: int = 200) -> list[str]:
     return texts
 
 
-def _greedy(model: nn.Module, prompt: Tensor, new: int = 12) -> dict[str, Any]:
-    """A greedy continuation, and by how much (nats) each token was ahead of the next best."""
-    import torch
-
-    from export.probe import logits_of
-
-    ids, lead = prompt, []
-    for _ in range(new):
-        best = logits_of(model, ids)[0, -1].topk(2)
-        lead.append(round(float(best.values[0] - best.values[1]), 6))
-        ids = torch.cat([ids, best.indices[None, :1].to(ids)], -1)
-    return {"prompt": prompt[0].tolist(), "ids": ids[0, prompt.shape[1] :].tolist(), "lead": lead}
-
-
 # --- the check -------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +483,13 @@ class LlamaCpp:
         )
         return {entry["id"]: entry["logprob"] for entry in found["completion_probabilities"][0]["top_logprobs"]}
 
+    def timed(self, ids: Sequence[int], new: int) -> tuple[float, float]:
+        """Seconds to read the prompt, and to write each of `new` tokens behind it, by the server's own clock."""
+        found = self.ask(
+            "/completion", prompt=list(ids), n_predict=new, temperature=0.0, ignore_eos=True, cache_prompt=False
+        )["timings"]
+        return found["prompt_ms"] / 1e3, found["predicted_per_token_ms"] / 1e3
+
     def greedy(self, ids: Sequence[int], new: int) -> list[int]:
         found = self.ask(
             "/completion", prompt=list(ids), n_predict=new, temperature=0.0, return_tokens=True, ignore_eos=False
@@ -480,13 +497,63 @@ class LlamaCpp:
         return found["tokens"]
 
 
+def measure_speed(package: Path, *, prompt: int, new: int, threads: int, repeats: int = 5) -> dict[str, Any]:
+    """Speed of a gguf package in llama.cpp at batch 1, as report.json holds it: medians over `repeats` runs."""
+    import statistics
+
+    (file,) = package.glob("*.gguf")
+    runtime = LlamaCpp(file, prompt + new + 8, threads)
+    runs = [runtime.timed([1 + i % 200 for i in range(prompt)], new) for _ in range(repeats + 1)][1:]
+    return {
+        "runtime": "llama.cpp",
+        "device": "cpu",
+        "threads": threads,
+        "dtype": file.stem.rpartition("-")[2],
+        "batch": 1,
+        "prompt": prompt,
+        "new": new,
+        "prefill_tps": prompt / statistics.median(first for first, _ in runs),
+        "decode_tps": 1 / statistics.median(each for _, each in runs),
+    }
+
+
+def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
+    """Give a standalone network (of the same architecture) the values that a gguf package's file holds for it.
+
+    Scores are computed with these in transformers; `check_gguf` proves that llama.cpp says the same of the file.
+    """
+    import torch
+    from gguf import GGUFReader, quants
+
+    (file,) = package.glob("*.gguf")
+    reader = GGUFReader(file)
+    permuted = str(reader.fields["general.architecture"].contents()) in _PERMUTED
+    names = {final: source for source, final in _OUTER_NAMES.items()}
+    parts = {short: part for part, short in _LAYER_NAMES.items()}
+    config: Any = network.config
+    found = {}
+    for tensor in reader.tensors:
+        name = names.get(tensor.name)
+        values = quants.dequantize(tensor.data, tensor.tensor_type).astype("float32")
+        if tensor.name.startswith("blk."):
+            _, index, short, kind = tensor.name.split(".")
+            name = f"model.layers.{index}.{parts[short]}.{kind}"
+            if permuted and short in ("attn_q", "attn_k"):
+                values = _halves(values, config.head_dim)
+        if name is not None:
+            found[name] = torch.from_numpy(values.copy())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(found[name].view(parameter.shape))
+    return network
+
+
 def check_gguf(package: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Load the file in llama.cpp and compare tokens, log-probabilities and greedy text with what transformers said.
 
     Raises `VerificationError` that says what differs, and `RequestError` where llama.cpp is not installed.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise RequestError("verifying a gguf package needs llama.cpp: pip install xllamacpp")
+    check_installed("gguf")
     (file,) = package.glob("*.gguf")
     probe, gguf_type = record["probe"], file.stem.rpartition("-")[2]
     sequences = probe["ids"]

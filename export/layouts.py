@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,23 @@ def write_padded(model: nn.Module, architecture: Architecture, destination: Path
 
 def write_gguf(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
     """One file for llama.cpp, weights and tokenizer; `gguf_type` is f32, f16 (default), bf16, q8_0 or q4_0."""
-    if importlib.util.find_spec("gguf") is None:
-        raise RequestError("the gguf layout needs the gguf package: pip install 'nas-compressor[gguf]'")
     from export.gguf_layout import write
 
     return write(model, architecture, destination, **options)
+
+
+def write_onnx(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """A graph with its key-value cache for ONNX Runtime, weights in float32."""
+    from export.graphs import write
+
+    return write("onnx", model, architecture, destination, **options)
+
+
+def write_openvino(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
+    """The same graph for OpenVINO."""
+    from export.graphs import write
+
+    return write("openvino", model, architecture, destination, **options)
 
 
 LAYOUTS: dict[str, Write] = {
@@ -60,7 +73,27 @@ LAYOUTS: dict[str, Write] = {
     "uniform": write_uniform,
     "padded": write_padded,
     "gguf": write_gguf,
+    **{f"gguf-{kind}": partial(write_gguf, gguf_type=kind) for kind in ("f32", "bf16", "q8_0", "q4_0")},
+    "onnx": write_onnx,
+    "openvino": write_openvino,
 }
+
+
+EXTRAS = {
+    "gguf": ("gguf", "xllamacpp"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+}
+"""Modules that writing and proving a layout takes, the runtime last: the extra of its name."""
+
+
+def check_installed(layout: str) -> None:
+    """Raises `RequestError` where what writing and proving the layout takes is not installed."""
+    extra = layout.partition("-")[0]
+    if not all(map(importlib.util.find_spec, EXTRAS.get(extra, ()))):
+        raise RequestError(f"--format {layout} needs the extra: pip install 'nas-compressor[{extra}]'")
+    if layout in ("onnx", "openvino") and importlib.util.find_spec("transformers.exporters") is None:
+        raise RequestError(f"--format {layout} needs the exporters of transformers 5.23 or newer")
 
 
 def write_layout(
@@ -69,4 +102,5 @@ def write_layout(
     """Write `model` in the layout of that name. Raises `RequestError` for one that is not known."""
     if layout not in LAYOUTS:
         raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    check_installed(layout)
     return LAYOUTS[layout](model, architecture, destination, **options)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from compressor.elastic.streaming import StreamedNetwork
+
 SCHEMA = 1
 RECORD = "compression.json"
 CARD = "README.md"
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 2 * 10**9
+"""Of one weight file; writing takes twice as much memory."""
 UNEVEN_PREFIX = "uneven_"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +46,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin")
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 
@@ -61,11 +66,11 @@ class PackageInfo:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on disk of the weights: the sum of all *.safetensors (or *.gguf) files, headers included."""
+    """Bytes on disk of the weights: the sum of all files that hold them, headers and graphs included."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
@@ -158,7 +163,7 @@ def check_files(package: Path) -> None:
         if sha256(file) != recorded["sha256"]:
             raise VerificationError(f"{file}: its content is not what was written (SHA-256 differs)")
     for file in sorted(package.rglob("*")):
-        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf"}
+        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf", ".onnx", ".xml"}
         if file.is_file() and loadable and file.relative_to(package).as_posix() not in record["files"]:
             raise VerificationError(f"{file}: the file was not part of the package when it was written")
     check_code(package)
@@ -252,25 +257,33 @@ def path_in_run(destination: Path) -> str:
 
 
 class WeightWriter:
-    """Streams tensors into hub-standard safetensors shards: no more than one shard is held in memory.
+    """Streams tensors into hub-standard safetensors shards; one that is filled and one that is written take memory.
 
     `with WeightWriter(folder) as w: w.add(name, tensor)`; on leaving, shards get their final names and, if there are
-    several, model.safetensors.index.json.
+    several, model.safetensors.index.json. A shard is written and hashed while the next one is filled: `fingerprints`
+    then holds what `write_record` records of each.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.fingerprints: dict[str, dict[str, Any]] = {}
         self._held: dict[str, Tensor] = {}
         self._held_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards: list[tuple[list[str], Future[dict[str, Any]]]] = []
         self._total = 0
+        self._writing: Future[None] | None = None
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __enter__(self) -> WeightWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._finish()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._writer.shutdown()
+            self._hasher.shutdown()
 
     def add(self, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -284,16 +297,29 @@ class WeightWriter:
     def _flush(self) -> None:
         from safetensors.torch import save_file
 
-        save_file(self._held, self.folder / f"shard-{len(self._shards)}.safetensors", {"format": "pt"})
-        self._shards.append(list(self._held))
+        def write(tensors: dict[str, Tensor], file: Path) -> None:
+            save_file(tensors, file, {"format": "pt"})
+            tensors.clear()
+
+        def hashed(written: Future[None], file: Path) -> dict[str, Any]:
+            written.result()
+            return _fingerprint(file)
+
+        if self._writing is not None:
+            self._writing.result()  # or two shards would wait in memory
+        file = self.folder / f"shard-{len(self._shards)}.safetensors"
+        names = list(self._held)
+        self._writing = self._writer.submit(write, self._held, file)
+        self._shards.append((names, self._hasher.submit(hashed, self._writing, file)))
         self._held, self._held_bytes = {}, 0
 
     def _finish(self) -> None:
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
+        for index, (names, fingerprint) in enumerate(self._shards):
             final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+            self.fingerprints[final] = fingerprint.result()
             (self.folder / f"shard-{index}.safetensors").rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
@@ -342,8 +368,10 @@ def write_record(
     entry: Mapping[str, Any],
     lineage: Mapping[str, Any],
     probe: Mapping[str, Any],
+    fingerprints: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Write compression.json over the files that are in the folder now."""
+    """Write compression.json over the files that are in the folder now; `fingerprints` are those known already."""
+    known = fingerprints or {}
     files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
     record = {
         "schema": SCHEMA,
@@ -351,7 +379,7 @@ def write_record(
         "entry": {**entry, "verified": None},
         "lineage": dict(lineage),
         "probe": dict(probe),
-        "files": {name: _fingerprint(folder / name) for name in files},
+        "files": {name: known.get(name) or _fingerprint(folder / name) for name in files},
     }
     write_json(folder / RECORD, record)
 
@@ -363,7 +391,7 @@ def versions(names: Iterable[str] = ("torch", "transformers", "safetensors")) ->
 
 
 def write_package(
-    model: nn.Module,
+    model: nn.Module | StreamedNetwork,
     destination: Path,
     *,
     tokenizer: Any,
@@ -379,6 +407,8 @@ def write_package(
 ) -> PackageInfo:
     """Write a standalone model (from `compressor.elastic.slicing.extract`) as an unquantized package.
 
+    A model may also be streamed, from the files that it is cut out of to those of the package.
+
     `tokenizer` is a tokenizer object or the folder of the base's tokenizer files. `entry` must hold `name` and
     `architecture` (as a dict); whatever else the report wants may be there. Weights are stored in `dtype`, the
     base's. `probe_ids` [sequences, length] are token ids to compare on (held-out text is best; random ids
@@ -387,25 +417,30 @@ def write_package(
 
     Raises `RequestError` where the destination holds something else, the disk is too small, or the tokenizer missing.
     """
-    import torch
-
+    from compressor.elastic.streaming import StreamedNetwork
     from export import probe as probes
 
-    parameters = dict(model.named_parameters())  # a tied head appears once, under the embedding's name
+    streamed = model if isinstance(model, StreamedNetwork) else None
+    network: Any = streamed.model if streamed else model
+    parameters = dict(network.named_parameters())  # a tied head appears once, under the embedding's name
     params = sum(p.numel() for p in parameters.values())
     if entry.get("params", params) != params:
         raise ValueError(f"the entry says {entry['params']} parameters, the network has {params}")
-    bad = [name for name, p in parameters.items() if not torch.isfinite(p.to(dtype)).all()]
-    if bad:
-        raise ValueError(f"{bad[0]} holds values that {dtype} cannot: not finite")
     with staged(destination, params * dtype.itemsize + 2**24) as folder:
-        written_layout = write_config(model, folder, dtype)
+        written_layout = write_config(network, folder, dtype)
         write_tokenizer(tokenizer, folder)
+        ids = probe_ids if probe_ids is not None else probes.default_ids(network.config)
         with WeightWriter(folder, max_shard_bytes) as weights:
-            for name, parameter in parameters.items():
-                weights.add(name, parameter.to(dtype))
-        ids = probe_ids if probe_ids is not None else probes.default_ids(model.config)
-        logits = probes.logits_of(probes.stored_network(expected or model, dtype), ids)
+
+            def add(name: str, weight: Tensor) -> None:
+                weights.add(name, _stored(name, weight, dtype))
+
+            if streamed:
+                logits = streamed.logits(ids, dtype, each=add)
+            else:
+                for name, parameter in parameters.items():
+                    add(name, parameter)
+                logits = probes.logits_of(probes.stored_network(expected or network, dtype), ids)
         if reference is not None:
             probes.save_reference(reference, ids, logits)
         if isinstance(tokenizer, Path):
@@ -420,15 +455,27 @@ def write_package(
             "params": params,
             "bytes": weight_bytes(folder),
         }
-        write_record(folder, entry=own, lineage=lineage or {}, probe=probes.make_probe(logits, ids, tokenizer))
+        probe = probes.make_probe(logits, ids, tokenizer)
+        write_record(folder, entry=own, lineage=lineage or {}, probe=probe, fingerprints=weights.fingerprints)
     return read_package(destination)
+
+
+def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as it is stored. Raises ValueError where `dtype` cannot hold its values."""
+    import torch
+
+    stored = weight.detach().to(dtype)
+    if not torch.isfinite(torch.stack(stored.aminmax())).all():  # far faster than to ask every value
+        raise ValueError(f"{name} holds values that {dtype} cannot: not finite")
+    return stored
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a package or checkpoint folder, without running any code from it."""
     from transformers import AutoConfig, AutoTokenizer
 
-    model_type = str(read_json(folder / "config.json").get("model_type"))
+    config = folder / "config.json"  # a graph's folder has none
+    model_type = str(read_json(config).get("model_type")) if config.exists() else ""
     if not model_type.startswith(UNEVEN_PREFIX):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # The uneven configuration would lead AutoTokenizer to the code file, which a tokenizer does not need.

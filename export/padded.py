@@ -12,104 +12,106 @@ import copy
 from math import gcd
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import build_standalone, materialise_buffers
+from compressor.architecture import Architecture, Axis, LayerSizes, unit_counts
+from compressor.elastic.slicing import build_standalone, family_of_standalone, fill
+from compressor.elastic.supernet import CACHE_MODES
 from compressor.errors import RequestError
-from compressor.families import Family, families
-from export.package import UNEVEN_PREFIX
+from compressor.families import Family, describe
 
 
-def padded_sizes(architecture: Architecture, base_heads: int) -> LayerSizes:
+def padded_sizes(architecture: Architecture, base_heads: int, all_heads: bool = False) -> LayerSizes:
     """The sizes that every layer of the padded network has: the smallest that hold all kept layers.
 
     Query heads per key-value head is the greatest common divisor over the layers. The number of query heads divides
-    the residual width, as plain configurations demand; the base's number always does.
+    the residual width, as plain configurations demand; the base's number always does, and is taken with `all_heads`.
     """
     kept = [architecture.layers[i] for i in architecture.kept]
     attending = [layer for layer in kept if layer.num_key_value_heads]
     share = gcd(base_heads, *(layer.num_attention_heads // layer.num_key_value_heads for layer in attending))
-    heads = max((layer.num_attention_heads for layer in attending), default=share)
+    heads = base_heads if all_heads else max((layer.num_attention_heads for layer in attending), default=share)
     while heads != base_heads and (architecture.hidden_size % heads or heads % share):
         heads += 1
-    width = max((layer.intermediate_size for layer in kept), default=0) or 1
-    return LayerSizes(heads, heads // share, width)
+    width = max((layer.intermediate_size for layer in kept), default=0) or 8  # what grouped products of experts want
+    return LayerSizes(heads, heads // share, width, max((layer.num_experts for layer in kept), default=0))
 
 
 def pad(model: nn.Module, architecture: Architecture) -> nn.Module:
     """A plain-class copy of an uneven model (from `extract`) with identical logits.
 
-    Raises `RequestError` where padding would change the function: experts that were removed, and norms over all heads
-    together.
+    Raises `RequestError` where padding would change the function: experts that were removed, norms over all heads
+    together, layers of two kinds.
     """
     config: Any = model.config
-    family = families()[config.model_type.removeprefix(UNEVEN_PREFIX)]
-    if any(layer.num_experts for layer in architecture.layers):
+    family = family_of_standalone(config)
+    _check(config, family, architecture)
+    target = padded_sizes(architecture, config.num_attention_heads, family.head_width_follows)
+    plain = _plain_config(config, family, architecture, target)
+    padded: Any = build_standalone(plain)
+    source = {name: value.detach() for name, value in model.named_parameters()}
+    like = next(iter(source.values()))
+    weights = {}
+    for tensor in describe(plain).tensors:
+        shape = tuple(padded.get_parameter(tensor.name).shape)
+        if tensor.name not in source:  # of a removed half-block
+            weights[tensor.name] = like.new_ones(shape) if "norm" in tensor.name else like.new_zeros(shape)
+        elif tensor.layer is None:
+            weights[tensor.name] = source[tensor.name].clone()
+        else:
+            sizes = architecture.layers[architecture.kept[tensor.layer]]
+            weights[tensor.name] = _padded(source[tensor.name], tensor.axes, sizes, target, architecture.hidden_size)
+    padded.generation_config = copy.deepcopy(model.generation_config)
+    return fill(padded, weights)
+
+
+def _check(config: Any, family: Family, architecture: Architecture) -> None:
+    kind = family.model_type
+    kept = [architecture.layers[i] for i in architecture.kept]
+    if family.dense_ffn and len({bool(layer.num_experts) for layer in kept if layer.intermediate_size}) > 1:
+        raise RequestError(f"the padded layout cannot hold this {kind} network: some of its layers have experts")
+    all_experts = getattr(config, family.settings.get("experts", ""), 0)
+    if any(layer.num_experts not in (0, all_experts) for layer in kept):
         raise RequestError("the padded layout cannot hold removed experts: a router would choose the zeros")
+    if not getattr(config, "do_layer_norm_before", True) and any(layer.skip for layer in kept):
+        raise RequestError(
+            f"the padded layout cannot hold this {kind} network: a removed half-block's norm would remain"
+        )
     for name, axes in family.layer.items():
         if "norm" in name and any(unit in ("query", "kv", "ffn") for unit in axes):
             raise RequestError(
-                f"the padded layout cannot hold {family.model_type} networks: {name} averages over all heads, zeros too"
+                f"the padded layout cannot hold {kind} networks: {name} averages over all heads, zeros too"
             )
-    target = padded_sizes(architecture, config.num_attention_heads)
-    plain = _plain_config(config, architecture, target)
-    padded: Any = build_standalone(plain)
-    source = dict(model.named_parameters())
-    weights = {name: value.detach().clone() for name, value in source.items() if not name.startswith(family.layers)}
-    for index, kept in enumerate(architecture.kept):
-        sizes = architecture.layers[kept]
-        for name, parameter in padded.get_submodule(f"{family.layers}.{index}").named_parameters():
-            full = f"{family.layers}.{index}.{name}"
-            shape = tuple(parameter.shape)
-            weights[full] = _padded(family, name, source.get(full), shape, sizes, target, plain.head_dim, model)
-    missing, unexpected = padded.load_state_dict(weights, strict=False, assign=True)
-    tied = {family.head} if family.head not in source else set()
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"the padded network misses {missing} and does not know {unexpected}")
-    padded.tie_weights()
-    first = next(iter(weights.values()))
-    materialise_buffers(padded, first.device)
-    padded.config.dtype = first.dtype
-    padded.generation_config = copy.deepcopy(model.generation_config)
-    return padded.eval()
 
 
-def _plain_config(config: Any, architecture: Architecture, target: LayerSizes) -> Any:
+def _plain_config(config: Any, family: Family, architecture: Architecture, target: LayerSizes) -> Any:
     from transformers import AutoConfig
 
-    dropped = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version")
+    dropped = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", CACHE_MODES)
     values = {k: v for k, v in config.to_dict().items() if k not in dropped}
-    values |= {
-        "num_attention_heads": target.num_attention_heads,
-        "num_key_value_heads": target.num_key_value_heads,
-        "intermediate_size": target.intermediate_size,
-        "num_hidden_layers": len(architecture.kept),
-    }
-    return AutoConfig.for_model(config.model_type.removeprefix(UNEVEN_PREFIX), **values)
+    sizes = {"query": target.num_attention_heads, "kv": target.num_key_value_heads, "ffn": target.intermediate_size}
+    values |= {name: sizes[unit] for unit, name in family.settings.items() if unit in sizes}
+    values["num_hidden_layers"] = len(architecture.kept)
+    return AutoConfig.for_model(family.model_type, **values)
 
 
-def _padded(
-    family: Family,
-    name: str,
-    source: Tensor | None,
-    shape: tuple[int, ...],
-    sizes: LayerSizes,
-    target: LayerSizes,
-    head_dim: int,
-    model: nn.Module,
-) -> Tensor:
-    """One parameter of the padded network: the source's in the leading corner, zeros (norms: ones) elsewhere."""
-    like = next(model.parameters())
-    if source is None:  # of a removed half-block
-        return like.new_ones(shape) if "norm" in name else like.new_zeros(shape)
-    part = source.detach()
-    share = target.num_attention_heads // target.num_key_value_heads
-    for dimension, axis in enumerate(family.layer[name]):
-        if axis == "kv":
-            repeats = sizes.num_attention_heads // share // sizes.num_key_value_heads
-            part = part.unflatten(dimension, (-1, head_dim)).repeat_interleave(repeats, dimension)
-            part = part.flatten(dimension, dimension + 1)
-    result = like.new_zeros(shape)
-    result[tuple(slice(size) for size in part.shape)] = part
-    return result
+def _padded(source: Tensor, axes: tuple[Axis, ...], sizes: LayerSizes, target: LayerSizes, hidden_size: int) -> Tensor:
+    """One parameter of the padded network: the source's entries first in every block of every axis, zeros behind."""
+    mine, all_ = unit_counts(hidden_size, sizes), unit_counts(hidden_size, target)
+    for dimension, axis in enumerate(axes):
+        parts, start = [], 0
+        for unit, width in axis.blocks:
+            length = width * mine[unit]
+            part = source.narrow(dimension, start, length)
+            start += length
+            if unit == "kv" and length:
+                share = target.num_attention_heads // target.num_key_value_heads
+                repeats = sizes.num_attention_heads // share // sizes.num_key_value_heads
+                part = part.unflatten(dimension, (-1, width)).repeat_interleave(repeats, dimension)
+                part = part.flatten(dimension, dimension + 1)
+            missing = list(part.shape)
+            missing[dimension] = width * all_[unit] - part.shape[dimension]
+            parts += [part, part.new_zeros(missing)]
+        source = torch.cat(parts, dimension)
+    return source.contiguous()

@@ -67,6 +67,37 @@ def make_probe(logits: Tensor, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def greedy(model: nn.Module, prompt: Tensor, new: int = 12) -> dict[str, Any]:
+    """A greedy continuation of ids [1, length], and by how much (nats) each token was ahead of the next best."""
+    ids, lead = prompt, []
+    for _ in range(new):
+        best = logits_of(model, ids)[0, -1].topk(2)
+        lead.append(round(float(best.values[0] - best.values[1]), 6))
+        ids = torch.cat([ids, best.indices[None, :1].to(ids)], -1)
+    return {"prompt": prompt[0].tolist(), "ids": ids[0, prompt.shape[1] :].tolist(), "lead": lead}
+
+
+def shorter_rows(ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor, list[int]]:
+    """The sequences cut to different lengths and padded on the left, their mask, and how much is left of each."""
+    count, length = ids.shape
+    padded, mask = torch.full_like(ids, pad), torch.zeros_like(ids)
+    kept = [max(1, length - 3 * i) for i in range(count)]
+    for row, keep in enumerate(kept):
+        padded[row, length - keep :] = ids[row, :keep]
+        mask[row, length - keep :] = 1
+    return padded, mask, kept
+
+
+def tokenizer_fault(tokenizer: Any, probe: dict[str, Any]) -> str | None:
+    """What a tokenizer makes otherwise than the probe says; None where it agrees."""
+    ids = tokenizer(probe["text"]).input_ids
+    if ids != probe["text_ids"]:
+        return f"the tokenizer gives {ids} for {probe['text']!r}, recorded are {probe['text_ids']}"
+    if tokenizer.decode(ids) != probe["text_decoded"]:
+        return f"the tokenizer decodes {ids} as {tokenizer.decode(ids)!r}"
+    return None
+
+
 def _rounded(values: Tensor) -> Any:
     return [_rounded(v) for v in values] if values.dim() > 1 else [round(float(v), 7) for v in values]
 

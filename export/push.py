@@ -11,9 +11,9 @@ from typing import Any
 
 from compressor.errors import RequestError
 from compressor.progress import say
-from export.package import RECORD, check_files, human_bytes, read_package, read_record
+from export.package import RECORD, WEIGHT_FILES, check_files, human_bytes, read_package, read_record
 
-REPLACED = ["*.safetensors", "*.gguf", "*.py", "*.index.json", "*.bin"]
+REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json"]
 """What an earlier package may have left in the repository and this one does not bring."""
 
 

@@ -3,7 +3,8 @@
 The work runs in a child process (`python -m export.quantize JOB.json`): auto-round writes to stdout and stderr, changes
 global state, and leaves files where it runs. One child makes all schemes asked for, since starting it takes longer
 than quantizing a small network. Of what AutoRound writes, only the weights and the quantization configuration are
-used; everything else is copied from the unquantized package.
+used; everything else is copied from the unquantized package. Without calibration data none of that is needed:
+weights are rounded to nearest here, tensor by tensor (`export.rounding`).
 
 Schemes: `int8` stores weights in 8 bits, one scale for each output channel; `int8-dynamic` the same with activations
 rounded to 8 bits on the fly, token by token; `int4` stores 4 bits with a scale for each group of input channels.
@@ -12,8 +13,10 @@ Embeddings, output head and norms stay bfloat16, and so do scales.
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,10 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from compressor.architecture import Architecture
 from compressor.errors import RequestError
+from compressor.families import families
 from export.package import (
     CARD,
     RECORD,
+    UNEVEN_PREFIX,
     PackageInfo,
     WeightWriter,
     check_code,
@@ -43,6 +49,7 @@ from export.package import (
     write_json,
     write_record,
 )
+from export.rounding import CHANNEL_GROUP, CHANNEL_INT8, configuration, packed, round_files
 from export.verify import fresh_environment, last_line
 
 if TYPE_CHECKING:
@@ -80,18 +87,44 @@ class Quantized:
     exceptions: dict[str, str] = field(default_factory=dict)
 
 
-def linear_widths(source: Path) -> dict[str, tuple[int, int]]:
-    """Output and input width of every linear layer inside the blocks, by module name, from the files' headers."""
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class LinearLayers:
+    """Linear layers of a network by module name: those inside its blocks with output and input width, and others."""
 
-    found = {}
-    for file in weight_files(source):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                shape = tensors.get_slice(name).get_shape()
-                if len(shape) == 2 and ".layers." in name and name.endswith(".weight"):
-                    found[name.removesuffix(".weight")] = (shape[0], shape[1])
-    return found
+    widths: dict[str, tuple[int, int]]
+    outside: list[str]
+
+
+def linear_layers(config: Any, trust_remote_code: bool = False) -> LinearLayers:
+    """Of the network of a configuration, plain or uneven.
+
+    Raises `RequestError` where most weights are in modules of other kinds: compressed-tensors knows linear layers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from compressor.elastic.slicing import family_of_standalone
+
+    family = family_of_standalone(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    prefix = family.layers + "."
+    widths = {name: (m.out_features, m.in_features) for name, m in linear.items() if name.startswith(prefix)}
+    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(prefix))
+    if 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
+        kind = family.model_type
+        raise RequestError(f"{kind} networks cannot be quantized: most of their weights are not in linear layers")
+    return LinearLayers(widths, [name for name in linear if name not in widths])
+
+
+def linear_layers_of(source: Path) -> LinearLayers:
+    """Of the network in a package. Raises `RequestError` as `linear_layers` does."""
+    from transformers import AutoConfig
+
+    trusted = check_code(source)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trusted)
+    return linear_layers(config, trusted)
 
 
 def plan_groups(
@@ -167,8 +200,8 @@ def quantize_packages(
 
     `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
     for each block; 0 rounds to nearest with scales chosen on the calibration data. Without calibration data, weights
-    are rounded to nearest and nothing else (and `iterations` must be 0). `group_size` is the user's wish for int4.
-    The child's output is appended to `log`.
+    are rounded to nearest and nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is
+    the user's wish for int4. The child's output is appended to `log`.
 
     Raises `RequestError` (a group size that does not divide, a destination that holds something else, no disk space)
     before anything is computed, and RuntimeError with the child's last words where it fails.
@@ -184,35 +217,65 @@ def quantize_packages(
         raise RequestError(f"unknown quantization '{unknown[0]}'; known are: {', '.join(SCHEMES)}")
     if calibration is None and iterations:
         raise RequestError("tuning needs calibration data: give some, or ask for 0 iterations")
-    widths = linear_widths(source)
+    linear = linear_layers_of(source)
+    widths = linear.widths
     for destination in destinations.values():
         check_destination(destination, weight_bytes(source))
     plans = {s: plan_groups(widths, s, group_size if s == "int4" else None) for s in destinations}
-    if calibration is not None and not isinstance(calibration, torch.Tensor):
+
+    data_free = calibration is None
+    tools = ("compressed-tensors",) if data_free else ("neural-compressor", "auto-round", "compressed-tensors")
+
+    def assemble(scheme: SchemeName, fill: Callable[[Path], dict[str, Any]]) -> Quantized:
+        group, left_out = plans[scheme]
+        destination = destinations[scheme]
+        return _assemble(source, record, destination, scheme, group, left_out, iterations, linear, tools, fill)
+
+    if calibration is None:
+        made = []
+        for number, (scheme, (group, left_out)) in enumerate(plans.items()):
+            if progress is not None:
+                progress(number, len(plans), scheme)
+            rounding = functools.partial(
+                round_files,
+                source,
+                scheme=scheme,
+                group_size=group,
+                linear=list(widths),
+                left_out=left_out,
+                ignored=linear.outside,
+            )
+            made.append(assemble(scheme, rounding))
+        return made
+    if not isinstance(calibration, torch.Tensor):
         calibration = pack_texts(source, calibration)
     with tempfile.TemporaryDirectory(prefix="compressor-quantize-") as folder:
         scratch = Path(folder)
-        if calibration is not None:
-            save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
+        save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
         job = {
             "source": str(source.resolve()),
             "iterations": iterations,
             "seed": seed,
             "device": device,
+            "linear": list(widths),
             "schemes": [{"scheme": s, "group_size": g, "left_out": names} for s, (g, names) in plans.items()],
         }
         write_json(scratch / "job.json", job)
-        blocks = len({name.split(".layers.")[1].split(".")[0] for name in widths})
+        blocks = len(Architecture.from_dict(record["entry"]["architecture"]).kept)
         output = _run_child(scratch, source, blocks, len(plans), progress)
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(output)
         if not (scratch / "done").exists():
             raise RuntimeError(f"quantization of {source} failed: {last_line(output)}")
-        return [
-            _assemble(source, record, scratch / scheme, destinations[scheme], scheme, group, names, iterations, widths)
-            for scheme, (group, names) in plans.items()
-        ]
+        return [assemble(scheme, functools.partial(_taken_over, scratch / scheme)) for scheme in plans]
+
+
+def _taken_over(raw: Path, target: Path) -> dict[str, Any]:
+    """Move the child's weights to `target`, which may be on another disk. Returns the quantization configuration."""
+    for file in [*weight_files(raw), *raw.glob("*.index.json")]:
+        shutil.move(file, target / file.name)
+    return read_json(raw / "quantization_config.json")
 
 
 def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
@@ -268,36 +331,34 @@ def _position(output: str, blocks: int, schemes: int) -> tuple[int, int, str]:
 def _assemble(
     source: Path,
     record: dict[str, Any],
-    raw: Path,
     destination: Path,
     scheme: SchemeName,
     group_size: int,
     left_out: list[str],
     iterations: int,
-    widths: Mapping[str, tuple[int, int]],
+    linear: LinearLayers,
+    tools: Sequence[str],
+    fill: Callable[[Path], dict[str, Any]],
 ) -> Quantized:
-    """Build the package from the child's weights and the source's other files."""
-    needed = weight_bytes(raw) + 2**24
-    with staged(destination, needed) as folder:
+    """Build the package: `fill` writes its weights and returns their configuration, the rest is the source's."""
+    with staged(destination, weight_bytes(source)) as folder:
         skipped = {CARD, RECORD, "config.json", "model.safetensors.index.json"}
         skipped |= {file.name for file in weight_files(source)}
         for name in record["files"]:
             if name not in skipped:
                 (folder / name).write_bytes((source / name).read_bytes())
-        for file in [*weight_files(raw), *raw.glob("*.index.json")]:
-            file.rename(folder / file.name)
         config = read_json(source / "config.json")
         config["dtype"] = "bfloat16"
-        config["quantization_config"] = read_json(raw / "quantization_config.json")
+        config["quantization_config"] = fill(folder)
         write_json(folder / "config.json", config)
-        costs = stored_bits(folder, widths)
+        costs = stored_bits(folder, linear.widths)
         report = {
             "scheme": scheme,
             "group_size": group_size,
             "iterations": iterations,
             "bits_per_weight": costs,
             "bits_per_parameter": 8 * weight_bytes(folder) / record["entry"]["params"],
-            "exceptions": _exceptions(scheme, left_out, config),
+            "exceptions": _exceptions(linear, left_out, config),
         }
         kept = ("architecture", "layout", "params")
         entry = {
@@ -311,7 +372,7 @@ def _assemble(
         lineage = {
             **record["lineage"],
             "quantized_from": {"name": record["entry"]["name"], "record_sha256": sha256(source / RECORD)},
-            "quantizer": versions(("neural-compressor", "auto-round", "compressed-tensors")),
+            "quantizer": versions(tools),
         }
         write_record(folder, entry=entry, lineage=lineage, probe=record["probe"])
     info = read_package(destination)
@@ -327,10 +388,11 @@ def _assemble(
     )
 
 
-def _exceptions(scheme: SchemeName, left_out: list[str], config: Mapping[str, Any]) -> dict[str, str]:
-    exceptions = {"model.embed_tokens": "bfloat16 (embeddings are not quantized)"}
+def _exceptions(linear: LinearLayers, left_out: list[str], config: Mapping[str, Any]) -> dict[str, str]:
+    family = families()[str(config["model_type"]).removeprefix(UNEVEN_PREFIX)]
+    exceptions = {family.embedding.removesuffix(".weight"): "bfloat16 (embeddings are not quantized)"}
     if not config.get("tie_word_embeddings"):
-        exceptions["lm_head"] = "bfloat16 (the output head is not quantized)"
+        exceptions |= dict.fromkeys(linear.outside, "bfloat16 (the output head is not quantized)")
     why = "per-channel INT8, rounded to nearest (a width is no multiple of 32)"
     return exceptions | dict.fromkeys(left_out, why)
 
@@ -363,8 +425,7 @@ def _child(job_path: Path) -> None:
 
     job = read_json(job_path)
     scratch = job_path.parent
-    held = scratch / "calibration.safetensors"
-    ids = load_file(held)["ids"] if held.exists() else None
+    ids = load_file(scratch / "calibration.safetensors")["ids"]
     for plan in job["schemes"]:
         print(f"\n== {plan['scheme']}", flush=True)
         torch.manual_seed(job["seed"])
@@ -372,7 +433,7 @@ def _child(job_path: Path) -> None:
     (scratch / "done").touch()
 
 
-def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, Any], ids: Tensor | None) -> None:
+def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, Any], ids: Tensor) -> None:
     """Leave model*.safetensors and quantization_config.json of one scheme in `target`."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -385,10 +446,10 @@ def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, A
         trust_remote_code=check_code(source),
     )
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    head = {name for name in linear if ".layers." not in name}
+    head = set(linear) - set(job["linear"])
     target.mkdir()
     if set(plan["left_out"]) | head == set(linear):
-        raw, found = source, _channel_configuration(sorted(head))
+        raw, found = source, configuration({"group_0": CHANNEL_GROUP}, ignored=sorted(head))
     else:
         raw = _autoround(model, plan, job, ids, target / "raw")
         found = read_json(raw / "config.json")["quantization_config"]
@@ -402,28 +463,27 @@ def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, A
         for name, tensor in _stored(raw):
             module, _, part = name.rpartition(".")
             if module in plan["left_out"] and part == "weight":
-                for suffix, value in per_channel_int8(tensor).items():
+                for suffix, value in packed(tensor, 8, -1).items():
                     weights.add(f"{module}.{suffix}", value)
             else:
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
 
 
-def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tensor | None, output: Path) -> Path:
+def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tensor, output: Path) -> Path:
     """Run neural-compressor's AutoRound; returns the folder that it wrote."""
     from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
 
     from export.package import load_tokenizer
 
     options: dict[str, Any] = {"group_size": plan["group_size"]} if plan["scheme"] != "int8-dynamic" else {}
-    if ids is None:
-        options |= {"disable_opt_rtn": True}
-    else:
-        options |= {"dataset": list(ids.split(_BATCH)), "nsamples": len(ids), "seqlen": ids.shape[1]}
     config = AutoRoundConfig(
         tokenizer=load_tokenizer(Path(job["source"])),
         scheme=_PRESETS[plan["scheme"]],
         iters=job["iterations"],
-        batch_size=min(_BATCH, len(ids)) if ids is not None else _BATCH,
+        batch_size=min(_BATCH, len(ids)),
+        dataset=list(ids.split(_BATCH)),
+        nsamples=len(ids),
+        seqlen=ids.shape[1],
         seed=job["seed"],
         # Rounding is tuned against the scales as they are stored.
         scale_dtype="bf16",
@@ -455,32 +515,6 @@ def _stored(folder: Path) -> Any:
                 yield name, tensors.get_tensor(name)
 
 
-def per_channel_int8(weight: Tensor) -> dict[str, Tensor]:
-    """A linear layer's weight [out, in] in compressed-tensors' packed form: 8 bits, one bfloat16 scale for each row."""
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    # The scale is rounded up to bfloat16 so that the largest weight of a row never overflows its code.
-    scale = (weight.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    stored = (scale * (1 + 2**-8)).to(torch.bfloat16)
-    codes = (weight.float() / stored.float()).round().clamp(-128, 127).to(torch.int8)
-    return {
-        "weight_packed": pack_to_int32(codes, 8),
-        "weight_scale": stored,
-        "weight_shape": torch.tensor(weight.shape),
-    }
-
-
-_CHANNEL_INT8 = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "channel",
-    "dynamic": False,
-    "group_size": None,
-}
-
-
 def _configuration(found: dict[str, Any], linear: list[str], left_out: list[str]) -> dict[str, Any]:
     """AutoRound's configuration, with the layers that it left out put under per-channel INT8."""
     if not left_out:
@@ -491,21 +525,9 @@ def _configuration(found: dict[str, Any], linear: list[str], left_out: list[str]
     if main["weights"]["num_bits"] != 8:
         groups = {
             "group_0": {**main, "targets": names},
-            "group_1": {**main, "targets": left_out, "weights": _CHANNEL_INT8},
+            "group_1": {**main, "targets": left_out, "weights": CHANNEL_INT8},
         }
     return {**found, "config_groups": groups, "ignore": [n for n in found["ignore"] if n not in left_out]}
-
-
-def _channel_configuration(ignored: list[str]) -> dict[str, Any]:
-    """The configuration of a network of which AutoRound would take no layer: all are per-channel INT8."""
-    weights_only = {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL_INT8, **weights_only}},
-        "ignore": ignored,
-    }
 
 
 if __name__ == "__main__":

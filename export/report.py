@@ -215,6 +215,14 @@ class QuantizationReport(_Model):
     """Linear layers and embeddings that are not under the scheme, and what became of each."""
 
 
+class GraphCache(_Model):
+    """The key-value cache that a graph takes and gives."""
+
+    key_value_heads: list[int]
+    """Of every layer with attention."""
+    head_dim: int
+
+
 class Package(_Model):
     """One folder that was written, reloaded and checked."""
 
@@ -237,6 +245,10 @@ class Package(_Model):
     `bound`), nested where that helps."""
     quantization_report: QuantizationReport | None = None
     """What quantization really did; None for an unquantized package."""
+    file: str | None = None
+    """The one file of a gguf package."""
+    cache: GraphCache | None = None
+    """What a graph caches; None where there is no graph."""
 
     @cached_property
     def sizes(self) -> Architecture:

@@ -6,17 +6,28 @@ folder, through transformers' Auto classes, offline. The process is `python -m e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import RequestError, VerificationError
-from export.package import check_code, check_files, load_tokenizer, read_record, update_record, versions, weight_bytes
+from export.package import (
+    check_code,
+    check_files,
+    load_tokenizer,
+    read_json,
+    read_record,
+    update_record,
+    versions,
+    weight_bytes,
+)
 
 TOLERANCE = 1e-5
 """Largest |Δ logit| as a share of the largest |logit|, float32, the stored weights on both sides."""
@@ -34,19 +45,37 @@ OWN = "quantized_next_logprob"
 NEW_TOKENS = 12
 
 
-def verify(package: Path, reference: Path | None = None, *, record: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TaskFiles:
+    """The report's tasks are to be scored again: lm-eval's own, or those of the task files in `include_path`.
+
+    Relative paths, of `include_path` and of the data that task files name, start at `folder`.
+    """
+
+    include_path: str | None = None
+    folder: str = field(default_factory=os.getcwd)
+
+
+def verify(
+    package: Path, reference: Path | None = None, *, record: bool = False, tasks: TaskFiles | None = None
+) -> dict[str, Any]:
     """Check one package in a fresh process; see `verify_all`."""
-    return verify_all([(package, reference)], record=record)[0]
+    return verify_all([(package, reference)], record=record, tasks=tasks)[0]
 
 
 def verify_all(
-    packages: Sequence[tuple[Path, Path | None]], *, record: bool = False, log: Path | None = None
+    packages: Sequence[tuple[Path, Path | None]],
+    *,
+    record: bool = False,
+    log: Path | None = None,
+    tasks: TaskFiles | None = None,
 ) -> list[dict[str, Any]]:
     """Check packages in one fresh process. Returns what was proved of each, in order.
 
     Each comes with the full logits that export saved (`write_package(reference=…)`; the unquantized network's, for a
-    quantized package), or None to compare with the compact probe inside the package. With `record`, the result is
-    written into each package's compression.json. The process's own output goes to `log`.
+    quantized package), or None to compare with the compact probe inside the package. With `tasks`, every score that a
+    package has in the report is measured again. With `record`, the result is written into each package's
+    compression.json. The process's own output goes to `log`.
 
     Raises `VerificationError` naming the file or the first claim that does not hold, and `RequestError` where a folder
     is no package or the runtime that it is for is not installed.
@@ -57,7 +86,7 @@ def verify_all(
         jobs = Path(scratch) / "jobs.json"
         results = Path(scratch) / "results.json"
         pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
-        jobs.write_text(json.dumps(pairs), encoding="utf-8")
+        jobs.write_text(json.dumps({"packages": pairs, "tasks": tasks and asdict(tasks)}), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "export.verify", str(jobs), str(results)],
             env=fresh_environment(Path(scratch), max(weight_bytes(p) for p, _ in packages)),
@@ -110,23 +139,28 @@ def last_line(output: str) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def check(package: Path, reference: Path | None = None) -> dict[str, Any]:
+def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None = None) -> dict[str, Any]:
     """All checks of one package, in this process (which should be a fresh one)."""
     record = read_record(package)
-    if record["entry"]["layout"] == "gguf":
+    layout = record["entry"]["layout"]
+    if layout == "gguf":
         from export.gguf_layout import check_gguf
 
         return check_gguf(package, record)
-    return _Checker(package, record, reference).run()
+    if layout in ("onnx", "openvino"):
+        from export.graphs import check_graph
+
+        return check_graph(package, record)
+    return _Checker(package, record, reference, tasks).run()
 
 
 class _Checker:
     """The checks of one Hugging Face package, in order; each raises `VerificationError` or adds to `result`."""
 
-    def __init__(self, package: Path, record: dict[str, Any], reference: Path | None) -> None:
+    def __init__(self, package: Path, record: dict[str, Any], reference: Path | None, tasks: TaskFiles | None) -> None:
         import torch
 
-        self.package, self.record, self.reference = package, record, reference
+        self.package, self.record, self.reference, self.tasks = package, record, reference, tasks
         self.trusted = check_code(package)
         self.quantization: str | None = record["entry"]["quantization"]
         self.ids = torch.tensor(record["probe"]["ids"])
@@ -161,14 +195,19 @@ class _Checker:
         from export.probe import logits_of
 
         model = self.load(self.package)
-        # A compressed network unpacks its weights in this first pass.
-        logits = self.step("a forward pass", logits_of, model, self.ids)
-        self.parameters(model)
-        self.logits(logits)
-        self.step("a padded batch", self.padding, model, logits)
-        self.step("generation", self.cache, model)
-        self.step("the tokenizer", self.tokenizer)
-        self.step("saving and loading again", self.reload, model, logits)
+        with tempfile.TemporaryDirectory(prefix="compressor-verify-") as again:
+            self.step("saving", model.save_pretrained, again)
+            # A compressed network unpacks its weights in this first pass: it is saved before, as it was stored.
+            logits = self.step("a forward pass", logits_of, model, self.ids)
+            self.parameters(model)
+            self.logits(logits)
+            self.step("a padded batch", self.padding, model, logits)
+            self.step("generation", self.cache, model)
+            self.step("the tokenizer", self.tokenizer)
+            self.step("saving and loading again", self.reload, Path(again), logits)
+        if self.tasks is not None and self.record["entry"].get("tasks"):
+            with contextlib.chdir(self.tasks.folder):
+                self.step("scoring", self.scores, model, self.tasks)
         return {
             "layout": self.record["entry"]["layout"],
             "quantization": self.quantization,
@@ -184,7 +223,7 @@ class _Checker:
         """Whatever a package makes transformers stumble over is a fault of the package, and to be told as one."""
         try:
             return do(*arguments)
-        except VerificationError:
+        except (VerificationError, RequestError):
             raise
         except Exception as error:
             raise self.fail(f"{what} fails: {type(error).__name__}: {last_line(str(error))}") from error
@@ -253,13 +292,10 @@ class _Checker:
         """Sequences of different lengths, padded on the left, against each one alone."""
         import torch
 
-        count, length = self.ids.shape
-        pad = model.config.pad_token_id or 0
-        padded, mask = torch.full_like(self.ids, pad), torch.zeros_like(self.ids)
-        kept = [max(1, length - 3 * i) for i in range(count)]
-        for row, keep in enumerate(kept):
-            padded[row, length - keep :] = self.ids[row, :keep]
-            mask[row, length - keep :] = 1
+        from export.probe import shorter_rows
+
+        padded, mask, kept = shorter_rows(self.ids, model.config.pad_token_id or 0)
+        length = self.ids.shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             batch = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -311,27 +347,50 @@ class _Checker:
         return factor * TOLERANCE * logits.abs().max().item()
 
     def tokenizer(self) -> None:
-        probe = self.record["probe"]
-        tokenizer = load_tokenizer(self.package)
-        ids = tokenizer(probe["text"]).input_ids
-        if ids != probe["text_ids"]:
-            raise self.fail(f"the tokenizer gives {ids} for {probe['text']!r}, recorded are {probe['text_ids']}")
-        if tokenizer.decode(ids) != probe["text_decoded"]:
-            raise self.fail(f"the tokenizer decodes {ids} as {tokenizer.decode(ids)!r}")
+        from export.probe import tokenizer_fault
+
+        fault = tokenizer_fault(load_tokenizer(self.package), self.record["probe"])
+        if fault is not None:
+            raise self.fail(fault)
         self.result["tokenizer_equal"] = True
 
-    def reload(self, model: Any, logits: Any) -> None:
-        """Saved by transformers and loaded again: the same logits."""
-        if self.quantization is not None:
-            # transformers writes a compressed network back decompressed under a compressed configuration.
-            self.result["save_and_reload_equal"] = None
-            return
+    def scores(self, model: Any, tasks: TaskFiles) -> None:
+        """The report's scores, measured again on the same documents."""
+        from evals.encoding import Encoder
+        from evals.network import NetworkLM
+        from evals.scoring import Scorer
+        from evals.tasks import TaskSet
+
+        recorded = self.record["entry"]["tasks"]
+        encoder = Encoder(load_tokenizer(self.package), model.config)
+        include = [tasks.include_path] if tasks.include_path else []
+        names = [f"{name}:{score['metric']}" for name, score in recorded.items()]
+        task_set = TaskSet.load(names, encoder=encoder, include_path=include)
+        for name, documents in self.record["lineage"].get("task_documents", {}).items():
+            if task_set.fingerprint(name, recorded[name]["split"]) != documents:
+                raise self.fail(f"the documents of task {name} at hand are not those that the report scored")
+        splits = {score["split"] for score in recorded.values()}
+        found = {split: Scorer(task_set, NetworkLM(model, encoder)).score(split) for split in splits}
+        self.result["task_scores"] = {}
+        for name, score in recorded.items():
+            value = found[score["split"]][name].value
+            # A document that is answered either way, and the rounding of a mean of many. A score that was computed on
+            # an accelerator, or not in float32, is another computation: within its own standard error.
+            allowed = max(1 / score["n"], 1e-4 * abs(score["value"]))
+            if (self.record["entry"].get("speed") or {}).get("dtype", "float32") != "float32":
+                allowed = max(allowed, score["stderr"] or 0)
+            if not abs(value - score["value"]) <= allowed:
+                raise self.fail(f"task {name} scores {value:.4f}, the report says {score['value']:.4f}")
+            self.result["task_scores"][name] = value
+        self.result["task_scores_equal"] = True
+
+    def reload(self, saved: Path, logits: Any) -> None:
+        """Saved by transformers and loaded again, quantized ones still quantized: the same logits."""
         from export.probe import logits_of
 
-        with tempfile.TemporaryDirectory(prefix="compressor-verify-") as folder:
-            model.save_pretrained(folder)
-            again = logits_of(self.load(Path(folder)), self.ids)
-        difference = (again - logits).abs().max().item()
+        if (read_json(saved / "config.json").get("quantization_config") is None) != (self.quantization is None):
+            raise self.fail("saved again, its configuration says otherwise whether it is quantized")
+        difference = (logits_of(self.load(saved), self.ids) - logits).abs().max().item()
         if not difference <= self.slack(logits):
             raise self.fail(f"saved and loaded again, its logits differ by {difference:.3g}")
         self.result["save_and_reload_equal"] = True
@@ -341,7 +400,9 @@ def _main(arguments: list[str]) -> int:
     jobs = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     found: dict[str, Any]
     try:
-        found = {"results": [check(Path(package), Path(ref) if ref else None) for package, ref in jobs]}
+        tasks = None if jobs["tasks"] is None else TaskFiles(**jobs["tasks"])
+        pairs = [(Path(package), Path(reference) if reference else None) for package, reference in jobs["packages"]]
+        found = {"results": [check(*pair, tasks) for pair in pairs]}
     except VerificationError as error:
         found = {"error": str(error)}
     except RequestError as error:

@@ -65,6 +65,7 @@ def test_every_reported_number_is_in_the_model_index() -> None:
     assert numbers["nas-compressor", "parameters"] == package["params"]
     assert numbers["nas-compressor", "bytes"] == package["bytes"]
     assert numbers["nas-compressor", "bits_per_weight"] == 8.25
+    assert numbers["nas-compressor", "bits_per_parameter"] == 9.5
     named = {one.dataset_type: one.metric_name for one in found if one.metric_type in ("acc", "decode_tps")}
     assert named["coin"] == "acc (near chance)"
     assert named["grammar"] == "acc"
@@ -94,8 +95,8 @@ def test_how_it_is_loaded() -> None:
     quantized = card_of(full_report(), "best-int8").text
     assert "pip install transformers compressed-tensors" in quantized
     assert "the speed there is that of floats" in quantized
-    data["packages"][0]["layout"] = "gguf"
-    assert "llama-cli" in card_of(data).text
+    data["packages"][0] |= {"layout": "gguf", "file": "model-f16.gguf"}
+    assert "llama-cli -m model-f16.gguf -n 40" in card_of(data).text
     named = code_block(card_of(full_report(), repo_id="me/tiny-small").text)
     assert 'name = "me/tiny-small"' in named
 

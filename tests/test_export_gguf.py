@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from test_elastic import CONFIGS
@@ -18,7 +20,15 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe
-from export.gguf_layout import TYPES, LlamaCpp, check_gguf, sample_texts, tokenizer_kind
+from export.gguf_layout import (
+    TYPES,
+    LlamaCpp,
+    check_gguf,
+    measure_speed,
+    sample_texts,
+    take_stored_weights,
+    tokenizer_kind,
+)
 from export.layouts import write_layout
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
@@ -102,6 +112,30 @@ def test_types(gguf_type: str, tmp_path: Path) -> None:
         assert result["max_abs_logprob_difference"] <= result["tolerance"] and report is None
 
 
+@pytest.mark.parametrize("gguf_type", ["f32", "q8_0", "q4_0"])
+def test_the_files_weights_can_be_scored_and_its_speed_measured(gguf_type: str, tmp_path: Path) -> None:
+    """The network with the file's weights says what llama.cpp says of the file."""
+    pytest.importorskip("xllamacpp")
+    model = tiny_llama(num_hidden_layers=5)
+    network = cut(model, AWKWARD)
+    info = write(tmp_path / "p", AWKWARD, network, gguf_type=gguf_type)
+    stored = take_stored_weights(copy.deepcopy(network), info.path)
+    for name, parameter in stored.named_parameters():
+        original = network.get_parameter(name)
+        error = (parameter - original).norm() / original.norm()
+        assert error <= {"f32": 0, "q8_0": 0.01, "q4_0": 0.15}[gguf_type]
+    ids = probe_ids()
+    mine = stored(input_ids=ids[:1]).logits[0].log_softmax(-1)
+    runtime = LlamaCpp(info.path / f"model-{gguf_type}.gguf", 64)
+    for position in (3, 11, 23):
+        theirs = runtime.log_probabilities(ids[0, : position + 1].tolist(), 5)
+        for token, value in theirs.items():
+            assert abs(mine[position, token] - value) <= (1e-3 if gguf_type == "f32" else 0.05)
+    speed = measure_speed(info.path, prompt=16, new=8, threads=1, repeats=1)
+    assert speed["runtime"] == "llama.cpp" and speed["dtype"] == gguf_type
+    assert speed["prefill_tps"] > 0 and speed["decode_tps"] > 0
+
+
 def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     good = write(tmp_path / "good", UNEVEN)
@@ -159,6 +193,8 @@ def test_what_llama_cpp_does_not_know_leaves_nothing(tmp_path: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(RequestError, match="pre-tokenizer"):
         write(tmp_path / "p", EVEN, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
+    with pytest.raises(RequestError, match="without merges"):
+        write(tmp_path / "p", EVEN, tokenizer=tiny.byte_tokenizer())
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
     with pytest.raises(RequestError, match="rotary embeddings of type 'yarn'"):
         write(tmp_path / "p", EVEN, cut(tiny_llama(rope_parameters=rope), EVEN))

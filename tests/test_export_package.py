@@ -11,9 +11,9 @@ import pytest
 import torch
 from export_networks import CHAT_TEMPLATE, EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from compressor.architecture import Architecture
+from compressor.architecture import Architecture, LayerSizes
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe
 from export import package as packages
@@ -80,6 +80,22 @@ def test_an_uneven_package_stops_a_loader_that_does_not_run_its_code(tmp_path: P
     (tmp_path / "p" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="uneven_llama"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+
+
+def test_what_vllm_reads_is_there(tmp_path: Path) -> None:
+    """Its Transformers backend: AutoModel, attention by interface, sizes by layer. Its DeciLM: `block_configs`."""
+    sizes = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 32), LayerSizes(0, 0, 64), LayerSizes(4, 2, 0))
+    config = AutoConfig.from_pretrained(write(Architecture(64, sizes), tmp_path / "p").path, trust_remote_code=True)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    assert type(model).__name__ == "UnevenLlamaModel" and model._supports_attention_backend
+    assert config.base_model_tp_plan and model.layers[1].mlp.up_proj.out_features == 32
+    blocks = config.block_configs
+    assert [(b.attention.no_op, b.ffn.no_op) for b in blocks] == [(False, False)] * 2 + [(True, False), (False, True)]
+    assert [b.ffn.intermediate_size for b in blocks[:3]] == [96, 32, 64] and blocks[0].attention.n_heads_in_group == 2
+    assert not hasattr(blocks[0].ffn, "ffn_mult")  # which would be rounded
+    other = AutoConfig.from_pretrained(write(UNEVEN, tmp_path / "q").path, trust_remote_code=True)
+    assert [layer.num_attention_heads for layer in other.per_layer_config][:2] == [4, 2]
+    assert other.block_configs is None
 
 
 def test_weights_are_stored_in_the_given_dtype(tmp_path: Path) -> None:

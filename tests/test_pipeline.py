@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from export_networks import tiny_tokenizer
 
 from compressor.cli import run
 from compressor.errors import RequestError
@@ -22,6 +23,7 @@ healing: {{tokens: 640}}
 quantizing: {{schemes: [int8, int4], iterations: {iterations}, samples: 4}}
 space: {{ffn.*: [32, 64], kv.*: [1, 2], layer.1: [0, 1]}}
 targets: {{max_params: [0.8]}}
+formats: [uneven, padded, gguf-q8_0, onnx]
 """
 
 
@@ -30,7 +32,9 @@ class Made:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = tiny.checkpoint(folder / "model")
+        marks = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        self.model = tiny.checkpoint(folder / "model", vocab_size=320, **marks)
+        tiny_tokenizer().save_pretrained(self.model)  # of a kind that llama.cpp knows
         self.data = tiny.data(folder / "data.jsonl", 300)
         self.tasks = tiny.task(folder / "tasks", documents=40)
         self.recipe = folder / "recipe.yaml"
@@ -73,16 +77,25 @@ def test_everything_is_where_it_should_be(made: Made) -> None:
 
 def test_the_report_says_what_is_on_disk(made: Made) -> None:
     report = made.report()
-    assert [package["name"] for package in report["packages"]] == ["best", "best-int8", "best-int4"]
-    best, int8, int4 = report["packages"]
+    names = ["best", "best-int8", "best-int4", "best-padded", "best-gguf-q8_0", "best-onnx"]
+    assert [package["name"] for package in report["packages"]] == names
+    best, int8, int4, padded, gguf, onnx = report["packages"]
     assert best["params"] <= 0.8 * report["base"]["params"]
     assert int4["bytes"] < int8["bytes"] < best["bytes"] < report["base"]["bytes"]
     for package in report["packages"]:
         folder = made.run / "packages" / package["name"]
-        assert package["bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        files = [file for pattern in ("*.safetensors", "*.gguf", "*.onnx", "*.data") for file in folder.glob(pattern)]
+        assert package["bytes"] == sum(file.stat().st_size for file in files)
         assert package["tasks"]["tiny_choice"]["split"] == "report"
-        assert package["verified"]["cached_equals_uncached"] is True
         assert package["speed"]["decode_tps"] > 0
+    for package in (best, int8, int4, padded):
+        assert package["verified"]["cached_equals_uncached"] is True
+        assert package["verified"]["save_and_reload_equal"] is True
+        scores = {task: score["value"] for task, score in package["tasks"].items()}
+        assert package["verified"]["task_scores"] == pytest.approx(scores, abs=1 / 20)
+    assert gguf["speed"]["runtime"] == "llama.cpp" and gguf["verified"]["tokenizer_equal"] >= 200
+    assert onnx["speed"]["runtime"] == "onnxruntime" and onnx["verified"]["cached_generation_equal"] is True
+    assert onnx["tasks"] == padded["tasks"] == best["tasks"]
     assert report["search"]["evaluations"] == 14 == len({point["key"] for point in report["search"]["points"]})
     assert len(report["samples"]) == 3 and set(report["samples"][0]["continuations"]) >= {"base", "best"}
     assert "best-int4" in (made.run / "report.html").read_text()
@@ -109,8 +122,9 @@ def test_run_again_it_does_nothing_anew(made: Made, capsys: pytest.CaptureFixtur
 
 def test_verify_and_evaluate_agree_with_the_report(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     package = made.run / "packages" / "best"
-    assert run(["verify", str(package), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["params"] == made.report()["packages"][0]["params"]
+    assert run(["verify", str(package), "--include-path", str(made.tasks), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task_scores_equal"] is True and found["params"] == made.report()["packages"][0]["params"]
     output = made.folder / "scores.json"
     arguments = ["evaluate", str(package), "--tasks", "tiny_choice", "--include-path", str(made.tasks)]
     assert run([*arguments, "--output", str(output)]) == 0

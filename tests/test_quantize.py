@@ -13,6 +13,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from export_networks import TEXTS, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_families import CONFIGS
 from torch import Tensor
 
 from compressor.architecture import Architecture, LayerSizes
@@ -22,14 +23,16 @@ from export.package import check_files, read_package, sha256, weight_bytes, writ
 from export.quantize import (
     SCHEMES,
     Quantized,
-    linear_widths,
+    SchemeName,
+    linear_layers,
+    linear_layers_of,
     pack_texts,
-    per_channel_int8,
     plan_groups,
     quantize_package,
     quantize_packages,
 )
-from export.verify import check, verify_all
+from export.rounding import packed, round_to_nearest
+from export.verify import BOUNDS, check, verify_all
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
 LAYERS = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 80), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
@@ -97,7 +100,7 @@ def test_stored_weights_are_the_originals_within_a_step(
     made = quantized[scheme]
     original = load_file(source / "model.safetensors")
     stored = load_file(made.package.path / "model.safetensors")
-    for module in linear_widths(source):
+    for module in linear_layers_of(source).widths:
         bits = 4 if scheme == "int4" and module not in ODD else 8
         value, step = dequantized(stored, module, bits)
         error = (value - original[f"{module}.weight"]).abs()
@@ -112,7 +115,7 @@ def test_stored_weights_are_the_originals_within_a_step(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Quantized], scheme: str) -> None:
     made = quantized[scheme]
-    widths = linear_widths(source)
+    widths = linear_layers_of(source).widths
     total = sum(rows * columns for rows, columns in widths.values())
     bits = 0
     for module, (rows, columns) in widths.items():
@@ -141,7 +144,7 @@ def test_the_package_is_whole_and_proved(source: Path, quantized: dict[str, Quan
     assert info.architecture == ARCHITECTURE
     assert info.quantization == scheme and info.verified is not None
     assert info.verified["mean_abs_logprob_difference"] <= info.verified["bound"]
-    for claim in ("padding_equal", "cached_equals_uncached", "tokenizer_equal"):
+    for claim in ("padding_equal", "cached_equals_uncached", "tokenizer_equal", "save_and_reload_equal"):
         assert info.verified[claim] is True
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling_uneven_llama.py"):
         assert (path / name).read_bytes() == (source / name).read_bytes()
@@ -178,15 +181,36 @@ def test_the_same_seed_gives_the_same_weights(source: Path, quantized: dict[str,
     assert made.package.files["model.safetensors"] == quantized["int4"].package.files["model.safetensors"]
 
 
-def test_without_data_weights_are_rounded_to_nearest(source: Path, tmp_path: Path) -> None:
-    made = quantize_package(source, tmp_path / "p", "int4", calibration=None, iterations=0)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_without_data_weights_are_rounded_to_nearest(
+    source: Path, quantized: dict[str, Quantized], scheme: SchemeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> str:
+        raise AssertionError("a child process was started where none is needed")
+
+    monkeypatch.setattr(quantize, "_run_child", never)
+    made = quantize_package(source, tmp_path / "p", scheme, calibration=None, iterations=0)
     stored = load_file(made.package.path / "model.safetensors")
+    tuned = load_file(quantized[scheme].package.path / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in stored.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
+    assert check(made.package.path)["mean_abs_logprob_difference"] <= BOUNDS[scheme] / 2
     original = load_file(source / "model.safetensors")
-    for module in linear_widths(source):
-        value, step = dequantized(stored, module, 8 if module in ODD else 4)
+    for module in linear_layers_of(source).widths:
+        value, step = dequantized(stored, module, 4 if scheme == "int4" and module not in ODD else 8)
         # Half a step, but for a group's largest weight: it may fall off the end of the codes by one.
         error = (value - original[f"{module}.weight"]).abs()
         assert (error <= 1.05 * step).all() and (error <= 0.51 * step).float().mean() > 0.95
+
+
+def test_networks_without_linear_layers_are_refused() -> None:
+    for name in ("gpt2", "qwen3_moe"):
+        with pytest.raises(
+            RequestError, match=f"{name} networks cannot be quantized: most of their weights are not in"
+        ):
+            linear_layers(CONFIGS[name]())
+    for name, outside in (("gpt_neox", 1), ("gemma3_text", 1), ("llama", 1), ("opt-projected", 3)):
+        assert len(linear_layers(CONFIGS[name]()).outside) == outside  # the head; OPT's projections around its layers
+    assert len(linear_layers(CONFIGS["phi3"]()).widths) == 4 * 4
 
 
 def test_group_sizes() -> None:
@@ -212,13 +236,18 @@ def test_group_sizes() -> None:
         plan_groups(widths, "int8", 64)
 
 
-def test_per_channel_int8_by_hand() -> None:
-    weight = torch.tensor([[1.27, -0.5, 0.0, 0.013, 0.4], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    packed = per_channel_int8(weight)
-    codes = unpack_from_int32(packed["weight_packed"], 8, weight.shape)
-    step = packed["weight_scale"][0].float()
+def test_rounding_by_hand() -> None:
+    weight = torch.tensor([[1.27, -0.5, 0.0, 0.013, 0.4, -0.64], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    codes, scale = round_to_nearest(weight, 8, -1)
+    step = scale[0].item()
     assert 0.01 <= step <= 0.01 * (1 + 2**-7)
-    assert codes[0].tolist() == [round(w / step.item()) for w in weight[0].tolist()] and not codes[1].any()
+    assert codes[0].tolist() == [round(w / step) for w in weight[0].tolist()] and not codes[1].any()
+    codes, scale = round_to_nearest(weight, 4, 3)
+    assert codes[0].tolist() == [-8, 3, 0, 0, 5, -8] and scale.shape == (2, 2)
+    assert scale[0, 0] < 0 < scale[0, 1]
+    stored = packed(weight, 4, 3)
+    assert torch.equal(unpack_from_int32(stored["weight_packed"], 4, weight.shape), codes)
+    assert stored["weight_shape"].tolist() == [2, 6] and torch.equal(stored["weight_scale"], scale)
 
 
 def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from export_networks import EVEN, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
-from export.package import read_package, sha256, write_package
-from export.verify import check, verify, verify_all
+from compressor.families import base_architecture
+from evals.encoding import Encoder
+from evals.network import NetworkLM
+from evals.scoring import Scorer
+from evals.tasks import TaskSet
+from export.package import read_package, sha256, update_record, write_package
+from export.verify import TaskFiles, check, verify, verify_all
 
 NETWORKS = {"even": EVEN, "uneven": UNEVEN}
 
@@ -134,6 +141,40 @@ def test_another_tokenizer_is_found(package: Path) -> None:
     (package / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(VerificationError, match="the tokenizer gives"):
         check(package)
+
+
+def test_reported_scores_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fresh process that finds the same documents; another score or other documents are said."""
+    files = tiny.task(tmp_path / "tasks")
+    model = LlamaForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "base")).eval()
+    tokenizer = tiny.byte_tokenizer()
+    encoder = Encoder(tokenizer, model.config)
+    tasks = TaskSet.load(["tiny_choice"], encoder=encoder, include_path=[files])
+    score = Scorer(tasks, NetworkLM(model, encoder)).score("report")["tiny_choice"]
+    entry = {
+        "name": "best",
+        "architecture": base_architecture(model.config).to_dict(),
+        "tasks": {
+            "tiny_choice": {"metric": "acc", "value": score.value, "stderr": 0.1, "n": score.n, "split": "report"}
+        },
+    }
+    documents = {"task_documents": {"tiny_choice": tasks.fingerprint("tiny_choice", "report")}}
+    package = tmp_path / "best"
+    write_package(model, package, tokenizer=tokenizer, entry=entry, dtype=torch.float32, lineage=documents)
+    config = files / "tiny_choice.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path), "."))  # as seen from where the user is
+    monkeypatch.chdir(tmp_path)
+    found = verify(package, record=True, tasks=TaskFiles("tasks"))
+    assert found["task_scores"] == {"tiny_choice": score.value} and found["task_scores_equal"] is True
+    assert read_package(package).verified == found and "task_scores" not in check(package)
+
+    entry["tasks"]["tiny_choice"]["value"] += 2 / score.n  # type: ignore[index]
+    update_record(package, entry=entry)
+    with pytest.raises(VerificationError, match=r"task tiny_choice scores 0\.\d+, the report says"):
+        check(package, tasks=TaskFiles(str(files)))
+    tiny.task(tmp_path / "tasks", documents=30)
+    with pytest.raises(VerificationError, match="the documents of task tiny_choice at hand are not those"):
+        check(package, tasks=TaskFiles(str(files)))
 
 
 def test_a_broken_cache_is_found(package: Path, packages: Path, tmp_path: Path) -> None:

@@ -114,10 +114,10 @@ def build_standalone(config: Any) -> nn.Module:
     """An empty (meta device) standalone model for a configuration from `standalone_config`."""
     from transformers import AutoModelForCausalLM
 
-    plain = config.model_type.removeprefix("uneven_")
+    family = family_of_standalone(config)
     with torch.device("meta"):
-        if plain != config.model_type:
-            _, model_class = uneven_classes(families()[plain])
+        if family.model_type != config.model_type:
+            _, model_class = uneven_classes(family)
             return model_class(config)
         return AutoModelForCausalLM.from_config(config)
 
@@ -135,17 +135,26 @@ def extract(model: nn.Module, structure: Structure, architecture: Architecture) 
         part = sliced(tensor, model.get_parameter(tensor.name).detach(), structure, architecture)
         if part is not None:
             weights[renumbered(tensor.name, family, architecture)] = part.clone(memory_format=torch.contiguous_format)
-    device = next(iter(weights.values())).device
-    dtype = next(iter(weights.values())).dtype
-    missing, unexpected = standalone.load_state_dict(weights, strict=False, assign=True)
-    tied = {family.head} if structure.tied else set()
-    if unexpected or set(missing) - tied:
-        raise RuntimeError(f"the extracted network misses {missing} and does not know {unexpected}")
-    standalone.tie_weights()
-    materialise_buffers(standalone, device)
-    standalone.config.dtype = dtype
     standalone.generation_config = copy.deepcopy(model.generation_config)
+    return fill(standalone, weights)
+
+
+def fill(standalone: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """Give an empty (meta device) standalone model its weights, which it keeps; a tied head needs none of its own."""
+    first = next(iter(weights.values()))
+    missing, unexpected = standalone.load_state_dict(weights, strict=False, assign=True)
+    tied = {family_of_standalone(standalone.config).head} if standalone.config.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"the network misses {missing} and does not know {unexpected}")
+    standalone.tie_weights()
+    materialise_buffers(standalone, first.device)
+    standalone.config.dtype = first.dtype
     return standalone.eval()
+
+
+def family_of_standalone(config: Any) -> Family:
+    """The family of a configuration from `standalone_config`, plain or uneven."""
+    return families()[config.model_type.removeprefix("uneven_")]
 
 
 def materialise_buffers(model: nn.Module, device: torch.device) -> None:

@@ -27,6 +27,9 @@ Everything else is transformers' own {{ plain }}.
 {% if family.attention_resized -%}
 import copy
 
+{% elif family.model_type == "llama" -%}
+from types import SimpleNamespace
+
 {% endif -%}
 import transformers
 from torch import nn
@@ -47,6 +50,23 @@ class Uneven{{ config }}({{ config }}):
 
     # {{ plain }} reads some sizes from the global configuration (as defaults only); its layers get their own below.
     allow_global_per_layer_attribute_access = property(lambda self: True, lambda self, value: None)
+    {%- if family.model_type == "llama" %}
+
+    @property
+    def block_configs(self):
+        """The sizes as vLLM's DeciLMForCausalLM reads them; None where query heads differ by layer."""
+        blocks = []
+        for sizes in self.per_layer_config:
+            skip, heads = getattr(sizes, "skip", []), sizes.num_attention_heads
+            if "attention" not in skip and heads != self.num_attention_heads:
+                return None
+            attention = SimpleNamespace(
+                no_op="attention" in skip, n_heads_in_group=heads // sizes.num_key_value_heads
+            )
+            ffn = SimpleNamespace(no_op="mlp" in skip, intermediate_size=sizes.intermediate_size)
+            blocks.append(SimpleNamespace(attention=attention, ffn=ffn))
+        return blocks
+    {%- endif %}
 
 
 class RemovedAttention(nn.Module):

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
+from compressor.elastic.streaming import StreamedNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks
 from compressor.finetune.elastic import heal
@@ -25,14 +24,13 @@ from compressor.stages.measuring import measure_packages
 def export(job: Job) -> list[dict[str, Any]]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
     from export.package import read_record
-    from export.verify import verify_all
+    from export.verify import TaskFiles, verify_all
 
     recipe, run = job.recipe, job.run
     if not run.picks.is_file():
         raise RequestError(f"{run.path}: nothing was picked yet; run compressor pick")
     manifest = run.manifest(run.supernet) or {}
     run.packages.mkdir(exist_ok=True)
-    supernet = job.load_supernet()
     base = job.load_base()
     blocks = training_blocks(job, recipe.healing.tokens or 0)
     written: list[str] = []
@@ -59,15 +57,14 @@ def export(job: Job) -> list[dict[str, Any]]:
                 "target": picked["target"],
                 "versions": versions(),
             }
-            network = shipped_network(job, supernet, base, blocks, name, architecture, lineage)
+            network = shipped_network(job, base, blocks, name, architecture, lineage)
             reference = Path(scratch) / f"{name}.safetensors"
             write_packages(job, name, architecture, network, blocks, folders, lineage, reference)
             proofs += [(folder, reference) for folder in folders]
+        measure_packages(job, base, written)
         if proofs:
             say(f"proving {len(proofs)} packages in a fresh process")
-            verify_all(proofs, record=True, log=run.log_file)
-    # llama.cpp files are proved against llama.cpp; lm-eval's tasks are scored where transformers can load.
-    measure_packages(job, base, [name for name in written if not name.endswith("-gguf")])
+            verify_all(proofs, record=True, log=run.log_file, tasks=TaskFiles(recipe.include_path))
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name)["entry"] for name in written]
 
@@ -123,7 +120,8 @@ def write_packages(
             progress.advance(blocks_to_do - progress.done)
     for folder in others[len(quantizing.schemes) :]:
         layout = folder.name.removeprefix(f"{name}-")
-        write_layout(layout, network, architecture, folder, entry=entry | {"name": folder.name}, **options)
+        copied = options | {"entry": entry | {"name": folder.name}, "lineage": lineage | {"copy_of": name}}
+        write_layout(layout, network, architecture, folder, **copied)
 
 
 def made_from(folder: Path, inputs: Any) -> bool:
@@ -138,19 +136,21 @@ def made_from(folder: Path, inputs: Any) -> bool:
 
 def shipped_network(
     job: Job,
-    supernet: SuperNetwork,
     base: Any,
     blocks: Blocks,
     name: str,
     architecture: Architecture,
     lineage: dict[str, Any],
 ) -> Any:
-    """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`)."""
+    """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`).
+
+    It is cut out of the super-network's files, of which no more than one tensor at a time is in memory.
+    """
     from export.package import RECORD, read_record, write_package
 
     recipe, run = job.recipe, job.run
     run.subnets.mkdir(exist_ok=True)
-    network = extract(supernet.model, job.structure, architecture)
+    cut = StreamedNetwork(run.supernet, job.checkpoint.config, job.structure, architecture)
     entry = {"name": name, "architecture": architecture.to_dict()}
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
@@ -158,7 +158,8 @@ def shipped_network(
         "dtype": job.stored_dtype,
         "lineage": lineage,
     }
-    write_package(network, run.subnets / f"{name}-sliced", **options)
+    write_package(cut, run.subnets / f"{name}-sliced", **options)
+    network = cut.built(job.compute_dtype, job.device)
     if not recipe.healing.tokens:
         return network
     healed = run.subnets / name

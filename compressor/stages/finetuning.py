@@ -21,6 +21,7 @@ from compressor.finetune.overlap import RUN, Overlap
 from compressor.finetune.sources import Row, plain_text
 from compressor.job import Job
 from compressor.progress import say
+from export.package import weight_files
 
 CALIBRATION_BLOCKS = 64
 
@@ -83,7 +84,8 @@ def finetune(job: Job) -> dict[str, Any]:
             save_ordering(order, folder / "ordering.safetensors", {"criterion": recipe.finetuning.ordering})
             (folder / "training.safetensors").unlink(missing_ok=True)
             # As stored, so that what is searched is what will be shipped, bit for bit.
-            model.to(job.stored_dtype).save_pretrained(folder)
+            # Under the names of the parameters, so that sub-networks can be cut out of the files.
+            model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
             job.tokenizer.save_pretrained(folder)
             facts["weights"] = weights_fingerprint(folder)
             facts["finetune"] = {
@@ -189,7 +191,7 @@ def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = 
 
 def weights_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         if file.name != "ordering.safetensors":
             digest.update(file.name.encode())
             with file.open("rb") as data:

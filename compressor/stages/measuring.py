@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import redirect_stderr
 from io import StringIO
 from itertools import islice
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 def measure_packages(job: Job, base: Any, names: list[str]) -> None:
     """Score base and packages on the report split, time them side by side, and record it in each package.
 
-    Scores are rows of evaluations.db like any other, so nothing is scored twice.
+    Scores are rows of evaluations.db like any other, so nothing is scored twice. What transformers does not load is
+    timed in its own runtime. A gguf file is scored with the weights that it holds, and a graph scores what the package
+    scores that it is a copy of: that both compute the same in their runtimes is for the proof to say.
     """
     from evals.speed import compare_speed
     from export.card import read_base_card
@@ -34,29 +37,41 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
 
     run = job.run
     job.threads(scoring=True)
-    models = {"base": base} | {name: load_package(run.packages / name, job.compute_dtype, job.device) for name in names}
+    records = {name: read_record(run.packages / name) for name in names}
+    loadable = [name for name in names if records[name]["entry"]["layout"] in ("uneven", "uniform", "padded")]
+    models = {"base": base} | {
+        name: load_package(run.packages / name, job.compute_dtype, job.device) for name in loadable
+    }
     run.search.mkdir(exist_ok=True)
-    with EvaluationStore(run.evaluations) as store, bar("scoring the packages", len(models)) as progress:
-        scores = {}
-        for name, model in models.items():
-            weights = job.base_fingerprint if name == "base" else weights_fingerprint(run.packages / name)
-            architecture = job.structure.base
-            if name != "base":
-                architecture = Architecture.from_dict(read_record(run.packages / name)["entry"]["architecture"])
-            scores[name] = report_scores(job, store, model, architecture, weights)
+    with EvaluationStore(run.evaluations) as store, bar("scoring the packages", 1 + len(names)) as progress:
+        scores = {"base": report_scores(job, store, base, job.structure.base, job.base_fingerprint)}
+        progress.advance(note="base")
+        for name, record in records.items():
+            layout, origin = record["entry"]["layout"], record["lineage"].get("copy_of", name)
+            if layout in ("onnx", "openvino"):
+                scores[name] = scores[origin]
+            else:
+                folder, model = run.packages / name, models.get(name, models[origin])
+                architecture = Architecture.from_dict(record["entry"]["architecture"])
+                if layout == "gguf":
+                    model = gguf_network(model, folder)
+                scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(folder))
             progress.advance(note=name)
     say("timing base and packages side by side")
     job.threads(scoring=True)
-    speeds = compare_speed(models)
+    speeds = {name: speed.to_dict() for name, speed in compare_speed(models).items()}
+    for name in set(names) - set(loadable):
+        speeds[name] = speed_in_its_runtime(run.packages / name, records[name], speeds["base"])
     base_values = {task: score["value"] for task, score in scores["base"].items()}
     for name in names:
         values = {task: score["value"] for task, score in scores[name].items()}
         measured = {
             "tasks": scores[name],
             "quality": relative_quality(job, values, base_values),
-            "speed": speeds[name].to_dict(),
+            "speed": speeds[name],
         }
-        update_record(run.packages / name, entry=measured)
+        documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
+        update_record(run.packages / name, entry=measured, lineage={"task_documents": documents})
     write_json(
         run.packages / "base.json",
         {
@@ -70,7 +85,7 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
                 "card": read_base_card(job.checkpoint.path).model_dump(),
                 "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
                 "tasks": scores["base"],
-                "speed": speeds["base"].to_dict(),
+                "speed": speeds["base"],
             },
             "packages": names,
             "samples": samples(job, {"base": base} | {n: m for n, m in models.items() if n != "base"}),
@@ -92,6 +107,23 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
     return model
+
+
+def gguf_network(model: Any, package: Path) -> Any:
+    """A copy of the network in `model` that has the weights which a gguf package's file holds."""
+    from export.gguf_layout import take_stored_weights
+
+    return take_stored_weights(copy.deepcopy(model), package)
+
+
+def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
+    from export import gguf_layout, graphs
+
+    work = {"prompt": like["prompt"], "new": like["new"], "threads": like["threads"] or 1}
+    if record["entry"]["layout"] == "gguf":
+        return gguf_layout.measure_speed(package, **work)
+    return graphs.measure_speed(package, record, **work)
 
 
 def report_scores(

@@ -1,0 +1,143 @@
+"""What quantization costs and saves: held-out bits per byte, bytes on disk, speed where it is not undone at load.
+
+    python benchmarks/quantization.py [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64]
+        [--schemes int8,int8-dynamic,int4]
+
+The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
+written for llama.cpp and ONNX Runtime. Text that no variant saw is scored by transformers with each one's weights, as
+unpacked; speed is llama.cpp's and ONNX Runtime's own, one thread, batch 1, prompt 128, 128 new tokens. Without
+arguments: the bundled checkpoint on generated text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor import demo
+from compressor.checkpoint import open_checkpoint
+from compressor.stages.measuring import load_package
+from export import gguf_layout, graphs
+from export.layouts import write_layout
+from export.package import read_record
+from export.quantize import SCHEMES, pack_texts, quantize_packages
+
+HELD_OUT = 200
+"""Documents at the end of the data that no variant sees."""
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """Of texts joined end to end and read in windows of the context (256 tokens at most), first tokens left out."""
+    stream = [token for text in texts for token in tokenizer(text).input_ids]
+    length = min(256, model.config.max_position_embeddings)
+    rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    nats, shown = 0.0, 0
+    for ids in rows.split(16):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        shown += sum(len(tokenizer.decode(row).encode()) for row in ids[:, 1:].tolist())
+    return nats / math.log(2) / shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--iterations", type=int, default=200, help="0: nothing is tuned")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="empty: only what is for other runtimes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.data is None:
+            arguments.data = folder / "text.jsonl"
+            demo.training_text(arguments.data, n_documents=3000, seed=1)
+        texts = [json.loads(line)["text"] for line in arguments.data.read_text(encoding="utf-8").splitlines()]
+        run(arguments, folder, texts[:-HELD_OUT], texts[-HELD_OUT:])
+
+
+def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: list[str]) -> None:
+    checkpoint = open_checkpoint(arguments.checkpoint)
+    tokenizer = checkpoint.load_tokenizer()
+    architecture = checkpoint.structure.base
+    network = checkpoint.load_model(torch.float32, torch.device("cpu"))
+    options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": checkpoint.config.dtype}
+    whole = folder / "whole"
+
+    def write(layout: str, destination: Path) -> Path:
+        entry = {"name": destination.name, "architecture": architecture.to_dict()}
+        write_layout(layout, network, architecture, destination, entry=entry, **options)
+        return destination
+
+    write("uneven", whole)
+    calibration = pack_texts(whole, seen, 256)[: arguments.samples]
+    reference = bits_per_byte(network, tokenizer, held_out)
+    float32 = 4 * sum(parameter.numel() for parameter in network.parameters())
+    print(
+        f"{Path(arguments.checkpoint).name}, float32 {float32:,} bytes, {len(calibration)} calibration sequences, "
+        f"tuned {arguments.iterations} steps a block\n"
+    )
+    print("| package | bytes | of float32 | bits per weight | bits per byte | change | prefill / decode tokens/s | s |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    def row(what: str, package: Path, seconds: float, model: Any = None) -> None:
+        record = read_record(package)
+        model = model or load_package(package, torch.float32, torch.device("cpu"))
+        found = bits_per_byte(model.eval(), tokenizer, held_out)
+        report, speed = record["entry"].get("quantization_report"), ""
+        work = {"prompt": 128, "new": 128, "threads": 1}
+        if record["entry"]["layout"] in ("gguf", "onnx"):
+            timed = (
+                gguf_layout.measure_speed(package, **work)
+                if record["entry"]["layout"] == "gguf"
+                else graphs.measure_speed(package, record, **work)
+            )
+            speed = f"{timed['prefill_tps']:,.0f} / {timed['decode_tps']:,.0f} ({timed['runtime']})"
+        cells = [
+            what,
+            f"{record['entry']['bytes']:,}",
+            f"{record['entry']['bytes'] / float32:.3f}",
+            f"{report['bits_per_weight']:.2f}" if report else "",
+            f"{found:.4f}",
+            f"{100 * (found / reference - 1):+.2f} %",
+            speed,
+            f"{seconds:.0f}",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+    row("as it is", whole, 0, network)
+    for how, data, iterations in (
+        ("data-free", None, 0),
+        ("untuned", calibration, 0),
+        ("tuned", calibration, arguments.iterations),
+    ):
+        if how == "tuned" and not iterations:
+            continue
+        for scheme in filter(None, arguments.schemes.split(",")):
+            began = time.monotonic()
+            made = quantize_packages(
+                whole, {scheme: folder / f"{scheme}-{how}"}, calibration=data, iterations=iterations
+            )
+            row(f"{scheme}, {how}", made[0].package.path, time.monotonic() - began)
+    for layout in ("gguf-f32", "gguf", "gguf-q8_0", "gguf-q4_0"):
+        began = time.monotonic()
+        package = write(layout, folder / layout)
+        stored = gguf_layout.take_stored_weights(copy.deepcopy(network), package)
+        row(layout, package, time.monotonic() - began, stored)
+    began = time.monotonic()
+    package = write("onnx", folder / "onnx")
+    row("onnx", package, time.monotonic() - began, network)
+
+
+if __name__ == "__main__":
+    main()

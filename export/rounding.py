@@ -1,0 +1,121 @@
+"""Weights rounded to nearest, in compressed-tensors' stored form: tensor by tensor, without data, without a model.
+
+This is what the data-free packages hold, and in tuned ones the layers that AutoRound leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.elastic.streaming import WeightFiles
+from export.package import WeightWriter
+
+_NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}
+_DYNAMIC = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+    "group_size": None,
+}
+CHANNEL_INT8 = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+    "group_size": None,
+}
+CHANNEL_GROUP = {"targets": ["Linear"], "weights": CHANNEL_INT8, **_NO_ACTIVATIONS, "format": "pack-quantized"}
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] (int8) and scales [out, groups] (bfloat16) of a linear layer's weight [out, in].
+
+    `group_size` input channels share a scale; -1: all of them. Weights are rounded against the scale as it is stored.
+    """
+    rows, columns = weight.shape
+    groups = weight.float().unflatten(1, (-1, columns if group_size < 0 else group_size))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    lowest = -(2 ** (bits - 1))
+    if bits < 8:
+        # Codes reach one step further below zero than above: the scale's sign puts the largest weight there.
+        scale = (torch.where(-low > high, low, high) / lowest).to(torch.bfloat16)
+    else:
+        # A step is worth less than what the scale's own rounding could clip: it is rounded up instead.
+        scale = (torch.maximum(-low, high) / 127 * (1 + 2**-8)).to(torch.bfloat16)
+    step = scale.float()
+    codes = (groups / torch.where(step == 0, 1.0, step)).round_().clamp_(lowest, -lowest - 1)
+    return codes.to(torch.int8).view(rows, columns), scale.squeeze(-1)
+
+
+def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+    """A linear layer's tensors as `pack-quantized` names and stores them: codes in words of 32 bits."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes, scale = round_to_nearest(weight, bits, group_size)
+    return {
+        "weight_packed": pack_to_int32(codes, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def round_files(
+    source: Path,
+    target: Path,
+    *,
+    scheme: str,
+    group_size: int,
+    linear: Sequence[str],
+    left_out: Sequence[str],
+    ignored: Sequence[str],
+) -> dict[str, Any]:
+    """Write `source`'s weights to `target`, the layers named in `linear` rounded; those in `left_out` to 8 bits.
+
+    Returns the quantization configuration, by which linear layers in `ignored` are as they were.
+    Memory for a few tensors and shards is enough.
+    """
+    files = WeightFiles(source)
+    with WeightWriter(target) as weights:
+        for name in files:
+            tensor = files.read(name)
+            module, _, part = name.rpartition(".")
+            if module not in linear or part != "weight":
+                weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+                continue
+            if scheme == "int8-dynamic":
+                codes, scale = round_to_nearest(tensor, 8, -1)
+                stored = {"weight": codes, "weight_scale": scale}
+            else:
+                four = scheme == "int4" and module not in left_out
+                stored = packed(tensor, 4, group_size) if four else packed(tensor, 8, -1)
+            for suffix, value in stored.items():
+                weights.add(f"{module}.{suffix}", value)
+    groups = {"group_0": CHANNEL_GROUP}
+    if scheme == "int8-dynamic":
+        groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
+    elif scheme == "int4":
+        four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": group_size}
+        groups = {"group_0": {**CHANNEL_GROUP, "weights": four_bits}}
+        if left_out:
+            groups["group_0"]["targets"] = [name for name in linear if name not in left_out]
+            groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
+    return configuration(groups, ignored=list(ignored))
+
+
+def configuration(groups: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """`quantization_config` of a compressed-tensors checkpoint whose groups share one format."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": groups["group_0"]["format"],
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }
