@@ -1,6 +1,6 @@
 """Is there something to win and to lose on the bundled checkpoint? Base and untrained random sub-networks, by task.
 
-    python benchmarks/demo_checkpoint.py [--share 0.67] [--networks 10]
+    python -m benchmarks.demo_checkpoint [--share 0.67] [--networks 10]
 
 Sub-networks are drawn at random from the `fine` space near `--share` of the parameters, cut from the ordered base
 (calibrated on generated text) without any training, and scored on all documents of the bundled tasks.

@@ -1,6 +1,6 @@
 """What the elastic network costs beside plain ones: time of a pass, time of a switch, memory.
 
-    python benchmarks/elastic.py [--checkpoint DIR ...] [--rounds 40] [--tokens 128]
+    python -m benchmarks.elastic [--checkpoint DIR ...] [--rounds 40] [--tokens 128]
 
 Times are paired: each round runs both networks of a pair, first one then the other, in turns; the cell is the median
 over the rounds of the ratio of their times, with its quartiles. The plain model is a second copy that was never made

@@ -1,6 +1,6 @@
 """Which sampler, draw and loss fine-tune a super-network best? Held-out loss of four sub-networks, the same tokens.
 
-    python benchmarks/finetune.py [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
+    python -m benchmarks.finetune [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
 first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the

@@ -1,6 +1,6 @@
 """What does a step of the elastic fine-tuning cost, beside plain steps of its members cut out? Time and memory, paired.
 
-    python benchmarks/finetune_cost.py [MODEL --data FILE] [--repeats 10]
+    python -m benchmarks.finetune_cost [MODEL --data FILE] [--repeats 10]
 
 A sandwich of the largest, the uniform cut to 0.67 and the smallest. Forward and backward passes only, as the optimizer
 steps once for all of them; repeats are interleaved, medians are compared. Memory is the peak of what torch allocates

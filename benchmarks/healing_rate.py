@@ -1,6 +1,6 @@
 """Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
 
-    python benchmarks/healing_rate.py MODEL --data FILE [--tokens 100000] [--rates 1e-3,3e-3,6e-3] [--batches 4,16]
+    python -m benchmarks.healing_rate MODEL --data FILE [--tokens 100000] [--rates 1e-3,3e-3,6e-3] [--batches 4,16]
 
 A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation. Without
 MODEL: the bundled checkpoint on generated text.

@@ -1,6 +1,6 @@
 """Which ordering of neurons and heads is best? Held-out loss of untrained sub-networks, cut alike in every layer.
 
-    python benchmarks/ordering.py [MODEL --data FILE] [--seeds 5] [--blocks 64]
+    python -m benchmarks.ordering [MODEL --data FILE] [--seeds 5] [--blocks 64]
 
 Every criterion sees the same calibration blocks; the loss is measured on blocks from the other end of the data. A
 size is reached by the number of head groups and the FFN width that come nearest to it, the two shares as equal as they

@@ -1,6 +1,6 @@
 """Two other tools do the same cut as ours, on the same checkpoint, in a virtual environment of their own.
 
-    python benchmarks/peers.py [--checkpoint DIR] [--data FILE] [--python PYTHON_OF_THE_PEERS]
+    python -m benchmarks.peers [--checkpoint DIR] [--data FILE] [--python PYTHON_OF_THE_PEERS]
 
 mergekit's passthrough merge keeps the layers that our ShortGPT baseline keeps: the logits must be equal. optipfair
 narrows the FFN by its L2 and MAW criteria; ours by magnitude, Wanda and Taylor, at the same width: held-out loss of

@@ -1,6 +1,6 @@
 """The result of a run as a Markdown table, from its report.json: what docs/results.md shows.
 
-python benchmarks/run_table.py runs/stories
+python -m benchmarks.run_table runs/stories
 """
 
 from __future__ import annotations

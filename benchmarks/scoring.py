@@ -1,6 +1,6 @@
 """Seconds to score one candidate: lm-eval's HFLM on sliced networks and over the super-network, and ours.
 
-    python benchmarks/scoring.py [--checkpoint DIR --include-path DIR --tasks A,B] [--output FILE --minutes 5] \\
+    python -m benchmarks.scoring [--checkpoint DIR --include-path DIR --tasks A,B] [--output FILE --minutes 5] \\
         [--ablation]
 
 Candidates are the second generation of the default search (the children of a measured first generation) at a target

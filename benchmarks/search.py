@@ -1,9 +1,9 @@
 """What the search is worth, in four parts; each prints the Markdown table of docs/results.md and can draw its plot.
 
-    python benchmarks/search.py space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
-    python benchmarks/search.py fine        hypervolume against evaluations and seconds in the space `fine`
-    python benchmarks/search.py ranks       scores inside the super-network against scores after slicing and healing
-    python benchmarks/search.py overhead    the share of a search's time that is not evaluation
+    python -m benchmarks.search space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
+    python -m benchmarks.search fine        hypervolume against evaluations and seconds in the space `fine`
+    python -m benchmarks.search ranks       scores inside the super-network against scores after slicing and healing
+    python -m benchmarks.search overhead    the share of a search's time that is not evaluation
 
 Without options: the bundled checkpoint and one of its own tasks. Whatever is measured goes into `--run`, a run of the
 product's own, so that a second call measures nothing again.
@@ -12,7 +12,6 @@ product's own, so that a second call measures nothing again.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,8 +23,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
-
-sys.path.remove(str(Path(__file__).parent))  # this file's name would hide the package of the same name
 
 from compressor import demo, pipeline
 from compressor.architecture import Architecture

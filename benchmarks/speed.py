@@ -1,6 +1,6 @@
 """How well does a table of timings predict the speed of sub-networks that were never timed?
 
-    python benchmarks/speed.py [--checkpoint DIR | --shape 100M] [--networks 50] [--output FILE] [--minutes 5]
+    python -m benchmarks.speed [--checkpoint DIR | --shape 100M] [--networks 50] [--output FILE] [--minutes 5]
 
 The networks of the table's design, then unseen ones drawn from the `fine` space at 0.4 to 1.0 of the parameters, are
 cut out and timed in turns with the base: reading a prompt of 128 tokens, and one token half-way through writing 128,
