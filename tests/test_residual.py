@@ -10,12 +10,16 @@ import pytest
 import torch
 from export_networks import tiny_tokenizer
 from tiny_families import CONFIGS, random_architecture, tiny_network
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
+from compressor.finetune.data import Batch
+from compressor.finetune.forward import Recorder, trace
 from compressor.finetune.idle import idle_slices
+from compressor.finetune.losses import Loss
 from export.package import write_package
 from search.space import SearchSpace
 
@@ -95,6 +99,25 @@ def test_gradients_of_a_narrow_residual_reach_its_channels_only() -> None:
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.gate_proj.weight"):
         gradient = model.get_parameter(name).grad
         assert gradient[:, :24].abs().sum() > 0 and gradient[:, 24:].abs().sum() == 0
+
+
+def test_a_narrower_student_learns_from_the_whole_network() -> None:
+    model = tiny_network("llama")
+    supernet = SuperNetwork(model)
+    batch = Batch(IDS, IDS, torch.arange(IDS.shape[1]).expand_as(IDS))
+    with Recorder(supernet, layers=True, attention=True) as recorder:
+        full = logits(model)[:, :-1].log_softmax(-1)
+        teacher = trace(model, batch, recorder).detached()
+        with supernet.activated(replace(supernet.base, hidden_size=24)):
+            student = trace(model, batch, recorder)
+            narrow = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+            expected = F.kl_div(narrow, full, log_target=True, reduction="sum") / narrow[..., 0].numel()
+            loss = Loss({"kl": 1.0})(student, teacher)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+            loss.backward()
+            assert torch.isfinite(Loss({"relations": 1.0, "hidden": 1.0})(student, teacher))
+    assert model.lm_head.weight.grad[:, :24].abs().sum() > 0 and model.lm_head.weight.grad[:, 24:].abs().sum() == 0
+    assert "weight" not in model.lm_head.__dict__
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:

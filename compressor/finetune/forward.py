@@ -135,7 +135,7 @@ def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> Trace:
         batch,
         hidden[:, :-1][batch.learnt],
         batch.labels[:, 1:][batch.learnt],
-        partial(head_of, model),
+        partial(head_of, model, weight=model.get_output_embeddings().weight),
         model.config.vocab_size,
         recorder.head_dim if recorder else 0,
         dict(recorder.layers) if recorder else {},
@@ -143,15 +143,24 @@ def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> Trace:
     )
 
 
-def head_of(model: Any, hidden: Tensor) -> Tensor:
+def head_of(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
     """Logits [tokens, vocabulary] by the model's own forward pass, which may scale or cap them.
 
-    The decoder is shadowed by a function that returns `hidden`, the way a removed block is shadowed.
+    The decoder is shadowed by a function that returns `hidden`, the way a removed block is shadowed. `weight` is the
+    head's when `hidden` was computed: a sub-network with another residual width may be active by now.
     """
     parent, name = decoder_of(model)
+    head = model.get_output_embeddings().__dict__
+    active = head.get("weight")
     parent.__dict__[name] = lambda *args, **kwargs: _Passed(hidden[None])
+    if weight is not None:
+        head["weight"] = weight
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
     finally:
         del parent.__dict__[name]
+        if active is not None:
+            head["weight"] = active
+        else:
+            head.pop("weight", None)

@@ -71,10 +71,10 @@ def _scores(projected: Tensor, heads: int) -> Tensor:
 def hidden(student: Trace, teacher: Trace) -> Tensor:
     """One minus the cosine between teacher's and student's hidden states, mean over tokens and the student's layers.
 
-    The residual width is one and the same, so nothing needs to be projected.
+    A student's residual channels are the first of the teacher's, so nothing needs to be projected.
     """
     distances = [
-        1 - F.cosine_similarity(states.float(), teacher.layers[index].float(), dim=-1).mean()
+        1 - F.cosine_similarity(states.float(), teacher.layers[index][..., : states.shape[-1]].float(), dim=-1).mean()
         for index, states in student.layers.items()
     ]
     return torch.stack(distances).mean()
