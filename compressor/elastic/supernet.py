@@ -183,6 +183,8 @@ class SuperNetwork:
         counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)
         for slot in self._residual:
             slot.show(counts, kept)
+            if isinstance(slot.module, nn.LayerNorm):
+                slot.module.normalized_shape = (hidden_size,)
 
     def _activate_layer(self, index: int, layer: nn.Module, architecture: Architecture) -> None:
         family, sizes, full = self.family, architecture.layers[index], self.base.layers[index]
