@@ -67,7 +67,17 @@ def ratio(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> str:
 def peak(checkpoint: str, elastic: bool, tokens: int) -> int:
     """Largest resident memory, in bytes, of a process that loads the model and runs it, in full and as sub-networks."""
     step = "elastic" if elastic else "plain"
-    command = [sys.executable, __file__, "--step", step, "--checkpoint", checkpoint, "--tokens", str(tokens)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.elastic",
+        "--step",
+        step,
+        "--checkpoint",
+        checkpoint,
+        "--tokens",
+        str(tokens),
+    ]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
