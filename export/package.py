@@ -417,6 +417,8 @@ def write_package(
 
     Raises `RequestError` where the destination holds something else, the disk is too small, or the tokenizer missing.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     from compressor.elastic.streaming import StreamedNetwork
     from export import probe as probes
 
@@ -433,7 +435,9 @@ def write_package(
         with WeightWriter(folder, max_shard_bytes) as weights:
 
             def add(name: str, weight: Tensor) -> None:
-                weights.add(name, _stored(name, weight, dtype))
+                # Under the hub's own names where they differ (experts): plain packages load wherever the base does.
+                for written, part in revert_weight_conversion(network, {name: _stored(name, weight, dtype)}).items():
+                    weights.add(written, part)
 
             if streamed:
                 logits = streamed.logits(ids, dtype, each=add)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from export_networks import tiny_tokenizer
+from safetensors.torch import load_file
 from tiny_families import CONFIGS, random_architecture, tiny_network
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from compressor.architecture import Architecture, LayerSizes
+from compressor.cli import run
 from compressor.elastic.importance import IMPORTANCES
 from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.slicing import extract, fits_plain_class, sliced
@@ -40,6 +44,11 @@ def logits(network: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in a file, whatever layer or expert they are of."""
+    return {re.sub(r"\.\d+\.", ".N.", name) for name in load_file(folder / "model.safetensors")}
 
 
 def test_every_family_is_tested() -> None:
@@ -163,6 +172,8 @@ def test_saved_packages_reload_as_they_were(model: PreTrainedModel, tmp_path: Pa
         assert info.layout == name
         reloaded = AutoModelForCausalLM.from_pretrained(info.path, trust_remote_code=name == "uneven").eval()
         assert torch.equal(logits(reloaded), logits(standalone))
+    model.save_pretrained(tmp_path / "base")
+    assert stored_names(tmp_path / "uniform") == stored_names(tmp_path / "base")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -201,6 +212,19 @@ def test_what_a_family_refuses_is_said_with_the_reason() -> None:
     config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(RequestError, match="would change with the layers that are removed below it"):
         describe(config)
+
+
+def test_quantization_that_the_family_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    tiny_network("gpt2").save_pretrained(folder)
+    tiny.byte_tokenizer().save_pretrained(folder)
+    data = tiny.data(tmp_path / "data.jsonl")
+    asked = ["--data", str(data), "--output", str(tmp_path / "run"), "--quantize", "int8", "--max-params", "0.9"]
+    assert (
+        run(["compress", str(folder), *asked, "--tasks", "tiny", "--include-path", str(tiny.task(tmp_path, "tiny"))])
+        == 2
+    )
+    assert "gpt2 networks cannot be quantized" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("COMPRESSOR_ASSETS" not in os.environ, reason="COMPRESSOR_ASSETS is not set")

@@ -51,8 +51,7 @@ class Family:
     `head_width_follows` says that the plain class (or what else loads it) derives a head's width from the number of
     heads, so that it can only hold all of them; `attention_resized` that even the attention module does, so that the
     uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, where it
-    is not, and `unquantizable` why a network cannot be quantized. `refused` are settings that are not supported, each
-    with the reason.
+    is not. `refused` are settings that are not supported, each with the reason.
     """
 
     model_type: str
@@ -83,7 +82,6 @@ class Family:
     head_width_follows: bool = False
     attention_resized: bool = False
     fixed_hidden: str = ""
-    unquantizable: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def half(self, name: str) -> Half | None:

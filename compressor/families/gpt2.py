@@ -43,7 +43,6 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": "a layer's function would change with the layers that are removed below it",
         "add_cross_attention": "it is the decoder of an encoder",
     },
-    unquantizable="its weights lie in Conv1D modules, which compressed-tensors does not know",
 )
 
 FAMILIES = (GPT2,)
