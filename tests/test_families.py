@@ -14,6 +14,7 @@ import tiny
 import torch
 from export_networks import tiny_tokenizer
 from safetensors.torch import load_file
+from test_elastic import IDS, assert_close, logits
 from tiny_families import CONFIGS, random_architecture, tiny_network
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -29,21 +30,10 @@ from compressor.families import describe, families
 from export.package import write_package
 from search.space import PRESETS, SearchSpace
 
-IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
-
 
 @pytest.fixture(params=CONFIGS)
 def model(request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
     yield tiny_network(request.param)
-
-
-def logits(network: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return network(**({"input_ids": IDS} | inputs)).logits
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def stored_names(folder: Path) -> set[str]:
