@@ -104,6 +104,10 @@ class _DeviceBlocks:
             self._additive[dtype] = torch.where(self._mask, zero, torch.full_like(zero, -torch.inf))
         return self._additive[dtype]
 
+    def forget_mask(self) -> None:
+        """Until it is asked for again: four bytes for each pair add up over a plan, and making them takes no time."""
+        self._additive.clear()
+
 
 class _Reading(threading.local):
     """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`.
@@ -309,6 +313,8 @@ class NetworkLM(LM):
                         use_cache=False,
                         logits_to_keep=0 if only_rows else source.rows,  # 0: of all that is left
                     ).logits[0]
+                    for block in (*source.blocks, *source.last):
+                        block.forget_mask()
                     return source.owner, *_scores(logits, source.at, source.targets)
 
             if self.workers == 1 or len(plan.packs) == 1:
