@@ -57,7 +57,9 @@ TRIALS: dict[str, dict[str, Any]] = {
     "loss kl + hidden": {"loss": {"kl": 1.0, "hidden": 1.0}},
     # how fast
     "rate 0.03 / width": {"rate": 0.03},
+    "rate 0.06 / width": {"rate": 0.06},
     "rate 0.2 / width": {"rate": 0.2},
+    "taught in place, rate 0.03 / width": {"strong_teacher": 0.0, "rate": 0.03},
     "constant tail": {"tail_share": 0.25},
     # published schemes as they stand
     "LLaMA-NAS": {"sampler": "alternate", "draw": "genes", "loss": "ce"},

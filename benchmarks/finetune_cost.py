@@ -3,8 +3,8 @@
     python -m benchmarks.finetune_cost [MODEL --data FILE] [--repeats 10]
 
 A sandwich of the largest, the uniform cut to 0.67 and the smallest. Forward and backward passes only, as the optimizer
-steps once for all of them; repeats are interleaved, medians of CPU time are compared. Memory is the peak of what torch allocates
-beyond weights and gradients. Without MODEL: the bundled checkpoint on generated text.
+steps once for all of them; repeats are interleaved, medians of CPU time are compared. Memory is the peak of what torch
+allocates beyond weights and gradients. Without MODEL: the bundled checkpoint on generated text.
 """
 
 from __future__ import annotations
