@@ -307,7 +307,7 @@ def test_report_json_holds_what_was_given(tmp_path: Path) -> None:
     page = write_report(validate_report(data), tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert validate_report(written) == validate_report(data)
-    assert written["packages"][1]["speed"] == data["packages"][1]["speed"]
+    assert data["packages"][1]["speed"].items() <= written["packages"][1]["speed"].items()
     assert written["schema"] == 1
     assert page.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
