@@ -366,7 +366,7 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
         raise RequestError("the gguf layout needs a tokenizer.json; this tokenizer has none")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     kind, pre = tokenizer_kind(described)
-    if not described["model"]["merges"]:
+    if kind == "gpt2" and not described["model"]["merges"]:
         raise RequestError("llama.cpp loads no BPE tokenizer without merges")
     return kind, pre, described
 

@@ -295,8 +295,8 @@ def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, Quantiz
 
 def test_a_failing_child_says_why(source: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(source, tmp_path / "broken")
-    (broken / "config.json").write_text((broken / "config.json").read_text().replace('"silu"', '"sloth"'))
-    with pytest.raises(RuntimeError, match="sloth"):
+    (broken / "tokenizer.json").write_text("{}")  # only the child opens it
+    with pytest.raises(RuntimeError, match="broken failed: "):
         quantize_package(broken, tmp_path / "p", "int8", calibration=probe_ids(), iterations=0)
     assert not (tmp_path / "p").exists()
 
