@@ -1,6 +1,6 @@
 """Slicing and quantizing a network that is never built: seconds and peak memory, beside copying its files.
 
-    python benchmarks/large.py [--size small|1b|7b] [--folder DIR]
+    python -m benchmarks.large [--size small|1b|7b] [--folder DIR]
 
 A Llama-shaped checkpoint of random bfloat16 weights is written to `--folder` (13.5 GB at 7b; the disk needs three times
 that; all is deleted again), copied, sliced to about two thirds of its parameters, sliced to all of them, and the full

@@ -1,6 +1,6 @@
 """How exact the super-network is on real checkpoints: differences of logits, as a share of the largest logit.
 
-    python benchmarks/parity.py [--checkpoint FOLDER ...] [--architectures 50]
+    python -m benchmarks.parity [--checkpoint FOLDER ...] [--architectures 50]
 
 Prints the table of docs/results.md: the full architecture after others were active, the network after ordering, the
 worst of so many random sub-networks beside what is cut out of it, and how many of their counts are those of the cut-out

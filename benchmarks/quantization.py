@@ -1,6 +1,6 @@
 """What quantization costs and saves: held-out bits per byte, bytes on disk, speed where it is not undone at load.
 
-    python benchmarks/quantization.py [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64]
+    python -m benchmarks.quantization [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64]
         [--schemes int8,int8-dynamic,int4]
 
 The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
