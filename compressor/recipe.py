@@ -23,9 +23,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search;
     # batch is sequences in a training step; rounding is AutoRound's steps for each block
     "quick": {
-        "train_tokens": 200_000,
+        "train_tokens": 100_000,
         "evaluations": 72,
-        "heal_tokens": 400_000,
+        "heal_tokens": 500_000,
         "limit": 200,
         "batch": 4,
         "rounding": 50,
