@@ -98,7 +98,7 @@ def step(what: str, folder: Path) -> None:
 
 def run_step(what: str, folder: Path) -> str:
     """Run a step in a process of its own, so that its peak memory is its own. Returns what it printed."""
-    command = [sys.executable, __file__, "--step", what, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.large", "--step", what, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
