@@ -214,6 +214,11 @@ class Structure:
     fixed_hidden: str = ""
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def step(self, layer: LayerSizes) -> int:
+        """What the FFN width of `layer`, and the residual width beside it, must be a multiple of: with stacked experts
+        torch multiplies in groups, for which it wants rows of whole multiples of 16 bytes."""
+        return 16 // self.dtype_bytes if layer.num_experts else 1
+
     def shape(self, tensor: Tensor, arch: Architecture) -> tuple[int, ...] | None:
         """The tensor's shape in `arch`, or None where the half-block or layer it belongs to is removed."""
         layer = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lm_eval.api.metrics import mean
@@ -19,20 +18,6 @@ Documents = dict[str, list[list[Any]]]
 
 Resampled = dict[str, NDArray[np.float64]]
 """{task: its score in each resample}."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Quality of ours minus theirs, with the central 95 % of the resamples."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def meaning(self) -> Literal["better", "worse", "unclear"]:
-        """`better`: ours, beyond what the choice of documents explains."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
 
 
 def resampled(
@@ -77,21 +62,23 @@ def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resample
     return np.where(np.isfinite(found), found, np.nan)
 
 
-def paired_difference(
-    value: float, ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], *, seed: int = 0
-) -> Difference:
-    """How sure a difference `value` of mean quality is, from each side's `qualities` for every seed.
+def paired_interval(
+    ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Central 95 % of the difference of mean quality, ours less theirs, from each side's `qualities` for every seed.
 
-    Where a side has several seeds they are drawn with replacement too, so that luck in training counts as luck.
+    Where a side has several seeds they are drawn with replacement too, so that luck in training counts as luck. None
+    where no resample gives both a quality.
     """
     rng = np.random.default_rng(seed)
-    mine, other = np.stack(ours), np.stack(theirs)
 
-    def drawn(rows: NDArray[Any]) -> NDArray[Any]:
-        count, resamples = rows.shape
-        return np.take_along_axis(rows, rng.integers(0, count, (count, resamples)), axis=0).mean(0)
+    def drawn(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        stacked = np.stack(rows)
+        return np.take_along_axis(stacked, rng.integers(0, len(stacked), stacked.shape), axis=0).mean(0)
 
-    found = drawn(mine) - drawn(other)
+    found = drawn(ours) - drawn(theirs)
     found = found[np.isfinite(found)]
-    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (-np.inf, np.inf)
-    return Difference(value, float(low), float(high))
+    if not len(found):
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

@@ -16,7 +16,6 @@ from typing import Any
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
 
 from compressor.architecture import Architecture
-from compressor.errors import RequestError
 from evals.network import NetworkLM, Plan
 from evals.tasks import Document, Leaf, ScoredTask, Split, TaskSet
 
@@ -55,26 +54,6 @@ class TaskScore:
         if self.chance is None or self.stderr is None:
             return False
         return abs(self.value - self.chance) <= 2 * self.stderr + 1e-9
-
-
-def quality(scores: Mapping[str, TaskScore], base: Mapping[str, TaskScore]) -> float:
-    """Mean over tasks of score / base's score, inverted where lower is better: the base's own is 1.0.
-
-    Raises RequestError where a base score is not positive, for nothing can be measured against it.
-    """
-    ratios = []
-    for name, score in scores.items():
-        reference = base[name].value
-        if not reference > 0:
-            raise RequestError(
-                f"task {name}: the base scores {reference:g} {score.metric}, so that no share of it can be kept; "
-                "leave the task out or choose another metric with --tasks TASK:METRIC"
-            )
-        if score.higher_is_better:
-            ratios.append(score.value / reference)
-        else:
-            ratios.append(reference / score.value if score.value else math.inf)
-    return sum(ratios) / len(ratios)
 
 
 class Scorer:
@@ -201,4 +180,4 @@ def _mean(items: Sequence[float]) -> float:
     return sum(items) / len(items)
 
 
-__all__ = ["NetworkLM", "Scorer", "TaskScore", "quality", "raw_metrics", "standard_error"]
+__all__ = ["NetworkLM", "Scorer", "TaskScore", "raw_metrics", "standard_error"]

@@ -79,21 +79,22 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
     return tuple(i for i in range(layers) if i not in set(removed))
 
 
-def widths(base: int, step: int | None = None) -> tuple[int, ...]:
+def widths(base: int, step: int | None = None, unit: int = 1) -> tuple[int, ...]:
     """FFN widths from `step` to `base`, in steps that hardware and quantization groups like.
 
     Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts,
-    thinned to about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself. A
-    remainder of less than half a step is not worth a value of its own.
+    thinned to about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself; one
+    below 64 gets about 8 values, multiples of `unit`. A remainder of less than half a step is not worth a value of
+    its own.
     """
     if step is None:
         if base < 64:
-            step = max(1, math.ceil(base / 8))
+            step = unit * math.ceil(base / (8 * unit))
         else:
-            unit = next((u for u in (128, 64, 32) if base % u == 0 and base // u >= 8), 32)
-            parts = base // unit
+            block = next((u for u in (128, 64, 32) if base % u == 0 and base // u >= 8), 32)
+            parts = base // block
             coarse = math.ceil(parts / 12)
-            step = unit * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
+            step = block * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
     elif not 0 < step <= base or (base % step and step % 32):
         fitting = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
         raise ValueError(
@@ -197,8 +198,14 @@ class SearchSpace:
                     f"hidden_size: {uneven[0]} is not a multiple of the {heads} query heads; "
                     f"valid are the multiples of {heads} up to {full}"
                 )
+        if gene.kind in ("ffn", "hidden_size") and (uneven := [v for v in gene.values[:-1] if v % self._step(gene)]):
+            raise ValueError(f"{gene.name}: {uneven[0]} is not a multiple of {self._step(gene)} (stacked experts)")
         if gene.values[-1] != full:
             raise ValueError(f"{gene.name}: {list(gene.values)} leaves out the original; {valid}")
+
+    def _step(self, gene: Gene) -> int:
+        layers = self.base.layers if gene.layer is None else [self.base.layers[gene.layer]]
+        return max(self.structure.step(layer) for layer in layers)
 
     def _base_value(self, gene: Gene) -> int:
         if gene.kind == "hidden_size":
@@ -678,26 +685,26 @@ def _preset(
         for i, layer in enumerate(layers):
             if layer.num_key_value_heads:
                 genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
-            genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step)]
+            genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step, structure.step(layer))]
             if layer.num_experts:
                 genes[f"experts.{i}"] = _experts(layer.num_experts, structure.experts_per_token)
     elif name == "llama-nas":
         genes = {"depth": _depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count], policy, order)}
         for i, layer in enumerate(layers):
-            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step)
+            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step, structure.step(layer))
     elif name == "instatune":
         genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
         for i, layer in enumerate(layers):
             if kv := layer.num_key_value_heads:
                 genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
-            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step)
+            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step, structure.step(layer))
     elif name == "depth":
         genes = {f"layer.{i}": [0, 1] for i in range(count)}
     elif name == "uniform":
         genes = {
             "depth": _depth(range(max(1, count // 4), count + 1), policy, order),
             "kv": list(range(1, max(layer.num_key_value_heads for layer in layers) + 1)),
-            "ffn": list(widths(layers[0].intermediate_size, step)),
+            "ffn": list(widths(layers[0].intermediate_size, step, structure.step(layers[0]))),
         }
     else:
         raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
@@ -715,9 +722,9 @@ def _shrunk(count: int, numerator: int, denominator: int) -> int:
     return max(1, min(round(count * numerator / denominator), count - missing))
 
 
-def _shares(base: int, shares: Sequence[float], step: int | None) -> list[int]:
-    """Shares of a width, rounded to multiples of `step` (32, or 1 below 64), and the width itself."""
-    unit = step or (32 if base >= 64 else 1)
+def _shares(base: int, shares: Sequence[float], step: int | None, least: int) -> list[int]:
+    """Shares of a width, rounded to multiples of `step` (32, or `least` below 64), and the width itself."""
+    unit = step or (32 if base >= 64 else least)
     if step is not None:
         widths(base, step)
     return sorted({max(unit, round(base * share / unit) * unit) for share in shares} - {base} | {base})
@@ -772,7 +779,7 @@ def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...
             int(index) if index.isdecimal() and int(index) < len(structure.base.layers) else 0
         ]
         try:
-            chosen = widths(layer.intermediate_size, values.get("step"))
+            chosen = widths(layer.intermediate_size, values.get("step"), structure.step(layer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         least = values.get("min", chosen[0])

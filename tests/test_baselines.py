@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.architecture import LayerSizes
 from compressor.elastic.importance import activation
+from compressor.elastic.ordering import output_projections
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
@@ -113,20 +114,20 @@ def test_moments_by_hand() -> None:
     seen: list[torch.Tensor] = []
     module = supernet.model.get_submodule("model.layers.1.mlp.down_proj")
     with module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).double())):
-        means, variances = moments(supernet, (IDS[:2], IDS[2:]))
+        means, variances = moments(supernet, output_projections(supernet), (IDS[:2], IDS[2:]))
     rows = torch.cat(seen)
     assert torch.allclose(means[1, "ffn"], rows.mean(0))
     assert torch.allclose(variances[1, "ffn"], rows.var(0))
 
 
 def test_compensation_gives_back_the_mean_of_what_was_removed() -> None:
-    module = torch.nn.Linear(4, 2)
-    torch.nn.init.zeros_(module.bias)
+    reader = output_projections(SuperNetwork(with_biases(llama(hidden_size=8, num_attention_heads=2))))[1, "kv"]
     with torch.no_grad():
-        module.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
-    # Two units of two channels each; unit 1 (channels 2 and 3, means 10 and 100) goes.
-    compensate(module, torch.tensor([1.0, 1.0, 10.0, 100.0]).double(), torch.tensor([1]), units=2)
-    assert module.bias.tolist() == [3 * 10 + 4 * 100, 7 * 10 + 8 * 100]
+        reader.module.weight.copy_(torch.arange(64.0).view(8, 8))
+    # Two units of four channels each; unit 1, with these means, goes.
+    means = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0, 100.0, 0.0, 0.0]).double()
+    compensate(reader, means, torch.tensor([1]), units=2)
+    assert reader.module.bias.tolist() == [10 * (8 * row + 4) + 100 * (8 * row + 5) for row in range(8)]
 
 
 def test_biases_change_nothing_until_they_are_filled() -> None:
@@ -219,7 +220,6 @@ def test_uniform_width_keeps_alike_shares() -> None:
 
 
 UNSUITABLE = {
-    "flap": ("gpt2", "qwen3_5_text"),
     "slicegpt": ("gemma2", "phi3", "gpt2", "opt", "qwen3_5_text"),
     "minitron-width": ("gemma2", "phi3", "gpt2", "opt"),
 }

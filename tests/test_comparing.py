@@ -13,9 +13,9 @@ import tiny
 from lm_eval.api.metrics import mean
 
 from compressor.cli import run
-from evals.comparison import paired_difference, qualities, resampled
+from evals.comparison import paired_interval, qualities, resampled
 from export.comparison import said, standings, terminal_table
-from export.report import Comparison
+from export.report import Comparison, Difference
 
 
 class Task:
@@ -66,11 +66,18 @@ def test_better_is_said_only_where_it_is() -> None:
     good = (rng.random(400) < 0.8).astype(float)
     same, bad = good[::-1], good * (rng.random(400) < 0.9)
     ours = [drawn(list(good), base)]
-    clear = paired_difference(float(good.mean() - bad.mean()), ours, [drawn(list(bad), base)])
-    assert clear.meaning == "better" and clear.low < clear.value < clear.high
-    assert paired_difference(-clear.value, [drawn(list(bad), base)], ours).meaning == "worse"
-    assert paired_difference(0.0, ours, [drawn(list(same), base)]).meaning == "unclear"
-    assert paired_difference(0.0, ours, ours).high == 0.0  # the same documents: no difference in any resample
+
+    def meaning(first: Any, second: Any) -> str:
+        low, high = paired_interval(first, second) or (None, None)
+        return Difference.model_validate({"value": 0.0, "low": low, "high": high}).meaning
+
+    theirs = [drawn(list(bad), base)]
+    low, high = paired_interval(ours, theirs) or (0.0, 0.0)
+    assert low < float(good.mean() - bad.mean()) < high
+    assert meaning(ours, theirs) == "better" and meaning(theirs, ours) == "worse"
+    assert meaning(ours, [drawn(list(same), base)]) == "unclear"
+    assert paired_interval(ours, ours) == (0.0, 0.0)  # the same documents: no difference in any resample
+    assert paired_interval(ours, [np.full_like(ours[0], np.nan)]) is None
 
 
 def test_seeds_that_disagree_widen_the_doubt() -> None:
@@ -78,8 +85,9 @@ def test_seeds_that_disagree_widen_the_doubt() -> None:
     low, high = [float(i % 10 < 6) for i in range(100)], [float(i % 10 < 8) for i in range(100)]
     steady = [drawn([float(i % 10 < 7) for i in range(100)], base)] * 2
     lucky = [drawn(low, base), drawn(high, base)]
-    alone, doubtful = paired_difference(0.0, steady, steady), paired_difference(0.0, steady, lucky)
-    assert doubtful.high - doubtful.low > alone.high - alone.low
+    assert paired_interval(steady, steady) == (0.0, 0.0)
+    low, high = paired_interval(steady, lucky) or (0.0, 0.0)
+    assert low < -0.05 and high > 0.05
 
 
 def row(method: str, quality: float, size: str | None = "0.67", seed: int | None = 0, **more: Any) -> Comparison:
@@ -172,6 +180,17 @@ def test_an_interrupted_comparison_goes_on_behind_the_last_row(made: Path) -> No
     before = kept.stat().st_mtime_ns
     assert run(command) == 0
     assert lost.is_file() and kept.stat().st_mtime_ns == before
+
+
+def test_rows_made_beside_another_pick_are_left_out(made: Path) -> None:
+    assert run(["compare", str(made), "--baselines", "shortgpt,flap"]) == 0
+    row = next((made / "comparison").glob("flap-*.json"))
+    before = row.read_text()
+    row.write_text(json.dumps(json.loads(before) | {"inputs": "of another super-network"}))
+    assert run(["report", str(made)]) == 0
+    row.write_text(before)
+    shown = {one["method"] for one in json.loads((made / "report.json").read_text())["comparison"]}
+    assert {"ours", "shortgpt"} <= shown and "flap" not in shown
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import pytest
 import tiny
 import torch
 from search_helpers import SMALL
+from tiny_families import tiny_network
 from transformers import AutoModelForCausalLM
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError
 from compressor.finetune.data import Batch
 from compressor.finetune.proposers import PROPOSERS, assemble, options
 from compressor.stages.warming import layer_variants
@@ -58,6 +60,13 @@ def test_variants_are_the_spaces_own() -> None:
         (1, LayerSizes(0, 0, 0)),
     }
     assert layer_variants(SearchSpace.from_dict({"ffn": [64, 128]}, SMALL)) == []
+
+
+def test_what_superposition_cannot_mix_is_refused() -> None:
+    supernet = SuperNetwork(tiny_network("mixtral"))
+    space = SearchSpace.preset("fine", supernet.structure)
+    with pytest.raises(RequestError, match=r"superposition: .* use blockwise or greedy"):
+        PROPOSERS["superposition"](supernet, layer_variants(space), [])
 
 
 @pytest.mark.parametrize("name", PROPOSERS)

@@ -41,7 +41,7 @@ from compressor.errors import RequestError
 from evals.encoding import Encoder
 from evals.evaluate import evaluate
 from evals.network import NetworkLM
-from evals.scoring import Scorer, TaskScore, quality, standard_error
+from evals.scoring import Scorer, TaskScore, standard_error
 from evals.tasks import Prompting, TaskSet
 
 ASSETS = os.environ.get("COMPRESSOR_ASSETS")
@@ -424,15 +424,6 @@ def test_near_chance() -> None:
     assert score(0.54).near_chance and score(0.46).near_chance
     assert not score(0.55).near_chance
     assert not score(0.54, chance=None).near_chance and not score(0.54, stderr=None).near_chance
-
-
-def test_quality_is_relative_to_the_base() -> None:
-    base = {"a": score(0.8), "b": score(30.0, higher=False)}
-    assert quality(base, base) == 1.0
-    assert quality({"a": score(0.4), "b": score(60.0, higher=False)}, base) == pytest.approx(0.5)
-    assert quality({"a": score(0.8), "b": score(15.0, higher=False)}, base) == pytest.approx(1.5)
-    with pytest.raises(RequestError, match="task a: the base scores 0"):
-        quality({"a": score(0.4)}, {"a": score(0.0)})
 
 
 def test_standard_error_where_lm_eval_states_none() -> None:

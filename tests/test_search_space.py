@@ -4,8 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from search_helpers import LLAMA_2_7B, SMALL, llama
+from tiny_families import CONFIGS
 
 from compressor.architecture import Architecture, LayerSizes
+from compressor.families import describe
 from search import space as space_module
 from search.objectives import Computer, computed
 from search.space import PRESETS, Gene, SearchSpace, kept_layers, widths
@@ -272,3 +274,14 @@ def test_genomes_are_checked():
             space.decode(genome)
     with pytest.raises(ValueError, match="5 layers, not 3"):
         space.encode(Architecture(16, (LayerSizes(4, 2, 128),) * 5))
+
+
+def test_widths_of_stacked_experts_are_rows_of_16_bytes() -> None:
+    structure = describe(CONFIGS["mixtral"]())
+    least = 16 // structure.dtype_bytes
+    for name in PRESETS:
+        space = SearchSpace.preset(name, structure)
+        widths = [value for gene in space.genes if gene.kind == "ffn" for value in gene.values]
+        assert not any(width % least for width in widths)
+    with pytest.raises(ValueError, match=f"ffn.0: 7 is not a multiple of {least}"):
+        SearchSpace.from_dict({"ffn.0": [7, structure.base.layers[0].intermediate_size]}, structure)

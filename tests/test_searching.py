@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import tiny
 
 from compressor import pipeline
 from compressor.architecture import Architecture
+from compressor.errors import RequestError
 from compressor.recipe import read_recipe
 from compressor.stages.searching import speed_table
+from compressor.stages.subnets import relative_quality
 from search.store import EvaluationStore
 
 
@@ -115,3 +118,14 @@ def test_the_earlier_front_and_greedy_cuts_come_first(made: Made, tmp_path: Path
     proposed = json.loads((tmp_path / "run" / "search" / "proposals-blockwise.json").read_text())["architectures"]
     assert set(keys) & {Architecture.from_dict(row).key for row in proposed}
     assert json.loads((tmp_path / "run" / "search" / "front.json").read_text())["front"] == found["front"]
+
+
+def test_quality_is_relative_to_the_base() -> None:
+    tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
+    job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
+    base = {"up": 0.8, "down": 30.0}
+    assert relative_quality(job, base, base) == 1.0
+    assert relative_quality(job, {"up": 0.4, "down": 60.0}, base) == pytest.approx(0.5)
+    assert relative_quality(job, {"up": 0.8, "down": 15.0}, base) == pytest.approx(1.5)
+    with pytest.raises(RequestError, match="task up: the base scores 0"):
+        relative_quality(job, base, base | {"up": 0.0})

@@ -103,6 +103,14 @@ def readers(supernet: SuperNetwork) -> list[Reader]:
     return found
 
 
+def output_projections(supernet: SuperNetwork) -> dict[Units, Reader]:
+    """What projects a layer's head groups, `(layer, "kv")`, or its neurons, `(layer, "ffn")`, back to the residual.
+
+    Stacked experts have none: no module of their own reads their neurons.
+    """
+    return {reader.run.units: reader for reader in readers(supernet) if reader.run.units[1] in ("kv", "ffn")}
+
+
 def order_by(scores: Scores) -> Order:
     """The permutation of each set of units, most important first. Ties keep their place, so it is stable."""
     order: Order = {}

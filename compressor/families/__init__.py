@@ -94,17 +94,6 @@ class Family:
                 return half  # type: ignore[return-value]
         return None
 
-    def inputs(self, half: Half) -> tuple[str, str]:
-        """Module (within a layer) whose *input* is the half-block's activation, unit by unit, and that unit.
-
-        For Llama: the attention output projection, fed by query heads, and the MLP's down projection, fed by neurons.
-        """
-        unit = "query" if half == "attention" else "ffn"
-        for name, axes in self.layer.items():
-            if name.endswith(".weight") and axes[-1] == unit and self.half(name) == half and len(axes) == 2:
-                return name.removesuffix(".weight"), unit
-        raise LookupError(f"family {self.model_type} names no projection out of its {half} block")
-
     def class_name(self, part: Class) -> str:
         """The name of one of the family's classes in transformers."""
         return self.class_prefix + self.class_suffixes.get(part, part)

@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, Half, LayerSizes, Structure
+from compressor.architecture import HALVES, Architecture, Half, LayerSizes, Structure, Unit
+from compressor.elastic.ordering import output_projections
 from compressor.elastic.supernet import SuperNetwork
+from compressor.errors import RequestError
 from compressor.finetune.data import Batch
 from compressor.finetune.forward import Trace, trace
 from compressor.finetune.losses import token_losses
 
-HALVES: tuple[Half, Half] = ("attention", "mlp")
+UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
+"""What a half-block is made of."""
 GRID = 4096
 """Sizes that `assemble` tells apart, as parts of the base: so much rounding keeps deep networks quick."""
 
@@ -193,6 +196,13 @@ class _Mixture:
                     self.choices.append((layer, half, [full, *cut]))
         if not self.choices:
             raise ValueError("no layer has sizes of its own to choose from")
+        self._projections = output_projections(supernet)
+        mixed = {(layer, UNIT[one]) for layer, half, _ in self.choices for one in (HALVES if half is None else (half,))}
+        if not mixed <= self._projections.keys():
+            raise RequestError(
+                "--warm-start superposition: no linear layer of this family reads the neurons of stacked experts, or "
+                "what a layer of linear attention gives; use blockwise or greedy"
+            )
         self.alphas = [torch.zeros(len(sizes), requires_grad=True) for _, _, sizes in self.choices]
         with torch.no_grad():
             for alpha in self.alphas:
@@ -241,8 +251,7 @@ class _Mixture:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within, the network's half-blocks are mixtures; gradients reach the alphas only."""
-        family, base = self.supernet.family, self.supernet.base
-        layers = list(self.supernet.model.get_submodule(family.layers).children())
+        base = self.supernet.base
         masks: dict[tuple[int, Half], list[tuple[list[LayerSizes], Tensor]]] = {}
         for (layer, half, sizes), alpha in zip(self.choices, self.alphas, strict=True):
             for one in HALVES if half is None else (half,):
@@ -252,7 +261,7 @@ class _Mixture:
             parameter.requires_grad_(False)
         hooks = []
         for (layer, half), mixed in masks.items():
-            module: nn.Module = layers[layer].get_submodule(family.inputs(half)[0])
+            module: nn.Module = self._projections[layer, UNIT[half]].module
             full = _units(base.layers[layer], half)
 
             def scale(

@@ -11,7 +11,7 @@ import copy
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import measured
 from compressor.stages.searching import search
 from compressor.stages.subnets import relative_quality
+from export.comparison import OURS
 
 if TYPE_CHECKING:
     from evals.baselines import Baseline, Bench, Cut
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from evals.scoring import TaskScore
     from search.objectives import Evaluation
 
-OURS = "ours"
 TOLERANCE = 0.01
 """Sizes count as the same within this share."""
 
@@ -57,10 +57,27 @@ class Contest:
     supernet: SuperNetwork
     base: Any
     calibration: tuple[torch.Tensor, ...]
+    data: str
 
     @property
     def parameters(self) -> int:
         return self.job.structure.parameters(self.architecture)
+
+    @cached_property
+    def inputs(self) -> str:
+        """Fingerprint of all that the rows of this size depend on; rows of another one are not compared with them."""
+        job = self.job
+        read = {
+            "base": job.base_fingerprint,
+            "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
+            "ours": self.architecture.key,
+            "finetuning": job.recipe.finetuning.tokens,
+            "healing": job.recipe.healing.model_dump(),
+            "data": self.data,
+            "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
+            "seed": job.recipe.seed,
+        }
+        return fingerprint(read)
 
     @cached_property
     def bench(self) -> Bench:
@@ -171,7 +188,7 @@ def compare(
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
     rows = [outsider(job, other) for other in others]  # first, for they may be refused
-    contests = [Contest(job, size, architecture, supernet, base, calibration) for size, architecture in picked]
+    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in picked]
     for contest in contests:
         done = []
         for number, method in enumerate(chosen, start=1):
@@ -235,17 +252,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         name = f"{method.name}-{contest.size}-{seed}"
         row_file = job.run.comparison / f"{name}.json"
         rows.append(row_file)
-        inputs = {
-            "base": job.base_fingerprint,
-            "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
-            "ours": contest.architecture.key,
-            "tokens": tokens,
-            "healing": job.recipe.healing.learning_rate,
-            "data": blocks.fingerprint,
-            "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
-            "seed": job.recipe.seed,
-        }
-        if row_file.is_file() and read_json(row_file)["inputs"] == fingerprint(inputs):
+        if row_file.is_file() and read_json(row_file)["inputs"] == contest.inputs:
             continue
         if cut is None or method.drawn:
             job.threads(scoring=True)
@@ -258,7 +265,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             heal_as_ours(job, contest.base, network, tokens, blocks, seed, name)
         quality, tasks, documents = scored(job, network)
         folder = job.run.comparison / name
-        lineage = {"inputs": fingerprint(inputs), "method": method.name, "about": method.about, "tokens": tokens}
+        lineage = {"inputs": contest.inputs, "method": method.name, "about": method.about, "tokens": tokens}
         write_layout(
             "uneven",
             network,
@@ -284,7 +291,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             "quality_before_healing": raw if tokens else quality,
             "tasks": tasks,
         }
-        write_json(row_file, {"inputs": fingerprint(inputs), "row": row, "documents": documents})
+        write_json(row_file, {"inputs": contest.inputs, "row": row, "documents": documents})
     return rows
 
 
@@ -363,11 +370,9 @@ def outsider(job: Job, given: str) -> Path:
     name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
     file = job.run.comparison / f"with-{name}.json"
     model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
-    inputs = {
-        "weights": fingerprint([[n, p.shape, p.detach().double().sum().item()] for n, p in model.named_parameters()]),
-        "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
-    }
-    if file.is_file() and read_json(file)["inputs"] == fingerprint(inputs):
+    weights = fingerprint([[n, p.shape, p.detach().double().sum().item()] for n, p in model.named_parameters()])
+    documents = read_json(job.run.comparison / "base.json")["inputs"]
+    if file.is_file() and (known := read_json(file))["inputs"] == documents and known["weights"] == weights:
         return file
     say(f"scoring {given}")
     include = [job.recipe.include_path] if job.recipe.include_path else []
@@ -388,25 +393,29 @@ def outsider(job: Job, given: str) -> Path:
         "quality": relative_quality(job, {task: score.value for task, score in found.items()}, base),
         "tasks": in_report(job, found),
     }
-    documents = {task: score.items for task, score in found.items()}
-    write_json(file, {"inputs": fingerprint(inputs), "row": row, "documents": documents})
+    items = {task: score.items for task, score in found.items()}
+    write_json(file, {"inputs": documents, "weights": weights, "row": row, "documents": items})
     return file
 
 
 def comparison_rows(job: Job) -> list[dict[str, Any]]:
     """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
 
-    Rows of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against
-    ours of the nearest size.
+    Rows made beside another pick or super-network than those of ours, or scored on other documents, are left out. Rows
+    of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against ours
+    of the nearest size.
     """
-    from evals.comparison import paired_difference, qualities, resampled
+    from evals.comparison import paired_interval, qualities, resampled
 
     folder = job.run.comparison
     found = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
     if not found:
         return []
-    tasks = job.tasks.tasks
-    base: Resampled = resampled(tasks, read_json(folder / "base.json")["documents"])
+    tasks, of_base = job.tasks.tasks, read_json(folder / "base.json")
+    valid = {data["row"]["size"]: data["inputs"] for data in found if data["row"]["method"] == OURS}
+    valid[None] = of_base["inputs"]
+    found = [data for data in found if data["inputs"] == valid.get(data["row"]["size"])]
+    base: Resampled = resampled(tasks, of_base["documents"])
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for data in found:
         drawn = qualities(tasks, resampled(tasks, data["documents"]), base)
@@ -420,10 +429,12 @@ def comparison_rows(job: Job) -> list[dict[str, Any]]:
         )
         if method == OURS or rival is None:
             continue
-        value = _mean(rival) - _mean(group)
-        difference = paired_difference(value, [d["drawn"] for d in rival], [d["drawn"] for d in group])
+        interval = paired_interval([d["drawn"] for d in rival], [d["drawn"] for d in group])
+        if interval is None:
+            continue
+        low, high = interval
         for data in group:
-            data["row"]["ours_minus_this"] = asdict(difference)
+            data["row"]["ours_minus_this"] = {"value": _mean(rival) - _mean(group), "low": low, "high": high}
     return [data["row"] for data in found]
 
 

@@ -310,10 +310,7 @@ def base_scores(job: Job, store: EvaluationStore, keys: Keys, first_look: bool) 
         record(store, job.structure.base, job.base_fingerprint, scores)
     found = {name: row.score for name, row in known().items()}
     for name in job.tasks.tasks:
-        if not 0 < found[name] < math.inf:
-            raise RequestError(
-                f"task {name}: the base scores {found[name]:g}, so nothing can be measured against it; choose another"
-            )
+        check_base(name, found[name])
     return found
 
 
@@ -342,9 +339,23 @@ def stored_scores(
 
 
 def relative_quality(job: Job, values: dict[str, float], base: dict[str, float]) -> float:
-    """Mean over tasks of score / base's score, inverted where lower is better: the base is 1.0."""
-    ratios = [
-        values[name] / base[name] if task.higher_is_better else base[name] / values[name]
-        for name, task in job.tasks.tasks.items()
-    ]
+    """Mean over tasks of score / base's score, inverted where lower is better: the base is 1.0.
+
+    Raises `RequestError` where the base itself scores nothing.
+    """
+    ratios = []
+    for name, task in job.tasks.tasks.items():
+        check_base(name, base[name])
+        if task.higher_is_better:
+            ratios.append(values[name] / base[name])
+        else:
+            ratios.append(base[name] / values[name] if values[name] else math.inf)
     return sum(ratios) / len(ratios)
+
+
+def check_base(task: str, score: float) -> None:
+    """Raises `RequestError` for a score of the base that no share can be taken of."""
+    if not 0 < score < math.inf:
+        raise RequestError(
+            f"task {task}: the base scores {score:g}, so nothing can be measured against it; choose another"
+        )

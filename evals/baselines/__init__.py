@@ -48,10 +48,6 @@ class Bench:
         """A copy of the base, free to be permuted and cut."""
         return SuperNetwork(copy.deepcopy(self.model), structure=self.structure)
 
-    def reached(self, architecture: Architecture) -> bool:
-        """Whether one more cut would fall short of the size by more than the tolerance allows."""
-        return self.structure.parameters(architecture) <= self.parameters * (1 + TOLERANCE / 2)
-
 
 @dataclass(frozen=True)
 class Baseline:
@@ -101,15 +97,15 @@ def removal(bench: Bench, removals: Iterable[Collection[int]]) -> Architecture:
 
 def narrowed(bench: Bench, architecture: Architecture) -> Architecture:
     """`architecture` with the FFN of every layer that is left at the same width, so that the size is met."""
-    if bench.reached(architecture):
+    if bench.structure.parameters(architecture) <= bench.parameters * (1 + TOLERANCE / 2):
         return architecture
     return closest(bench, lambda width: with_ffn(architecture, width), "narrowing the FFN of the layers that are left")
 
 
-def uniform_width(bench: Bench, base: Architecture | None = None) -> Architecture:
+def uniform_width(bench: Bench) -> Architecture:
     """The architecture of the size asked for whose layers all keep the same share of their neurons and, as nearly as
     whole groups allow, the same share of their key-value groups."""
-    base = base or bench.structure.base
+    base = bench.structure.base
     found = []
     most = max(layer.num_key_value_heads for layer in base.layers)
     for groups in range(1, most + 1):
@@ -151,9 +147,7 @@ def closest(bench: Bench, sized: Callable[[int], Architecture], what: str) -> Ar
     """The FFN width, at the coarsest step that lands close enough, whose network comes closest to the size."""
     full = max(layer.intermediate_size for layer in bench.structure.base.layers)
     best = None
-    # Stacked experts are multiplied in groups, for which torch wants rows of whole multiples of 16 bytes.
-    experts = any(layer.num_experts for layer in bench.structure.base.layers)
-    least = 16 // bench.structure.dtype_bytes if experts else 1
+    least = max(bench.structure.step(layer) for layer in bench.structure.base.layers)
     for step in (step for step in STEPS if step >= least):
         widths = list(range(step, full + 1, step)) or [full]
         miss, best = min(

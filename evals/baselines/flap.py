@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compressor.architecture import HALVES, Architecture, Half, LayerSizes, Unit
-from compressor.elastic.ordering import Scores, Units, apply_ordering, order_by
+from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
@@ -19,9 +20,6 @@ from evals.baselines import TOLERANCE, Baseline, Bench, Cut
 
 BIASES = ("attention_bias", "mlp_bias")
 """Switches of Hugging Face configurations that give the projections out of the half-blocks a bias."""
-
-UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
-"""What a half-block is made of."""
 
 
 def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
@@ -41,22 +39,37 @@ def flap(bench: Bench) -> Cut:
     model = with_biases(bench.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
-    means, variances = moments(supernet, bench.calibration)
+    projections = output_projections(supernet)
+    if projections.keys() != units_of(supernet.base).keys():
+        raise RequestError(
+            f"flap: not every half-block of {supernet.family.model_type} ends in one linear layer; leave it out of "
+            "--baselines"
+        )
+    means, variances = moments(supernet, projections, bench.calibration)
     scores: Scores = {}
-    for index, layer in enumerate(supernet.base.layers):
-        for half, count in units_of(layer).items():
-            units = index, UNIT[half]
-            weight = projection(supernet, index, half).weight.detach()
-            scores[units] = fluctuation(variances[units], weight).view(count, -1).sum(1)
+    for units, count in units_of(supernet.base).items():
+        channels = fluctuation(variances[units], outgoing(projections[units]))
+        scores[units] = channels.view(count, -1).sum(1)
     architecture = competed(bench.parameters, structure, scores)
-    order = order_by(scores)
-    for index, layer in enumerate(architecture.layers):
-        for half, kept in units_of(layer).items():
-            permutation = order[index, UNIT[half]]
-            mean = means[index, UNIT[half]]
-            compensate(projection(supernet, index, half), mean, permutation[kept:], len(permutation))
+    order, kept = order_by(scores), units_of(architecture)
+    for units, reader in projections.items():
+        compensate(reader, means[units], order[units][kept.get(units, 0) :], len(order[units]))
     apply_ordering(supernet, order)
     return extract(supernet.model, structure, architecture), architecture
+
+
+def units_of(architecture: Architecture) -> dict[Units, int]:
+    """How many head groups and neurons there are in each layer that has some."""
+    counts: dict[Units, int] = {}
+    for index, layer in enumerate(architecture.layers):
+        counts |= {(index, "kv"): layer.num_key_value_heads, (index, "ffn"): layer.intermediate_size}
+    return {units: count for units, count in counts.items() if count}
+
+
+def outgoing(reader: Reader) -> Tensor:
+    """A projection's weight as [outputs, inputs], a view."""
+    weight = cast(Tensor, reader.module.weight).detach()
+    return weight if reader.run.dimension == 1 else weight.T
 
 
 def with_biases(model: nn.Module) -> nn.Module:
@@ -76,8 +89,10 @@ def with_biases(model: nn.Module) -> nn.Module:
     return biased
 
 
-def moments(supernet: SuperNetwork, batches: tuple[Tensor, ...]) -> tuple[dict[Units, Tensor], dict[Units, Tensor]]:
-    """Mean and variance, over all calibration tokens, of every input channel of the projections out of half-blocks."""
+def moments(
+    supernet: SuperNetwork, projections: Mapping[Units, Reader], batches: Iterable[Tensor]
+) -> tuple[dict[Units, Tensor], dict[Units, Tensor]]:
+    """Mean and variance, over all calibration tokens, of every input channel of the projections."""
     rows: dict[Units, int] = {}
     sums: dict[Units, Tensor] = {}
     squares: dict[Units, Tensor] = {}
@@ -90,11 +105,8 @@ def moments(supernet: SuperNetwork, batches: tuple[Tensor, ...]) -> tuple[dict[U
         squares[units] = squares[units] + square if units in squares else square
 
     hooks = [
-        projection(supernet, index, half).register_forward_pre_hook(
-            lambda _, inputs, units=(index, UNIT[half]): collect(units, inputs[0])
-        )
-        for index in range(len(supernet.base.layers))
-        for half in HALVES
+        reader.module.register_forward_pre_hook(lambda _, inputs, units=units: collect(units, inputs[0]))
+        for units, reader in projections.items()
     ]
     try:
         with torch.no_grad():
@@ -121,9 +133,9 @@ def competed(parameters: int, structure: Any, scores: Scores) -> Architecture:
     def sizes() -> Architecture:
         layers = []
         for index, full in enumerate(base.layers):
-            groups = counts[index, "kv"]
-            queries = full.num_attention_heads // full.num_key_value_heads
-            layers.append(LayerSizes(groups * queries, groups, counts[index, "ffn"], full.num_experts))
+            groups = counts.get((index, "kv"), 0)
+            queries = full.num_attention_heads // max(1, full.num_key_value_heads)
+            layers.append(LayerSizes(groups * queries, groups, counts.get((index, "ffn"), 0), full.num_experts))
         return Architecture(base.hidden_size, tuple(layers))
 
     for _, key, _ in ranked:
@@ -136,34 +148,15 @@ def competed(parameters: int, structure: Any, scores: Scores) -> Architecture:
     return sizes()
 
 
-def units_of(layer: LayerSizes) -> dict[Half, int]:
-    return {"attention": layer.num_key_value_heads, "mlp": layer.intermediate_size}
-
-
-def projection(supernet: SuperNetwork, index: int, half: Half) -> nn.Linear:
-    """The linear layer out of a half-block. Raises RequestError where the family has none, or several."""
-    layers = list(supernet.model.get_submodule(supernet.family.layers).children())
-    try:
-        module = layers[index].get_submodule(supernet.family.inputs(half)[0])
-    except (LookupError, AttributeError):
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise RequestError(
-            f"flap: not every half-block of {supernet.family.model_type} ends in one linear layer; leave it out of "
-            "--baselines"
-        )
-    return module
-
-
-def compensate(module: nn.Linear, mean: Tensor, removed: Tensor, units: int) -> None:
-    """bias += W[:, removed] mean[removed] (FLAP, eq. 4), where the projection has a bias."""
-    bias, weight = module.bias, module.weight
-    if bias is None or not len(removed):
+def compensate(reader: Reader, mean: Tensor, removed: Tensor, units: int) -> None:
+    """bias += W[:, removed] mean[removed] (FLAP, eq. 4), where the projection has a bias; `mean` [inputs]."""
+    bias = reader.module.bias
+    if not isinstance(bias, Tensor) or not len(removed):
         return
     width = len(mean) // units
-    channels = (removed[:, None] * width + torch.arange(width, device=removed.device)).flatten().to(weight.device)
+    channels = (removed[:, None] * width + torch.arange(width, device=removed.device)).flatten().to(mean.device)
     with torch.no_grad():
-        bias.copy_(bias + weight[:, channels].double() @ mean[channels])
+        bias.copy_(bias + outgoing(reader)[:, channels].double() @ mean[channels])
 
 
 BASELINES = (Baseline("flap", "An et al., arXiv 2312.11983", flap),)
