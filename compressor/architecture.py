@@ -152,7 +152,7 @@ class Axis:
     blocks: tuple[tuple[Unit, int], ...]
 
     def size(self, count: Mapping[Unit, int]) -> int:
-        return sum(width * count[unit] for unit, width in self.blocks)
+        return sum([width * count[unit] for unit, width in self.blocks])  # a list: summed faster than a generator
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ Prefixes are meaningful once neurons and heads are ordered by importance (`compr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,17 +50,17 @@ def leading(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) 
     A view, except where what is kept does not lie together (a fused axis, fewer query heads in a group): a copy then.
     """
     for dimension, axis in enumerate(axes):
-        if axis.size(counts) == axis.size(kept):
+        if full.shape[dimension] == axis.size(kept):
             continue
         parts, start = [], 0
         for unit, width in axis.blocks:
-            block = full.narrow(dimension, start, width * counts[unit])
             if unit == "query" and counts["query"] * kept["kv"] != kept["query"] * counts["kv"]:
+                block = full.narrow(dimension, start, width * counts[unit])
                 grouped = block.unflatten(dimension, (counts["kv"], -1, width)).narrow(dimension, 0, kept["kv"])
                 block = grouped.narrow(dimension + 1, 0, kept["query"] // kept["kv"])
                 parts.append(block.flatten(dimension, dimension + 2))
             else:
-                parts.append(block.narrow(dimension, 0, width * kept[unit]))
+                parts.append(full.narrow(dimension, start, width * kept[unit]))
             start += width * counts[unit]
         full = parts[0] if len(parts) == 1 else torch.cat(parts, dimension)
     return full
@@ -98,7 +98,7 @@ class _Slot:
         """Shadow the parameter by the part that the first `kept` of its `counts` units have."""
         full = self.module._parameters[self.attribute]
         assert full is not None
-        part = leading(full if torch.is_grad_enabled() else full.detach(), self.axes, counts, kept)
+        part = leading(full, self.axes, counts, kept)
         _shadow(self.module, self.attribute, None if part is full else part)
 
 
@@ -110,6 +110,74 @@ class _Count:
     attribute: str
     unit: Unit
     value: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A half-block of one layer, by name: its module, the norms that go with it, what stands where it was removed, the
+    units that it has, and its parameters that shrink with them."""
+
+    half: Half
+    module: str
+    norms: tuple[str, ...]
+    stand_in: Callable[..., Any]
+    units: tuple[Unit, ...]
+    slots: list[_Slot] = field(default_factory=list)
+
+
+class _Layer:
+    """A decoder layer, and all of it that sizes change; looked up once, since a search activates thousands of times."""
+
+    def __init__(self, module: nn.Module, family: Family, structure: Structure, full: LayerSizes) -> None:
+        self.module = module
+        self.full = full
+        self._counts = unit_counts(structure.base.hidden_size, full)
+        halves = (
+            _Block("attention", family.attention, family.attention_norms, removed_attention, ("hidden", "query", "kv")),
+            _Block("mlp", family.mlp, family.mlp_norms, removed_mlp, ("hidden", "ffn", "experts")),
+        )
+        self.blocks = {block.half: block for block in halves if block.half not in full.skip}
+        self.attention: Any = module._modules.get(family.attention)
+        self._has_groups = hasattr(self.attention, "num_key_value_groups")
+        # By name; dense layers among experts lack some. The layer itself, named "", is none of its parts.
+        present: dict[str, Any] = {name: part for name, part in module.named_modules() if name}
+        counts = [(*path.rpartition(".")[::2], unit) for path, unit in family.counts.items()]
+        self._multiples = [
+            _Count(present[name], attribute, unit, getattr(present[name], attribute))
+            for name, attribute, unit in counts
+            if name in present
+        ]
+        self._router = present.get(family.router)
+        self._experts_per_token = structure.experts_per_token
+        self._reads_config = present.get(family.reads_config) if "attention" in self.blocks else None
+        self._query_setting = family.settings["query"]
+
+    def activate(self, sizes: LayerSizes, hidden_size: int, config: Any) -> None:
+        """Leave the layer `sizes` in a residual stream of `hidden_size`; `config` is the full network's."""
+        full, counts, kept = self.full, self._counts, unit_counts(hidden_size, sizes)
+        for block in self.blocks.values():
+            gone = block.half in sizes.skip
+            whole = all(counts[unit] == kept[unit] for unit in block.units)
+            _shadow(self.module, block.module, block.stand_in if gone else None)
+            for norm in block.norms:
+                _shadow(self.module, norm, identity if gone else None)
+            for slot in block.slots:
+                if gone or whole:
+                    _shadow(slot.module, slot.attribute, None)
+                else:
+                    slot.show(counts, kept)
+        if sizes.num_key_value_heads and self._has_groups:
+            _shadow(self.attention, "num_key_value_groups", sizes.num_attention_heads // sizes.num_key_value_heads)
+        for count in self._multiples:
+            setattr(count.module, count.attribute, count.value * kept[count.unit] // counts[count.unit])
+        if self._router is not None:
+            self._router.top_k = min(self._experts_per_token, sizes.num_experts)
+        if self._reads_config is not None:
+            own = config
+            if sizes.num_attention_heads not in (0, full.num_attention_heads):
+                own = copy.copy(config)
+                setattr(own, self._query_setting, sizes.num_attention_heads)
+            self._reads_config.config = own
 
 
 class SuperNetwork:
@@ -127,33 +195,22 @@ class SuperNetwork:
         self.current = self.base
         path, _, self._layers_name = self.family.layers.rpartition(".")
         self._decoder = model.get_submodule(path)
-        self._layers = list(getattr(self._decoder, self._layers_name))
-        self._slots: list[dict[Half, list[_Slot]]] = [{"attention": [], "mlp": []} for _ in self._layers]
+        self._layers = [
+            _Layer(layer, self.family, self.structure, full)
+            for layer, full in zip(getattr(self._decoder, self._layers_name), self.base.layers, strict=True)
+        ]
         self._residual: list[_Slot] = []  # those that only the residual width changes
         for tensor in self.structure.tensors:
             units = {unit for axis in tensor.axes for unit, _ in axis.blocks}
             module_name, _, attribute = tensor.name.rpartition(".")
             slot = _Slot(model.get_submodule(module_name), attribute, tensor.axes)
             if tensor.layer is not None and tensor.half is not None and units & set(ELASTIC):
-                self._slots[tensor.layer][tensor.half].append(slot)
+                self._layers[tensor.layer].blocks[tensor.half].slots.append(slot)
             elif "hidden" in units:
                 self._residual.append(slot)
                 if tensor.role == "embedding" and self.structure.tied:
                     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
                     self._residual.append(_Slot(head, "weight", tensor.axes))
-        self._counts: list[list[_Count]] = []
-        self._routers: list[Any] = []
-        for layer in self._layers:
-            present = dict(layer.named_modules())  # dense layers among experts lack some
-            counts = [(*path.rpartition(".")[::2], unit) for path, unit in self.family.counts.items()]
-            self._counts.append(
-                [
-                    _Count(present[name], attribute, unit, getattr(present[name], attribute))
-                    for name, attribute, unit in counts
-                    if name in present
-                ]
-            )
-            self._routers.append(present.get(self.family.router) if self.family.router else None)
 
     def activate(self, architecture: Architecture) -> None:
         """Switch `architecture` on; it stays on until the next call. Views follow the grad mode of the caller.
@@ -164,15 +221,17 @@ class SuperNetwork:
             raise ValueError("the architecture is larger than the network")
         if self.structure.fixed_hidden and architecture.hidden_size != self.base.hidden_size:
             raise ValueError(f"the residual width cannot change: {self.structure.fixed_hidden}")
-        for index, layer in enumerate(self._layers):
-            self._activate_layer(index, layer, architecture)
-        if {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}:
+        narrow = {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}
+        for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
+            if narrow or not sizes == before == layer.full:  # what was whole and stays whole has no shadows
+                layer.activate(sizes, architecture.hidden_size, self.model.config)
+        if narrow:
             self._activate_residual(architecture.hidden_size)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):
             shadow[self._layers_name] = [
-                removed_layer if sizes.removed else layer
+                removed_layer if sizes.removed else layer.module
                 for layer, sizes in zip(self._layers, architecture.layers, strict=True)
             ]
         else:
@@ -185,43 +244,6 @@ class SuperNetwork:
             slot.show(counts, kept)
             if isinstance(slot.module, nn.LayerNorm):
                 slot.module.normalized_shape = (hidden_size,)
-
-    def _activate_layer(self, index: int, layer: nn.Module, architecture: Architecture) -> None:
-        family, sizes, full = self.family, architecture.layers[index], self.base.layers[index]
-        counts, kept = unit_counts(self.base.hidden_size, full), unit_counts(architecture.hidden_size, sizes)
-        blocks: dict[Half, tuple[str, tuple[str, ...], Any, tuple[Unit, Unit]]] = {
-            "attention": (family.attention, family.attention_norms, removed_attention, ("query", "kv")),
-            "mlp": (family.mlp, family.mlp_norms, removed_mlp, ("ffn", "experts")),
-        }
-        for half, (block, norms, stand_in, units) in blocks.items():
-            if half in full.skip:
-                continue
-            gone = half in sizes.skip
-            whole = all(counts[unit] == kept[unit] for unit in (*units, "hidden"))
-            _shadow(layer, block, stand_in if gone else None)
-            for norm in norms:
-                _shadow(layer, norm, identity if gone else None)
-            for slot in self._slots[index][half]:
-                if gone or whole:
-                    _shadow(slot.module, slot.attribute, None)
-                else:
-                    slot.show(counts, kept)
-        attention: Any = layer._modules.get(family.attention)
-        if sizes.num_key_value_heads and hasattr(attention, "num_key_value_groups"):
-            attention.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
-        for count in self._counts[index]:
-            setattr(count.module, count.attribute, count.value * kept[count.unit] // counts[count.unit])
-        router = self._routers[index]
-        if router is not None:
-            router.top_k = min(self.structure.experts_per_token, sizes.num_experts)
-        if family.reads_config and "attention" not in full.skip:
-            own = None
-            if sizes.num_attention_heads not in (0, full.num_attention_heads):
-                own = copy.copy(self.model.config)
-                setattr(own, family.settings["query"], sizes.num_attention_heads)
-            module = layer._modules[family.reads_config]
-            assert module is not None
-            module.config = own or self.model.config
 
     def _activate_cache(self, architecture: Architecture) -> None:
         """Leave no place in key-value caches for layers that have nothing to keep there.
@@ -237,9 +259,8 @@ class SuperNetwork:
             return
         position = 0
         for layer, holds in zip(self._layers, held, strict=True):
-            attention = layer._modules[self.family.attention]
-            if holds and attention is not None:
-                attention.layer_idx = position
+            if holds and layer.attention is not None:
+                _shadow(layer.attention, "layer_idx", position)
                 position += 1
 
     @contextmanager
@@ -254,6 +275,8 @@ class SuperNetwork:
 
 
 def _shadow(holder: Any, name: str, value: Any) -> None:
+    """Set or (None) take away an attribute of the instance's own. Where there is one, `setattr` of a module does the
+    same at several times the cost."""
     if value is None:
         holder.__dict__.pop(name, None)
     else:
