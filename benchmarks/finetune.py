@@ -1,11 +1,13 @@
 """Which sampler, draw and loss fine-tune a super-network best? Held-out loss of four sub-networks, the same tokens.
 
-    python -m benchmarks.finetune [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only NAME;...] [--seeds 0,1]
+    python -m benchmarks.finetune [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only "A;B"] [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
 first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the
-same for all. Every trial is a line of the results file as soon as it is done, and is not done again. Without MODEL: the
-bundled checkpoint on generated text.
+same for all; a column holds the mean loss of twelve random sub-networks between the ends, the same for all too, since
+what makes the uniform cuts better need not make these better. Of several seeds, mean and standard deviation. Every
+trial is a line of the results file as soon as it is done, and is not done again. Without MODEL: the bundled checkpoint
+on generated text.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressor import demo
@@ -37,7 +40,10 @@ ALONE = {1.0: 0.03, 0.8: 0.1, 0.67: 0.1, 0.5: 0.1}
 """The sizes that are compared, and the learning rate times the width that each is trained with alone: a whole network
 bears less than one that was cut."""
 BATCH = 4
+RANDOM = 12
+"""Random sub-networks whose mean loss is measured too."""
 
+MIXED: dict[str, Any] = {"loss": {"ce": 0.3, "kl": 0.7}, "rate": 0.2}
 TRIALS: dict[str, dict[str, Any]] = {
     "default": {},
     # who takes part
@@ -61,6 +67,17 @@ TRIALS: dict[str, dict[str, Any]] = {
     "rate 0.2 / width": {"rate": 0.2},
     "taught in place, rate 0.03 / width": {"strong_teacher": 0.0, "rate": 0.03},
     "constant tail": {"tail_share": 0.25},
+    # what the tables of single changes suggest together
+    "draw cuts": {"draw": "cuts"},
+    "mixed loss, rate 0.2": MIXED,
+    "mixed loss, rate 0.3": MIXED | {"rate": 0.3},
+    "mixed loss, rate 0.2, cuts": MIXED | {"draw": "cuts"},
+    "mixed loss, rate 0.2, cuts, two random": MIXED | {"draw": "cuts", "random_members": 2},
+    "mixed loss, rate 0.2, cuts, three random": MIXED | {"draw": "cuts", "random_members": 3},
+    # adapters only
+    "lora, rate 0.3 / width": {"parameters": "lora", "rate": 0.3},
+    "lora, rate 0.1 / width": {"parameters": "lora", "rate": 0.1},
+    "lora, rate 1 / width": {"parameters": "lora", "rate": 1.0},
     # published schemes as they stand
     "LLaMA-NAS": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
     "InstaTune, in place": {"sampler": "joint", "draw": "genes", "strong_teacher": 0.0, "loss": {"ce": 0.3, "kl": 0.7}},
@@ -90,6 +107,9 @@ class Bench:
         self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
         self.sizes |= {size: job.uniform_near(size * self.full) for size in ALONE if size < 1}
         self.structure = job.structure
+        low, high = job.training_range().sizes
+        rng = np.random.default_rng(1)
+        self.random = [job.draw_near(rng, size) for size in np.linspace(low, high, RANDOM)]
 
     def job(self, changes: dict[str, Any], seed: int) -> Job:
         section = Finetuning(tokens=self.tokens, batch_size=BATCH, **changes)
@@ -133,23 +153,25 @@ class Bench:
         def trial() -> dict[str, Any]:
             supernet = self.supernet(job)
             history = train_supernet(job, supernet, self.blocks, self.state())
-            return {"losses": self.losses(supernet), "passes": history.passes, "training": history.seconds}
+            return self.losses(supernet) | {"passes": history.passes, "training": history.seconds}
 
         section = job.recipe.finetuning.model_dump()
         return self.once({"what": "elastic", "section": section, "seed": seed}, trial)
 
     def untrained(self) -> dict[str, Any]:
         def trial() -> dict[str, Any]:
-            return {"losses": self.losses(self.supernet(self.job({}, 0))), "passes": 0, "training": 0.0}
+            return self.losses(self.supernet(self.job({}, 0))) | {"passes": 0, "training": 0.0}
 
         return self.once({"what": "untrained"}, trial)
 
-    def losses(self, supernet: SuperNetwork) -> list[float]:
-        found = []
-        for architecture in self.sizes.values():
+    def losses(self, supernet: SuperNetwork) -> dict[str, Any]:
+        """Held-out loss of each size, and the mean of the random sub-networks."""
+
+        def loss(architecture: Architecture) -> float:
             with torch.no_grad(), supernet.activated(architecture) as network:
-                found.append(self.held_out(network))
-        return found
+                return self.held_out(network)
+
+        return {"losses": [loss(size) for size in self.sizes.values()], "random": mean(map(loss, self.random))}
 
     def alone(self, size: float, seed: int) -> dict[str, Any]:
         """One size sliced first, then trained alone with next-token cross-entropy."""
@@ -167,16 +189,20 @@ class Bench:
         return self.once({"what": "alone", "size": size, "rate": rate, "seed": seed}, trial)
 
 
-def line(name: str, row: dict[str, Any], reference: list[float], tokens: int) -> str:
-    cells = [f"{loss:.3f} ({loss / best - 1:+.1%})" for loss, best in zip(row["losses"], reference, strict=True)]
-    excess = mean(loss / best - 1 for loss, best in zip(row["losses"], reference, strict=True))
-    spent = [f"{tokens:,}", f"{row['training']:.0f}", f"{row['passes']:,}"]
-    return "| " + " | ".join([name, *cells, f"{excess:+.1%}", *spent]) + " |"
+def line(name: str, rows: list[dict[str, Any]], reference: list[float], tokens: int) -> str:
+    """A row of the table: means over seeds, with standard deviations where there are several."""
 
+    def cell(values: list[float], best: float | None = None) -> str:
+        more = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{mean(values):.3f}{more}" + (f" ({mean(values) / best - 1:+.1%})" if best else "")
 
-def average(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = [mean(values) for values in zip(*(row["losses"] for row in rows), strict=True)]
-    return {"losses": losses, "training": mean(r["training"] for r in rows), "passes": rows[0]["passes"]}
+    by_size = list(zip(*(row["losses"] for row in rows), strict=True))
+    cells = [cell(list(losses), best) for losses, best in zip(by_size, reference, strict=True)]
+    excess = [mean(loss / best - 1 for loss, best in zip(row["losses"], reference, strict=True)) for row in rows]
+    spread = f" ± {stdev(excess):.1%}" if len(rows) > 1 else ""
+    cells += [f"{mean(excess):+.1%}{spread}", cell([row["random"] for row in rows]) if "random" in rows[0] else ""]
+    spent = [f"{tokens:,}", f"{mean(row['training'] for row in rows):.0f}", f"{rows[0]['passes']:,}"]
+    return "| " + " | ".join([name, *cells, *spent]) + " |"
 
 
 def main() -> None:
@@ -193,24 +219,28 @@ def main() -> None:
     bench = Bench(arguments)
 
     shares = [bench.structure.parameters(a) / bench.full for a in bench.sizes.values()]
-    header = ["", *(f"{share:.3f}" for share in shares), "mean excess", "tokens", "seconds", "passes"]
+    header = [
+        "",
+        *(f"{share:.3f}" for share in shares),
+        "mean excess",
+        f"{RANDOM} random",
+        "tokens",
+        "seconds",
+        "passes",
+    ]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
     single = [bench.alone(size, seed=0) for size in ALONE]
     reference = [row["loss"] for row in single]
-    print(line("base, sliced, not trained", bench.untrained(), reference, 0))
+    print(line("base, sliced, not trained", [bench.untrained()], reference, 0))
     alone = {
         "losses": reference,
         "training": sum(row["training"] for row in single),
         "passes": sum(row["passes"] for row in single),
     }
-    print(line("each size alone (four runs)", alone, reference, len(ALONE) * arguments.tokens), flush=True)
+    print(line("each size alone (four runs)", [alone], reference, len(ALONE) * arguments.tokens), flush=True)
     for name in names:
         rows = [bench.elastic(TRIALS[name], seed) for seed in seeds]
-        print(line(name, average(rows), reference, arguments.tokens), flush=True)
-        if len(rows) > 1:
-            spread = [max(values) - min(values) for values in zip(*(row["losses"] for row in rows), strict=True)]
-            cells = [f"largest - smallest of {len(rows)} seeds", *(f"{s:.3f}" for s in spread), "", "", "", ""]
-            print("| " + " | ".join(cells) + " |", flush=True)
+        print(line(name, rows, reference, arguments.tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from compressor.architecture import HALVES
+from compressor.finetune.parameters import adapter_parameters
 from compressor.job import Job
 from compressor.progress import console
 
@@ -79,7 +80,9 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     random = recipe.finetuning.random_members
     members = {"sandwich": 2 + random, "joint": 1 + random}.get(recipe.finetuning.sampler, 1)
     taught = 2 * recipe.finetuning.strong_teacher  # the frozen base only goes forward
-    train = (6 * members * 0.8 + taught) * macs * (recipe.finetuning.tokens or 0)
+    adapted = recipe.finetuning.parameters == "lora"
+    backward = 2 if adapted else 4  # frozen weights need no gradients of their own
+    train = ((2 + backward) * members * 0.8 + taught) * macs * (recipe.finetuning.tokens or 0)
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
@@ -90,7 +93,11 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     )
     per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
     weight_bytes = total * job.compute_dtype.itemsize
-    training_bytes = 16 * total + 4 * rows * per_token + (weight_bytes if recipe.finetuning.strong_teacher else 0)
+    training_bytes = 4 * rows * per_token
+    if adapted:
+        training_bytes += weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
+    else:
+        training_bytes += 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
     healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
     scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     return {

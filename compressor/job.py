@@ -25,6 +25,7 @@ from compressor.finetune.engine import make_accelerator, processes
 from compressor.finetune.loop import TrainSettings
 from compressor.finetune.losses import LOSSES
 from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
+from compressor.finetune.parameters import PARAMETERS, adapted
 from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
 from compressor.finetune.sources import local_files
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
@@ -221,9 +222,12 @@ class Job:
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
         hidden_size = self.structure.base.hidden_size
-        for section in (self.recipe.finetuning, self.recipe.healing):
-            if section.learning_rate is None:
-                section.learning_rate = learning_rate_for(hidden_size, healing=section is self.recipe.healing)
+        finetuning, healing = self.recipe.finetuning, self.recipe.healing
+        if finetuning.learning_rate is None:
+            adapters = finetuning.parameters == "lora"
+            finetuning.learning_rate = learning_rate_for(hidden_size, healing=False, adapters=adapters)
+        if healing.learning_rate is None:
+            healing.learning_rate = learning_rate_for(hidden_size, healing=True)
 
     def check(self) -> None:
         """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""
@@ -232,6 +236,7 @@ class Job:
             ("finetuning.sampler", recipe.finetuning.sampler, SAMPLERS),
             ("finetuning.draw", recipe.finetuning.draw, DRAWS),
             *(("finetuning.loss", loss, LOSSES) for loss in recipe.finetuning.losses),
+            ("finetuning.parameters", recipe.finetuning.parameters, PARAMETERS),
             ("finetuning.optimizer", recipe.finetuning.optimizer, OPTIMIZERS),
             ("searching.algorithm", recipe.searching.algorithm, ALGORITHMS),
         ]
@@ -239,6 +244,8 @@ class Job:
             if name not in known:
                 hint = nearest(name, known) or f"; known are {', '.join(known)}"
                 raise RequestError(f"{key}: '{name}' is unknown{hint}")
+        if recipe.finetuning.parameters == "lora":
+            adapted(self.structure)
         check_optimizer(recipe.finetuning.optimizer, self.device.type)
         narrows = any(gene.kind == "hidden_size" for gene in self.space.genes)
         losses = set(recipe.finetuning.losses)
@@ -392,7 +399,7 @@ class Job:
                 if self.structure.parameters(drawn) >= low:
                     return drawn
 
-        return Range(self.structure, least, uniform, self.draw_near)
+        return Range(self.structure, least, uniform, self.draw_near, self.uniform_near)
 
     def smallest_in_training(self) -> tuple[Architecture, float]:
         """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.
@@ -411,8 +418,12 @@ class Job:
         """A random sub-network of about this many parameters."""
         return self.space.decode(self.space.sample_near(rng, [parameters])[0].tolist())
 
+    @cached_property
+    def uniform_members(self) -> Sequence[Architecture]:
+        """Uniform cuts of all sizes that the space holds, if any."""
+        return self.space.uniform_members(12)
+
     def uniform_near(self, parameters: float) -> Architecture:
-        members: Sequence[Architecture] = self.space.uniform_members(12)
-        if not members:
+        if not self.uniform_members:
             return self.draw_near(np.random.default_rng(self.recipe.seed), parameters)
-        return min(members, key=lambda a: abs(self.structure.parameters(a) - parameters))
+        return min(self.uniform_members, key=lambda a: abs(self.structure.parameters(a) - parameters))

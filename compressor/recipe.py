@@ -96,7 +96,8 @@ class Finetuning(Section):
     `ordering` is a criterion of importance, or the `ordering.safetensors` of another run of the same model.
 
     `loss` is a name or weights by name, say `{ce: 0.3, kl: 0.7}`. `strong_teacher` is the share of the steps, from the
-    first, in which the frozen base teaches; after them each step's largest sub-network does.
+    first, in which the frozen base teaches; after them each step's largest sub-network does. `parameters` are what is
+    trained: `all` weights, or `lora`, adapters of rank `lora_rank` beside frozen weights.
     """
 
     tokens: int | None = Field(default=None, ge=0)
@@ -107,6 +108,8 @@ class Finetuning(Section):
     loss: str | dict[str, float] = "kl"
     temperature: float = Field(default=1.0, gt=0)
     strong_teacher: float = Field(default=1.0, ge=0, le=1)
+    parameters: str = "all"
+    lora_rank: int = Field(default=32, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_share: float = Field(default=0.03, ge=0, le=1)
@@ -235,14 +238,15 @@ class Recipe(Section):
         return recipe
 
 
-def learning_rate_for(hidden_size: int, healing: bool) -> float:
+def learning_rate_for(hidden_size: int, healing: bool, adapters: bool = False) -> float:
     """Peak learning rate by residual width: at 64, 3e-3 to heal and 1.6e-3 to fine-tune; at 4096, 5e-5 and 2.4e-5.
+    Adapters alone, whose products start at zero, bear three times what whole weights do.
 
     The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al.,
     arXiv 2203.03466). The constants were found on stories260K and prose-7m: a network that was cut needs, and bears, a
     rate that would undo much of what a whole one knows (`docs/results.md`).
     """
-    return (0.2 if healing else 0.1) / hidden_size
+    return (0.2 if healing else 0.3 if adapters else 0.1) / hidden_size
 
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:

@@ -24,9 +24,11 @@ from compressor.finetune.idle import held_still, idle_slices
 from compressor.finetune.loop import Backward, History, TrainSettings, train
 from compressor.finetune.losses import LOSSES, Loss
 from compressor.finetune.optimizers import OPTIMIZERS
-from compressor.finetune.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, UniformGenes
+from compressor.finetune.parameters import PARAMETERS, AllWeights
+from compressor.finetune.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, SizesAndCuts, UniformGenes
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 32), LayerSizes(2, 1, 32)))
+CUT = Architecture(32, (LayerSizes(2, 1, 48),) * 3)
 CE = Loss({"ce": 1.0})
 
 
@@ -41,7 +43,7 @@ def widths_near(rng: np.random.Generator, parameters: float) -> Architecture:
 
 
 def range_of(structure: Any) -> Range:
-    return Range(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near)
+    return Range(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT)
 
 
 @pytest.fixture
@@ -56,18 +58,25 @@ def blocks(tmp_path: Path) -> Blocks:
     return pack(str(tiny.data(tmp_path / "d.jsonl")), tiny.byte_tokenizer(), 16)
 
 
-def tuned(network: Any, blocks: Blocks, folder: Path, scheme: Scheme, how: TrainSettings, **more: Any) -> History:
+def tuned(
+    network: Any,
+    blocks: Blocks,
+    folder: Path,
+    scheme: Scheme,
+    how: TrainSettings,
+    parameters: str = "all",
+    **more: Any,
+) -> History:
     supernet = SuperNetwork(network)
-    base = SuperNetwork(copy.deepcopy(network)) if scheme.needs_base else None
+    load = (lambda: SuperNetwork(copy.deepcopy(network))) if scheme.needs_base else None
     history = finetune_supernet(
-        supernet,
+        PARAMETERS[parameters](supernet, load, 4, 7),
         blocks,
         how,
         scheme,
         range_of(supernet.structure),
         state=folder / "state.safetensors",
         accelerator=Accelerator(cpu=True),
-        base=base,
         **more,
     )
     assert supernet.current == supernet.base
@@ -92,7 +101,7 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
     asked: list[float] = []
     structure = describe(network.config)
     uniform = widths_near(np.random.default_rng(5), 0)
-    range_ = Range(structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL)
+    range_ = Range(structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT)
     rng = np.random.default_rng(1)
     low, high = range_.sizes
     for _ in range(2000):
@@ -101,6 +110,8 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
     shares = np.histogram(asked, bins=4, range=(low, high))[0] / 2000
     assert np.abs(shares - 0.25).max() < 0.04
     assert UniformGenes(range_)(rng) == uniform
+    drawn = [SizesAndCuts(range_)(rng) for _ in range(2000)]
+    assert abs(drawn.count(CUT) / 2000 - 0.5) < 0.04 and drawn.count(CUT) + drawn.count(SMALL) == 2000
 
 
 def test_sizes_that_still_learn_are_drawn_more_often(network: Any) -> None:
@@ -136,9 +147,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("draw", ["sizes", "shift"])
+@pytest.mark.parametrize(("draw", "parameters"), [("sizes", "all"), ("shift", "all"), ("sizes", "lora")])
 def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
-    network: Any, blocks: Blocks, tmp_path: Path, draw: str, monkeypatch: pytest.MonkeyPatch
+    network: Any, blocks: Blocks, tmp_path: Path, draw: str, parameters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compressor.finetune import elastic
 
@@ -146,7 +157,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
     scheme = Scheme(draw=draw)
     (tmp_path / "whole").mkdir()
-    tuned(network, blocks, tmp_path / "whole", scheme, how)
+    tuned(network, blocks, tmp_path / "whole", scheme, how, parameters)
     whole = copy.deepcopy(network.state_dict())
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
     network.load_state_dict(start)
@@ -163,9 +174,9 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(elastic, "trace", dies)
         with pytest.raises(Killed):
-            tuned(network, blocks, tmp_path / "killed", scheme, how)
+            tuned(network, blocks, tmp_path / "killed", scheme, how, parameters)
     network.load_state_dict(start)  # whatever memory held is gone
-    tuned(network, blocks, tmp_path / "killed", scheme, how)
+    tuned(network, blocks, tmp_path / "killed", scheme, how, parameters)
     for name, value in network.state_dict().items():
         assert torch.equal(value, whole[name]), name
 
@@ -216,14 +227,13 @@ def test_a_strong_teacher_teaches_the_first_part_only(network: Any, blocks: Bloc
     base.model.register_forward_hook(lambda *_: calls.append(1))
     supernet = SuperNetwork(network)
     finetune_supernet(
-        supernet,
+        AllWeights(supernet, SuperNetwork(base)),
         blocks,
         settings(320),
         Scheme(strong_teacher=0.3),
         range_of(supernet.structure),
         state=tmp_path / "s",
         accelerator=Accelerator(cpu=True),
-        base=SuperNetwork(base),
     )
     assert len(calls) == 3
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), base.parameters(), strict=True))
@@ -355,6 +365,7 @@ def test_every_name_of_the_recipe_is_known() -> None:
 
     section = Finetuning()
     assert section.sampler in SAMPLERS and section.draw in DRAWS and section.optimizer in OPTIMIZERS
+    assert section.parameters in PARAMETERS
     assert set(section.losses) <= set(LOSSES) and Finetuning(loss={"ce": 0.3, "kl": 0.7}).losses["kl"] == 0.7
     with pytest.raises(ValueError, match="weights must be above 0"):
         Finetuning(loss={"ce": 0.0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from compressor.finetune.forward import Recorder, Trace, trace
 from compressor.finetune.idle import Idle, idle_slices
 from compressor.finetune.loop import Backward, History, TrainSettings, train
 from compressor.finetune.losses import Loss, held_out_loss
+from compressor.finetune.parameters import Parameters
 from compressor.finetune.samplers import DRAWS, SAMPLERS, Member, Range
 
 HELD_OUT_BLOCKS = 16
@@ -46,7 +47,7 @@ class Scheme:
 
 
 def finetune_supernet(
-    supernet: SuperNetwork,
+    parameters: Parameters,
     data: Blocks,
     settings: TrainSettings,
     scheme: Scheme,
@@ -54,18 +55,22 @@ def finetune_supernet(
     *,
     state: Path,
     accelerator: Accelerator,
-    base: SuperNetwork | None = None,
     watched: dict[str, Architecture] | None = None,
 ) -> History:
-    """Train the super-network in place; afterwards its full network is active.
+    """Train the super-network of `parameters` in place; afterwards its full network is active.
 
-    `base` is the frozen teacher where the scheme needs one, ordered like the super-network. `watched` are the
-    sub-networks whose held-out loss makes the curve, by name.
+    `watched` are the sub-networks whose held-out loss makes the curve, by name.
     """
+    supernet = parameters.supernet
     training, held_out = data.split()
     memory: dict[str, Any] = {}
     draw = DRAWS[scheme.draw](range_, memory)
     strong_steps = round(scheme.strong_teacher * settings.steps)
+    keeps = scheme.loss.keeps()
+
+    def recording(network: SuperNetwork) -> AbstractContextManager[Recorder | None]:
+        return Recorder(network, **keeps) if any(keeps.values()) else nullcontext()
+
     members: list[Member] = []
     drawn_for: int | None = None
 
@@ -76,9 +81,9 @@ def finetune_supernet(
             members = SAMPLERS[scheme.sampler](number, generator, range_, draw, scheme.random_members)
             drawn_for = number
         teacher: Trace | None = None
-        if base is not None and number < strong_steps:
-            with torch.no_grad(), accelerator.autocast():
-                teacher = trace(base.model, batch, taught_by)
+        if scheme.needs_base and number < strong_steps:
+            with torch.no_grad(), accelerator.autocast(), parameters.frozen() as base, recording(base) as theirs:
+                teacher = trace(base.model, batch, theirs)
         shown = 0.0
         for position, member in enumerate(members):
             supernet.activate(member.architecture)
@@ -95,7 +100,7 @@ def finetune_supernet(
         return shown
 
     def idle(number: int) -> Idle:
-        return idle_slices(supernet.structure, [member.architecture for member in members])
+        return idle_slices(parameters.structure, [member.architecture for member in members])
 
     def measure() -> dict[str, float]:
         losses = {}
@@ -104,10 +109,7 @@ def finetune_supernet(
                 losses[name] = _held_out(supernet.model, held_out, settings.batch_size, accelerator)
         return losses
 
-    with ExitStack() as stack:
-        keeps = scheme.loss.keeps()
-        recorder = stack.enter_context(Recorder(supernet, **keeps)) if any(keeps.values()) else None
-        taught_by = stack.enter_context(Recorder(base, **keeps)) if base is not None and recorder else None
+    with parameters, recording(supernet) as recorder:
         history = train(
             supernet.model,
             training,
@@ -119,7 +121,9 @@ def finetune_supernet(
             measure=measure if watched else None,
             idle=idle,
             memory=memory,
+            parameters=parameters.trained,
         )
+        parameters.finish()
     supernet.activate(supernet.base)
     return history
 

@@ -1,9 +1,9 @@
 """The training loop: one for the super-network and for healing, resumable at any moment.
 
 A step is given as a function, so samplers and losses stay out of here. Everything that a step draws is a pure
-function of (seed, step) and of `memory`; the state on disk is therefore weights, the optimizer's moments, `memory` and
-the step number, one safetensors file, renamed into place. A run that is killed goes on from the last such file to the
-same weights, bit for bit on one CPU process.
+function of (seed, step) and of `memory`; the state on disk is therefore what is trained, the optimizer's moments,
+`memory` and the step number, one safetensors file, renamed into place. A run that is killed goes on from the last such
+file to the same weights, bit for bit on one CPU process.
 
 Several processes split each batch and add up their gradients; the model is not wrapped, since sub-networks use
 different parameters from step to step. Parts of a batch, whether they are other processes' or accumulated one after the
@@ -102,12 +102,14 @@ def train(
     measurements: int = 6,
     idle: Callable[[int], Idle] | None = None,
     memory: dict[str, Any] | None = None,
+    parameters: dict[str, nn.Parameter] | None = None,
 ) -> History:
     """Train `model` in place. `state` is the file that makes it resumable; `measure` gives the curve's points.
 
     `idle` says, after a step, what took no part in it. `memory` is what a step remembers from earlier ones, JSON.
+    `parameters` are what is trained, by name: all of the model's where nothing is given.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     optimizer = OPTIMIZERS[settings.optimizer](

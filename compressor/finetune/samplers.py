@@ -20,13 +20,15 @@ from compressor.architecture import Architecture, Structure
 class Range:
     """The sub-networks that are trained: the ends, what counts as the size of one, and how to draw one.
 
-    `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters.
+    `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters; `cut` is the uniform cut
+    (all layers alike) nearest to a number of parameters.
     """
 
     structure: Structure
     least: Architecture
     uniform: Callable[[np.random.Generator], Architecture]
     near: Callable[[np.random.Generator, float], Architecture]
+    cut: Callable[[float], Architecture]
 
     @property
     def largest(self) -> Architecture:
@@ -76,6 +78,16 @@ class EvenSizes:
 
 
 @dataclass
+class SizesAndCuts(EvenSizes):
+    """Sizes evenly too, but every second sub-network is a uniform cut instead of a random one: few architectures that
+    are trained often, which most good ones of their size are not far from."""
+
+    def __call__(self, rng: np.random.Generator) -> Architecture:
+        size = rng.uniform(*self.range.sizes)
+        return self.range.cut(size) if rng.random() < 0.5 else self.range.near(rng, size)
+
+
+@dataclass
 class ShiftedSizes:
     """Sizes that still learn fast are drawn more often (ShiftNAS, arXiv 2307.08300).
 
@@ -122,6 +134,7 @@ class ShiftedSizes:
 DRAWS: dict[str, Callable[[Range, dict[str, Any]], Draw]] = {
     "sizes": EvenSizes,
     "genes": UniformGenes,
+    "cuts": SizesAndCuts,
     "shift": ShiftedSizes,
 }
 

@@ -18,6 +18,7 @@ from compressor.finetune.elastic import Scheme, finetune_supernet
 from compressor.finetune.loop import History
 from compressor.finetune.losses import Loss
 from compressor.finetune.overlap import RUN, Overlap
+from compressor.finetune.parameters import PARAMETERS
 from compressor.finetune.sources import Row, plain_text
 from compressor.job import Job
 from compressor.progress import say
@@ -73,7 +74,8 @@ def finetune(job: Job) -> dict[str, Any]:
                 f"warning: {len(overlap.found)} of {overlap.documents} report documents share {RUN} words in a row "
                 f"with the training text, for example {min(overlap.found)}; their scores may be too good"
             )
-        model = job.load_base(torch.float32)
+        # What is not trained needs no more precision than it is computed in.
+        model = job.load_base(torch.float32 if recipe.finetuning.parameters == "all" else None)
         supernet = job.supernet_of(model)
         order = order_supernet(job, supernet, blocks)
         facts["block_influence"] = block_influence(supernet, calibration_batches(job, blocks))
@@ -92,6 +94,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 **vars(history),
                 "processes": job.accelerator.num_processes,
                 "sampler": recipe.finetuning.sampler,
+                "parameters": recipe.finetuning.parameters,
                 "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
                 "data": recipe.data,
                 "blocks": len(blocks),
@@ -136,19 +139,22 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     model: Any = supernet.model
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    base = None
-    if scheme.needs_base:  # ordered like the super-network, so that heads stand beside the heads they came from
+
+    def load() -> SuperNetwork:
+        """The frozen base, ordered like the super-network, so that heads stand beside the heads they came from."""
         base = job.supernet_of(job.load_base())
         base.model.load_state_dict(model.state_dict())
+        return base
+
+    make = PARAMETERS[section.parameters]
     return finetune_supernet(
-        supernet,
+        make(supernet, load if scheme.needs_base else None, section.lora_rank, job.recipe.seed),
         blocks,
         job.train_settings(section, blocks.length, job.recipe.seed),
         scheme,
         range_,
         state=state,
         accelerator=job.accelerator,
-        base=base,
         watched={"largest": range_.largest, "middle": middle, "smallest": range_.least},
     )
 
