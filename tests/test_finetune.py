@@ -154,6 +154,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     from compressor.finetune import elastic
 
     start = copy.deepcopy(network.state_dict())
+    later = copy.deepcopy(network)  # what a new process loads: whatever the killed one held is gone
     how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
     scheme = Scheme(draw=draw)
     (tmp_path / "whole").mkdir()
@@ -175,9 +176,8 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
         patch.setattr(elastic, "trace", dies)
         with pytest.raises(Killed):
             tuned(network, blocks, tmp_path / "killed", scheme, how, parameters)
-    network.load_state_dict(start)  # whatever memory held is gone
-    tuned(network, blocks, tmp_path / "killed", scheme, how, parameters)
-    for name, value in network.state_dict().items():
+    tuned(later, blocks, tmp_path / "killed", scheme, how, parameters)
+    for name, value in later.state_dict().items():
         assert torch.equal(value, whole[name]), name
 
 
