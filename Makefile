@@ -20,7 +20,7 @@ test-compat: $(VENV)/installed-test $(COMPAT)/installed
 	rm -rf build/compat
 	mkdir -p build/compat
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/compat.py write build/compat
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(COMPAT)/bin/python tests/compat.py verify build/compat
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(COMPAT)/bin/python tests/compat.py verify build/compat
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

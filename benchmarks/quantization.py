@@ -28,7 +28,7 @@ from compressor.stages.measuring import load_package
 from export import gguf_layout, graphs
 from export.layouts import write_layout
 from export.package import read_record
-from export.quantize import SCHEMES, pack_texts, quantize_packages
+from export.quantize import pack_texts, quantize_packages
 
 HELD_OUT = 200
 """Documents at the end of the data that no variant sees."""
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--iterations", type=int, default=200, help="0: nothing is tuned")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--schemes", default=",".join(SCHEMES), help="empty: only what is for other runtimes")
+    parser.add_argument("--schemes", default="int8,int8-dynamic,int4", help="empty: only what is for other runtimes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -22,6 +22,7 @@ from typer.exceptions import Abort, Exit, TyperException
 from compressor.errors import RequestError, VerificationError
 from compressor.finetune.engine import is_main
 from compressor.progress import console
+from export.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -58,7 +59,7 @@ MaxParams = Annotated[str | None, typer.Option(help="0.67, 67%, 450M, or several
 MaxBytes = Annotated[str | None, typer.Option(help="of the smallest requested variant's weights, for example 2GiB")]
 MinSpeedup = Annotated[float | None, typer.Option(help="decode tokens per second against the base")]
 MaxDrop = Annotated[str | None, typer.Option(help="largest loss of quality, for example 1%")]
-Quantize = Annotated[str | None, typer.Option(help="int8, int8-dynamic, int4, comma-separated")]
+Quantize = Annotated[str | None, typer.Option(help=f"{', '.join(SCHEMES)}; comma-separated")]
 GroupSize = Annotated[int | None, typer.Option(help="int4's group size; unset: the largest that divides all widths")]
 Formats = Annotated[
     str | None,

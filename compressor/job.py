@@ -33,6 +33,7 @@ from compressor.run import Run, read_json, write_json
 from export.gguf_layout import check_family, check_tokenizer
 from export.layouts import check_installed
 from export.quantize import linear_layers
+from export.schemes import SCHEMES
 from search.algorithms import ALGORITHMS
 from search.space import SearchSpace
 
@@ -214,10 +215,10 @@ class Job:
 
     def smallest_scheme(self) -> Scheme | None:
         """How the smallest requested variant stores its linear layers: what `--max-bytes` is about."""
-        schemes = self.recipe.quantizing.schemes
-        if "int4" in schemes:
+        bits = {SCHEMES[name].bits for name in self.recipe.quantizing.schemes}
+        if 4 in bits:
             return Scheme(bits=4, group_size=self.recipe.quantizing.group_size or 32)
-        return Scheme(bits=8, group_size=-1) if schemes else None
+        return Scheme(bits=8, group_size=-1) if bits else None
 
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
@@ -345,7 +346,7 @@ class Job:
     def check_group_size(self) -> None:
         """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
         group = self.recipe.quantizing.group_size
-        if group is None or "int4" not in self.recipe.quantizing.schemes:
+        if group is None or all(SCHEMES[name].bits > 4 for name in self.recipe.quantizing.schemes):
             return
         genes = {gene.name: gene.values for gene in self.space.genes}
         base = self.structure.base

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compressor.errors import RequestError, nearest
+from export.schemes import SchemeName
 
-Quantization = Literal["int8", "int8-dynamic", "int4"]
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
 ]
@@ -168,10 +168,10 @@ class Healing(Section):
 
 
 class Quantizing(Section):
-    """`group_size` is for int4; unset, the largest of 128, 64, 32 that divides all widths. `iterations` is how long
+    """`group_size` is for 4 bits; unset, the largest of 128, 64, 32 that divides all widths. `iterations` is how long
     AutoRound tunes the rounding of each block; 0 rounds to nearest."""
 
-    schemes: list[Quantization] = Field(default_factory=list)
+    schemes: list[SchemeName] = Field(default_factory=list)
     group_size: int | None = Field(default=None, ge=8)
     iterations: int | None = Field(default=None, ge=0)
     samples: int = Field(default=64, ge=1)

@@ -119,7 +119,9 @@ def load_checkpoint(
     """Model and tokenizer of a folder or a hub repository. Code files are run only if they are exactly what this
     version writes, or with `trust_remote_code`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from evals.loading import load_network
 
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -132,9 +134,7 @@ def load_checkpoint(
         dtype = "float32"  # as everywhere in this tool: half precision is slow on most CPUs, and less exact
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=trusted
-        )
+        model, _ = load_network(folder, dtype, trusted)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error

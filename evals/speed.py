@@ -147,9 +147,11 @@ def _spread_of(times: Sequence[float]) -> float:
 
 
 def runtime_of(model: Any) -> str:
-    """What the network runs in. Compressed weights are unpacked when transformers first uses them on a CPU."""
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    return "transformers (decompressed at load)" if quantized else "transformers"
+    """What the network runs in. compressed-tensors are unpacked when transformers first uses them on a CPU."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return "transformers"
+    return "auto-round" if quantization.quant_method == "auto-round" else "transformers (decompressed at load)"
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         compared=compared[0] if compared else None,
         said=said,
         uneven_transformers=UNEVEN_TRANSFORMERS,
+        quantized_form=quantized_form(package),
     )
 
 
@@ -110,7 +111,7 @@ def card_data(report: Report, package: Package) -> ModelCardData:
     tags = ["nas-compressor", "neural-architecture-search", "pruned"]
     in_transformers = package.layout in ("uneven", "uniform", "padded")
     if package.quantization:
-        tags += [package.quantization, *(["compressed-tensors"] if in_transformers else [])]
+        tags += [package.quantization, *([quantized_form(package)] if in_transformers else [])]
     datasets = list(base.card.datasets)
     if report.finetune and report.finetune.hub_dataset:
         datasets.append(report.finetune.hub_dataset)
@@ -130,6 +131,11 @@ def card_data(report: Report, package: Package) -> ModelCardData:
         model_name=f"{base.name} {package.label}",
         eval_results=eval_results(package),
     )
+
+
+def quantized_form(package: Package) -> str:
+    """The form of a quantized package that transformers loads; also the name of what it needs to be installed."""
+    return "auto-round" if (package.quantization or "").endswith("auto-round") else "compressed-tensors"
 
 
 def _license_link(base: Base) -> str | None:

@@ -1,14 +1,11 @@
-"""INT8 and INT4 packages: neural-compressor's AutoRound, written as compressed-tensors.
+"""INT8 and INT4 packages: neural-compressor's AutoRound, in compressed-tensors or auto-round's own form.
 
 The work runs in a child process (`python -m export.quantize JOB.json`): auto-round writes to stdout and stderr, changes
 global state, and leaves files where it runs. One child makes all schemes asked for, since starting it takes longer
 than quantizing a small network. Of what AutoRound writes, only the weights and the quantization configuration are
 used; everything else is copied from the unquantized package. Without calibration data none of that is needed:
 weights are rounded to nearest here, tensor by tensor (`export.rounding`).
-
-Schemes: `int8` stores weights in 8 bits, one scale for each output channel; `int8-dynamic` the same with activations
-rounded to 8 bits on the fly, token by token; `int4` stores 4 bits with a scale for each group of input channels.
-Embeddings, output head and norms stay bfloat16, and so do scales.
+What the schemes are: `export.schemes`. Scales are bfloat16 in compressed-tensors, float16 in auto-round's form.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
@@ -50,18 +47,16 @@ from export.package import (
     write_record,
 )
 from export.rounding import CHANNEL_GROUP, CHANNEL_INT8, configuration, packed, round_files
+from export.schemes import SCHEMES, SchemeName
 from export.verify import fresh_environment, last_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SchemeName = Literal["int8", "int8-dynamic", "int4"]
-SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
 GROUP_SIZES = (128, 64, 32)
 AUTOROUND_STEP = 32
 """AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
 
-_PRESETS = {"int8": "W8A16", "int8-dynamic": "INT8_W8A8", "int4": "W4A16"}
 _BATCH = 8
 
 Progress = Callable[[int, int, str], None]
@@ -89,10 +84,14 @@ class Quantized:
 
 @dataclass(frozen=True)
 class LinearLayers:
-    """Linear layers of a network by module name: those inside its blocks with output and input width, and others."""
+    """Linear layers of a network by module name: those inside its blocks with output and input width, and others.
+
+    `blocks` is the name of the list of blocks.
+    """
 
     widths: dict[str, tuple[int, int]]
     outside: list[str]
+    blocks: str
 
 
 def linear_layers(config: Any, trust_remote_code: bool = False) -> LinearLayers:
@@ -115,7 +114,7 @@ def linear_layers(config: Any, trust_remote_code: bool = False) -> LinearLayers:
     if 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
         kind = family.model_type
         raise RequestError(f"{kind} networks cannot be quantized: most of their weights are not in linear layers")
-    return LinearLayers(widths, [name for name in linear if name not in widths])
+    return LinearLayers(widths, [name for name in linear if name not in widths], family.layers)
 
 
 def linear_layers_of(source: Path) -> LinearLayers:
@@ -130,17 +129,22 @@ def linear_layers_of(source: Path) -> LinearLayers:
 def plan_groups(
     widths: Mapping[str, tuple[int, int]], scheme: SchemeName, group_size: int | None = None
 ) -> tuple[int, list[str]]:
-    """The group size (-1: one scale for each output channel) and the layers that fall back to per-channel INT8.
+    """The group size (-1: one scale for each output channel) and the layers that are left out of the scheme.
 
-    For int4 without a group size of the user's: the largest of 128, 64, 32 that divides the input width of every layer
-    that does not fall back. Layers with a width that is no multiple of 32 fall back. Raises `RequestError` for a
-    group size of the user's that does not divide a width, or has no meaning for the scheme, and where all fall back.
+    At 4 bits without a group size of the user's: the largest of 128, 64, 32 that divides the input width of every layer
+    that is not left out. Layers with a width that is no multiple of 32 are. Raises `RequestError` for a group size of
+    the user's that does not divide a width, or has no meaning for the scheme, and where none would be left in.
     """
     left_out = [name for name, pair in widths.items() if any(width % AUTOROUND_STEP for width in pair)]
-    if scheme != "int4":
-        if group_size not in (None, -1):
-            raise RequestError(f"a group size of {group_size} was given, but {scheme} has one scale for each channel")
-        return -1, left_out if scheme == "int8" else []
+    form = SCHEMES[scheme]
+    if form.bits == 8 and group_size not in (None, -1):
+        raise RequestError(f"a group size of {group_size} was given, but {scheme} has one scale for each channel")
+    if len(left_out) == len(widths) and (form.bits < 8 or form.auto_round):
+        raise RequestError(
+            f"{scheme} needs widths that are multiples of {AUTOROUND_STEP}, and no layer has; ask for int8"
+        )
+    if form.bits == 8:
+        return -1, [] if form.dynamic else left_out
     inputs = sorted({columns for _, columns in widths.values()})
     if group_size is not None:
         valid = [g for g in GROUP_SIZES if not any(width % g for width in inputs)]
@@ -152,8 +156,6 @@ def plan_groups(
             raise RequestError(f"group size {group_size} is not a multiple of {AUTOROUND_STEP}")
         return group_size, left_out
     inside = {columns for name, (_, columns) in widths.items() if name not in left_out}
-    if not inside:
-        raise RequestError(f"int4 needs widths that are multiples of {AUTOROUND_STEP}, and no layer has; ask for int8")
     return next((g for g in GROUP_SIZES if not any(width % g for width in inside)), GROUP_SIZES[-1]), left_out
 
 
@@ -221,7 +223,7 @@ def quantize_packages(
     widths = linear.widths
     for destination in destinations.values():
         check_destination(destination, weight_bytes(source))
-    plans = {s: plan_groups(widths, s, group_size if s == "int4" else None) for s in destinations}
+    plans = {s: plan_groups(widths, s, group_size if SCHEMES[s].bits < 8 else None) for s in destinations}
 
     data_free = calibration is None
     tools = ("compressed-tensors",) if data_free else ("neural-compressor", "auto-round", "compressed-tensors")
@@ -244,6 +246,7 @@ def quantize_packages(
                 linear=list(widths),
                 left_out=left_out,
                 ignored=linear.outside,
+                blocks=linear.blocks,
             )
             made.append(assemble(scheme, rounding))
         return made
@@ -358,7 +361,7 @@ def _assemble(
             "iterations": iterations,
             "bits_per_weight": costs,
             "bits_per_parameter": 8 * weight_bytes(folder) / record["entry"]["params"],
-            "exceptions": _exceptions(linear, left_out, config),
+            "exceptions": _exceptions(linear, left_out, scheme, config),
         }
         kept = ("architecture", "layout", "params")
         entry = {
@@ -388,13 +391,15 @@ def _assemble(
     )
 
 
-def _exceptions(linear: LinearLayers, left_out: list[str], config: Mapping[str, Any]) -> dict[str, str]:
+def _exceptions(
+    linear: LinearLayers, left_out: list[str], scheme: SchemeName, config: Mapping[str, Any]
+) -> dict[str, str]:
     family = families()[str(config["model_type"]).removeprefix(UNEVEN_PREFIX)]
     exceptions = {family.embedding.removesuffix(".weight"): "bfloat16 (embeddings are not quantized)"}
     if not config.get("tie_word_embeddings"):
         exceptions |= dict.fromkeys(linear.outside, "bfloat16 (the output head is not quantized)")
-    why = "per-channel INT8, rounded to nearest (a width is no multiple of 32)"
-    return exceptions | dict.fromkeys(left_out, why)
+    instead = "bfloat16" if SCHEMES[scheme].auto_round else "per-channel INT8, rounded to nearest"
+    return exceptions | dict.fromkeys(left_out, f"{instead} (a width is no multiple of {AUTOROUND_STEP})")
 
 
 def stored_bits(folder: Path, widths: Mapping[str, tuple[int, int]]) -> float:
@@ -407,7 +412,7 @@ def stored_bits(folder: Path, widths: Mapping[str, tuple[int, int]]) -> float:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 module, _, part = name.rpartition(".")
-                if module in widths and part.startswith("weight"):
+                if module in widths and part != "bias":
                     view = tensors.get_slice(name)
                     count = 1
                     for size in view.get_shape():
@@ -447,22 +452,27 @@ def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, A
     )
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     head = set(linear) - set(job["linear"])
+    own_form = SCHEMES[plan["scheme"]].auto_round
     target.mkdir()
     if set(plan["left_out"]) | head == set(linear):
         raw, found = source, configuration({"group_0": CHANNEL_GROUP}, ignored=sorted(head))
     else:
         raw = _autoround(model, plan, job, ids, target / "raw")
         found = read_json(raw / "config.json")["quantization_config"]
-        expected = head | set(plan["left_out"])
-        if set(found["ignore"]) != expected:
-            unexpected = ", ".join(sorted(set(found["ignore"]) ^ expected))
+        expected = set(plan["left_out"]) if own_form else head | set(plan["left_out"])
+        ignored = set(found.get("extra_config", ()) if own_form else found["ignore"])
+        if ignored != expected:
+            unexpected = ", ".join(sorted(ignored ^ expected))
             raise RuntimeError(f"AutoRound left out other layers than expected: {unexpected}")
-        found = _configuration(found, linear, plan["left_out"])
+        if not own_form:
+            found = _configuration(found, linear, plan["left_out"])
     write_json(target / "quantization_config.json", found)
     with WeightWriter(target) as weights:
         for name, tensor in _stored(raw):
             module, _, part = name.rpartition(".")
-            if module in plan["left_out"] and part == "weight":
+            if own_form and module in job["linear"] and module not in plan["left_out"]:
+                weights.add(name, tensor)
+            elif module in plan["left_out"] and part == "weight" and not own_form:
                 for suffix, value in packed(tensor, 8, -1).items():
                     weights.add(f"{module}.{suffix}", value)
             else:
@@ -475,10 +485,11 @@ def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tenso
 
     from export.package import load_tokenizer
 
-    options: dict[str, Any] = {"group_size": plan["group_size"]} if plan["scheme"] != "int8-dynamic" else {}
+    scheme = SCHEMES[plan["scheme"]]
+    options: dict[str, Any] = {} if scheme.dynamic else {"group_size": plan["group_size"]}
     config = AutoRoundConfig(
         tokenizer=load_tokenizer(Path(job["source"])),
-        scheme=_PRESETS[plan["scheme"]],
+        scheme=scheme.preset,
         iters=job["iterations"],
         batch_size=min(_BATCH, len(ids)),
         dataset=list(ids.split(_BATCH)),
@@ -486,10 +497,10 @@ def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tenso
         seqlen=ids.shape[1],
         seed=job["seed"],
         # Rounding is tuned against the scales as they are stored.
-        scale_dtype="bf16",
+        scale_dtype="fp16" if scheme.auto_round else "bf16",
         amp=job["device"] != "cpu",
         device_map=job["device"],
-        export_format="llm_compressor",
+        export_format="auto_round" if scheme.auto_round else "llm_compressor",
         output_dir=str(output),
         reloading=False,
         **options,

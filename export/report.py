@@ -41,11 +41,12 @@ from export.plots import (
     sizes_text,
     usage_map,
 )
+from export.schemes import SchemeName
 
 SCHEMA = 1
 
 Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
-Quantization = Literal["int8", "int8-dynamic", "int4", "q8_0", "q4_0"]
+Quantization = SchemeName | Literal["q8_0", "q4_0"]
 
 
 def _is_architecture(data: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +260,7 @@ class Package(_Model):
         """The name as a table shows it: `best-0.67-int4` is `compressed 0.67 INT4`."""
         label = re.sub(r"^best\b", "compressed", self.name)
         label = re.sub(r"-int(\d)", lambda match: f" INT{match[1]}", label)
-        return label.replace("-", " ")
+        return re.sub("-(?!round)", " ", label)
 
 
 class Candidate(_Model):

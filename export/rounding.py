@@ -1,4 +1,4 @@
-"""Weights rounded to nearest, in compressed-tensors' stored form: tensor by tensor, without data, without a model.
+"""Weights rounded to nearest, as compressed-tensors and auto-round store them: tensor by tensor, without data or model.
 
 This is what the data-free packages hold, and in tuned ones the layers that AutoRound leaves out.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressor.elastic.streaming import WeightFiles
 from export.package import WeightWriter
+from export.schemes import SCHEMES, SchemeName
 
 _NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}
 _DYNAMIC = {
@@ -35,8 +36,10 @@ CHANNEL_INT8 = {
 CHANNEL_GROUP = {"targets": ["Linear"], "weights": CHANNEL_INT8, **_NO_ACTIVATIONS, "format": "pack-quantized"}
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] (int8) and scales [out, groups] (bfloat16) of a linear layer's weight [out, in].
+def round_to_nearest(
+    weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] (int8) and scales [out, groups] of a linear layer's weight [out, in].
 
     `group_size` input channels share a scale; -1: all of them. Weights are rounded against the scale as it is stored.
     """
@@ -46,10 +49,10 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor
     lowest = -(2 ** (bits - 1))
     if bits < 8:
         # Codes reach one step further below zero than above: the scale's sign puts the largest weight there.
-        scale = (torch.where(-low > high, low, high) / lowest).to(torch.bfloat16)
+        scale = (torch.where(-low > high, low, high) / lowest).to(scale_dtype)
     else:
         # A step is worth less than what the scale's own rounding could clip: it is rounded up instead.
-        scale = (torch.maximum(-low, high) / 127 * (1 + 2**-8)).to(torch.bfloat16)
+        scale = (torch.maximum(-low, high) / 127 * (1 + torch.finfo(scale_dtype).eps / 2)).to(scale_dtype)
     step = scale.float()
     codes = (groups / torch.where(step == 0, 1.0, step)).round_().clamp_(lowest, -lowest - 1)
     return codes.to(torch.int8).view(rows, columns), scale.squeeze(-1)
@@ -67,41 +70,77 @@ def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
     }
 
 
+def packed_by_auto_round(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+    """The same as auto-round's own form has them, which is GPTQ's: unsigned codes [in, out] in words of 32 bits down
+    the inputs, zero points (less one) along the outputs, float16 scales [groups, out]."""
+    codes, scale = round_to_nearest(weight, bits, group_size, torch.float16)
+    zero = 2 ** (bits - 1)
+    zeros = torch.full(scale.shape, zero - 1, dtype=torch.int32)
+    return {
+        "qweight": _words(codes.t().int() + zero, bits),
+        "qzeros": _words(zeros, bits).t().contiguous(),
+        "scales": scale.t().contiguous(),
+    }
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned int32 codes [n, m] as words [n * bits / 32, m], the first in the lowest bits."""
+    count = 32 // bits
+    shifts = bits * torch.arange(count, dtype=torch.int32)
+    return (codes.unflatten(0, (-1, count)) << shifts[:, None]).sum(1, dtype=torch.int32)
+
+
 def round_files(
     source: Path,
     target: Path,
     *,
-    scheme: str,
+    scheme: SchemeName,
     group_size: int,
     linear: Sequence[str],
     left_out: Sequence[str],
     ignored: Sequence[str],
+    blocks: str,
 ) -> dict[str, Any]:
-    """Write `source`'s weights to `target`, the layers named in `linear` rounded; those in `left_out` to 8 bits.
+    """Write `source`'s weights to `target`, the layers named in `linear` rounded, but for those in `left_out`: to 8
+    bits, or (auto-round's own form) not at all.
 
-    Returns the quantization configuration, by which linear layers in `ignored` are as they were.
-    Memory for a few tensors and shards is enough.
+    Returns the quantization configuration, by which linear layers in `ignored` are as they were; `blocks` is the name
+    of the list of blocks. Memory for a few tensors and shards is enough.
     """
-    files = WeightFiles(source)
+    files, form = WeightFiles(source), SCHEMES[scheme]
     with WeightWriter(target) as weights:
         for name in files:
             tensor = files.read(name)
             module, _, part = name.rpartition(".")
-            if module not in linear or part != "weight":
+            if module not in linear or (form.auto_round and module in left_out):
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
                 continue
-            if scheme == "int8-dynamic":
+            if part != "weight":
+                stored = {part: tensor.to(torch.float16 if form.auto_round else torch.bfloat16)}
+            elif form.auto_round:
+                stored = packed_by_auto_round(tensor, form.bits, group_size)
+            elif form.dynamic:
                 codes, scale = round_to_nearest(tensor, 8, -1)
                 stored = {"weight": codes, "weight_scale": scale}
             else:
-                four = scheme == "int4" and module not in left_out
-                stored = packed(tensor, 4, group_size) if four else packed(tensor, 8, -1)
+                stored = packed(tensor, 8, -1) if module in left_out else packed(tensor, form.bits, group_size)
             for suffix, value in stored.items():
                 weights.add(f"{module}.{suffix}", value)
+    if form.auto_round:
+        return {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": form.bits,
+            "group_size": group_size,
+            "sym": True,
+            "data_type": "int",
+            "block_name_to_quantize": blocks,
+            "extra_config": {name: {"bits": 16, "data_type": "fp"} for name in left_out},
+        }
     groups = {"group_0": CHANNEL_GROUP}
-    if scheme == "int8-dynamic":
+    if form.dynamic:
         groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
-    elif scheme == "int4":
+    elif form.bits == 4:
         four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": group_size}
         groups = {"group_0": {**CHANNEL_GROUP, "weights": four_bits}}
         if left_out:

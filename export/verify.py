@@ -28,16 +28,10 @@ from export.package import (
     versions,
     weight_bytes,
 )
+from export.schemes import SCHEMES
 
 TOLERANCE = 1e-5
 """Largest |Δ logit| as a share of the largest |logit|, float32, the stored weights on both sides."""
-
-BOUNDS = {"int8": 0.1, "int8-dynamic": 0.25, "int4": 1.0}
-"""Largest mean |Δ log-probability| (nats) of the next tokens that quantization may cause, by scheme.
-
-Networks of a few hundred thousand parameters come to half of these at 4 bits; weights or scales that were misread
-cost several nats. Whether the loss is acceptable is for the tasks to say.
-"""
 
 OWN = "quantized_next_logprob"
 """Key of the probe for what a quantized package itself said when it was first verified: later checks are exact."""
@@ -163,6 +157,7 @@ class _Checker:
         self.package, self.record, self.reference, self.tasks = package, record, reference, tasks
         self.trusted = check_code(package)
         self.quantization: str | None = record["entry"]["quantization"]
+        self.scheme = SCHEMES[self.quantization] if self.quantization else None
         self.ids = torch.tensor(record["probe"]["ids"])
         self.result: dict[str, Any] = {}
         self.own: Any = None  # next-token log-probabilities of a quantized network
@@ -172,19 +167,10 @@ class _Checker:
 
     def load(self, folder: Path) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model, info = self.step(
-            "loading",
-            lambda: AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=self.trusted,
-                use_safetensors=True,
-                output_loading_info=True,
-            ),
-        )
+        from evals.loading import load_network
+
+        model, info = self.step("loading", load_network, folder, torch.float32, self.trusted)
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         for key, names in wrong.items():
             if names:
@@ -231,6 +217,9 @@ class _Checker:
     def parameters(self, model: Any) -> None:
         packing = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
         count = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(packing))
+        for layer in model.modules():
+            if hasattr(layer, "qweight"):  # one of auto-round's, which holds nothing that torch counts
+                count += layer.infeatures * layer.outfeatures + (0 if layer.bias is None else layer.bias.numel())
         claimed = self.record["entry"]["params"]
         if count != claimed:
             raise self.fail(f"has {count} parameters where compression.json says {claimed}")
@@ -251,8 +240,8 @@ class _Checker:
             expected = next_log_probabilities(full, ids)
         found = next_log_probabilities(logits, self.ids)
         mean = (found - expected).abs().mean().item()
-        if self.quantization is not None:
-            bound = BOUNDS[self.quantization]
+        if self.scheme is not None:
+            bound = self.scheme.bound
             if not mean <= bound:
                 raise self.fail(f"next-token log-probabilities are off by {mean:.4f} on average, allowed are {bound}")
             self.result |= {"compared_with": "the unquantized network", "bound": bound}
@@ -343,7 +332,7 @@ class _Checker:
 
         Where activations are rounded, one that lies between two codes may fall to either side.
         """
-        factor = 1000 if self.quantization == "int8-dynamic" else 1
+        factor = 1000 if self.scheme and self.scheme.dynamic else 1
         return factor * TOLERANCE * logits.abs().max().item()
 
     def tokenizer(self) -> None:

@@ -23,7 +23,8 @@ from compressor.elastic.slicing import extract
 from compressor.errors import VerificationError
 from compressor.families import describe
 from export.package import check_files, write_package
-from export.quantize import SCHEMES, quantize_packages
+from export.quantize import quantize_packages
+from export.schemes import SCHEMES
 from export.verify import check
 
 

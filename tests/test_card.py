@@ -46,6 +46,11 @@ def test_metadata_is_what_the_hub_knows() -> None:
     quantized = card_of(full_report(), "best-int8").data
     assert quantized.base_model_relation == "quantized"
     assert {"int8", "compressed-tensors"} <= set(quantized.tags)
+    data = full_report()
+    data["packages"][1]["quantization"] = "int8-auto-round"
+    own_form = card_of(data, "best-int8")
+    assert {"int8-auto-round", "auto-round"} <= set(own_form.data.tags)
+    assert "in auto-round's own form: `pip install transformers auto-round`" in own_form.text
 
 
 def test_every_reported_number_is_in_the_model_index() -> None:

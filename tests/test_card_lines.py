@@ -20,7 +20,9 @@ from export.quantize import quantize_package
 PROMPT = "Anna gave the red ball"
 
 
-@pytest.mark.parametrize("layout", ["uneven", "uniform", "padded", "int8", "int4", "gguf-q8_0", "onnx", "openvino"])
+@pytest.mark.parametrize(
+    "layout", ["uneven", "uniform", "padded", "int8", "int4", "int4-auto-round", "gguf-q8_0", "onnx", "openvino"]
+)
 def test_the_cards_lines_load_the_package_and_write(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

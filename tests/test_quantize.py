@@ -21,9 +21,7 @@ from compressor.errors import RequestError, VerificationError
 from export import quantize
 from export.package import check_files, read_package, sha256, weight_bytes, write_package
 from export.quantize import (
-    SCHEMES,
     Quantized,
-    SchemeName,
     linear_layers,
     linear_layers_of,
     pack_texts,
@@ -31,8 +29,9 @@ from export.quantize import (
     quantize_package,
     quantize_packages,
 )
-from export.rounding import packed, round_to_nearest
-from export.verify import BOUNDS, check, verify_all
+from export.rounding import packed, packed_by_auto_round, round_to_nearest
+from export.schemes import SCHEMES, SchemeName
+from export.verify import check, verify_all
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
 LAYERS = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 80), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
@@ -60,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(source: Path) -> dict[str, Quantized]:
-    """All three schemes, tuned for two iterations in one child process, and verified in another."""
+    """All schemes, tuned for two iterations in one child process, and verified in another."""
     seen: list[tuple[int, int, str]] = []
     made = quantize_packages(
         source,
@@ -82,6 +81,12 @@ def quantized(source: Path) -> dict[str, Quantized]:
 def dequantized(tensors: dict[str, Tensor], module: str, bits: int) -> tuple[Tensor, Tensor]:
     """A linear layer's weight and its step sizes, both [out, in]. AutoRound makes some scales negative: 4-bit codes
     reach from -8 to 7, and the longer side goes to the larger weights."""
+    if f"{module}.qweight" in tensors:
+        scale = tensors[f"{module}.scales"].float()
+        codes = fields(tensors[f"{module}.qweight"], bits)
+        zeros = fields(tensors[f"{module}.qzeros"].t(), bits).t() + 1
+        steps = scale.repeat_interleave(len(codes) // len(scale), 0)
+        return ((codes - zeros.repeat_interleave(len(codes) // len(zeros), 0)) * steps).t(), steps.t().abs()
     scale = tensors[f"{module}.weight_scale"].float()
     if f"{module}.weight" in tensors:
         codes = tensors[f"{module}.weight"]
@@ -93,38 +98,51 @@ def dequantized(tensors: dict[str, Tensor], module: str, bits: int) -> tuple[Ten
     return codes.float() * steps, steps.abs()
 
 
+def fields(words: Tensor, bits: int) -> Tensor:
+    """The unsigned numbers [32 / bits * n, m] in words of 32 bits [n, m]."""
+    return torch.stack([words >> shift & 2**bits - 1 for shift in range(0, 32, bits)], 1).flatten(0, 1)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_stored_weights_are_the_originals_within_a_step(
-    source: Path, quantized: dict[str, Quantized], scheme: str
+    source: Path, quantized: dict[str, Quantized], scheme: SchemeName
 ) -> None:
-    made = quantized[scheme]
+    made, form = quantized[scheme], SCHEMES[scheme]
     original = load_file(source / "model.safetensors")
     stored = load_file(made.package.path / "model.safetensors")
     for module in linear_layers_of(source).widths:
-        bits = 4 if scheme == "int4" and module not in ODD else 8
+        if form.auto_round and module in ODD:
+            assert torch.equal(stored[f"{module}.weight"], original[f"{module}.weight"].to(torch.bfloat16))
+            continue
+        bits = 8 if module in ODD else form.bits
         value, step = dequantized(stored, module, bits)
         error = (value - original[f"{module}.weight"]).abs()
         # Tuned rounding goes up or down, tuned clipping shortens the range a little: never more than a step and a bit.
         assert (error <= 1.5 * step).float().mean() > 0.99
         assert error.norm() <= (0.2 if bits == 4 else 0.012) * original[f"{module}.weight"].norm()
-        assert stored[f"{module}.weight_scale"].dtype == torch.bfloat16
+        name, dtype = ("scales", torch.float16) if form.auto_round else ("weight_scale", torch.bfloat16)
+        assert stored[f"{module}.{name}"].dtype == dtype
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
         assert torch.equal(stored[name], original[name].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Quantized], scheme: str) -> None:
-    made = quantized[scheme]
+def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Quantized], scheme: SchemeName) -> None:
+    made, form = quantized[scheme], SCHEMES[scheme]
     widths = linear_layers_of(source).widths
     total = sum(rows * columns for rows, columns in widths.values())
     bits = 0
     for module, (rows, columns) in widths.items():
-        low = scheme == "int4" and module not in ODD
+        if form.auto_round and module in ODD:
+            bits += 16 * rows * columns
+            continue
+        low = form.bits == 4 and module not in ODD
         codes = rows * columns * (4 if low else 8)
-        scales = 16 * rows * (columns // 32 if low else 1)
-        bits += codes + scales + (0 if scheme == "int8-dynamic" else 2 * 64)
+        groups = rows * (columns // 32 if low else 1)
+        shape = 0 if form.dynamic or form.auto_round else 2 * 64
+        bits += codes + groups * (16 + form.bits * form.auto_round) + shape
     assert made.bits_per_weight == pytest.approx(bits / total)
-    assert made.group_size == (32 if scheme == "int4" else -1)
+    assert made.group_size == (32 if form.bits == 4 else -1)
     assert made.bytes == made.package.bytes == weight_bytes(made.package.path)
     others = 16 * (made.package.params - total)
     assert 0 < 8 * made.bytes - bits - others < 8 * 8192  # the file's header
@@ -193,10 +211,12 @@ def test_without_data_weights_are_rounded_to_nearest(
     stored = load_file(made.package.path / "model.safetensors")
     tuned = load_file(quantized[scheme].package.path / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in stored.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
-    assert check(made.package.path)["mean_abs_logprob_difference"] <= BOUNDS[scheme] / 2
+    assert check(made.package.path)["mean_abs_logprob_difference"] <= SCHEMES[scheme].bound / 2
     original = load_file(source / "model.safetensors")
     for module in linear_layers_of(source).widths:
-        value, step = dequantized(stored, module, 4 if scheme == "int4" and module not in ODD else 8)
+        if SCHEMES[scheme].auto_round and module in ODD:
+            continue
+        value, step = dequantized(stored, module, 8 if module in ODD else SCHEMES[scheme].bits)
         # Half a step, but for a group's largest weight: it may fall off the end of the codes by one.
         error = (value - original[f"{module}.weight"]).abs()
         assert (error <= 1.05 * step).all() and (error <= 0.51 * step).float().mean() > 0.95
@@ -232,6 +252,9 @@ def test_group_sizes() -> None:
         plan_groups(widths, "int4", 16)
     with pytest.raises(RequestError, match=r"multiples of 32, and no layer has; ask for int8"):
         plan_groups({"d": (48, 64), "e": (64, 48)}, "int4")
+    assert plan_groups(widths | {"d": (64, 172)}, "int8-auto-round") == (-1, ["d"])
+    with pytest.raises(RequestError, match=r"int8-auto-round needs widths that are multiples of 32, and no layer has"):
+        plan_groups({"d": (48, 64)}, "int8-auto-round")
     with pytest.raises(RequestError, match="one scale for each channel"):
         plan_groups(widths, "int8", 64)
 
@@ -248,6 +271,12 @@ def test_rounding_by_hand() -> None:
     stored = packed(weight, 4, 3)
     assert torch.equal(unpack_from_int32(stored["weight_packed"], 4, weight.shape), codes)
     assert stored["weight_shape"].tolist() == [2, 6] and torch.equal(stored["weight_scale"], scale)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    codes, scale = round_to_nearest(weight, 4, 32, torch.float16)
+    stored = packed_by_auto_round(weight, 4, 32)
+    assert stored["qweight"].shape == (8, 32) and stored["qzeros"].shape == (2, 4) and stored["scales"].shape == (2, 32)
+    value, _ = dequantized({f"m.{name}": tensor for name, tensor in stored.items()}, "m", 4)
+    assert torch.equal(value, codes * scale.float().repeat_interleave(32, 1))
 
 
 def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

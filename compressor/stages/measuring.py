@@ -95,15 +95,12 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
-    from transformers import AutoModelForCausalLM
-
+    from evals.loading import load_network
     from export.package import check_code
 
     # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
     with redirect_stderr(StringIO()), torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=check_code(folder)
-        )
+        model, _ = load_network(folder, dtype, check_code(folder))
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
     return model

@@ -1,0 +1,40 @@
+"""The quantization schemes by name: what is stored, in which form, and how much it may cost. One line adds one.
+
+Weights of linear layers become whole numbers times scales; embeddings, output head and norms stay bfloat16. Packages
+are compressed-tensors, but for names that end in `-auto-round`: those are in auto-round's own form, which is GPTQ's.
+int8-dynamic has none there: auto-round brings no layer that runs it on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SchemeName = Literal["int8", "int8-dynamic", "int4", "int8-auto-round", "int4-auto-round"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`preset` is AutoRound's name of the numbers, `bits` are those of a weight.
+
+    8 bits have one scale for each output channel, 4 bits one for each group of input channels. `bound` is the largest
+    mean |Δ log-probability| (nats) of next tokens that a package may show: networks of a few hundred thousand
+    parameters come to half of it at 4 bits; weights or scales that were misread cost several nats. Whether the loss is
+    acceptable is for the tasks to say. `dynamic`: activations are rounded to 8 bits on the fly, token by token.
+    `auto_round`: in auto-round's own form.
+    """
+
+    preset: str
+    bits: int
+    bound: float
+    dynamic: bool = False
+    auto_round: bool = False
+
+
+SCHEMES: dict[SchemeName, Scheme] = {
+    "int8": Scheme("W8A16", 8, 0.1),
+    "int8-dynamic": Scheme("INT8_W8A8", 8, 0.25, dynamic=True),
+    "int4": Scheme("W4A16", 4, 1.0),
+    "int8-auto-round": Scheme("W8A16", 8, 0.1, auto_round=True),
+    "int4-auto-round": Scheme("W4A16", 4, 1.0, auto_round=True),
+}
