@@ -42,7 +42,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
             count *= size
         part = tensor.role if tensor.role in ("embedding", "head") else tensor.half
         by_part[part if part in HALVES or part in by_part else "other"] += count
-    smallest = structure.parameters(job.space.smallest())
+    smallest = structure.parameters(job.declared_space.smallest())
     return {
         "model": recipe.model,
         "family": job.checkpoint.config.model_type,
@@ -60,9 +60,9 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "tied_embeddings": structure.tied,
         "kv_cache_bytes_per_token": structure.kv_cache_bytes(base),
         "space": {
-            "name": job.space.name,
-            "genes": {gene.name: list(gene.values) for gene in job.space.genes},
-            "size": job.space.size,
+            "name": job.declared_space.name,
+            "genes": {gene.name: list(gene.values) for gene in job.declared_space.genes},
+            "size": job.declared_space.size,
             "smallest_parameters": smallest,
             "smallest_share": smallest / total,
         },

@@ -18,7 +18,7 @@ import yaml
 from compressor.architecture import Architecture, Scheme, Structure
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.elastic.importance import IMPORTANCES
-from compressor.elastic.ordering import load_ordering
+from compressor.elastic.ordering import by_influence, load_ordering
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
 from compressor.finetune.engine import make_accelerator, processes
@@ -84,6 +84,7 @@ class Job:
         self.weights = weights
         self.speed: SpeedTable | None = None
         self._passes: dict[str, int] | None = None
+        self._uniform: dict[SearchSpace, Sequence[Architecture]] = {}
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -125,12 +126,30 @@ class Job:
 
     @cached_property
     def space(self) -> SearchSpace:
+        """What may be cut. Where block influence says which layers a depth gene keeps, and before it is measured, this
+        is `declared_space`."""
+        measured = (self.run.manifest(self.run.supernet) or {}).get("block_influence")
+        return self.declared_space if measured is None else self._read_space(by_influence(measured))
+
+    @cached_property
+    def declared_space(self) -> SearchSpace:
+        """The space as far as the recipe alone says it: layers whose importance is still to be measured stand in the
+        order in which they come. How many of them each depth keeps is right, and so are all other sizes."""
+        return self._read_space(range(len(self.structure.base.layers)))
+
+    def rank_layers(self, influence: Sequence[float]) -> None:
+        """From here on, layers of the space are as important as just measured. Targets are looked at again: where
+        layers differ in size, what is within reach may not be what it seemed."""
+        self.space = self._read_space(by_influence(influence))
+        self.check_targets()
+
+    def _read_space(self, measured_order: Sequence[int]) -> SearchSpace:
         named = self.recipe.space
         try:
             if isinstance(named, dict):
-                return SearchSpace.from_dict(named, self.structure)
+                return SearchSpace.from_dict(named, self.structure, measured_order)
             if Path(named).suffix in (".yaml", ".yml"):
-                return SearchSpace.from_dict(yaml.safe_load(Path(named).read_text()), self.structure)
+                return SearchSpace.from_dict(yaml.safe_load(Path(named).read_text()), self.structure, measured_order)
             return SearchSpace.preset(named, self.structure)
         except FileNotFoundError as error:
             raise RequestError(f"--space {named}: no such file") from error
@@ -402,29 +421,31 @@ class Job:
 
         return Range(self.structure, least, uniform, self.draw_near, self.uniform_near)
 
-    def smallest_in_training(self) -> tuple[Architecture, float]:
+    def smallest_in_training(self, space: SearchSpace | None = None) -> tuple[Architecture, float]:
         """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.
 
         A uniform cut near that size, so that the small end is a sensible network; sizes below it are not trained.
+        Of `space`, or else of the run's own.
         """
+        space = space or self.space
         base = self.structure.parameters(self.structure.base)
         share = self.recipe.finetuning.smallest_share
         if share is None:
             asked = [size / base for _, size in self.sizes() if size is not None]
             share = 0.85 * min(asked, default=0.6)
-        low = max(share * base, self.structure.parameters(self.space.smallest()))
-        return self.uniform_near(low), low
+        low = max(share * base, self.structure.parameters(space.smallest()))
+        return self.uniform_near(low, space), low
 
-    def draw_near(self, rng: np.random.Generator, parameters: float) -> Architecture:
-        """A random sub-network of about this many parameters."""
-        return self.space.decode(self.space.sample_near(rng, [parameters])[0].tolist())
+    def draw_near(self, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:
+        """A random sub-network of about this many parameters, of `space` or else of the run's own."""
+        space = space or self.space
+        return space.decode(space.sample_near(rng, [parameters])[0].tolist())
 
-    @cached_property
-    def uniform_members(self) -> Sequence[Architecture]:
-        """Uniform cuts of all sizes that the space holds, if any."""
-        return self.space.uniform_members(12)
-
-    def uniform_near(self, parameters: float) -> Architecture:
-        if not self.uniform_members:
-            return self.draw_near(np.random.default_rng(self.recipe.seed), parameters)
-        return min(self.uniform_members, key=lambda a: abs(self.structure.parameters(a) - parameters))
+    def uniform_near(self, parameters: float, space: SearchSpace | None = None) -> Architecture:
+        """The uniform cut nearest in size, of `space` or else of the run's own; a random one where there is none."""
+        space = space or self.space
+        if space not in self._uniform:
+            self._uniform[space] = space.uniform_members(12)
+        if not self._uniform[space]:
+            return self.draw_near(np.random.default_rng(self.recipe.seed), parameters, space)
+        return min(self._uniform[space], key=lambda a: abs(self.structure.parameters(a) - parameters))

@@ -24,6 +24,7 @@ Genomes = NDArray[np.int64]
 """Genomes as rows, [n, genes]."""
 
 POLICIES = ("first", "alternate", "late-block")
+"""Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""
 PRESETS = ("llama-nas", "instatune", "depth", "uniform", "fine")
 PER_LAYER = ("kv", "ffn", "experts", "layer")
 GLOBAL = ("kv", "ffn", "experts", "heads", "hidden_size", "depth")
@@ -75,7 +76,7 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
     elif policy == "importance" and order is not None:
         removed = set(order[depth:])
     else:
-        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, or give an order")
+        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, importance")
     return tuple(i for i in range(layers) if i not in set(removed))
 
 
@@ -623,7 +624,9 @@ class SearchSpace:
         return space
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], structure: Structure) -> SearchSpace:
+    def from_dict(
+        cls, data: Mapping[str, Any], structure: Structure, measured_order: Sequence[int] | None = None
+    ) -> SearchSpace:
         """A space that a recipe spells out: gene names to values.
 
         `ffn.*` stands for all layers (that have such a size) and `ffn.4-7` for a range; a later line overrides
@@ -631,6 +634,8 @@ class SearchSpace:
         the MLP go). `depth` is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or
         `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space, with the `policy`, `step` and
         `order` of `preset`; the other lines are put over its own.
+        `measured_order` (all layers, most important first) serves a depth gene of policy `importance` without an order
+        of its own.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
         """
         if not isinstance(data, Mapping):
@@ -648,7 +653,7 @@ class SearchSpace:
         kept: list[tuple[int, ...]] | None = None
         for name, values in data.items():
             if name == "depth":
-                kept = _read_depth(values, layers)
+                kept = _read_depth(values, layers, measured_order)
                 genes["depth"] = tuple(len(subset) for subset in kept)
                 continue
             for target in _targets(str(name), structure.base.layers):
@@ -737,7 +742,7 @@ def _depth(values: Iterable[int], policy: str, order: Sequence[int] | None) -> d
     return chosen
 
 
-def _read_depth(values: Any, layers: int) -> list[tuple[int, ...]]:
+def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) -> list[tuple[int, ...]]:
     if not isinstance(values, Mapping):
         values = {"values": values}
     unknown = set(values) - {"values", "policy", "order", "keep"}
@@ -751,6 +756,10 @@ def _read_depth(values: Any, layers: int) -> list[tuple[int, ...]]:
     if order is not None and sorted(order) != list(range(layers)):
         raise ValueError(f"depth: the order must list each of the layers 0 to {layers - 1} once")
     policy = "importance" if order is not None else values.get("policy", "late-block")
+    if policy == "importance" and order is None:
+        order = measured_order
+        if order is None:
+            raise ValueError("depth: policy importance needs an order of the layers here, since nothing measures one")
     depths = values.get("values")
     if not isinstance(depths, Sequence) or not all(isinstance(d, int) and 1 <= d <= layers for d in depths):
         raise ValueError(f"depth: {depths} are not all whole numbers from 1 to {layers}")

@@ -13,7 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.elastic.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
 from compressor.elastic.masks import learn_masks, straight_through
-from compressor.elastic.ordering import Order, Units, apply_ordering, load_ordering, order_by, save_ordering, shapes
+from compressor.elastic.ordering import (
+    Order,
+    Units,
+    apply_ordering,
+    load_ordering,
+    order_by,
+    save_ordering,
+    shapes,
+    stored_influence,
+)
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 
@@ -272,7 +281,8 @@ def order(supernet: SuperNetwork) -> Order:
 
 def test_an_ordering_can_be_used_again(supernet: SuperNetwork, order: Order, tmp_path: Path) -> None:
     file = tmp_path / "ordering.safetensors"
-    save_ordering(order, file)
+    save_ordering(order, [0.5, 0.25], file, "magnitude")
+    assert stored_influence(file) == [0.5, 0.25]
     read = load_ordering(file, supernet.structure)
     assert read.keys() == order.keys() and all(torch.equal(read[units], order[units]) for units in order)
     del read[None, "hidden"]  # which would move a neuron's own entries too
@@ -289,7 +299,7 @@ def test_an_ordering_of_another_model_is_refused(supernet: SuperNetwork, order: 
         (order | {(1, "query"): order[1, "query"].roll(2)}, "1.query"),
         (order | {(2, "ffn"): order[1, "ffn"].clone()}, "another model"),
     ):
-        save_ordering(broken, file)
+        save_ordering(broken, [0.5, 0.25], file, "magnitude")
         with pytest.raises(RequestError, match=said):
             load_ordering(file, supernet.structure)
     with pytest.raises(RequestError, match="not an ordering"):

@@ -197,7 +197,7 @@ def test_training_free_uniform_and_by_python(tmp_path: Path) -> None:
             "data": str(bench.data),
             "tasks": ["tiny_choice"],
             "include_path": str(bench.tasks),
-            "space": {"ffn.*": [32, 64], "kv.*": [1, 2]},
+            "space": {"ffn.*": [32, 64], "kv.*": [1, 2], "depth": {"values": [2, 3], "policy": "importance"}},
             "targets": {"max_params": ["0.85", "0.75"]},
             "finetuning": {"tokens": 0, "sequence_length": 32},
             "searching": {"evaluations": 12, "population": 6, "limit": 8},
@@ -213,6 +213,16 @@ def test_training_free_uniform_and_by_python(tmp_path: Path) -> None:
     config = json.loads((bench.run / "packages" / "best-0.75-uniform" / "config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config
     assert report["finetune"] is None
+    manifest = json.loads((bench.run / "supernet" / "manifest.json").read_text())
+    least = min(range(3), key=lambda layer: manifest["block_influence"][layer])
+    searched = json.loads((bench.run / "search" / "front.json").read_text())["evaluations"]
+    gone = {
+        index
+        for row in searched
+        for index, layer in enumerate(row["architecture"]["layers"])
+        if not layer["intermediate_size"]
+    }
+    assert gone == {least}
 
 
 def test_an_unreachable_speedup_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

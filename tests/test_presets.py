@@ -42,6 +42,12 @@ def test_a_recipe_names_the_policy_of_a_preset(policy: str) -> None:
     assert space.smallest().kept == kept_layers(policy, 32, 24)
 
 
+def test_the_policy_importance_takes_the_order_that_was_measured() -> None:
+    order = [*range(31, -1, -1)]
+    space = SearchSpace.from_dict({"preset": "llama-nas", "policy": "importance"}, LLAMA_2_7B, order)
+    assert space.smallest().kept == tuple(range(8, 32))
+
+
 def test_a_recipe_puts_its_own_genes_over_a_preset() -> None:
     space = SearchSpace.from_dict({"preset": "fine", "step": 64, "hidden_size": [8, 16], "ffn.1": [128]}, SMALL)
     genes = {gene.name: gene.values for gene in space.genes}

@@ -212,10 +212,11 @@ def test_a_written_space():
         ({"layer.0": [1]}, None),
         (
             {"depth": {"values": [6, 8], "policy": "random"}},
-            "unknown policy 'random'; valid are first, alternate",
+            "unknown policy 'random'; valid are first, alternate, late-block, importance",
         ),
         ({"depth": {"values": [6, 9]}}, "not all whole numbers from 1 to 8"),
         ({"depth": {"values": [6, 8], "order": [0, 1]}}, "each of the layers 0 to 7 once"),
+        ({"depth": {"values": [6, 8], "policy": "importance"}}, "needs an order of the layers"),
         ({"depth": {"layers": 3}}, "unknown layers; valid are values, policy, order, keep"),
         ({"depth": {"keep": [[0, 9], list(range(8))]}}, "not all among 0 to 7"),
         ({}, "no genes"),

@@ -8,13 +8,14 @@ function: every unit keeps its own weights and only the order of a sum changes. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -120,6 +121,11 @@ def order_by(scores: Scores) -> Order:
     return order
 
 
+def by_influence(influence: Sequence[float]) -> list[int]:
+    """All layers, most important first; of equals the earlier one."""
+    return sorted(range(len(influence)), key=lambda layer: -influence[layer])
+
+
 def reordered(entry: TensorEntry, full: Tensor, order: Order, base: Architecture) -> Tensor:
     """A full parameter with its units permuted: `full` itself where `order` does not concern it."""
     for run in runs(entry, base):
@@ -157,10 +163,17 @@ def _in_groups(permutation: Tensor, shape: tuple[int, ...]) -> bool:
     return torch.equal(permutation // size, torch.arange(len(permutation)) // size)
 
 
-def save_ordering(order: Order, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons."""
+def save_ordering(order: Order, influence: Sequence[float], path: Path, criterion: str) -> None:
+    """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons. The metadata name the
+    criterion that it follows, and hold each layer's block influence."""
     tensors = {_name(units): value.cpu().contiguous() for units, value in order.items()}
-    save_file(tensors, path, dict(metadata or {}))
+    save_file(tensors, path, {"criterion": criterion, "block_influence": json.dumps(list(influence))})
+
+
+def stored_influence(path: Path) -> list[float] | None:
+    """The block influence of each layer that `save_ordering` wrote beside an ordering; None where there is none."""
+    with safe_open(path, "pt") as stored:
+        return json.loads((stored.metadata() or {}).get("block_influence", "null"))
 
 
 def load_ordering(path: Path, structure: Structure) -> Order:

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from compressor.elastic.importance import IMPORTANCES, block_influence
-from compressor.elastic.ordering import Order, apply_ordering, load_ordering, order_by, save_ordering
+from compressor.elastic.ordering import (
+    Order,
+    apply_ordering,
+    load_ordering,
+    order_by,
+    save_ordering,
+    stored_influence,
+)
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Blocks, pack
@@ -29,13 +36,13 @@ CALIBRATION_BLOCKS = 64
 
 def finetuning_inputs(job: Job) -> dict[str, Any]:
     """All that the stage reads; another value of any of it makes another super-network."""
-    recipe = job.recipe
-    least, _ = job.smallest_in_training()
+    recipe, space = job.recipe, job.declared_space  # which layers are important follows from the model and the data
+    least, _ = job.smallest_in_training(space)
     inputs = {
         "model": job.base_fingerprint,
         "data": data_fingerprint(recipe.data or ""),
         "finetuning": recipe.finetuning.model_dump(),
-        "space": job.space.to_dict(),
+        "space": space.to_dict(),
         "smallest": least.to_dict(),
         "seed": recipe.seed,
     }
@@ -78,12 +85,14 @@ def finetune(job: Job) -> dict[str, Any]:
         model = job.load_base(torch.float32 if recipe.finetuning.parameters == "all" else None)
         supernet = job.supernet_of(model)
         order = order_supernet(job, supernet, blocks)
-        facts["block_influence"] = block_influence(supernet, calibration_batches(job, blocks))
+        influence = layer_influence(job, supernet, blocks)
+        job.rank_layers(influence)
+        facts["block_influence"] = influence
         history = History()
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
         if run.writes:
-            save_ordering(order, folder / "ordering.safetensors", {"criterion": recipe.finetuning.ordering})
+            save_ordering(order, influence, folder / "ordering.safetensors", recipe.finetuning.ordering)
             (folder / "training.safetensors").unlink(missing_ok=True)
             # As stored, so that what is searched is what will be shipped, bit for bit.
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
@@ -127,6 +136,13 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
         order = load_ordering(Path(named), job.structure)
     apply_ordering(supernet, order)
     return order
+
+
+def layer_influence(job: Job, supernet: SuperNetwork, blocks: Blocks) -> list[float]:
+    """How important each layer is: measured on the first blocks of the data, or from the file that the ordering is."""
+    named = job.recipe.finetuning.ordering
+    stored = None if named in IMPORTANCES else stored_influence(Path(named))
+    return stored or block_influence(supernet, calibration_batches(job, blocks))
 
 
 def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path) -> History:
