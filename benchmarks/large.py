@@ -1,11 +1,13 @@
-"""Slicing and quantizing a network that is never built: seconds and peak memory, beside copying its files.
+"""A large network ordered, activated, sliced and quantized: seconds and peak memory, beside copying its files.
 
     python -m benchmarks.large [--size small|1b|7b] [--folder DIR]
 
 A Llama-shaped checkpoint of random bfloat16 weights is written to `--folder` (13.5 GB at 7b; the disk needs three times
-that; all is deleted again), copied, sliced to about two thirds of its parameters, sliced to all of them, and the full
-copy is rounded to INT4 without data. Every step runs in a process of its own, from files that are not in the page cache
-where the system lets us say so, and ends with everything on the disk (fsync).
+that; all is deleted again) and copied. Its units are ordered by magnitude, in memory, and written shard by shard; the
+ordered network is loaded and sub-networks of it are activated; about two thirds of its parameters are sliced out of its
+files, which are never loaded. The checkpoint is sliced to all of its parameters too, and that is rounded to INT4
+without data. Every step runs in a process of its own, from files that are not in the page cache where the system lets
+us say so, and ends with everything on the disk (fsync).
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from compressor import demo
 from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.importance import magnitude
+from compressor.elastic.ordering import apply_ordering, order_by
 from compressor.elastic.slicing import build_standalone
 from compressor.elastic.streaming import StreamedNetwork
+from compressor.elastic.supernet import SuperNetwork
 from compressor.families import describe
 from export.package import WeightWriter, human_bytes, weight_bytes, write_config, write_package
 from export.quantize import quantize_package
@@ -56,14 +63,46 @@ def make(folder: Path, size: str) -> None:
         shutil.copy(file, folder)
 
 
-def uneven(base: Architecture) -> Architecture:
-    """About two thirds of the parameters: widths and heads that alternate, one layer in eight gone."""
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
+
+
+def order(base: Path, ordered: Path) -> None:
+    """The same network with its units by importance: the one criterion that needs no passes through the network."""
+    model = load(base)
+    supernet = SuperNetwork(model)
+    permutations = order_by(magnitude(supernet, ()))
+    del permutations[None, "hidden"]  # as in a run whose sub-networks are all as wide as the base
+    apply_ordering(supernet, permutations)
+    ordered.mkdir()
+    write_config(model, ordered, torch.bfloat16)
+    with WeightWriter(ordered) as weights:
+        for name, parameter in model.named_parameters():
+            weights.add(name, parameter)
+
+
+def activate(ordered: Path) -> float:
+    """Median milliseconds of switching from one sub-network to another; one token passes through each."""
+    supernet = SuperNetwork(load(ordered))
+    times = []
+    with torch.no_grad():
+        for number in range(40):
+            began = time.perf_counter()
+            supernet.activate(uneven(supernet.base, number % 3))
+            times.append(1000 * (time.perf_counter() - began))
+            if number < 3:
+                supernet.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    return median(times)
+
+
+def uneven(base: Architecture, first: int = 0) -> Architecture:
+    """About two thirds of the parameters: widths and heads that alternate, from `first` on, one layer in eight gone."""
     layers = []
     for index, full in enumerate(base.layers):
         half = LayerSizes(full.num_attention_heads // 2, full.num_key_value_heads // 2, full.intermediate_size // 2)
         wide = LayerSizes(full.num_attention_heads, full.num_key_value_heads, full.intermediate_size * 3 // 4)
         gone = LayerSizes(0, 0, 0)
-        layers.append(gone if index % 8 == 6 else (full, half, wide)[index % 3])
+        layers.append(gone if index % 8 == 6 else (full, half, wide)[(index + first) % 3])
     return Architecture(base.hidden_size, tuple(layers))
 
 
@@ -77,14 +116,19 @@ def step(what: str, folder: Path) -> None:
     config = LlamaConfig.from_pretrained(base)
     structure = describe(config)
     began = time.monotonic()
+    switch = None
     if what == "copy":
         shutil.copytree(base, folder / "copy")
+    elif what == "order":
+        order(base, folder / "order")
+    elif what == "activate":
+        switch = activate(folder / "order")
     elif what == "int4":
         quantize_package(folder / "whole", folder / "int4", "int4", calibration=None, iterations=0)
     else:
         architecture = uneven(structure.base) if what == "two-thirds" else structure.base
         write_package(
-            StreamedNetwork(base, config, structure, architecture),
+            StreamedNetwork(folder / "order" if what == "two-thirds" else base, config, structure, architecture),
             folder / what,
             tokenizer=base,
             entry={"name": what, "architecture": architecture.to_dict()},
@@ -93,7 +137,8 @@ def step(what: str, folder: Path) -> None:
     os.sync()
     seconds = time.monotonic() - began
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak": peak, "bytes": weight_bytes(folder / what)}))
+    written = weight_bytes(folder / what)
+    print(json.dumps({"seconds": seconds, "peak": peak, "bytes": written, "switch": switch}))
 
 
 def run_step(what: str, folder: Path) -> str:
@@ -128,14 +173,19 @@ def main() -> None:
         copied = 0.0
         print(f"{human_bytes(weight_bytes(folder / 'base'))} of bfloat16 weights\n")
         print("| step | written | seconds | against copying | peak memory |\n|---|---|---|---|---|")
-        for what in ("copy", "whole", "two-thirds", "int4"):
+        for what in ("copy", "order", "activate", "two-thirds", "whole", "int4"):
             forget_cached_files()
             done = json.loads(run_step(what, folder))
             copied = copied or done["seconds"]
-            cells = [what, human_bytes(done["bytes"]), f"{done['seconds']:.1f}", f"{done['seconds'] / copied:.2f}"]
+            written = "" if done["switch"] else human_bytes(done["bytes"])
+            name = f"{what}: {done['switch']:.2f} ms a switch" if done["switch"] else what
+            cells = [name, written, f"{done['seconds']:.1f}", f"{done['seconds'] / copied:.2f}"]
             print("| " + " | ".join([*cells, human_bytes(done["peak"])]) + " |", flush=True)
-            if what in ("copy", "two-thirds"):
-                shutil.rmtree(folder / what)
+            if what == "copy":
+                shutil.rmtree(folder / "copy")
+            elif what == "two-thirds":
+                shutil.rmtree(folder / "order")
+                shutil.rmtree(folder / "two-thirds")
 
 
 if __name__ == "__main__":
