@@ -148,7 +148,7 @@ class Searching(Section):
     limit: int | None = Field(default=None, ge=1)
     objectives: list[str] = Field(default_factory=lambda: ["quality", "parameters", "decode_tps"])
     first_look: float | None = Field(default=None, gt=0, le=0.5)
-    warm_start: list[str] = Field(default_factory=list)
+    warm_start: list[str] = Field(default_factory=lambda: ["blockwise"])
     workers: int = Field(default=1, ge=1)
     executor: Literal["processes", "ray"] = "processes"
 

@@ -121,19 +121,18 @@ class Target:
         return " and ".join(parts)
 
 
-def pick(evaluations: Iterable[Evaluation], target: Target, *, uniform: bool = False) -> Evaluation:
-    """The measured architecture that a target asks for; `uniform` looks only at those whose kept layers are
-    alike.
+def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evaluation]:
+    """The measured architectures that a target asks for, as far as their measurements tell them apart, best first.
 
-    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop, otherwise the one of
-    best quality, among those that meet the sizes asked for. Values need `quality`, `parameters`, and `bytes`
-    or `speedup` (decode speed over the base's) where the target names them. ValueError, naming the nearest,
-    where none meets it.
+    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop. Otherwise, of those that meet
+    the sizes asked for, all whose quality is within one standard error (`quality_stderr`) of the best (the
+    one-standard-error rule, Breiman et al. 1984, section 3.4.3). Values need `quality`, `parameters`, and `bytes` or
+    `speedup` (decode speed over the base's) where the target names them. ValueError, naming the nearest, where none
+    meets it.
     """
-    candidates = [e for e in evaluations if e.full and (e.architecture.is_uniform or not uniform)]
-    what = "measured architecture with all kept layers alike" if uniform else "measured architecture"
+    candidates = [e for e in evaluations if e.full]
     if not candidates:
-        raise ValueError(f"there is no {what} to pick from")
+        raise ValueError("there is no measured architecture to pick from")
     if not target.bounds() and target.max_drop is None:
         raise ValueError("a target needs at least one of max_params, max_bytes, min_speedup and max_drop")
 
@@ -151,7 +150,9 @@ def pick(evaluations: Iterable[Evaluation], target: Target, *, uniform: bool = F
         nearest = min(candidates, key=lambda e: (misses(e), e.architecture.key))
         names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
         has = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
-        raise ValueError(f"no {what} has {target}; the nearest has {has}")
+        raise ValueError(f"no measured architecture has {target}; the nearest has {has}")
     if target.max_drop is not None:
-        return min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))
-    return min(meeting, key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))
+        return [min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))]
+    meeting.sort(key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))
+    least = meeting[0].values["quality"] - meeting[0].values.get("quality_stderr", 0.0)
+    return [e for e in meeting if e.values["quality"] >= least]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from search_helpers import SMALL, quality
@@ -6,12 +8,12 @@ from compressor.architecture import Architecture, LayerSizes, Scheme
 from search.objectives import Computer, Constraint, Evaluation, Objective, choose, computed
 from search.pareto import (
     Target,
+    contenders,
     costs,
     front,
     hypervolume,
     knee,
     non_dominated,
-    pick,
     ranks,
     spread,
     violations,
@@ -115,27 +117,27 @@ MEASURED = [
         (Target(max_drop=0.5, max_params=90), 20),
     ],
 )
-def test_pick(target, size):
-    assert pick(MEASURED, target).values["parameters"] == size
+def test_what_a_target_asks_for(target, size):
+    assert [e.values["parameters"] for e in contenders(MEASURED, target)] == [size]
 
 
-def test_pick_of_uniform_ones():
-    assert pick(MEASURED, Target(max_params=67), uniform=True).values["parameters"] == 60
-    with pytest.raises(ValueError, match="no measured architecture with all kept layers alike to pick from"):
-        pick(MEASURED[1:2], Target(max_params=67), uniform=True)
+def test_what_noise_does_not_tell_apart_contends():
+    noisy = [replace(e, values=e.values | {"quality_stderr": 0.012}) for e in MEASURED]
+    assert [e.values["parameters"] for e in contenders(noisy, Target(max_params=67))] == [66, 60]
+    assert [e.values["parameters"] for e in contenders(noisy, Target(max_drop=0.05))] == [60]
 
 
-def test_pick_names_the_nearest():
+def test_targets_out_of_reach_name_the_nearest():
     with pytest.raises(ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"):
-        pick(MEASURED, Target(max_params=15))
+        contenders(MEASURED, Target(max_params=15))
     with pytest.raises(
         ValueError, match=r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"
     ):
-        pick(MEASURED, Target(min_speedup=1.3, max_drop=0.01))
+        contenders(MEASURED, Target(min_speedup=1.3, max_drop=0.01))
     with pytest.raises(ValueError, match="needs at least one"):
-        pick(MEASURED, Target())
+        contenders(MEASURED, Target())
     with pytest.raises(ValueError, match="no measured architecture"):
-        pick([Evaluation(architecture(1), {"quality": 1, "parameters": 1}, full=False)], Target(max_params=5))
+        contenders([Evaluation(architecture(1), {"quality": 1, "parameters": 1}, full=False)], Target(max_params=5))
 
 
 def test_objectives_by_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,12 @@ from compressor import pipeline
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
 from compressor.recipe import read_recipe
+from compressor.stages import subnets
+from compressor.stages.picking import choose, measured
 from compressor.stages.searching import speed_table
-from compressor.stages.subnets import relative_quality
+from compressor.stages.subnets import held_out_losses, quality_stderr, relative_quality
+from compressor.stages.warming import proposals
+from search.pareto import Target
 from search.store import EvaluationStore
 
 
@@ -129,3 +134,32 @@ def test_quality_is_relative_to_the_base() -> None:
     assert relative_quality(job, {"up": 0.8, "down": 15.0}, base) == pytest.approx(1.5)
     with pytest.raises(RequestError, match="task up: the base scores 0"):
         relative_quality(job, base, base | {"up": 0.0})
+
+
+def test_noise_of_the_quality_by_hand() -> None:
+    tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
+    job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
+    base, values, errors = {"up": 0.8, "down": 30.0}, {"up": 0.4, "down": 60.0}, {"up": 0.08, "down": 6.0}
+    assert quality_stderr(job, values, errors, base) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
+
+
+def test_held_out_loss_decides_where_tasks_cannot(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.search(tmp_path / "run")
+    job = pipeline.resume(tmp_path / "run", {})
+    evaluations = measured(job)
+    assert all(0 < e.values["quality_stderr"] < 0.3 for e in evaluations)
+    target = Target(max_params=job.structure.parameters(job.structure.base))
+    noisy = [replace(e, values=e.values | {"quality_stderr": 10.0}) for e in evaluations]
+    losses = held_out_losses(job, [e.architecture for e in noisy])
+    chosen = choose(job, noisy, target).architecture
+    assert chosen == min(zip(losses, noisy, strict=True), key=lambda pair: pair[0])[1].architecture
+    monkeypatch.setattr(subnets, "HeldOut", None)  # everything is known by now
+    assert choose(job, noisy, target).architecture == chosen
+    clear = [replace(e, values=e.values | {"quality_stderr": 0.0}) for e in evaluations]
+    assert choose(job, clear, target).values["quality"] == max(e.values["quality"] for e in evaluations)
+
+
+def test_a_space_without_sizes_of_single_layers_is_searched_without_proposals(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    job = pipeline.resume(tmp_path / "run", {"space": {"ffn": [16, 32, 64]}})
+    assert job.recipe.searching.warm_start == ["blockwise"] and proposals(job) == []

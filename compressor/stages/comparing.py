@@ -8,6 +8,7 @@ last, so its existence means that the method is done; a killed comparison goes o
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from compressor.run import Run, fingerprint, read_json, write_json
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, finetune, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
-from compressor.stages.picking import measured
+from compressor.stages.picking import choose, measured
 from compressor.stages.searching import search
 from compressor.stages.subnets import relative_quality
 from export.comparison import OURS
@@ -118,6 +119,8 @@ def random_subnetwork(contest: Contest, seed: int) -> Cut:
 
 def untrained_search(contest: Contest, seed: int) -> Cut:
     """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
+    from search.pareto import Target
+
     job = contest.job
     recipe = job.recipe.model_copy(deep=True)
     recipe.finetuning.tokens = 0
@@ -129,8 +132,8 @@ def untrained_search(contest: Contest, seed: int) -> Cut:
     evaluations = [e for e in measured(plain) if _same_size(e.values["parameters"], contest.parameters)]
     if not evaluations:
         raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
-    best = max(evaluations, key=lambda e: (e.values["quality"], -e.values["parameters"]))
-    return extract(plain.load_supernet().model, job.structure, best.architecture), best.architecture
+    best = choose(plain, evaluations, Target(max_params=math.ceil(contest.parameters * (1 + TOLERANCE)))).architecture
+    return extract(plain.load_supernet().model, job.structure, best), best
 
 
 def from_scratch(contest: Contest, seed: int) -> Cut:
@@ -209,7 +212,6 @@ def compare(
 def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architecture]]:
     """(label, architecture of ours) of every size: picked anew from what was measured, or the run's own picks."""
     from search.pareto import Target
-    from search.pareto import pick as pick_one
 
     full = job.structure.parameters(job.structure.base)
     if not asked:
@@ -228,7 +230,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     for size in asked:
         try:
             limit = absolute_or_share(size, full)
-            best = pick_one(evaluations, Target(max_params=limit)).architecture
+            best = choose(job, evaluations, Target(max_params=limit)).architecture
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
         if job.structure.parameters(best) < 0.9 * limit:

@@ -10,9 +10,11 @@ from compressor.errors import RequestError
 from compressor.job import Job
 from compressor.progress import say
 from compressor.run import read_json, write_json
+from compressor.stages.subnets import held_out_losses
 
 if TYPE_CHECKING:
     from search.objectives import Evaluation
+    from search.pareto import Target
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -36,10 +38,24 @@ def measured(job: Job) -> list[Evaluation]:
     return evaluations
 
 
+def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:
+    """The measured architecture for a target. Where tasks do not tell the best apart, held-out loss does: it is the far
+    less noisy of the two, and says more of what healing will make of a sub-network (docs/results.md).
+
+    Raises ValueError where nothing meets the target.
+    """
+    from search.pareto import contenders
+
+    found = contenders(evaluations, target)
+    if len(found) == 1:
+        return found[0]
+    losses = held_out_losses(job, [e.architecture for e in found])
+    return min(zip(losses, range(len(found)), found, strict=True))[2]
+
+
 def pick(job: Job) -> list[dict[str, Any]]:
     """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
     from search.pareto import Target
-    from search.pareto import pick as pick_one
 
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
@@ -55,7 +71,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
         for uniform in [*kinds, True] if "uniform" in recipe.formats else kinds:
             plain = [e for e in evaluations if fits_plain_class(job.checkpoint.config, e.architecture)]
             try:
-                chosen = pick_one(plain if uniform else evaluations, target)
+                chosen = choose(job, plain if uniform else evaluations, target)
             except ValueError as error:
                 raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
             picks.append(

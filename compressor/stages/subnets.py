@@ -20,7 +20,7 @@ from compressor.finetune.forward import Trace, trace
 from compressor.finetune.losses import token_losses
 from compressor.finetune.proposers import divergence
 from compressor.job import Job
-from compressor.progress import say
+from compressor.progress import bar, say
 from compressor.recipe import Recipe
 from compressor.run import Run, fingerprint
 from compressor.stages.finetuning import data_fingerprint, training_blocks
@@ -105,12 +105,14 @@ def score_keys(job: Job, first_look: bool) -> Keys:
     keys = {}
     for name, task in scored_tasks(job).items():
         keys[name] = row_key(job, name), job.tasks.fingerprint(task.name, "search", limit)
-    wanted = [name for name in HELD_OUT if name in job.recipe.searching.objectives]
-    if wanted:
-        settings = job.recipe.finetuning
-        text = [data_fingerprint(job.recipe.data or ""), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
-        keys |= {name: (name, fingerprint(text)) for name in wanted}
-    return keys
+    return keys | held_out_keys(job, [name for name in HELD_OUT if name in job.recipe.searching.objectives])
+
+
+def held_out_keys(job: Job, names: Sequence[str]) -> Keys:
+    """Where the store keeps what is measured on held-out text."""
+    settings = job.recipe.finetuning
+    text = [data_fingerprint(job.recipe.data or ""), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
+    return {name: (name, fingerprint(text)) for name in names}
 
 
 class SubnetScorer:
@@ -199,6 +201,27 @@ class HeldOut:
         return scores
 
 
+def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[float]:
+    """Held-out loss of sub-networks of the run's super-network, in nats per token: from the store, or else measured
+    and recorded."""
+    from search.store import EvaluationStore
+
+    keys = held_out_keys(job, ["held_out_loss"])
+    key, weights = keys["held_out_loss"], (job.run.manifest(job.run.supernet) or {})["weights"]
+    with EvaluationStore(job.run.evaluations) as store:
+        unknown = [one for one in architectures if store.get(one, weights, *key) is None]
+        if unknown:
+            job.threads(scoring=True)
+            supernet, held_out = job.load_supernet(), HeldOut(job)
+            with bar("held-out loss of the best", len(unknown)) as progress:
+                for architecture in unknown:
+                    supernet.activate(architecture)
+                    record(store, architecture, weights, held_out.scores(supernet.model, keys))
+                    progress.advance()
+        rows = [store.get(one, weights, *key) for one in architectures]
+    return [row.score for row in rows if row is not None]
+
+
 def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:
     """A scorer of its own for a worker, from what the run holds on disk."""
     return SubnetScorer(Job(Run(path), Recipe.model_validate(recipe)))
@@ -251,10 +274,15 @@ class Board:
         """All values, or none where the store lacks one."""
         keys = self.keys[first_look]
         rows = {name: self.store.get(architecture, self.weights, *key) for name, key in keys.items()}
-        values = {name: row.score for name, row in rows.items() if row is not None}
-        if len(values) < len(keys):
+        known = {name: row for name, row in rows.items() if row is not None}
+        if len(known) < len(keys):
             return {}
-        return values | {"quality": relative_quality(self.job, values, self.base[first_look])}
+        values, base = {name: row.score for name, row in known.items()}, self.base[first_look]
+        errors = {name: row.stderr or 0.0 for name, row in known.items()}
+        return values | {
+            "quality": relative_quality(self.job, values, base),
+            "quality_stderr": quality_stderr(self.job, values, errors, base),
+        }
 
     def _map(self, requests: list[Request]) -> Iterator[tuple[Request, list[Score]]]:
         settings = self.job.recipe.searching
@@ -351,6 +379,17 @@ def relative_quality(job: Job, values: dict[str, float], base: dict[str, float])
         else:
             ratios.append(base[name] / values[name] if values[name] else math.inf)
     return sum(ratios) / len(ratios)
+
+
+def quality_stderr(job: Job, values: dict[str, float], errors: dict[str, float], base: dict[str, float]) -> float:
+    """Standard error of `relative_quality` over the choice of documents, the base's scores taken as given."""
+    squares = 0.0
+    for name, task in job.tasks.tasks.items():
+        if task.higher_is_better:
+            squares += (errors[name] / base[name]) ** 2
+        elif values[name]:
+            squares += (errors[name] * base[name] / values[name] ** 2) ** 2
+    return math.sqrt(squares) / len(job.tasks.tasks)
 
 
 def check_base(task: str, score: float) -> None:

@@ -19,7 +19,7 @@ from search.space import SearchSpace
 
 GREEDY = "greedy"
 """Greedy perturbation: it measures, so the search itself carries it out."""
-BLOCKS, BATCH = 16, 4
+BLOCKS, BATCH = 8, 4
 """Blocks of training text that proposers look at, and how many at a time."""
 
 
@@ -74,7 +74,8 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
         if not variants:
-            raise RequestError(f"--warm-start {name}: this search space has no sizes of single layers to choose from")
+            say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
+            return []
         say(f"{name}: looking for architectures to start from")
         batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
         path = PROPOSERS[name](job.load_supernet(), variants, batches)
@@ -100,10 +101,12 @@ def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
 
 
 def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Architecture]:
-    """A third of a population of them, at even steps from the smallest to the largest that the targets allow."""
+    """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
+    the largest that the targets allow."""
     n = job.recipe.searching.population // 3
     sizes = [size for _, size in job.sizes() if size is not None]
     ordered = sorted(architectures, key=lambda a: (job.structure.parameters(a), a.key))
     allowed = [a for a in ordered if not sizes or job.structure.parameters(a) <= max(sizes)] or ordered
-    picked = np.unique(np.linspace(0, len(allowed) - 1, min(n, len(allowed))).round().astype(int))
-    return [allowed[i] for i in picked]
+    fitting = [[a for a in allowed if job.structure.parameters(a) <= size] for size in sizes]
+    steps = np.linspace(0, len(allowed) - 1, min(n, len(allowed))).round().astype(int)
+    return list(dict.fromkeys([few[-1] for few in fitting if few] + [allowed[i] for i in steps]))[: max(n, len(sizes))]
