@@ -182,6 +182,17 @@ def test_an_interrupted_comparison_goes_on_behind_the_last_row(made: Path) -> No
     assert lost.is_file() and kept.stat().st_mtime_ns == before
 
 
+def test_methods_that_cut_the_same_network_share_one(made: Path) -> None:
+    """At 0.9 a whole layer would be too much, so both only narrow the FFN."""
+    assert run(["compare", str(made), "--baselines", "shortgpt,late-block"]) == 0
+    first, second = (
+        json.loads((made / "comparison" / f"{method}-0.9-0.json").read_text()) for method in ("shortgpt", "late-block")
+    )
+    assert second["row"] == first["row"] | {"method": "late-block", "about": second["row"]["about"]}
+    assert second["row"]["about"] != first["row"]["about"] and second["documents"] == first["documents"]
+    assert (made / first["row"]["path"]).is_dir() and not (made / "comparison" / "late-block-0.9-0").exists()
+
+
 def test_rows_made_beside_another_pick_are_left_out(made: Path) -> None:
     assert run(["compare", str(made), "--baselines", "shortgpt,flap"]) == 0
     row = next((made / "comparison").glob("flap-*.json"))

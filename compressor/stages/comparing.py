@@ -1,13 +1,15 @@
 """Put ours beside the alternatives: same base, text, tokens, tasks, documents, code and size. Fills `comparison/`.
 
 Every method gives an ordinary package `comparison/METHOD-SIZE-SEED/`, healed with as many tokens as ours has read in
-fine-tuning and healing together, and proved like any other. The row beside it, `METHOD-SIZE-SEED.json`, is written
-last, so its existence means that the method is done; a killed comparison goes on behind the last row.
+fine-tuning and healing together, and proved like any other; methods that cut the very same network share one. The row
+beside it, `METHOD-SIZE-SEED.json`, is written last, so its existence means that the method is done; a killed comparison
+goes on behind the last row.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import re
 import shutil
@@ -243,7 +245,8 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 
 
 def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
-    """One method at one size for every seed; returns its rows. What is there already is left as it is."""
+    """One method at one size for every seed; returns its rows. What is there already is left as it is, and what another
+    method has made of the same cut is taken from there."""
     from export.layouts import write_layout
 
     job = contest.job
@@ -259,6 +262,10 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         if cut is None or method.drawn:
             job.threads(scoring=True)
             cut, raw = method.make(contest, seed), None
+        made = fingerprint([network_fingerprint(cut[0]), tokens, seed])
+        if twin := made_before(contest, made):
+            write_json(row_file, twin | {"row": twin["row"] | {"method": method.name, "about": method.about}})
+            continue
         network, architecture = copy.deepcopy(cut[0]), cut[1]
         params = sum(p.numel() for p in network.parameters())
         if raw is None and tokens:
@@ -293,8 +300,25 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             "quality_before_healing": raw if tokens else quality,
             "tasks": tasks,
         }
-        write_json(row_file, {"inputs": contest.inputs, "row": row, "documents": documents})
+        write_json(row_file, {"inputs": contest.inputs, "made": made, "row": row, "documents": documents})
     return rows
+
+
+def made_before(contest: Contest, made: str) -> dict[str, Any] | None:
+    """A finished row of this contest that began with the same network, tokens and seed."""
+    for file in sorted(contest.job.run.comparison.glob(f"*-{contest.size}-*.json")):
+        data: dict[str, Any] = read_json(file)
+        if data["inputs"] == contest.inputs and data["made"] == made:
+            return data
+    return None
+
+
+def network_fingerprint(network: Any) -> str:
+    digest = hashlib.sha256(repr(network.config).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks, seed: int, name: str) -> None:
@@ -338,7 +362,7 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
     from export.package import read_record
     from export.verify import verify_all
 
-    folders = [row.with_suffix("") for row in rows]
+    folders = sorted({job.run.path / read_json(row)["row"]["path"] for row in rows})
     unproved = [folder for folder in folders if not read_record(folder)["entry"].get("verified")]
     if unproved:
         verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
@@ -353,12 +377,14 @@ def time_together(job: Job, base: Any, rows: Sequence[Path]) -> None:
     if all("speed" in data["row"] for data in read.values()):
         return
     job.threads(scoring=True)
+    paths = sorted({data["row"]["path"] for data in read.values()})
     models = {"base": base}
-    models |= {row.stem: load_package(row.with_suffix(""), job.compute_dtype, job.device) for row in rows}
-    speeds = compare_speed(models)
+    models |= {path: load_package(job.run.path / path, job.compute_dtype, job.device) for path in paths}
+    speeds = {name: speed.to_dict() for name, speed in compare_speed(models).items()}
+    for path in paths:
+        update_record(job.run.path / path, entry={"speed": speeds[path]})
     for row, data in read.items():
-        data["row"] |= {"speed": speeds[row.stem].to_dict(), "base_speed": speeds["base"].to_dict()}
-        update_record(row.with_suffix(""), entry={"speed": data["row"]["speed"]})
+        data["row"] |= {"speed": speeds[data["row"]["path"]], "base_speed": speeds["base"]}
         write_json(row, data)
 
 
@@ -372,7 +398,7 @@ def outsider(job: Job, given: str) -> Path:
     name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
     file = job.run.comparison / f"with-{name}.json"
     model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
-    weights = fingerprint([[n, p.shape, p.detach().double().sum().item()] for n, p in model.named_parameters()])
+    weights = network_fingerprint(model)
     documents = read_json(job.run.comparison / "base.json")["inputs"]
     if file.is_file() and (known := read_json(file))["inputs"] == documents and known["weights"] == weights:
         return file
