@@ -17,7 +17,7 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Batch
-from compressor.finetune.proposers import PROPOSERS, assemble, options
+from compressor.finetune.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined
 from compressor.stages.warming import layer_variants
 from search.space import SearchSpace
 
@@ -31,7 +31,7 @@ def test_assembling_finds_what_brute_force_finds() -> None:
         if any(option.sizes.num_key_value_heads for option in combination):
             architecture = Architecture(SMALL.base.hidden_size, tuple(option.sizes for option in combination))
             everything.append((SMALL.parameters(architecture), sum(option.harm for option in combination)))
-    path = assemble(SMALL, harms)
+    path = assemble(SMALL, options(SMALL, harms))
     assert [parameters for parameters, _ in path] == [SMALL.parameters(a) for _, a in path]
     for parameters, architecture in path:
         chosen = [
@@ -60,6 +60,27 @@ def test_variants_are_the_spaces_own() -> None:
         (1, LayerSizes(0, 0, 0)),
     }
     assert layer_variants(SearchSpace.from_dict({"ffn": [64, 128]}, SMALL)) == []
+
+
+def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)  # random weights this small do nothing at all
+    supernet = SuperNetwork(model)
+    variants = layer_variants(SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure))
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    whole = supernet.structure.parameters(supernet.base)
+    sizes = [int(share * whole) for share in (0.9, 0.7, 0.6, 0.5, 0.4)]
+    harm, path = harm_in(supernet, batches), blockwise(supernet, variants, batches)
+    starts = [[a for parameters, a in path if parameters <= size][-1] for size in sizes]
+    found = refined(supernet, variants, batches, path, [*sizes, 1])
+    assert harm(supernet.base) == pytest.approx(0, abs=1e-6) and supernet.current == supernet.base
+    assert all(supernet.structure.parameters(a) == parameters for parameters, a in found)
+    assert all(parameters <= size for (parameters, _), size in zip(found, sizes, strict=True))  # none is within 1
+    gained = [harm(start) - harm(a) for start, (_, a) in zip(starts, found, strict=True)]
+    assert min(gained) >= 0 and max(gained) > 0.01
 
 
 def test_what_superposition_cannot_mix_is_refused() -> None:

@@ -26,6 +26,7 @@ from compressor.finetune.losses import token_losses
 
 UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
 """What a half-block is made of."""
+ROUNDS = 2
 GRID = 4096
 """Sizes that `assemble` tells apart, as parts of the base: so much rounding keeps deep networks quick."""
 
@@ -43,16 +44,49 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
     The harm of a variant is KL(whole network || network with the one block replaced), in nats per token on `batches`.
     One pass over the batches for each variant.
     """
-    harms = dict.fromkeys(variants, 0.0)
+    harm = harm_in(supernet, batches)
+    harms = {(layer, sizes): harm(with_layer(supernet.base, layer, sizes)) for layer, sizes in variants}
+    return assemble(supernet.structure, options(supernet.structure, harms))
+
+
+def refined(
+    supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], path: Path, sizes: Sequence[int]
+) -> Path:
+    """For each of `sizes`, the last of `path` within it, bettered by measuring around it.
+
+    Harms of single blocks do not add up where many are cut. So each block of the architecture found is exchanged
+    alone, for a smaller or a larger one, and the best of the size is assembled from the differences; at most twice, and
+    only as long as KL(whole || architecture) falls. One pass over the batches for each variant and round.
+    """
+    structure, found = supernet.structure, []
+    harm = harm_in(supernet, batches)
+    for size in sizes:
+        within = [architecture for parameters, architecture in path if parameters <= size]
+        if not within:
+            continue
+        best, least = within[-1], harm(within[-1])
+        for _ in range(ROUNDS):
+            around = options_around(structure, best, variants, harm, least)
+            better = [architecture for parameters, architecture in assemble(structure, around) if parameters <= size]
+            if not better or (now := harm(better[-1])) >= least:
+                break
+            best, least = better[-1], now
+        found.append((structure.parameters(best), best))
+    return found
+
+
+def harm_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
+    """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture."""
     with torch.no_grad():
-        for batch in batches:
-            whole = trace(supernet.model, batch)
-            for layer, sizes in variants:
-                rows = list(supernet.base.layers)
-                rows[layer] = sizes
-                with supernet.activated(Architecture(supernet.base.hidden_size, tuple(rows))) as model:
-                    harms[layer, sizes] += float(divergence(trace(model, batch), whole)) / len(batches)
-    return assemble(supernet.structure, harms)
+        whole = [trace(supernet.model, batch) for batch in batches]
+
+    @torch.no_grad()
+    def harm(architecture: Architecture) -> float:
+        with supernet.activated(architecture) as model:
+            pairs = zip(batches, whole, strict=True)
+            return sum(float(divergence(trace(model, batch), full)) for batch, full in pairs) / len(batches)
+
+    return harm
 
 
 def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], steps: int = 200) -> Path:
@@ -81,7 +115,7 @@ def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[
             (kept + 100 * ((mixture.expected() - target) / full) ** 2).backward()
         optimizer.step()
         if (step + 1) % max(1, steps // 20) == 0:
-            path = assemble(supernet.structure, mixture.harms())
+            path = assemble(supernet.structure, options(supernet.structure, mixture.harms()))
             parameters, architecture = min(path, key=lambda point: abs(point[0] - target))
             found[architecture] = parameters
     return sorted(((p, a) for a, p in found.items()), key=lambda point: point[0])
@@ -113,22 +147,64 @@ class Option:
 def options(structure: Structure, harms: Harms) -> list[list[Option]]:
     """Every layer's options: all pairs of an attention and an MLP variant, harms added, and what harm is known of the
     layer's removal."""
-    base = structure.base
-    nothing = (LayerSizes(0, 0, 0),) * len(base.layers)
-    outer = structure.parameters(Architecture(base.hidden_size, nothing))
-    found: list[list[Option]] = []
-    for index, full in enumerate(base.layers):
+    found = []
+    for index, full in enumerate(structure.base.layers):
         known = {sizes: harm for (layer, sizes), harm in harms.items() if layer == index}
         attention = {full: 0.0} | {s: h for s, h in known.items() if half_of(s, full) == "attention"}
         mlp = {full: 0.0} | {s: h for s, h in known.items() if half_of(s, full) == "mlp"}
-        rows = {joined(a, m): attention[a] + mlp[m] for a, m in product(attention, mlp)}
-        rows |= {sizes: harm for sizes, harm in known.items() if sizes.removed}
-        found.append([])
-        for sizes, harm in rows.items():
-            alone = (*nothing[:index], sizes, *nothing[index + 1 :])
-            parameters = structure.parameters(Architecture(base.hidden_size, alone)) - outer
-            found[-1].append(Option(sizes, parameters, harm))
+        found.append(_paired(structure, index, attention, mlp, {s: h for s, h in known.items() if s.removed}))
     return found
+
+
+def options_around(
+    structure: Structure, at: Architecture, variants: Variants, harm: Callable[[Architecture], float], before: float
+) -> list[list[Option]]:
+    """As `options`, with the harm of exchanging one half-block, or the layer, of `at` rather than of the base; `before`
+    is the harm of `at` itself."""
+
+    def more(index: int, sizes: LayerSizes) -> float:
+        return 0.0 if sizes == at.layers[index] else harm(with_layer(at, index, sizes)) - before
+
+    found = []
+    for index, full in enumerate(structure.base.layers):
+        now = at.layers[index]
+        mine = [full, now, *(sizes for layer, sizes in variants if layer == index)]
+        halves: dict[Half | None, dict[LayerSizes, float]] = {"attention": {}, "mlp": {}, None: {}}
+        for sizes in mine:
+            half = None if sizes.removed else half_of(sizes, full)
+            if half == "attention" or sizes in (full, now):
+                halves["attention"][sizes] = more(index, joined(sizes, now))
+            if half == "mlp" or sizes in (full, now):
+                halves["mlp"][sizes] = more(index, joined(now, sizes))
+            if half is None and sizes != now:
+                halves[None][sizes] = more(index, sizes)
+        found.append(_paired(structure, index, halves["attention"], halves["mlp"], halves[None]))
+    return found
+
+
+def _paired(
+    structure: Structure,
+    index: int,
+    attention: Mapping[LayerSizes, float],
+    mlp: Mapping[LayerSizes, float],
+    whole: Mapping[LayerSizes, float],
+) -> list[Option]:
+    """A layer's options from the harm of each size of its halves, and of both together where that is known."""
+    base = structure.base
+    nothing = (LayerSizes(0, 0, 0),) * len(base.layers)
+    outer = structure.parameters(Architecture(base.hidden_size, nothing))
+    rows = {joined(a, m): attention[a] + mlp[m] for a, m in product(attention, mlp)} | dict(whole)
+    found = []
+    for sizes, harm in rows.items():
+        alone = (*nothing[:index], sizes, *nothing[index + 1 :])
+        parameters = structure.parameters(Architecture(base.hidden_size, alone)) - outer
+        found.append(Option(sizes, parameters, harm))
+    return found
+
+
+def with_layer(architecture: Architecture, index: int, sizes: LayerSizes) -> Architecture:
+    layers = architecture.layers
+    return Architecture(architecture.hidden_size, (*layers[:index], sizes, *layers[index + 1 :]))
 
 
 def half_of(sizes: LayerSizes, full: LayerSizes) -> Half | None:
@@ -147,11 +223,10 @@ def joined(attention: LayerSizes, mlp: LayerSizes) -> LayerSizes:
     )
 
 
-def assemble(structure: Structure, harms: Harms) -> Path:
+def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
     """For every size, the architecture of least total harm: a knapsack with one option from each layer, solved layer
     by layer (dynamic programming) over sizes rounded to 1/4096 of the base's, keeping what no other dominates.
     """
-    layers = options(structure, harms)
     whole = structure.parameters(structure.base)
     nothing = (LayerSizes(0, 0, 0),) * len(layers)
     outer = structure.parameters(Architecture(structure.base.hidden_size, nothing))
@@ -212,7 +287,7 @@ class _Mixture:
             for layer, _, sizes in self.choices
         ]
         self._full = structure.parameters(base)
-        self.smallest = min(parameters for parameters, _ in assemble(structure, self.harms()))
+        self.smallest = min(parameters for parameters, _ in assemble(structure, options(structure, self.harms())))
 
     def _cut(self, layer: int, sizes: LayerSizes) -> Architecture:
         rows = list(self.supernet.base.layers)

@@ -10,7 +10,7 @@ import numpy as np
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.errors import RequestError, nearest
-from compressor.finetune.proposers import PROPOSERS
+from compressor.finetune.proposers import PROPOSERS, refined
 from compressor.job import Job
 from compressor.progress import say
 from compressor.run import Run, fingerprint, read_json, write_json
@@ -69,7 +69,8 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a proposer names, of this run's space; from `search/proposals-NAME.json` where it was asked before."""
     manifest = job.run.manifest(job.run.supernet) or {}
-    inputs = [manifest["weights"], job.space.to_dict(), data_fingerprint(job.recipe.data or "")]
+    text = data_fingerprint(job.recipe.data or "")
+    inputs = [manifest["weights"], job.space.to_dict(), text, job.recipe.targets.model_dump()]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
@@ -78,7 +79,9 @@ def proposed(job: Job, name: str) -> list[Architecture]:
             return []
         say(f"{name}: looking for architectures to start from")
         batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
-        path = PROPOSERS[name](job.load_supernet(), variants, batches)
+        supernet = job.load_supernet()
+        path = PROPOSERS[name](supernet, variants, batches)
+        path += refined(supernet, variants, batches, path, [size for _, size in job.sizes() if size is not None])
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     found = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in found if architecture in job.space]
