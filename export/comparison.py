@@ -159,7 +159,7 @@ def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
 
 
 def plots(tables: Sequence[Sequence[Standing]], base_params: int) -> dict[str, Markup]:
-    """Quality against size and against measured speed; bars are one standard error."""
+    """Quality against size and against measured speed, the base at (1, 1); bars are one standard error."""
     everyone = [one for table in tables for one in table]
     if not everyone:
         return {}
@@ -170,9 +170,10 @@ def plots(tables: Sequence[Sequence[Standing]], base_params: int) -> dict[str, M
         title = f"{one.method}: quality {percent(one.quality)} ± {100 * one.stderr:.1f}, {count(one.params)} parameters"
         return Dot(x, one.quality, title, "chosen" if one.ours else "front", one.method if named else "", one.stderr)
 
+    base = Dot(1.0, 1.0, f"base: {count(base_params)} parameters", "base", "base")
     found = {
         "compared_size": scatter(
-            [dot(one, one.params / base_params) for one in everyone],
+            [base, *(dot(one, one.params / base_params) for one in everyone)],
             "parameters, share of the base's",
             "quality on the report split",
             less_is_better=True,
@@ -182,7 +183,7 @@ def plots(tables: Sequence[Sequence[Standing]], base_params: int) -> dict[str, M
     timed = [(one, one.decode_tps / one.base_decode_tps) for one in everyone if one.decode_tps and one.base_decode_tps]
     if timed:
         found["compared_speed"] = scatter(
-            [dot(one, faster) for one, faster in timed],
+            [base, *(dot(one, faster) for one, faster in timed)],
             "decode speed, multiple of the base's",
             "quality on the report split",
             less_is_better=False,
