@@ -125,10 +125,10 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     """The measured architectures that a target asks for, as far as their measurements tell them apart, best first.
 
     With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop. Otherwise, of those that meet
-    the sizes asked for, all whose quality is within one standard error (`quality_stderr`) of the best (the
-    one-standard-error rule, Breiman et al. 1984, section 3.4.3). Values need `quality`, `parameters`, and `bytes` or
-    `speedup` (decode speed over the base's) where the target names them. ValueError, naming the nearest, where none
-    meets it.
+    the sizes asked for, all whose quality is within two standard errors (`quality_stderr`) of the best: the idea of the
+    one-standard-error rule (Breiman et al. 1984, section 3.4.3), with one more because the best of many noisy values
+    owes some of its lead to luck. Values need `quality`, `parameters`, and `bytes` or `speedup` (decode speed over the
+    base's) where the target names them. ValueError, naming the nearest, where none meets it.
     """
     candidates = [e for e in evaluations if e.full]
     if not candidates:
@@ -154,5 +154,5 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     if target.max_drop is not None:
         return [min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))]
     meeting.sort(key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))
-    least = meeting[0].values["quality"] - meeting[0].values.get("quality_stderr", 0.0)
+    least = meeting[0].values["quality"] - 2 * meeting[0].values.get("quality_stderr", 0.0)
     return [e for e in meeting if e.values["quality"] >= least]

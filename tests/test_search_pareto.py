@@ -122,7 +122,7 @@ def test_what_a_target_asks_for(target, size):
 
 
 def test_what_noise_does_not_tell_apart_contends():
-    noisy = [replace(e, values=e.values | {"quality_stderr": 0.012}) for e in MEASURED]
+    noisy = [replace(e, values=e.values | {"quality_stderr": 0.006}) for e in MEASURED]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_params=67))] == [66, 60]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_drop=0.05))] == [60]
 
