@@ -43,7 +43,7 @@ BATCH = 4
 RANDOM = 12
 """Random sub-networks whose mean loss is measured too."""
 
-MIXED: dict[str, Any] = {"loss": {"ce": 0.3, "kl": 0.7}, "rate": 0.2}
+MIXED: dict[str, Any] = {"loss": {"ce": 0.3, "kl": 0.7}}
 TRIALS: dict[str, dict[str, Any]] = {
     "default": {},
     # who takes part
@@ -69,11 +69,11 @@ TRIALS: dict[str, dict[str, Any]] = {
     "constant tail": {"tail_share": 0.25},
     # what the tables of single changes suggest together
     "draw cuts": {"draw": "cuts"},
-    "mixed loss, rate 0.2": MIXED,
-    "mixed loss, rate 0.3": MIXED | {"rate": 0.3},
-    "mixed loss, rate 0.2, cuts": MIXED | {"draw": "cuts"},
-    "mixed loss, rate 0.2, cuts, two random": MIXED | {"draw": "cuts", "random_members": 2},
-    "mixed loss, rate 0.2, cuts, three random": MIXED | {"draw": "cuts", "random_members": 3},
+    "mixed loss, rate 0.2": MIXED | {"rate": 0.2},
+    "mixed loss, rate 0.2, cuts": MIXED | {"rate": 0.2, "draw": "cuts"},
+    "mixed loss, rate 0.2, cuts, two random": MIXED | {"rate": 0.2, "draw": "cuts", "random_members": 2},
+    "mixed loss, cuts, two random": MIXED | {"draw": "cuts", "random_members": 2},
+    "mixed loss, cuts, three random": MIXED | {"draw": "cuts", "random_members": 3},
     # adapters only
     "lora, rate 0.3 / width": {"parameters": "lora", "rate": 0.3},
     "lora, rate 0.1 / width": {"parameters": "lora", "rate": 0.1},

@@ -274,6 +274,14 @@ class Job:
                 "--space: where hidden_size is searched, the largest sub-network cannot teach in place and hidden "
                 "states cannot be compared; leave finetuning.strong_teacher at 1 and the loss hidden out"
             )
+        if recipe.finetuning.shard and (narrows or recipe.finetuning.optimizer == "adamw-8bit"):
+            what = "a space that searches hidden_size" if narrows else "finetuning.optimizer: adamw-8bit"
+            raise RequestError(f"finetuning.shard: not together with {what}; leave one of the two out")
+        to_be_trained = self.redo == "finetune" or self.run.manifest(self.run.supernet) is None
+        if recipe.finetuning.shard and to_be_trained and processes() == 1:
+            raise RequestError(
+                "finetuning.shard: there is one process only; start several with torchrun --nproc_per_node, or leave it out"
+            )
         batch, parts = recipe.finetuning.batch_size or 1, recipe.finetuning.gradient_accumulation
         if batch % (parts * processes()):
             raise RequestError(

@@ -97,7 +97,8 @@ class Finetuning(Section):
 
     `loss` is a name or weights by name, say `{ce: 0.3, kl: 0.7}`. `strong_teacher` is the share of the steps, from the
     first, in which the frozen base teaches; after them each step's largest sub-network does. `parameters` are what is
-    trained: `all` weights, or `lora`, adapters of rank `lora_rank` beside frozen weights.
+    trained: `all` weights, or `lora`, adapters of rank `lora_rank` beside frozen weights. `shard` shares the weights of
+    the layers, with gradients and moments, among all processes (FSDP2).
     """
 
     tokens: int | None = Field(default=None, ge=0)
@@ -121,6 +122,7 @@ class Finetuning(Section):
     batch_size: int | None = Field(default=None, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
+    shard: bool = False
     sequence_length: int = Field(default=256, ge=8)
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
 

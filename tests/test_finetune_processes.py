@@ -20,13 +20,11 @@ from compressor.finetune.engine import make_accelerator
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def finetune(folder: Path, processes: int) -> Path:
+def finetune(folder: Path, processes: int, shard: bool = False) -> Path:
     """Run `compressor finetune` under torchrun; `folder` holds the checkpoint and the data."""
-    output = folder / f"run-{processes}"
-    recipe = {
-        "finetuning": {"tokens": 2048, "batch_size": 4, "sequence_length": 32, "draw": "shift", "learning_rate": 1e-3},
-        "device": "cpu",
-    }
+    output = folder / f"run-{processes}{'-sharded' if shard else ''}"
+    section = {"tokens": 2048, "batch_size": 4, "sequence_length": 32, "draw": "shift", "learning_rate": 1e-3}
+    recipe: dict[str, Any] = {"finetuning": section | {"shard": shard}, "device": "cpu"}
     recipe |= {"model": str(folder / "m"), "data": str(folder / "d.jsonl")}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     (folder / "start.py").write_text("from compressor.cli import main; main()")
@@ -46,17 +44,39 @@ def finetune(folder: Path, processes: int) -> Path:
 def test_two_processes_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path / "m")
     tiny.data(tmp_path / "d.jsonl")
-    one, two = (finetune(tmp_path, processes) for processes in (1, 2))
-    facts = [json.loads((run / "supernet" / "manifest.json").read_text())["finetune"] for run in (one, two)]
-    assert [fact["processes"] for fact in facts] == [1, 2]
-    assert [fact["tokens"] for fact in facts] == [2048, 2048]
-    ours, theirs = (load_file(run / "supernet" / "model.safetensors") for run in (two, one))
+    one, two, sharded = finetune(tmp_path, 1), finetune(tmp_path, 2), finetune(tmp_path, 2, shard=True)
+    facts = [json.loads((run / "supernet" / "manifest.json").read_text())["finetune"] for run in (one, two, sharded)]
+    assert [fact["processes"] for fact in facts] == [1, 2, 2]
+    assert [fact["tokens"] for fact in facts] == [2048, 2048, 2048]
+    theirs = load_file(one / "supernet" / "model.safetensors")
     start = load_file(tmp_path / "m" / "model.safetensors")
     embedding = "model.embed_tokens.weight"
-    assert (ours[embedding] - start[embedding]).abs().max() > 1e-3
-    for name, weight in ours.items():
-        assert torch.allclose(weight, theirs[name], atol=2e-5), name
-    assert not list(two.glob(".*partial"))
+    for run in (two, sharded):
+        ours = load_file(run / "supernet" / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert (ours[embedding] - start[embedding]).abs().max() > 1e-3
+        for name, weight in ours.items():
+            assert torch.allclose(weight, theirs[name], atol=2e-5), name
+        assert not list(run.glob(".*partial"))
+
+
+def test_a_killed_run_of_sharded_layers_ends_at_the_same_weights_and_adapters_are_merged(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for parameters in ("all", "lora"):
+        plain, whole, resumed = (load_file(tmp_path / f"{parameters}-{how}") for how in ("plain", "whole", "resumed"))
+        assert any((plain[name] - value).abs().max() > 1e-3 for name, value in load_file(tmp_path / "start").items())
+        for name, value in plain.items():
+            assert torch.equal(whole[name], resumed[name]), name
+            assert torch.allclose(value, whole[name], atol=2e-5), name
 
 
 @pytest.mark.parametrize(
@@ -96,6 +116,11 @@ def test_half_precision_needs_a_gpu_and_bfloat16_does_not() -> None:
         (
             {"finetuning": {"strong_teacher": 0.5}, "space": {"hidden_size": [16, 32]}},
             "the largest sub-network cannot teach in place",
+        ),
+        ({"finetuning": {"shard": True}}, "there is one process only"),
+        (
+            {"finetuning": {"shard": True}, "space": {"hidden_size": [16, 32]}},
+            "not together with a space that searches",
         ),
     ],
 )

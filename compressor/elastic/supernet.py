@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compressor.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from compressor.families import Family, describe, family_of
@@ -98,6 +99,9 @@ class _Slot:
         """Shadow the parameter by the part that the first `kept` of its `counts` units have."""
         full = self.module._parameters[self.attribute]
         assert full is not None
+        if isinstance(full, DTensor):  # this process's part of a sharded one: `remake_views` comes when it is gathered
+            _shadow(self.module, self.attribute, None)
+            return
         part = leading(full, self.axes, counts, kept)
         _shadow(self.module, self.attribute, None if part is full else part)
 
@@ -237,6 +241,15 @@ class SuperNetwork:
         else:
             shadow.pop(self._layers_name, None)
         self.current = architecture
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The base's decoder layers, whatever is active."""
+        return [layer.module for layer in self._layers]
+
+    def remake_views(self, index: int) -> None:
+        """Show the active sub-network in a layer whose parameters are other tensors than when it was activated."""
+        self._layers[index].activate(self.current.layers[index], self.current.hidden_size, self.model.config)
 
     def _activate_residual(self, hidden_size: int) -> None:
         counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)

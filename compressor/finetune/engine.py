@@ -1,6 +1,7 @@
 """How many processes train, on what, and in which precision: accelerate, and what is refused rather than ignored.
 
-Several processes are started with torchrun (on a CPU with ACCELERATE_USE_CPU=true); each holds the whole network.
+Several processes are started with torchrun (on a CPU with ACCELERATE_USE_CPU=true); each holds the whole network, or
+its part of every layer (`compressor.finetune.sharding`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
     if _is_set("ACCELERATE_USE_FSDP") or _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise RequestError(
             "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set: accelerate ignores them on a CPU, and elsewhere "
-            "sub-networks are views of whole weights, which sharding takes apart; unset it"
+            "they take apart the weights that sub-networks are views of; unset it and say finetuning.shard in a recipe"
         )
     precision = "no"
     if dtype == "bfloat16" or (dtype != "float32" and not on_cpu):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.architecture import Architecture, Structure, unit_counts
 from compressor.elastic.supernet import leading
+from compressor.finetune.sharding import own, own_index
 
 Idle = Mapping[str, "list[tuple[int, Tensor]] | None"]
 """By parameter name: the (dimension, indices) that no member used, or None where no member used the parameter."""
@@ -69,8 +70,8 @@ def held_still(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Par
             state = [s for s in optimizer.state.get(parameter, {}).values() if isinstance(s, Tensor)]
             moments = [s for s in state if s.shape == parameter.shape and s.is_floating_point()]
             for dimension, index in slices:
-                index = index.to(parameter.device)
-                for tensor in (parameter.data, *moments):
+                index = own_index(parameter, dimension, index).to(parameter.device)
+                for tensor in map(own, (parameter.data, *moments)):
                     kept.append((tensor, dimension, index, tensor.index_select(dimension, index)))
         yield
         for tensor, dimension, index, values in kept:

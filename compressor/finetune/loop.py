@@ -6,8 +6,9 @@ function of (seed, step) and of `memory`; the state on disk is therefore what is
 file to the same weights, bit for bit on one CPU process.
 
 Several processes split each batch and add up their gradients; the model is not wrapped, since sub-networks use
-different parameters from step to step. Parts of a batch, whether they are other processes' or accumulated one after the
-other, count by the tokens they learn from: how a batch is cut does not change what a step does, but for rounding.
+different parameters from step to step, but its layers may be sharded (`compressor.finetune.sharding`). Parts of a
+batch, whether they are other processes' or accumulated one after the other, count by the tokens they learn from: how a
+batch is cut does not change what a step does, but for rounding.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compressor.finetune.data import Batch, Blocks
 from compressor.finetune.idle import Idle, held_still
 from compressor.finetune.optimizers import OPTIMIZERS
+from compressor.finetune.sharding import by_sharding, clip_gradients, like, whole
 from compressor.progress import bar
 
 Backward = Callable[[Tensor], None]
@@ -112,10 +116,10 @@ def train(
     parameters = dict(model.named_parameters()) if parameters is None else parameters
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
-    optimizer = OPTIMIZERS[settings.optimizer](
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        settings.learning_rate,
-    )
+    groups: list[dict[str, Any]] = []
+    for decay, decayed in ((settings.weight_decay, matrices), (0.0, others)):
+        groups += [{"params": kind, "weight_decay": decay} for kind in by_sharding(decayed)]
+    optimizer = OPTIMIZERS[settings.optimizer](groups, settings.learning_rate)
     memory = {} if memory is None else memory
     history = History()
     first = _restore(state, parameters, optimizer, history, memory) if state.exists() else 0
@@ -135,7 +139,7 @@ def train(
             loss = _gradients(data, settings, number, step, accelerator, history)
             unused = idle(number) if idle is not None else {}
             _add_up_gradients(parameters, unused, accelerator)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
+            clip_gradients(parameters.values(), settings.clip)
             with held_still(optimizer, parameters, {} if settings.move_idle else unused):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -143,8 +147,8 @@ def train(
             history.seconds = before + time.monotonic() - started
             speed = (number + 1 - first) * settings.batch_size * settings.sequence_length
             progress.advance(note=f"loss {loss:.3f}, {speed / (time.monotonic() - started):,.0f} tokens/s")
-            if time.monotonic() - saved > settings.checkpoint_seconds and accelerator.is_main_process:
-                _save(state, parameters, optimizer, history, memory, number + 1)
+            if _main_says(time.monotonic() - saved > settings.checkpoint_seconds, accelerator):
+                _save(state, parameters, optimizer, history, memory, number + 1, accelerator)
                 saved = time.monotonic()
     if measure is not None:
         _measure(model, measure, settings.steps, history)
@@ -165,7 +169,7 @@ def _gradients(
 
         def backward(loss: Tensor, share: float = share) -> None:
             history.passes += 1
-            accelerator.backward(loss * share)
+            accelerator.backward(loss * share * accelerator.num_processes)  # the mean over processes is taken
 
         shown += share * step(number, part, backward)
     return float(accelerator.reduce(shown, reduction="sum"))
@@ -179,14 +183,22 @@ def _measure(model: nn.Module, measure: Callable[[], dict[str, float]], number: 
 
 
 def _add_up_gradients(parameters: dict[str, nn.Parameter], idle: Idle, accelerator: Accelerator) -> None:
-    """Sum over processes. What no member used has no gradient in any of them, and is left without."""
+    """Sum over processes. What no member used has no gradient in any of them, and is left without. Those of sharded
+    parameters have been added up where they arose."""
     if accelerator.num_processes == 1:
         return
     for name, parameter in parameters.items():
-        if name in idle and idle[name] is None:
+        if isinstance(parameter, DTensor) or (name in idle and idle[name] is None):
             continue
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        parameter.grad = accelerator.reduce(gradient, reduction="sum")
+        parameter.grad = accelerator.reduce(gradient, reduction="mean")
+
+
+def _main_says(yes: bool, accelerator: Accelerator) -> bool:
+    """What the main process finds: one answer for all, whatever their clocks say."""
+    if accelerator.num_processes == 1:
+        return yes
+    return bool(broadcast(torch.tensor(yes, device=accelerator.device)))
 
 
 def _save(
@@ -196,16 +208,21 @@ def _save(
     history: History,
     memory: dict[str, Any],
     step: int,
+    accelerator: Accelerator,
 ) -> None:
+    """Write the state, of which the main process has all; the others give their parts of what is sharded."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
     for name, parameter in parameters.items():
-        tensors[f"weight|{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{key}|{name}"] = value
-            else:
+        for key, value in {"weight": parameter.detach(), **optimizer.state.get(parameter, {})}.items():
+            if not isinstance(value, Tensor):
                 numbers[f"{key}|{name}"] = value
+            elif accelerator.is_main_process:
+                tensors[f"{key}|{name}"] = whole(value)
+            else:
+                whole(value)
+    if not accelerator.is_main_process:
+        return
     facts = {"step": step, "history": vars(history), "memory": memory, "numbers": numbers}
     temporary = path.with_name(path.name + ".tmp")
     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
@@ -225,10 +242,13 @@ def _restore(
             what, _, name = key.partition("|")
             parameter, value = parameters[name], file.get_tensor(key)
             if what == "weight":
-                parameter.copy_(value)
+                parameter.copy_(like(value, parameter))
             else:  # AdamW wants its step count on the CPU unless it is fused
                 stays = what == "step" and not optimizer.defaults.get("fused")
-                optimizer.state[parameter][what] = value if stays else value.to(parameter.device)
+                sharded = value.shape == parameter.shape
+                optimizer.state[parameter][what] = (
+                    value if stays else like(value, parameter) if sharded else value.to(parameter.device)
+                )
         for key, value in facts["numbers"].items():
             what, _, name = key.partition("|")
             optimizer.state[parameters[name]][what] = value

@@ -21,6 +21,7 @@ from compressor.architecture import Axis, Structure, unit_counts
 from compressor.architecture import Tensor as TensorEntry
 from compressor.elastic.supernet import SuperNetwork, leading
 from compressor.errors import RequestError
+from compressor.finetune.sharding import like
 
 LORA_SCALE = 2.0
 """What an adapter's product is multiplied with (alpha / rank): LoNAS's 64 / 32."""
@@ -186,10 +187,10 @@ class _Adapter:
         return output + LORA_SCALE * (x @ a.T @ b.T)
 
     def merge(self) -> None:
-        """Add the product to the weight, in the adapters' precision."""
+        """Add the product to the weight; torch adds in the wider of two precisions and rounds once."""
         product = LORA_SCALE * (self.b @ self.a)
         full = self.weight
-        full.copy_(full.to(product.dtype) + (product.T if isinstance(self.module, Conv1D) else product))
+        full.add_(like(product.T if isinstance(self.module, Conv1D) else product, full))
 
 
 Load = Callable[[], SuperNetwork]

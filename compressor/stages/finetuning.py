@@ -26,6 +26,7 @@ from compressor.finetune.loop import History
 from compressor.finetune.losses import Loss
 from compressor.finetune.overlap import RUN, Overlap
 from compressor.finetune.parameters import PARAMETERS
+from compressor.finetune.sharding import shard, whole
 from compressor.finetune.sources import Row, plain_text
 from compressor.job import Job
 from compressor.progress import say
@@ -91,6 +92,10 @@ def finetune(job: Job) -> dict[str, Any]:
         history = History()
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
+        if recipe.finetuning.shard:
+            state = {name: whole(value) for name, value in model.state_dict().items()}
+            model = job.load_base(torch.float32)  # one that is whole, to be stored
+            model.load_state_dict(state)
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", recipe.finetuning.ordering)
             (folder / "training.safetensors").unlink(missing_ok=True)
@@ -159,9 +164,13 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     def load() -> SuperNetwork:
         """The frozen base, ordered like the super-network, so that heads stand beside the heads they came from."""
         base = job.supernet_of(job.load_base())
-        base.model.load_state_dict(model.state_dict())
+        base.model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+        if section.shard:
+            shard(base)
         return base
 
+    if section.shard:
+        shard(supernet)
     make = PARAMETERS[section.parameters]
     return finetune_supernet(
         make(supernet, load if scheme.needs_base else None, section.lora_rank, job.recipe.seed),
