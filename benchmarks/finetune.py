@@ -69,6 +69,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "constant tail": {"tail_share": 0.25},
     # what the tables of single changes suggest together
     "draw cuts": {"draw": "cuts"},
+    "mixed loss, cuts": MIXED | {"draw": "cuts"},
     "mixed loss, rate 0.2": MIXED | {"rate": 0.2},
     "mixed loss, rate 0.2, cuts": MIXED | {"rate": 0.2, "draw": "cuts"},
     "mixed loss, rate 0.2, cuts, two random": MIXED | {"rate": 0.2, "draw": "cuts", "random_members": 2},

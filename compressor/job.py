@@ -280,7 +280,7 @@ class Job:
         to_be_trained = self.redo == "finetune" or self.run.manifest(self.run.supernet) is None
         if recipe.finetuning.shard and to_be_trained and processes() == 1:
             raise RequestError(
-                "finetuning.shard: there is one process only; start several with torchrun --nproc_per_node, or leave it out"
+                "finetuning.shard: there is one process only; start several with torchrun, or leave it out"
             )
         batch, parts = recipe.finetuning.batch_size or 1, recipe.finetuning.gradient_accumulation
         if batch % (parts * processes()):

@@ -120,7 +120,7 @@ def test_half_precision_needs_a_gpu_and_bfloat16_does_not() -> None:
         ({"finetuning": {"shard": True}}, "there is one process only"),
         (
             {"finetuning": {"shard": True}, "space": {"hidden_size": [16, 32]}},
-            "not together with a space that searches",
+            "not together with a space",
         ),
     ],
 )
