@@ -1,10 +1,12 @@
-"""What does a step of the elastic fine-tuning cost, beside plain steps of its members cut out? Time and memory, paired.
+"""What does a step of the elastic fine-tuning cost, beside steps of its members cut out? Time and memory, paired.
 
     python -m benchmarks.finetune_cost [MODEL --data FILE] [--repeats 10]
 
 A sandwich of the largest, the uniform cut to 0.67 and the smallest. Forward and backward passes only, as the optimizer
-steps once for all of them; repeats are interleaved, medians of CPU time are compared. Memory is the peak of what torch
-allocates beyond weights and gradients. Without MODEL: the bundled checkpoint on generated text.
+steps once for all of them; repeats are interleaved, medians of CPU time are compared. A plain step learns from the data
+alone; a taught one from the recipe's loss, each member with a pass of its own teacher, as when it is healed: a sandwich
+that the base teaches has one such pass for all. Memory is the peak of what torch allocates beyond weights and
+gradients. Without MODEL: the bundled checkpoint on generated text.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,14 +26,15 @@ from torch.profiler import ProfilerActivity, profile
 from compressor import demo
 from compressor.elastic.slicing import extract
 from compressor.finetune.data import Batch
-from compressor.finetune.forward import trace
+from compressor.finetune.forward import Trace, trace
 from compressor.finetune.losses import Loss
+from compressor.finetune.parameters import ElasticLora
 from compressor.job import Job
-from compressor.recipe import Recipe
+from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
 
-CE, KL = Loss({"ce": 1.0}), Loss({"kl": 1.0})
+PLAIN, TAUGHT = Loss({"ce": 1.0}), Loss(Finetuning().losses)
 
 
 def peak_bytes(work: Callable[[], None]) -> int:
@@ -63,31 +67,42 @@ def main() -> None:
     members = [job.structure.base, job.uniform_near(0.67 * full), job.uniform_near(0.5 * full)]
     networks = [extract(supernet.model, job.structure, member) for member in members]
 
-    def plain(network: Any) -> None:
-        CE(trace(network, batch), None).backward()
+    adapters = ElasticLora(supernet, rank=Finetuning().lora_rank, seed=0)
 
-    def taught_by_base() -> None:
+    def base_teaches() -> Trace:
         with torch.no_grad():
-            teacher = trace(base, batch)
-        for member in members:
-            supernet.activate(member)
-            KL(trace(supernet.model, batch), teacher).backward()
+            return trace(base, batch)
 
-    def taught_in_place() -> None:
-        teacher = None
+    def sandwich(teacher: Trace | None) -> None:
+        """Members in turn, each taught by the largest where nobody else teaches."""
         for member in members:
             supernet.activate(member)
             student = trace(supernet.model, batch)
-            loss = KL(student, teacher)
+            loss = TAUGHT(student, teacher)
             teacher = teacher or student.detached()
             del student
             loss.backward()
 
+    def of_adapters() -> None:
+        with adapters:
+            with torch.no_grad(), adapters.frozen() as network:
+                teacher = trace(network.model, batch)
+            sandwich(teacher)
+
+    alone: dict[str, Callable[[Any], None]] = {
+        "plain": lambda network: PLAIN(trace(network, batch), None).backward(),
+        "taught": lambda network: TAUGHT(trace(network, batch), base_teaches()).backward(),
+    }
     works: dict[str, Callable[[], None]] = {
-        f"plain {share}": lambda network=network: plain(network)
+        f"{how} {share}": partial(step, network)
+        for how, step in alone.items()
         for share, network in zip(("1", "0.67", "0.5"), networks, strict=True)
     }
-    works |= {"sandwich, taught in place": taught_in_place, "sandwich, taught by the base": taught_by_base}
+    works |= {
+        "sandwich, taught in place": lambda: sandwich(None),
+        "sandwich, taught by the base": lambda: sandwich(base_teaches()),
+        "sandwich of adapters, taught by the base": of_adapters,
+    }
     for work in works.values():  # gradients exist from here on
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -97,14 +112,22 @@ def main() -> None:
             work()
             seconds[name].append(time.process_time() - began)
     peaks = {name: peak_bytes(work) for name, work in works.items()}
-    names = [name for name in works if name.startswith("plain")]
-    together = sum(median(seconds[name]) for name in names)
+    sums = {how: sum(median(seconds[name]) for name in works if name.startswith(how)) for how in alone}
+    largest = max(peak for name, peak in peaks.items() if name.startswith("plain"))
     print(f"{len(batch)} blocks of {batch.ids.shape[1]} tokens, {torch.get_num_threads()} thread(s)\n")
-    print("| | CPU milliseconds | / sum of the plain | peak MiB | beyond the largest plain |\n|---|---|---|---|---|")
+    header = [
+        "",
+        "CPU milliseconds",
+        "/ sum of the plain",
+        "/ sum of the taught",
+        "peak MiB",
+        "beyond the largest plain",
+    ]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name in works:
-        at, peak = median(seconds[name]), peaks[name] / 2**20
-        more = (peaks[name] - max(peaks[plain] for plain in names)) / 2**20
-        print(f"| {name} | {1e3 * at:.0f} | {at / together:.2f} | {peak:.1f} | {more:+.1f} |")
+        at = median(seconds[name])
+        cells = [f"{1e3 * at:.0f}", *(f"{at / sums[how]:.2f}" for how in alone), f"{peaks[name] / 2**20:.1f}"]
+        print("| " + " | ".join([name, *cells, f"{(peaks[name] - largest) / 2**20:+.1f}"]) + " |")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ class Finetuning(Section):
     ordering: str = "wanda"
     sampler: str = "sandwich"
     random_members: int = Field(default=1, ge=0)
-    draw: str = "sizes"
-    loss: str | dict[str, float] = "kl"
+    draw: str = "cuts"
+    loss: str | dict[str, float] = Field(default_factory=lambda: {"ce": 0.3, "kl": 0.7})
     temperature: float = Field(default=1.0, gt=0)
     strong_teacher: float = Field(default=1.0, ge=0, le=1)
     parameters: str = "all"
