@@ -243,12 +243,11 @@ def _restore(
             parameter, value = parameters[name], file.get_tensor(key)
             if what == "weight":
                 parameter.copy_(like(value, parameter))
+            elif value.shape == parameter.shape:
+                optimizer.state[parameter][what] = like(value, parameter)
             else:  # AdamW wants its step count on the CPU unless it is fused
                 stays = what == "step" and not optimizer.defaults.get("fused")
-                sharded = value.shape == parameter.shape
-                optimizer.state[parameter][what] = (
-                    value if stays else like(value, parameter) if sharded else value.to(parameter.device)
-                )
+                optimizer.state[parameter][what] = value if stays else value.to(parameter.device)
         for key, value in facts["numbers"].items():
             what, _, name = key.partition("|")
             optimizer.state[parameters[name]][what] = value

@@ -59,7 +59,7 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The whole ones and the sharded ones, as one operation takes one kind of them; of no kind an empty list."""
+    """The whole ones and the sharded ones, each kind in a list of its own if there are any."""
     kinds: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
