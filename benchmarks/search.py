@@ -1,7 +1,8 @@
-"""What the search is worth, in four parts; each prints the Markdown table of docs/results.md and can draw its plot.
+"""What the search is worth, in five parts; each prints the Markdown table of docs/results.md and can draw its plot.
 
     python -m benchmarks.search space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
     python -m benchmarks.search fine        hypervolume against evaluations and seconds in the space `fine`
+    python -m benchmarks.search starts      evaluations saved by first looks and by warm starts in the space `fine`
     python -m benchmarks.search ranks       scores inside the super-network against scores after slicing and healing
     python -m benchmarks.search overhead    the share of a search's time that is not evaluation
 
@@ -16,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,23 @@ from compressor import demo, pipeline
 from compressor.architecture import Architecture
 from compressor.elastic.slicing import extract
 from compressor.finetune.elastic import heal
+from compressor.finetune.proposers import PROPOSERS
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
+from compressor.stages.searching import GREEDY_SHARE
 from compressor.stages.subnets import Board
+from compressor.stages.warming import proposals, spread_over_sizes
 from search.algorithms import ALGORITHMS
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
-from search.run import SearchResult, search
+from search.run import SearchResult, greedy_path, search
 from search.store import EvaluationStore
 
 LEVELS = (0.90, 0.95, 0.99)
+FIRST_LOOK = 0.25
+"""Share of the documents that a first look is on."""
 
 
 @dataclass
@@ -67,8 +75,8 @@ class Bench:
         found = dict(self.board.measure(architectures))
         return [found[architecture][self.task] for architecture in architectures]
 
-    def search(self, algorithm: str, seed: int, evaluations: int) -> SearchResult:
-        """A search as shipped, its evaluations from the store where it has them."""
+    def search(self, algorithm: str, seed: int, evaluations: int, **more: Any) -> SearchResult:
+        """A search as shipped, its evaluations from the store where it has them; `more` is for `search.run.search`."""
         population = self.job.recipe.searching.population
         return search(
             self.job.space,
@@ -78,6 +86,7 @@ class Bench:
             evaluations=evaluations,
             population=population,
             seed=seed,
+            **more,
         )
 
     def seconds(self, architecture: Architecture) -> float:
@@ -87,7 +96,8 @@ class Bench:
         return row.seconds
 
 
-def open_bench(arguments: argparse.Namespace, space: Any) -> Bench:
+def open_bench(arguments: argparse.Namespace, space: Any, **more: Any) -> Bench:
+    """The benchmark's run, made where it is not there yet; `more` goes into its recipe."""
     data = arguments.data
     if data is None:
         data = str(arguments.run.with_suffix(".jsonl"))
@@ -103,6 +113,7 @@ def open_bench(arguments: argparse.Namespace, space: Any) -> Bench:
         "finetuning.batch_size": 4,
         "searching.limit": arguments.documents,
         "device": "cpu",
+        **more,
     }
     job = pipeline.start(read_recipe(None, given), arguments.run)
     weights = pipeline.finetune(job)["weights"]
@@ -186,7 +197,7 @@ def first_at(curve: Sequence[float], level: float) -> int | None:
     return next((number for number, share in enumerate(curve, 1) if share >= level), None)
 
 
-def reached_cell(found: Sequence[int | None]) -> str:
+def reached_cell(found: Sequence[float | None]) -> str:
     """Median and range of evaluations over seeds; a seed that never got there counts as infinitely many."""
     numbers = sorted(float("inf") if n is None else n for n in found)
     if numbers[0] == float("inf"):
@@ -246,6 +257,87 @@ def fine(arguments: argparse.Namespace) -> None:
 
 def median_cell(values: Sequence[float], form: str) -> str:
     return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+# -- what first looks and warm starts save --
+
+
+def starts(arguments: argparse.Namespace) -> None:
+    """Evaluations to shares of what all searches together reached: alone, with first looks, and from warm starts.
+
+    The earlier run is one of the same model whose units are ordered by magnitude: another super-network.
+    """
+    bench = open_bench(arguments, "fine", **{"searching.first_look": FIRST_LOOK})
+    earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": arguments.run.with_name("search-earlier")})
+    earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
+    looking = {"first_look": partial(bench.board.measure, first_look=True), "share": FIRST_LOOK}
+    proposed = {}
+    for name in PROPOSERS:
+        bench.job.recipe.searching.warm_start = [name]
+        proposed[name] = proposals(bench.job)
+
+    def options(way: str, seed: int) -> dict[str, Any]:
+        if way == "greedy":
+            budget = int(GREEDY_SHARE * arguments.evaluations)
+            population = bench.job.recipe.searching.population
+            path = greedy_path(
+                bench.job.space,
+                bench.objectives,
+                bench.board.measure,
+                evaluations=budget,
+                population=population,
+                seed=seed,
+            )
+            return {"known": path}
+        if way == "an earlier run":
+            front = earlier.search("linas", seed + arguments.seeds, arguments.evaluations).front
+            return {"warm_start": spread_over_sizes(bench.job, [e.architecture for e in front])}
+        if way in PROPOSERS:
+            return {"warm_start": proposed[way]}
+        return looking if way == "first looks" else {}
+
+    runs = {
+        way: [
+            bench.search("linas", seed, arguments.evaluations, **options(way, seed)) for seed in range(arguments.seeds)
+        ]
+        for way in ("nothing", "first looks", "greedy", *PROPOSERS, "an earlier run")
+    }
+    everything = [run for of_seeds in runs.values() for run in of_seeds]
+    union = np.vstack([_full_costs(bench, run) for run in everything])
+    reference = union.max(axis=0)
+    whole = hypervolume(union, reference)
+    print(
+        f"LINAS, {arguments.evaluations} evaluations, {arguments.seeds} seeds; {bench.task} on {arguments.documents} "
+        f"documents, first looks on {FIRST_LOOK:.0%} of them; population {bench.job.recipe.searching.population}\n"
+    )
+    heads = " | ".join(f"{level:.0%}" for level in LEVELS)
+    print(f"| helped by | {heads} | at the end |\n" + "|---" * 5 + "|")
+    for way, of_seeds in runs.items():
+        curves = [spent_curve(bench, run, reference, whole, way == "first looks") for run in of_seeds]
+        reached = [[next((n for n, share in curve if share >= level), None) for curve in curves] for level in LEVELS]
+        end = median_cell([curve[-1][1] for curve in curves], ".3f")
+        print(f"| {way} | " + " | ".join([*map(reached_cell, reached), end]) + " |", flush=True)
+
+
+def _full_costs(bench: Bench, run: SearchResult) -> np.ndarray:
+    """Both objectives of everything that was measured in full, [n, 2]."""
+    return np.array([bench.cost(e.architecture, e.values[bench.task]) for e in run.evaluations if e.full])
+
+
+def spent_curve(
+    bench: Bench, run: SearchResult, reference: np.ndarray, whole: float, looked: bool
+) -> list[tuple[float, float]]:
+    """After each full measurement: evaluations spent, first looks among them by their share of the documents, and the
+    share of the hypervolume."""
+    costs, spent = _full_costs(bench, run), 0.0
+    curve: list[tuple[float, float]] = []
+    for generation, asked in groupby(run.evaluations, key=lambda e: e.generation):
+        members = list(asked)
+        spent += FIRST_LOOK * len(members) if looked and generation else 0
+        for _ in filter(lambda e: e.full, members):
+            spent += 1
+            curve.append((spent, hypervolume(costs[: len(curve) + 1], reference) / whole))
+    return curve
 
 
 # -- is what is searched what ships? --
@@ -351,7 +443,7 @@ def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"space": space, "fine": fine, "ranks": ranks, "overhead": overhead}
+    parts = {"space": space, "fine": fine, "starts": starts, "ranks": ranks, "overhead": overhead}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--checkpoint", default=str(demo.MODEL))
     parser.add_argument("--data", help="training text; default: generated")

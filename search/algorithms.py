@@ -381,7 +381,9 @@ class LINAS(Algorithm):
 
     name = "linas"
     inner_population = 100
-    inner_generations = 50
+    inner_generations = 25
+    listed = 10_000
+    """Spaces of at most so many genomes are predicted whole: one matrix is quicker than generations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -444,10 +446,10 @@ class LINAS(Algorithm):
 
     def _inner_search(self) -> dict[Genome, tuple[list[float], list[float]]]:
         """Candidates with their predicted costs and violations: all that an NSGA-II on predictions came
-        across, or the whole space where it has no more genomes than that search would look at.
+        across, or the whole of a small space.
         """
         problem = _Predicted(self)
-        if self.space.size <= 2 * self.inner_population * self.inner_generations:
+        if self.space.size <= self.listed:
             problem.evaluate(self.space.all_genomes(), return_values_of=["F"])
             return problem.seen
         best = [self.genomes[i] for i in self._ranked()[: self.inner_population // 2]]
