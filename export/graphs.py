@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,12 @@ def _exported(layout: str, network: Any, cached: list[int]) -> Any:
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
 
-    # Sizes that no other dimension has, and none of 0 or 1, so that the trace ties no two of them together.
-    batch, past, new = 2, 5, 3
+    # Sizes that no other dimension has, and none of 0 or 1: the trace takes equal ones for one and the same.
+    taken = {size for parameter in network.parameters() for size in parameter.shape} | {
+        *cached,
+        head_dim(network.config),
+    }
+    batch, past, new = next((n, n + 2, n + 5) for n in count(2) if not taken & {n, n + 2, n + 5, 2 * n + 7})
     sample = {
         "input_ids": torch.randint(network.config.vocab_size, (batch, new)),
         "attention_mask": torch.ones(batch, past + new, dtype=torch.long),

@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, nearest
@@ -85,6 +88,8 @@ EXTRAS = {
     "openvino": ("openvino",),
 }
 """Modules that writing and proving a layout takes, the runtime last: the extra of its name."""
+EXPORTERS = "5.23"
+"""The oldest transformers whose exporters write graphs that its `ExportedModel` runs."""
 
 
 def check_installed(layout: str) -> None:
@@ -92,8 +97,8 @@ def check_installed(layout: str) -> None:
     extra = layout.partition("-")[0]
     if not all(map(importlib.util.find_spec, EXTRAS.get(extra, ()))):
         raise RequestError(f"--format {layout} needs the extra: pip install 'nas-compressor[{extra}]'")
-    if layout in ("onnx", "openvino") and importlib.util.find_spec("transformers.exporters") is None:
-        raise RequestError(f"--format {layout} needs the exporters of transformers 5.23 or newer")
+    if layout in ("onnx", "openvino") and Version(version("transformers")) < Version(EXPORTERS):
+        raise RequestError(f"--format {layout} needs the exporters of transformers {EXPORTERS} or newer")
 
 
 def write_layout(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +98,9 @@ class StreamedNetwork:
     def logits(self, ids: Tensor, dtype: torch.dtype, each: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """Float32 logits [sequences, length, vocabulary] of weights rounded to `dtype`, computed in float32.
 
-        A decoder layer's weights are read before its turn and dropped after it, and so are those of every module
-        outside the layers. `each` is handed all parameters once, as they pass by: the files are read once to be copied
-        and run.
+        A decoder layer's weights are dropped after its turn and read while the one before it is run; those of every
+        module outside the layers are read and dropped at its turn. `each` is handed all parameters once, as they pass
+        by: the files are read once to be copied and run.
         """
         given: set[str] = set()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}  # a tied head: the embedding
@@ -111,10 +113,18 @@ class StreamedNetwork:
             for unit, modules in units.items()
         }
 
+        following = dict(pairwise(layers))
+        coming: dict[nn.Module, Future[list[Tensor]]] = {}
+
+        def read(unit: nn.Module) -> list[Tensor]:
+            return [self.weight(names[id(parameter)]) for _, _, parameter in absent[unit]]
+
         def fill(unit: nn.Module, _: Any) -> None:
-            for module, key, parameter in absent[unit]:
+            values = coming.pop(unit).result() if unit in coming else read(unit)
+            if unit in following:
+                coming[following[unit]] = reader.submit(read, following[unit])
+            for (module, key, parameter), value in zip(absent[unit], values, strict=True):
                 name = names[id(parameter)]
-                value = self.weight(name)
                 if each is not None and name not in given:
                     each(name, value)
                     given.add(name)
@@ -127,7 +137,8 @@ class StreamedNetwork:
         hooks = [unit.register_forward_pre_hook(fill) for unit in absent]
         hooks += [unit.register_forward_hook(drop) for unit in absent]
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits.float()
+            with ThreadPoolExecutor(1) as reader:
+                logits = self.model(input_ids=ids, use_cache=False).logits.float()
         finally:
             for hook in hooks:
                 hook.remove()
