@@ -30,7 +30,7 @@ from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
 from compressor.finetune.sources import local_files
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run, read_json, write_json
-from export.gguf_layout import check_family, check_tokenizer
+from export import gguf_layout, graphs
 from export.layouts import check_installed
 from export.quantize import linear_layers
 from export.schemes import SCHEMES
@@ -294,11 +294,14 @@ class Job:
         elif ordering not in IMPORTANCES:
             hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
             raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
+        model_type = self.checkpoint.config.model_type
         for layout in recipe.formats:
             check_installed(layout)
-        if any(layout.startswith("gguf") for layout in recipe.formats):
-            check_family(self.checkpoint.config.model_type)
-            check_tokenizer(self.tokenizer)
+            if layout in ("onnx", "openvino"):
+                graphs.check_family(layout, model_type)
+            elif layout.startswith("gguf"):
+                gguf_layout.check_family(model_type)
+                gguf_layout.check_tokenizer(self.tokenizer)
         if recipe.quantizing.schemes:
             linear_layers(self.checkpoint.config, recipe.trust_remote_code)
         self.checkpoint.load_tokenizer()

@@ -22,6 +22,7 @@ from compressor.families import head_dim
 from export.layouts import EXTRAS, check_installed
 from export.package import (
     CARD,
+    UNEVEN_PREFIX,
     PackageInfo,
     check_destination,
     load_tokenizer,
@@ -37,6 +38,29 @@ from export.verify import last_line
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+)
+"""Families whose graphs compute what transformers does, in both layouts: `tests/test_export_graphs.py` runs each."""
+
+REFUSED = {"qwen3_5_text": "the graph's cache holds keys and values, not the state of its linear attention"}
+"""Why not, by family."""
 
 TOLERANCE = 1e-4
 """Largest |Δ logit| as a share of the largest |logit|: the runtimes order and fuse sums in their own way."""
@@ -67,6 +91,7 @@ def write(
     from export import probe as probes
 
     config: Any = model.config
+    check_family(layout, config.model_type.removeprefix(UNEVEN_PREFIX))
     params = sum(parameter.numel() for parameter in model.parameters())
     needed = 4 * params + 2**26
     check_destination(destination, needed)
@@ -96,6 +121,13 @@ def write(
         origin = {**(lineage or {}), layout: versions(EXTRAS[layout])}
         write_record(folder, entry=own, lineage=origin, probe=probe)
     return read_package(destination)
+
+
+def check_family(layout: str, model_type: str) -> None:
+    """Raises `RequestError` for a family that the layout does not hold."""
+    if model_type not in FAMILIES:
+        why = REFUSED.get(model_type, f"it is known to work for {', '.join(FAMILIES)}")
+        raise RequestError(f"--format {layout} does not hold {model_type} networks: {why}")
 
 
 def _exported(layout: str, network: Any, cached: list[int]) -> Any:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RECORD = "compression.json"
+SECTIONS = ("entry", "lineage", "probe", "files")
+ENTRY = ("name", "layout", "quantization", "architecture", "params", "bytes")
+"""What the entry of every package has; reports and layouts add to it."""
 CARD = "README.md"
 MAX_SHARD_BYTES = 2 * 10**9
 """Of one weight file; writing takes twice as much memory."""
@@ -110,8 +113,16 @@ def read_record(package: Path) -> dict[str, Any]:
     if not (package / RECORD).exists():
         raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
     record = read_json(package / RECORD)
-    if record.get("schema") != SCHEMA or not {"entry", "files", "probe"} <= set(record):
-        raise VerificationError(f"{package / RECORD}: not of schema {SCHEMA}, or a section is missing")
+    file = package / RECORD
+    if record.get("schema") != SCHEMA or not all(isinstance(record.get(name), dict) for name in SECTIONS):
+        raise VerificationError(f"{file}: not of schema {SCHEMA}, or a section is missing")
+    if absent := [key for key in ENTRY if key not in record["entry"]]:
+        raise VerificationError(f"{file}: its entry lacks {', '.join(absent)}")
+    for name, recorded in record["files"].items():
+        if not isinstance(recorded, dict) or set(recorded) != {"sha256", "bytes"}:
+            raise VerificationError(f"{file}: what it says of the file {name} is not a hash and a size")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise VerificationError(f"{file}: names a file outside the package, {name}")
     return record
 
 

@@ -157,7 +157,11 @@ class _Checker:
         self.package, self.record, self.reference, self.tasks = package, record, reference, tasks
         self.trusted = check_code(package)
         self.quantization: str | None = record["entry"]["quantization"]
-        self.scheme = SCHEMES[self.quantization] if self.quantization else None
+        self.scheme = None
+        if self.quantization is not None:
+            if self.quantization not in SCHEMES:
+                raise self.fail(f"its quantization is unknown: {self.quantization}")
+            self.scheme = SCHEMES[self.quantization]
         self.ids = torch.tensor(record["probe"]["ids"])
         self.result: dict[str, Any] = {}
         self.own: Any = None  # next-token log-probabilities of a quantized network

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import pytest
 import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from test_elastic import assert_close
+from tiny_families import tiny_network
 
+from compressor.architecture import Architecture, LayerSizes
+from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
+from compressor.families import describe, families
 from export import graphs
-from export.graphs import Graph, check_graph, measure_speed
+from export.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
 from export.layouts import EXTRAS, write_layout
 from export.package import PackageInfo, check_files, load_tokenizer, read_record
 from export.verify import verify
@@ -38,6 +44,36 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for module in EXTRAS[request.param]:
         pytest.importorskip(module)
     return write(request.param, tmp_path_factory.mktemp("packages") / request.param, card="# A card\n")
+
+
+@pytest.mark.parametrize(("number", "family"), enumerate(sorted({*FAMILIES, *REFUSED})))
+def test_every_family(number: int, family: str, tmp_path: Path) -> None:
+    """Two layers of other sizes, the second without its MLP where the family allows it; a graph takes seconds to make,
+    so each family is run by one of the two runtimes unless COMPRESSOR_ALL_GRAPHS is set."""
+    model = tiny_network(family)
+    structure = describe(model.config)
+    *_, first, last = structure.base.layers
+    gone = LayerSizes(0, 0, 0)
+    narrow = replace(first, intermediate_size=8)
+    kept = narrow, replace(last, intermediate_size=0, num_experts=0)
+    architecture = Architecture(structure.base.hidden_size, (gone,) * (len(structure.base.layers) - 2) + kept)
+    network = extract(model, structure, architecture)
+    layouts = ("onnx", "openvino") if "COMPRESSOR_ALL_GRAPHS" in os.environ else (("onnx", "openvino")[number % 2],)
+    for layout in layouts:
+        options = {"tokenizer": tiny_tokenizer(), "entry": {"name": "p", "architecture": architecture.to_dict()}}
+        if family in REFUSED:
+            with pytest.raises(RequestError, match=f"--format {layout} does not hold {family} networks: "):
+                write_layout(layout, network, architecture, tmp_path / layout, dtype=torch.float32, **options)
+            continue
+        made = write_layout(layout, network, architecture, tmp_path / layout, dtype=torch.float32, **options)
+        found = check_graph(made.path, read_record(made.path))
+        assert found["max_abs_logprob_difference"] <= found["tolerance"] < 1e-3
+
+
+def test_every_family_of_the_project_is_known() -> None:
+    assert {*FAMILIES, *REFUSED} == set(families())
+    with pytest.raises(RequestError, match="does not hold bloom networks: it is known to work for gemma2, "):
+        check_family("onnx", "bloom")
 
 
 def as_stored() -> Any:

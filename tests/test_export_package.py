@@ -253,6 +253,25 @@ def test_a_broken_record_is_named(package: Path, text: str) -> None:
         read_package(package)
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("entry", "layout", None, "its entry lacks layout"),
+        ("files", "config.json", "abc", r"the file config\.json is not a hash and a size"),
+        ("files", "../config.json", {"sha256": "", "bytes": 1}, r"outside the package, \.\./config\.json"),
+    ],
+)
+def test_a_record_edited_by_hand_is_named(package: Path, section: str, name: str, value: object, said: str) -> None:
+    record = json.loads((package / "compression.json").read_text())
+    if value is None:
+        del record[section][name]
+    else:
+        record[section][name] = value
+    (package / "compression.json").write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match=rf"compression\.json: .*{said}"):
+        check_files(package)
+
+
 def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such folder"):
         read_package(tmp_path / "nowhere")

@@ -135,6 +135,14 @@ def test_a_wrong_parameter_count_is_found(package: Path) -> None:
         check(package)
 
 
+def test_an_unknown_quantization_is_said(package: Path) -> None:
+    record = json.loads((package / "compression.json").read_text())
+    record["entry"]["quantization"] = "int3"
+    (package / "compression.json").write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match="its quantization is unknown: int3"):
+        check(package)
+
+
 def test_another_tokenizer_is_found(package: Path) -> None:
     content = json.loads((package / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:-30]
