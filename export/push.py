@@ -26,6 +26,7 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
     Raises `RequestError` where the package is not verified, nobody is logged in, the hub refuses, or the repository
     holds something else, and `VerificationError` where the files are not what was written.
     """
+    _check_name(repo_id)
     info = read_package(package)
     if not info.verified:
         raise RequestError(f"{package}: not verified, and so not to be published; export it again")
@@ -36,7 +37,6 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
     for file in files:
         say(f"{human_bytes(file['bytes']):>10}  {file['name']}")
     done: dict[str, Any] = {"repo": repo_id, "private": private, "files": files, "bytes": total}
-    _check_name(repo_id)
     if dry_run:
         say(f"{human_bytes(total):>10}  in all would go to {repo_id}; nothing was uploaded")
         return done | {"url": None, "commit": None}
