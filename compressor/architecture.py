@@ -79,17 +79,12 @@ class Architecture:
         """Indices, in the base, of the layers that are still there."""
         return tuple(i for i, layer in enumerate(self.layers) if not layer.removed)
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all kept layers are alike and whole, so that the family's plain class can hold them."""
-        sizes = {self.layers[i] for i in self.kept}
-        return len(sizes) == 1 and not next(iter(sizes)).skip
-
     def is_uniform_in(self, base: Architecture) -> bool:
-        """`is_uniform` beside a base whose own layers differ in kind (linear attention, dense MLPs among experts).
+        """Whether all kept layers are alike and whole, so that the family's plain class can hold them.
 
-        Kept layers have all halves that they have in the base; those with attention heads are alike in heads, those
-        with experts in experts and width, and so are the dense ones.
+        Layers of a base may differ in kind (linear attention, dense MLPs among experts). Kept ones have all halves that
+        they have in the base; those with attention heads are alike in heads, those with experts in experts and width,
+        and so are the dense ones.
         """
         kept = [(self.layers[i], base.layers[i]) for i in self.kept]
         heads = {

@@ -35,10 +35,11 @@ def test_one_network_has_one_key_and_survives_json() -> None:
 
 def test_uniform_means_kept_layers_alike_and_whole() -> None:
     gone = LayerSizes(0, 0, 0)
-    assert Architecture(64, (FULL, gone, FULL)).is_uniform
-    assert not Architecture(64, (FULL, LayerSizes(32, 32, 5504))).is_uniform
-    assert not Architecture(64, (LayerSizes(32, 32, 0),) * 2).is_uniform
-    assert not Architecture(64, (gone, gone)).is_uniform
+    two, three = Architecture(64, (FULL,) * 2), Architecture(64, (FULL,) * 3)
+    assert Architecture(64, (FULL, gone, FULL)).is_uniform_in(three)
+    assert not Architecture(64, (FULL, LayerSizes(32, 32, 5504))).is_uniform_in(two)
+    assert not Architecture(64, (LayerSizes(32, 32, 0),) * 2).is_uniform_in(two)
+    assert not Architecture(64, (gone, gone)).is_uniform_in(two)
 
 
 def test_query_heads_that_cannot_be_shared_evenly_are_refused() -> None:

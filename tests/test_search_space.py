@@ -262,7 +262,7 @@ def test_uniform_members(name):
     space = SPACES[name]
     members = space.uniform_members(6)
     assert 3 <= len(members) <= 6 and len(set(members)) == len(members)
-    assert all(m.is_uniform and m in space for m in members)
+    assert all(m.is_uniform_in(space.base) and m in space for m in members)
     sizes = [PROSE.parameters(m) for m in members]
     assert sizes == sorted(sizes)
     assert all(PROSE.parameters(m) <= 6_000_000 for m in space.uniform_members(6, 6_000_000))

@@ -77,7 +77,7 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
     assert read_record(found["streamed"].path)["entry"]["params"] == structure.parameters(UNEVEN)
 
 
-def test_memory_for_one_layer_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs, no more than one layer of the network has weights; the next one's are read meanwhile."""
     model = tiny_llama()
     model.save_pretrained(tmp_path)

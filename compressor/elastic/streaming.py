@@ -2,7 +2,7 @@
 
 What `compressor.elastic.slicing.extract` does in memory, for networks that do not fit there: from the family's table
 (`Structure`) it is known which part of which tensor a sub-network keeps, so each is read, cut and handed on by itself.
-Memory for one tensor is enough to save the sub-network, and for one layer to run it.
+Memory for one tensor is enough to save the sub-network, and for two layers (one is read while another runs) to run it.
 """
 
 from __future__ import annotations

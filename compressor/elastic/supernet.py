@@ -187,7 +187,8 @@ class _Layer:
 class SuperNetwork:
     """A Hugging Face causal language model whose sub-networks can be switched on by `Architecture`.
 
-    `model` is used as it is and stays the owner of all weights; there is no second copy. A key-value cache is told
+    `model` is used as it is and stays the owner of all weights; there is no second copy. It must be whole: what another
+    super-network left active in it would be taken for the base. A key-value cache is told
     which layers have no attention left, or it would not work (`_activate_cache`).
     """
 

@@ -7,7 +7,6 @@ independent of the family's forward pass.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import types
 from functools import cache
@@ -189,10 +188,6 @@ def auto_map(family: Family) -> dict[str, str]:
         "AutoModel": prefix + family.class_name("Model"),
         "AutoModelForCausalLM": prefix + family.class_name("ForCausalLM"),
     }
-
-
-def code_hash(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()
 
 
 @cache

@@ -2,7 +2,7 @@
 
 A proposer says how much it harms to size a half-block of one layer differently, all else being whole; `assemble` adds
 such harms up and finds the best combination for every size by dynamic programming. Harms of several cuts do not add
-up in truth, so what comes out is where a search starts, not its result.
+up in truth: `refined` measures again around what was found, and what comes out is where a search starts, not its end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from compressor.finetune.losses import token_losses
 UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
 """What a half-block is made of."""
 ROUNDS = 2
+"""How often at most `refined` measures around what it has found."""
 GRID = 4096
 """Sizes that `assemble` tells apart, as parts of the base: so much rounding keeps deep networks quick."""
 
@@ -203,6 +204,7 @@ def _paired(
 
 
 def with_layer(architecture: Architecture, index: int, sizes: LayerSizes) -> Architecture:
+    """`architecture` with one layer sized differently."""
     layers = architecture.layers
     return Architecture(architecture.hidden_size, (*layers[:index], sizes, *layers[index + 1 :]))
 
@@ -283,16 +285,11 @@ class _Mixture:
             for alpha in self.alphas:
                 alpha[0] = 2.0 + float(np.log(len(alpha)))  # starts near the whole network
         self._parameters = [
-            torch.tensor([structure.parameters(self._cut(layer, s)) for s in sizes], dtype=torch.float64)
+            torch.tensor([structure.parameters(with_layer(base, layer, s)) for s in sizes], dtype=torch.float64)
             for layer, _, sizes in self.choices
         ]
         self._full = structure.parameters(base)
         self.smallest = min(parameters for parameters, _ in assemble(structure, options(structure, self.harms())))
-
-    def _cut(self, layer: int, sizes: LayerSizes) -> Architecture:
-        rows = list(self.supernet.base.layers)
-        rows[layer] = sizes
-        return Architecture(self.supernet.base.hidden_size, tuple(rows))
 
     def harms(self) -> dict[tuple[int, LayerSizes], float]:
         """How much less probable each cut is than the whole half-block or layer: the difference of log alphas.

@@ -61,6 +61,7 @@ class Contest:
     base: Any
     calibration: tuple[torch.Tensor, ...]
     data: str
+    """Fingerprint of the text that healing reads."""
 
     @property
     def parameters(self) -> int:
@@ -314,6 +315,7 @@ def made_before(contest: Contest, made: str) -> dict[str, Any] | None:
 
 
 def network_fingerprint(network: Any) -> str:
+    """Of a network's configuration and of every weight, bit for bit."""
     digest = hashlib.sha256(repr(network.config).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
