@@ -19,11 +19,13 @@ def _check_siblings() -> None:
     root = Path(__file__).resolve().parent.parent
     for name in ("search", "export", "evals"):
         spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        # A folder that is no package has no origin.
+        found = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+        origin = next((Path(path).resolve() for path in found if path), None)
         if origin != root / name / "__init__.py":
             raise ImportError(
                 f"the package '{name}' of nas-compressor is shadowed by {origin or 'nothing that can be found'}: "
-                "rename that file or run from another folder"
+                "rename that or run from another folder"
             )
 
 

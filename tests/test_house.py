@@ -79,15 +79,21 @@ def test_importing_the_package_is_light() -> None:
 
 def test_a_shadowed_room_is_named(tmp_path: Path) -> None:
     (tmp_path / "search.py").write_text("")
-    done = subprocess.run(
-        [sys.executable, "-c", "import compressor"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},
-    )
-    assert done.returncode != 0
-    assert str(tmp_path / "search.py") in done.stderr and "shadowed" in done.stderr
+    assert str(tmp_path / "search.py") in refusal(tmp_path, f"{tmp_path}:{ROOT}")
+
+
+def test_a_folder_that_shadows_a_room_is_named(tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()  # no package, and yet found before one that is installed as editable
+    assert str(tmp_path / "search") in refusal(tmp_path, str(tmp_path))
+
+
+def refusal(folder: Path, path: str) -> str:
+    """What `import compressor` says in a folder, where it fails."""
+    command = [sys.executable, "-c", "import compressor"]
+    env = {"PYTHONPATH": path, "PATH": ""}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode != 0 and "shadowed" in done.stderr
+    return done.stderr
 
 
 def test_no_pickle_anywhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import product
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import pytest
 import tiny
 import torch
 from search_helpers import SMALL
-from tiny_families import tiny_network
+from tiny_families import CONFIGS, random_architecture, tiny_network
 from transformers import AutoModelForCausalLM
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Batch
-from compressor.finetune.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined
+from compressor.finetune.forward import Leading, trace
+from compressor.finetune.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined, with_layer
 from compressor.stages.warming import layer_variants
 from search.space import SearchSpace
 
@@ -81,6 +83,36 @@ def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
     assert all(parameters <= size for (parameters, _), size in zip(found, sizes, strict=True))  # none is within 1
     gained = [harm(start) - harm(a) for start, (_, a) in zip(starts, found, strict=True)]
     assert min(gained) >= 0 and max(gained) > 0.01
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pass_that_begins_where_architectures_differ_is_the_whole_pass(name: str) -> None:
+    supernet = SuperNetwork(tiny_network(name))
+    base, last = supernet.base, len(supernet.base.layers) - 1
+    ids = torch.randint(3, 101, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(16).expand(4, 16)).split(2)
+    some = random_architecture(base, random.Random(1))
+    near = [with_layer(some, index, base.layers[index]) for index in range(last, -1, -1)]
+    passes = Leading(supernet)
+    for architecture in (base, some, *near, near[-1], base):
+        with torch.no_grad(), supernet.activated(architecture) as model:
+            for number, batch in enumerate(batches):
+                assert torch.equal(passes.trace(number, batch).hidden, trace(model, batch).hidden)
+
+
+def test_leading_layers_are_computed_once() -> None:
+    supernet = SuperNetwork(tiny_network("llama"))
+    base, calls = supernet.base, []
+    for index, layer in enumerate(supernet.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    ids = torch.randint(3, 101, (2, 16), generator=torch.Generator().manual_seed(0))
+    harm = harm_in(supernet, [Batch(ids, ids, torch.arange(16).expand(2, 16))])
+    assert calls == [0, 1, 2, 3]
+    calls.clear()
+    cut = LayerSizes(base.layers[0].num_attention_heads, base.layers[0].num_key_value_heads, 8)
+    assert harm(with_layer(base, 2, cut)) > 0 and calls == [2, 3]
+    calls.clear()
+    assert harm(with_layer(base, 1, cut)) > 0 and calls == [1, 2, 3]
 
 
 def test_what_superposition_cannot_mix_is_refused() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compressor.architecture import Axis, unit_counts
+from compressor.architecture import Architecture, Axis, unit_counts
 from compressor.elastic.supernet import SuperNetwork
 from compressor.families import families
 from compressor.finetune.data import Batch
@@ -103,6 +103,51 @@ class Recorder:
         counts = unit_counts(0, self._supernet.current.layers[layer])
         widths = [width * counts[unit] for unit, width in axis.blocks]
         self._projected.setdefault(layer, {})[position] = list(output.split(widths, dim=-1))
+
+
+class Leading:
+    """Passes over the same batches, one architecture after another, that begin where two in a row begin to differ.
+
+    Of the last pass over each batch it keeps what the layers put out, [rows, length, hidden] each, and hands that out
+    again for as many leading layers as the next architecture has in common. True as long as nobody moves the weights.
+    """
+
+    def __init__(self, supernet: SuperNetwork) -> None:
+        self._supernet = supernet
+        self._kept: dict[int, tuple[Architecture, dict[int, Any]]] = {}
+
+    def trace(self, number: int, batch: Batch) -> Trace:
+        """As `trace` of the active sub-network, over the batch of this `number`."""
+        now = self._supernet.current
+        before, known = self._kept.pop(number, (now, {}))
+        common = next((i for i, (a, b) in enumerate(zip(now.layers, before.layers, strict=True)) if a != b), None)
+        if now.hidden_size != before.hidden_size:
+            common = 0
+        outputs = {index: output for index, output in known.items() if common is None or index < common}
+        shadowed, handles = [], []
+        for index, layer in enumerate(self._supernet.layers):
+            if index in outputs:
+                layer.__dict__["forward"] = partial(_again, outputs[index])
+                shadowed.append(layer)
+            else:
+                handles.append(layer.register_forward_hook(partial(_keep, outputs, index)))
+        try:
+            found = trace(self._supernet.model, batch)
+        finally:
+            for layer in shadowed:
+                del layer.__dict__["forward"]
+            for handle in handles:
+                handle.remove()
+        self._kept[number] = (now, outputs)
+        return found
+
+
+def _again(output: Any, *_: Any, **__: Any) -> Any:
+    return output
+
+
+def _keep(outputs: dict[int, Any], index: int, _: nn.Module, __: Any, output: Any) -> None:
+    outputs[index] = output
 
 
 class _Passed:

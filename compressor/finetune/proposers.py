@@ -21,8 +21,9 @@ from compressor.elastic.ordering import output_projections
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.finetune.data import Batch
-from compressor.finetune.forward import Trace, trace
+from compressor.finetune.forward import Leading, Trace, trace
 from compressor.finetune.losses import token_losses
+from compressor.progress import bar
 
 UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
 """What a half-block is made of."""
@@ -45,8 +46,11 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
     The harm of a variant is KL(whole network || network with the one block replaced), in nats per token on `batches`.
     One pass over the batches for each variant.
     """
-    harm = harm_in(supernet, batches)
-    harms = {(layer, sizes): harm(with_layer(supernet.base, layer, sizes)) for layer, sizes in variants}
+    harm, harms = harm_in(supernet, batches), {}
+    with bar("measuring every block", len(variants)) as progress:
+        for layer, sizes in sorted(variants, key=lambda variant: -variant[0]):  # the last first: `Leading`
+            harms[layer, sizes] = harm(with_layer(supernet.base, layer, sizes))
+            progress.advance()
     return assemble(supernet.structure, options(supernet.structure, harms))
 
 
@@ -61,31 +65,34 @@ def refined(
     """
     structure, found = supernet.structure, []
     harm = harm_in(supernet, batches)
-    for size in sizes:
-        within = [architecture for parameters, architecture in path if parameters <= size]
-        if not within:
-            continue
-        best, least = within[-1], harm(within[-1])
-        for _ in range(ROUNDS):
-            around = options_around(structure, best, variants, harm, least)
-            better = [architecture for parameters, architecture in assemble(structure, around) if parameters <= size]
-            if not better or (now := harm(better[-1])) >= least:
-                break
-            best, least = better[-1], now
-        found.append((structure.parameters(best), best))
+    starts = [(size, within[-1]) for size in sizes if (within := [a for p, a in path if p <= size])]
+    with bar("measuring around them", ROUNDS * len(starts) * len(supernet.base.layers)) as progress:
+        for size, best in starts:
+            least = harm(best)
+            for _ in range(ROUNDS):
+                around = options_around(structure, best, variants, harm, least, progress.advance)
+                better = [a for parameters, a in assemble(structure, around) if parameters <= size]
+                if not better or (now := harm(better[-1])) >= least:
+                    break
+                best, least = better[-1], now
+            found.append((structure.parameters(best), best))
     return found
 
 
 def harm_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
-    """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture."""
+    """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture.
+
+    It is quick where what it is asked about has leading layers in common with what it was asked before.
+    """
+    passes = Leading(supernet)
     with torch.no_grad():
-        whole = [trace(supernet.model, batch) for batch in batches]
+        whole = [passes.trace(number, batch) for number, batch in enumerate(batches)]
 
     @torch.no_grad()
     def harm(architecture: Architecture) -> float:
-        with supernet.activated(architecture) as model:
-            pairs = zip(batches, whole, strict=True)
-            return sum(float(divergence(trace(model, batch), full)) for batch, full in pairs) / len(batches)
+        with supernet.activated(architecture):
+            students = [passes.trace(number, batch) for number, batch in enumerate(batches)]
+            return sum(float(divergence(*pair)) for pair in zip(students, whole, strict=True)) / len(batches)
 
     return harm
 
@@ -104,21 +111,23 @@ def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[
     optimizer = torch.optim.Adam(mixture.alphas, lr=0.05)
     full = supernet.structure.parameters(supernet.base)
     found: dict[Architecture, int] = {}
-    for step in range(steps):
-        batch = batches[step % len(batches)]
-        target = full + (mixture.smallest - full) * (step + 1) / steps
-        with torch.no_grad():
-            whole = trace(supernet.model, batch)
-        optimizer.zero_grad()
-        with mixture.active():
-            kept = divergence(trace(supernet.model, batch), whole)
-            # A tenth too large weighs as much as a nat: enough to follow the target, and harms decide the rest.
-            (kept + 100 * ((mixture.expected() - target) / full) ** 2).backward()
-        optimizer.step()
-        if (step + 1) % max(1, steps // 20) == 0:
-            path = assemble(supernet.structure, options(supernet.structure, mixture.harms()))
-            parameters, architecture = min(path, key=lambda point: abs(point[0] - target))
-            found[architecture] = parameters
+    with bar("mixing sizes", steps) as progress:
+        for step in range(steps):
+            batch = batches[step % len(batches)]
+            target = full + (mixture.smallest - full) * (step + 1) / steps
+            with torch.no_grad():
+                whole = trace(supernet.model, batch)
+            optimizer.zero_grad()
+            with mixture.active():
+                kept = divergence(trace(supernet.model, batch), whole)
+                # A tenth too large weighs as much as a nat: enough to follow the target, and harms decide the rest.
+                (kept + 100 * ((mixture.expected() - target) / full) ** 2).backward()
+            optimizer.step()
+            progress.advance()
+            if (step + 1) % max(1, steps // 20) == 0:
+                path = assemble(supernet.structure, options(supernet.structure, mixture.harms()))
+                parameters, architecture = min(path, key=lambda point: abs(point[0] - target))
+                found[architecture] = parameters
     return sorted(((p, a) for a, p in found.items()), key=lambda point: point[0])
 
 
@@ -158,16 +167,21 @@ def options(structure: Structure, harms: Harms) -> list[list[Option]]:
 
 
 def options_around(
-    structure: Structure, at: Architecture, variants: Variants, harm: Callable[[Architecture], float], before: float
+    structure: Structure,
+    at: Architecture,
+    variants: Variants,
+    harm: Callable[[Architecture], float],
+    before: float,
+    on_layer: Callable[[], None],
 ) -> list[list[Option]]:
     """As `options`, with the harm of exchanging one half-block, or the layer, of `at` rather than of the base; `before`
-    is the harm of `at` itself."""
+    is the harm of `at` itself. `on_layer` is called when a layer is done, the last layer first (`Leading`)."""
 
     def more(index: int, sizes: LayerSizes) -> float:
         return 0.0 if sizes == at.layers[index] else harm(with_layer(at, index, sizes)) - before
 
     found = []
-    for index, full in enumerate(structure.base.layers):
+    for index, full in reversed(list(enumerate(structure.base.layers))):
         now = at.layers[index]
         mine = [full, now, *(sizes for layer, sizes in variants if layer == index)]
         halves: dict[Half | None, dict[LayerSizes, float]] = {"attention": {}, "mlp": {}, None: {}}
@@ -180,7 +194,8 @@ def options_around(
             if half is None and sizes != now:
                 halves[None][sizes] = more(index, sizes)
         found.append(_paired(structure, index, halves["attention"], halves["mlp"], halves[None]))
-    return found
+        on_layer()
+    return found[::-1]
 
 
 def _paired(

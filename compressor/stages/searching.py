@@ -59,6 +59,7 @@ def search(job: Job) -> dict[str, Any]:
     speed = speed_table(job, lambda: job.load_supernet().model)
     objectives, constraints = goals(job, speed.predict)
     sizes = [size for _, size in job.sizes() if size is not None]
+    starts = proposals(job)
     with (
         EvaluationStore(run.evaluations) as store,
         closing(Board(job, store, manifest["weights"])) as board,
@@ -100,7 +101,7 @@ def search(job: Job) -> dict[str, Any]:
             algorithm=recipe.searching.algorithm,
             evaluations=budget,
             include=uniform_ones(job),
-            warm_start=proposals(job),
+            warm_start=starts,
             known=known,
             first_look=partial(board.measure, first_look=True) if first_look_limit(job) else None,
             share=recipe.searching.first_look or 0.0,
