@@ -135,9 +135,9 @@ def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
     headings = (
         "params",
         "before\nhealing",
-        "quality %\n± std. err.",
+        "quality %\n± 1 s.e.",
         "ours less this,\npoints (95 %)",
-        "speed,\nbase 1",
+        "decode\n× base",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -7,7 +7,7 @@ from compressor.demo.world import TASK_NAMES, documents, write_jsonl
 
 __all__ = ["MODEL", "TASKS", "TASK_NAMES", "training_text"]
 
-MODEL: Path = Path(__file__).parent / "model"
+MODEL: Path = Path(__file__).parent / "world-1.7m"
 """Folder of the pre-trained checkpoint."""
 
 TASKS: Path = Path(__file__).parent / "tasks"

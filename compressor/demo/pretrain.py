@@ -1,6 +1,6 @@
 """Pre-trains the demo's checkpoint from nothing: `python -m compressor.demo.pretrain --output DIR`.
 
-Tokenizer, initial weights and text all come from one seed. The checkpoint bundled in `compressor/demo/model` was
+Tokenizer, initial weights and text all come from one seed. The checkpoint bundled in `compressor/demo/world-1.7m` was
 made by this script with its defaults, in about half an hour on two cores.
 """
 
