@@ -38,7 +38,7 @@ class Standing:
     """One standard error of the mean: over documents, and over seeds where there are several."""
     before_healing: float | None
     tasks: Mapping[str, TaskScore]
-    """Of the first seed."""
+    """Means over seeds, with standard errors like that of the quality."""
     decode_tps: float | None
     base_decode_tps: float | None
     difference: tuple[float, float, float] | None
@@ -85,9 +85,7 @@ def standings(rows: Sequence[Comparison]) -> list[list[Standing]]:
 
 def _standing(group: Sequence[Comparison]) -> Standing:
     first = min(group, key=lambda row: row.seed or 0)
-    qualities = [row.quality for row in group]
-    over_documents = statistics.fmean(row.quality_stderr or 0.0 for row in group)
-    over_seeds = statistics.stdev(qualities) / math.sqrt(len(group)) if len(group) > 1 else 0.0
+    quality, stderr = _mean([(row.quality, row.quality_stderr or 0.0) for row in group])
     before = [row.quality_before_healing for row in group if row.quality_before_healing is not None]
     difference = first.ours_minus_this
     return Standing(
@@ -97,15 +95,30 @@ def _standing(group: Sequence[Comparison]) -> Standing:
         seeds=len(group),
         params=first.params,
         bytes=first.bytes,
-        quality=statistics.fmean(qualities),
-        stderr=math.hypot(over_documents, over_seeds),
+        quality=quality,
+        stderr=stderr,
         before_healing=statistics.fmean(before) if before else None,
-        tasks=first.tasks,
+        tasks={task: _mean_score([row.tasks[task] for row in group]) for task in first.tasks},
         decode_tps=first.speed.decode_tps if first.speed else None,
         base_decode_tps=first.base_speed.decode_tps if first.base_speed else None,
         difference=(difference.value, difference.low, difference.high) if difference else None,
         meaning=difference.meaning if difference else None,
     )
+
+
+def _mean_score(scores: Sequence[TaskScore]) -> TaskScore:
+    """What one task said over seeds. One whose metric has no standard error over documents is left without any."""
+    value, stderr = _mean([(score.value, score.stderr or 0.0) for score in scores])
+    none = any(score.stderr is None for score in scores)
+    return scores[0].model_copy(update={"value": value, "stderr": None if none else stderr})
+
+
+def _mean(seeds: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean over seeds of (value, standard error over documents), and its standard error over both: all seeds share
+    their documents, so the error over these does not shrink."""
+    values = [value for value, _ in seeds]
+    over_seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), math.hypot(statistics.fmean(error for _, error in seeds), over_seeds)
 
 
 def said(table: Sequence[Standing]) -> str:
@@ -137,7 +150,7 @@ def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
         "before\nhealing",
         "quality %\n± 1 s.e.",
         "ours less this,\npoints (95 %)",
-        "decode\n× base",
+        "decode,\nbase 1",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

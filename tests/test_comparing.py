@@ -122,6 +122,16 @@ def test_seeds_are_put_together() -> None:
     assert one.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
 
 
+def test_a_task_is_put_together_over_seeds_too() -> None:
+    def scored(value: float, seed: int) -> Comparison:
+        score = {"metric": "acc", "value": value, "stderr": 0.03, "n": 200, "split": "report"}
+        return row("ours", 0.8, seed=seed, tasks={"blimp": score})
+
+    ((one,),) = standings([scored(0.6, 0), scored(0.7, 1)])
+    score = one.tasks["blimp"]
+    assert score.value == pytest.approx(0.65) and score.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
