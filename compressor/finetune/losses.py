@@ -31,11 +31,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, teacher: Tensor | None, tempe
 
 def forward_kl(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
     """KL(teacher || student) in nats, summed over tokens, times the squared temperature, which keeps gradients at one
-    size (Hinton et al., arXiv 1503.02531, section 2.1). Both logits are [tokens, vocabulary]."""
+    size (Hinton et al., arXiv 1503.02531, section 2.1). Both logits are [tokens, vocabulary].
+
+    Computed as a cross-entropy less the teacher's entropy, token by token: that keeps fewer arrays of logits than
+    `kl_div` does, and is quicker.
+    """
     assert teacher is not None
-    student_log = F.log_softmax(logits.float() / temperature, dim=-1)
-    teacher_log = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) * temperature**2
+    mine, theirs = (x.float() / temperature if temperature != 1 else x.float() for x in (logits, teacher))
+    soft = F.softmax(theirs, dim=-1)
+    entropy = F.cross_entropy(theirs, soft, reduction="none")
+    return (F.cross_entropy(mine, soft, reduction="none") - entropy).sum() * temperature**2
 
 
 def relations(student: Trace, teacher: Trace) -> Tensor:
