@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RequestError
+from compressor.errors import RequestError, VerificationError
 from evals.encoding import Encoder
 from evals.tasks import Prompting, TaskSet
+from evals.trust import brings_code, check_code, load_tokenizer
 
 
 def evaluate(
@@ -133,9 +134,12 @@ def load_checkpoint(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # as everywhere in this tool: half precision is slow on most CPUs, and less exact
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+        if trust_remote_code:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+        else:
+            tokenizer = load_tokenizer(folder)
         model, _ = load_network(folder, dtype, trusted)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, VerificationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
     return model.to(place), tokenizer
@@ -157,14 +161,11 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 def _is_own_code(name: str, folder: Path) -> bool:
     """Whether the folder brings code, all of it written by this version. Raises RequestError for other code."""
-    from compressor.elastic.uneven import modeling_file_name, modeling_source
-    from compressor.families import families
-
-    code = {file.name: file.read_text() for file in folder.glob("*.py")}
-    if not code:
+    if not brings_code(folder):
         return False
-    own = {modeling_file_name(family): modeling_source(family) for family in families().values()}
-    for file, text in code.items():
-        if own.get(file) != text:
-            raise RequestError(f"{name}: brings code of its own ({file}); say --trust-remote-code if you trust it")
-    return True
+    try:
+        return check_code(folder)
+    except VerificationError as error:
+        raise RequestError(
+            f"{name}: brings code of its own ({error}); say --trust-remote-code if you trust it"
+        ) from error

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
+from evals.trust import UNEVEN_PREFIX
 from export.layouts import check_installed
 from export.package import (
     CARD,
-    UNEVEN_PREFIX,
     PackageInfo,
     check_destination,
     path_in_run,

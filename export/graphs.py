@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
 from compressor.families import head_dim
+from evals.trust import UNEVEN_PREFIX, load_tokenizer
 from export.layouts import EXTRAS, check_installed
 from export.package import (
     CARD,
-    UNEVEN_PREFIX,
     PackageInfo,
     check_destination,
-    load_tokenizer,
     path_in_run,
     read_package,
     staged,

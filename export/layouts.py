@@ -17,7 +17,8 @@ from packaging.version import Version
 
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, nearest
-from export.package import UNEVEN_PREFIX, PackageInfo, write_package
+from evals.trust import UNEVEN_PREFIX
+from export.package import PackageInfo, write_package
 
 if TYPE_CHECKING:
     from torch import nn

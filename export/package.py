@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import __version__
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
+from evals.trust import UNEVEN_PREFIX, check_code, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,6 @@ ENTRY = ("name", "layout", "quantization", "architecture", "params", "bytes")
 CARD = "README.md"
 MAX_SHARD_BYTES = 2 * 10**9
 """Of one weight file; writing takes twice as much memory."""
-UNEVEN_PREFIX = "uneven_"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -178,34 +178,6 @@ def check_files(package: Path) -> None:
         if file.is_file() and loadable and file.relative_to(package).as_posix() not in record["files"]:
             raise VerificationError(f"{file}: the file was not part of the package when it was written")
     check_code(package)
-
-
-def check_code(folder: Path) -> bool:
-    """Whether the folder needs its own code file, all of it being what this version writes.
-
-    False for a folder without remote code. Raises `VerificationError` naming the file where there is other code:
-    neither `verify` nor `evaluate` runs that.
-    """
-    from compressor.elastic.uneven import auto_map, modeling_file_name, modeling_source
-    from compressor.families import families
-
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    named = config.get("auto_map")
-    code = sorted(folder.glob("*.py"))
-    if named is None and not code:
-        return False
-    family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
-    if family is None or config["model_type"] == family.model_type or named != auto_map(family):
-        raise VerificationError(f"{folder / 'config.json'}: its auto_map is not what this version writes")
-    expected = modeling_file_name(family)
-    for file in code:
-        if file.name != expected:
-            raise VerificationError(f"{file}: a code file that this version does not write")
-    if not (folder / expected).is_file():
-        raise VerificationError(f"{folder / expected}: the code file is missing")
-    if sha256(folder / expected) != hashlib.sha256(modeling_source(family).encode()).hexdigest():
-        raise VerificationError(f"{folder / expected}: the code file differs from what this version writes")
-    return True
 
 
 def human_bytes(count: float) -> str:
@@ -483,19 +455,6 @@ def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(torch.stack(stored.aminmax())).all():  # far faster than to ask every value
         raise ValueError(f"{name} holds values that {dtype} cannot: not finite")
     return stored
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a package or checkpoint folder, without running any code from it."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = folder / "config.json"  # a graph's folder has none
-    model_type = str(read_json(config).get("model_type")) if config.exists() else ""
-    if not model_type.startswith(UNEVEN_PREFIX):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The uneven configuration would lead AutoTokenizer to the code file, which a tokenizer does not need.
-    plain = AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX))
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

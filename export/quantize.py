@@ -26,13 +26,12 @@ from typing import TYPE_CHECKING, Any
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
 from compressor.families import families
+from evals.trust import UNEVEN_PREFIX, check_code
 from export.package import (
     CARD,
     RECORD,
-    UNEVEN_PREFIX,
     PackageInfo,
     WeightWriter,
-    check_code,
     check_destination,
     path_in_run,
     read_json,
@@ -285,7 +284,7 @@ def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
     """Token ids [sequences, length] of texts joined end to end; no longer than the network's context."""
     import torch
 
-    from export.package import load_tokenizer
+    from evals.trust import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     context = read_json(source / "config.json").get("max_position_embeddings") or length
@@ -483,7 +482,7 @@ def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tenso
     """Run neural-compressor's AutoRound; returns the folder that it wrote."""
     from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
 
-    from export.package import load_tokenizer
+    from evals.trust import load_tokenizer
 
     scheme = SCHEMES[plan["scheme"]]
     options: dict[str, Any] = {} if scheme.dynamic else {"group_size": plan["group_size"]}

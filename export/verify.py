@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RequestError, VerificationError
+from evals.trust import check_code, load_tokenizer
 from export.package import (
-    check_code,
     check_files,
-    load_tokenizer,
     read_json,
     read_record,
     update_record,

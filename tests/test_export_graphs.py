@@ -19,10 +19,11 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe, families
+from evals.trust import load_tokenizer
 from export import graphs
 from export.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
 from export.layouts import EXTRAS, write_layout
-from export.package import PackageInfo, check_files, load_tokenizer, read_record
+from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
 
 KEY_VALUE_HEADS, HEAD_DIM = [2, 1, 2], 16

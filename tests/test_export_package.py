@@ -16,9 +16,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from compressor.architecture import Architecture, LayerSizes
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe
+from evals.trust import check_code, load_tokenizer
 from export import package as packages
 from export.layouts import write_layout
-from export.package import PackageInfo, check_code, check_files, read_package, update_record, write_card, write_package
+from export.package import (
+    PackageInfo,
+    check_files,
+    read_package,
+    update_record,
+    write_card,
+    write_package,
+)
 
 NETWORKS = {"even": EVEN, "uneven": UNEVEN}
 
@@ -67,7 +75,7 @@ def test_transformers_loads_it_and_computes_the_same(written: PackageInfo) -> No
     assert isinstance(loaded, LlamaForCausalLM)
     with torch.no_grad():
         assert torch.equal(loaded(probe_ids()).logits, original(probe_ids()).logits)
-    tokenizer = packages.load_tokenizer(written.path)
+    tokenizer = load_tokenizer(written.path)
     assert tokenizer(TEXTS).input_ids == tiny_tokenizer()(TEXTS).input_ids
     assert tokenizer.chat_template == CHAT_TEMPLATE
 
@@ -243,6 +251,23 @@ def test_code_is_trusted_only_as_this_version_writes_it(tmp_path: Path) -> None:
     config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling.Model"
     (package / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerificationError, match="auto_map"):
+        check_code(package)
+
+
+def test_code_in_sub_folders_and_behind_links_is_not_trusted(tmp_path: Path) -> None:
+    """transformers runs `custom_generate/generate.py` of a folder that it trusts."""
+    package = write(UNEVEN, tmp_path / "p").path
+    planted = package / "custom_generate" / "generate.py"
+    planted.parent.mkdir()
+    planted.write_text("raise SystemExit('ran')")
+    record = json.loads((package / "compression.json").read_text())
+    record["files"]["custom_generate/generate.py"] = packages._fingerprint(planted)
+    (package / "compression.json").write_text(json.dumps(record))
+    with pytest.raises(VerificationError, match=r"custom_generate/generate\.py: a code file that this version"):
+        check_files(package)
+    planted.parent.rename(tmp_path / "elsewhere")
+    (package / "custom_generate").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(VerificationError, match="custom_generate: a link to a folder"):
         check_code(package)
 
 

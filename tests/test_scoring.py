@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,13 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
+from compressor.families import describe
 from evals.encoding import Encoder
 from evals.evaluate import evaluate
 from evals.network import NetworkLM
 from evals.scoring import Scorer, TaskScore, standard_error
 from evals.tasks import Prompting, TaskSet
+from export.package import write_package
 
 ASSETS = os.environ.get("COMPRESSOR_ASSETS")
 needs_assets = pytest.mark.skipif(ASSETS is None, reason="COMPRESSOR_ASSETS is not set")
@@ -256,12 +260,47 @@ def test_evaluate_speaks_lm_eval(llama: Any, tasks: Path, tmp_path: Path, monkey
         evaluate(str(tmp_path / "models"), names, include_path=tasks)
 
 
-def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("planted", ["modeling_uneven_llama.py", "sub/evil.py", "custom_generate/generate.py"])
+def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, planted: str) -> None:
     llama.save_pretrained(tmp_path)
     tiny.byte_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "modeling_uneven_llama.py").write_text("raise SystemExit('ran')\n")
+    (tmp_path / planted).parent.mkdir(exist_ok=True)
+    (tmp_path / planted).write_text("raise SystemExit('ran')\n")
     with pytest.raises(RequestError, match="brings code of its own"):
         evaluate(tmp_path, ["choice"], include_path=tasks, device="cpu")
+
+
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json", "custom_generate"])
+def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path, place: str) -> None:
+    """Our own code file is there, unchanged, and trusted; what names other code, or is other code, is refused."""
+    structure = describe(llama.config)
+    layers = list(structure.base.layers)
+    layers[0] = replace(layers[0], intermediate_size=32)
+    architecture = Architecture(structure.base.hidden_size, tuple(layers))
+    write_package(
+        extract(llama, structure, architecture),
+        tmp_path / "package",
+        tokenizer=tiny.byte_tokenizer(),
+        entry={"name": "package", "architecture": architecture.to_dict()},
+        dtype=torch.float32,
+    )
+    folder = tmp_path / "package"
+    assert evaluate(folder, ["choice"], include_path=tasks, device="cpu")["scores"]
+    (folder / "sub").mkdir()
+    if place == "custom_generate":
+        (folder / "sub").rename(folder / place)
+        (folder / place / "generate.py").write_text("raise SystemExit('ran')\n")
+    else:
+        (folder / "sub" / "evil.py").write_text("raise SystemExit('ran')\n")
+        named = {
+            "AutoConfig": "sub/evil.C",
+            "AutoModelForCausalLM": "sub/evil.M",
+            "AutoTokenizer": ["sub/evil.T", None],
+        }
+        config = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps(config | {"auto_map": named}))
+    with pytest.raises(RequestError, match="brings code of its own"):
+        evaluate(folder, ["choice"], include_path=tasks, device="cpu")
 
 
 def architectures() -> Iterator[Architecture]:

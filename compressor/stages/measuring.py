@@ -96,7 +96,7 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
     from evals.loading import load_network
-    from export.package import check_code
+    from evals.trust import check_code
 
     # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
     with redirect_stderr(StringIO()), torch.no_grad():
