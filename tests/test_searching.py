@@ -19,10 +19,10 @@ from compressor.recipe import read_recipe
 from compressor.stages import subnets
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import speed_table
-from compressor.stages.subnets import held_out_losses, quality_stderr, relative_quality
+from compressor.stages.subnets import held_out_losses, quality_stderr, relative_quality, standard_error
 from compressor.stages.warming import proposals
 from search.pareto import Target
-from search.store import EvaluationStore
+from search.store import EvaluationStore, Measurement
 
 
 class Made:
@@ -141,6 +141,20 @@ def test_noise_of_the_quality_by_hand() -> None:
     job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
     base, values, errors = {"up": 0.8, "down": 30.0}, {"up": 0.4, "down": 60.0}, {"up": 0.08, "down": 6.0}
     assert quality_stderr(job, values, errors, base) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
+
+
+@pytest.mark.parametrize(
+    ("score", "stderr", "n", "expected"),
+    [
+        (0.4, 0.1, 20, 0.1),
+        (0.0, 0.0, 18, (0.05 * 0.95 / 20) ** 0.5),  # 1 of 20 after one more of each
+        (1.0, None, 8, (0.9 * 0.1 / 10) ** 0.5),
+        (31.5, None, 8, 0.0),
+    ],
+)
+def test_few_documents_are_no_certainty(score: float, stderr: float | None, n: int, expected: float) -> None:
+    row = Measurement("a", "w", "t", "d", score, stderr, n, 0.0, "now")
+    assert standard_error(row) == pytest.approx(expected)
 
 
 def test_held_out_loss_decides_where_tasks_cannot(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,11 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
     found = contenders(evaluations, target)
     if len(found) == 1:
         return found[0]
+    if 2 * len(found) > len(evaluations):
+        say(
+            f"warning: the tasks do not tell {len(found)} of the {len(evaluations)} measured sub-networks apart; more "
+            "documents (--limit) would. Held-out loss decides"
+        )
     losses = held_out_losses(job, [e.architecture for e in found])
     return min(zip(losses, range(len(found)), found, strict=True))[2]
 

@@ -278,7 +278,7 @@ class Board:
         if len(known) < len(keys):
             return {}
         values, base = {name: row.score for name, row in known.items()}, self.base[first_look]
-        errors = {name: row.stderr or 0.0 for name, row in known.items()}
+        errors = {name: standard_error(row) for name, row in known.items()}
         return values | {
             "quality": relative_quality(self.job, values, base),
             "quality_stderr": quality_stderr(self.job, values, errors, base),
@@ -379,6 +379,19 @@ def relative_quality(job: Job, values: dict[str, float], base: dict[str, float])
         else:
             ratios.append(base[name] / values[name] if values[name] else math.inf)
     return sum(ratios) / len(ratios)
+
+
+def standard_error(row: Measurement) -> float:
+    """A measured score's standard error over documents.
+
+    Where lm-eval knows none (one document in each part of a group) or 0 (all documents said the same), that is want of
+    documents and not certainty: a score between 0 and 1 then has that of a share, with one document more that succeeded
+    and one that failed (Laplace). Nothing is known of other scores: 0.
+    """
+    if row.stderr or not 0 <= row.score <= 1 or not row.n:
+        return row.stderr or 0.0
+    share = (row.score * row.n + 1) / (row.n + 2)
+    return math.sqrt(share * (1 - share) / (row.n + 2))
 
 
 def quality_stderr(job: Job, values: dict[str, float], errors: dict[str, float], base: dict[str, float]) -> float:
