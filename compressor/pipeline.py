@@ -61,6 +61,7 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
     if tasks_needed and not recipe.tasks:
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
     job.run.check_free()
+    job.run.settle()
     job.check()
     job.fill_in()
     check_unchanged(job)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -87,6 +88,7 @@ class Run:
         run = cls(path)
         if not run.recipe_file.is_file():
             raise RequestError(f"{path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+        run.settle()
         return run
 
     def recipe(self) -> Recipe:
@@ -128,6 +130,20 @@ class Run:
         yield temporary, facts
         mark.unlink()
         write_json(temporary / "manifest.json", {"inputs": fingerprint(inputs), **facts})
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
+        self.settle()
+
+    def settle(self) -> None:
+        """Give every folder whose manifest is written its name. An interruption may have come in between.
+
+        What had the name before is renamed aside first: removing it takes a while, and it must not be lost half-way.
+        """
+        if not self.writes:
+            return
+        for temporary in self.path.glob(".*.partial"):
+            if (temporary / "manifest.json").is_file():
+                name = temporary.name.removeprefix(".").removesuffix(".partial")
+                if (self.path / name).exists():
+                    (self.path / name).replace(self.path / f".{name}.old-{time.time_ns()}")
+                temporary.replace(self.path / name)
+        for old in self.path.glob(".*.old-*"):
+            shutil.rmtree(old)

@@ -33,6 +33,8 @@ from compressor.progress import say
 from export.package import weight_files
 
 CALIBRATION_BLOCKS = 64
+STATE = "training.safetensors"
+"""What the training can go on from, beside what the stage fills, until all of that is there."""
 
 
 def finetuning_inputs(job: Job) -> dict[str, Any]:
@@ -89,16 +91,15 @@ def finetune(job: Job) -> dict[str, Any]:
         influence = layer_influence(job, supernet, blocks)
         job.rank_layers(influence)
         facts["block_influence"] = influence
-        history = History()
+        history, resumable = History(), folder / STATE
         if recipe.finetuning.tokens:
-            history = train_supernet(job, supernet, blocks, folder / "training.safetensors")
+            history = train_supernet(job, supernet, blocks, resumable)
         if recipe.finetuning.shard:
             state = {name: whole(value) for name, value in model.state_dict().items()}
             model = job.load_base(torch.float32)  # one that is whole, to be stored
             model.load_state_dict(state)
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", recipe.finetuning.ordering)
-            (folder / "training.safetensors").unlink(missing_ok=True)
             # As stored, so that what is searched is what will be shipped, bit for bit.
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
             model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
@@ -115,6 +116,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "data_fingerprint": blocks.fingerprint,
                 "overlapping_report_documents": len(overlap.found),
             }
+            resumable.unlink(missing_ok=True)  # only now: whatever goes wrong before costs no training
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
@@ -223,7 +225,7 @@ def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = 
 def weights_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in weight_files(folder):
-        if file.name != "ordering.safetensors":
+        if file.name not in ("ordering.safetensors", STATE):
             digest.update(file.name.encode())
             with file.open("rb") as data:
                 digest.update(hashlib.file_digest(data, "sha256").digest())

@@ -1,0 +1,83 @@
+"""A run directory that is killed at a bad moment, or whose disk is full, loses nothing that was finished."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import LlamaForCausalLM
+
+from compressor import pipeline
+from compressor.job import Job
+from compressor.recipe import read_recipe
+from compressor.run import Run
+
+
+def fill(run: Run, inputs: str, text: str) -> None:
+    with run.stage(run.supernet, inputs) as (folder, facts):
+        (folder / "weights").write_text(text)
+        facts["weights"] = text
+
+
+@pytest.mark.parametrize("dies_at", ["rmtree", "replace"])
+def test_a_kill_while_the_old_folder_makes_room_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    run = Run(tmp_path)
+    fill(run, "old inputs", "old")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    rename = Path.replace
+
+    def killed_between(self: Path, target: Path) -> Path:
+        if target == run.supernet:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(*((shutil, "rmtree", killed) if dies_at == "rmtree" else (Path, "replace", killed_between)))
+        fill(run, "new inputs", "hours of training")
+    run.settle()
+    assert run.whole(run.supernet, "new inputs")
+    assert (run.supernet / "weights").read_text() == "hours of training"
+    assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "model": str(tiny.checkpoint(tmp_path / "model")),
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "space": {"ffn.*": [32, 64]},
+        "finetuning": {"tokens": 640, "sequence_length": 32, "batch_size": 4},
+        "device": "cpu",
+    }
+    settings = Job.train_settings
+    monkeypatch.setattr(
+        Job, "train_settings", lambda *given: replace(settings(*given), checkpoint_seconds=0.0)
+    )  # as in a training of more than a minute
+
+    def job() -> Job:
+        return pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(LlamaForCausalLM, "save_pretrained", full)
+        pipeline.finetune(job())
+    steps = []
+    monkeypatch.setattr("compressor.finetune.loop._gradients", lambda *given: steps.append(given))
+    manifest = pipeline.finetune(job())
+    assert steps == [] and manifest["finetune"]["tokens"] == 640
+    assert json.loads((tmp_path / "run" / "supernet" / "manifest.json").read_text()) == manifest
+    assert not (tmp_path / "run" / "supernet" / "training.safetensors").exists()
