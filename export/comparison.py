@@ -38,7 +38,7 @@ class Standing:
     """One standard error of the mean: over documents, and over seeds where there are several."""
     before_healing: float | None
     tasks: Mapping[str, TaskScore]
-    """Means over seeds, with standard errors like that of the quality."""
+    """Means over seeds, with standard errors like that of the quality; without a task that any seed has no score of."""
     decode_tps: float | None
     base_decode_tps: float | None
     difference: tuple[float, float, float] | None
@@ -88,6 +88,7 @@ def _standing(group: Sequence[Comparison]) -> Standing:
     quality, stderr = _mean([(row.quality, row.quality_stderr or 0.0) for row in group])
     before = [row.quality_before_healing for row in group if row.quality_before_healing is not None]
     difference = first.ours_minus_this
+    shared = [task for task in first.tasks if all(task in row.tasks for row in group)]
     return Standing(
         method=first.method,
         about=first.about,
@@ -98,7 +99,7 @@ def _standing(group: Sequence[Comparison]) -> Standing:
         quality=quality,
         stderr=stderr,
         before_healing=statistics.fmean(before) if before else None,
-        tasks={task: _mean_score([row.tasks[task] for row in group]) for task in first.tasks},
+        tasks={task: _mean_score([row.tasks[task] for row in group]) for task in shared},
         decode_tps=first.speed.decode_tps if first.speed else None,
         base_decode_tps=first.base_speed.decode_tps if first.base_speed else None,
         difference=(difference.value, difference.low, difference.high) if difference else None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ import tiny
 from lm_eval.api.metrics import mean
 
 from compressor.cli import run
+from compressor.run import Run, read_json, write_json
+from compressor.stages import comparing
 from evals.comparison import paired_interval, qualities, resampled
 from export.comparison import said, standings, terminal_table
 from export.report import Comparison, Difference
@@ -132,6 +136,62 @@ def test_a_task_is_put_together_over_seeds_too() -> None:
     assert score.value == pytest.approx(0.65) and score.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
 
 
+def test_a_task_that_one_seed_has_no_finite_score_of_is_left_out() -> None:
+    def scored(value: float, seed: int) -> Comparison:
+        score = {"metric": "perplexity", "value": value, "n": 5, "split": "report", "higher_is_better": False}
+        return row("scratch", 0.5, seed=seed, tasks={"text": score, "stories": score | {"value": 3.0}})
+
+    ((_, scratch),) = standings([row("ours", 0.8), scored(9.0, 0), scored(float("inf"), 1)])
+    assert scratch.seeds == 2 and set(scratch.tasks) == {"stories"}
+
+
+class Folder:
+    """A run as far as `comparison_rows` looks at it, with rows written by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.job: Any = SimpleNamespace(run=Run(path), tasks=SimpleNamespace(tasks=TASKS, fingerprint=lambda *_: "d"))
+        self.job.run.supernet.mkdir(parents=True)
+        self.job.run.comparison.mkdir()
+        self.trained("weights")
+        documents = comparing.provenance(self.job)["documents"]
+        write_json(self.job.run.comparison / "base.json", {"inputs": documents, "documents": {"coin": [[1.0] * 4]}})
+
+    def trained(self, weights: str) -> None:
+        write_json(self.job.run.supernet / "manifest.json", {"weights": weights})
+
+    def compared(self, method: str, seed: int, inputs: str, quality: float, size: str = "0.67") -> None:
+        row = {"method": method, "size": size, "seed": seed, "params": 1, "quality": quality}
+        documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
+        data = {"inputs": inputs, "of": comparing.provenance(self.job), "row": row, "documents": documents}
+        write_json(self.job.run.comparison / f"{method}-{size}-{seed}.json", data)
+
+    @property
+    def shown(self) -> list[tuple[str, int, float]]:
+        return [(row["method"], row["seed"], row["quality"]) for row in comparing.comparison_rows(self.job)]
+
+
+def test_rows_of_an_earlier_comparison_are_not_shown(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for seed in range(3):
+        folder.compared("ours", seed, "old", 0.5)
+        folder.compared("wanda", seed, "old", 0.5)
+    assert len(folder.shown) == 6
+    folder.compared("ours", 0, "new", 0.9)  # after a change, with one seed
+    folder.compared("wanda", 0, "new", 0.8)
+    assert folder.shown == [("ours", 0, 0.9), ("wanda", 0, 0.8)]
+
+
+def test_rows_of_another_super_network_or_of_other_documents_are_not_shown(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.compared("ours", 0, "first", 0.5)
+    folder.trained("other weights")
+    assert folder.shown == []
+    folder.compared("ours", 0, "second", 0.6, size="0.5")
+    assert folder.shown == [("ours", 0, 0.6)]
+    folder.job.tasks = SimpleNamespace(tasks={"dice": Task()}, fingerprint=lambda *_: "d")
+    assert folder.shown == []
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
@@ -212,6 +272,29 @@ def test_rows_made_beside_another_pick_are_left_out(made: Path) -> None:
     row.write_text(before)
     shown = {one["method"] for one in json.loads((made / "report.json").read_text())["comparison"]}
     assert {"ours", "shortgpt"} <= shown and "flap" not in shown
+
+
+@contextmanager
+def altered(file: Path, text: str) -> Iterator[None]:
+    before = file.read_text()
+    file.write_text(text)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
+def test_a_run_whose_tasks_changed_still_has_a_report(made: Path) -> None:
+    """Neither the search nor the comparison knows the new task yet."""
+    assert run(["compare", str(made), "--baselines", "shortgpt"]) == 0
+    tiny.task(made.parent / "tasks", "tiny_other", documents=40)
+    recipe = made / "recipe.yaml"
+    with altered(recipe, recipe.read_text().replace("tiny_choice", "tiny_other")):
+        assert run(["report", str(made)]) == 0
+        report = read_json(made / "report.json")
+    assert report["comparison"] == [] and all(not point["tasks"] for point in report["search"]["points"])
+    assert run(["report", str(made)]) == 0
+    assert read_json(made / "report.json")["comparison"]
 
 
 @pytest.mark.parametrize(

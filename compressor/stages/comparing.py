@@ -73,12 +73,12 @@ class Contest:
         job = self.job
         read = {
             "base": job.base_fingerprint,
-            "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
+            "supernet": supernet_weights(job),
             "ours": self.architecture.key,
             "finetuning": job.recipe.finetuning.tokens,
             "healing": job.recipe.healing.model_dump(),
             "data": self.data,
-            "documents": {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks},
+            "documents": documents_scored(job),
             "seed": job.recipe.seed,
         }
         return fingerprint(read)
@@ -301,8 +301,24 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             "quality_before_healing": raw if tokens else quality,
             "tasks": tasks,
         }
-        write_json(row_file, {"inputs": contest.inputs, "made": made, "row": row, "documents": documents})
+        found = {"made": made, "row": row, "documents": documents}
+        write_json(row_file, {"inputs": contest.inputs, "of": provenance(job)} | found)
     return rows
+
+
+def supernet_weights(job: Job) -> str:
+    weights: str = (job.run.manifest(job.run.supernet) or {})["weights"]
+    return weights
+
+
+def documents_scored(job: Job) -> dict[str, str]:
+    """Fingerprint of every task's documents on the report split."""
+    return {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks}
+
+
+def provenance(job: Job) -> dict[str, str]:
+    """What a row must share with the run as it is now to be shown in its report."""
+    return {"supernet": supernet_weights(job), "documents": fingerprint(documents_scored(job))}
 
 
 def made_before(contest: Contest, made: str) -> dict[str, Any] | None:
@@ -350,7 +366,7 @@ def in_report(job: Job, found: Mapping[str, TaskScore]) -> dict[str, Any]:
 def base_documents(job: Job, base: Any) -> None:
     """`comparison/base.json`: the base's scores and documents, against which every quality is."""
     file = job.run.comparison / "base.json"
-    inputs = fingerprint({task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks})
+    inputs = fingerprint(documents_scored(job))
     if file.is_file() and read_json(file)["inputs"] == inputs:
         return
     job.threads(scoring=True)
@@ -431,7 +447,7 @@ def outsider(job: Job, given: str) -> Path:
 def comparison_rows(job: Job) -> list[dict[str, Any]]:
     """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
 
-    Rows made beside another pick or super-network than those of ours, or scored on other documents, are left out. Rows
+    Rows of another super-network, of another pick than the newest ours, or scored on other documents are left out. Rows
     of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against ours
     of the nearest size.
     """
@@ -441,9 +457,13 @@ def comparison_rows(job: Job) -> list[dict[str, Any]]:
     found = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
     if not found:
         return []
-    tasks, of_base = job.tasks.tasks, read_json(folder / "base.json")
-    valid = {data["row"]["size"]: data["inputs"] for data in found if data["row"]["method"] == OURS}
-    valid[None] = of_base["inputs"]
+    tasks, of_base, now = job.tasks.tasks, read_json(folder / "base.json"), provenance(job)
+    if of_base["inputs"] != now["documents"]:
+        return []
+    found = [data for data in found if data.get("of", now) == now]  # a checkpoint from elsewhere is of no run
+    # Every comparison makes the first seed of ours anew where anything changed: what agrees with that row is current.
+    first = [data for data in found if (data["row"]["method"], data["row"]["seed"]) == (OURS, 0)]
+    valid = {data["row"]["size"]: data["inputs"] for data in first} | {None: now["documents"]}
     found = [data for data in found if data["inputs"] == valid.get(data["row"]["size"])]
     base: Resampled = resampled(tasks, of_base["documents"])
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}

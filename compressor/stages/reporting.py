@@ -96,8 +96,9 @@ def candidate_row(job: Job, row: dict[str, Any], errors: Errors) -> dict[str, An
                 "chance": job.tasks.chance(name, "search", limit),
             }
             for name, task in job.tasks.tasks.items()
+            if name in values  # the recipe may name one since that was not searched for
         },
-        "further": {name: values[name] for name in further if values[name] is not None},
+        "further": {name: values[name] for name in further if values.get(name) is not None},
     }
 
 
