@@ -5,8 +5,8 @@ python -m benchmarks.comparison_table runs/stories
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from export.comparison import said, standings
@@ -14,7 +14,9 @@ from export.report import validate_report
 
 
 def main() -> None:
-    report = validate_report(json.loads((Path(sys.argv[1]) / "report.json").read_text()))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run that was compared")
+    report = validate_report(json.loads((parser.parse_args().run / "report.json").read_text()))
     tasks = report.tasks
     for table in standings(report.comparison):
         print(f"\n{said(table)}\n")
@@ -31,7 +33,7 @@ def main() -> None:
                 before,
                 f"{one.quality:.3f} ± {one.stderr:.3f}",
                 one.difference_text + clear,
-                *(one.tasks[task].text for task in tasks),
+                *(one.tasks[task].text if task in one.tasks else "" for task in tasks),
                 "" if faster is None else f"{faster:.2f}",
             ]
             print("| " + " | ".join(cells) + " |")

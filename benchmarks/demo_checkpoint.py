@@ -36,7 +36,7 @@ def main() -> None:
         demo.training_text(data, n_documents=1000, seed=1)
         job = Job(
             Run(Path(folder)),
-            Recipe(model=str(demo.MODEL), tasks=list(demo.TASK_NAMES), include_path=str(demo.TASKS)),
+            Recipe(model=str(demo.MODEL), tasks=list(demo.TASK_NAMES), include_path=str(demo.TASKS), device="cpu"),
         )
         supernet = SuperNetwork(job.load_base())
         calibration = pack(str(data), job.tokenizer, 256)[:64].ids.split(8)

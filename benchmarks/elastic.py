@@ -6,14 +6,13 @@ Times are paired: each round runs both networks of a pair, first one then the ot
 over the rounds of the ratio of their times, with its quartiles. The plain model is a second copy that was never made
 elastic; twins are cut out of the elastic network. Sub-networks are drawn from the space `fine`. Besides the
 checkpoints (the bundled one by default) there is a random Llama of 32 layers, large enough for its weights to dominate
-the memory of a process; each peak of memory is that of a process of its own.
+the memory of a process; each peak of memory is that of a process of its own, read from /proc (Linux). One thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.memory import resident
 from compressor import demo
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
@@ -66,19 +66,9 @@ def ratio(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> str:
 
 def peak(checkpoint: str, elastic: bool, tokens: int) -> int:
     """Largest resident memory, in bytes, of a process that loads the model and runs it, in full and as sub-networks."""
-    step = "elastic" if elastic else "plain"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.elastic",
-        "--step",
-        step,
-        "--checkpoint",
-        checkpoint,
-        "--tokens",
-        str(tokens),
-    ]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    options = ["--step", "elastic" if elastic else "plain", "--checkpoint", checkpoint, "--tokens", str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.elastic", *options]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def step(checkpoint: str, elastic: bool, tokens: int) -> None:
@@ -91,7 +81,7 @@ def step(checkpoint: str, elastic: bool, tokens: int) -> None:
             for architecture in subnetworks(supernet):
                 with supernet.activated(architecture):
                     model(input_ids=ids, use_cache=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(resident("VmHWM"))
 
 
 def subnetworks(supernet: SuperNetwork) -> list[Any]:
@@ -132,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="in the one sequence of a pass")
     parser.add_argument("--step", choices=["plain", "elastic"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if arguments.step:
         step(arguments.checkpoint[0], arguments.step == "elastic", arguments.tokens)
         return

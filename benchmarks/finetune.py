@@ -1,13 +1,15 @@
 """Which sampler, draw and loss fine-tune a super-network best? Held-out loss of four sub-networks, the same tokens.
 
-    python -m benchmarks.finetune [MODEL --data FILE] [--tokens 40000] [--results FILE] [--only "A;B"] [--seeds 0,1]
+    python -m benchmarks.finetune [--checkpoint DIR --data FILE] [--tokens 40000] [--results FILE] [--only "A;B"]
+        [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
 first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the
 same for all; a column holds the mean loss of twelve random sub-networks between the ends, the same for all too, since
-what makes the uniform cuts better need not make these better. Of several seeds, mean and standard deviation. Every
-trial is a line of the results file as soon as it is done, and is not done again. Without MODEL: the bundled checkpoint
-on generated text.
+what makes the uniform cuts better need not make these better. Of several seeds, mean and standard deviation; what they
+are compared with, each size alone, is trained with seed 0 only, so its own spread is in no number. Every trial is a
+line of the results file as soon as it is done, and is not done again. Without a checkpoint: the bundled one on
+generated text.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from compressor.finetune.losses import Loss, held_out_loss
 from compressor.job import Job
 from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run, fingerprint
-from compressor.stages.finetuning import order_supernet, train_supernet, training_blocks
+from compressor.stages.finetuning import data_fingerprint, order_supernet, train_supernet, training_blocks
 
 ALONE = {1.0: 0.03, 0.8: 0.1, 0.67: 0.1, 0.5: 0.1}
 """The sizes that are compared, and the learning rate times the width that each is trained with alone: a whole network
@@ -88,9 +90,9 @@ TRIALS: dict[str, dict[str, Any]] = {
 class Bench:
     """One checkpoint, its data, the sub-networks that are compared, and the results so far."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="finetune-"))
-        self.model, self.data, self.tokens = arguments.model, arguments.data, arguments.tokens
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint, self.data, self.tokens = arguments.checkpoint, arguments.data, arguments.tokens
         if self.data is None:
             self.data = str(self.folder / "text.jsonl")
             demo.training_text(Path(self.data), n_documents=6000, seed=1)
@@ -106,13 +108,14 @@ class Bench:
         self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
         self.sizes |= {size: job.uniform_near(size * self.full) for size in ALONE if size < 1}
         self.structure = job.structure
+        self.inputs = {"base": job.base_fingerprint, "data": data_fingerprint(self.data)}
         low, high = job.training_range().sizes
         rng = np.random.default_rng(1)
         self.random = [job.draw_near(rng, size) for size in np.linspace(low, high, RANDOM)]
 
     def job(self, changes: dict[str, Any], seed: int) -> Job:
         section = Finetuning(tokens=self.tokens, batch_size=BATCH, **changes)
-        recipe = Recipe(model=self.model, data=self.data, finetuning=section, seed=seed, device="cpu")
+        recipe = Recipe(model=self.checkpoint, data=self.data, finetuning=section, seed=seed, device="cpu")
         job = Job(Run(self.folder), recipe.resolved())
         job.fill_in()
         return job
@@ -132,7 +135,7 @@ class Bench:
 
     def once(self, facts: dict[str, Any], trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of a trial, measured unless a row of the same facts is there."""
-        facts |= {"model": Path(self.model).name, "tokens": self.tokens, "batch": BATCH}
+        facts |= {"model": Path(self.checkpoint).name, **self.inputs, "tokens": self.tokens, "batch": BATCH}
         key = fingerprint(facts)
         if key not in self.done:
             began = time.monotonic()
@@ -206,8 +209,8 @@ def line(name: str, rows: list[dict[str, Any]], reference: list[float], tokens: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
-    parser.add_argument("--data")
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", help="training text; default: generated")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--results", default="runs/finetune.jsonl")
     parser.add_argument("--only", default=";".join(TRIALS), help="names of rows, separated by semicolons")
@@ -215,8 +218,11 @@ def main() -> None:
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(";") if name]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    bench = Bench(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Bench(arguments, Path(folder)), names, seeds)
 
+
+def compare(bench: Bench, names: list[str], seeds: list[int]) -> None:
     shares = [bench.structure.parameters(a) / bench.full for a in bench.sizes.values()]
     header = ["", *(f"{share:.3f}" for share in shares), "mean excess", f"{RANDOM} random"]
     header += ["tokens", "seconds", "passes"]
@@ -229,10 +235,11 @@ def main() -> None:
         "training": sum(row["training"] for row in single),
         "passes": sum(row["passes"] for row in single),
     }
-    print(line("each size alone (four runs)", [alone], reference, len(ALONE) * arguments.tokens), flush=True)
+    name = f"each size alone ({len(ALONE)} runs{', seed 0' if seeds != [0] else ''})"
+    print(line(name, [alone], reference, len(ALONE) * bench.tokens), flush=True)
     for name in names:
         rows = [bench.elastic(TRIALS[name], seed) for seed in seeds]
-        print(line(name, rows, reference, arguments.tokens), flush=True)
+        print(line(name, rows, reference, bench.tokens), flush=True)
 
 
 if __name__ == "__main__":

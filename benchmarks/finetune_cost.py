@@ -1,12 +1,12 @@
 """What does a step of the elastic fine-tuning cost, beside steps of its members cut out? Time and memory, paired.
 
-    python -m benchmarks.finetune_cost [MODEL --data FILE] [--repeats 10]
+    python -m benchmarks.finetune_cost [--checkpoint DIR --data FILE] [--repeats 10]
 
 A sandwich of the largest, the uniform cut to 0.67 and the smallest. Forward and backward passes only, as the optimizer
 steps once for all of them; repeats are interleaved, medians of CPU time are compared. A plain step learns from the data
 alone; a taught one from the recipe's loss, each member with a pass of its own teacher, as when it is healed: a sandwich
 that the base teaches has one such pass for all. Memory is the peak of what torch allocates beyond weights and
-gradients. Without MODEL: the bundled checkpoint on generated text.
+gradients. Without a checkpoint: the bundled one on generated text.
 """
 
 from __future__ import annotations
@@ -51,15 +51,19 @@ def peak_bytes(work: Callable[[], None]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
-    parser.add_argument("--data")
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", help="training text; default: generated")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.data is None:
         arguments.data = str(folder / "text.jsonl")
         demo.training_text(Path(arguments.data), n_documents=1000, seed=1)
-    job = Job(Run(folder), Recipe(model=arguments.model, data=arguments.data, device="cpu"))
+    job = Job(Run(folder), Recipe(model=arguments.checkpoint, data=arguments.data, device="cpu"))
     job.threads(scoring=False)
     batch: Batch = training_blocks(job, 1)[:4]
     supernet, base = job.supernet_of(job.load_base(torch.float32)), job.load_base(torch.float32)

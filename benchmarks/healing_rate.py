@@ -1,9 +1,10 @@
 """Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
 
-    python -m benchmarks.healing_rate MODEL --data FILE [--tokens 100000] [--rates 1e-3,3e-3,6e-3] [--batches 4,16]
+    python -m benchmarks.healing_rate [--checkpoint DIR --data FILE] [--tokens 100000] [--rates 1e-3,3e-3,6e-3]
+        [--batches 4,16]
 
 A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation. Without
-MODEL: the bundled checkpoint on generated text.
+a checkpoint: the bundled one on generated text.
 """
 
 from __future__ import annotations
@@ -31,17 +32,21 @@ from compressor.stages.finetuning import training_blocks
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
-    parser.add_argument("--data")
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", help="training text; default: generated")
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
     parser.add_argument("--batches", default="4,16")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.data is None:
         arguments.data = str(folder / "text.jsonl")
         demo.training_text(Path(arguments.data), n_documents=6000, seed=1)
-    job = Job(Run(folder), Recipe(model=arguments.model, data=arguments.data))
+    job = Job(Run(folder), Recipe(model=arguments.checkpoint, data=arguments.data, device="cpu"))
     job.threads(scoring=False)
     blocks = training_blocks(job, arguments.tokens)
     supernet = SuperNetwork(job.load_base(torch.float32))

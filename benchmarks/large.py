@@ -7,7 +7,7 @@ that; all is deleted again) and copied. Its units are ordered by magnitude, in m
 ordered network is loaded and sub-networks of it are activated; about two thirds of its parameters are sliced out of its
 files, which are never loaded. The checkpoint is sliced to all of its parameters too, and that is rounded to INT4
 without data. Every step runs in a process of its own, from files that are not in the page cache where the system lets
-us say so, and ends with everything on the disk (fsync).
+us say so, and ends with everything on the disk (fsync). Its peak memory is read from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.memory import resident
 from compressor import demo
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.importance import magnitude
@@ -136,9 +136,8 @@ def step(what: str, folder: Path) -> None:
         )
     os.sync()
     seconds = time.monotonic() - began
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     written = weight_bytes(folder / what)
-    print(json.dumps({"seconds": seconds, "peak": peak, "bytes": written, "switch": switch}))
+    print(json.dumps({"seconds": seconds, "peak": resident("VmHWM"), "bytes": written, "switch": switch}))
 
 
 def run_step(what: str, folder: Path) -> str:

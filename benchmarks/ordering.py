@@ -1,10 +1,10 @@
 """Which ordering of neurons and heads is best? Held-out loss of untrained sub-networks, cut alike in every layer.
 
-    python -m benchmarks.ordering [MODEL --data FILE] [--seeds 5] [--blocks 64]
+    python -m benchmarks.ordering [--checkpoint DIR --data FILE] [--seeds 5] [--blocks 64]
 
 Every criterion sees the same calibration blocks; the loss is measured on blocks from the other end of the data. A
 size is reached by the number of head groups and the FFN width that come nearest to it, the two shares as equal as they
-can be, and no layer removed. `random` is the mean of several seeds. Without MODEL: the bundled checkpoint on generated
+can be, and no layer removed. `random` is the mean of several seeds. Without a checkpoint: the bundled one on generated
 text.
 """
 
@@ -48,16 +48,20 @@ def evenly_cut(structure: Structure, size: float) -> Architecture:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=str(demo.MODEL))
-    parser.add_argument("--data")
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", help="training text; default: generated")
     parser.add_argument("--seeds", type=int, default=5, help="random orderings behind the row `random`")
     parser.add_argument("--blocks", type=int, default=64, help="calibration blocks of 256 tokens, and held-out ones")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="ordering-"))
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.data is None:
         arguments.data = str(folder / "text.jsonl")
         demo.training_text(Path(arguments.data), n_documents=6000, seed=1)
-    job = Job(Run(folder), Recipe(model=arguments.model, data=arguments.data, device="cpu").resolved())
+    job = Job(Run(folder), Recipe(model=arguments.checkpoint, data=arguments.data, device="cpu").resolved())
     job.threads(scoring=True)
     blocks = training_blocks(job, 3 * arguments.blocks * 256)
     calibration, held_out = blocks[: arguments.blocks], blocks.split(least=arguments.blocks)[1]
@@ -89,7 +93,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         print("| " + " | ".join([name, *(f"{x:.3f}" for x in losses(scores)), f"{seconds:.1f}"]) + " |", flush=True)
     columns = list(zip(*(losses(random(untouched, [], seed)) for seed in range(arguments.seeds)), strict=True))
-    cells = [f"{mean(column):.3f} ± {stdev(column):.3f}" for column in columns]
+    cells = [f"{mean(column):.3f}" + (f" ± {stdev(column):.3f}" if len(column) > 1 else "") for column in columns]
     print("| " + " | ".join([f"random, {arguments.seeds} seeds", *cells, "0.0"]) + " |")
 
 

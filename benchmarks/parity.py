@@ -1,6 +1,6 @@
 """How exact the super-network is on real checkpoints: differences of logits, as a share of the largest logit.
 
-    python -m benchmarks.parity [--checkpoint FOLDER ...] [--architectures 50]
+    python -m benchmarks.parity [--checkpoint DIR ...] [--architectures 50]
 
 Prints the table of docs/results.md: the full architecture after others were active, the network after ordering, the
 worst of so many random sub-networks beside what is cut out of it, and how many of their counts are those of the cut-out
@@ -26,12 +26,12 @@ from compressor.elastic.supernet import SuperNetwork
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, action="append", help="folder; may be repeated")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[demo.MODEL])
     parser.add_argument("--architectures", type=int, default=50)
     arguments = parser.parse_args()
     print("| checkpoint | full = original | ordered | sub-network, worst | counts equal |\n|---|---|---|---|---|")
-    for folder in arguments.checkpoint or [demo.MODEL]:
+    for folder in arguments.checkpoint:
         print(row(folder, arguments.architectures), flush=True)
 
 

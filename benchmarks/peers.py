@@ -3,8 +3,9 @@
     python -m benchmarks.peers [--checkpoint DIR] [--data FILE] [--python PYTHON_OF_THE_PEERS]
 
 mergekit's passthrough merge keeps the layers that our ShortGPT baseline keeps: the logits must be equal. optipfair
-narrows the FFN by its L2 and MAW criteria; ours by magnitude, Wanda and Taylor, at the same width: held-out loss of
-each. Without `--python` an environment is made in a temporary folder, which installs both from the package index.
+narrows the FFN by its L2 and MAW criteria; ours at random, by magnitude, Wanda and Taylor, at the same width: held-out
+loss of each. Without `--python` an environment is made in a temporary folder, which installs both from the package
+index.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def call(command: list[str | Path]) -> None:
+    """Run a peer; what it says is shown where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[0]}:\n{done.stdout}{done.stderr}")
+
+
 def main() -> None:
     import torch
     import yaml
@@ -50,11 +58,11 @@ def main() -> None:
     from compressor.finetune.losses import held_out_loss
     from evals.baselines import Bench, baselines, ordered_cut, with_ffn
 
-    options = argparse.ArgumentParser()
-    options.add_argument("--checkpoint", default=str(demo.MODEL))
-    options.add_argument("--data", help="text, jsonl: what criteria are calibrated on; the bundled one by default")
-    options.add_argument("--python", type=Path, help="of an environment that has the peers")
-    given = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default=str(demo.MODEL))
+    parser.add_argument("--data", help="text, jsonl: what criteria are calibrated on; default: generated")
+    parser.add_argument("--python", type=Path, help="of an environment that has the peers")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         python = given.python or environment(folder / "peers")
@@ -70,7 +78,7 @@ def main() -> None:
         structure = describe(model.config)
         full = structure.base
 
-        target = structure.parameters(full) - 2 * structure.parameters(full) // len(full.layers) // 2
+        target = structure.parameters(full) - structure.parameters(full) // len(full.layers)
         bench = Bench(model, structure, tuple(calibration), target)
         _, shortgpt = baselines()["shortgpt"].cut(bench)
         kept = list(shortgpt.kept)
@@ -85,8 +93,7 @@ def main() -> None:
             "dtype": "float32",
         }
         (folder / "merge.yaml").write_text(yaml.safe_dump(recipe))
-        merge = [python.parent / "mergekit-yaml", folder / "merge.yaml", folder / "merged"]
-        subprocess.run(merge, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        call([python.parent / "mergekit-yaml", folder / "merge.yaml", folder / "merged"])
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
         with torch.no_grad():
             difference = (merged(probe).logits - ours(probe).logits).abs().max().item()
@@ -101,8 +108,7 @@ def main() -> None:
         width = 0
         for method in ("L2", "MAW"):
             out = folder / method
-            prune = [python, __file__, "--prune", given.checkpoint, out, method]
-            subprocess.run(prune, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            call([python, __file__, "--prune", given.checkpoint, out, method])
             pruned = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
             width = pruned.config.intermediate_size
             rows.append(("optipfair", method, loss(pruned)))

@@ -5,8 +5,8 @@
 
 The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
 written for llama.cpp and ONNX Runtime. Text that no variant saw is scored by transformers with each one's weights, as
-unpacked; speed is llama.cpp's and ONNX Runtime's own, one thread, batch 1, prompt 128, 128 new tokens. Without
-arguments: the bundled checkpoint on generated text.
+unpacked, and the ONNX graph by its runtime; speed is llama.cpp's and ONNX Runtime's own, one thread, batch 1, prompt
+128, 128 new tokens. Without arguments: the bundled checkpoint on generated text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor import demo
 from compressor.checkpoint import open_checkpoint
@@ -34,17 +36,22 @@ HELD_OUT = 200
 """Documents at the end of the data that no variant sees."""
 
 
+def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
 @torch.no_grad()
-def bits_per_byte(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Of texts joined end to end and read in windows of the context (256 tokens at most), first tokens left out."""
+def bits_per_byte(logits: Callable[[Tensor], Tensor], length: int, tokenizer: Any, texts: list[str]) -> float:
+    """Of texts joined end to end and read in windows of `length` tokens, first tokens left out. Markers between texts
+    are predicted like any token and stand for no bytes. `logits` takes ids, [batch, length], and gives a distribution
+    over the vocabulary for each."""
     stream = [token for text in texts for token in tokenizer(text).input_ids]
-    length = min(256, model.config.max_position_embeddings)
     rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     nats, shown = 0.0, 0
     for ids in rows.split(16):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        shown += sum(len(tokenizer.decode(row).encode()) for row in ids[:, 1:].tolist())
+        guessed, next_ids = logits(ids)[:, :-1].float(), ids[:, 1:]
+        nats += torch.nn.functional.cross_entropy(guessed.flatten(0, 1), next_ids.flatten(), reduction="sum").item()
+        shown += sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in next_ids.tolist())
     return nats / math.log(2) / shown
 
 
@@ -81,7 +88,8 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
 
     write("uneven", whole)
     calibration = pack_texts(whole, seen, 256)[: arguments.samples]
-    reference = bits_per_byte(network, tokenizer, held_out)
+    length = min(256, network.config.max_position_embeddings)
+    reference = bits_per_byte(logits_of(network), length, tokenizer, held_out)
     float32 = 4 * sum(parameter.numel() for parameter in network.parameters())
     print(
         f"{Path(arguments.checkpoint).name}, float32 {float32:,} bytes, {len(calibration)} calibration sequences, "
@@ -90,10 +98,9 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
     print("| package | bytes | of float32 | bits per weight | bits per byte | change | prefill / decode tokens/s | s |")
     print("|---|---|---|---|---|---|---|---|")
 
-    def row(what: str, package: Path, seconds: float, model: Any = None) -> None:
+    def row(what: str, package: Path, seconds: float, logits: Callable[[Tensor], Tensor]) -> None:
         record = read_record(package)
-        model = model or load_package(package, torch.float32, torch.device("cpu"))
-        found = bits_per_byte(model.eval(), tokenizer, held_out)
+        found = bits_per_byte(logits, length, tokenizer, held_out)
         report, speed = record["entry"].get("quantization_report"), ""
         work = {"prompt": 128, "new": 128, "threads": 1}
         if record["entry"]["layout"] in ("gguf", "onnx"):
@@ -115,7 +122,10 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
         ]
         print("| " + " | ".join(cells) + " |", flush=True)
 
-    row("as it is", whole, 0, network)
+    def load(package: Path) -> Any:
+        return load_package(package, torch.float32, torch.device("cpu"))
+
+    row("as it is", whole, 0, logits_of(load(whole)))
     for how, data, iterations in (
         ("data-free", None, 0),
         ("untuned", calibration, 0),
@@ -128,15 +138,19 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
             made = quantize_packages(
                 whole, {scheme: folder / f"{scheme}-{how}"}, calibration=data, iterations=iterations
             )
-            row(f"{scheme}, {how}", made[0].package.path, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            row(f"{scheme}, {how}", made[0].package.path, seconds, logits_of(load(made[0].package.path)))
     for layout in ("gguf-f32", "gguf", "gguf-q8_0", "gguf-q4_0"):
         began = time.monotonic()
         package = write(layout, folder / layout)
+        seconds = time.monotonic() - began
         stored = gguf_layout.take_stored_weights(copy.deepcopy(network), package)
-        row(layout, package, time.monotonic() - began, stored)
+        row(layout, package, seconds, logits_of(stored))
     began = time.monotonic()
     package = write("onnx", folder / "onnx")
-    row("onnx", package, time.monotonic() - began, network)
+    seconds = time.monotonic() - began
+    graph = graphs.Graph(package, "onnx", **read_record(package)["entry"]["cache"])
+    row("onnx", package, seconds, lambda ids: graph(ids)[0])
 
 
 if __name__ == "__main__":

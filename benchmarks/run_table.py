@@ -5,43 +5,44 @@ python -m benchmarks.run_table runs/stories
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any
+
+from export.report import Base, Package, validate_report
 
 
-def row(name: str, entry: dict[str, Any], base: dict[str, Any], tasks: list[str]) -> str:
-    scores = [f"{score['value']:.3f} ± {score['stderr']:.3f}" for score in (entry["tasks"][task] for task in tasks)]
-    speed = entry["speed"]
+def row(entry: Base | Package, name: str, base: Base, tasks: list[str]) -> str:
+    """A cell is empty where the report has no number."""
+    speed = entry.speed
     cells = [
         name,
-        f"{entry['params']:,} ({entry['params'] / base['params']:.3f})",
-        f"{entry['bytes']:,} ({entry['bytes'] / base['bytes']:.3f})",
-        *scores,
-        f"{entry['quality']:.3f}",
-        f"{speed['prefill_tps']:,.0f} / {speed['decode_tps']:,.0f}",
-        speed["runtime"],
+        f"{entry.params:,} ({entry.params / base.params:.3f})",
+        f"{entry.bytes:,} ({entry.bytes / base.bytes:.3f})",
+        *(entry.tasks[task].text if task in entry.tasks else "" for task in tasks),
+        f"{entry.quality:.3f}",
+        f"{speed.prefill_tps:,.0f} / {speed.decode_tps:,.0f}" if speed else "",
+        speed.runtime if speed else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    report = json.loads((Path(sys.argv[1]) / "report.json").read_text())
-    base = report["base"]
-    tasks = list(base["tasks"])
-    header = ["", "parameters", "bytes", *(f"{t} ({base['tasks'][t]['n']} documents)" for t in tasks)]
-    header += ["quality", "prefill / decode tokens/s", "runtime"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run that has its report.json")
+    report = validate_report(json.loads((parser.parse_args().run / "report.json").read_text()))
+    base, tasks = report.base, report.tasks
+    shown = [f"{task} ({base.tasks[task].n} documents)" if task in base.tasks else task for task in tasks]
+    header = ["", "parameters", "bytes", *shown, "quality", "prefill / decode tokens/s", "runtime"]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    print(row("base", base, base, tasks))
-    for package in report["packages"]:
-        print(row(package["name"], package, base, tasks))
-    speed = base["speed"]
-    print(
-        f"\nSpeed: {speed['device']}, {speed['threads']} thread(s), {speed['dtype']}, batch {speed['batch']}, "
-        f"prompt {speed['prompt']}, {speed['new']} new tokens. "
-        f"Sub-networks measured: {report['search']['evaluations']}."
-    )
+    print(row(base, "base", base, tasks))
+    for package in report.packages:
+        print(row(package, package.name, base, tasks))
+    said = [f"Speed: {base.speed.where}, {base.speed.workload}."] if base.speed else []
+    if report.search:
+        said.append(f"Sub-networks measured: {report.search.evaluations}.")
+    if said:
+        print("\n" + " ".join(said))
 
 
 if __name__ == "__main__":

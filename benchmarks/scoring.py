@@ -3,9 +3,9 @@
     python -m benchmarks.scoring [--checkpoint DIR --include-path DIR --tasks A,B] [--output FILE --minutes 5] \\
         [--ablation]
 
-Candidates are the second generation of the default search (the children of a measured first generation) at a target
-of 0.67 of the parameters, in the order in which a search scores them. Of `--candidates`, `--baseline` evenly spaced
-ones are scored the other ways too:
+Candidates are the second generation of the default search without proposals (the children of a first generation that
+was measured on the first task) at a target of 0.67 of the parameters, in the order in which a search scores them. Of
+`--candidates`, `--baseline` evenly spaced ones are scored the other ways too:
 
 - (a) each is sliced out and given to `simple_evaluate` in an `HFLM` of its own;
 - (b) each is switched on in the super-network, and one `HFLM` around that is given to `simple_evaluate`;
@@ -17,7 +17,8 @@ task files is not counted, and per-document logs are off. HFLM reads batches of 
 (`--threads`): HFLM in every operation, ours in as many passes side by side; with one, processor time is measured, which
 other work on the machine leaves alone. Answers of (b, requests) and (c) are compared: the largest difference is in the
 table. Memory is the growth of the process's resident memory at its peak.
-What is measured is added to `--output`; after `--minutes` no task is begun any more, and the next run goes on.
+What is measured is added to `--output`, under the settings it was measured with; after `--minutes` no task is begun any
+more, and the next run goes on.
 
 `--ablation` scores a few neighbouring candidates with one device of ours switched off at a time.
 """
@@ -36,7 +37,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -45,6 +46,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from benchmarks.memory import resident
 from compressor import demo
 from compressor.architecture import Architecture
 from compressor.elastic.importance import wanda
@@ -53,7 +55,7 @@ from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.finetune.data import pack
 from compressor.job import Job
-from compressor.recipe import Recipe
+from compressor.recipe import Recipe, Targets
 from compressor.run import Run
 from evals import network
 from evals.encoding import Encoder, Span
@@ -64,7 +66,7 @@ from search.algorithms import algorithm
 from search.objectives import Constraint, choose, computed
 from search.run import first_generation
 
-SPLIT = "all"
+SPLIT: Literal["all"] = "all"
 BATCH = 16
 NEIGHBOURS = 4
 """Candidates of an ablation, in the order of the search."""
@@ -88,23 +90,28 @@ def main() -> None:
     logging.disable(logging.WARNING)
     ends = time.monotonic() + 60 * arguments.minutes
     torch.set_num_threads(arguments.threads)
+    tasks = arguments.tasks.split(",")
+    settings = (
+        f"{Path(arguments.checkpoint).resolve().name}, {arguments.threads} threads, float32, {arguments.candidates} "
+        f"candidates of a search on {tasks[0]}, at most {arguments.documents} documents and {arguments.shots} shots"
+    )
     known: dict[str, Any] = {}
     if arguments.output and arguments.output.is_file():
         known = json.loads(arguments.output.read_text())
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))
-        found = known.setdefault(Path(arguments.checkpoint).name, {"tasks": {}, "ablation": {}})
+        found = known.setdefault(settings, {"tasks": {}, "ablation": {}})
         measure, into = bench.compare, found["tasks"]
         if arguments.ablation:
             measure, into = bench.ablation, found["ablation"]
-        for task in arguments.tasks.split(","):
+        for task in tasks:
             if task in into or time.monotonic() > ends:
                 continue
             into[task] = measure(task)
             if arguments.output:
                 arguments.output.write_text(json.dumps(known, indent=1) + "\n")
-    for name, measured in known.items():
-        print(f"\n{name}, {arguments.threads} threads, float32, {arguments.candidates} candidates\n")
+    for heading, measured in known.items():
+        print(f"\n{heading}\n")
         if measured["tasks"]:
             print(comparison_table(measured["tasks"]))
         if measured["ablation"]:
@@ -117,8 +124,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments = arguments
         self.clock = processor_time if arguments.threads == 1 else time.perf_counter
-        recipe = Recipe(model=arguments.checkpoint, targets={"max_params": ["0.67"]})  # type: ignore[arg-type]
-        self.job = Job(Run(folder), recipe)
+        targets = Targets(max_params=["0.67"])
+        self.job = Job(Run(folder), Recipe(model=arguments.checkpoint, targets=targets, device="cpu"))
         self.supernet = SuperNetwork(self.job.load_base(torch.float32))
         data = folder / "text.jsonl"
         demo.training_text(data, n_documents=400, seed=1)
@@ -129,7 +136,7 @@ class Bench:
         self.candidates = sorted(self.children(), key=lambda a: (a.hidden_size, a.layers))
 
     def children(self) -> list[Architecture]:
-        """What the default search asks for after its first generation, measured on a few documents."""
+        """What the default search, without proposals, asks for after a first generation measured on a few documents."""
         count, space, structure = self.arguments.candidates, self.job.space, self.job.structure
         exact = computed(structure)
         _, low = self.job.smallest_in_training()
@@ -271,14 +278,16 @@ class Bench:
             plan = lm.plan(spans)
             lm._as_tree = True
             change(lm, plan)
-            began = self.clock()
+            seconds: list[float] = []
             for architecture in candidates:
-                self.activate(architecture)
                 if cut_out:
                     lm = NetworkLM(self.cut_out(architecture), self.encoder, **self.settings)
                     lm._as_tree = True
-                lm.answer(plan, None if cut_out else architecture)
-            return (self.clock() - began) / len(candidates)
+                with self.timed(seconds):
+                    if not cut_out:
+                        self.activate(architecture)
+                    lm.answer(plan, None if cut_out else architecture)
+            return statistics.mean(seconds)
 
         def padded(lm: NetworkLM, plan: network.Plan) -> None:
             lm._as_tree = False
@@ -337,30 +346,27 @@ def processor_time() -> float:
 def peak_memory() -> Iterator[list[int]]:
     """One number: bytes by which the process's resident memory grew at its peak (Linux)."""
 
-    def status(key: str) -> int:
-        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-        return 1024 * int(line.split()[1])
-
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS:")
+    before = resident("VmRSS")
     grown: list[int] = []
     yield grown
-    grown.append(status("VmHWM:") - before)
+    grown.append(resident("VmHWM") - before)
 
 
 def comparison_table(tasks: dict[str, Any]) -> str:
     lines = [
-        "| task | documents, shots | (a) sliced | (b) switched | (b) requests | (c) ours | (a)/(c) | (b)/(c) "
-        "| requests/(c) | building, once | largest difference | memory a, b, c (of it cache), MiB |",
-        "|---" * 12 + "|",
+        "| task | documents, shots | candidates of a, c | (a) sliced | (b) switched | (b) requests | (c) ours "
+        "| (a)/(c) | (b)/(c) | requests/(c) | building, once | largest difference | memory a, b, c (cache), MiB |",
+        "|---" * 13 + "|",
     ]
     means = {task: {way: statistics.mean(found["seconds"][way]) for way in WAYS} for task, found in tasks.items()}
     for task, found in tasks.items():
         mean, memory = means[task], {key: value / 2**20 for key, value in found["memory"].items()}
         lines.append(
-            f"| {task} | {found['documents']}, {found['shots']} | "
+            f"| {task} | {found['documents']}, {found['shots']} "
+            f"| {len(found['seconds']['a'])}, {len(found['seconds']['c'])} | "
             + " | ".join(f"{mean[way]:.2f}" for way in WAYS)
             + "".join(f" | {mean[way] / mean['c']:.1f}" for way in WAYS[:-1])
             + f" | {found['build']:.2f} | {found['difference']:.0e} "
@@ -368,14 +374,14 @@ def comparison_table(tasks: dict[str, Any]) -> str:
         )
     total = {way: statistics.mean(mean[way] for mean in means.values()) for way in WAYS}
     lines.append(
-        "| mean seconds, and their ratios | | "
+        "| mean seconds, and their ratios | | | "
         + " | ".join(f"{total[way]:.2f}" for way in WAYS)
         + "".join(f" | {total[way] / total['c']:.1f}" for way in WAYS[:-1])
         + " | | | |"
     )
     ratios = [statistics.mean(mean[way] / mean["c"] for mean in means.values()) for way in WAYS[:-1]]
     lines.append(
-        "| mean of the tasks' ratios | | | | | | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " | | | |"
+        "| mean of the tasks' ratios | | | | | | | " + " | ".join(f"{ratio:.1f}" for ratio in ratios) + " | | | |"
     )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What the search is worth, in five parts; each prints the Markdown table of docs/results.md and can draw its plot.
+"""What the search is worth, in five parts; each prints the Markdown table of docs/results.md.
 
     python -m benchmarks.search space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
     python -m benchmarks.search fine        hypervolume against evaluations and seconds in the space `fine`
@@ -6,14 +6,16 @@
     python -m benchmarks.search ranks       scores inside the super-network against scores after slicing and healing
     python -m benchmarks.search overhead    the share of a search's time that is not evaluation
 
-Without options: the bundled checkpoint and one of its own tasks. Whatever is measured goes into `--run`, a run of the
-product's own, so that a second call measures nothing again.
+Without options: the bundled checkpoint and one of its own tasks. `--help` behind a part names its options; `space` and
+`fine` can draw their plots. Scores go into `--run`, a run of the product's own, so that a second call measures none
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ def open_bench(arguments: argparse.Namespace, space: Any, **more: Any) -> Bench:
     """The benchmark's run, made where it is not there yet; `more` goes into its recipe."""
     data = arguments.data
     if data is None:
-        data = str(arguments.run.with_suffix(".jsonl"))
+        data = str(arguments.run.with_name(arguments.run.name + ".jsonl"))
         arguments.run.parent.mkdir(parents=True, exist_ok=True)
         demo.training_text(Path(data), n_documents=6000, seed=1)
     given = {
@@ -236,7 +238,8 @@ def fine(arguments: argparse.Namespace) -> None:
     )
     heads = [f"{mark} evaluations" for mark in marks]
     print("| algorithm | " + " | ".join(heads) + " | seconds, of them searching |\n" + "|---" * (len(marks) + 2) + "|")
-    by_evaluations, by_seconds = {}, {}
+    by_evaluations: Curves = {}
+    by_seconds: Curves = {}
     for name in names:
         shares, times, searching = [], [], []
         for seed in range(arguments.seeds):
@@ -265,16 +268,21 @@ def median_cell(values: Sequence[float], form: str) -> str:
 def starts(arguments: argparse.Namespace) -> None:
     """Evaluations to shares of what all searches together reached: alone, with first looks, and from warm starts.
 
-    The earlier run is one of the same model whose units are ordered by magnitude: another super-network.
+    The earlier run is one of the same model whose units are ordered by magnitude: another super-network. What proposers
+    and the earlier run spent before the search began stands in a column of its own and counts as no evaluation.
     """
     bench = open_bench(arguments, "fine", **{"searching.first_look": FIRST_LOOK})
-    earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": arguments.run.with_name("search-earlier")})
+    other_run = arguments.run.with_name(arguments.run.name + "-earlier")
+    earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": other_run})
     earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
     looking = {"first_look": partial(bench.board.measure, first_look=True), "share": FIRST_LOOK}
-    proposed = {}
+    proposed, beforehand = {}, {"an earlier run": f"{arguments.evaluations} evaluations"}
     for name in PROPOSERS:
         bench.job.recipe.searching.warm_start = [name]
+        (bench.job.run.search / f"proposals-{name}.json").unlink(missing_ok=True)  # asked anew, to be timed
+        began = time.monotonic()
         proposed[name] = proposals(bench.job)
+        beforehand[name] = f"{time.monotonic() - began:.1f} s"
 
     def options(way: str, seed: int) -> dict[str, Any]:
         if way == "greedy":
@@ -306,17 +314,20 @@ def starts(arguments: argparse.Namespace) -> None:
     union = np.vstack([_full_costs(bench, run) for run in everything])
     reference = union.max(axis=0)
     whole = hypervolume(union, reference)
+    each = np.median([bench.seconds(e.architecture) for run in everything for e in run.evaluations if e.full])
     print(
         f"LINAS, {arguments.evaluations} evaluations, {arguments.seeds} seeds; {bench.task} on {arguments.documents} "
-        f"documents, first looks on {FIRST_LOOK:.0%} of them; population {bench.job.recipe.searching.population}\n"
+        f"documents, first looks on {FIRST_LOOK:.0%} of them; population {bench.job.recipe.searching.population}; "
+        f"an evaluation takes {each:.2f} s\n"
     )
     heads = " | ".join(f"{level:.0%}" for level in LEVELS)
-    print(f"| helped by | {heads} | at the end |\n" + "|---" * 5 + "|")
+    print(f"| helped by | {heads} | at the end | beforehand, not counted |\n" + "|---" * 6 + "|")
     for way, of_seeds in runs.items():
         curves = [spent_curve(bench, run, reference, whole, way == "first looks") for run in of_seeds]
         reached = [[next((n for n, share in curve if share >= level), None) for curve in curves] for level in LEVELS]
         end = median_cell([curve[-1][1] for curve in curves], ".3f")
-        print(f"| {way} | " + " | ".join([*map(reached_cell, reached), end]) + " |", flush=True)
+        cells = [way, *map(reached_cell, reached), end, beforehand.get(way, "")]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def _full_costs(bench: Bench, run: SearchResult) -> np.ndarray:
@@ -413,8 +424,10 @@ def overhead(arguments: argparse.Namespace) -> None:
 
 # -- the options --
 
-Panel = tuple[str, dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]]
-"""A name for the horizontal axis; by algorithm, its values, and a curve of hypervolume for each seed."""
+Curves = dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
+"""By algorithm: values on the horizontal axis, and a curve of hypervolume for each seed."""
+Panel = tuple[str, Curves]
+"""A name for the horizontal axis, and what is drawn over it."""
 
 
 def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
@@ -443,28 +456,34 @@ def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"space": space, "fine": fine, "starts": starts, "ranks": ranks, "overhead": overhead}
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--data", help="training text; default: generated")
-    parser.add_argument("--include-path", default=str(demo.TASKS))
-    parser.add_argument("--task", default=demo.TASK_NAMES[0])
-    parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--run", type=Path, default=Path(tempfile.gettempdir()) / "search-benchmark")
-    parser.add_argument("--train-tokens", type=int, default=0, help="for the super-network; 0: ordered, not trained")
-    parser.add_argument("--heal-tokens", type=int, default=60_000, help="ranks: for each sub-network")
-    parser.add_argument("--networks", type=int, default=20, help="ranks: how many")
-    parser.add_argument("--widths", default="192,384", help="space: the FFN widths")
-    parser.add_argument("--algorithms", help="comma-separated")
-    parser.add_argument("--seeds", type=int, help="default: 10 of the listed space, else 3")
-    parser.add_argument("--evaluations", type=int, help="default: 120, for overhead 250")
-    parser.add_argument("--plot", type=Path, help="an SVG file to draw")
+    subparsers = parser.add_subparsers(dest="part", required=True, metavar="part")
+    parts = {}
+    for part in (space, fine, starts, ranks, overhead):
+        added = parts[part] = subparsers.add_parser(part.__name__, description=part.__doc__)
+        added.set_defaults(measure=part)
+        added.add_argument("--checkpoint", default=str(demo.MODEL))
+        added.add_argument("--data", help="training text; default: generated")
+        added.add_argument("--include-path", default=str(demo.TASKS))
+        added.add_argument("--task", default=demo.TASK_NAMES[0])
+        added.add_argument("--documents", type=int, default=60)
+        added.add_argument("--train-tokens", type=int, default=0, help="for the super-network; 0: ordered, not trained")
+        added.add_argument("--run", type=Path, help="default: a temporary folder's, by part, checkpoint and tokens")
+    parts[space].add_argument("--widths", default="192,384", help="FFN widths")
+    parts[ranks].add_argument("--heal-tokens", type=int, default=60_000, help="for each sub-network")
+    parts[ranks].add_argument("--networks", type=int, default=20, help="how many")
+    for part, names in ((space, ALGORITHMS), (fine, ("linas", "nsga2", "random")), (overhead, ("linas",))):
+        parts[part].add_argument("--algorithms", default=",".join(names), help="comma-separated")
+    for part, seeds in ((space, 10), (fine, 3), (starts, 3)):
+        parts[part].add_argument("--seeds", type=int, default=seeds)
+    for part, evaluations in ((fine, 120), (starts, 120), (overhead, 250)):
+        parts[part].add_argument("--evaluations", type=int, default=evaluations)
+    for part in (space, fine):
+        parts[part].add_argument("--plot", type=Path, help="an SVG file to draw")
     arguments = parser.parse_args()
-    usual = {"space": ",".join(ALGORITHMS), "overhead": "linas"}.get(arguments.part, "linas,nsga2,random")
-    arguments.algorithms = arguments.algorithms or usual
-    arguments.seeds = arguments.seeds or (10 if arguments.part == "space" else 3)
-    arguments.evaluations = arguments.evaluations or (250 if arguments.part == "overhead" else 120)
-    parts[arguments.part](arguments)
+    if arguments.run is None:
+        name = f"search-{arguments.part}-{Path(arguments.checkpoint).resolve().name}-{arguments.train_tokens}"
+        arguments.run = Path(tempfile.gettempdir()) / name
+    arguments.measure(arguments)
 
 
 if __name__ == "__main__":

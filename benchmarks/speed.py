@@ -5,8 +5,9 @@
 The networks of the table's design, then unseen ones drawn from the `fine` space at 0.4 to 1.0 of the parameters, are
 cut out and timed in turns with the base: reading a prompt of 128 tokens, and one token half-way through writing 128,
 batch 1, float32. Times are stated as shares of the base's beside them. Every network is written to `--output` once it
-is timed; a run stops after `--minutes` and the next one goes on. The table: median and 90th percentile of the relative
-error on the unseen networks, and Kendall's tau, of several ways to come from timings to predictions:
+is timed, under the settings it was timed with; a run stops after `--minutes` and the next one goes on. The table:
+median and 90th percentile of the relative error on the unseen networks, and Kendall's tau, of several ways to come from
+timings to predictions:
 
 - parameters: a straight line through (parameters, seconds) of the design;
 - parts alone: the sum of parts, from networks whose layers are alike;
@@ -53,8 +54,9 @@ WORKLOAD = {"batch": 1, "prompt": 128, "new": 128}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--shape", choices=SHAPES)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", default=str(demo.MODEL))
+    which.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--networks", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -80,7 +82,8 @@ def main() -> None:
     known: dict[str, Any] = {}
     if arguments.output and arguments.output.is_file():
         known = json.loads(arguments.output.read_text())
-    timed = known.setdefault(name, {})
+    settings = f"{name}, {full:,} parameters, {arguments.threads} threads, {arguments.rounds} rounds"
+    timed = known.setdefault(settings, {})
     reference = extract(model, structure, structure.base)
     for architecture in [*design, *unseen]:
         if architecture.key not in timed and time.monotonic() < ends:
@@ -98,7 +101,7 @@ def main() -> None:
         base = np.median([pair[1][column] for pair in timed.values()])
         return pairs[:, 0, column] / pairs[:, 1, column] * base
 
-    print(f"\n{name}, {full:,} parameters, {arguments.threads} threads; {len(done)} unseen networks\n")
+    print(f"\n{settings}; {len(done)} unseen networks\n")
     print("| | way | median error | 90 % within | Kendall tau |\n|---|---|---|---|---|")
     for column, what in enumerate(("prefill", "decode")):
         truth = seconds(done, column)
@@ -110,7 +113,7 @@ def main() -> None:
 
 def predictions(
     design: list[Architecture], seconds: NDArray[np.float64], unseen: list[Architecture], structure: Any
-) -> dict[str, NDArray[np.float64]]:
+) -> dict[str, NDArray[np.floating[Any]]]:
     """Seconds of the unseen networks by each way of coming from the design's to theirs."""
     hidden, sizes = structure.base.hidden_size, sizes_to_time(structure)
 
