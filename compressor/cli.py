@@ -31,7 +31,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Turn a pre-trained checkpoint into smaller, quantized, proven ones.",
@@ -405,7 +404,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     _quiet_libraries()
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments or ["--help"], standalone_mode=False)
         if status != INTERRUPTED:  # what typer makes of Ctrl-C
             return status if isinstance(status, int) else 0
     except RequestError as error:
@@ -427,6 +426,8 @@ def _explain(error: Exception) -> int:
     """Conditions of the machine are the user's to mend (2); anything else is ours (1)."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _fail(2, f"no disk space left ({error.filename or 'while writing'}); free some and run again to resume")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _fail(2, f"{error.filename}: {(error.strerror or 'not allowed').lower()}")
     log = Path("compressor-error.log")
     log.write_text(traceback.format_exc())
     reason = (str(error).strip().splitlines() or [""])[0]

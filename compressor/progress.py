@@ -69,5 +69,5 @@ def bar(what: str, total: float) -> Iterator[Bar]:
 
 
 def say(line: str) -> None:
-    """One plain line on stderr."""
-    console.print(line, markup=False)
+    """One plain line on stderr, as long as it is: what reads it, a terminal or `grep`, knows best where to break it."""
+    console.print(line, markup=False, soft_wrap=True)

@@ -74,7 +74,10 @@ class Targets(Section):
     @classmethod
     def _percent(cls, value: Any) -> Any:
         if isinstance(value, str) and value.strip().endswith("%"):
-            return float(value.strip().removesuffix("%")) / 100
+            try:
+                return float(value.strip().removesuffix("%")) / 100
+            except ValueError:
+                raise ValueError(f"{value}: no percentage, such as 1%") from None
         return value
 
     @model_validator(mode="after")

@@ -69,7 +69,10 @@ class Run:
         run = cls(path)
         run.check_free()
         if run.writes:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(f"{path}: cannot be made a folder: {error.strerror}") from error
             write_recipe(recipe, run.recipe_file, provenance)
         return run
 

@@ -560,7 +560,10 @@ def verdict(report: Report) -> list[str]:
         if fallen:
             said.append(f"It has fallen to chance on {_listed(fallen)}, which the base solves.")
         if package.quality < 0.9:
-            said.append("That is a heavy loss: a larger size, more training or more healing may keep more.")
+            said.append(
+                "That is a heavy loss: a larger size, more training, more healing or a search on more documents may "
+                "keep more."
+            )
     blind = [task for task, score in base.tasks.items() if score.stamp]
     if blind:
         said.append(f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality.")

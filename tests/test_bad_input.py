@@ -155,6 +155,15 @@ def occupied(b: Bench) -> None:
     (b.output / "thesis.txt").write_text("mine")
 
 
+def below_a_file(b: Bench) -> None:
+    (b.folder / "file").write_text("")
+    b.output = b.folder / "file" / "run"
+
+
+def no_percentage(b: Bench) -> None:
+    b.options = {"--max-drop": "5%%", "--tasks": "tiny_choice"}
+
+
 def unknown_key(b: Bench) -> None:
     recipe = b.folder / "recipe.yaml"
     recipe.write_text("finetuning:\n  learning_rte: 0.1\n")
@@ -240,6 +249,8 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (not_a_size, ["1.5", "0.67"]),
     (group_size, ["48", "width"]),
     (occupied, ["something else"]),
+    (below_a_file, ["file/run", "cannot be made"]),
+    (no_percentage, ["5%%", "such as 1%"]),
     (unknown_key, ["learning_rte", "learning_rate"]),
     (unknown_stage, ["finetuen", "finetune"]),
     (unknown_algorithm, ["linsa", "linas"]),
@@ -270,6 +281,11 @@ def test_one_line_status_two_and_nothing_left(
     assert after == before
 
 
+def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "compress " in capsys.readouterr().out
+
+
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["search", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
@@ -279,6 +295,7 @@ def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.Capt
     ("fault", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "weights"), ["no disk space", "weights"]),
+        (PermissionError(errno.EACCES, "Permission denied", "weights"), ["weights: permission denied"]),
         (MemoryError(), ["out of memory", "batch_tokens: 2048", "finetuning.batch_size: 2"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory", "batch_tokens: 2048"]),
     ],

@@ -63,7 +63,7 @@ def export(job: Job) -> list[dict[str, Any]]:
             proofs += [(folder, reference) for folder in folders]
         measure_packages(job, base, written)
         if proofs:
-            say(f"proving {len(proofs)} packages in a fresh process")
+            say(f"proving {len(proofs)} package{'s' * (len(proofs) > 1)} in a fresh process")
             verify_all(proofs, record=True, log=run.log_file, tasks=TaskFiles(recipe.include_path))
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name)["entry"] for name in written]
