@@ -122,7 +122,7 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> Any:
         raw = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise RequestError(f"{name}: config.json is not valid JSON ({error})") from error
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise RequestError(f"{name}: already quantized ({method}); give the unquantized checkpoint")
     if any(key in raw for key in ("vision_config", "audio_config", "text_config")):

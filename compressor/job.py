@@ -153,6 +153,8 @@ class Job:
             return SearchSpace.preset(named, self.structure)
         except FileNotFoundError as error:
             raise RequestError(f"--space {named}: no such file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"--space {named}: not valid YAML ({' '.join(str(error).split())})") from error
         except ValueError as error:
             raise RequestError(f"--space: {error}") from error
 
@@ -294,16 +296,7 @@ class Job:
         elif ordering not in IMPORTANCES:
             hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
             raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
-        model_type = self.checkpoint.config.model_type
-        for layout in recipe.formats:
-            check_installed(layout)
-            if layout in ("onnx", "openvino"):
-                graphs.check_family(layout, model_type)
-            elif layout.startswith("gguf"):
-                gguf_layout.check_family(model_type)
-                gguf_layout.check_tokenizer(self.tokenizer)
-        if recipe.quantizing.schemes:
-            linear_layers(self.checkpoint.config, recipe.trust_remote_code)
+        self.check_formats()
         self.checkpoint.load_tokenizer()
         self.check_targets()
         self.check_group_size()
@@ -315,6 +308,19 @@ class Job:
         if recipe.tasks:
             self.check_tasks()
         self.checkpoint.check_finite()
+
+    def check_formats(self) -> None:
+        """Refuse a layout or a quantization that this network cannot have."""
+        model_type = self.checkpoint.config.model_type
+        for layout in self.recipe.formats:
+            check_installed(layout)
+            if layout in ("onnx", "openvino"):
+                graphs.check_family(layout, model_type)
+            elif layout.startswith("gguf"):
+                gguf_layout.check_family(model_type)
+                gguf_layout.check_tokenizer(self.tokenizer)
+        if self.recipe.quantizing.schemes:
+            linear_layers(self.checkpoint.config, self.recipe.trust_remote_code)
 
     def check_tasks(self) -> None:
         """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""

@@ -107,7 +107,13 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
     recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()
     job = Job(run, recipe, redo)
     job.check_targets()
-    if overrides:
+    if overrides:  # whatever is wrong with them must not get into the run's recipe
+        job.check_formats()
+        job.check_group_size()
+        if recipe.tasks:
+            job.check_tasks()
+            check_searching(job)
+        check_speedup(job)
         provenance = {
             "versions": versions(),
             "model": job.base_fingerprint,

@@ -68,7 +68,7 @@ class Targets(Section):
             value = str(value)
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
-        return [str(part) for part in value]
+        return [str(part) for part in value] if isinstance(value, list) else [] if value is None else value
 
     @field_validator("max_drop", mode="before")
     @classmethod
@@ -267,11 +267,11 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
             raise RequestError(f"--recipe {file}: no such file")
         try:
             loaded = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RequestError(f"--recipe {file}: not valid YAML ({' '.join(str(error).split())})") from error
         if not isinstance(loaded, dict):
             raise RequestError(f"--recipe {file}: expected keys and values")
-        values = loaded
+        values = {name: value for name, value in loaded.items() if value is not None}  # no value says nothing
     if new_targets:
         values.pop("targets", None)
     for name, value in overrides.items():
@@ -279,6 +279,8 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
             continue
         section, _, key = name.rpartition(".")
         target = values.setdefault(section, {}) if section else values
+        if not isinstance(target, dict):
+            raise RequestError(f"{where}: '{section}': expected keys and values (got {target!r})")
         target[key or name] = value
     try:
         return Recipe.model_validate(values)

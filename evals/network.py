@@ -46,8 +46,12 @@ Answer = tuple[float, bool]
 
 
 def available_cores() -> int:
-    """CPU cores that this process may keep busy: OMP_NUM_THREADS where the user set it."""
-    return int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    """CPU cores that this process may keep busy: OMP_NUM_THREADS (its first level) where the user set it, else those
+    that it is bound to."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Plan:

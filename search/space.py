@@ -96,7 +96,7 @@ def widths(base: int, step: int | None = None, unit: int = 1) -> tuple[int, ...]
             parts = base // block
             coarse = math.ceil(parts / 12)
             step = block * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
-    elif not 0 < step <= base or (base % step and step % 32):
+    elif not isinstance(step, int) or not 0 < step <= base or (base % step and step % 32):
         fitting = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
         raise ValueError(
             f"a step of {step} does not divide the FFN width {base}; valid are its divisors "
@@ -643,6 +643,8 @@ class SearchSpace:
         if "preset" in data:
             options: dict[str, Any] = {name: data.get(name) for name in ("step", "order")}
             options["policy"] = data.get("policy", "late-block")
+            if options["order"] is not None and not _whole_numbers(options["order"]):
+                raise ValueError(f"order: {options['order']!r} is not a list of layers")
             own = {name: values for name, values in data.items() if name not in ("preset", *options)}
             genes_of_preset = _preset(data["preset"], structure, **options)
             if "depth" not in genes_of_preset and {"policy", "order"} & set(data):
@@ -751,9 +753,11 @@ def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) 
             f"depth: unknown {', '.join(sorted(map(str, unknown)))}; valid are values, policy, order, keep"
         )
     if "keep" in values:
+        if not isinstance(values["keep"], Sequence) or not all(map(_whole_numbers, values["keep"])):
+            raise ValueError(f"depth: keep: {values['keep']!r} is not a list of lists of layers")
         return [tuple(sorted(set(subset))) for subset in values["keep"]]
     order = values.get("order")
-    if order is not None and sorted(order) != list(range(layers)):
+    if order is not None and (not _whole_numbers(order) or sorted(order) != list(range(layers))):
         raise ValueError(f"depth: the order must list each of the layers 0 to {layers - 1} once")
     policy = "importance" if order is not None else values.get("policy", "late-block")
     if policy == "importance" and order is None:
@@ -764,6 +768,10 @@ def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) 
     if not isinstance(depths, Sequence) or not all(isinstance(d, int) and 1 <= d <= layers for d in depths):
         raise ValueError(f"depth: {depths} are not all whole numbers from 1 to {layers}")
     return [kept_layers(policy, layers, depth, order) for depth in depths]
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(value, int) for value in values)
 
 
 def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
@@ -792,6 +800,8 @@ def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         least = values.get("min", chosen[0])
+        if not isinstance(least, int):
+            raise ValueError(f"{name}: min: {least!r} is not a whole number")
         return tuple(v for v in (0, *chosen) if v >= least)
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name}: {values!r} is not a list of values")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint import open_checkpoint
 from compressor.cli import run
 
 
@@ -192,6 +194,16 @@ def impossible_space(b: Bench) -> None:
     b.options["--recipe"] = str(recipe)
 
 
+def broken_space(b: Bench) -> None:
+    space = b.folder / "space.yaml"
+    space.write_text("ffn.*: [32, 64\n")
+    b.options["--space"] = str(space)
+
+
+def prompt_without_completion(b: Bench) -> None:
+    b.data.write_text('{"text": "fine"}\n{"prompt": "what", "completion": null}\n')
+
+
 def unknown_ordering(b: Bench) -> None:
     recipe = b.folder / "recipe.yaml"
     recipe.write_text("finetuning:\n  ordering: wnada\n")
@@ -256,6 +268,8 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_algorithm, ["linsa", "linas"]),
     (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
     (speed_of_another, ["speed_table", "nowhere.json", "no such file"]),
+    (broken_space, ["space.yaml", "YAML"]),
+    (prompt_without_completion, ["line 2", "'completion'"]),
     (unknown_ordering, ["wnada", "wanda"]),
     (unknown_objective, ["energy", "quality", "tiny_choice", "kl_to_base", "kv_cache_bytes"]),
     (metric_of_no_task, ["tiny_choice", "bleu", "acc"]),
@@ -284,6 +298,13 @@ def test_one_line_status_two_and_nothing_left(
 def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     assert "compress " in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_says_it_is_not_quantized_is_not(bench: Bench) -> None:
+    file = bench.model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
+    model = open_checkpoint(str(bench.model)).load_model(torch.float32, "cpu")
+    assert model.config.model_type == "llama"
 
 
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from compressor.errors import RequestError
 from compressor.finetune.data import IGNORED, Batch, Blocks, encode_row, pack
 from compressor.finetune.forward import trace
-from compressor.finetune.sources import hub_rows, read_rows
+from compressor.finetune.sources import hub_rows, kind_of, plain_text, read_rows
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:{{ m.content }}\n{% endif %}"
@@ -148,8 +148,31 @@ def test_every_epoch_visits_every_block_once_in_its_own_order() -> None:
     assert seen[4:6] == blocks.batch(2, 2, seed=1).ids.flatten().tolist()
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a text", "completion": "and what is no answer"}, "a text"),
+        ({"prompt": None, "completion": "x", "text": "a text"}, "a text"),
+        ({"messages": "no turns", "text": "a text"}, "a text"),
+        ({"prompt": "2 + 2 =", "completion": " 4", "text": "a text"}, "2 + 2 = 4"),
+        (
+            {"messages": [{"role": "assistant", "content": None}, {"role": "tool"}, {"role": "user", "content": "so"}]},
+            "so",
+        ),
+    ],
+)
+def test_columns_that_make_no_whole_are_passed_over(row: dict[str, Any], said: str) -> None:
+    assert kind_of(row) is not None and plain_text(row) == said
+    if kind_of(row) == "text":
+        assert (
+            encode_row(row, tiny.byte_tokenizer(), "d")[0] == encode_row({"text": said}, tiny.byte_tokenizer(), "d")[0]
+        )
+
+
 def test_the_held_out_part_is_not_trained_on() -> None:
     blocks = Blocks(torch.arange(100, dtype=torch.int32)[:, None, None].expand(100, 3, 1), "", 1)
     training, held_out = blocks.split()
-    assert (len(training), len(held_out)) == (92, 8)
+    assert (len(training), len(held_out)) == (84, 16)
     assert not set(training[:].ids.flatten().tolist()) & set(held_out[:].ids.flatten().tolist())
+    few = Blocks(blocks.table[:5], "", 1).split()
+    assert [len(part) for part in few] == [3, 2]

@@ -61,6 +61,28 @@ def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "recipe.yaml", {}) == recipe
 
 
+@pytest.mark.parametrize("text", ["model: m\ntargets:\n", "model: m\ntargets: {max_params: }\n"])
+def test_a_key_without_a_value_says_nothing(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    assert read_recipe(file, {}).targets.empty
+    assert read_recipe(file, {"targets.max_params": "0.8"}).targets.max_params == ["0.8"]
+
+
+def test_an_option_into_what_is_no_section_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntargets: 0.8\n")
+    with pytest.raises(RequestError, match=r"'targets': expected keys and values \(got 0.8\)"):
+        read_recipe(file, {"targets.max_params": "0.8"})
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"\xff\xfe\x00\x89PNG")
+    with pytest.raises(RequestError, match="not valid YAML"):
+        read_recipe(file, {})
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -72,6 +94,7 @@ def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
         ("a: [\n", ["YAML"]),
         ("model: m\nquantizing: {schemes: [int3]}\n", ["int3", "int4"]),
         ("model: m\ntargets: {max_bytes: lots}\n", ["lots", "2GiB"]),
+        ("model: m\ntargets: {max_params: true}\n", ["max_params", "True"]),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -43,7 +43,7 @@ from compressor.errors import RequestError
 from compressor.families import describe
 from evals.encoding import Encoder
 from evals.evaluate import evaluate
-from evals.network import NetworkLM
+from evals.network import NetworkLM, available_cores
 from evals.scoring import Scorer, TaskScore, standard_error
 from evals.tasks import Prompting, TaskSet
 from export.package import write_package
@@ -169,6 +169,13 @@ def test_passes_run_as_is_fastest(llama: Any, tasks: Path) -> None:
         assert ours.workers * torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("3", 3), ("2,1", 2), ("", None), ("many", None)])
+def test_cores_are_those_asked_for_or_bound_to(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 4, 5, 6, 7}, raising=False)
+    assert available_cores() == (cores or 5)
 
 
 def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None:

@@ -15,11 +15,14 @@ import tiny
 from compressor import pipeline
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
+from compressor.job import Job
 from compressor.recipe import read_recipe
+from compressor.run import Run
 from compressor.stages import subnets
+from compressor.stages.finetuning import training_blocks
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import speed_table
-from compressor.stages.subnets import held_out_losses, quality_stderr, relative_quality, standard_error
+from compressor.stages.subnets import HeldOut, held_out_losses, quality_stderr, relative_quality, standard_error
 from compressor.stages.warming import proposals
 from search.pareto import Target
 from search.store import EvaluationStore, Measurement
@@ -123,6 +126,33 @@ def test_the_earlier_front_and_greedy_cuts_come_first(made: Made, tmp_path: Path
     proposed = json.loads((tmp_path / "run" / "search" / "proposals-blockwise.json").read_text())["architectures"]
     assert set(keys) & {Architecture.from_dict(row).key for row in proposed}
     assert json.loads((tmp_path / "run" / "search" / "front.json").read_text())["front"] == found["front"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"tasks": "tiny_chioce"}, "tiny_chioce"),
+        ({"searching.warm_start": "blockwsie"}, "blockwsie"),
+        ({"formats": "gguf"}, "llama.cpp"),
+        ({"targets.max_params": "0.01"}, "cannot be reached"),
+    ],
+)
+def test_a_wrong_option_of_a_stage_leaves_the_recipe_alone(
+    made: Made, tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.yaml").read_bytes()
+    with pytest.raises(RequestError, match=said):
+        pipeline.resume(tmp_path / "run", given)
+    assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:
+    job = Job(Run(made.run), Run(made.run).recipe())
+    training, _ = training_blocks(job, 0).split()  # as the fine-tuning splits
+    trained = {tuple(row) for row in training[:].ids.tolist()}
+    measured_on = [tuple(block.ids[0].tolist()) for block in HeldOut(job).blocks]
+    assert len(measured_on) == 16 and not trained.intersection(measured_on)
 
 
 def test_quality_is_relative_to_the_base() -> None:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import RequestError
-from compressor.finetune.sources import Row, read_rows
+from compressor.finetune.sources import Row, kind_of, read_rows
 
+HELD_OUT_BLOCKS = 16
+"""Blocks that are held out at least, where there are twice as many: what held-out losses are measured on."""
 IGNORED = -100
 """Label of a token that is not learnt from, as in transformers."""
 
@@ -76,7 +78,7 @@ class Blocks:
     def __getitem__(self, rows: slice | list[int]) -> Batch:
         return Batch(*self.table[rows].long().unbind(1))
 
-    def split(self, share: float = 0.02, least: int = 8) -> tuple[Blocks, Blocks]:
+    def split(self, share: float = 0.02, least: int = HELD_OUT_BLOCKS) -> tuple[Blocks, Blocks]:
         """The training part and a held-out part of `share` (at least `least` blocks, at most half), from the end."""
         held = min(max(least, round(share * len(self))), len(self) // 2)
         cut = len(self) - held
@@ -104,9 +106,10 @@ class Blocks:
 
 def encode_row(row: Row, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
     """Token ids and labels of one document, with the marks that separate it from the next."""
-    if row.get("messages"):
+    kind = kind_of(row)
+    if kind == "messages":
         return _encode_messages(row["messages"], tokenizer, source)
-    if row.get("completion") is not None:
+    if kind == "completion":
         return _encode_completion(row["prompt"], row["completion"], tokenizer, source)
     ids = _ended(tokenizer(row["text"], verbose=False).input_ids, tokenizer)
     return ids, list(ids)

@@ -15,16 +15,13 @@ from torch import nn
 
 from compressor.architecture import Architecture
 from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import Batch, Blocks
+from compressor.finetune.data import HELD_OUT_BLOCKS, Batch, Blocks
 from compressor.finetune.forward import Recorder, Trace, trace
 from compressor.finetune.idle import Idle, idle_slices
 from compressor.finetune.loop import Backward, History, TrainSettings, train
 from compressor.finetune.losses import Loss, held_out_loss
 from compressor.finetune.parameters import Parameters
 from compressor.finetune.samplers import DRAWS, SAMPLERS, Member, Range
-
-HELD_OUT_BLOCKS = 16
-"""Blocks behind each point of the training curve: few, since every point costs several passes over them."""
 
 
 @dataclass(frozen=True)
@@ -185,5 +182,6 @@ def without_dropout(model: nn.Module, off: bool) -> Iterator[None]:
 
 
 def _held_out(model: nn.Module, data: Blocks, rows: int, accelerator: Accelerator) -> float:
+    """A point of the training curve: of few blocks, since every point costs several passes over them."""
     first = Blocks(data.table[:HELD_OUT_BLOCKS], data.fingerprint, data.documents)
     return held_out_loss(model, first, rows, accelerator.device)

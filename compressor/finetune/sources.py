@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compressor.errors import RequestError
 
@@ -21,20 +21,28 @@ READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 KINDS = "'text', 'prompt' and 'completion', or 'messages'"
 
 
-def has_text(row: Row) -> bool:
-    """Whether a row holds one of the three kinds of text. Columns that a file gives to other rows only are None."""
+def kind_of(row: Row) -> Literal["messages", "completion", "text"] | None:
+    """Which of the three kinds of text a row holds, if any. Columns that a file gives to other rows only are None."""
+    if _is_conversation(row.get("messages")):
+        return "messages"
+    if all(isinstance(row.get(part), str) or _is_conversation(row.get(part)) for part in ("prompt", "completion")):
+        return "completion"
+    return "text" if isinstance(row.get("text"), str) else None
+
+
+def _is_conversation(value: Any) -> bool:
     return (
-        isinstance(row.get("text"), str)
-        or bool(row.get("messages"))
-        or (row.get("prompt") is not None and row.get("completion") is not None)
+        isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and turn.get("role") for turn in value)
     )
 
 
 def plain_text(row: Row) -> str:
     """All that a row says, in order, without a template."""
-    if row.get("messages"):
-        return "\n".join(message["content"] for message in row["messages"])
-    if row.get("completion") is not None:
+    kind = kind_of(row)
+    if kind == "messages":  # a turn may have no content, as one that calls a tool, or content that is not text
+        contents = [turn.get("content") for turn in row["messages"]]
+        return "\n".join(content for content in contents if isinstance(content, str))
+    if kind == "completion":
         parts = [row["prompt"], row["completion"]]
         return "".join(part if isinstance(part, str) else plain_text({"messages": part}) for part in parts)
     return row["text"]
@@ -71,7 +79,7 @@ def read_rows(source: str) -> Iterator[Row]:
     else:
         rows = (row for file in files for row in _file_rows(file))
     for number, row in enumerate(rows, 1):
-        if not has_text(row):
+        if kind_of(row) is None:
             raise RequestError(f"--data {source}: row {number} has neither {KINDS} (it has {', '.join(row)})")
         yield row
 
@@ -110,5 +118,5 @@ def _check_jsonl(file: Path) -> None:
                 row = json.loads(line)
             except ValueError as error:
                 raise RequestError(f"--data {file}: line {number} is not valid JSON ({error})") from error
-            if not isinstance(row, dict) or not has_text(row):
+            if not isinstance(row, dict) or kind_of(row) is None:
                 raise RequestError(f"--data {file}: line {number} has neither {KINDS}")

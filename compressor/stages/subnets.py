@@ -16,6 +16,7 @@ from torch import nn
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
 from compressor.families import family_of
+from compressor.finetune.data import HELD_OUT_BLOCKS
 from compressor.finetune.forward import Trace, trace
 from compressor.finetune.losses import token_losses
 from compressor.finetune.proposers import divergence
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from search.objectives import Direction
     from search.store import EvaluationStore, Measurement
 
-HELD_OUT_BLOCKS = 16
-"""Blocks of held-out training text behind `held_out_loss` and `kl_to_base`."""
 HELD_OUT = ("held_out_loss", "kl_to_base")
 
 Keys = dict[str, tuple[str, str]]
@@ -165,10 +164,11 @@ def _finite(score: TaskScore) -> float:
 
 
 class HeldOut:
-    """Loss on held-out training text, and how far the predictions there are from the base's, both in nats per token."""
+    """Loss on the text that the fine-tuning held out, and how far the predictions there are from the base's, both in
+    nats per token."""
 
     def __init__(self, job: Job) -> None:
-        _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split(least=HELD_OUT_BLOCKS)
+        _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         self.blocks = held_out[:HELD_OUT_BLOCKS].to(job.device).split(1)
         self.base: list[Trace] = []
         if "kl_to_base" in job.recipe.searching.objectives:
