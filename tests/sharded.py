@@ -12,8 +12,8 @@ from pathlib import Path
 import tiny
 import torch
 from accelerate import Accelerator
+from finetune_helpers import range_of, settings
 from safetensors.torch import save_file
-from test_finetune import range_of, settings
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 

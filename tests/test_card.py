@@ -6,11 +6,9 @@ import contextlib
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
-from test_report import CUT, HOSTILE, full_report, minimal_report
+from report_helpers import CUT, HOSTILE, card_of, code_block, full_report, minimal_report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,18 +17,8 @@ from export.card import fenced, inline, picture, read_base_card, render_card
 from export.report import BaseCard, validate_report
 
 
-def card_of(data: dict[str, Any], name: str = "best", repo_id: str | None = None) -> ModelCard:
-    return ModelCard(render_card(validate_report(data), name, repo_id))
-
-
 def lines(text: str, opening: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(opening)]
-
-
-def code_block(text: str) -> str:
-    found = re.search(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert found
-    return found[1]
 
 
 def test_metadata_is_what_the_hub_knows() -> None:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
-from test_elastic import assert_close
-from tiny_families import tiny_network
+from tiny_families import assert_close, tiny_network
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract

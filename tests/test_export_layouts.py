@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
-from test_elastic import IDS, assert_close, logits
-from tiny_families import CONFIGS, random_architecture, tiny_network
+from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
 from compressor import families
 from compressor.architecture import Architecture, LayerSizes

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,14 @@ import tiny
 import torch
 from export_networks import tiny_tokenizer
 from safetensors.torch import load_file
-from test_elastic import IDS, assert_close, logits
-from tiny_families import CONFIGS, random_architecture, tiny_network
+from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.cli import run
 from compressor.elastic.importance import IMPORTANCES
-from compressor.elastic.ordering import apply_ordering, order_by
+from compressor.elastic.ordering import apply_ordering, order_by, shapes
 from compressor.elastic.slicing import extract, fits_plain_class, sliced
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
@@ -63,14 +63,34 @@ def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -
     assert model.config.to_dict() == settings
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "random"])
 def test_ordering_leaves_the_function_unchanged(model: PreTrainedModel, criterion: str) -> None:
     before = logits(model)
     supernet = SuperNetwork(model)
     order = order_by(IMPORTANCES[criterion](supernet, [IDS]))
+    assert order.keys() == shapes(supernet.structure).keys()
     assert any(not torch.equal(o, o.sort().values) for o in order.values())
     apply_ordering(supernet, order)
     assert_close(logits(model), before)
+    if criterion == "random":
+        return
+    for units, score in IMPORTANCES[criterion](supernet, [IDS]).items():
+        assert torch.all(score[..., :-1] >= score[..., 1:] - 1e-6 * score.max()), f"{units} is not in order"
+
+
+def test_state_dict_never_shows_a_sub_network(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with supernet.activated(random_architecture(supernet.base, random.Random(4))):
+        assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def test_larger_than_the_base_is_refused(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    full = supernet.base.layers[0]
+    wide = replace(full, intermediate_size=full.intermediate_size + 8)
+    with pytest.raises(ValueError, match="larger"):
+        supernet.activate(Architecture(supernet.base.hidden_size, (wide, *supernet.base.layers[1:])))
 
 
 def test_view_equals_extracted_and_counts_are_exact(model: PreTrainedModel) -> None:
@@ -176,11 +196,13 @@ def test_every_preset_suits_every_family(model: PreTrainedModel, preset: str) ->
         return
     space = SearchSpace.preset(preset, structure)
     assert space.smallest().fits(structure.base) and space.decode(space.upper.tolist()) == structure.base
+    assert structure.parameters(space.smallest()) < structure.parameters(structure.base)
     sparse = {f"experts.{i}" for i, layer in enumerate(structure.base.layers) if layer.num_experts}
     headless = {f"kv.{i}" for i, layer in enumerate(structure.base.layers) if not layer.num_key_value_heads}
     names = {gene.name for gene in space.genes}
     assert not names & headless and (preset != "fine" or sparse <= names)
     for architecture in space.decode_all(space.sample(np.random.default_rng(0), 3)):
+        assert space.decode(space.encode(architecture)) == architecture
         standalone = extract(model, structure, architecture)
         assert structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
     members = space.uniform_members(6)

@@ -12,8 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_elastic import IDS, assert_close, logits
-from tiny_families import CONFIGS, random_architecture, tiny_network
+from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.cli import run

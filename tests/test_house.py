@@ -1,4 +1,4 @@
-"""The house itself: imports point down, the search needs no torch, and a package that shadows a room is refused."""
+"""The house itself: imports point down, nothing is pickled, and a package that shadows a room is refused."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ ROOMS = [
     ("compressor.cli",),
 ]
 OURS = {"compressor", "search", "evals", "export"}
+PICKLES = {"pickle", "joblib", "dill", "cloudpickle"}
 
 
 def level(module: str) -> int:
@@ -42,34 +43,28 @@ def modules() -> list[tuple[str, Path]]:
             if "tasks" in file.parts:
                 continue  # loaded by lm-eval, not imported
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if name not in ("compressor", "compressor.demo.__main__"):
+            if name != "compressor":
                 found.append((name, file))
     return found
 
 
+def imported_by(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+
+
 def imports(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+    names = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported_by(node)}
     return {name for name in names if name.split(".")[0] in OURS and name not in ("compressor.__version__",)}
 
 
 @pytest.mark.parametrize(("module", "file"), modules(), ids=[name for name, _ in modules()])
 def test_imports_point_down(module: str, file: Path) -> None:
     for imported in imports(file):
-        if imported == "compressor.demo" and module == "compressor.pipeline":
-            continue
         assert level(imported) <= level(module), f"{module} imports {imported}, which is above it"
         if module.startswith("search."):
             assert imported.startswith(("search.", "compressor.architecture")), f"{module} imports {imported}"
-
-
-def test_search_and_architecture_need_no_torch() -> None:
-    code = "import sys, search.run, compressor.architecture; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_importing_the_package_is_light() -> None:
@@ -101,4 +96,5 @@ def test_no_pickle_anywhere() -> None:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads"), file
+            assert called not in ("torch.load", "torch.save"), file
+            assert not {name.split(".")[0] for name in imported_by(node)} & PICKLES, file

@@ -20,7 +20,6 @@ from compressor.elastic.ordering import (
     load_ordering,
     order_by,
     save_ordering,
-    shapes,
     stored_influence,
 )
 from compressor.elastic.supernet import SuperNetwork
@@ -228,20 +227,6 @@ def test_all_criteria_score_the_same_units(supernet: SuperNetwork) -> None:
     for name, criterion in IMPORTANCES.items():
         scores = criterion(supernet, BATCHES)
         assert {units: tuple(score.shape) for units, score in scores.items()} == expected, name
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe-dense", "phi3", "gpt2", "gpt_neox", "qwen3_5_text"])
-def test_ordering_all_units_changes_nothing(name: str) -> None:
-    ids = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3]])
-    for criterion in (wanda, taylor):
-        supernet = SuperNetwork(tiny_network(name))
-        with torch.no_grad():
-            before = supernet.model(input_ids=ids).logits
-            order = order_by(criterion(supernet, [ids]))
-            assert order.keys() == shapes(supernet.structure).keys()
-            apply_ordering(supernet, order)
-            after = supernet.model(input_ids=ids).logits
-        assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
 @pytest.mark.parametrize("name", ["activation", "wanda", "taylor", "learned"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_networks import tiny_tokenizer
-from tiny_families import CONFIGS, random_architecture, tiny_network
+from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -22,17 +22,6 @@ from compressor.finetune.idle import idle_slices
 from compressor.finetune.losses import Loss
 from export.package import write_package
 from search.space import SearchSpace
-
-IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
-
-
-def logits(network: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return network(input_ids=IDS).logits
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_elastic import IDS, assert_close, logits
-from tiny_families import CONFIGS, random_architecture, tiny_network
+from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
 from compressor.elastic.slicing import extract
 from compressor.elastic.streaming import StreamedNetwork, WeightFiles
@@ -82,17 +82,23 @@ def test_one_layer_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.Mon
     model = tiny_llama()
     model.save_pretrained(tmp_path)
     streamed = StreamedNetwork(tmp_path, model.config, describe(model.config), UNEVEN)
+    read: list[str] = []
     present: list[int] = []
     original = WeightFiles.read
 
-    def counting(self: WeightFiles, name: str) -> torch.Tensor:
-        present.append(sum(not p.is_meta for p in streamed.model.parameters()))
+    def listed(self: WeightFiles, name: str) -> torch.Tensor:
+        read.append(name)
         return original(self, name)
 
-    monkeypatch.setattr(WeightFiles, "read", counting)
+    def counted(*_: Any) -> None:
+        present.append(sum(not p.is_meta for p in streamed.model.parameters()))
+
+    monkeypatch.setattr(WeightFiles, "read", listed)
+    for module in streamed.model.modules():
+        module.register_forward_hook(counted)  # before its weights are dropped
     streamed.logits(probe_ids(), torch.float32)
-    assert len(present) == len(list(streamed.model.parameters()))
-    assert 0 < max(present) <= max(len(list(layer.parameters())) for layer in streamed.model.model.layers)
+    assert len(read) == len(list(streamed.model.parameters()))
+    assert max(present) == max(len(list(layer.parameters())) for layer in streamed.model.model.layers)
 
 
 def test_files_that_name_their_tensors_otherwise_are_refused(tmp_path: Path) -> None:

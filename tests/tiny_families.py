@@ -131,3 +131,15 @@ def random_architecture(base: Architecture, rng: random.Random) -> Architecture:
         last = max(i for i, full in enumerate(base.layers) if full.num_key_value_heads)
         layers[last] = base.layers[last]
     return Architecture(base.hidden_size, tuple(layers))
+
+
+IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 2, 7, 100, 3], [1, 88, 7, 6, 5, 4, 3, 2, 9, 11]])
+
+
+def logits(network: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network(**({"input_ids": IDS} | inputs)).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
