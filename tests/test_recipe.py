@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from compressor import pipeline
+from compressor.demo import MODEL, TASK_NAMES, TASKS
 from compressor.errors import RequestError
 from compressor.recipe import BUDGETS, absolute_or_share, byte_count, read_recipe, write_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,17 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00\x89PNG")
     with pytest.raises(RequestError, match="not valid YAML"):
         read_recipe(file, {})
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_recipes_that_come_with_the_project_are_valid(file: Path) -> None:
+    assert read_recipe(file, {"model": "m"}).resolved().model == "m"
+
+
+def test_the_demos_recipe_is_what_the_demo_runs() -> None:
+    here = {name: str(path.relative_to(ROOT)) for name, path in (("model", MODEL), ("include_path", TASKS))}
+    given = here | {"tasks": TASK_NAMES, "data": "runs/demo.jsonl"}
+    assert read_recipe(RECIPES / "demo.yaml", {}) == read_recipe(None, given | pipeline.DEMO)
 
 
 @pytest.mark.parametrize(
