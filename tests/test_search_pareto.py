@@ -1,3 +1,7 @@
+"""Fronts, hypervolumes and targets by hand, and the objectives that a search may have."""
+
+from __future__ import annotations
+
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +38,7 @@ def evaluation(quality: float, parameters: int, *widths: int, **more: float) -> 
     return Evaluation(architecture(*(widths or (parameters,))), {"quality": quality, "parameters": parameters} | more)
 
 
-def test_front_against_brute_force():
+def test_front_against_brute_force() -> None:
     rng = np.random.default_rng(0)
     for objectives in (2, 3, 4):
         values = rng.integers(0, 6, size=(80, objectives)).astype(float)
@@ -46,14 +50,14 @@ def test_front_against_brute_force():
     ]
 
 
-def test_hypervolume_by_hand():
+def test_hypervolume_by_hand() -> None:
     assert hypervolume(np.array([[1.0, 2.0], [2.0, 1.0]]), [3, 3]) == pytest.approx(3)
     assert hypervolume(np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [0.0, 9.0]]), [3, 3]) == pytest.approx(3)
     assert hypervolume(np.array([[0.0, 0, 1], [1, 1, 0]]), [2, 2, 2]) == pytest.approx(4 + 2 - 1)
     assert hypervolume(np.array([[3.0, 3.0]]), [3, 3]) == hypervolume(np.zeros((0, 2)), [3, 3]) == 0
 
 
-def test_spread_and_knee():
+def test_spread_and_knee() -> None:
     line = np.array([[x, 10 - x] for x in range(11)], dtype=float)
     assert spread(line, 3) == [0, 10, 5]
     assert spread(line, 1, occupied=np.array([[0.0, 10.0]])) == [10]
@@ -62,7 +66,7 @@ def test_spread_and_knee():
     assert knee(np.array([[0.0, 10], [1, 2], [10, 0]])) == 1
 
 
-def test_front_of_evaluations():
+def test_front_of_evaluations() -> None:
     found = [
         evaluation(1.0, 100),
         evaluation(0.9, 60),
@@ -79,7 +83,7 @@ def test_front_of_evaluations():
     assert front([], [QUALITY, PARAMETERS]) == []
 
 
-def test_constraints_measure_how_far():
+def test_constraints_measure_how_far() -> None:
     constraint = Constraint(PARAMETERS, maximum=50, minimum=10)
     assert violations([evaluation(1, p) for p in (100, 50, 10, 5)], [constraint])[:, 0].tolist() == [
         1,
@@ -117,17 +121,17 @@ MEASURED = [
         (Target(max_drop=0.5, max_params=90), 20),
     ],
 )
-def test_what_a_target_asks_for(target, size):
+def test_what_a_target_asks_for(target: Target, size: int) -> None:
     assert [e.values["parameters"] for e in contenders(MEASURED, target)] == [size]
 
 
-def test_what_noise_does_not_tell_apart_contends():
+def test_what_noise_does_not_tell_apart_contends() -> None:
     noisy = [replace(e, values=e.values | {"quality_stderr": 0.006}) for e in MEASURED]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_params=67))] == [66, 60]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_drop=0.05))] == [60]
 
 
-def test_targets_out_of_reach_name_the_nearest():
+def test_targets_out_of_reach_name_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"):
         contenders(MEASURED, Target(max_params=15))
     with pytest.raises(
@@ -140,7 +144,7 @@ def test_targets_out_of_reach_name_the_nearest():
         contenders([Evaluation(architecture(1), {"quality": 1, "parameters": 1}, full=False)], Target(max_params=5))
 
 
-def test_objectives_by_name():
+def test_objectives_by_name() -> None:
     known = computed(SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)})
     chosen = choose(["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"})
     assert [(o.name, o.direction, o.kind) for o in chosen] == [
@@ -173,17 +177,17 @@ def test_objectives_by_name():
         (["parameters", "bytes"], "add a measured objective"),
     ],
 )
-def test_objectives_that_cannot_be_searched(names, message):
+def test_objectives_that_cannot_be_searched(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(names, computed(SMALL), {"quality": "max", "loss": "min"})
 
 
-def test_unknown_speed():
+def test_unknown_speed() -> None:
     with pytest.raises(ValueError, match="unknown speed 'tps'; valid are decode_tps"):
         computed(SMALL, speed={"tps": lambda a: 1.0})
 
 
-def test_toy_quality_is_one_for_the_base_only():
+def test_toy_quality_is_one_for_the_base_only() -> None:
     space = SearchSpace.preset("fine", SMALL, step=64)
     scores = [quality(SMALL, a) for a in space.architectures()]
     assert max(scores) == 1 and scores.count(1) == 1

@@ -1,15 +1,19 @@
+"""Predictors learn what can be learnt, say how well they rank, and are set aside where they rank noise."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 
 from search.predictors import FEWEST, NAMES, Predictor, report
 
 
-def smooth(rng, n, genes=6):
+def smooth(rng: np.random.Generator, n: int, genes: int = 6) -> tuple[np.ndarray, np.ndarray]:
     x = rng.random((n, genes))
     return x, 3 - 2 * x[:, 0] - x[:, 1] ** 2 + x[:, 2] * x[:, 3]
 
 
-def test_report_by_hand():
+def test_report_by_hand() -> None:
     found = report(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
     assert found.kendall == pytest.approx(4 / 6) and found.spearman == pytest.approx(0.8)
     assert found.mae == pytest.approx(2.5 / 4) and found.n == 4
@@ -17,7 +21,7 @@ def test_report_by_hand():
     assert report(np.array([1.0, 2, 3, 4, 5]), np.arange(5.0)).chance == pytest.approx(1 / 120)
 
 
-def test_useful_means_better_than_chance():
+def test_useful_means_better_than_chance() -> None:
     truth = np.arange(8.0)
     assert report(truth, truth**3).useful
     assert not report(truth, -truth).useful
@@ -26,7 +30,7 @@ def test_useful_means_better_than_chance():
     assert report(truth[:3], -truth[:3]).useful, "three measurements are too few to judge by"
 
 
-def test_all_kinds_learn_a_smooth_function_and_one_is_chosen():
+def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     rng = np.random.default_rng(0)
     x, y = smooth(rng, 100)
     new_x, new_y = smooth(rng, 60)
@@ -42,7 +46,7 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen():
     assert deviation is not None and 0 < 2 * deviation[0] < deviation[1]
 
 
-def test_what_is_set_aside_is_not_chosen():
+def test_what_is_set_aside_is_not_chosen() -> None:
     x, y = smooth(np.random.default_rng(1), 50)
     predictor = Predictor(ordinals=6)
     predictor.fit(x, y)
@@ -55,7 +59,7 @@ def test_what_is_set_aside_is_not_chosen():
         predictor.predict(x)
 
 
-def test_noise_ranks_no_better_than_chance():
+def test_noise_ranks_no_better_than_chance() -> None:
     rng = np.random.default_rng(2)
     predictor = Predictor(ordinals=6)
     predictor.fit(rng.random((60, 6)), rng.random(60))
@@ -64,7 +68,7 @@ def test_noise_ranks_no_better_than_chance():
     assert all(abs(found.kendall) < 0.25 for found in newest.values())
 
 
-def test_too_little_to_learn_from():
+def test_too_little_to_learn_from() -> None:
     x, y = smooth(np.random.default_rng(3), FEWEST)
     predictor = Predictor(ordinals=6)
     for features, target in ((x[:-1], y[:-1]), (x, np.ones(FEWEST))):
@@ -74,7 +78,7 @@ def test_too_little_to_learn_from():
     assert predictor.chosen is not None
 
 
-def test_the_same_samples_give_the_same_predictions():
+def test_the_same_samples_give_the_same_predictions() -> None:
     x, y = smooth(np.random.default_rng(4), 40)
     predictions = []
     for _ in range(2):

@@ -1,18 +1,24 @@
+"""The search itself on landscapes by formula: finds the front, asks nothing twice, and resumes where it was."""
+
+from __future__ import annotations
+
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from search_helpers import SMALL, llama, quality
 
-from compressor.architecture import Architecture, LayerSizes
+from compressor.architecture import Architecture, LayerSizes, Structure
 from search.algorithms import ALGORITHMS, LINAS, StepMutation, algorithm
-from search.objectives import Constraint, choose, computed
+from search.objectives import Constraint, Evaluation, Objective, choose, computed
 from search.pareto import costs, front, hypervolume, non_dominated
 from search.run import first_generation, greedy_path, search
 from search.space import SearchSpace
@@ -22,29 +28,35 @@ RUNNABLE = [name for name in ALGORITHMS if name != "age-moea" or importlib.util.
 
 
 @pytest.fixture(autouse=True)
-def short_inner_search(monkeypatch):
+def short_inner_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LINAS, "inner_generations", 12)
 
 
-def small_space():
+def small_space() -> SearchSpace:
     """4,096 genomes, 2,331 architectures: small enough to enumerate."""
     return SearchSpace.from_dict({"ffn.*": [32, 64, 96, 128], "kv.*": [1, 2], "layer.*": [0, 1]}, SMALL)
 
 
-def objectives_of(structure, *names):
+def objectives_of(structure: Structure, *names: str) -> list[Objective]:
     return choose(names or ("quality", "parameters"), computed(structure), {"quality": "max", "loss": "min"})
 
 
 class Bench:
     """Measures by formula, remembers what it was asked for, and can die on the way."""
 
-    def __init__(self, structure, dies_at=None, known=None, score=quality):
+    def __init__(
+        self,
+        structure: Structure,
+        dies_at: int | None = None,
+        known: dict[Architecture, float] | None = None,
+        score: Callable[[Structure, Architecture], float] = quality,
+    ) -> None:
         self.structure, self.dies_at, self.score = structure, dies_at, score
         self.known = {} if known is None else known
-        self.requests = []
+        self.requests: list[list[Architecture]] = []
         self.measured = 0
 
-    def __call__(self, architectures):
+    def __call__(self, architectures: Sequence[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
         self.requests.append(list(architectures))
         for a in reversed(architectures):  # the order of arrival must not matter
             if a not in self.known:
@@ -55,11 +67,13 @@ class Bench:
             yield a, {"quality": self.known[a], "loss": -math.log(max(self.known[a], 1e-9))}
 
     @property
-    def asked(self):
+    def asked(self) -> list[Architecture]:
         return [a for request in self.requests for a in request]
 
 
-def share_of_true_front(space, evaluations, objectives):
+def share_of_true_front(
+    space: SearchSpace, evaluations: Sequence[Evaluation], objectives: Sequence[Objective]
+) -> float:
     """Hypervolume of what was measured as a share of the whole space's."""
     everything = list(space.architectures())
     values = [[quality(space.structure, a), space.structure.parameters(a)] for a in everything]
@@ -69,7 +83,7 @@ def share_of_true_front(space, evaluations, objectives):
     return hypervolume(measured, [1, 1]) / hypervolume((truth - low) / (high - low), [1, 1])
 
 
-def test_searches_find_the_brute_forced_front():
+def test_searches_find_the_brute_forced_front() -> None:
     space = small_space()
     objectives = objectives_of(SMALL)
     shares = {}
@@ -82,7 +96,7 @@ def test_searches_find_the_brute_forced_front():
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2"])
-def test_a_whole_space_is_measured_once_and_gives_the_exact_front(name):
+def test_a_whole_space_is_measured_once_and_gives_the_exact_front(name: str) -> None:
     space = SearchSpace.from_dict({"ffn.*": [32, 64, 128], "layer.1": [0, 1]}, SMALL)
     everything = list(space.architectures())
     bench = Bench(SMALL)
@@ -93,7 +107,7 @@ def test_a_whole_space_is_measured_once_and_gives_the_exact_front(name):
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_nothing_is_asked_twice_and_everything_is_in_the_space(name):
+def test_nothing_is_asked_twice_and_everything_is_in_the_space(name: str) -> None:
     space = SearchSpace.preset("fine", PROSE)
     bench = Bench(PROSE)
     objectives = objectives_of(PROSE, "quality", "parameters", "macs")
@@ -110,9 +124,9 @@ def test_nothing_is_asked_twice_and_everything_is_in_the_space(name):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("dies_at", [3, 31])
-def test_a_resumed_search_goes_on_as_the_unbroken_one_would_have(name, dies_at):
+def test_a_resumed_search_goes_on_as_the_unbroken_one_would_have(name: str, dies_at: int) -> None:
     space = SearchSpace.preset("fine", PROSE)
-    arguments = {
+    arguments: dict[str, Any] = {
         "algorithm": name,
         "evaluations": 48,
         "population": 12,
@@ -134,7 +148,7 @@ def test_a_resumed_search_goes_on_as_the_unbroken_one_would_have(name, dies_at):
         assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
 
 
-def test_different_seeds_differ():
+def test_different_seeds_differ() -> None:
     runs = []
     for seed in (0, 1):
         bench = Bench(PROSE)
@@ -150,7 +164,7 @@ def test_different_seeds_differ():
     assert runs[0][:2] == runs[1][:2] and runs[0][2:] != runs[1][2:]
 
 
-def test_the_first_generation():
+def test_the_first_generation() -> None:
     space = SearchSpace.preset("fine", PROSE)
     uniform, wish = space.uniform_members(4), space.decode(space.sample(np.random.default_rng(9))[0])
     bench = Bench(PROSE)
@@ -173,7 +187,7 @@ def test_the_first_generation():
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2", "unsga3"])
-def test_constraints_steer(name):
+def test_constraints_steer(name: str) -> None:
     space = SearchSpace.preset("fine", PROSE)
     full = PROSE.parameters(space.base)
     size = computed(PROSE)["parameters"]
@@ -196,7 +210,7 @@ def test_constraints_steer(name):
     assert counts[1] > 60 > 30 > counts[0]
 
 
-def test_a_bound_on_quality_steers_too():
+def test_a_bound_on_quality_steers_too() -> None:
     space = SearchSpace.preset("fine", PROSE)
     objectives = objectives_of(PROSE)
     bench = Bench(PROSE)
@@ -207,7 +221,7 @@ def test_a_bound_on_quality_steers_too():
     assert min(e.values["quality"] for e in result.front) >= 0.85
 
 
-def test_constraints_out_of_reach():
+def test_constraints_out_of_reach() -> None:
     space = SearchSpace.preset("llama-nas", PROSE)
     size = computed(PROSE)["parameters"]
     with pytest.raises(ValueError, match=r"parameters at most 1,000 is out of reach: .* goes down to 5,049,600"):
@@ -216,10 +230,10 @@ def test_constraints_out_of_reach():
         search(space, objectives_of(PROSE), Bench(PROSE), constraints=[Constraint(size, minimum=1e9)])
 
 
-def test_predictors_that_rank_noise_are_set_aside():
+def test_predictors_that_rank_noise_are_set_aside() -> None:
     space = SearchSpace.preset("fine", PROSE)
 
-    def noise(structure, a):
+    def noise(structure: Structure, a: Architecture) -> float:
         return np.random.default_rng(int(a.key, 16)).random()
 
     result = search(space, objectives_of(PROSE), Bench(PROSE, score=noise), evaluations=100, population=20, seed=4)
@@ -229,9 +243,9 @@ def test_predictors_that_rank_noise_are_set_aside():
         assert after["chosen"]["quality"]["chosen"] not in before["predictors"]["quality"]["set_aside"]
 
 
-def test_generations_report_predictors_before_training_on_the_newest():
+def test_generations_report_predictors_before_training_on_the_newest() -> None:
     space = SearchSpace.preset("fine", PROSE)
-    records = []
+    records: list[dict[str, Any]] = []
     result = search(
         space,
         objectives_of(PROSE),
@@ -251,7 +265,7 @@ def test_generations_report_predictors_before_training_on_the_newest():
     assert all(g["seconds"]["overhead"] >= 0 and g["seconds"]["evaluation"] >= 0 for g in records)
 
 
-def test_hypervolume_is_scaled_by_the_first_generation_or_a_given_reference():
+def test_hypervolume_is_scaled_by_the_first_generation_or_a_given_reference() -> None:
     space = small_space()
     objectives = objectives_of(SMALL)
     full = SMALL.parameters(SMALL.base)
@@ -273,8 +287,9 @@ def test_hypervolume_is_scaled_by_the_first_generation_or_a_given_reference():
     assert default.reference == [min(e.values["quality"] for e in default.evaluations), full]
 
 
-def test_callbacks_come_in_order():
-    space, events = small_space(), []
+def test_callbacks_come_in_order() -> None:
+    space = small_space()
+    events: list[tuple[str, int, int]] = []
     search(
         space,
         objectives_of(SMALL),
@@ -293,10 +308,10 @@ def test_callbacks_come_in_order():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["linas", "nsga2", "unsga3", "greedy"])
-def test_a_sub_network_that_scores_no_number_does_no_harm(name, broken):
+def test_a_sub_network_that_scores_no_number_does_no_harm(name: str, broken: float) -> None:
     space = small_space()
 
-    def score(structure, a):
+    def score(structure: Structure, a: Architecture) -> float:
         return broken if len(a.kept) < 2 else quality(structure, a)
 
     bench = Bench(SMALL, score=score)
@@ -306,7 +321,7 @@ def test_a_sub_network_that_scores_no_number_does_no_harm(name, broken):
     assert all(math.isfinite(g["hypervolume"]) for g in result.generations)
 
 
-def test_greedy_cuts_what_harms_least_until_the_target_is_met():
+def test_greedy_cuts_what_harms_least_until_the_target_is_met() -> None:
     structure = SMALL
     space = SearchSpace.from_dict({"ffn.*": [32, 64, 96, 128]}, structure)
     target = structure.parameters(structure.base) - 5 * 32 * 16 * 3
@@ -335,7 +350,7 @@ def test_greedy_cuts_what_harms_least_until_the_target_is_met():
     assert len(result.evaluations) < 25, "it stops when the target is met"
 
 
-def test_greedy_keeps_within_a_small_budget():
+def test_greedy_keeps_within_a_small_budget() -> None:
     space = SearchSpace.preset("fine", PROSE)
     target = Constraint(computed(PROSE)["parameters"], maximum=0.7 * PROSE.parameters(PROSE.base))
     bench = Bench(PROSE)
@@ -352,7 +367,7 @@ def test_greedy_keeps_within_a_small_budget():
     assert result.front and result.front[0].values["quality"] > 0.6
 
 
-def test_gene_counts_of_the_front():
+def test_gene_counts_of_the_front() -> None:
     space = small_space()
     result = search(space, objectives_of(SMALL), Bench(SMALL), evaluations=40, population=10, seed=7)
     counts = result.gene_counts()
@@ -361,7 +376,7 @@ def test_gene_counts_of_the_front():
     assert result.front == front(result.evaluations, result.objectives)
 
 
-def test_what_measure_gives_is_checked():
+def test_what_measure_gives_is_checked() -> None:
     space, objectives = small_space(), objectives_of(SMALL)
     cases = [
         (lambda asked: [(a, {"loss": 1.0}) for a in asked], ValueError, "lacks quality; it has loss"),
@@ -377,7 +392,7 @@ def test_what_measure_gives_is_checked():
             search(space, objectives, measure, evaluations=8, population=4)
 
 
-def test_requests_that_cannot_be_met():
+def test_requests_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     space, objectives = small_space(), objectives_of(SMALL)
     with pytest.raises(ValueError, match="unknown search algorithm 'annealing'; valid are linas, nsga2"):
         algorithm("annealing")
@@ -385,12 +400,12 @@ def test_requests_that_cannot_be_met():
         search(space, objectives, Bench(SMALL), evaluations=1)
     with pytest.raises(ValueError, match="greedy needs a size"):
         search(space, objectives_of(SMALL, "quality", "loss"), Bench(SMALL), algorithm="greedy")
-    if importlib.util.find_spec("numba") is None:
-        with pytest.raises(ValueError, match="age-moea needs numba"):
-            search(space, objectives, Bench(SMALL), algorithm="age-moea")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="age-moea needs numba"):
+        search(space, objectives, Bench(SMALL), algorithm="age-moea")
 
 
-def test_mutation_reaches_every_value_of_every_gene():
+def test_mutation_reaches_every_value_of_every_gene() -> None:
     space = SearchSpace.preset("llama-nas", PROSE)
     searcher = LINAS(space, objectives_of(PROSE))
     problem = type("Bounds", (), {"xu": space.upper})()
@@ -400,7 +415,7 @@ def test_mutation_reaches_every_value_of_every_gene():
     assert 0.3 < (mutated != rows).sum(1).mean() < 1  # one gene is chosen, but a step down or a redraw may stay at 0
 
 
-def test_search_needs_no_torch_and_of_ours_only_the_architecture():
+def test_search_needs_no_torch_and_of_ours_only_the_architecture() -> None:
     code = (
         "import sys, search.run, search.store; found = {m for m in sys.modules if m.startswith('compressor.')}\n"
         "assert 'torch' not in sys.modules and found == {'compressor.architecture'}, found"
@@ -409,7 +424,7 @@ def test_search_needs_no_torch_and_of_ours_only_the_architecture():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
 
 
-def first_look(asked):
+def first_look(asked: Sequence[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
     """Off by a bias and by noise, the same for the same architecture."""
     for a in asked:
         noise = np.random.default_rng(int(a.key[:8], 16)).normal() * 0.01
@@ -417,7 +432,7 @@ def first_look(asked):
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2", "random"])
-def test_a_first_look_spares_what_cannot_matter(name):
+def test_a_first_look_spares_what_cannot_matter(name: str) -> None:
     space, objectives, bench = small_space(), objectives_of(SMALL), Bench(SMALL)
     result = search(
         space, objectives, bench, algorithm=name, evaluations=60, population=15, first_look=first_look, share=0.25
@@ -437,7 +452,7 @@ def test_a_first_look_spares_what_cannot_matter(name):
     assert all(e.full for e in result.front)
 
 
-def test_what_is_known_counts_and_is_not_asked_for_again():
+def test_what_is_known_counts_and_is_not_asked_for_again() -> None:
     space, objectives, bench = small_space(), objectives_of(SMALL), Bench(SMALL)
     known = greedy_path(space, objectives, bench, evaluations=20, population=7)
     n = len(known)

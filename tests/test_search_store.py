@@ -1,3 +1,7 @@
+"""The store of measurements: what was put is there after a kill, from every thread, and no other file is touched."""
+
+from __future__ import annotations
+
 import sqlite3
 import subprocess
 import sys
@@ -7,17 +11,26 @@ from pathlib import Path
 import pytest
 from search_helpers import SMALL
 
+from compressor.architecture import Architecture
 from search.space import SearchSpace
 from search.store import EvaluationStore
 
 ARCHITECTURES = list(SearchSpace.preset("fine", SMALL, step=64).architectures())[:60]
 
 
-def record(store, architecture, score=0.5, task="blimp12:acc", documents="d", weights="w", stderr=0.01):
+def record(
+    store: EvaluationStore,
+    architecture: Architecture,
+    score: float = 0.5,
+    task: str = "blimp12:acc",
+    documents: str = "d",
+    weights: str = "w",
+    stderr: float | None = 0.01,
+) -> None:
     store.put(architecture, weights, task, documents, score=score, stderr=stderr, n=60, seconds=1.5)
 
 
-def test_what_is_put_is_there_after_opening_again(tmp_path):
+def test_what_is_put_is_there_after_opening_again(tmp_path: Path) -> None:
     path = tmp_path / "evaluations.db"
     with EvaluationStore(path) as store:
         record(store, ARCHITECTURES[1], 0.25)
@@ -41,7 +54,7 @@ def test_what_is_put_is_there_after_opening_again(tmp_path):
         assert store.all(task="blimp12:acc")[1][1].stderr is None
 
 
-def test_the_first_record_stays_and_nan_is_refused(tmp_path):
+def test_the_first_record_stays_and_nan_is_refused(tmp_path: Path) -> None:
     with EvaluationStore(tmp_path / "e.db") as store:
         record(store, ARCHITECTURES[0], 0.5)
         record(store, ARCHITECTURES[0], 0.6)
@@ -65,7 +78,7 @@ for i, a in enumerate(SearchSpace.preset("fine", SMALL, step=64).architectures()
 
 
 @pytest.mark.parametrize("after", [1, 17, 40])
-def test_a_kill_while_writing_loses_nothing_that_was_recorded(tmp_path, after):
+def test_a_kill_while_writing_loses_nothing_that_was_recorded(tmp_path: Path, after: int) -> None:
     path = tmp_path / "e.db"
     root = Path(__file__).parents[1]
     writer = subprocess.Popen(
@@ -90,7 +103,7 @@ def test_a_kill_while_writing_loses_nothing_that_was_recorded(tmp_path, after):
         assert len(store.all()) == len(found) + 1
 
 
-def test_threads_and_connections_share_it(tmp_path):
+def test_threads_and_connections_share_it(tmp_path: Path) -> None:
     path = tmp_path / "e.db"
     with EvaluationStore(path) as one, EvaluationStore(path) as two:
         threads = [
@@ -104,7 +117,7 @@ def test_threads_and_connections_share_it(tmp_path):
         assert {a for a, _ in one.all()} == set(ARCHITECTURES)
 
 
-def test_foreign_and_damaged_files_are_refused_and_left_alone(tmp_path):
+def test_foreign_and_damaged_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     text = tmp_path / "text.db"
     text.write_text("not a database, but long enough to look like one\n" * 40)
     foreign = tmp_path / "foreign.db"

@@ -1,6 +1,11 @@
+"""Workers that die, of either kind: one try of one item is lost, and what kills every worker is named."""
+
+from __future__ import annotations
+
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +19,7 @@ KINDS = [
 ]
 
 
-def square(log: Path, dies: dict[int, int], item: int):
+def square(log: Path, dies: dict[int, int], item: int) -> int:
     """The square of an item; the process dies at the first `dies[item]` tries."""
     with log.open("a") as file:
         file.write(f"{item} {os.getpid()}\n")
@@ -26,12 +31,12 @@ def square(log: Path, dies: dict[int, int], item: int):
     return item * item
 
 
-def build(log: Path, dies: dict[int, int]):
+def build(log: Path, dies: dict[int, int]) -> Callable[[int], int]:
     return partial(square, log, dies)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_sees_this_file():
+def ray_sees_this_file() -> Iterator[None]:
     """Ray unpickles by import: its workers need the tests' folder on their path."""
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
@@ -44,7 +49,7 @@ def ray_sees_this_file():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_that_dies_costs_one_try_of_one_item(kind, tmp_path):
+def test_a_worker_that_dies_costs_one_try_of_one_item(kind: type[Processes] | type[RayWorkers], tmp_path: Path) -> None:
     log = tmp_path / "log"
     with kind(partial(build, log, {5: 1, 3: TRIES - 1}), 2) as workers:
         assert dict(workers.map(list(range(8)))) == {i: i * i for i in range(8)}
@@ -58,20 +63,20 @@ def test_a_worker_that_dies_costs_one_try_of_one_item(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exception_is_no_death(kind, tmp_path):
+def test_an_exception_is_no_death(kind: type[Processes] | type[RayWorkers], tmp_path: Path) -> None:
     with kind(partial(build, tmp_path / "log", {}), 2) as workers:
         with pytest.raises(ValueError, match="-1 has no root"):
             list(workers.map([1, -1]))
         assert dict(workers.map([2, 3])) == {2: 4, 3: 9}
 
 
-def test_an_item_that_kills_every_worker_is_named(tmp_path):
+def test_an_item_that_kills_every_worker_is_named(tmp_path: Path) -> None:
     with Processes(partial(build, tmp_path / "log", {7: 99}), 2) as workers, pytest.raises(WorkersLost, match="7"):
         list(workers.map([7, 8]))
     assert (tmp_path / "log").read_text().split().count("7") == TRIES
 
 
-def test_fewer_items_than_workers_start_fewer(tmp_path):
+def test_fewer_items_than_workers_start_fewer(tmp_path: Path) -> None:
     with Processes(partial(build, tmp_path / "log", {}), 4) as workers:
         assert list(workers.map([])) == []
         assert list(workers.map([6])) == [(6, 36)]
