@@ -307,6 +307,21 @@ def test_a_checkpoint_that_says_it_is_not_quantized_is_not(bench: Bench) -> None
     assert model.config.model_type == "llama"
 
 
+def test_a_fault_of_ours_is_status_1_and_leaves_the_traceback(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ArithmeticError("an oddity\nand more")
+
+    monkeypatch.chdir(bench.folder)  # where the traceback goes
+    monkeypatch.setattr("compressor.stages.finetuning.finetune_supernet", fail)
+    assert bench.compress() == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "a fault of ours: ArithmeticError: an oddity (the traceback is in compressor-error.log)" in line
+    log = (bench.folder / "compressor-error.log").read_text()
+    assert log.startswith("Traceback") and "in fail" in log
+
+
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["search", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err

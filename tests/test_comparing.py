@@ -214,10 +214,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_makes_every_row_and_a_second_one_makes_none(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """There may be more rows, of the other tests' commands."""
     command = ["compare", str(made), "--baselines", "shortgpt,flap,slicegpt,random,untrained-search,scratch"]
     assert run([*command, "--json", "--with", str(made / "packages" / "best")]) == 0
     rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == {"ours", "shortgpt", "flap", "slicegpt", "random", "untrained-search", "scratch", "best"}
+    assert set(rows) >= {"ours", "shortgpt", "flap", "slicegpt", "random", "untrained-search", "scratch", "best"}
     report = json.loads((made / "report.json").read_text())
     assert {row["method"] for row in report["comparison"]} == set(rows)
     best = report["packages"][0]

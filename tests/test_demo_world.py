@@ -1,7 +1,6 @@
 """The bundled demo: its text and tasks are apart, its tasks load anywhere, its checkpoint is what we promise."""
 
 import json
-import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,9 +10,6 @@ import pytest
 
 from compressor.demo import MODEL, TASK_NAMES, TASKS, training_text
 from compressor.demo.world import documents, task_documents
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 CHANCE = {"world_grammar": 0.5, "world_facts": 0.25, "world_context": 0.25, "world_sums": 0.25}
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
+from evals import network as network_module
 from evals.encoding import Encoder
 from evals.evaluate import evaluate
 from evals.network import NetworkLM, available_cores
@@ -160,13 +162,19 @@ def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: P
     assert sizes == [plan.tokens, plan.tokens, rows, rows] and rows < plan.tokens
 
 
-def test_passes_run_as_is_fastest(llama: Any, tasks: Path) -> None:
+@pytest.mark.parametrize(("readings", "workers"), [((0, 1, 0, 2), 1), ((0, 2, 0, 1), 2)])
+def test_passes_run_as_is_fastest(
+    llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
+) -> None:
+    """`readings` of the clock: before and after one pass on both cores, then before and after a pass on each."""
     task_set = load(llama, tasks, "choice")
     ours = NetworkLM(llama, task_set.encoder)
     threads = torch.get_num_threads()
+    clock = iter(readings)
+    monkeypatch.setattr(network_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     try:
         ours.tune(task_set.questions("all").spans, cores=2)
-        assert ours.workers * torch.get_num_threads() == 2
+        assert ours.workers == workers and ours.workers * torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 
