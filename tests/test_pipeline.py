@@ -12,17 +12,18 @@ import pytest
 import tiny
 import torch
 from export_networks import tiny_tokenizer
+from safetensors.torch import load_file
 
 from compressor.cli import run
 from compressor.errors import RequestError
 
 RECIPE = """
-finetuning: {{tokens: 1600, batch_size: 4, sequence_length: 32}}
-searching: {{evaluations: 14, population: 7, limit: 12}}
-healing: {{tokens: 640}}
-quantizing: {{schemes: [int8, int4], iterations: {iterations}, samples: 4}}
-space: {{ffn.*: [32, 64], kv.*: [1, 2], layer.1: [0, 1]}}
-targets: {{max_params: [0.8]}}
+finetuning: {tokens: 1600, batch_size: 4, sequence_length: 32}
+searching: {evaluations: 14, population: 7, limit: 12}
+healing: {tokens: 640}
+quantizing: {schemes: [int8, int4], iterations: 1, samples: 4}
+space: {ffn.*: [32, 64], kv.*: [1, 2], layer.1: [0, 1]}
+targets: {max_params: [0.8], max_bytes: 32kB}
 formats: [uneven, padded, gguf-q8_0, onnx]
 """
 
@@ -38,7 +39,7 @@ class Made:
         self.data = tiny.data(folder / "data.jsonl", 300)
         self.tasks = tiny.task(folder / "tasks", documents=40)
         self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(RECIPE.format(iterations=1))
+        self.recipe.write_text(RECIPE)
         self.run = folder / "run"
 
     def arguments(self, *more: str) -> list[str]:
@@ -51,8 +52,12 @@ class Made:
         return json.loads((self.run / "report.json").read_text())
 
     def rows(self) -> int:
-        with sqlite3.connect(self.run / "search" / "evaluations.db") as database:
-            return database.execute("select count(*) from evaluations").fetchone()[0]
+        return measurements(self.run)
+
+
+def measurements(run_folder: Path) -> int:
+    with sqlite3.connect(run_folder / "search" / "evaluations.db") as database:
+        return database.execute("select count(*) from evaluations").fetchone()[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +106,22 @@ def test_the_report_says_what_is_on_disk(made: Made) -> None:
     assert "best-int4" in (made.run / "report.html").read_text()
 
 
+def test_the_smallest_variants_weights_take_no_more_than_was_asked(made: Made) -> None:
+    (picked,) = json.loads((made.run / "search" / "picks.json").read_text())
+    sizes = {}
+    for name in ("best-int4", "best-int8"):
+        weights = load_file(made.run / "packages" / name / "model.safetensors")
+        sizes[name] = sum(tensor.nbytes for key, tensor in weights.items() if not key.endswith("weight_shape"))
+    assert sizes["best-int4"] == picked["values"]["bytes"] <= 32_000 < sizes["best-int8"]
+
+
 def test_the_package_loads_in_transformers_and_is_the_searched_architecture(made: Made) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = made.run / "packages" / "best"
     entry = made.report()["packages"][0]
+    (picked,) = json.loads((made.run / "search" / "picks.json").read_text())
+    assert entry["architecture"] == picked["architecture"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=entry["layout"] == "uneven")
     assert sum(p.numel() for p in model.parameters()) == entry["params"]
     ids = AutoTokenizer.from_pretrained(folder)("the cat", return_tensors="pt").input_ids
@@ -134,16 +150,40 @@ def test_verify_and_evaluate_agree_with_the_report(made: Made, capsys: pytest.Ca
     assert 0 <= scores["results"]["tiny_choice"]["acc,none"] <= 1
 
 
-def test_a_new_target_is_picked_and_exported_without_searching(made: Made) -> None:
+def test_a_new_target_is_picked_exported_and_reported_without_searching(made: Made) -> None:
     folder = made.folder / "copy"
     shutil.copytree(made.run, folder)
-    with sqlite3.connect(folder / "search" / "evaluations.db") as database:
-        before = database.execute("select count(*) from evaluations where weights != 'x'").fetchone()[0]
+    front, rows = (folder / "search" / "front.json").read_text(), measurements(folder)
     assert run(["pick", str(folder), "--max-params", "0.75"]) == 0
-    picks = json.loads((folder / "search" / "picks.json").read_text())
-    assert picks[0]["values"]["parameters"] <= 0.75 * made.report()["base"]["params"]
-    with sqlite3.connect(folder / "search" / "evaluations.db") as database:
-        assert database.execute("select count(*) from evaluations").fetchone()[0] == before
+    assert measurements(folder) == rows
+    (picked,) = json.loads((folder / "search" / "picks.json").read_text())
+    assert picked["values"]["parameters"] <= 0.75 * made.report()["base"]["params"]
+    assert run(["export", str(folder), "--quantize", "int8", "--format", "uneven"]) == 0
+    assert run(["report", str(folder)]) == 0
+    packages = json.loads((folder / "report.json").read_text())["packages"]
+    assert [package["name"] for package in packages] == ["best", "best-int8"]
+    for package in packages:
+        assert package["architecture"] == picked["architecture"]
+        assert package["params"] == picked["values"]["parameters"]
+    assert (folder / "search" / "front.json").read_text() == front
+
+
+def test_picks_keep_the_speedup_and_the_quality_asked_for(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(made.run, folder)
+    found = json.loads((folder / "search" / "front.json").read_text())
+    rows = [row["values"] for row in found["evaluations"] if row["full"]]
+    speedups = sorted(values["decode_tps"] / found["base_decode_tps"] for values in rows)
+
+    def picked(*target: str) -> dict[str, float]:
+        assert run(["pick", str(folder), *target]) == 0
+        (pick,) = json.loads((folder / "search" / "picks.json").read_text())
+        return pick["values"]
+
+    asked = speedups[len(speedups) // 2]
+    assert picked("--min-speedup", str(asked))["speedup"] >= asked > speedups[0]
+    smallest = min(values["parameters"] for values in rows if values["quality"] >= 0.9)
+    assert picked("--max-drop", "10%")["parameters"] == smallest
 
 
 def test_measured_work_is_not_thrown_away_unasked(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,11 +295,14 @@ def test_a_search_for_another_device_uses_its_table(made: Made, tmp_path: Path) 
     shutil.copytree(made.run, copied)
     recipe = copied / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("speed_table: null", f"speed_table: {table}"))
-    rows = made.rows()
+    rows, front = measurements(copied), copied / "search" / "front.json"
+    before = {one["key"] for one in json.loads(front.read_text())["evaluations"]}
     assert run(["search", str(copied)]) == 0
     assert json.loads((copied / "speed.json").read_text())["device"] == "elsewhere"
     speeds: dict[Any, set[float]] = {}
-    for evaluation in json.loads((copied / "search" / "front.json").read_text())["evaluations"]:
+    evaluations = json.loads(front.read_text())["evaluations"]
+    for evaluation in evaluations:
         heads = tuple(layer["num_key_value_heads"] for layer in evaluation["architecture"]["layers"])
         speeds.setdefault(heads, set()).add(evaluation["values"]["decode_tps"])
-    assert all(len(found) == 1 for found in speeds.values()) and rows == made.rows()
+    assert all(len(found) == 1 for found in speeds.values())
+    assert measurements(copied) == rows + len({one["key"] for one in evaluations} - before)  # only what is new
