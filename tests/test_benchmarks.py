@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_report import minimal_report, score
+from report_helpers import minimal_report, score
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"memory"}
