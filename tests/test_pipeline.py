@@ -56,8 +56,9 @@ class Made:
 
 
 def measurements(run_folder: Path) -> int:
+    """How often the task was scored; losses on held-out text are in the same table."""
     with sqlite3.connect(run_folder / "search" / "evaluations.db") as database:
-        return database.execute("select count(*) from evaluations").fetchone()[0]
+        return database.execute("select count(*) from evaluations where task like 'tiny_choice%'").fetchone()[0]
 
 
 @pytest.fixture(scope="module")
@@ -171,17 +172,19 @@ def test_a_new_target_is_picked_exported_and_reported_without_searching(made: Ma
 def test_picks_keep_the_speedup_and_the_quality_asked_for(made: Made, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(made.run, folder)
-    found = json.loads((folder / "search" / "front.json").read_text())
-    rows = [row["values"] for row in found["evaluations"] if row["full"]]
-    speedups = sorted(values["decode_tps"] / found["base_decode_tps"] for values in rows)
+    front = folder / "search" / "front.json"
+    found = json.loads(front.read_text())
+    for row in found["evaluations"]:  # timings of this machine would be no ground to stand on
+        row["values"]["decode_tps"] = found["base_decode_tps"] * (1 + row["index"] / 10)
+    front.write_text(json.dumps(found))
 
     def picked(*target: str) -> dict[str, float]:
         assert run(["pick", str(folder), *target]) == 0
         (pick,) = json.loads((folder / "search" / "picks.json").read_text())
         return pick["values"]
 
-    asked = speedups[len(speedups) // 2]
-    assert picked("--min-speedup", str(asked))["speedup"] >= asked > speedups[0]
+    assert picked("--min-speedup", "1.65")["speedup"] >= 1.65
+    rows = [row["values"] for row in found["evaluations"]]
     smallest = min(values["parameters"] for values in rows if values["quality"] >= 0.9)
     assert picked("--max-drop", "10%")["parameters"] == smallest
 
