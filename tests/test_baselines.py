@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import tiny_network
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.architecture import LayerSizes
@@ -16,9 +17,10 @@ from compressor.elastic.ordering import output_projections
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
+from compressor.finetune import losses
 from evals.baselines import Bench, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
-from evals.baselines.flap import compensate, competed, fluctuation, moments, with_biases
+from evals.baselines.flap import compensate, competed, fluctuation, moments, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
 
 SIZES = {
@@ -104,6 +106,19 @@ def test_the_loss_without_layers_is_that_of_the_network_without_them() -> None:
     assert loss_without(given, given.supernet(), {1, 3}) == pytest.approx(expected, rel=1e-5)
 
 
+def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2).shape[0]))
+    monkeypatch.setattr(losses, "CHUNK", 8 * SIZES["vocab_size"])
+    supernet = SuperNetwork(model)
+    residuals(supernet, IDS)
+    moments(supernet, output_projections(supernet), (IDS,))
+    assert seen == []
+    loss_without(bench(model, 0.75), supernet, {1})
+    assert seen and max(seen) <= 8
+
+
 def test_fluctuation_by_hand() -> None:
     weight = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
     assert fluctuation(torch.tensor([2.0, 4.0]), weight).tolist() == [2 * (1 + 9), 4 * (4 + 0.25)]
@@ -170,6 +185,17 @@ def test_flap_loses_nothing_where_what_it_removes_is_constant() -> None:
     assert architecture.layers[0].intermediate_size == 24
     assert network.model.layers[0].mlp.down_proj.bias.abs().max().item() > 0
     assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_flap_scores_lie_on_the_cpu_wherever_the_network_does() -> None:
+    """`order_by` and the competition count there. Pretended tensors stand in for an accelerator's."""
+    projections = output_projections(SuperNetwork(llama(num_hidden_layers=1)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        variances = {units: torch.rand(r.module.in_features, device="cuda") for units, r in projections.items()}
+        for reader in projections.values():
+            reader.module.weight = torch.nn.Parameter(torch.rand(reader.module.weight.shape, device="cuda"))
+        scores = unit_scores({(0, "kv"): 2, (0, "ffn"): 48}, variances, projections)
+        assert {score.device.type for score in scores.values()} == {"cpu"}
 
 
 def test_principal_components_by_hand() -> None:

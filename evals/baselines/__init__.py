@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
+import torch
 from torch import Tensor, nn
 
 from compressor.architecture import Architecture, LayerSizes, Structure
@@ -21,6 +22,7 @@ from compressor.elastic.ordering import Scores, apply_ordering, order_by
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
+from compressor.finetune.data import Batch
 
 TOLERANCE = 0.01
 """How far from the size asked for a method may land, as a share of it."""
@@ -69,6 +71,11 @@ def baselines() -> dict[str, Baseline]:
         for baseline in importlib.import_module(f"{__name__}.{module.name}").BASELINES:
             found[baseline.name] = baseline
     return found
+
+
+def alone(ids: Tensor) -> Batch:
+    """Token ids [rows, length] as a batch whose rows are a document each, learnt from whole."""
+    return Batch(ids, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
 
 
 def ordered_cut(bench: Bench, scores: Scores, architecture: Architecture) -> Cut:

@@ -12,7 +12,9 @@ from torch import Tensor
 from compressor.architecture import Architecture
 from compressor.elastic.importance import block_influence, wanda
 from compressor.elastic.supernet import SuperNetwork
-from evals.baselines import Baseline, Bench, Cut, ordered_cut, removal, without
+from compressor.finetune.forward import trace
+from compressor.finetune.losses import token_losses
+from evals.baselines import Baseline, Bench, Cut, alone, ordered_cut, removal, without
 
 
 def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
@@ -30,7 +32,7 @@ def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
     hooks.append(layers[-1].register_forward_hook(after))
     try:
         with torch.no_grad():
-            supernet.model(input_ids=ids, use_cache=False)
+            trace(supernet.model, alone(ids))
     finally:
         for hook in hooks:
             hook.remove()
@@ -96,9 +98,9 @@ def loss_without(bench: Bench, supernet: SuperNetwork, removed: set[int]) -> flo
     total, count = 0.0, 0
     with torch.no_grad(), supernet.activated(without(bench.structure.base, removed)) as model:
         for ids in bench.calibration:
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
-            count += ids[:, 1:].numel()
+            found = trace(model, alone(ids))
+            total += float(token_losses({"ce": 1.0}, found, None, 1.0))
+            count += len(found.targets)
     return total / count
 
 

@@ -16,7 +16,8 @@ from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe
-from evals.baselines import TOLERANCE, Baseline, Bench, Cut
+from compressor.finetune.forward import trace
+from evals.baselines import TOLERANCE, Baseline, Bench, Cut, alone
 
 BIASES = ("attention_bias", "mlp_bias")
 """Switches of Hugging Face configurations that give the projections out of the half-blocks a bias."""
@@ -46,16 +47,24 @@ def flap(bench: Bench) -> Cut:
             "--baselines"
         )
     means, variances = moments(supernet, projections, bench.calibration)
-    scores: Scores = {}
-    for units, count in units_of(supernet.base).items():
-        channels = fluctuation(variances[units], outgoing(projections[units]))
-        scores[units] = channels.view(count, -1).sum(1)
+    scores = unit_scores(units_of(supernet.base), variances, projections)
     architecture = competed(bench.parameters, structure, scores)
     order, kept = order_by(scores), units_of(architecture)
     for units, reader in projections.items():
         compensate(reader, means[units], order[units][kept.get(units, 0) :], len(order[units]))
     apply_ordering(supernet, order)
     return extract(supernet.model, structure, architecture), architecture
+
+
+def unit_scores(
+    counts: Mapping[Units, int], variances: Mapping[Units, Tensor], projections: Mapping[Units, Reader]
+) -> Scores:
+    """The fluctuation of every unit, summed over its channels; on the CPU like every criterion's scores."""
+    scores: Scores = {}
+    for units, count in counts.items():
+        channels = fluctuation(variances[units], outgoing(projections[units]))
+        scores[units] = channels.view(count, -1).sum(1).cpu()
+    return scores
 
 
 def units_of(architecture: Architecture) -> dict[Units, int]:
@@ -111,7 +120,7 @@ def moments(
     try:
         with torch.no_grad():
             for ids in batches:
-                supernet.model(input_ids=ids, use_cache=False)
+                trace(supernet.model, alone(ids))
     finally:
         for hook in hooks:
             hook.remove()
