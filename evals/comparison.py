@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from lm_eval.api.metrics import mean
@@ -24,13 +25,14 @@ def resampled(
     tasks: Mapping[str, ScoredTask], documents: Documents, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Resampled:
     """Every task's score on documents drawn with replacement, within each subtask. The draws depend on the seed and the
-    task alone, so that resample i of two networks rests on the same documents."""
+    subtask alone, so that resample i of two networks rests on the same documents, and two tasks' draws are independent.
+    """
     found: Resampled = {}
     for name, leaves in documents.items():
         task = tasks[name]
         columns = []
-        for number, (leaf, items) in enumerate(zip(task.leaves, leaves, strict=True)):
-            rng = np.random.default_rng([seed, number, len(items)])
+        for leaf, items in zip(task.leaves, leaves, strict=True):
+            rng = np.random.default_rng([seed, crc32(leaf.name.encode()), len(items)])
             aggregation = leaf.task.aggregation().get(task.metric, mean)
             columns.append(_aggregates(aggregation, items, rng, resamples))
         sizes = [len(items) for items in leaves]
