@@ -95,8 +95,6 @@ class TaskScore(_Model):
     higher_is_better: bool = True
     chance: float | None = None
     """What guessing scores, in the metric's unit; None where that has no meaning."""
-    difference_stderr: float | None = None
-    """One standard error of (this score - the base's) over the same documents, where it was computed paired."""
 
     @property
     def stamp(self) -> str:
@@ -514,10 +512,8 @@ class Change:
 
 
 def change(base: TaskScore, score: TaskScore) -> Change:
-    """How `score` differs from the base's. Without a paired standard error the two are taken as independent."""
+    """How `score` differs from the base's, the two taken as independent."""
     delta = (score.value - base.value) * (1 if score.higher_is_better else -1)
-    if score.difference_stderr is not None:
-        return Change(delta, score.difference_stderr)
     if base.stderr is None or score.stderr is None:
         return Change(delta, None)
     return Change(delta, math.hypot(base.stderr, score.stderr))
@@ -553,9 +549,7 @@ def verdict(report: Report) -> list[str]:
                 f"({percent(package.bytes / base.bytes)} of the base) and keeps {percent(package.quality)} "
                 "of the quality."
             )
-            # The paired standard error, where there is one, is that of the difference to the base.
-            alone = {t: s.model_copy(update={"difference_stderr": None}) for t, s in package.tasks.items()}
-            said += _losses("Quantization loses", plain.tasks, alone, say_none=False)
+            said += _losses("Quantization loses", plain.tasks, package.tasks, say_none=False)
         fallen = [t for t, s in package.tasks.items() if s.stamp and t in base.tasks and not base.tasks[t].stamp]
         if fallen:
             said.append(f"It has fallen to chance on {_listed(fallen)}, which the base solves.")

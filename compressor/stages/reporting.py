@@ -9,7 +9,7 @@ from compressor.errors import RequestError
 from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.run import read_json
-from compressor.stages.comparing import comparison_rows
+from compressor.stages.comparing import comparison_rows, documents_scored
 from compressor.stages.finetuning import data_fingerprint
 from compressor.stages.subnets import HELD_OUT, first_look_limit, score_keys
 
@@ -32,11 +32,15 @@ def report(job: Job) -> dict[str, Any]:
     found = read_json(run.front) if run.front.is_file() else None
     errors = standard_errors(job, found) if found else {}
     manifest = run.manifest(run.supernet) or {}
+    fingerprints = {
+        "model": job.base_fingerprint,
+        "data": data_fingerprint(recipe.data or ""),
+        "tasks": documents_scored(job),
+    }
     data: dict[str, Any] = {
         "schema": 1,
         "versions": versions(),
-        "recipe": recipe.model_dump(mode="json")
-        | {"fingerprints": {"model": job.base_fingerprint, "data": data_fingerprint(recipe.data or "")}},
+        "recipe": recipe.model_dump(mode="json") | {"fingerprints": fingerprints},
         "base": exported["base"],
         "front": front_rows(job, found, errors) if found else [],
         "packages": packages,
