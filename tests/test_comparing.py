@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from lm_eval.api.metrics import mean
 
 from compressor.cli import run
 from compressor.run import Run, read_json, write_json
 from compressor.stages import comparing
+from evals import speed
 from evals.comparison import paired_interval, qualities, resampled
+from export import package
 from export.comparison import said, standings, terminal_table
 from export.report import Comparison, Difference
 
@@ -28,8 +33,9 @@ class Task:
     higher_is_better = True
     metric = "acc"
 
-    def __init__(self, aggregation: Any = mean) -> None:
-        self.leaves = [SimpleNamespace(task=SimpleNamespace(aggregation=lambda: {"acc": aggregation}))]
+    def __init__(self, aggregation: Any = mean, name: str = "coin") -> None:
+        task = SimpleNamespace(aggregation=lambda: {"acc": aggregation})
+        self.leaves = [SimpleNamespace(name=name, task=task)]
 
     @staticmethod
     def aggregate(values: list[float], _: Any, __: Any) -> tuple[float, None]:
@@ -50,6 +56,13 @@ def test_resamples_are_of_the_same_documents_for_everybody() -> None:
     second = resampled(TASKS, {"coin": [right]})["coin"]
     assert np.allclose(first + second, 1.0)  # only where both rest on the same documents
     assert first.std() == pytest.approx(np.std(left) / 60**0.5, rel=0.1)
+
+
+def test_resamples_of_two_tasks_are_independent() -> None:
+    tasks: Any = {"coin": Task(), "dice": Task(name="dice")}
+    items = [[float(i % 2) for i in range(200)]]
+    found = resampled(tasks, {"coin": items, "dice": items})
+    assert abs(np.corrcoef(found["coin"], found["dice"])[0, 1]) < 0.15
 
 
 def test_an_aggregation_that_is_no_mean_is_lm_evals_own() -> None:
@@ -160,7 +173,7 @@ class Folder:
         write_json(self.job.run.supernet / "manifest.json", {"weights": weights})
 
     def compared(self, method: str, seed: int, inputs: str, quality: float, size: str = "0.67") -> None:
-        row = {"method": method, "size": size, "seed": seed, "params": 1, "quality": quality}
+        row = {"method": method, "size": size, "seed": seed, "params": 1, "quality": quality, "path": method}
         documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
         data = {"inputs": inputs, "of": comparing.provenance(self.job), "row": row, "documents": documents}
         write_json(self.job.run.comparison / f"{method}-{size}-{seed}.json", data)
@@ -190,6 +203,34 @@ def test_rows_of_another_super_network_or_of_other_documents_are_not_shown(tmp_p
     assert folder.shown == [("ours", 0, 0.6)]
     folder.job.tasks = SimpleNamespace(tasks={"dice": Task()}, fingerprint=lambda *_: "d")
     assert folder.shown == []
+
+
+def test_packages_are_timed_one_by_one_beside_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    for method in ("ours", "wanda", "flap"):
+        folder.compared(method, 0, "inputs", 0.5)
+    loaded: weakref.WeakSet[Any] = weakref.WeakSet()
+    pairs: list[list[str]] = []
+
+    def load_package(path: Path, *_: Any) -> Any:
+        loaded.add(model := torch.nn.Identity())
+        return model
+
+    def compare_speed(models: dict[str, Any]) -> dict[str, Any]:
+        assert len(loaded) == 1
+        pairs.append(list(models))
+        return {name: SimpleNamespace(to_dict=lambda name=name: {"of": name}) for name in models}
+
+    monkeypatch.setattr(comparing, "load_package", load_package)
+    monkeypatch.setattr(speed, "compare_speed", compare_speed)
+    monkeypatch.setattr(package, "update_record", lambda *_, **__: None)
+    folder.job.threads, folder.job.compute_dtype, folder.job.device = lambda scoring: None, None, None
+    rows = sorted(tmp_path.glob("comparison/*-0.json"))
+    comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)
+    comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)  # nothing is left to time
+    assert pairs == [["base", "flap"], ["base", "ours"], ["base", "wanda"]]
+    wanda = read_json(tmp_path / "comparison" / "wanda-0.67-0.json")["row"]
+    assert (wanda["speed"], wanda["base_speed"]) == ({"of": "wanda"}, {"of": "base"})
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +334,52 @@ def test_a_run_whose_tasks_changed_still_has_a_report(made: Path) -> None:
     with altered(recipe, recipe.read_text().replace("tiny_choice", "tiny_other")):
         assert run(["report", str(made)]) == 0
         report = read_json(made / "report.json")
+    assert set(report["recipe"]["fingerprints"]["tasks"]) == {"tiny_other"}
     assert report["comparison"] == [] and all(not point["tasks"] for point in report["search"]["points"])
     assert run(["report", str(made)]) == 0
     assert read_json(made / "report.json")["comparison"]
+
+
+def test_an_interrupted_healing_goes_on_only_with_what_it_began_with(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+
+    def interrupted(*_: Any, state: Path, **__: Any) -> None:
+        states.append(state.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "heal", interrupted)
+    recipe = made / "recipe.yaml"
+    for tokens in (320, 320, 960):  # of the healing: another one begins anew
+        with altered(recipe, recipe.read_text().replace("healing:\n  tokens: 640", f"healing:\n  tokens: {tokens}")):
+            assert run(["compare", str(made), "--baselines", "ours"]) != 0
+    assert states[0] == states[1] != states[2]
+
+
+def test_checkpoints_from_folders_of_one_name_are_two_rows(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = made / "packages" / "best", tmp_path / "best"
+    shutil.copytree(made / "subnets" / "best", second)
+    try:
+        assert run(["compare", str(made), "--baselines", "ours", "--with", str(first), "--with", str(second)]) == 0
+        rows = [row for row in read_json(made / "report.json")["comparison"] if row["size"] is None]
+        assert {row["path"] for row in rows} == {str(first), str(second)} and len({r["method"] for r in rows}) == 2
+    finally:
+        for file in made.glob("comparison/with-best-*.json"):
+            file.unlink()
+
+
+def test_what_was_measured_in_another_super_network_is_not_used(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = made / "supernet" / "manifest.json"
+    with altered(manifest, json.dumps(read_json(manifest) | {"weights": "of another fine-tuning"})):
+        for command, words in (
+            ("pick", "is not the one that was searched"),
+            ("export", "is not the one that was picked"),
+        ):
+            assert run([command, str(made)]) == 2
+            assert words in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from compressor.run import Run, fingerprint, read_json, write_json
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, finetune, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
-from compressor.stages.picking import choose, measured
+from compressor.stages.picking import choose, measured, picked
 from compressor.stages.searching import search
 from compressor.stages.subnets import relative_quality
 from export.comparison import OURS
@@ -186,7 +186,7 @@ def compare(
         raise RequestError(f"--seeds: {seeds} is not a number of seeds; say 1 or more")
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
     run, recipe = job.run, job.recipe
-    picked = sizes_to_compare(job, sizes)
+    chosen_sizes = sizes_to_compare(job, sizes)
     supernet, base = job.load_supernet(), job.load_base()
     total = (recipe.finetuning.tokens or 0) + (recipe.healing.tokens or 0)
     short, long = training_blocks(job, recipe.healing.tokens or 0), training_blocks(job, total)
@@ -194,7 +194,7 @@ def compare(
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
     rows = [outsider(job, other) for other in others]  # first, for they may be refused
-    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in picked]
+    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in chosen_sizes]
     for contest in contests:
         done = []
         for number, method in enumerate(chosen, start=1):
@@ -206,7 +206,7 @@ def compare(
                 say(f"{method.name} is left out at {contest.size}: {error}")
                 run.log(f"{method.name} is left out at {contest.size}: {error}")
         prove(job, done)
-        time_together(job, base, [row for row in done if row.stem.endswith("-0")])
+        time_beside_base(job, base, [row for row in done if row.stem.endswith("-0")])
         rows += done
     run.log(f"compared: {', '.join(row.stem for row in rows)}")
     return comparison_rows(job)
@@ -218,11 +218,8 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 
     full = job.structure.parameters(job.structure.base)
     if not asked:
-        if not job.run.picks.is_file():
-            raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick, or say --max-params")
-        own = [row for row in read_json(job.run.picks) if not row["name"].endswith("-uniform")] or read_json(
-            job.run.picks
-        )
+        picks = picked(job)
+        own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
         found = [Architecture.from_dict(row["architecture"]) for row in own]
         labels = job.recipe.targets.max_params
         if len(labels) != len(found):
@@ -272,7 +269,11 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         if raw is None and tokens:
             raw, _, _ = scored(job, network)
         if tokens:
-            heal_as_ours(job, contest.base, network, tokens, blocks, seed, name)
+            # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
+            state = job.run.comparison / f".{name}-{fingerprint([contest.inputs, made])}.training.safetensors"
+            heal_as_ours(job, contest.base, network, tokens, blocks, seed, state)
+            for left in job.run.comparison.glob(f".{name}-*.training.safetensors"):
+                left.unlink()
         quality, tasks, documents = scored(job, network)
         folder = job.run.comparison / name
         lineage = {"inputs": contest.inputs, "method": method.name, "about": method.about, "tokens": tokens}
@@ -339,14 +340,12 @@ def network_fingerprint(network: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks, seed: int, name: str) -> None:
+def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks, seed: int, state: Path) -> None:
     """Heal in place with the recipe's rate; seed 0 draws what the export of this run drew."""
-    state = job.run.comparison / f".{name}.training.safetensors"
     section = job.recipe.healing.model_copy(update={"tokens": tokens})
     settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
     job.threads(scoring=False)
     heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
-    state.unlink(missing_ok=True)
     round_as_stored(job, network)
 
 
@@ -386,24 +385,27 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
         verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
 
 
-def time_together(job: Job, base: Any, rows: Sequence[Path]) -> None:
-    """Decode and prefill speed of base and all methods of one size, in turn; seeds share their shape."""
+def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
+    """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
+    in memory together. Rows that share a package share its speed."""
     from evals.speed import compare_speed
     from export.package import update_record
 
-    read = {row: read_json(row) for row in rows}
-    if all("speed" in data["row"] for data in read.values()):
-        return
     job.threads(scoring=True)
-    paths = sorted({data["row"]["path"] for data in read.values()})
-    models = {"base": base}
-    models |= {path: load_package(job.run.path / path, job.compute_dtype, job.device) for path in paths}
-    speeds = {name: speed.to_dict() for name, speed in compare_speed(models).items()}
-    for path in paths:
-        update_record(job.run.path / path, entry={"speed": speeds[path]})
-    for row, data in read.items():
-        data["row"] |= {"speed": speeds[data["row"]["path"]], "base_speed": speeds["base"]}
-        write_json(row, data)
+    untimed: dict[str, list[Path]] = {}
+    for row in rows:
+        data = read_json(row)["row"]
+        if "speed" not in data:
+            untimed.setdefault(data["path"], []).append(row)
+    for path, sharing in untimed.items():
+        folder = job.run.path / path
+        found = compare_speed({"base": base, path: load_package(folder, job.compute_dtype, job.device)})
+        speeds = {"speed": found[path].to_dict(), "base_speed": found["base"].to_dict()}
+        update_record(folder, entry={"speed": speeds["speed"]})
+        for row in sharing:
+            whole = read_json(row)
+            whole["row"] |= speeds
+            write_json(row, whole)
 
 
 def outsider(job: Job, given: str) -> Path:
@@ -415,6 +417,9 @@ def outsider(job: Job, given: str) -> Path:
 
     name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
     file = job.run.comparison / f"with-{name}.json"
+    if file.is_file() and read_json(file)["row"]["path"] != given:  # another one whose folder has this name
+        name = f"{name}-{fingerprint(given)[:6]}"
+        file = job.run.comparison / f"with-{name}.json"
     model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
     weights = network_fingerprint(model)
     documents = read_json(job.run.comparison / "base.json")["inputs"]

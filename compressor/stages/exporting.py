@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from compressor.architecture import Architecture
 from compressor.elastic.streaming import StreamedNetwork
-from compressor.errors import RequestError
 from compressor.finetune.data import Blocks
 from compressor.finetune.elastic import heal
 from compressor.job import Job, versions
 from compressor.progress import bar, say
-from compressor.run import fingerprint, read_json, write_json
+from compressor.run import fingerprint, write_json
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
+from compressor.stages.picking import picked
 
 
 def export(job: Job) -> list[dict[str, Any]]:
@@ -27,8 +27,7 @@ def export(job: Job) -> list[dict[str, Any]]:
     from export.verify import TaskFiles, verify_all
 
     recipe, run = job.recipe, job.run
-    if not run.picks.is_file():
-        raise RequestError(f"{run.path}: nothing was picked yet; run compressor pick")
+    picks = picked(job)
     manifest = run.manifest(run.supernet) or {}
     run.packages.mkdir(exist_ok=True)
     base = job.load_base()
@@ -36,11 +35,11 @@ def export(job: Job) -> list[dict[str, Any]]:
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
-        for picked in read_json(run.picks):
-            name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
+        for chosen in picks:
+            name, architecture = chosen["name"], Architecture.from_dict(chosen["architecture"])
             inputs = {
                 "weights": manifest["weights"],
-                "architecture": picked["key"],
+                "architecture": chosen["key"],
                 "healing": recipe.healing.model_dump(),
                 "quantizing": recipe.quantizing.model_dump(),
                 "data": blocks.fingerprint,
@@ -54,7 +53,7 @@ def export(job: Job) -> list[dict[str, Any]]:
                 "inputs": fingerprint(inputs),
                 "base": {"name": recipe.model, "fingerprint": job.base_fingerprint},
                 "supernet": manifest["weights"],
-                "target": picked["target"],
+                "target": chosen["target"],
                 "versions": versions(),
             }
             network = shipped_network(job, base, blocks, name, architecture, lineage)

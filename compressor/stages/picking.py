@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def measured(job: Job) -> list[Evaluation]:
-    """Everything that the search measured, with sizes, bytes as asked for, and the speed-up over the base."""
+    """Everything that the search measured, with sizes, bytes as asked for, and the speed-up over the base.
+
+    Raises `RequestError` where nothing was searched yet, or another super-network was.
+    """
     from search.objectives import Evaluation
 
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
     found = read_json(job.run.front)
+    if found["weights"] != (job.run.manifest(job.run.supernet) or {}).get("weights"):
+        raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
     base_speed = found["base_decode_tps"]
     evaluations = []
     for row in found["evaluations"]:
@@ -59,6 +64,19 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
     return min(zip(losses, range(len(found)), found, strict=True))[2]
 
 
+def picked(job: Job) -> list[dict[str, Any]]:
+    """What `pick` left. Raises `RequestError` where that is nothing, or was picked in another super-network."""
+    if not job.run.picks.is_file():
+        raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick")
+    picks: list[dict[str, Any]] = read_json(job.run.picks)
+    weights = (job.run.manifest(job.run.supernet) or {}).get("weights")
+    if any(row.get("weights") != weights for row in picks):
+        raise RequestError(
+            f"{job.run.path}: the super-network is not the one that was picked from; run compressor search and pick"
+        )
+    return picks
+
+
 def pick(job: Job) -> list[dict[str, Any]]:
     """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
     from search.pareto import Target
@@ -86,6 +104,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
                     "target": str(target),
                     "architecture": chosen.architecture.to_dict(),
                     "key": chosen.architecture.key,
+                    "weights": (run.manifest(run.supernet) or {})["weights"],
                     "values": dict(chosen.values),
                 }
             )
