@@ -253,7 +253,7 @@ def search(
     look_at(run)
     from compressor import pipeline
 
-    emit(pipeline.search(pipeline.resume(run, given, redo=redo)), json)
+    emit(pipeline.search(pipeline.resume(run, given, redo=redo, replace_targets=max_params is not None)), json)
 
 
 @app.command()

@@ -48,6 +48,9 @@ STAGES = ("finetune", "search", "export")
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
+TRIES = 64
+"""Uniform draws of a sub-network before what is too small is taken for all that they give."""
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -83,7 +86,9 @@ class Job:
         self.redo = redo
         self.weights = weights
         self.speed: SpeedTable | None = None
-        self._passes: dict[str, int] | None = None
+        self.processes = 1
+        """How many processes share this machine's cores at this moment, this one among them."""
+        self._passes: dict[str, int] = {}
         self._uniform: dict[SearchSpace, Sequence[Architecture]] = {}
 
     @cached_property
@@ -175,28 +180,33 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
-        from evals.network import available_cores
         from evals.scoring import NetworkLM, Scorer
 
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
         if self.device.type == "cpu":
-            if self._passes is None and self.run.passes.is_file():
+            cores = str(self.cores)
+            if cores not in self._passes and self.run.passes.is_file():
                 self._passes = read_json(self.run.passes)
-            if self._passes is None or self._passes["cores"] != available_cores():
-                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, available_cores())
-                self._passes = {"cores": available_cores(), "side_by_side": lm.workers}
+            if cores not in self._passes:
+                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, self.cores)
+                self._passes[cores] = lm.workers
                 if self.run.search.is_dir():
                     write_json(self.run.passes, self._passes)
-            lm.set_workers(self._passes["side_by_side"], available_cores())
+            lm.set_workers(self._passes[cores], self.cores)
         return Scorer(self.tasks, lm)
+
+    @property
+    def cores(self) -> int:
+        """This process's share of the cores."""
+        from evals.network import available_cores
+
+        return max(1, available_cores() // self.processes)
 
     def threads(self, scoring: bool) -> None:
         """Pin torch's threads for training, or for scoring and timing one network at a time."""
-        from evals.network import available_cores
-
         if self.device.type == "cpu":
             small = scoring and self.structure.parameters(self.structure.base) < SMALL
-            torch.set_num_threads(1 if small else available_cores())
+            torch.set_num_threads(1 if small else self.cores)
 
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)
@@ -430,11 +440,13 @@ class Job:
         least, low = self.smallest_in_training()
 
         def uniform(rng: np.random.Generator) -> Architecture:
-            """Every gene uniformly, drawn again where the sub-network is smaller than what is trained."""
-            while True:
+            """Every gene uniformly, drawn again where the sub-network is smaller than what is trained. Of a space that
+            holds next to nothing else, one that just is not."""
+            for _ in range(TRIES):
                 drawn = self.space.decode(self.space.sample(rng)[0].tolist())
                 if self.structure.parameters(drawn) >= low:
                     return drawn
+            return self.draw_near(rng, low)
 
         return Range(self.structure, least, uniform, self.draw_near, self.uniform_near)
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 from accelerate import Accelerator
 from finetune_helpers import CUT, SMALL, range_of, settings, widths_near
+from transformers import AutoModelForCausalLM, OPTConfig, Starcoder2Config
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
@@ -307,11 +309,36 @@ def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, 
 def test_only_the_largest_is_regularised() -> None:
     block = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2))
     block[1].attention_dropout = 0.25
+    block[1].p = 0.75  # of something else
     with without_dropout(block, True):
-        assert block[0].p == 0 and block[1].attention_dropout == 0
+        assert block[0].p == 0 and block[1].attention_dropout == 0 and block[1].p == 0.75
     with without_dropout(block, False):
         assert block[0].p == 0.5 and block[1].attention_dropout == 0.25
     assert block[0].p == 0.5 and block[1].attention_dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            **tiny_families.COMMON,
+            ffn_dim=56,
+            word_embed_proj_dim=48,
+            dropout=0.5,
+            attention_dropout=0.5,
+            layerdrop=0.0,
+        ),
+        Starcoder2Config(**tiny_families.SIZES, residual_dropout=0.5, embedding_dropout=0.5, attention_dropout=0.5),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_dropout_is_off_wherever_a_family_keeps_it(config: Any) -> None:
+    network = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad(), without_dropout(network, True):
+        assert torch.equal(network(ids).logits, network(ids).logits)
+    with torch.no_grad():
+        assert not torch.equal(network(ids).logits, network(ids).logits)
 
 
 def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Blocks, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import LlamaForCausalLM
 from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
-from compressor.run import Run
+from compressor.run import Run, read_json, write_json
 
 
 def fill(run: Run, inputs: str, text: str) -> None:
@@ -49,6 +51,22 @@ def test_a_kill_while_the_old_folder_makes_room_loses_neither(
     assert run.whole(run.supernet, "new inputs")
     assert (run.supernet / "weights").read_text() == "hours of training"
     assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"by": 1})
+    other = f"from compressor.run import write_json; write_json(Path({str(tmp_path / 'a.json')!r}), {{'by': 2}})"
+    renamed = Path.replace
+
+    def meanwhile(self: Path, target: Path) -> Path:
+        subprocess.run([sys.executable, "-c", f"from pathlib import Path; {other}"], check=True)
+        return renamed(self, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "replace", meanwhile)
+        write_json(tmp_path / "a.json", {"by": 3})
+    assert read_json(tmp_path / "a.json") == {"by": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(

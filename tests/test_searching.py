@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+import torch
 
-from compressor import pipeline
+from compressor import cli, pipeline
 from compressor.architecture import Architecture
 from compressor.errors import RequestError
 from compressor.job import Job
@@ -145,6 +147,54 @@ def test_a_wrong_option_of_a_stage_leaves_the_recipe_alone(
     with pytest.raises(RequestError, match=said):
         pipeline.resume(tmp_path / "run", given)
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_targets_that_a_search_is_given_replace_the_runs(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    monkeypatch.setattr(pipeline, "search", lambda job: None)
+    assert Run(tmp_path / "run").recipe().targets.max_drop == 0.01  # nobody named it
+    assert cli.run(["search", str(tmp_path / "run"), "--max-params", "0.8,0.7"]) == 0
+    targets = Run(tmp_path / "run").recipe().targets
+    assert targets.max_params == ["0.8", "0.7"] and targets.max_drop is None
+    assert cli.run(["search", str(tmp_path / "run"), "--evaluations", "20"]) == 0
+    assert Run(tmp_path / "run").recipe().targets == targets
+
+
+def test_genes_that_seldom_fall_as_large_as_what_is_trained(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", num_hidden_layers=24)
+    given = {"model": str(model), "targets.max_params": "0.9", "device": "cpu"}
+    job = Job(Run(tmp_path), read_recipe(None, given), weights=False)
+    range_ = job.training_range()
+    drawn = [job.structure.parameters(range_.uniform(np.random.default_rng(seed))) for seed in range(3)]
+    assert min(drawn) > 0.97 * range_.sizes[0]
+
+
+def test_workers_share_the_cores(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    (tmp_path / "run" / "search").mkdir()
+    monkeypatch.setattr("evals.network.available_cores", lambda: 5)
+    asked: list[int] = []
+
+    def tune(lm: Any, spans: Any, cores: int) -> None:
+        asked.append(cores)
+        lm.set_workers(cores, cores)
+
+    monkeypatch.setattr("evals.network.NetworkLM.tune", tune)
+    threads = torch.get_num_threads()
+    try:
+        recipe = Run(tmp_path / "run").recipe().model_dump() | {"batch_tokens": 512}
+        recipe["searching"]["workers"] = 2
+        for _ in range(2):
+            worker = subnets.open_scorer(tmp_path / "run", recipe)
+            assert worker.scorer.lm.workers == 2 and torch.get_num_threads() == 1
+        job = Job(Run(tmp_path / "run"), read_recipe(tmp_path / "run" / "recipe.yaml", {}))
+        assert job.scorer(job.load_base()).lm.workers == 5
+        assert asked == [2, 5]  # found out once for each share of the cores
+        assert subnets.open_scorer(tmp_path / "run", recipe).scorer.lm.workers == 2 and asked == [2, 5]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:

@@ -170,10 +170,11 @@ def without_dropout(model: nn.Module, off: bool) -> Iterator[None]:
     found = []
     if off:
         for module in model.modules():
-            name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
-            if isinstance(rate := getattr(module, name, None), float) and rate:
-                found.append((module, name, rate))
-                setattr(module, name, 0.0)
+            for name, rate in vars(module).items():
+                if name.endswith("dropout") or (name == "p" and isinstance(module, nn.Dropout)):
+                    found += [(module, name, rate)] if isinstance(rate, float) and rate else []
+        for module, name, _ in found:
+            setattr(module, name, 0.0)
     try:
         yield
     finally:

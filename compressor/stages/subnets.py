@@ -120,7 +120,6 @@ class SubnetScorer:
     def __init__(self, job: Job) -> None:
         self.job = job
         job.threads(scoring=True)
-        torch.set_num_threads(max(1, torch.get_num_threads() // job.recipe.searching.workers))
         self.supernet = job.load_supernet()
         self.scorer = job.scorer(self.supernet.model)
         self.keys = {look: score_keys(job, look) for look in ((False, True) if first_look_limit(job) else (False,))}
@@ -224,7 +223,9 @@ def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[flo
 
 def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:
     """A scorer of its own for a worker, from what the run holds on disk."""
-    return SubnetScorer(Job(Run(path), Recipe.model_validate(recipe)))
+    job = Job(Run(path), Recipe.model_validate(recipe))
+    job.processes = job.recipe.searching.workers
+    return SubnetScorer(job)
 
 
 def open_workers(job: Job) -> Workers[Request, list[Score]]:
