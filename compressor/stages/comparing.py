@@ -35,7 +35,7 @@ from compressor.run import Run, fingerprint, read_json, write_json
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, finetune, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
-from compressor.stages.picking import choose, measured, picked
+from compressor.stages.picking import choose, measured, read_picks
 from compressor.stages.searching import search
 from compressor.stages.subnets import relative_quality
 from export.comparison import OURS
@@ -186,7 +186,7 @@ def compare(
         raise RequestError(f"--seeds: {seeds} is not a number of seeds; say 1 or more")
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
     run, recipe = job.run, job.recipe
-    chosen_sizes = sizes_to_compare(job, sizes)
+    picked = sizes_to_compare(job, sizes)
     supernet, base = job.load_supernet(), job.load_base()
     total = (recipe.finetuning.tokens or 0) + (recipe.healing.tokens or 0)
     short, long = training_blocks(job, recipe.healing.tokens or 0), training_blocks(job, total)
@@ -194,7 +194,7 @@ def compare(
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
     rows = [outsider(job, other) for other in others]  # first, for they may be refused
-    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in chosen_sizes]
+    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in picked]
     for contest in contests:
         done = []
         for number, method in enumerate(chosen, start=1):
@@ -218,7 +218,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 
     full = job.structure.parameters(job.structure.base)
     if not asked:
-        picks = picked(job)
+        picks = read_picks(job)
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
         found = [Architecture.from_dict(row["architecture"]) for row in own]
         labels = job.recipe.targets.max_params
@@ -272,8 +272,6 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
             state = job.run.comparison / f".{name}-{fingerprint([contest.inputs, made])}.training.safetensors"
             heal_as_ours(job, contest.base, network, tokens, blocks, seed, state)
-            for left in job.run.comparison.glob(f".{name}-*.training.safetensors"):
-                left.unlink()
         quality, tasks, documents = scored(job, network)
         folder = job.run.comparison / name
         lineage = {"inputs": contest.inputs, "method": method.name, "about": method.about, "tokens": tokens}
@@ -304,6 +302,8 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         }
         found = {"made": made, "row": row, "documents": documents}
         write_json(row_file, {"inputs": contest.inputs, "of": provenance(job)} | found)
+        for left in job.run.comparison.glob(f".{name}-*.training.safetensors"):
+            left.unlink()
     return rows
 
 

@@ -18,7 +18,7 @@ from compressor.progress import bar, say
 from compressor.run import fingerprint, write_json
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
-from compressor.stages.picking import picked
+from compressor.stages.picking import read_picks
 
 
 def export(job: Job) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def export(job: Job) -> list[dict[str, Any]]:
     from export.verify import TaskFiles, verify_all
 
     recipe, run = job.recipe, job.run
-    picks = picked(job)
+    picks = read_picks(job)
     manifest = run.manifest(run.supernet) or {}
     run.packages.mkdir(exist_ok=True)
     base = job.load_base()
@@ -35,11 +35,11 @@ def export(job: Job) -> list[dict[str, Any]]:
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
-        for chosen in picks:
-            name, architecture = chosen["name"], Architecture.from_dict(chosen["architecture"])
+        for picked in picks:
+            name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
             inputs = {
                 "weights": manifest["weights"],
-                "architecture": chosen["key"],
+                "architecture": picked["key"],
                 "healing": recipe.healing.model_dump(),
                 "quantizing": recipe.quantizing.model_dump(),
                 "data": blocks.fingerprint,
@@ -53,7 +53,7 @@ def export(job: Job) -> list[dict[str, Any]]:
                 "inputs": fingerprint(inputs),
                 "base": {"name": recipe.model, "fingerprint": job.base_fingerprint},
                 "supernet": manifest["weights"],
-                "target": chosen["target"],
+                "target": picked["target"],
                 "versions": versions(),
             }
             network = shipped_network(job, base, blocks, name, architecture, lineage)

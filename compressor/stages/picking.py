@@ -64,7 +64,7 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
     return min(zip(losses, range(len(found)), found, strict=True))[2]
 
 
-def picked(job: Job) -> list[dict[str, Any]]:
+def read_picks(job: Job) -> list[dict[str, Any]]:
     """What `pick` left. Raises `RequestError` where that is nothing, or was picked in another super-network."""
     if not job.run.picks.is_file():
         raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick")
