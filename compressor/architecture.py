@@ -181,11 +181,15 @@ def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit,
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How many bits a quantized weight takes: `bits` each, and one scale of `scale_bits` for each group of input
-    channels (`group_size` -1: one group per output channel). Activations are not stored and do not count."""
+    channels (`group_size` -1: one group per output channel). Activations are not stored and do not count.
+
+    `fallback` is how a layer is stored that cannot be quantized so: 8 bits with one scale per output channel, or 16.
+    """
 
     bits: int
     group_size: int
     scale_bits: int = 16
+    fallback: Literal[8, 16] = 8
 
 
 @dataclass(frozen=True)
@@ -232,8 +236,7 @@ class Structure:
         """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers under `scheme`.
 
         Quantized packages keep embeddings, head and norms at 16 bits. A layer whose input width the group size does
-        not divide, or with a width that is no multiple of 32, falls back to one scale per output channel at 8 bits, as
-        export does.
+        not divide, or with a width that is no multiple of 32, is stored as the scheme's `fallback`, as export does.
         """
         if scheme is None:
             return self.dtype_bytes * self.parameters(arch)
@@ -243,7 +246,9 @@ class Structure:
                 return 2 * _product(shape)
             outputs, inputs = shape
             bits, group = scheme.bits, scheme.group_size
-            if group > 0 and (inputs % group or outputs % 32):
+            if inputs % 32 or outputs % 32 or (group > 0 and inputs % group):
+                if scheme.fallback == 16:
+                    return 2 * _product(shape)
                 bits, group = 8, -1
             groups = 1 if group < 0 else inputs // group
             return -(-outputs * (inputs * bits + groups * scheme.scale_bits) // 8)

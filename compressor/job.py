@@ -246,10 +246,10 @@ class Job:
 
     def smallest_scheme(self) -> Scheme | None:
         """How the smallest requested variant stores its linear layers: what `--max-bytes` is about."""
-        bits = {SCHEMES[name].bits for name in self.recipe.quantizing.schemes}
-        if 4 in bits:
-            return Scheme(bits=4, group_size=self.recipe.quantizing.group_size or 32)
-        return Scheme(bits=8, group_size=-1) if bits else None
+        if not self.recipe.quantizing.schemes:
+            return None
+        smallest = min((SCHEMES[name] for name in self.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
+        return smallest.sizes(self.recipe.quantizing.group_size)
 
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""

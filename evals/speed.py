@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,20 @@ def compare_speed(
             decode_spread=_spread_of([rest for _, rest in runs[name]]),
         )
     return result
+
+
+def speed_beside(model: nn.Module, base: nn.Module, known: Speed | None = None, **workload: Any) -> tuple[Speed, Speed]:
+    """Speed of a network that takes turns with the base, and the base's: many are timed with two in memory.
+
+    `known` is the base's speed beside an earlier network. Machines drift, so `model` is then stated as its share in
+    the base here, times `known`, which is returned.
+    """
+    found, beside = compare_speed({"model": model, "base": base}, **workload).values()
+    if known is None:
+        return found, beside
+    timed = ("prefill_tps", "decode_tps", "throughput_tps", "ttft_ms", "latency_ms")
+    drift = {name: getattr(known, name) / getattr(beside, name) for name in timed}
+    return replace(found, **{name: getattr(found, name) * drift[name] for name in timed}), known
 
 
 def _spread_of(times: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ of every other file. Weights are safetensors, sharded as the hub's loaders expec
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -192,13 +193,13 @@ def human_bytes(count: float) -> str:
 def staged(destination: Path, needed: int) -> Iterator[Path]:
     """A temporary sibling folder that becomes `destination` when the block ends well, and vanishes otherwise.
 
-    An earlier package at `destination` is replaced. Raises `RequestError` as `check_destination` does, and where the
-    disk turns out to be full.
+    An earlier package at `destination` is replaced, and what killed processes left beside it is removed. Raises
+    `RequestError` as `check_destination` does, and where the disk turns out to be full.
     """
+    _sweep(destination)
     check_destination(destination, needed)
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
@@ -215,6 +216,25 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
         raise RequestError(f"{destination}: the disk is full; {human_bytes(needed)} are needed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(destination: Path) -> None:
+    """Remove the temporary siblings of `destination` whose process is no more: each may be as large as a package."""
+    for kind in ("partial", "old"):
+        for left in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
+            process = int(left.name.rpartition("-")[2])
+            if process == os.getpid() or not _runs(process):
+                shutil.rmtree(left)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def check_destination(destination: Path, needed: int) -> None:

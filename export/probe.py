@@ -31,7 +31,7 @@ def stored_network(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Returns `model` itself where that changes nothing. Buffers (rotary frequencies) are never stored, so not rounded.
     """
-    if dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters()):
+    if all(p.dtype == torch.float32 and torch.equal(p, p.to(dtype).float()) for p in model.parameters()):
         return model
     rounded = copy.deepcopy(model)
     for parameter in rounded.parameters():

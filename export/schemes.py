@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from compressor.architecture import Scheme as StoredScheme
+
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int8-auto-round", "int4-auto-round"]
 
 
@@ -29,6 +31,13 @@ class Scheme:
     bound: float
     dynamic: bool = False
     auto_round: bool = False
+
+    def sizes(self, group_size: int | None = None) -> StoredScheme:
+        """What it takes on disk, for exact accounting; `group_size` is the user's, for 4 bits."""
+        group_size = -1 if self.bits == 8 else group_size or 32
+        if self.auto_round:  # a zero point beside every scale, and layers that do not fit stay as they are
+            return StoredScheme(self.bits, group_size, scale_bits=16 + self.bits, fallback=16)
+        return StoredScheme(self.bits, group_size)
 
 
 SCHEMES: dict[SchemeName, Scheme] = {

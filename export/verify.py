@@ -193,10 +193,11 @@ class _Checker:
             self.step("a padded batch", self.padding, model, logits)
             self.step("generation", self.cache, model)
             self.step("the tokenizer", self.tokenizer)
+            if self.tasks is not None and self.record["entry"].get("tasks"):
+                with contextlib.chdir(self.tasks.folder):
+                    self.step("scoring", self.scores, model, self.tasks)
+            del model  # or two networks in float32 would be in memory
             self.step("saving and loading again", self.reload, Path(again), logits)
-        if self.tasks is not None and self.record["entry"].get("tasks"):
-            with contextlib.chdir(self.tasks.folder):
-                self.step("scoring", self.scores, model, self.tasks)
         return {
             "layout": self.record["entry"]["layout"],
             "quantization": self.quantization,

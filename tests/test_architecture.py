@@ -82,3 +82,6 @@ def test_bytes_under_a_scheme_by_hand() -> None:
     int4 = sum(o * i // 2 + 2 * o * (i // 32) for o, i in whole)
     int4 += sum(o * i + 2 * o for o, i in shapes if (o, i) not in whole)
     assert structure.bytes(structure.base, Scheme(4, 32)) == other + int4
+    left_out = [(16, 32), (16, 32), (48, 32), (48, 32), (32, 48)]  # with a width that is no multiple of 32
+    kept = sum(o * i + 2 * o for o, i in whole) + sum(2 * o * i for o, i in left_out)
+    assert structure.bytes(structure.base, Scheme(8, -1, fallback=16)) == other + kept

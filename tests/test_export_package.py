@@ -169,6 +169,23 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(process: int, signal: int) -> None:
+        assert signal == 0
+        if process == 111:
+            raise ProcessLookupError
+        if process == 222:
+            raise PermissionError  # of another user, and alive
+
+    monkeypatch.setattr(packages.os, "kill", kill)
+    for name in (".p.partial-111", ".p.old-111", ".p.partial-222", ".p.partial-333", ".p-int8.partial-111"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-0.safetensors").write_bytes(b"gigabytes")
+    write(EVEN, tmp_path / "p")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"p", ".p.partial-222", ".p.partial-333", ".p-int8.partial-111"}
+
+
 def test_an_earlier_package_is_replaced_and_anything_else_is_not(tmp_path: Path, written: PackageInfo) -> None:
     shutil.copytree(written.path, tmp_path / "p")
     assert write(EVEN, tmp_path / "p", dtype=torch.bfloat16).bytes < written.bytes

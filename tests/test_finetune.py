@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.families import describe
+from compressor.finetune import loop
 from compressor.finetune.data import Batch, Blocks, pack
 from compressor.finetune.elastic import Scheme, finetune_supernet, heal, without_dropout
 from compressor.finetune.forward import trace
@@ -355,6 +357,43 @@ def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Block
     heal(standalone, base, blocks, settings(3200), state=tmp_path / "h.safetensors", accelerator=Accelerator(cpu=True))
     assert distance() < 0.7 * before
     assert all(torch.equal(p, q) for p, q in zip(base.parameters(), network.parameters(), strict=True))
+
+
+def test_healing_in_half_precision_keeps_steps_that_a_half_cannot_hold(
+    network: Any, blocks: Blocks, tmp_path: Path
+) -> None:
+    base = copy.deepcopy(network).bfloat16()
+    standalone = extract(base, describe(network.config), Architecture(32, (LayerSizes(2, 1, 32),) * 3))
+    before = copy.deepcopy(standalone.state_dict())
+    how = settings(32 * 20, learning_rate=1e-6)
+    heal(standalone, base, blocks, how, state=tmp_path / "h.safetensors", accelerator=Accelerator(cpu=True))
+    after = standalone.get_parameter("model.layers.0.mlp.up_proj.weight")
+    moved = after != before["model.layers.0.mlp.up_proj.weight"]
+    assert after.dtype == torch.float32 and moved.float().mean() > 0.9
+
+
+def test_a_state_that_takes_long_to_write_is_written_seldom(
+    network: Any, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 10 s in all, and 30 s to write: 5 % of the time is what goes into it."""
+    now, written = 0.0, []
+
+    def step(number: int, batch: Batch, backward: Backward) -> float:
+        nonlocal now
+        now += 10
+        backward(CE(trace(network, batch), None))
+        return 0.0
+
+    def save(*_: Any) -> None:
+        nonlocal now
+        now += 30
+        written.append(now)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(loop, "_save", save)
+    state = tmp_path / "s.safetensors"
+    train(network, blocks, settings(32 * 150), step, what="t", state=state, accelerator=Accelerator(cpu=True))
+    assert written == [100, 740, 1380]
 
 
 def test_state_is_json_and_safetensors_only(network: Any, blocks: Blocks, tmp_path: Path) -> None:

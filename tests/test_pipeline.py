@@ -137,6 +137,33 @@ def test_run_again_it_does_nothing_anew(made: Made, capsys: pytest.CaptureFixtur
     assert (made.run / "packages" / "best" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_another_format_adds_a_folder_and_leaves_the_others_alone(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.stages import exporting
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("healed again")
+
+    again = Made(tmp_path)
+    shutil.copytree(made.run, again.run)
+    left = again.run / "subnets" / f".best-{16 * '0'}.training.safetensors"
+    left.write_bytes(b"of a run with another --heal-tokens")
+    weights = [file for file in again.run.rglob("*") if file.suffix in (".safetensors", ".gguf", ".onnx")]
+    stamps = {file: file.stat().st_mtime_ns for file in weights if file != left}
+    monkeypatch.setattr(exporting, "heal", refuse)
+    assert run(["export", str(again.run), "--format", "uneven,padded,gguf-q8_0,onnx,gguf-f32"]) == 0
+    assert run(["report", str(again.run)]) == 0
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    before = {package["name"]: package for package in made.report()["packages"]}
+    *others, new = again.report()["packages"]
+    assert new["name"] == "best-gguf-f32" and new["verified"]["tokenizer_equal"] >= 200
+    assert {package["name"]: package["speed"] for package in others} == {n: p["speed"] for n, p in before.items()}
+    assert again.report()["base"]["speed"] == made.report()["base"]["speed"]
+    assert again.report()["samples"] == made.report()["samples"]
+    assert not left.exists()
+
+
 def test_verify_and_evaluate_agree_with_the_report(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     package = made.run / "packages" / "best"
     assert run(["verify", str(package), "--include-path", str(made.tasks), "--json"]) == 0
@@ -230,8 +257,14 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
     assert [row["values"]["quality"] for row in first] == [row["values"]["quality"] for row in second]
 
 
-def test_training_free_uniform_and_by_python(tmp_path: Path) -> None:
+def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor import Recipe, compress
+    from compressor.elastic.streaming import StreamedNetwork
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("what is not healed is never in memory as a whole")
+
+    monkeypatch.setattr(StreamedNetwork, "built", refuse)
 
     bench = Made(tmp_path)
     recipe = Recipe.model_validate(

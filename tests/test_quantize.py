@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.errors import RequestError, VerificationError
+from compressor.families import describe
 from export import quantize
 from export.package import check_files, read_package, sha256, weight_bytes, write_package
 from export.quantize import (
@@ -146,6 +147,8 @@ def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Qua
     assert made.bytes == made.package.bytes == weight_bytes(made.package.path)
     others = 16 * (made.package.params - total)
     assert 0 < 8 * made.bytes - bits - others < 8 * 8192  # the file's header
+    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.sizes())
+    assert 0 < made.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
     left = {"model.embed_tokens", "lm_head"}
     assert set(made.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
     entry = json.loads((made.package.path / "compression.json").read_text())["entry"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,17 @@ from compressor.architecture import Architecture, LayerSizes, Structure
 from compressor.elastic.slicing import extract
 from compressor.elastic.supernet import SuperNetwork
 from compressor.families import describe
-from evals.speed import PartTimes, Speed, SpeedTable, compare_speed, designed, measure_speed, sizes_to_time
+from evals import speed as timing
+from evals.speed import (
+    PartTimes,
+    Speed,
+    SpeedTable,
+    compare_speed,
+    designed,
+    measure_speed,
+    sizes_to_time,
+    speed_beside,
+)
 from export.report import Speed as PackageSpeed
 
 
@@ -150,6 +162,23 @@ def test_speeds_are_measured_side_by_side() -> None:
         assert speed.warmup == 1 and speed.prefill_spread >= 0 and speed.decode_spread >= 0
         assert speed.throughput_tps == pytest.approx(3 / speed.latency_ms * 1e3)
         assert PackageSpeed(**speed.to_dict()).ttft_ms == speed.ttft_ms  # the report takes it all
+
+
+def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, other, base = (LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval() for _ in range(3))
+    found, known = speed_beside(network, base, prompt=8, new=3, repeats=1)
+    assert found.decode_tps > 0 and known.prompt == 8
+
+    def on_a_slower_machine(models: dict[str, Any], **_: Any) -> dict[str, Speed]:
+        assert list(models.values()) == [other, base]
+        slow = replace(known, decode_tps=known.decode_tps / 4, prefill_tps=known.prefill_tps / 2)
+        return {"model": replace(slow, decode_tps=1.5 * slow.decode_tps, peak_memory_bytes=1), "base": slow}
+
+    monkeypatch.setattr(timing, "compare_speed", on_a_slower_machine)
+    found, beside = speed_beside(other, base, known)
+    assert beside == known
+    assert found.decode_tps == pytest.approx(1.5 * known.decode_tps)
+    assert found.prefill_tps == pytest.approx(known.prefill_tps) and found.peak_memory_bytes == 1
 
 
 def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from evals.network import NetworkLM
 from evals.scoring import Scorer
 from evals.tasks import TaskSet
 from export.package import read_package, sha256, update_record, write_package
-from export.verify import TaskFiles, check, verify, verify_all
+from export.verify import TaskFiles, _Checker, check, verify, verify_all
 
 NETWORKS = {"even": EVEN, "uneven": UNEVEN}
 
@@ -96,6 +98,22 @@ def test_faults_reach_the_caller_from_the_fresh_process(package: Path, capsys: p
         verify(package)
     with pytest.raises(RequestError, match="not a package"):
         verify(package.parent)
+
+
+def test_no_second_network_is_in_memory(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    original = _Checker.load
+
+    def load(self: _Checker, folder: Path) -> Any:
+        gc.collect()
+        assert not [network for network in loaded if network() is not None]
+        network = original(self, folder)
+        loaded.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(_Checker, "load", load)
+    check(package)
+    assert len(loaded) == 2  # and saved by transformers and loaded again
 
 
 def test_changed_weights_are_found(package: Path, packages: Path) -> None:

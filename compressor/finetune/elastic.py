@@ -135,7 +135,13 @@ def heal(
     accelerator: Accelerator,
     loss: Loss = Loss({"kl": 1.0}),  # noqa: B008 - frozen
 ) -> History:
-    """Train a standalone sub-network: by default a short distillation from the frozen base by forward KL."""
+    """Train a standalone sub-network: by default a short distillation from the frozen base by forward KL.
+
+    Its weights become float32, as those of a super-network are, whatever they came in: a half's 8 or 11 bits are
+    coarser than most steps, which would be lost. The accelerator says in which precision passes are computed.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
     training, held_out = data.split()
 
     def step(number: int, batch: Batch, backward: Backward) -> float:

@@ -41,6 +41,11 @@ Step = Callable[[int, Batch, Backward], float]
 activations are alive at a time. Called once for each part of an accumulated batch."""
 
 
+SAVING_SECONDS = 3.0
+"""A state that takes longer than this to write is written less often in proportion: billions of weights and their
+moments are tens of gigabytes, which would take all of the time. 3 of 60 seconds are 5 % of it."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """`tokens` read from the data in all; `batch_size` blocks of `sequence_length` tokens in a step, computed in
@@ -126,6 +131,7 @@ def train(
     optimizer.zero_grad(set_to_none=True)  # whatever an interrupted caller left
     model.train()
     started = saved = time.monotonic()
+    pause = settings.checkpoint_seconds
     before = history.seconds
     every = max(1, settings.steps // measurements)
     with bar(what, settings.steps) as progress:
@@ -147,9 +153,11 @@ def train(
             history.seconds = before + time.monotonic() - started
             speed = (number + 1 - first) * settings.batch_size * settings.sequence_length
             progress.advance(note=f"loss {loss:.3f}, {speed / (time.monotonic() - started):,.0f} tokens/s")
-            if _main_says(time.monotonic() - saved > settings.checkpoint_seconds, accelerator):
+            if _main_says(time.monotonic() - saved > pause, accelerator):
+                began = time.monotonic()
                 _save(state, parameters, optimizer, history, memory, number + 1, accelerator)
                 saved = time.monotonic()
+                pause = settings.checkpoint_seconds * max(1.0, (saved - began) / SAVING_SECONDS)
     if measure is not None:
         _measure(model, measure, settings.steps, history)
     model.eval()

@@ -1,13 +1,19 @@
-"""Slice, heal, package, quantize and prove every pick: fills `subnets/` and `packages/`."""
+"""Slice, heal, package, quantize and prove every pick: fills `subnets/` and `packages/`.
+
+Every folder holds the fingerprint of all that it depends on, and only those are written that are missing or depend on
+something that changed: another `--quantize` or `--format` adds folders to what is there, and heals nothing again.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from compressor.architecture import Architecture
 from compressor.elastic.streaming import StreamedNetwork
@@ -20,6 +26,9 @@ from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 
+Inputs = dict[str, Any]
+"""All that something depends on."""
+
 
 def export(job: Job) -> list[dict[str, Any]]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
@@ -28,86 +37,99 @@ def export(job: Job) -> list[dict[str, Any]]:
 
     recipe, run = job.recipe, job.run
     picks = read_picks(job)
-    manifest = run.manifest(run.supernet) or {}
     run.packages.mkdir(exist_ok=True)
-    base = job.load_base()
     blocks = training_blocks(job, recipe.healing.tokens or 0)
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
         for picked in picks:
-            name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
-            inputs = {
-                "weights": manifest["weights"],
-                "architecture": picked["key"],
-                "healing": recipe.healing.model_dump(),
-                "quantizing": recipe.quantizing.model_dump(),
-                "data": blocks.fingerprint,
-                "seed": recipe.seed,
-            }
-            folders = package_folders(job, name)
-            written += [folder.name for folder in folders]
-            if job.redo != "export" and all(made_from(folder, inputs) for folder in folders):
-                continue
-            lineage = {
-                "inputs": fingerprint(inputs),
-                "base": {"name": recipe.model, "fingerprint": job.base_fingerprint},
-                "supernet": manifest["weights"],
-                "target": picked["target"],
-                "versions": versions(),
-            }
-            network = shipped_network(job, base, blocks, name, architecture, lineage)
-            reference = Path(scratch) / f"{name}.safetensors"
-            write_packages(job, name, architecture, network, blocks, folders, lineage, reference)
-            proofs += [(folder, reference) for folder in folders]
-        measure_packages(job, base, written)
+            name = picked["name"]
+            wanted = package_inputs(job, name, network_inputs(job, picked["key"], blocks), blocks)
+            written += [folder.name for folder in wanted]
+            missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not proved(folder, i)}
+            if missing:
+                reference = Path(scratch) / f"{name}.safetensors"
+                write_packages(job, picked, blocks, missing, reference)
+                for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # of other inputs, too
+                    left.unlink()
+                # A copy of a package that was there already is compared with that package's probe.
+                proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
+        measure_packages(job, written)
         if proofs:
             say(f"proving {len(proofs)} package{'s' * (len(proofs) > 1)} in a fresh process")
-            verify_all(proofs, record=True, log=run.log_file, tasks=TaskFiles(recipe.include_path))
+            # The proof is computed on the CPU: what took a GPU to score would take it hours.
+            tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
+            verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name)["entry"] for name in written]
 
 
-def package_folders(job: Job, name: str) -> list[Path]:
-    """What is written of one pick: its own layout first, quantized ones, then copies in other layouts."""
-    formats = job.recipe.formats
-    suffixes = ["", *(f"-{scheme}" for scheme in job.recipe.quantizing.schemes)]
+def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
+    """Of a sub-network as it ships: what it is cut out of and, where it is healed, all that healing reads."""
+    cut = {"weights": (job.run.manifest(job.run.supernet) or {})["weights"], "architecture": architecture}
+    if not job.recipe.healing.tokens:
+        return cut
+    settings = job.train_settings(job.recipe.healing, blocks.length, job.recipe.seed + 1)
+    read = {"base": job.base_fingerprint, "data": blocks.fingerprint, "dtype": str(job.compute_dtype)}
+    return {**cut, **read, "healing": asdict(settings)}
+
+
+def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
+    """Of every folder that one pick asks for: its own layout first, quantized ones, then copies in other layouts."""
+    recipe = job.recipe
+    quantizing = {
+        **recipe.quantizing.model_dump(exclude={"schemes"}),
+        "data": blocks.fingerprint,
+        "length": blocks.length,
+        "seed": recipe.seed,
+    }
+    inputs: dict[str, Inputs] = {"": {"network": network}}
+    inputs |= {f"-{scheme}": {"network": network, "quantizing": quantizing} for scheme in recipe.quantizing.schemes}
     if not name.endswith("-uniform"):
-        suffixes += [f"-{layout}" for layout in formats if layout not in ("uneven", "uniform")]
-    return [job.run.packages / f"{name}{suffix}" for suffix in suffixes]
+        others = [layout for layout in recipe.formats if layout not in ("uneven", "uniform")]
+        inputs |= {f"-{layout}": {"network": network} for layout in others}
+    return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
 
 def write_packages(
-    job: Job,
-    name: str,
-    architecture: Architecture,
-    network: Any,
-    blocks: Blocks,
-    folders: list[Path],
-    lineage: dict[str, Any],
-    reference: Path,
+    job: Job, picked: dict[str, Any], blocks: Blocks, missing: Mapping[Path, Inputs], reference: Path
 ) -> None:
-    """Write one pick in every variant asked for; `reference` receives the logits that each is proved against."""
+    """Write the `missing` folders of one pick.
+
+    If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
+    """
     from export.layouts import write_layout
+    from export.package import update_record
     from export.quantize import quantize_packages
 
     quantizing = job.recipe.quantizing
-    own, *others = folders
-    say(f"packaging {name}")
+    name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
+    own = job.run.packages / name
+    schemes = {scheme: f for scheme in quantizing.schemes if (f := job.run.packages / f"{name}-{scheme}") in missing}
+    copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
+    lineage = {
+        "base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint},
+        "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
+        "target": picked["target"],
+        "versions": versions(),
+    }
+    network = cache(lambda: shipped_network(job, blocks, picked, lineage))
+    entry = {"name": name, "architecture": architecture.to_dict()}
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
         "dtype": job.stored_dtype,
-        "lineage": lineage,
         "probe_ids": blocks.split()[1][:4].ids[:, :32],
     }
-    entry = {"name": name, "architecture": architecture.to_dict()}
-    write_layout("uneven", network, architecture, own, entry=entry, reference=reference, **options)
-    if quantizing.schemes:
-        blocks_to_do = len(quantizing.schemes) * len(architecture.kept)
+    say(f"packaging {name}")
+    if own in missing:
+        made = lineage | {"inputs": fingerprint(missing[own])}
+        write_layout("uneven", network(), architecture, own, entry=entry, lineage=made, reference=reference, **options)
+    if schemes:
+        blocks_to_do = len(schemes) * len(architecture.kept)
         with bar(f"quantizing {name}", blocks_to_do) as progress:
             quantize_packages(
                 own,
-                dict(zip(quantizing.schemes, others, strict=False)),
+                schemes,
                 calibration=blocks[: quantizing.samples].ids,
                 iterations=quantizing.iterations or 0,
                 group_size=quantizing.group_size,
@@ -117,74 +139,90 @@ def write_packages(
                 progress=lambda done, _, what: progress.advance(done - progress.done, what),
             )
             progress.advance(blocks_to_do - progress.done)
-    for folder in others[len(quantizing.schemes) :]:
+        for folder in schemes.values():
+            update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
+    for folder in copies:
+        made = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": name}
         layout = folder.name.removeprefix(f"{name}-")
-        copied = options | {"entry": entry | {"name": folder.name}, "lineage": lineage | {"copy_of": name}}
-        write_layout(layout, network, architecture, folder, **copied)
+        whole = network()
+        if isinstance(whole, StreamedNetwork):  # other layouts are made of a network in memory
+            whole = whole.built(held_dtype(job), job.device)
+        named = entry | {"name": folder.name}
+        write_layout(layout, whole, architecture, folder, entry=named, lineage=made, **options)
 
 
-def made_from(folder: Path, inputs: Any) -> bool:
+def proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
+    from export.package import read_record
+
+    return made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
+
+
+def made_from(folder: Path, inputs: Inputs) -> bool:
+    """Whether this package is there and was made from the same inputs."""
     from export.package import RECORD, read_record
 
-    if not (folder / RECORD).is_file():
-        return False
-    record = read_record(folder)
-    return record["lineage"].get("inputs") == fingerprint(inputs) and bool(record["entry"].get("verified"))
+    return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
 
 
-def shipped_network(
-    job: Job,
-    base: Any,
-    blocks: Blocks,
-    name: str,
-    architecture: Architecture,
-    lineage: dict[str, Any],
-) -> Any:
+def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any]) -> Any:
     """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`).
 
-    It is cut out of the super-network's files, of which no more than one tensor at a time is in memory.
+    It is cut out of the super-network's files, of which no more than one tensor at a time is in memory. Where nothing
+    is healed it stays a `StreamedNetwork`, which never is in memory as a whole.
     """
-    from export.package import RECORD, read_record, write_package
+    from export.package import write_package
 
     recipe, run = job.recipe, job.run
+    name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     run.subnets.mkdir(exist_ok=True)
     cut = StreamedNetwork(run.supernet, job.checkpoint.config, job.structure, architecture)
-    entry = {"name": name, "architecture": architecture.to_dict()}
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
-        "entry": entry,
+        "entry": {"name": name, "architecture": architecture.to_dict()},
         "dtype": job.stored_dtype,
-        "lineage": lineage,
     }
-    write_package(cut, run.subnets / f"{name}-sliced", **options)
-    network = cut.built(job.compute_dtype, job.device)
+    sliced, healed = run.subnets / f"{name}-sliced", run.subnets / name
+    source = {"weights": lineage["supernet"], "architecture": picked["key"]}
+    if not made_from(sliced, source):
+        write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
     if not recipe.healing.tokens:
-        return network
-    healed = run.subnets / name
-    if (healed / RECORD).is_file() and read_record(healed)["lineage"] == lineage:
-        network.load_state_dict(load_weights(healed), strict=False)
-        return network
-    state = run.subnets / f".{name}-{lineage['inputs']}.training.safetensors"
+        return cut
+    inputs = network_inputs(job, picked["key"], blocks)
+    if made_from(healed, inputs):
+        return load_healed(cut, healed, held_dtype(job)).to(job.device)
+    state = run.subnets / f".{name}-{fingerprint(inputs)}.training.safetensors"
     settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)
     job.threads(scoring=False)
-    history = heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
-    write_package(network, healed, **options)
+    network = cut.built(torch.float32, job.device)
+    history = heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
+    write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
     write_json(healed / "healing.json", vars(history))
-    state.unlink(missing_ok=True)
     round_as_stored(job, network)
     return network
 
 
+def load_healed(cut: StreamedNetwork, folder: Path, dtype: torch.dtype) -> Any:
+    """The network of the same shape as `cut` whose weights an earlier export left in `folder`.
+
+    Loaded as the class that it was written from, since transformers knows that class's names in memory from those in
+    the files. Raises ValueError where a weight is missing or left over.
+    """
+    model: Any
+    model, info = type(cut.model).from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise ValueError(f"{folder}: {wrong[0]} does not fit the network")
+    return model.eval()
+
+
+def held_dtype(job: Job) -> torch.dtype:
+    """What a network that ships is held in: what networks are computed in, unless weights as stored need more."""
+    return torch.promote_types(job.stored_dtype, job.compute_dtype)
+
+
 def round_as_stored(job: Job, network: Any) -> None:
     """Give the weights the values that the stored dtype has, so that what is proved and scored is what ships."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(parameter.to(job.stored_dtype))
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(job.stored_dtype).to(held_dtype(job))

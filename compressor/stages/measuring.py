@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import cache, partial
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from compressor.architecture import Architecture
 from compressor.finetune.sources import plain_text, read_rows
 from compressor.job import Job
-from compressor.progress import bar, say
-from compressor.run import write_json
+from compressor.progress import say
+from compressor.run import read_json, write_json
 from compressor.stages.finetuning import weights_fingerprint
 from compressor.stages.subnets import relative_quality, stored_scores
 
@@ -23,57 +24,81 @@ if TYPE_CHECKING:
     from search.store import EvaluationStore
 
 
-def measure_packages(job: Job, base: Any, names: list[str]) -> None:
+LOADABLE = ("uneven", "uniform", "padded")
+"""Layouts that transformers loads."""
+
+
+def measure_packages(job: Job, names: list[str]) -> None:
     """Score base and packages on the report split, time them side by side, and record it in each package.
 
-    Scores are rows of evaluations.db like any other, so nothing is scored twice. What transformers does not load is
-    timed in its own runtime. A gguf file is scored with the weights that it holds, and a graph scores what the package
-    scores that it is a copy of: that both compute the same in their runtimes is for the proof to say.
+    One package at a time is in memory, beside the base. Scores are rows of evaluations.db like any other, so nothing is
+    scored twice, and what was timed beside this base under the same conditions is not timed again. What transformers
+    does not load is timed in its own runtime. A gguf file is scored with the weights that it holds, and a graph scores
+    what the package scores that it is a copy of: that both compute the same in their runtimes is for the proof to say.
     """
-    from evals.speed import compare_speed
+    from evals.speed import Speed, speed_beside
     from export.card import read_base_card
     from export.package import read_record, update_record
     from search.store import EvaluationStore
 
-    run = job.run
+    run, base = job.run, cache(job.load_base)
     job.threads(scoring=True)
-    records = {name: read_record(run.packages / name) for name in names}
-    loadable = [name for name in names if records[name]["entry"]["layout"] in ("uneven", "uniform", "padded")]
-    models = {"base": base} | {
-        name: load_package(run.packages / name, job.compute_dtype, job.device) for name in loadable
+    conditions = {
+        "base": job.base_fingerprint,
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
+        "dtype": str(job.compute_dtype),
+        "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
     }
+    file = run.packages / "base.json"
+    before = read_json(file) if file.is_file() else {}
+    if before.get("conditions") != conditions:
+        before = {}
+    base_speed: dict[str, Any] | None = before["base"]["speed"] if before else None
+    said = {row["prompt"]: row["continuations"] for row in before.get("samples", [])}
+    prompts = openings(job)
+    samples = {prompt: {"base": kept["base"]} if (kept := said.get(prompt)) else {} for prompt in prompts}
     run.search.mkdir(exist_ok=True)
-    with EvaluationStore(run.evaluations) as store, bar("scoring the packages", 1 + len(names)) as progress:
+    with EvaluationStore(run.evaluations) as store:
         scores = {"base": report_scores(job, store, base, job.structure.base, job.base_fingerprint)}
-        progress.advance(note="base")
-        for name, record in records.items():
-            layout, origin = record["entry"]["layout"], record["lineage"].get("copy_of", name)
+        base_values = {task: score["value"] for task, score in scores["base"].items()}
+        for number, name in enumerate(names, start=1):
+            say(f"measuring {name} ({number} of {len(names)})")
+            package = run.packages / name
+            record = read_record(package)
+            layout, architecture = record["entry"]["layout"], Architecture.from_dict(record["entry"]["architecture"])
+            model = cache(partial(scored_network, job, package, record))  # loaded when, and if, it is needed
             if layout in ("onnx", "openvino"):
-                scores[name] = scores[origin]
+                scores[name] = scores[record["lineage"]["copy_of"]]
             else:
-                folder, model = run.packages / name, models.get(name, models[origin])
-                architecture = Architecture.from_dict(record["entry"]["architecture"])
-                if layout == "gguf":
-                    model = gguf_network(model, folder)
-                scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(folder))
-            progress.advance(note=name)
-    say("timing base and packages side by side")
-    job.threads(scoring=True)
-    speeds = {name: speed.to_dict() for name, speed in compare_speed(models).items()}
-    for name in set(names) - set(loadable):
-        speeds[name] = speed_in_its_runtime(run.packages / name, records[name], speeds["base"])
-    base_values = {task: score["value"] for task, score in scores["base"].items()}
-    for name in names:
-        values = {task: score["value"] for task, score in scores[name].items()}
-        measured = {
-            "tasks": scores[name],
-            "quality": relative_quality(job, values, base_values),
-            "speed": speeds[name],
-        }
-        documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
-        update_record(run.packages / name, entry=measured, lineage={"task_documents": documents})
+                scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(package))
+            speed = record["entry"].get("speed")
+            timed = speed is not None and base_speed is not None and record["lineage"].get("base_speed") == base_speed
+            if not timed:
+                job.threads(scoring=True)
+                if layout in LOADABLE:
+                    known = None if base_speed is None else Speed(**base_speed)
+                    found, beside = speed_beside(model(), base(), known)
+                    speed, base_speed = found.to_dict(), beside.to_dict()
+                else:
+                    assert base_speed is not None  # a package of a pick's own layout comes first
+                    speed = speed_in_its_runtime(package, record, base_speed)
+            if layout in LOADABLE:
+                for prompt, ids in prompts.items():
+                    kept = said.get(prompt, {}).get(name) if timed else None
+                    samples[prompt][name] = continuation(job, model(), ids) if kept is None else kept
+            values = {task: score["value"] for task, score in scores[name].items()}
+            measured = {
+                "tasks": scores[name],
+                "quality": relative_quality(job, values, base_values),
+                "speed": speed,
+            }
+            documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
+            update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
+    for prompt, ids in prompts.items():
+        if "base" not in samples[prompt]:
+            samples[prompt] = {"base": continuation(job, base(), ids)} | samples[prompt]
     write_json(
-        run.packages / "base.json",
+        file,
         {
             "base": {
                 "name": Path(job.recipe.model).name,
@@ -85,12 +110,26 @@ def measure_packages(job: Job, base: Any, names: list[str]) -> None:
                 "card": read_base_card(job.checkpoint.path).model_dump(),
                 "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
                 "tasks": scores["base"],
-                "speed": speeds["base"],
+                "speed": base_speed,
             },
+            "conditions": conditions,
             "packages": names,
-            "samples": samples(job, {"base": base} | {n: m for n, m in models.items() if n != "base"}),
+            "samples": [{"prompt": prompt, "continuations": texts} for prompt, texts in samples.items()],
         },
     )
+
+
+def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
+    """What a package's scores are computed with: the package; for a gguf file, what it is a copy of, with its weights.
+
+    That the file's own runtime computes the same is for the proof to say.
+    """
+    from export.gguf_layout import take_stored_weights
+
+    if record["entry"]["layout"] != "gguf":
+        return load_package(package, job.compute_dtype, job.device)
+    original = job.run.packages / record["lineage"]["copy_of"]
+    return take_stored_weights(load_package(original, job.compute_dtype, job.device), package)
 
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -106,13 +145,6 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def gguf_network(model: Any, package: Path) -> Any:
-    """A copy of the network in `model` that has the weights which a gguf package's file holds."""
-    from export.gguf_layout import take_stored_weights
-
-    return take_stored_weights(copy.deepcopy(model), package)
-
-
 def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
     from export import gguf_layout, graphs
@@ -124,10 +156,10 @@ def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, 
 
 
 def report_scores(
-    job: Job, store: EvaluationStore, model: Any, architecture: Architecture, weights: str
+    job: Job, store: EvaluationStore, model: Callable[[], Any], architecture: Architecture, weights: str
 ) -> dict[str, dict[str, Any]]:
-    """Every task's score on the report split, in the report's form."""
-    rows = stored_scores(job, store, architecture, weights, "report", lambda: job.scorer(model).score("report"))
+    """Every task's score on the report split, in the report's form. `model` is loaded where a score is missing."""
+    rows = stored_scores(job, store, architecture, weights, "report", lambda: job.scorer(model()).score("report"))
     return {name: score_in_report(job, name, row.score, row.stderr, row.n) for name, row in rows.items()}
 
 
@@ -145,24 +177,27 @@ def score_in_report(job: Job, name: str, value: float, stderr: float | None, n: 
     }
 
 
-def samples(job: Job, models: dict[str, Any], count: int = 3, new: int = 48) -> list[dict[str, Any]]:
-    """Greedy continuations of the openings of a few documents of the user's data, base beside packages."""
+def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
+    """The openings of a few documents of the user's data, and their token ids [1, length]."""
     assert job.recipe.data is not None
     texts = [plain_text(row) for row in islice(read_rows(job.recipe.data), 400)]
-    found = []
+    found = {}
     for text in [text for text in texts if len(text) > 20][-count:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
-        ids = ids[:, : min(24, 1 + ids.shape[1] // 2)].to(job.device)
-        continuations = {}
-        for name, model in models.items():
-            with torch.no_grad():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new,
-                    do_sample=False,
-                    pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
-                )
-            continuations[name] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        found.append({"prompt": job.tokenizer.decode(ids[0], skip_special_tokens=True), "continuations": continuations})
+        ids = ids[:, : min(24, 1 + ids.shape[1] // 2)]
+        found[job.tokenizer.decode(ids[0], skip_special_tokens=True)] = ids.to(job.device)
     return found
+
+
+def continuation(job: Job, model: Any, ids: torch.Tensor, new: int = 48) -> str:
+    """What a network greedily makes of token ids [1, length]."""
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
+        )
+    text: str = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
