@@ -151,7 +151,7 @@ def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
         "before\nhealing",
         "quality %\n± 1 s.e.",
         "ours less this,\npoints (95 %)",
-        "decode,\nbase 1",
+        "decode\n/ base",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

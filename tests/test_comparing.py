@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from lm_eval.api.metrics import mean
+from rich.console import Console
 
 from compressor.cli import run
 from compressor.run import Run, read_json, write_json
@@ -112,6 +113,9 @@ def row(method: str, quality: float, size: str | None = "0.67", seed: int | None
     return Comparison.model_validate(values | more)
 
 
+WORK = {"runtime": "transformers", "device": "cpu", "dtype": "float32", "batch": 1, "prompt": 8, "new": 8}
+
+
 def less(low: float, high: float) -> dict[str, float]:
     return {"value": (low + high) / 2, "low": low, "high": high}
 
@@ -130,6 +134,17 @@ def test_what_wins_stands_first_whoever_made_it() -> None:
     assert "is not told apart from the best (flap)" in said([one for one in table if one.method != "sleb"])
     assert "ours is best" in said(table[2:])
     assert terminal_table([table]).row_count == 5
+
+
+def test_the_table_fits_80_columns() -> None:
+    fast, base = ({"decode_tps": tps, "prefill_tps": 1.0} | WORK for tps in (1.5, 1.0))
+    more = {"quality_before_healing": 0.402, "quality_stderr": 0.013, "speed": fast, "base_speed": base}
+    rows = [row("ours", 0.75, **more), row("untrained-search", 0.5, ours_minus_this=less(0.195, 0.288), **more)]
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(terminal_table(standings(rows)))
+    shown = capture.get()
+    assert "+24.1 (+19.5, +28.8) *" in shown and "1.50" in shown and "…" not in shown
 
 
 def test_seeds_are_put_together() -> None:
