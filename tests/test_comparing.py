@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 from lm_eval.api.metrics import mean
 from rich.console import Console
 
+from compressor import pipeline
 from compressor.cli import run
+from compressor.errors import RequestError
 from compressor.run import Run, read_json, write_json
 from compressor.stages import comparing
 from evals import speed
@@ -296,6 +299,28 @@ def test_one_command_makes_every_row_and_a_second_one_makes_none(
     stamps = {file: file.stat().st_mtime_ns for file in (made / "comparison").rglob("*.safetensors")}
     assert run(command) == 0
     assert {file: file.stat().st_mtime_ns for file in (made / "comparison").rglob("*.safetensors")} == stamps
+
+
+def test_a_size_says_what_was_picked(made: Path) -> None:
+    job = pipeline.resume(made, {})
+    ((label, ours),) = comparing.sizes_to_compare(job, [])
+    assert label == "0.9"
+    job.recipe.targets.max_params = ["1M"]  # as if something far smaller than asked for had been the best
+    share = job.structure.parameters(ours) / job.structure.parameters(job.structure.base)
+    assert comparing.sizes_to_compare(job, []) == [(f"{share:.2f}", ours)]
+
+
+def test_nothing_to_compare_with_is_said(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(*_: object) -> None:
+        raise RequestError("cannot be reached")
+
+    known = comparing.methods()
+    monkeypatch.setattr(comparing, "methods", lambda: known | {"taylor": replace(known["taylor"], make=cut)})
+    assert run(["compare", str(made), "--baselines", "taylor"]) == 2
+    said = capsys.readouterr().err
+    assert "taylor is left out at 0.9: cannot be reached" in said and "error: no method could be compared" in said
 
 
 def test_an_interrupted_comparison_goes_on_behind_the_last_row(made: Path) -> None:

@@ -205,6 +205,11 @@ def compare(
             except RequestError as error:  # it does not reach the size, or does not suit the family
                 say(f"{method.name} is left out at {contest.size}: {error}")
                 run.log(f"{method.name} is left out at {contest.size}: {error}")
+        if len(chosen) > 1 and len(done) == seeds:
+            raise RequestError(
+                f"no method could be compared with ours at {contest.size}, for the reasons above; compare at another "
+                "size (--max-params)"
+            )
         prove(job, done)
         time_beside_base(job, base, [row for row in done if row.stem.endswith("-0")])
         rows += done
@@ -222,7 +227,9 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
         found = [Architecture.from_dict(row["architecture"]) for row in own]
         labels = job.recipe.targets.max_params
-        if len(labels) != len(found):
+        limits = [absolute_or_share(label, full) for label in labels]
+        near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(found, limits, strict=False)]
+        if len(labels) != len(found) or not all(near):  # a size says what was picked, not only what was asked for
             labels = [f"{job.structure.parameters(a) / full:.2f}" for a in found]
         return [(_plain(label), a) for label, a in zip(labels, found, strict=True)]
     evaluations: list[Evaluation] = measured(job)
