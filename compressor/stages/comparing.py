@@ -309,7 +309,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         }
         found = {"made": made, "row": row, "documents": documents}
         write_json(row_file, {"inputs": contest.inputs, "of": provenance(job)} | found)
-        for left in job.run.comparison.glob(f".{name}-*.training.safetensors"):
+        for left in job.run.comparison.glob(f".{name}-*.training.safetensors*"):
             left.unlink()
     return rows
 
