@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from functools import cache, partial
 from io import StringIO
@@ -54,9 +54,9 @@ def measure_packages(job: Job, names: list[str]) -> None:
     if before.get("conditions") != conditions:
         before = {}
     base_speed: dict[str, Any] | None = before["base"]["speed"] if before else None
-    said = {row["prompt"]: row["continuations"] for row in before.get("samples", [])}
+    said: dict[str, dict[str, str]] = {row["prompt"]: row["continuations"] for row in before.get("samples", [])}
     prompts = openings(job)
-    samples = {prompt: {"base": kept["base"]} if (kept := said.get(prompt)) else {} for prompt in prompts}
+    texts = {"base": continuations(job, prompts, base, {p: kept["base"] for p, kept in said.items()})}
     run.search.mkdir(exist_ok=True)
     with EvaluationStore(run.evaluations) as store:
         scores = {"base": report_scores(job, store, base, job.structure.base, job.base_fingerprint)}
@@ -83,9 +83,8 @@ def measure_packages(job: Job, names: list[str]) -> None:
                     assert base_speed is not None  # a package of a pick's own layout comes first
                     speed = speed_in_its_runtime(package, record, base_speed)
             if layout in LOADABLE:
-                for prompt, ids in prompts.items():
-                    kept = said.get(prompt, {}).get(name) if timed else None
-                    samples[prompt][name] = continuation(job, model(), ids) if kept is None else kept
+                kept = {prompt: row[name] for prompt, row in said.items() if timed and name in row}
+                texts[name] = continuations(job, prompts, model, kept)
             values = {task: score["value"] for task, score in scores[name].items()}
             measured = {
                 "tasks": scores[name],
@@ -94,9 +93,6 @@ def measure_packages(job: Job, names: list[str]) -> None:
             }
             documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
             update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
-    for prompt, ids in prompts.items():
-        if "base" not in samples[prompt]:
-            samples[prompt] = {"base": continuation(job, base(), ids)} | samples[prompt]
     write_json(
         file,
         {
@@ -114,7 +110,10 @@ def measure_packages(job: Job, names: list[str]) -> None:
             },
             "conditions": conditions,
             "packages": names,
-            "samples": [{"prompt": prompt, "continuations": texts} for prompt, texts in samples.items()],
+            "samples": [
+                {"prompt": prompt, "continuations": {name: found[prompt] for name, found in texts.items()}}
+                for prompt in prompts
+            ],
         },
     )
 
@@ -189,15 +188,22 @@ def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
     return found
 
 
-def continuation(job: Job, model: Any, ids: torch.Tensor, new: int = 48) -> str:
-    """What a network greedily makes of token ids [1, length]."""
-    with torch.no_grad():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
-        )
-    text: str = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+def continuations(
+    job: Job, prompts: Mapping[str, torch.Tensor], network: Callable[[], Any], kept: Mapping[str, str], new: int = 48
+) -> dict[str, str]:
+    """What a network greedily makes of every prompt's token ids [1, length]; those in `kept` are known already."""
+    found = {}
+    for prompt, ids in prompts.items():
+        if prompt in kept:
+            found[prompt] = kept[prompt]
+            continue
+        with torch.no_grad():
+            out = network().generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
+            )
+        found[prompt] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return found
