@@ -221,7 +221,11 @@ class Job:
         if self.run.manifest(self.run.supernet) is None:
             raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
         model = AutoModelForCausalLM.from_pretrained(
-            self.run.supernet, dtype=self.compute_dtype, local_files_only=True, use_safetensors=True
+            self.run.supernet,
+            dtype=self.compute_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
         return self.supernet_of(model.to(self.device).eval())
 
@@ -432,6 +436,7 @@ class Job:
             seed=seed,
             accumulation=finetuning.gradient_accumulation,
             optimizer=finetuning.optimizer,
+            gradient_checkpointing=finetuning.gradient_checkpointing,
             **chosen,
         )
 

@@ -113,7 +113,6 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
         if recipe.tasks:
             job.check_tasks()
             check_searching(job)
-        check_speedup(job)
         provenance = {
             "versions": versions(),
             "model": job.base_fingerprint,

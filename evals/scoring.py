@@ -65,10 +65,6 @@ class Scorer:
         self.lm = lm
         self._plans: dict[tuple[Split, int | None], Plan] = {}
 
-    def prepare(self, split: Split, limit: int | None = None) -> None:
-        """Render and encode the split's documents now. Raises RequestError naming one that cannot be scored."""
-        self.tasks.questions(split, limit)
-
     def score(
         self, split: Split, limit: int | None = None, *, architecture: Architecture | None = None
     ) -> dict[str, TaskScore]:
@@ -115,8 +111,9 @@ class Scorer:
             if docs:
                 items = raw_metrics(leaf, docs, answers, only_filter=task.filter)[task.metric, task.filter]
                 aggregation = leaf.task.aggregation().get(task.metric, _mean)
-                values.append(float(aggregation(items)))
-                errors.append(standard_error(aggregation, items))
+                value, error = _aggregated(aggregation, items)
+                values.append(value)
+                errors.append(error)
             else:
                 items = []
                 values.append(math.nan)
@@ -174,6 +171,14 @@ def standard_error(
     if own in (mean_stderr, acc_all_stderr):
         return float(own(items))
     return float(sample_stddev(_bootstrap_internal(aggregation, BOOTSTRAP_ITERATIONS)((0, items))))
+
+
+def _aggregated(aggregation: Callable[[Sequence[Any]], float], items: Sequence[Any]) -> tuple[float, float | None]:
+    """An aggregate and its standard error. Where lm-eval's perplexities overflow, beyond 709 nats a word, infinity."""
+    try:
+        return float(aggregation(items)), standard_error(aggregation, items)
+    except OverflowError:
+        return math.inf, None
 
 
 def _mean(items: Sequence[float]) -> float:

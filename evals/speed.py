@@ -77,11 +77,6 @@ class Speed:
         return asdict(self)
 
 
-def measure_speed(model: nn.Module, **workload: int | None) -> Speed:
-    """Speed of one standalone network, where it lies; see `compare_speed`."""
-    return compare_speed({"": model}, **workload)[""]  # type: ignore[arg-type]
-
-
 def compare_speed(
     models: Mapping[str, nn.Module],
     *,
@@ -337,6 +332,14 @@ class SpeedTable:
             times[1],
             errors,
         )
+
+    def made_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether these are timings of this device in this dtype and, on a CPU, on as many threads as torch has now."""
+        import torch
+
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        now = (_device_name(device), threads, str(dtype).removeprefix("torch."))
+        return (self.device, self.threads, self.dtype) == now
 
     def fits(self, structure: Structure) -> bool:
         """Whether it was measured on a network of these sizes."""

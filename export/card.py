@@ -113,8 +113,8 @@ def card_data(report: Report, package: Package) -> ModelCardData:
     if package.quantization:
         tags += [package.quantization, *([quantized_form(package)] if in_transformers else [])]
     datasets = list(base.card.datasets)
-    if report.finetune and report.finetune.hub_dataset:
-        datasets.append(report.finetune.hub_dataset)
+    if report.hub_dataset and report.hub_dataset not in datasets:
+        datasets.append(report.hub_dataset)
     # The hub knows no relation "pruned": what is not quantized is further trained weights of the base.
     relation = "quantized" if package.quantization else "finetune"
     return ModelCardData(

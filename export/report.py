@@ -354,8 +354,6 @@ class Finetune(_Model):
     loss: str
     data: str | None = None
     """The user's data, as given."""
-    hub_dataset: str | None = None
-    """Its name on the hub, where it was loaded from there."""
 
 
 class Sample(_Model):
@@ -424,6 +422,8 @@ class Report(_Model):
     comparison: list[Comparison] = []
     search: Search | None = None
     finetune: Finetune | None = None
+    hub_dataset: str | None = None
+    """Name of what was fine-tuned or healed on, where it was loaded from the hub."""
     samples: list[Sample] = []
 
     @property

@@ -85,7 +85,6 @@ def search(
     first_look: Measure | None = None,
     share: float = 0.25,
     reference: Sequence[float] | None = None,
-    on_request: Callable[[int, list[Architecture]], None] | None = None,
     on_evaluation: Callable[[Evaluation], None] | None = None,
     on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> SearchResult:
@@ -94,9 +93,8 @@ def search(
     The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`),
     `warm_start`, and random architectures spread over all sizes within the constraints, `population` in all;
     then `algorithm` decides. `known` are evaluations of an earlier phase of the same search: they count towards
-    the budget and the front, and are not asked for again. `on_request(generation, architectures)` is called
-    before a generation is measured, `on_evaluation` the moment each full measurement arrives, `on_generation`
-    with each generation's record.
+    the budget and the front, and are not asked for again. `on_evaluation` is called the moment each full
+    measurement arrives, `on_generation` with each generation's record.
 
     `first_look` measures on a `share` of the documents. After the first generation it goes first, and only what can
     still matter is measured in full (see `FirstLooks`); the rest is told to the algorithm as foretold, and is never on
@@ -139,8 +137,6 @@ def search(
         if not asked:
             break
         asking = dict(searcher.report)
-        if on_request is not None:
-            on_request(generation, asked)
         measuring = time.perf_counter()
         places = {architecture: index for index, architecture in enumerate(asked, len(result.evaluations))}
         foretold: dict[Architecture, Evaluation] = {}

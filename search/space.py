@@ -427,10 +427,6 @@ class SearchSpace:
             return False
         return True
 
-    def largest(self) -> Architecture:
-        """The base itself."""
-        return self.base
-
     def smallest(self) -> Architecture:
         """All genes at their least: the smallest size that the space holds."""
         return self.decode_all(np.zeros((1, len(self.genes)), dtype=np.int64))[0]
@@ -446,45 +442,6 @@ class SearchSpace:
     def size(self) -> int:
         """Number of raw genomes, inert genes counted."""
         return math.prod(len(gene.values) for gene in self.genes)
-
-    def distinct(self) -> int | None:
-        """Number of different architectures; None where it follows from no formula here and is too many to
-        list.
-        """
-        if self.size <= ENUMERABLE:
-            return len(self.all_genomes())
-        per_layer = {gene.kind for gene in self.genes if gene.layer is not None}
-        whole = all(not self._holds_zero(f"{k}.{i}") for k in ("kv", "ffn") for i in range(len(self.base.layers)))
-        if not whole or per_layer & {"layer"} or any(gene.kind == "experts" for gene in self.genes):
-            if "depth" in self._index or "experts" in per_layer:
-                return None
-            return self._distinct_with_removal()
-        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None and gene.kind != "depth")
-        options = self._options()
-        return shared * sum(math.prod(options[i] for i in np.flatnonzero(row)) for row in np.unique(self._keep, axis=0))
-
-    def _options(self) -> list[int]:
-        counts = [1] * len(self.base.layers)
-        for gene in self.genes:
-            if gene.layer is not None and gene.kind in ("kv", "ffn"):
-                counts[gene.layer] *= len(gene.values)
-        return counts
-
-    def _distinct_with_removal(self) -> int | None:
-        if any(gene.layer is None and gene.kind in COLUMNS for gene in self.genes):
-            return None
-        shared = math.prod(len(gene.values) for gene in self.genes if gene.layer is None)
-        every, without = 1, 1
-        for i, options in enumerate(self._options()):
-            gone_twice = f"layer.{i}" in self._index and not (
-                self._holds_zero(f"kv.{i}") and self._holds_zero(f"ffn.{i}")
-            )
-            every *= options + gone_twice
-            attention_free = options // len(self._gene_values(f"kv.{i}", (1,))) if self._holds_zero(f"kv.{i}") else 0
-            if not self._base_sizes[i, KV]:
-                attention_free = options
-            without *= attention_free + gone_twice
-        return shared * (every - without)
 
     def _gene_values(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         return self.genes[self._index[name]].values if name in self._index else default

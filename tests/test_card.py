@@ -34,6 +34,7 @@ def test_metadata_is_what_the_hub_knows() -> None:
     quantized = card_of(full_report(), "best-int8").data
     assert quantized.base_model_relation == "quantized"
     assert {"int8", "compressed-tensors"} <= set(quantized.tags)
+    assert card_of(full_report() | {"hub_dataset": "org/more"}).data.datasets == ["org/text", "org/more"]
     data = full_report()
     data["packages"][1]["quantization"] = "int8-auto-round"
     own_form = card_of(data, "best-int8")

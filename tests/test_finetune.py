@@ -290,7 +290,6 @@ def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Block
 
 def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, tmp_path: Path) -> None:
     plain = copy.deepcopy(network)
-    network.gradient_checkpointing_enable()
     recomputed = 0
 
     def count(*_: Any) -> None:
@@ -299,10 +298,11 @@ def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, 
 
     network.model.layers[0].mlp.act_fn.register_forward_hook(count)
     loss = Loss({"kl": 1.0, "relations": 0.5, "hidden": 0.5})
-    for model, folder in ((network, tmp_path / "a"), (plain, tmp_path / "b")):
+    for model, folder, on in ((network, tmp_path / "a", True), (plain, tmp_path / "b", False)):
         folder.mkdir()
-        tuned(model, blocks, folder, Scheme(loss=loss), settings(32 * 4))
+        tuned(model, blocks, folder, Scheme(loss=loss), settings(32 * 4, gradient_checkpointing=on))
     assert recomputed == 2 * 3 * 4  # three members, four steps, forward and again
+    assert not network.is_gradient_checkpointing
     for (name, ours), theirs in zip(network.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6), name
 

@@ -13,7 +13,7 @@ import torch
 from compressor.errors import RequestError
 from compressor.finetune.data import IGNORED, Batch, Blocks, encode_row, pack
 from compressor.finetune.forward import trace
-from compressor.finetune.sources import hub_rows, kind_of, plain_text, read_rows
+from compressor.finetune.sources import hub_dataset, hub_rows, kind_of, plain_text, read_rows
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:{{ m.content }}\n{% endif %}"
@@ -114,6 +114,22 @@ def test_a_hub_dataset_is_read_by_name_configuration_and_split(tmp_path: Path) -
     assert texts("other", "train") == ["c"]
     with pytest.raises(RequestError, match="neither a local file nor a reachable hub dataset"):
         texts("none", "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("org/text", "org/text"),
+        ("org/text:small:validation", "org/text"),
+        ("text.jsonl", None),
+        ("./text", None),
+        ("~/text", None),
+        ("/data/text", None),
+        (str(Path(__file__).parent), None),
+    ],
+)
+def test_hub_datasets_are_known_by_name(source: str, name: str | None) -> None:
+    assert hub_dataset(source) == name
 
 
 @pytest.mark.parametrize(

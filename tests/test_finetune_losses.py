@@ -124,7 +124,8 @@ def test_a_weighted_sum_is_the_sum_and_no_teacher_means_the_data(network: Any, b
         alone = Loss(weights)(student, None).item()
     assert together == pytest.approx(sum(weights[name] * value for name, value in parts.items()), rel=1e-5)
     assert all(value > 0 for value in parts.values())
-    assert alone == pytest.approx(parts["ce"])
+    assert alone == pytest.approx(0.5 * parts["ce"])
+    assert Loss({"kl": 2.0})(student, None).item() == pytest.approx(parts["ce"])
 
 
 def test_state_losses_are_nothing_for_the_teacher_itself(network: Any, batch: Batch) -> None:

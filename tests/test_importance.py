@@ -45,6 +45,21 @@ def supernet() -> SuperNetwork:
     return SuperNetwork(model)
 
 
+def test_no_pass_holds_the_logits_of_all_tokens(supernet: SuperNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = wanda(supernet, BATCHES)
+    monkeypatch.setattr("compressor.elastic.importance.LOGITS", 25)  # two tokens of a vocabulary of 11
+    tokens: list[int] = []
+    hook = supernet.model.lm_head.register_forward_hook(lambda _, __, out: tokens.append(out[..., 0].numel()))
+    in_parts = wanda(supernet, BATCHES)
+    assert tokens == [2] * 6 and whole.keys() == in_parts.keys()
+    for units, value in whole.items():
+        assert torch.allclose(value, in_parts[units], rtol=1e-12)
+    tokens.clear()
+    block_influence(supernet, BATCHES)
+    hook.remove()
+    assert tokens == []
+
+
 def inputs_of(supernet: SuperNetwork, module: str) -> torch.Tensor:
     """What a module of layer 1 reads, all calibration tokens as rows."""
     seen: list[torch.Tensor] = []

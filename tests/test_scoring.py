@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -177,6 +178,14 @@ def test_passes_run_as_is_fastest(
         assert ours.workers == workers and ours.workers * torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_set = load(llama, tasks, "rolling:word_perplexity")
+    ours = NetworkLM(llama, task_set.encoder)
+    monkeypatch.setattr(ours, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
+    score = Scorer(task_set, ours).score("all")["rolling"]
+    assert score.value == math.inf and score.stderr is None
 
 
 @pytest.mark.parametrize(("asked", "cores"), [("3", 3), ("2,1", 2), ("", None), ("many", None)])

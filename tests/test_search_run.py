@@ -297,12 +297,11 @@ def test_callbacks_come_in_order() -> None:
         evaluations=12,
         population=6,
         algorithm="random",
-        on_request=lambda generation, asked: events.append(("request", generation, len(asked))),
         on_evaluation=lambda e: events.append(("evaluation", e.generation, e.index)),
         on_generation=lambda record: events.append(("generation", record["generation"], record["new"])),
     )
-    one = [("request", 0, 6), *[("evaluation", 0, i) for i in reversed(range(6))], ("generation", 0, 6)]
-    two = [("request", 1, 6), *[("evaluation", 1, i) for i in reversed(range(6, 12))], ("generation", 1, 6)]
+    one = [*[("evaluation", 0, i) for i in reversed(range(6))], ("generation", 0, 6)]
+    two = [*[("evaluation", 1, i) for i in reversed(range(6, 12))], ("generation", 1, 6)]
     assert events == one + two
 
 

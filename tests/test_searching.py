@@ -24,8 +24,16 @@ from compressor.stages import subnets
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import speed_table
-from compressor.stages.subnets import HeldOut, held_out_losses, quality_stderr, relative_quality, standard_error
+from compressor.stages.subnets import (
+    HeldOut,
+    held_out_losses,
+    quality_stderr,
+    relative_quality,
+    score_keys,
+    standard_error,
+)
 from compressor.stages.warming import proposals
+from evals.speed import SpeedTable
 from search.pareto import Target
 from search.store import EvaluationStore, Measurement
 
@@ -195,6 +203,30 @@ def test_workers_share_the_cores(made: Made, tmp_path: Path, monkeypatch: pytest
         assert subnets.open_scorer(tmp_path / "run", recipe).scorer.lm.workers == 2 and asked == [2, 5]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_timings_of_elsewhere_do_not_stay(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    here = SpeedTable.load(made.run / "speed.json")
+    monkeypatch.setattr(SpeedTable, "measure", lambda *_, **__: here)
+    replace(here, device="elsewhere").save(tmp_path / "elsewhere.json")
+
+    def table(named: str | None) -> SpeedTable:
+        return speed_table(pipeline.resume(tmp_path / "run", {"speed_table": named}), lambda: None)
+
+    assert table(str(tmp_path / "elsewhere.json")).device == "elsewhere"
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(f"speed_table: {tmp_path / 'elsewhere.json'}", "speed_table: null"))
+    assert table(None) == here == SpeedTable.load(tmp_path / "run" / "speed.json")
+
+
+def test_scores_of_another_precision_are_not_taken_for_these(made: Made) -> None:
+    recipe = Run(made.run).recipe()
+    recipe.searching.objectives.append("held_out_loss")
+    keys = score_keys(Job(Run(made.run), recipe), False)
+    assert keys["tiny_choice"][0] == "tiny_choice:acc,none" and keys["held_out_loss"][0] == "held_out_loss"
+    half = score_keys(Job(Run(made.run), recipe.model_copy(update={"dtype": "bfloat16"})), False)
+    assert not set(keys.values()) & set(half.values())
 
 
 def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:

@@ -26,7 +26,6 @@ from evals.speed import (
     SpeedTable,
     compare_speed,
     designed,
-    measure_speed,
     sizes_to_time,
     speed_beside,
 )
@@ -140,6 +139,10 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
     assert len(steps) == SpeedTable.steps(supernet.structure) == len(built) - 1
     assert (measured.batch, measured.prompt, measured.new, measured.dtype) == (1, 8, 4, "float32")
     assert all(value > 0 for value in measured.predict(supernet.base).values())
+    cpu = torch.device("cpu")
+    assert measured.made_on(cpu, torch.float32) and not measured.made_on(cpu, torch.bfloat16)
+    assert not replace(measured, threads=99).made_on(cpu, torch.float32)
+    assert not replace(measured, device="elsewhere").made_on(cpu, torch.float32)
     measured.save(tmp_path / "speed.json")
     assert json.loads((tmp_path / "speed.json").read_text())["check"].keys() == {
         "prefill_median_error",
@@ -185,12 +188,13 @@ def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
     weights = 4 * sum(p.numel() for p in model.parameters())
-    small = measure_speed(model, prompt=4, new=2, repeats=1).peak_memory_bytes
-    large = measure_speed(model, prompt=32, new=2, repeats=1).peak_memory_bytes
+    small = compare_speed({"": model}, prompt=4, new=2, repeats=1)[""].peak_memory_bytes
+    large = compare_speed({"": model}, prompt=32, new=2, repeats=1)[""].peak_memory_bytes
     assert weights < small < large < 4 * weights
 
 
 def test_a_workload_is_cut_to_the_context() -> None:
     torch.manual_seed(0)
-    speed = measure_speed(LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval(), repeats=1)
+    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
+    speed = compare_speed({"": model}, repeats=1)[""]
     assert speed.prompt == 32 and speed.new == 32

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from compressor.elastic.masks import learn_masks
 from compressor.elastic.ordering import Run, Scores, readers, runs, shapes
 from compressor.elastic.supernet import SuperNetwork
 
+LOGITS = 2**25
+"""Logits computed at a time, tokens times vocabulary: 128 MiB in float32."""
 Batches = Iterable[Tensor]
 """Token ids, [batch, length] each, on the super-network's device."""
 
@@ -173,7 +176,7 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
         router = layer.get_submodule(supernet.family.router)
         hooks.append(router.register_forward_hook(collect_routing(entry.name)))
     with _removing(hooks):
-        _forward(supernet, batches)
+        _forward(supernet, batches, head=any(reader.entry.role == "head" for reader in reading))
     squares: Scores = {}
     for reader in reading if energy else ():
         along = energy[reader.entry.name]
@@ -217,10 +220,17 @@ def _given(scores: Scores) -> Scores:
     return scores
 
 
-def _forward(supernet: SuperNetwork, batches: Batches) -> None:
+def _forward(supernet: SuperNetwork, batches: Batches, *, head: bool = False) -> None:
+    """Run the decoder over all batches and, where its hooks want that, the head over as many tokens at a time as keep
+    the logits within `LOGITS`."""
+    model: Any = supernet.model
+    decoder = model.get_submodule(supernet.family.layers.rpartition(".")[0])
+    output = model.get_output_embeddings()
     with torch.no_grad():
         for ids in batches:
-            supernet.model(input_ids=ids, use_cache=False)
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            for part in states.flatten(0, 1).split(max(1, LOGITS // output.weight.shape[0])) if head else ():
+                output(part)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class TrainSettings:
     clip: float = 1.0
     optimizer: str = "adamw"
     move_idle: bool = False
+    gradient_checkpointing: bool = False
     checkpoint_seconds: float = 60.0
 
     @property
@@ -99,7 +100,7 @@ class History:
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     data: Blocks,
     settings: TrainSettings,
     step: Step,
@@ -129,6 +130,8 @@ def train(
     history = History()
     first = _restore(state, parameters, optimizer, history, memory) if state.exists() else 0
     optimizer.zero_grad(set_to_none=True)  # whatever an interrupted caller left
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     model.train()
     started = saved = time.monotonic()
     pause = settings.checkpoint_seconds
@@ -160,6 +163,8 @@ def train(
                 pause = settings.checkpoint_seconds * max(1.0, (saved - began) / SAVING_SECONDS)
     if measure is not None:
         _measure(model, measure, settings.steps, history)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
     model.eval()
     return history
 

@@ -97,7 +97,8 @@ LOSSES = (*TOKEN_LOSSES, *STATE_LOSSES)
 class Loss:
     """A weighted sum of losses by name, and the temperature of its distributions.
 
-    A network that has no teacher (the largest, where the largest teaches) learns from the data alone.
+    A network that has no teacher (the largest, where the largest teaches) learns from the data alone: with the weight
+    of `ce`, as in InstaTune (arXiv 2308.15609), or with 1 where that is not among them, as in BigNAS.
     """
 
     weights: Mapping[str, float]
@@ -114,7 +115,7 @@ class Loss:
 
     def __call__(self, student: Trace, teacher: Trace | None) -> Tensor:
         """Mean over the tokens learnt from (token losses) plus the state losses, weighted; a scalar."""
-        weights = self.weights if teacher is not None else {"ce": 1.0}
+        weights = self.weights if teacher is not None else {"ce": self.weights.get("ce", 1.0)}
         total = student.hidden.new_zeros((), dtype=torch.float32)
         in_tokens = {name: weight for name, weight in weights.items() if name in TOKEN_LOSSES}
         if in_tokens:

@@ -48,14 +48,22 @@ def plain_text(row: Row) -> str:
     return row["text"]
 
 
+def hub_dataset(source: str) -> str | None:
+    """The name of the hub dataset that a source is, or None where it is of this machine, missing or not."""
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in READERS or path.is_absolute() or source[:1] in ".~":
+        return None
+    return source.partition(":")[0]
+
+
 def local_files(source: str) -> list[Path] | None:
     """The files of a local source, or None where `source` names a hub dataset.
 
     Raises `RequestError` for what is missing, empty, of another kind, or (JSON lines) not valid at some line.
     """
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in READERS and not path.is_absolute() and source[:1] not in ".~":
+    if hub_dataset(source) is not None:
         return None
+    path = Path(source).expanduser()
     if not path.exists():
         raise RequestError(f"--data {source}: no such file")
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]

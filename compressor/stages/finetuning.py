@@ -27,7 +27,7 @@ from compressor.finetune.losses import Loss
 from compressor.finetune.overlap import RUN, Overlap
 from compressor.finetune.parameters import PARAMETERS
 from compressor.finetune.sharding import shard, whole
-from compressor.finetune.sources import Row, plain_text
+from compressor.finetune.sources import Row, hub_dataset, plain_text
 from compressor.job import Job
 from compressor.progress import say
 from export.package import weight_files
@@ -112,6 +112,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "parameters": recipe.finetuning.parameters,
                 "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
                 "data": recipe.data,
+                "hub_dataset": hub_dataset(recipe.data or ""),
                 "blocks": len(blocks),
                 "data_fingerprint": blocks.fingerprint,
                 "overlapping_report_documents": len(overlap.found),
@@ -160,8 +161,6 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     range_ = job.training_range()
     middle = job.uniform_near(sum(range_.sizes) / 2)
     model: Any = supernet.model
-    if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
 
     def load() -> SuperNetwork:
         """The frozen base, ordered like the super-network, so that heads stand beside the heads they came from."""

@@ -52,6 +52,8 @@ def report(job: Job) -> dict[str, Any]:
     if manifest.get("finetune", {}).get("tokens"):
         facts = manifest["finetune"]
         data["finetune"] = {key: facts[key] for key in ("curve", "tokens", "seconds", "sampler", "loss", "data")}
+    if "finetune" in data or recipe.healing.tokens:
+        data["hub_dataset"] = manifest.get("finetune", {}).get("hub_dataset")
     checked = validate_report(data)
     page = write_report(checked, run.path)
     for entry in packages:

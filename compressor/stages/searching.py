@@ -190,21 +190,21 @@ def uniform_ones(job: Job) -> list[Architecture]:
 
 
 def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
-    """speed.json: layer timings on this device, measured once per run on networks cut out of what `load_model` gives.
+    """speed.json: layer timings on this device, in what is computed in and on these threads, measured once per run on
+    networks cut out of what `load_model` gives.
 
     Timings do not depend on what the weights are, so the base serves as well as the super-network. A table that the
     recipe names, of another device, takes its place.
     """
     from evals.speed import SpeedTable
 
+    job.threads(scoring=True)
     if job.recipe.speed_table is not None:
         job.speed = job.given_speed_table()
-        if job.run.recipe_file.is_file():
-            job.speed.save(job.run.speed_table)
-    if job.speed is None and job.run.speed_table.is_file():
-        job.speed = SpeedTable.load(job.run.speed_table)
+    elif job.speed is None and job.run.speed_table.is_file():
+        kept = SpeedTable.load(job.run.speed_table)
+        job.speed = kept if kept.made_on(job.device, job.compute_dtype) else None
     if job.speed is None:
-        job.threads(scoring=True)
         model = load_model()
         with bar("timing the layers", SpeedTable.steps(job.structure)) as progress:
             job.speed = SpeedTable.measure(
@@ -213,7 +213,7 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
                 rounds=3,
                 on_step=progress.advance,
             )
-    if not job.run.speed_table.is_file() and job.run.recipe_file.is_file():
+    if job.run.recipe_file.is_file():
         job.speed.save(job.run.speed_table)
     return job.speed
 

@@ -63,9 +63,14 @@ class Score:
 
 
 def row_key(job: Job, name: str) -> str:
-    """The store's name of a task's score: the metric belongs to it."""
+    """The store's name of a task's score: the metric belongs to it, and what is computed in."""
     task = scored_tasks(job)[name]
-    return f"{task.name}:{task.key}"
+    return f"{task.name}:{task.key}{precision(job)}"
+
+
+def precision(job: Job) -> str:
+    """What a score's name says of the dtype that it was computed in; float32 goes without saying."""
+    return "" if job.compute_dtype == torch.float32 else f" in {str(job.compute_dtype).removeprefix('torch.')}"
 
 
 def scored_tasks(job: Job) -> dict[str, ScoredTask]:
@@ -111,7 +116,7 @@ def held_out_keys(job: Job, names: Sequence[str]) -> Keys:
     """Where the store keeps what is measured on held-out text."""
     settings = job.recipe.finetuning
     text = [data_fingerprint(job.recipe.data or ""), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
-    return {name: (name, fingerprint(text)) for name in names}
+    return {name: (name + precision(job), fingerprint(text)) for name in names}
 
 
 class SubnetScorer:
