@@ -188,6 +188,8 @@ class Base(_Model):
     architecture: ArchitectureDict
     tasks: dict[str, TaskScore]
     """Scores on the report split."""
+    held_out_loss: float | None = None
+    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
     speed: Speed | None = None
     quality: float = 1.0
     """1.0 by definition."""
@@ -238,6 +240,8 @@ class Package(_Model):
     """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
     tasks: dict[str, TaskScore]
     """Scores on the report split."""
+    held_out_loss: float | None = None
+    """As the base's."""
     speed: Speed | None = None
     verified: dict[str, Any]
     """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
@@ -543,6 +547,7 @@ def verdict(report: Report) -> list[str]:
         if plain is None:
             said += _size_sentences(package, base, first=not said)
             said += _losses("It loses", base.tasks, package.tasks, say_none=True)
+            said += _text_loss(package, base)
         else:
             said.append(
                 f"{_sentence(package.label)} takes {size(package.bytes)} on disk "
@@ -561,6 +566,19 @@ def verdict(report: Report) -> list[str]:
     blind = [task for task, score in base.tasks.items() if score.stamp]
     if blind:
         said.append(f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality.")
+    return said
+
+
+def _text_loss(package: Package, base: Base) -> list[str]:
+    """What happened to the prediction of text, which tasks of few choices may not show."""
+    if package.held_out_loss is None or base.held_out_loss is None:
+        return []
+    said = [
+        f"On text that was not trained on, its loss is {package.held_out_loss:.3g} nats per token, the base's "
+        f"{base.held_out_loss:.3g}."
+    ]
+    if package.held_out_loss > base.held_out_loss + math.log(2):
+        said.append("So it is less than half as sure of the next token as the base is, whatever the tasks say.")
     return said
 
 

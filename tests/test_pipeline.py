@@ -102,6 +102,9 @@ def test_the_report_says_what_is_on_disk(made: Made) -> None:
     assert gguf["speed"]["runtime"] == "llama.cpp" and gguf["verified"]["tokenizer_equal"] >= 200
     assert onnx["speed"]["runtime"] == "onnxruntime" and onnx["verified"]["cached_generation_equal"] is True
     assert onnx["tasks"] == padded["tasks"] == best["tasks"]
+    losses = {package["name"]: package["held_out_loss"] for package in report["packages"]}
+    assert losses["best-padded"] == pytest.approx(losses["best"]) and losses["best-onnx"] == losses["best"]
+    assert report["base"]["held_out_loss"] > 0 < losses["best"] != losses["best-int4"]
     assert report["search"]["evaluations"] == 14 == len({point["key"] for point in report["search"]["points"]})
     assert len(report["samples"]) == 3 and set(report["samples"][0]["continuations"]) >= {"base", "best"}
     assert "best-int4" in (made.run / "report.html").read_text()

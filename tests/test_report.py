@@ -205,6 +205,17 @@ def test_verdict_says_what_was_lost() -> None:
     assert verdict(validate_report(data)) == ["No package of tiny has been written yet."]
 
 
+def test_verdict_says_what_tasks_do_not_show() -> None:
+    data = minimal_report()
+    assert "not trained on" not in " ".join(verdict(validate_report(data)))
+    data["base"]["held_out_loss"] = 1.5
+    data["packages"][0]["held_out_loss"] = 1.62
+    said = " ".join(verdict(validate_report(data)))
+    assert "its loss is 1.62 nats per token, the base's 1.5." in said and "half as sure" not in said
+    data["packages"][0]["held_out_loss"] = 19.3
+    assert "less than half as sure of the next token" in " ".join(verdict(validate_report(data)))
+
+
 def test_a_speed_measured_elsewhere_is_not_compared() -> None:
     data = full_report()
     data["packages"] = data["packages"][:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import cache, partial
 from io import StringIO
 from itertools import islice
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compressor.architecture import Architecture
+from compressor.finetune.data import HELD_OUT_BLOCKS, Blocks
+from compressor.finetune.losses import held_out_loss
 from compressor.finetune.sources import plain_text, read_rows
 from compressor.job import Job
 from compressor.progress import say
 from compressor.run import read_json, write_json
-from compressor.stages.finetuning import weights_fingerprint
+from compressor.stages.finetuning import training_blocks, weights_fingerprint
 from compressor.stages.subnets import relative_quality, stored_scores
 
 if TYPE_CHECKING:
@@ -43,7 +46,9 @@ def measure_packages(job: Job, names: list[str]) -> None:
 
     run, base = job.run, cache(job.load_base)
     job.threads(scoring=True)
+    unread = unread_text(job)
     conditions = {
+        "text": unread.fingerprint,
         "base": job.base_fingerprint,
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
         "dtype": str(job.compute_dtype),
@@ -54,12 +59,15 @@ def measure_packages(job: Job, names: list[str]) -> None:
     if before.get("conditions") != conditions:
         before = {}
     base_speed: dict[str, Any] | None = before["base"]["speed"] if before else None
+    losses = {"base": before["base"].get("held_out_loss") if before else None}
     said: dict[str, dict[str, str]] = {row["prompt"]: row["continuations"] for row in before.get("samples", [])}
     prompts = openings(job)
     texts = {"base": continuations(job, prompts, base, {p: kept["base"] for p, kept in said.items()})}
     run.search.mkdir(exist_ok=True)
     with EvaluationStore(run.evaluations) as store:
         scores = {"base": report_scores(job, store, base, job.structure.base, job.base_fingerprint)}
+        if losses["base"] is None:
+            losses["base"] = held_out_loss(base(), unread, 1, job.device)
         base_values = {task: score["value"] for task, score in scores["base"].items()}
         for number, name in enumerate(names, start=1):
             say(f"measuring {name} ({number} of {len(names)})")
@@ -82,6 +90,12 @@ def measure_packages(job: Job, names: list[str]) -> None:
                 else:
                     assert base_speed is not None  # a package of a pick's own layout comes first
                     speed = speed_in_its_runtime(package, record, base_speed)
+            losses[name] = record["entry"].get("held_out_loss") if timed else None
+            if losses[name] is None:
+                graph = layout in ("onnx", "openvino")
+                losses[name] = (
+                    losses[record["lineage"]["copy_of"]] if graph else held_out_loss(model(), unread, 1, job.device)
+                )
             if layout in LOADABLE:
                 kept = {prompt: row[name] for prompt, row in said.items() if timed and name in row}
                 texts[name] = continuations(job, prompts, model, kept)
@@ -89,6 +103,7 @@ def measure_packages(job: Job, names: list[str]) -> None:
             measured = {
                 "tasks": scores[name],
                 "quality": relative_quality(job, values, base_values),
+                "held_out_loss": losses[name],
                 "speed": speed,
             }
             documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
@@ -106,6 +121,7 @@ def measure_packages(job: Job, names: list[str]) -> None:
                 "card": read_base_card(job.checkpoint.path).model_dump(),
                 "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
                 "tasks": scores["base"],
+                "held_out_loss": losses["base"],
                 "speed": base_speed,
             },
             "conditions": conditions,
@@ -116,6 +132,13 @@ def measure_packages(job: Job, names: list[str]) -> None:
             ],
         },
     )
+
+
+def unread_text(job: Job) -> Blocks:
+    """Some of the user's text that neither fine-tuning nor healing reads: what the longer of the two holds out."""
+    tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
+    _, held_out = training_blocks(job, tokens).split()
+    return replace(held_out, table=held_out.table[:HELD_OUT_BLOCKS])
 
 
 def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
