@@ -247,6 +247,7 @@ class SpeedTable:
     prefill: PartTimes
     decode: PartTimes
     check: dict[str, float]
+    vocab_size: int | None = None
 
     def predict(self, architecture: Architecture) -> dict[str, float]:
         """`prefill_tps` and `decode_tps`, tokens per second over the whole batch, and seconds of `latency`: reading
@@ -331,6 +332,7 @@ class SpeedTable:
             times[0],
             times[1],
             errors,
+            structure.vocab_size,
         )
 
     def made_on(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -342,10 +344,12 @@ class SpeedTable:
         return (self.device, self.threads, self.dtype) == now
 
     def fits(self, structure: Structure) -> bool:
-        """Whether it was measured on a network of these sizes."""
+        """Whether it was measured on a network of these sizes, of whatever depth: it holds times of single layers."""
         sizes = sizes_to_time(structure)
-        return self.hidden_size == structure.base.hidden_size and all(
-            (part.attention_sizes, part.mlp_sizes) == sizes for part in (self.prefill, self.decode)
+        return (
+            self.hidden_size == structure.base.hidden_size
+            and self.vocab_size in (structure.vocab_size, None)  # tables of earlier versions do not say
+            and all((part.attention_sizes, part.mlp_sizes) == sizes for part in (self.prefill, self.decode))
         )
 
     @staticmethod

@@ -69,6 +69,28 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_class_that_the_checkpoint_brings_stays_the_super_networks(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    (model / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    config = model / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
+    )
+    given = {
+        "model": str(model),
+        "trust_remote_code": True,
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "space": {"ffn.*": [32, 64]},
+        "finetuning": {"tokens": 0, "sequence_length": 32},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+    pipeline.finetune(job)
+    assert type(job.load_base()).__name__ == type(job.load_supernet().model).__name__ == "Own"
+
+
 def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,8 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
     assert (measured.batch, measured.prompt, measured.new, measured.dtype) == (1, 8, 4, "float32")
     assert all(value > 0 for value in measured.predict(supernet.base).values())
     cpu = torch.device("cpu")
+    assert measured.fits(supernet.structure) and measured.fits(structure(num_hidden_layers=5))
+    assert not measured.fits(structure(vocab_size=300))
     assert measured.made_on(cpu, torch.float32) and not measured.made_on(cpu, torch.bfloat16)
     assert not replace(measured, threads=99).made_on(cpu, torch.float32)
     assert not replace(measured, device="elsewhere").made_on(cpu, torch.float32)
