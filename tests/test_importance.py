@@ -56,8 +56,24 @@ def test_no_pass_holds_the_logits_of_all_tokens(supernet: SuperNetwork, monkeypa
         assert torch.allclose(value, in_parts[units], rtol=1e-12)
     tokens.clear()
     block_influence(supernet, BATCHES)
-    hook.remove()
     assert tokens == []
+    both = [torch.cat(BATCHES)]
+    taylor(supernet, both)
+    learn_masks(supernet, both, {(0, "ffn"): whole[0, "ffn"]}, epochs=1)
+    hook.remove()
+    assert tokens == [6] * (2 + 4)
+
+
+def test_a_batchs_change_is_of_its_mean_loss(supernet: SuperNetwork) -> None:
+    ids = torch.cat(BATCHES)
+    down = supernet.model.get_submodule("model.layers.1.mlp.down_proj").weight
+    supernet.model(input_ids=ids, labels=ids).loss.backward()
+    change = (down * down.grad).sum(0)
+    for name in ("gate_proj", "up_proj"):
+        module = supernet.model.get_submodule(f"model.layers.1.mlp.{name}")
+        change = change + (module.weight * module.weight.grad).sum(1) + module.bias * module.bias.grad
+    supernet.model.zero_grad()
+    assert torch.allclose(taylor(supernet, [ids])[1, "ffn"], change.abs())
 
 
 def inputs_of(supernet: SuperNetwork, module: str) -> torch.Tensor:

@@ -82,7 +82,8 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
     try:
         with torch.enable_grad():
             for ids in batches:
-                supernet.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                for row in ids.split(1):  # of equal lengths: their mean is the batch's, and one row's logits are enough
+                    (supernet.model(input_ids=row, labels=row, use_cache=False).loss / len(ids)).backward()
                 for units, change in changes.items():
                     scores[units] = scores.get(units, torch.zeros_like(change)) + change.abs()
                 changes.clear()

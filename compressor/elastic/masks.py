@@ -61,17 +61,16 @@ def learn_masks(
         steps = epochs * len(data)
         for step in range(steps):
             ids = data[step % len(data)]
-            masks.clear()
-            with torch.no_grad():
-                full = supernet.model(input_ids=ids, use_cache=False).logits
             share = least + (1 - least) * float(torch.rand((), generator=generator))
-            with torch.enable_grad():
-                masks |= {units: straight_through(score, share).to(device) for units, score in scores.items()}
-                masked = supernet.model(input_ids=ids, use_cache=False).logits
-                loss = F.kl_div(
-                    F.log_softmax(masked.float(), -1), F.log_softmax(full.float(), -1), log_target=True, reduction="sum"
-                )
-                (loss / ids.numel()).backward()
+            for row in ids.split(1):  # one row's logits, three times, are enough to hold
+                masks.clear()
+                with torch.no_grad():
+                    full = F.log_softmax(supernet.model(input_ids=row, use_cache=False).logits.float(), -1)
+                with torch.enable_grad():
+                    masks |= {units: straight_through(score, share).to(device) for units, score in scores.items()}
+                    masked = F.log_softmax(supernet.model(input_ids=row, use_cache=False).logits.float(), -1)
+                    loss = F.kl_div(masked, full, log_target=True, reduction="sum")
+                    (loss / ids.numel()).backward()
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
