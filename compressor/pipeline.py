@@ -142,14 +142,14 @@ def compare(
 DEMO = {
     "effort": "quick",
     "targets.max_params": "0.67",
-    "finetuning.tokens": 40_000,
+    "finetuning.tokens": 34_000,
     "searching.evaluations": 60,
     "searching.population": 15,
     "searching.limit": 60,
     "healing.tokens": 90_000,
     "quantizing.schemes": "int8,int4",
     "quantizing.iterations": 20,
-    "quantizing.samples": 32,
+    "quantizing.samples": 16,
 }
 """Budgets that fit three minutes on two cores."""
 
