@@ -146,7 +146,7 @@ DEMO = {
     "searching.evaluations": 60,
     "searching.population": 15,
     "searching.limit": 60,
-    "healing.tokens": 75_000,
+    "healing.tokens": 90_000,
     "quantizing.schemes": "int8,int4",
     "quantizing.iterations": 10,
     "quantizing.samples": 16,
