@@ -113,6 +113,11 @@ class Run:
         file = folder / "manifest.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
+    @property
+    def supernet_weights(self) -> str:
+        """Fingerprint of the fine-tuned super-network's weights; empty where there is no such network yet."""
+        return str((self.manifest(self.supernet) or {}).get("weights", ""))
+
     @contextmanager
     def stage(self, folder: Path, inputs: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Fill a folder under a temporary name; manifest last, then rename.

@@ -227,26 +227,26 @@ def test_packages_are_timed_one_by_one_beside_the_base(tmp_path: Path, monkeypat
     folder = Folder(tmp_path)
     for method in ("ours", "wanda", "flap"):
         folder.compared(method, 0, "inputs", 0.5)
-    loaded: weakref.WeakSet[Any] = weakref.WeakSet()
-    pairs: list[list[str]] = []
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    timed: list[str] = []
 
     def load_package(path: Path, *_: Any) -> Any:
-        loaded.add(model := torch.nn.Identity())
+        alive.add(model := torch.nn.Identity())
+        timed.append(path.name)
         return model
 
-    def compare_speed(models: dict[str, Any]) -> dict[str, Any]:
-        assert len(loaded) == 1
-        pairs.append(list(models))
-        return {name: SimpleNamespace(to_dict=lambda name=name: {"of": name}) for name in models}
+    def speed_beside(model: Any, base: Any) -> tuple[Any, Any]:
+        assert set(alive) == {model}
+        return SimpleNamespace(to_dict=lambda of=timed[-1]: {"of": of}), SimpleNamespace(to_dict=lambda: {"of": "base"})
 
     monkeypatch.setattr(comparing, "load_package", load_package)
-    monkeypatch.setattr(speed, "compare_speed", compare_speed)
+    monkeypatch.setattr(speed, "speed_beside", speed_beside)
     monkeypatch.setattr(package, "update_record", lambda *_, **__: None)
     folder.job.threads, folder.job.compute_dtype, folder.job.device = lambda scoring: None, None, None
     rows = sorted(tmp_path.glob("comparison/*-0.json"))
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)  # nothing is left to time
-    assert pairs == [["base", "flap"], ["base", "ours"], ["base", "wanda"]]
+    assert timed == ["flap", "ours", "wanda"]
     wanda = read_json(tmp_path / "comparison" / "wanda-0.67-0.json")["row"]
     assert (wanda["speed"], wanda["base_speed"]) == ({"of": "wanda"}, {"of": "base"})
 

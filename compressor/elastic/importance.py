@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from compressor.architecture import Tensor as TensorEntry
 from compressor.elastic.masks import learn_masks
 from compressor.elastic.ordering import Run, Scores, readers, runs, shapes
-from compressor.elastic.supernet import SuperNetwork
+from compressor.elastic.supernet import LOGITS, SuperNetwork
 
-LOGITS = 2**25
-"""Logits computed at a time, tokens times vocabulary: 128 MiB in float32."""
 Batches = Iterable[Tensor]
 """Token ids, [batch, length] each, on the super-network's device."""
 

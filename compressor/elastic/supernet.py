@@ -30,6 +30,9 @@ Counts = Mapping[Unit, int]
 ELASTIC: tuple[Unit, ...] = ("query", "kv", "ffn", "experts")
 """The units within a layer that a sub-network has fewer of."""
 
+LOGITS = 2**25
+"""Logits that whoever runs a network's head computes at a time, tokens times vocabulary: 128 MiB in float32."""
+
 CACHE_MODES = "kv_sharing_modes"
 """The configuration value by which transformers (5.23) knows layers without a place of their own in the cache."""
 
@@ -188,8 +191,8 @@ class SuperNetwork:
     """A Hugging Face causal language model whose sub-networks can be switched on by `Architecture`.
 
     `model` is used as it is and stays the owner of all weights; there is no second copy. It must be whole: what another
-    super-network left active in it would be taken for the base. A key-value cache is told
-    which layers have no attention left, or it would not work (`_activate_cache`).
+    super-network left active in it would be taken for the base. A key-value cache is told which layers have no
+    attention left, or it would not work (`_activate_cache`).
     """
 
     def __init__(self, model: nn.Module, family: Family | None = None, structure: Structure | None = None) -> None:

@@ -82,10 +82,11 @@ class Blocks:
         """The training part and a held-out part of `share` (at least `least` blocks, at most half), from the end."""
         held = min(max(least, round(share * len(self))), len(self) // 2)
         cut = len(self) - held
-        return (
-            Blocks(self.table[:cut], self.fingerprint, self.documents),
-            Blocks(self.table[cut:], self.fingerprint, self.documents),
-        )
+        return self.part(0, cut), self.part(cut, len(self))
+
+    def part(self, start: int, stop: int) -> Blocks:
+        """Some of the blocks, in order; fingerprint and documents are still those of the whole."""
+        return Blocks(self.table[start:stop], self.fingerprint, self.documents)
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         """The `size` blocks of a step. A pure function of (seed, step): resuming needs no saved reader state.

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from compressor.elastic.supernet import LOGITS
 from compressor.finetune.data import Blocks
 from compressor.finetune.forward import Trace, trace
-
-CHUNK = 2**25
-"""Logits computed at a time, tokens times vocabulary: 128 MiB in float32."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
@@ -143,7 +141,7 @@ def token_losses(weights: Mapping[str, float], student: Trace, teacher: Trace | 
         parts = [weight * TOKEN_LOSSES[name](logits, targets, soft, temperature) for name, weight in weights.items()]
         return torch.stack(parts).sum()
 
-    size = max(1, CHUNK // student.vocabulary)
+    size = max(1, LOGITS // student.vocabulary)
     columns: list[Any] = [student.hidden.split(size), student.targets.split(size)]
     needed = teacher is not None and set(weights) != {"ce"}
     columns.append(teacher.hidden.split(size) if needed and teacher is not None else [None] * len(columns[0]))

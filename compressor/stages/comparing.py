@@ -73,7 +73,7 @@ class Contest:
         job = self.job
         read = {
             "base": job.base_fingerprint,
-            "supernet": supernet_weights(job),
+            "supernet": job.run.supernet_weights,
             "ours": self.architecture.key,
             "finetuning": job.recipe.finetuning.tokens,
             "healing": job.recipe.healing.model_dump(),
@@ -314,11 +314,6 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
     return rows
 
 
-def supernet_weights(job: Job) -> str:
-    weights: str = (job.run.manifest(job.run.supernet) or {})["weights"]
-    return weights
-
-
 def documents_scored(job: Job) -> dict[str, str]:
     """Fingerprint of every task's documents on the report split."""
     return {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks}
@@ -326,7 +321,7 @@ def documents_scored(job: Job) -> dict[str, str]:
 
 def provenance(job: Job) -> dict[str, str]:
     """What a row must share with the run as it is now to be shown in its report."""
-    return {"supernet": supernet_weights(job), "documents": fingerprint(documents_scored(job))}
+    return {"supernet": job.run.supernet_weights, "documents": fingerprint(documents_scored(job))}
 
 
 def made_before(contest: Contest, made: str) -> dict[str, Any] | None:
@@ -395,7 +390,7 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
 def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
     """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
     in memory together. Rows that share a package share its speed."""
-    from evals.speed import compare_speed
+    from evals.speed import speed_beside
     from export.package import update_record
 
     job.threads(scoring=True)
@@ -406,8 +401,8 @@ def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
             untimed.setdefault(data["path"], []).append(row)
     for path, sharing in untimed.items():
         folder = job.run.path / path
-        found = compare_speed({"base": base, path: load_package(folder, job.compute_dtype, job.device)})
-        speeds = {"speed": found[path].to_dict(), "base_speed": found["base"].to_dict()}
+        found, beside = speed_beside(load_package(folder, job.compute_dtype, job.device), base)
+        speeds = {"speed": found.to_dict(), "base_speed": beside.to_dict()}
         update_record(folder, entry={"speed": speeds["speed"]})
         for row in sharing:
             whole = read_json(row)

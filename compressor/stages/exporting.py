@@ -64,9 +64,14 @@ def export(job: Job) -> list[dict[str, Any]]:
     return [read_record(run.packages / name)["entry"] for name in written]
 
 
+def cut_inputs(job: Job, architecture: str) -> Inputs:
+    """Of a sub-network as it is cut out; `architecture` is its key."""
+    return {"weights": job.run.supernet_weights, "architecture": architecture}
+
+
 def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
     """Of a sub-network as it ships: what it is cut out of and, where it is healed, all that healing reads."""
-    cut = {"weights": (job.run.manifest(job.run.supernet) or {})["weights"], "architecture": architecture}
+    cut = cut_inputs(job, architecture)
     if not job.recipe.healing.tokens:
         return cut
     settings = job.train_settings(job.recipe.healing, blocks.length, job.recipe.seed + 1)
@@ -109,7 +114,7 @@ def write_packages(
     copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
     lineage = {
         "base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint},
-        "supernet": (job.run.manifest(job.run.supernet) or {})["weights"],
+        "supernet": job.run.supernet_weights,
         "target": picked["target"],
         "versions": versions(),
     }
@@ -183,7 +188,7 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
         "dtype": job.stored_dtype,
     }
     sliced, healed = run.subnets / f"{name}-sliced", run.subnets / name
-    source = {"weights": lineage["supernet"], "architecture": picked["key"]}
+    source = cut_inputs(job, picked["key"])
     if not made_from(sliced, source):
         write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
     if not recipe.healing.tokens:

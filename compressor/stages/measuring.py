@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import replace
 from functools import cache, partial
 from io import StringIO
 from itertools import islice
@@ -34,111 +33,138 @@ LOADABLE = ("uneven", "uniform", "padded")
 def measure_packages(job: Job, names: list[str]) -> None:
     """Score base and packages on the report split, time them side by side, and record it in each package.
 
-    One package at a time is in memory, beside the base. Scores are rows of evaluations.db like any other, so nothing is
-    scored twice, and what was timed beside this base under the same conditions is not timed again. What transformers
-    does not load is timed in its own runtime. A gguf file is scored with the weights that it holds, and a graph scores
-    what the package scores that it is a copy of: that both compute the same in their runtimes is for the proof to say.
+    Scores are rows of evaluations.db like any other, so nothing is scored twice.
     """
-    from evals.speed import Speed, speed_beside
-    from export.card import read_base_card
-    from export.package import read_record, update_record
     from search.store import EvaluationStore
 
-    run, base = job.run, cache(job.load_base)
     job.threads(scoring=True)
-    unread = unread_text(job)
-    conditions = {
-        "text": unread.fingerprint,
-        "base": job.base_fingerprint,
-        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
-        "dtype": str(job.compute_dtype),
-        "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
-    }
-    file = run.packages / "base.json"
-    before = read_json(file) if file.is_file() else {}
-    if before.get("conditions") != conditions:
-        before = {}
-    base_speed: dict[str, Any] | None = before["base"]["speed"] if before else None
-    losses = {"base": before["base"].get("held_out_loss") if before else None}
-    said: dict[str, dict[str, str]] = {row["prompt"]: row["continuations"] for row in before.get("samples", [])}
-    prompts = openings(job)
-    texts = {"base": continuations(job, prompts, base, {p: kept["base"] for p, kept in said.items()})}
-    run.search.mkdir(exist_ok=True)
-    with EvaluationStore(run.evaluations) as store:
-        scores = {"base": report_scores(job, store, base, job.structure.base, job.base_fingerprint)}
-        if losses["base"] is None:
-            losses["base"] = held_out_loss(base(), unread, 1, job.device)
-        base_values = {task: score["value"] for task, score in scores["base"].items()}
+    job.run.search.mkdir(exist_ok=True)
+    bench = Bench(job)
+    with EvaluationStore(job.run.evaluations) as store:
+        bench.measure_base(store)
         for number, name in enumerate(names, start=1):
             say(f"measuring {name} ({number} of {len(names)})")
-            package = run.packages / name
-            record = read_record(package)
-            layout, architecture = record["entry"]["layout"], Architecture.from_dict(record["entry"]["architecture"])
-            model = cache(partial(scored_network, job, package, record))  # loaded when, and if, it is needed
-            if layout in ("onnx", "openvino"):
-                scores[name] = scores[record["lineage"]["copy_of"]]
-            else:
-                scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(package))
-            speed = record["entry"].get("speed")
-            timed = speed is not None and base_speed is not None and record["lineage"].get("base_speed") == base_speed
-            if not timed:
-                job.threads(scoring=True)
-                if layout in LOADABLE:
-                    known = None if base_speed is None else Speed(**base_speed)
-                    found, beside = speed_beside(model(), base(), known)
-                    speed, base_speed = found.to_dict(), beside.to_dict()
-                else:
-                    assert base_speed is not None  # a package of a pick's own layout comes first
-                    speed = speed_in_its_runtime(package, record, base_speed)
-            losses[name] = record["entry"].get("held_out_loss") if timed else None
-            if losses[name] is None:
-                graph = layout in ("onnx", "openvino")
-                losses[name] = (
-                    losses[record["lineage"]["copy_of"]] if graph else held_out_loss(model(), unread, 1, job.device)
-                )
-            if layout in LOADABLE:
-                kept = {prompt: row[name] for prompt, row in said.items() if timed and name in row}
-                texts[name] = continuations(job, prompts, model, kept)
-            values = {task: score["value"] for task, score in scores[name].items()}
-            measured = {
-                "tasks": scores[name],
-                "quality": relative_quality(job, values, base_values),
-                "held_out_loss": losses[name],
-                "speed": speed,
-            }
-            documents = {task: job.tasks.fingerprint(task, "report") for task in scores[name]}
-            update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
-    write_json(
-        file,
-        {
-            "base": {
-                "name": Path(job.recipe.model).name,
-                "path": job.recipe.model,
-                "params": job.structure.parameters(job.structure.base),
-                "bytes": job.checkpoint.weight_bytes,
-                "dtype": str(job.stored_dtype).removeprefix("torch."),
-                "architecture": job.structure.base.to_dict(),
-                "card": read_base_card(job.checkpoint.path).model_dump(),
-                "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
-                "tasks": scores["base"],
-                "held_out_loss": losses["base"],
-                "speed": base_speed,
-            },
-            "conditions": conditions,
-            "packages": names,
-            "samples": [
-                {"prompt": prompt, "continuations": {name: found[prompt] for name, found in texts.items()}}
-                for prompt in prompts
-            ],
-        },
-    )
+            bench.measure(name, store)
+    bench.write(names)
+
+
+class Bench:
+    """The base, and everything beside it one at a time: only these two are in memory.
+
+    What `packages/base.json` and a package's own record hold already is kept while the conditions of its measuring
+    are the same. `losses`, `texts` (by prompt) and `scores` go by name, "base" among them.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.base = job, cache(job.load_base)
+        self.text, self.prompts = unread_text(job), openings(job)
+        self.conditions = {
+            "text": self.text.fingerprint,
+            "base": job.base_fingerprint,
+            "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
+            "dtype": str(job.compute_dtype),
+            "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
+        }
+        self.file = job.run.packages / "base.json"
+        before = read_json(self.file) if self.file.is_file() else {}
+        if before.get("conditions") != self.conditions:
+            before = {}
+        self.speed: dict[str, Any] | None = before["base"]["speed"] if before else None
+        """The base's, beside the first package that was timed."""
+        self.losses: dict[str, float] = {"base": before["base"]["held_out_loss"]} if before else {}
+        self.texts: dict[str, dict[str, str]] = {}
+        self.scores: dict[str, dict[str, dict[str, Any]]] = {}
+        self._said: dict[str, dict[str, str]] = {}  # of the last time, by name
+        for row in before.get("samples", []):
+            for name, text in row["continuations"].items():
+                self._said.setdefault(name, {})[row["prompt"]] = text
+
+    def measure_base(self, store: EvaluationStore) -> None:
+        job = self.job
+        self.scores["base"] = report_scores(job, store, self.base, job.structure.base, job.base_fingerprint)
+        if "base" not in self.losses:
+            self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
+        self.texts["base"] = continuations(job, self.prompts, self.base, self._said.get("base", {}))
+
+    def measure(self, name: str, store: EvaluationStore) -> None:
+        """Measure one package, after the one that it is a copy of, and record it there.
+
+        What transformers does not load is timed in its own runtime. A gguf file is scored with the weights that it
+        holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
+        in their runtimes is for the proof to say.
+        """
+        from export.package import read_record, update_record
+
+        job, package = self.job, self.job.run.packages / name
+        record = read_record(package)
+        entry, lineage = record["entry"], record["lineage"]
+        model = cache(partial(scored_network, job, package, record))  # loaded when, and if, it is needed
+        current = self.speed is not None and lineage.get("base_speed") == self.speed
+        if entry["layout"] in ("onnx", "openvino"):
+            self.scores[name], self.losses[name] = self.scores[lineage["copy_of"]], self.losses[lineage["copy_of"]]
+        else:
+            architecture = Architecture.from_dict(entry["architecture"])
+            self.scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(package))
+            self.losses[name] = entry["held_out_loss"] if current else held_out_loss(model(), self.text, 1, job.device)
+        speed = entry["speed"] if current else self.time(package, record, model)
+        if entry["layout"] in LOADABLE:
+            kept = self._said.get(name, {}) if current else {}
+            self.texts[name] = continuations(job, self.prompts, model, kept)
+        measured = {
+            "tasks": self.scores[name],
+            "quality": relative_quality(job, self._values(name), self._values("base")),
+            "held_out_loss": self.losses[name],
+            "speed": speed,
+        }
+        documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
+        update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": self.speed})
+
+    def time(self, package: Path, record: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
+        """Speed of a package, in turn with the base where transformers loads it."""
+        from evals.speed import Speed, speed_beside
+
+        self.job.threads(scoring=True)
+        if record["entry"]["layout"] not in LOADABLE:
+            assert self.speed is not None  # a package of a pick's own layout comes first
+            return speed_in_its_runtime(package, record, self.speed)
+        known = None if self.speed is None else Speed(**self.speed)
+        found, beside = speed_beside(model(), self.base(), known)
+        self.speed = beside.to_dict()
+        return found.to_dict()
+
+    def write(self, names: list[str]) -> None:
+        """`base.json`: the base as the report shows it, and what packages say beside it."""
+        from export.card import read_base_card
+
+        job = self.job
+        base = {
+            "name": Path(job.recipe.model).name,
+            "path": job.recipe.model,
+            "params": job.structure.parameters(job.structure.base),
+            "bytes": job.checkpoint.weight_bytes,
+            "dtype": str(job.stored_dtype).removeprefix("torch."),
+            "architecture": job.structure.base.to_dict(),
+            "card": read_base_card(job.checkpoint.path).model_dump(),
+            "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
+            "tasks": self.scores["base"],
+            "held_out_loss": self.losses["base"],
+            "speed": self.speed,
+        }
+        samples = [
+            {"prompt": prompt, "continuations": {name: found[prompt] for name, found in self.texts.items()}}
+            for prompt in self.prompts
+        ]
+        write_json(self.file, {"base": base, "conditions": self.conditions, "packages": names, "samples": samples})
+
+    def _values(self, name: str) -> dict[str, float]:
+        return {task: score["value"] for task, score in self.scores[name].items()}
 
 
 def unread_text(job: Job) -> Blocks:
     """Some of the user's text that neither fine-tuning nor healing reads: what the longer of the two holds out."""
     tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
     _, held_out = training_blocks(job, tokens).split()
-    return replace(held_out, table=held_out.table[:HELD_OUT_BLOCKS])
+    return held_out.part(0, HELD_OUT_BLOCKS)
 
 
 def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:

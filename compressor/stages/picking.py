@@ -27,7 +27,7 @@ def measured(job: Job) -> list[Evaluation]:
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
     found = read_json(job.run.front)
-    if found["weights"] != (job.run.manifest(job.run.supernet) or {}).get("weights"):
+    if found["weights"] != job.run.supernet_weights:
         raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
     base_speed = found["base_decode_tps"]
     evaluations = []
@@ -69,7 +69,7 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
     if not job.run.picks.is_file():
         raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick")
     picks: list[dict[str, Any]] = read_json(job.run.picks)
-    weights = (job.run.manifest(job.run.supernet) or {}).get("weights")
+    weights = job.run.supernet_weights
     if any(row.get("weights") != weights for row in picks):
         raise RequestError(
             f"{job.run.path}: the super-network is not the one that was picked from; run compressor search and pick"
@@ -104,7 +104,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
                     "target": str(target),
                     "architecture": chosen.architecture.to_dict(),
                     "key": chosen.architecture.key,
-                    "weights": (run.manifest(run.supernet) or {})["weights"],
+                    "weights": run.supernet_weights,
                     "values": dict(chosen.values),
                 }
             )

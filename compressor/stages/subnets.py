@@ -211,7 +211,7 @@ def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[flo
     from search.store import EvaluationStore
 
     keys = held_out_keys(job, ["held_out_loss"])
-    key, weights = keys["held_out_loss"], (job.run.manifest(job.run.supernet) or {})["weights"]
+    key, weights = keys["held_out_loss"], job.run.supernet_weights
     with EvaluationStore(job.run.evaluations) as store:
         unknown = [one for one in architectures if store.get(one, weights, *key) is None]
         if unknown:
