@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from markupsafe import Markup
 from rich import box
@@ -14,9 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from export.plots import Dot, count, percent, scatter
-
-if TYPE_CHECKING:
-    from export.report import Comparison, TaskScore
+from export.report import Comparison, TaskScore
 
 OURS = "ours"
 

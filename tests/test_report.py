@@ -16,17 +16,10 @@ from report_helpers import HOSTILE, full_report, minimal_report, score, speed
 from rich.console import Console
 
 from compressor.architecture import Architecture, LayerSizes
-from export.report import (
-    Report,
-    TaskScore,
-    change,
-    footnotes,
-    render_html,
-    terminal_table,
-    validate_report,
-    verdict,
-    write_report,
-)
+from export.page import render_html, write_report
+from export.report import Report, TaskScore, validate_report
+from export.table import footnotes, terminal_table
+from export.verdict import change, verdict
 
 
 class Page(HTMLParser):

@@ -21,7 +21,10 @@ def report(job: Job) -> dict[str, Any]:
     """Assemble report.json from what the stages left, write report.html and the cards, print the table."""
     from export.card import render_card
     from export.package import read_record, write_card
-    from export.report import footnotes, terminal_table, validate_report, verdict, write_report
+    from export.page import write_report
+    from export.report import validate_report
+    from export.table import footnotes, terminal_table
+    from export.verdict import verdict
 
     run, recipe = job.run, job.recipe
     base_file = run.packages / "base.json"
