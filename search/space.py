@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.architecture import Architecture, LayerSizes, Structure
+from search.written import POLICIES, kept_layers, preset, read, size_of
 
 Genome = tuple[int, ...]
 Genomes = NDArray[np.int64]
 """Genomes as rows, [n, genes]."""
 
-POLICIES = ("first", "alternate", "late-block")
-"""Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""
-PRESETS = ("llama-nas", "instatune", "depth", "uniform", "fine")
 PER_LAYER = ("kv", "ffn", "experts", "layer")
 GLOBAL = ("kv", "ffn", "experts", "heads", "hidden_size", "depth")
 HEADS, KV, FFN, EXPERTS = range(4)
@@ -55,55 +53,6 @@ class Gene:
     def layer(self) -> int | None:
         index = self.name.partition(".")[2]
         return int(index) if index else None
-
-
-def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The `depth` of `layers` layers that a published policy keeps.
-
-    `first` keeps the first (DyNAS-T's rule for BERT and ViT), `alternate` removes evenly spaced ones
-    (AutoDistil), `late-block` removes one block that ends just before the last sixteenth of the layers, at
-    least one (the late-middle block of the depth-pruning papers). `importance` keeps the first `depth` of
-    `order`, which lists all layers, most important first.
-    """
-    gone = layers - depth
-    if policy == "first":
-        removed: Iterable[int] = range(depth, layers)
-    elif policy == "alternate":
-        removed = {int((i + 0.5) * layers / gone) for i in range(gone)}
-    elif policy == "late-block":
-        end = max(layers - max(1, layers // 16), gone)
-        removed = range(end - gone, end)
-    elif policy == "importance" and order is not None:
-        removed = set(order[depth:])
-    else:
-        raise ValueError(f"depth: unknown policy '{policy}'; valid are {', '.join(POLICIES)}, importance")
-    return tuple(i for i in range(layers) if i not in set(removed))
-
-
-def widths(base: int, step: int | None = None, unit: int = 1) -> tuple[int, ...]:
-    """FFN widths from `step` to `base`, in steps that hardware and quantization groups like.
-
-    Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts,
-    thinned to about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself; one
-    below 64 gets about 8 values, multiples of `unit`. A remainder of less than half a step is not worth a value of
-    its own.
-    """
-    if step is None:
-        if base < 64:
-            step = unit * math.ceil(base / (8 * unit))
-        else:
-            block = next((u for u in (128, 64, 32) if base % u == 0 and base // u >= 8), 32)
-            parts = base // block
-            coarse = math.ceil(parts / 12)
-            step = block * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
-    elif not isinstance(step, int) or not 0 < step <= base or (base % step and step % 32):
-        fitting = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
-        raise ValueError(
-            f"a step of {step} does not divide the FFN width {base}; valid are its divisors "
-            f"({', '.join(map(str, fitting))}) and multiples of 32 below it"
-        )
-    below = [w for w in range(step, base, step) if base - w >= step / 2]
-    return (*below, base)
 
 
 class SearchSpace:
@@ -216,10 +165,10 @@ class SearchSpace:
         if gene.kind == "layer":
             return 1
         if gene.layer is not None:
-            return _size(self.base.layers[gene.layer], gene.kind)
+            return size_of(self.base.layers[gene.layer], gene.kind)
         attends = gene.kind in ("heads", "kv")  # layers of linear attention have neither
         present = [s for s in self.base.layers if (s.num_key_value_heads if attends else not s.removed)]
-        sizes = {_size(layer, gene.kind) for layer in present}
+        sizes = {size_of(layer, gene.kind) for layer in present}
         if len(sizes) != 1:
             raise ValueError(
                 f"{gene.name}: the original's layers differ ({', '.join(map(str, sorted(sizes)))}); "
@@ -398,13 +347,13 @@ class SearchSpace:
         if gene.kind == "hidden_size":
             return architecture.hidden_size
         if gene.layer is None and gene.kind in ("heads", "kv"):
-            return next((_size(layer, gene.kind) for layer in standing if layer.num_key_value_heads), None)
+            return next((size_of(layer, gene.kind) for layer in standing if layer.num_key_value_heads), None)
         chosen = architecture.layers[gene.layer] if gene.layer is not None else next(iter(standing), None)
         if gene.kind == "layer":
             return int(chosen is not None and not chosen.removed)
         if chosen is None:
             return None
-        return _size(chosen, gene.kind)
+        return size_of(chosen, gene.kind)
 
     def canonical(self, genome: Sequence[int]) -> Genome:
         """`canonicalize` for one genome."""
@@ -566,17 +515,10 @@ class SearchSpace:
         policy: str = "late-block",
         order: Sequence[int] | None = None,
     ) -> SearchSpace:
-        """A space by name.
-
-        `llama-nas`: three depths and two FFN widths for each layer ({24, 28, 32} and {5504, 11008} on
-        Llama-2-7B, in proportion elsewhere). `instatune`: depths from three quarters up, half to all heads,
-        half to all of the FFN, for each layer. `depth`: any subset of layers. `uniform`: depth, one FFN width
-        and one number of heads for all layers. `fine`: heads and FFN width of each layer, 0 included, at a
-        `step` of the FFN width that suits hardware and quantization groups, and the number of experts.
-
-        `order` (all layers, most important first) replaces `policy` where a depth gene chooses layers.
+        """A space by name, as `search.written` spells it out. `order` (all layers, most important first) replaces
+        `policy` where a depth gene chooses layers.
         """
-        space = cls.from_dict(_preset(name, structure, step=step, policy=policy, order=order), structure)
+        space = cls.from_dict(preset(name, structure, step=step, policy=policy, order=order), structure)
         space.name = name
         return space
 
@@ -595,28 +537,7 @@ class SearchSpace:
         of its own.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError("a search space is a mapping from gene names to values")
-        if "preset" in data:
-            options: dict[str, Any] = {name: data.get(name) for name in ("step", "order")}
-            options["policy"] = data.get("policy", "late-block")
-            if options["order"] is not None and not _whole_numbers(options["order"]):
-                raise ValueError(f"order: {options['order']!r} is not a list of layers")
-            own = {name: values for name, values in data.items() if name not in ("preset", *options)}
-            genes_of_preset = _preset(data["preset"], structure, **options)
-            if "depth" not in genes_of_preset and {"policy", "order"} & set(data):
-                raise ValueError(f"policy, order: the space '{data['preset']}' has no depth gene that they could serve")
-            data = genes_of_preset | own
-        layers = len(structure.base.layers)
-        genes: dict[str, tuple[int, ...]] = {}
-        kept: list[tuple[int, ...]] | None = None
-        for name, values in data.items():
-            if name == "depth":
-                kept = _read_depth(values, layers, measured_order)
-                genes["depth"] = tuple(len(subset) for subset in kept)
-                continue
-            for target in _targets(str(name), structure.base.layers):
-                genes[target] = _read_values(target, values, structure)
+        genes, kept = read(data, structure, measured_order)
         return cls(structure, [Gene(name, values) for name, values in genes.items()], kept=kept)
 
     def to_dict(self) -> dict[str, Any]:
@@ -625,141 +546,3 @@ class SearchSpace:
         if "depth" in data:
             data["depth"] = {"keep": [np.flatnonzero(row).tolist() for row in self._keep]}
         return data
-
-
-def _size(layer: LayerSizes, kind: str) -> int:
-    """A layer's size under the name of a gene; `heads` is query heads for each key-value head."""
-    return {
-        "kv": layer.num_key_value_heads,
-        "ffn": layer.intermediate_size,
-        "experts": layer.num_experts,
-        "heads": layer.num_attention_heads // max(layer.num_key_value_heads, 1),
-    }[kind]
-
-
-def _preset(
-    name: str, structure: Structure, *, step: int | None, policy: str, order: Sequence[int] | None
-) -> dict[str, Any]:
-    """The genes of a named space, as a recipe would spell them out. `SearchSpace.preset` says what they are."""
-    layers = structure.base.layers
-    count = len(layers)
-    policy = "importance" if order is not None else policy
-    if name == "fine":
-        genes: dict[str, Any] = {}
-        for i, layer in enumerate(layers):
-            if layer.num_key_value_heads:
-                genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
-            genes[f"ffn.{i}"] = [0, *widths(layer.intermediate_size, step, structure.step(layer))]
-            if layer.num_experts:
-                genes[f"experts.{i}"] = _experts(layer.num_experts, structure.experts_per_token)
-    elif name == "llama-nas":
-        genes = {"depth": _depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count], policy, order)}
-        for i, layer in enumerate(layers):
-            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step, structure.step(layer))
-    elif name == "instatune":
-        genes = {"depth": _depth(range(_shrunk(count, 3, 4), count + 1), policy, order)}
-        for i, layer in enumerate(layers):
-            if kv := layer.num_key_value_heads:
-                genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
-            genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2, 3 / 4), step, structure.step(layer))
-    elif name == "depth":
-        genes = {f"layer.{i}": [0, 1] for i in range(count)}
-    elif name == "uniform":
-        genes = {
-            "depth": _depth(range(max(1, count // 4), count + 1), policy, order),
-            "kv": list(range(1, max(layer.num_key_value_heads for layer in layers) + 1)),
-            "ffn": list(widths(layers[0].intermediate_size, step, structure.step(layers[0]))),
-        }
-    else:
-        raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
-    return genes
-
-
-def _experts(count: int, per_token: int) -> list[int]:
-    """Numbers of experts in about eight steps, none so few that a token would go to fewer than it used to."""
-    return sorted({max(per_token, round(count * eighths / 8)) for eighths in range(1, 9)})
-
-
-def _shrunk(count: int, numerator: int, denominator: int) -> int:
-    """A share of `count` layers, different for 3/4, 7/8 and 1 wherever `count` has three values to give."""
-    missing = {4: 2, 8: 1}[denominator]
-    return max(1, min(round(count * numerator / denominator), count - missing))
-
-
-def _shares(base: int, shares: Sequence[float], step: int | None, least: int) -> list[int]:
-    """Shares of a width, rounded to multiples of `step` (32, or `least` below 64), and the width itself."""
-    unit = step or (32 if base >= 64 else least)
-    if step is not None:
-        widths(base, step)
-    return sorted({max(unit, round(base * share / unit) * unit) for share in shares} - {base} | {base})
-
-
-def _depth(values: Iterable[int], policy: str, order: Sequence[int] | None) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"values": sorted(set(values)), "policy": policy}
-    if order is not None:
-        chosen["order"] = list(order)
-    return chosen
-
-
-def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) -> list[tuple[int, ...]]:
-    if not isinstance(values, Mapping):
-        values = {"values": values}
-    unknown = set(values) - {"values", "policy", "order", "keep"}
-    if unknown:
-        raise ValueError(
-            f"depth: unknown {', '.join(sorted(map(str, unknown)))}; valid are values, policy, order, keep"
-        )
-    if "keep" in values:
-        if not isinstance(values["keep"], Sequence) or not all(map(_whole_numbers, values["keep"])):
-            raise ValueError(f"depth: keep: {values['keep']!r} is not a list of lists of layers")
-        return [tuple(sorted(set(subset))) for subset in values["keep"]]
-    order = values.get("order")
-    if order is not None and (not _whole_numbers(order) or sorted(order) != list(range(layers))):
-        raise ValueError(f"depth: the order must list each of the layers 0 to {layers - 1} once")
-    policy = "importance" if order is not None else values.get("policy", "late-block")
-    if policy == "importance" and order is None:
-        order = measured_order
-        if order is None:
-            raise ValueError("depth: policy importance needs an order of the layers here, since nothing measures one")
-    depths = values.get("values")
-    if not isinstance(depths, Sequence) or not all(isinstance(d, int) and 1 <= d <= layers for d in depths):
-        raise ValueError(f"depth: {depths} are not all whole numbers from 1 to {layers}")
-    return [kept_layers(policy, layers, depth, order) for depth in depths]
-
-
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, Sequence) and all(isinstance(value, int) for value in values)
-
-
-def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
-    """The genes that a name of a written space stands for; `*` is all layers that have such a size."""
-    kind, _, where = name.partition(".")
-    layers = len(base)
-    if where == "*":
-        having = [i for i, sizes in enumerate(base) if kind not in COLUMNS or _size(sizes, kind)]
-        return [f"{kind}.{i}" for i in having or range(layers)]
-    first, dash, last = where.partition("-")
-    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < layers:
-        return [f"{kind}.{i}" for i in range(int(first), int(last) + 1)]
-    return [name]
-
-
-def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...]:
-    if isinstance(values, Mapping):
-        kind, _, index = name.partition(".")
-        if kind != "ffn" or set(values) - {"step", "min"}:
-            raise ValueError(f"{name}: give a list of values (only an FFN width can be {{step: …, min: …}})")
-        layer = structure.base.layers[
-            int(index) if index.isdecimal() and int(index) < len(structure.base.layers) else 0
-        ]
-        try:
-            chosen = widths(layer.intermediate_size, values.get("step"), structure.step(layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        least = values.get("min", chosen[0])
-        if not isinstance(least, int):
-            raise ValueError(f"{name}: min: {least!r} is not a whole number")
-        return tuple(v for v in (0, *chosen) if v >= least)
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ValueError(f"{name}: {values!r} is not a list of values")
-    return tuple(values)

@@ -28,7 +28,8 @@ from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError
 from compressor.families import describe, families
 from export.package import write_package
-from search.space import PRESETS, SearchSpace
+from search.space import SearchSpace
+from search.written import PRESETS
 
 
 @pytest.fixture(params=CONFIGS)

@@ -14,7 +14,8 @@ from tiny_families import CONFIGS
 from compressor.architecture import Architecture, LayerSizes
 from compressor.families import describe
 from search.objectives import Computer, computed
-from search.space import PRESETS, Gene, SearchSpace, kept_layers, widths
+from search.space import Gene, SearchSpace
+from search.written import PRESETS, kept_layers, widths
 
 PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 
