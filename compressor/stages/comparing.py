@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,8 @@ class Contest:
     supernet: SuperNetwork
     base: Any
     calibration: tuple[torch.Tensor, ...]
-    data: str
-    """Fingerprint of the text that healing reads."""
+    text: Blocks
+    """What the methods heal on that do not start from the fine-tuned super-network; ours reads the first of it."""
 
     @property
     def parameters(self) -> int:
@@ -76,8 +76,9 @@ class Contest:
             "supernet": job.run.supernet_weights,
             "ours": self.architecture.key,
             "finetuning": job.recipe.finetuning.tokens,
-            "healing": job.recipe.healing.model_dump(),
-            "data": self.data,
+            "healing": asdict(job.train_settings(job.recipe.healing, self.text.length, job.recipe.seed)),
+            "dtype": str(job.compute_dtype),
+            "data": self.text.fingerprint,
             "documents": documents_scored(job),
             "seed": job.recipe.seed,
         }
@@ -194,7 +195,7 @@ def compare(
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
     rows = [outsider(job, other) for other in others]  # first, for they may be refused
-    contests = [Contest(job, size, one, supernet, base, calibration, long.fingerprint) for size, one in picked]
+    contests = [Contest(job, size, one, supernet, base, calibration, long) for size, one in picked]
     for contest in contests:
         done = []
         for number, method in enumerate(chosen, start=1):
