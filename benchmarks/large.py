@@ -36,7 +36,8 @@ from compressor.elastic.slicing import build_standalone
 from compressor.elastic.streaming import StreamedNetwork
 from compressor.elastic.supernet import SuperNetwork
 from compressor.families import describe
-from export.package import WeightWriter, human_bytes, weight_bytes, write_config, write_package
+from compressor.figures import size
+from export.package import WeightWriter, weight_bytes, write_config, write_package
 from export.quantize import quantize_package
 
 SHAPES = {
@@ -170,16 +171,16 @@ def main() -> None:
         folder = Path(name)
         run_step(arguments.size, folder)
         copied = 0.0
-        print(f"{human_bytes(weight_bytes(folder / 'base'))} of bfloat16 weights\n")
+        print(f"{size(weight_bytes(folder / 'base'))} of bfloat16 weights\n")
         print("| step | written | seconds | against copying | peak memory |\n|---|---|---|---|---|")
         for what in ("copy", "order", "activate", "two-thirds", "whole", "int4"):
             forget_cached_files()
             done = json.loads(run_step(what, folder))
             copied = copied or done["seconds"]
-            written = "" if done["switch"] else human_bytes(done["bytes"])
+            written = "" if done["switch"] else size(done["bytes"])
             name = f"{what}: {done['switch']:.2f} ms a switch" if done["switch"] else what
             cells = [name, written, f"{done['seconds']:.1f}", f"{done['seconds'] / copied:.2f}"]
-            print("| " + " | ".join([*cells, human_bytes(done["peak"])]) + " |", flush=True)
+            print("| " + " | ".join([*cells, size(done["peak"])]) + " |", flush=True)
             if what == "copy":
                 shutil.rmtree(folder / "copy")
             elif what == "two-thirds":

@@ -142,7 +142,7 @@ def emit(value: Any, as_json: bool) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"), json: Json = False
 ) -> None:
-    """The whole job on the bundled checkpoint, offline, in about three minutes."""
+    """The whole job on the bundled checkpoint, in three minutes."""
     stay_offline()
     from compressor import pipeline
 
@@ -159,7 +159,10 @@ def inspect(
     trust_remote_code: Trust = None,
     json: Json = False,
 ) -> None:
-    """Structure, where the parameters are, elastic dimensions, size of the space, memory and time; trains nothing."""
+    """What a checkpoint holds, what may be cut, what it would cost.
+
+    Trains nothing.
+    """
     from compressor import pipeline
     from compressor.recipe import read_recipe
 
@@ -198,7 +201,10 @@ def compress(
     redo: Redo = None,
     json: Json = False,
 ) -> None:
-    """The whole job: fine-tune once, search, slice, heal, quantize, prove, report. Run again, it resumes."""
+    """Fine-tune once, search, slice, heal, quantize, prove, report.
+
+    The whole job. Stopped and run again, it resumes.
+    """
     options = {k: v for k, v in locals().items() if k not in ("output", "recipe", "redo", "json")}
     asked = recipe_of(recipe, options)
     from compressor import pipeline
@@ -248,7 +254,10 @@ def search(
     redo: Redo = None,
     json: Json = False,
 ) -> None:
-    """Search a fine-tuned run; measured sub-networks are kept and never measured twice."""
+    """Search a fine-tuned run.
+
+    Measured sub-networks are kept and never measured twice.
+    """
     given = overrides(**{k: v for k, v in locals().items() if k not in ("run", "redo", "json")})
     look_at(run)
     from compressor import pipeline
@@ -265,7 +274,7 @@ def pick(
     max_drop: MaxDrop = None,
     json: Json = False,
 ) -> None:
-    """Choose from what was measured, for new targets, without searching again."""
+    """Choose from what was measured, for new targets."""
     look_at(run)
     from compressor import pipeline
 
@@ -305,7 +314,10 @@ def compare(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Put the compressed model beside pruning baselines: same base, text, tokens, tasks, documents and size."""
+    """Put the result beside pruning baselines.
+
+    Same base, text, tokens, tasks, documents and size for all.
+    """
     look_at(run)
     from compressor import pipeline
 
@@ -325,7 +337,7 @@ def _several(text: str | None) -> list[str]:
 
 @app.command()
 def report(run: RunDir, json: Json = False) -> None:
-    """Assemble report.json and report.html from what the run holds."""
+    """Write report.json and report.html from what the run holds."""
     look_at(run)
     from compressor import pipeline
 
@@ -345,7 +357,10 @@ def evaluate(
     trust_remote_code: Trust = None,
     json: Json = False,
 ) -> None:
-    """Score any checkpoint, ours or not, quantized or not, with the code that the search uses."""
+    """Score any checkpoint on lm-eval tasks.
+
+    Ours or not, quantized or not, with the code that the search uses.
+    """
     from compressor import pipeline
 
     results = pipeline.evaluate(
@@ -370,7 +385,7 @@ def verify(
     include_path: IncludePath = None,
     json: Json = False,
 ) -> None:
-    """Reload a package in a fresh process and check again what it claims."""
+    """Check again, in a fresh process, what a package claims."""
     from compressor import pipeline
 
     emit(pipeline.verify(package, scores=scores, include_path=include_path, quiet=json), json)

@@ -15,9 +15,10 @@ from rich import box
 from rich.table import Table
 
 from compressor.architecture import HALVES
+from compressor.figures import duration, size
 from compressor.finetune.parameters import adapter_parameters
 from compressor.job import Job
-from compressor.progress import console
+from compressor.progress import console, say
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
@@ -37,9 +38,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
     layer = max(base.layers)  # one with attention, where some layers have linear attention instead
     by_part = {"embedding": 0, "head": 0, "attention": 0, "mlp": 0, "other": 0}
     for tensor in structure.tensors:
-        count = 1
-        for size in structure.shape(tensor, base) or ():
-            count *= size
+        count = math.prod(structure.shape(tensor, base) or ())
         part = tensor.role if tensor.role in ("embedding", "head") else tensor.half
         by_part[part if part in HALVES or part in by_part else "other"] += count
     smallest = structure.parameters(job.declared_space.smallest())
@@ -137,7 +136,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
 def print_inspection(found: dict[str, Any]) -> None:
     """The facts of `inspect_job` as a few tables on stderr."""
     total = found["parameters"]
-    model = Table(box=box.SIMPLE, title=f"{found['model']} ({found['family']}, {found['dtype']})", title_justify="left")
+    say(f"{found['model']} ({found['family']}, {found['dtype']})")
+    model = Table(box=box.SIMPLE)
     model.add_column("part")
     model.add_column("parameters", justify="right")
     model.add_column("share", justify="right")
@@ -158,7 +158,8 @@ def print_inspection(found: dict[str, Any]) -> None:
     for gene, values in space["genes"].items():
         kind = (gene.partition(".")[0], tuple(values))
         kinds[kind] = kinds.get(kind, 0) + 1
-    genes = Table(box=box.SIMPLE, title=f"search space '{space['name']}'", title_justify="left")
+    say(f"\nsearch space '{space['name']}'")
+    genes = Table(box=box.SIMPLE)
     genes.add_column("gene")
     genes.add_column("times", justify="right")
     genes.add_column("values", overflow="fold")
@@ -169,11 +170,8 @@ def print_inspection(found: dict[str, Any]) -> None:
         f"10^{math.log10(space['size']):.1f} genomes; the smallest sub-network has {space['smallest_parameters']:,} "
         f"parameters ({space['smallest_share']:.3f} of the base)"
     )
-    cost = Table(
-        box=box.SIMPLE,
-        title=f"to expect of --effort {found['effort']} on {found['device']}",
-        title_justify="left",
-    )
+    say(f"\nto expect of --effort {found['effort']} on {found['device']}")
+    cost = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "memory", "petaFLOP", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
         cost.add_column(column, justify="left" if column == "stage" else "right")
     budget = found["budget"]
@@ -192,18 +190,3 @@ def print_inspection(found: dict[str, Any]) -> None:
     console.print(
         f"estimates: a matrix product reaches {found['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
     )
-
-
-def size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
-
-
-def duration(seconds: float) -> str:
-    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
-        if seconds < 90 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:,.0f} days"

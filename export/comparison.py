@@ -13,7 +13,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from export.plots import Dot, count, percent, scatter
+from compressor.figures import count, percent
+from export.plots import Dot, scatter
 from export.report import Comparison, TaskScore
 
 OURS = "ours"

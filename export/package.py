@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import __version__
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, VerificationError
+from compressor.figures import size
 from evals.trust import UNEVEN_PREFIX, check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -181,14 +182,6 @@ def check_files(package: Path) -> None:
     check_code(package)
 
 
-def human_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 @contextmanager
 def staged(destination: Path, needed: int) -> Iterator[Path]:
     """A temporary sibling folder that becomes `destination` when the block ends well, and vanishes otherwise.
@@ -213,7 +206,7 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise RequestError(f"{destination}: the disk is full; {human_bytes(needed)} are needed") from error
+        raise RequestError(f"{destination}: the disk is full; {size(needed)} are needed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -249,8 +242,8 @@ def check_destination(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RequestError(
-            f"{destination}: needs {human_bytes(needed)} of disk space, {human_bytes(free)} are free; "
-            f"free {human_bytes(needed - free)} or choose another disk"
+            f"{destination}: needs {size(needed)} of disk space, {size(free)} are free; "
+            f"free {size(needed - free)} or choose another disk"
         )
 
 

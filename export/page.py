@@ -14,19 +14,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from compressor.architecture import Architecture
+from compressor.figures import count, duration, percent, rate, size
 from export.comparison import plots as comparison_plots
 from export.comparison import said, standings
 from export.plots import (
     Dot,
     Line,
     architecture_picture,
-    count,
-    duration,
     lines,
-    percent,
-    rate,
     scatter,
-    size,
     sizes_text,
     usage_map,
 )

@@ -1,4 +1,4 @@
-"""The pictures of a report as inline SVG, and how numbers are written beside them.
+"""The pictures of a report as inline SVG.
 
 Every function returns markup that needs nothing from outside: colours are CSS classes of the page, so that light and
 dark mode both work, and what a reader can hover is a `<title>`. All text that comes from outside is escaped.
@@ -20,47 +20,6 @@ from compressor.architecture import Architecture, LayerSizes
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42
 MOST_COLUMNS = 24
-
-
-def count(number: float) -> str:
-    """A count in at most four digits: `973`, `260 k`, `1.24 B`."""
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(number) >= 0.9995 * scale:
-            return f"{_three_digits(number / scale)}{unit}"
-    return f"{number:.0f}"
-
-
-def size(number: float) -> str:
-    """Bytes in decimal units, as file managers and the hub count: `812 B`, `1.06 MB`."""
-    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(number) >= 0.9995 * scale:
-            return f"{_three_digits(number / scale)} {unit}"
-    return f"{number:.0f} B"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage in about three digits: `66.7 %`, `8.33 %`, `100 %`."""
-    return f"{_three_digits(100 * share)} %"
-
-
-def rate(tokens_per_second: float) -> str:
-    """Tokens per second in about three digits, whole from 100 on."""
-    return _three_digits(tokens_per_second) if tokens_per_second < 100 else f"{tokens_per_second:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Time in its two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _three_digits(number: float) -> str:
-    magnitude = abs(number)
-    return f"{number:.2f}" if magnitude < 9.995 else f"{number:.1f}" if magnitude < 99.95 else f"{number:.0f}"
 
 
 def runs(values: Iterable[int]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import RequestError
+from compressor.figures import size
 from compressor.progress import say
-from export.package import RECORD, WEIGHT_FILES, check_files, human_bytes, read_package, read_record
+from export.package import RECORD, WEIGHT_FILES, check_files, read_package, read_record
 
 REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json"]
 """What an earlier package may have left in the repository and this one does not bring."""
@@ -35,12 +36,12 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
     files = [{"name": name, "bytes": (package / name).stat().st_size} for name in names]
     total = sum(file["bytes"] for file in files)
     for file in files:
-        say(f"{human_bytes(file['bytes']):>10}  {file['name']}")
+        say(f"{size(file['bytes']):>10}  {file['name']}")
     done: dict[str, Any] = {"repo": repo_id, "private": private, "files": files, "bytes": total}
     if dry_run:
-        say(f"{human_bytes(total):>10}  in all would go to {repo_id}; nothing was uploaded")
+        say(f"{size(total):>10}  in all would go to {repo_id}; nothing was uploaded")
         return done | {"url": None, "commit": None}
-    say(f"uploading {human_bytes(total)} to {repo_id}")
+    say(f"uploading {size(total)} to {repo_id}")
     url, commit = _upload(package, repo_id, names, private)
     say(f"{url} is at commit {commit}")
     return done | {"url": url, "commit": commit}

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from export.plots import count, percent, rate, size
+from compressor.figures import count, percent, rate, size
 from export.report import Base, Package, Report, TaskScore
 
 

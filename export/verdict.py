@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from export.plots import count, percent, size
+from compressor.figures import count, percent, size
 from export.report import Base, Package, Report, TaskScore
 
 

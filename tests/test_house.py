@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower rooms first; a module may import from its own room and from rooms before it.
 ROOMS = [
-    ("compressor.architecture", "compressor.errors", "compressor.progress"),
+    ("compressor.architecture", "compressor.errors", "compressor.figures", "compressor.progress"),
     ("compressor.families",),
     ("compressor.elastic",),
     ("compressor.finetune", "search"),
