@@ -41,7 +41,7 @@ from compressor.stages.finetuning import training_blocks
 from compressor.stages.searching import GREEDY_SHARE
 from compressor.stages.subnets import Board
 from compressor.stages.warming import proposals, spread_over_sizes
-from search.algorithms import ALGORITHMS
+from search.algorithms import algorithms
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
 from search.run import SearchResult, greedy_path, search
@@ -471,7 +471,7 @@ def main() -> None:
     parts[space].add_argument("--widths", default="192,384", help="FFN widths")
     parts[ranks].add_argument("--heal-tokens", type=int, default=60_000, help="for each sub-network")
     parts[ranks].add_argument("--networks", type=int, default=20, help="how many")
-    for part, names in ((space, ALGORITHMS), (fine, ("linas", "nsga2", "random")), (overhead, ("linas",))):
+    for part, names in ((space, algorithms()), (fine, ("linas", "nsga2", "random")), (overhead, ("linas",))):
         parts[part].add_argument("--algorithms", default=",".join(names), help="comma-separated")
     for part, seeds in ((space, 10), (fine, 3), (starts, 3)):
         parts[part].add_argument("--seeds", type=int, default=seeds)

@@ -34,7 +34,7 @@ from export import gguf_layout, graphs
 from export.layouts import check_installed
 from export.quantize import linear_layers
 from export.schemes import SCHEMES
-from search.algorithms import ALGORITHMS
+from search.algorithms import algorithms
 from search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class Job:
             *(("finetuning.loss", loss, LOSSES) for loss in recipe.finetuning.losses),
             ("finetuning.parameters", recipe.finetuning.parameters, PARAMETERS),
             ("finetuning.optimizer", recipe.finetuning.optimizer, OPTIMIZERS),
-            ("searching.algorithm", recipe.searching.algorithm, ALGORITHMS),
+            ("searching.algorithm", recipe.searching.algorithm, algorithms()),
         ]
         for key, name, known in named:
             if name not in known:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from compressor.architecture import Architecture
-from search.algorithms import Greedy
 from search.algorithms import algorithm as algorithm_named
+from search.algorithms.greedy import Greedy
 from search.fidelity import FirstLooks
 from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations

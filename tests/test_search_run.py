@@ -17,14 +17,16 @@ import pytest
 from search_helpers import SMALL, llama, quality
 
 from compressor.architecture import Architecture, LayerSizes, Structure
-from search.algorithms import ALGORITHMS, LINAS, StepMutation, algorithm
+from search.algorithms import algorithm, algorithms
+from search.algorithms.evolution import StepMutation
+from search.algorithms.linas import LINAS
 from search.objectives import Constraint, Evaluation, Objective, choose, computed
 from search.pareto import costs, front, hypervolume, non_dominated
 from search.run import first_generation, greedy_path, search
 from search.space import SearchSpace
 
 PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
-RUNNABLE = [name for name in ALGORITHMS if name != "age-moea" or importlib.util.find_spec("numba")]
+RUNNABLE = [name for name in algorithms() if name != "age-moea" or importlib.util.find_spec("numba")]
 
 
 @pytest.fixture(autouse=True)
@@ -393,7 +395,7 @@ def test_what_measure_gives_is_checked() -> None:
 
 def test_requests_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
     space, objectives = small_space(), objectives_of(SMALL)
-    with pytest.raises(ValueError, match="unknown search algorithm 'annealing'; valid are linas, nsga2"):
+    with pytest.raises(ValueError, match=r"unknown search algorithm 'annealing'; valid are .*linas"):
         algorithm("annealing")
     with pytest.raises(ValueError, match="at least two evaluations"):
         search(space, objectives, Bench(SMALL), evaluations=1)

@@ -1,0 +1,184 @@
+"""LINAS: a generation measured, predictors trained on it, the next one taken from a search on predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.problem import Problem
+from pymoo.core.termination import NoTermination
+
+from search.algorithms import Algorithm
+from search.algorithms.evolution import Unwanted, evaluated, operators, problem_of
+from search.pareto import Costs, non_dominated, ranks, spread
+from search.predictors import JUDGED, Predictor, Report
+from search.space import Genome, Genomes
+
+
+class _Predicted(Problem):
+    """Predicted and computed objectives of genomes; remembers all that it was asked for."""
+
+    def __init__(self, search: LINAS) -> None:
+        upper = search.space.upper
+        super().__init__(
+            n_var=len(upper),
+            n_obj=len(search.objectives),
+            n_ieq_constr=len(search.constraints),
+            xl=np.zeros(len(upper)),
+            xu=upper,
+        )
+        self.search = search
+        self.seen: dict[Genome, tuple[list[float], list[float]]] = {}
+
+    def _evaluate(self, X: Genomes, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        rows = X.astype(np.int64)
+        costs, violations = self.search._predict(rows)
+        out["F"], out["G"] = costs, violations
+        self.seen.update(
+            zip(map(tuple, rows.tolist()), zip(costs.tolist(), violations.tolist(), strict=True), strict=True)
+        )
+
+
+class LINAS(Algorithm):
+    """LINAS (Cummings et al., arXiv 2205.10358): measure a generation, train predictors on all measurements,
+    search with NSGA-II on predictions, and take the next generation from what that search saw.
+
+    Differences from the published algorithm: sizes and speed are computed, not predicted; the next generation
+    is the non-dominated *unmeasured* candidates, spread over what the measured front leaves open; and while a
+    measured objective has no predictor that ranks better than chance, generations are NSGA-II's offspring of
+    the measured.
+    """
+
+    name = "linas"
+    inner_population = 100
+    inner_generations = 25
+    listed = 10_000
+    """Spaces of at most so many genomes are predicted whole: one matrix is quicker than generations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ordinals = len(self.space.genes)
+        self.predictors = {o.name: Predictor(ordinals, seed=self.seed) for o in self.measured}
+        self._set_aside: dict[str, list[str]] = {o.name: [] for o in self.measured}
+        self._newest: dict[str, dict[str, Report]] = {}
+
+    def _learn(self, new: int) -> None:
+        """Judge all predictors on the newest measurements, before anything is trained on them."""
+        self._newest = {}
+        features = self.space.features(np.array(self.genomes[-new:]))
+        for name, predictor in self.predictors.items():
+            target = np.array([v[name] for v in self.values[-new:]])
+            usable = np.isfinite(target)
+            self._newest[name] = predictor.newest(features[usable], target[usable]) if usable.any() else {}
+            for kind, found in self._newest[name].items():
+                aside = self._set_aside[name]
+                if found.useful and kind in aside and found.n >= JUDGED:
+                    aside.remove(kind)
+                elif not found.useful and kind not in aside:
+                    aside.append(kind)
+        self.report["predictors"] = {
+            name: {
+                "used": self.predictors[name].chosen,
+                "newest": {kind: asdict(found) for kind, found in newest.items()},
+                "set_aside": list(self._set_aside[name]),
+            }
+            for name, newest in self._newest.items()
+        }
+
+    def _propose(self, n: int) -> list[Genome]:
+        if not self.genomes:
+            return self._fresh(n)
+        features = self.space.features(np.array(self.genomes))
+        for name, predictor in self.predictors.items():
+            target = np.array([v[name] for v in self.values])
+            usable = np.isfinite(target)
+            predictor.fit(features[usable], target[usable], self._set_aside[name])
+        self.report["chosen"] = {
+            name: {
+                "chosen": predictor.chosen,
+                "cross_validation": {kind: asdict(found) for kind, found in predictor.scores.items()},
+            }
+            for name, predictor in self.predictors.items()
+        }
+        if any(predictor.chosen is None for predictor in self.predictors.values()):
+            self.report["mode"] = "evolved"
+            return self._offspring(n)
+        self.report["mode"] = "predicted"
+        chosen = self._select(n, self._inner_search())
+        return chosen + self._fresh(n - len(chosen), chosen)
+
+    def _predict(self, rows: Genomes) -> tuple[Costs, Costs]:
+        features = self.space.features(rows)
+        columns = {name: predictor.predict(features) for name, predictor in self.predictors.items()}
+        columns |= {name: computer(rows) for name, computer in self._computers.items()}
+        costs, violations = self._arrange(columns)
+        return costs, violations[:, :-1]  # predictions are always finite
+
+    def _inner_search(self) -> dict[Genome, tuple[list[float], list[float]]]:
+        """Candidates with their predicted costs and violations: all that an NSGA-II on predictions came
+        across, or the whole of a small space.
+        """
+        problem = _Predicted(self)
+        if self.space.size <= self.listed:
+            problem.evaluate(self.space.all_genomes(), return_values_of=["F"])
+            return problem.seen
+        best = [self.genomes[i] for i in self._ranked()[: self.inner_population // 2]]
+        start = np.vstack([np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))])
+        genetic = NSGA2(
+            pop_size=self.inner_population, sampling=np.unique(start, axis=0), **operators(self.space, True)
+        )
+        genetic.mating.n_max_iterations = 3  # a predicted generation need not be full
+        genetic.setup(problem, seed=int(self.rng.integers(2**31)), termination=NoTermination(), verbose=False)
+        for _ in range(self.inner_generations):
+            genetic.next()
+        return problem.seen
+
+    def _ranked(self) -> list[int]:
+        """Measured architectures, feasible first, then by non-dominated front."""
+        costs, violations = self._costs()
+        missed = violations.sum(axis=1)
+        feasible, rest = np.flatnonzero(missed <= 0), np.flatnonzero(missed > 0)
+        order = [int(feasible[i]) for front in ranks(costs[feasible]) for i in front]
+        return order + [int(rest[i]) for i in np.argsort(missed[rest], kind="stable")]
+
+    def _select(self, n: int, seen: Mapping[Genome, tuple[list[float], list[float]]]) -> list[Genome]:
+        """The next generation: unmeasured candidates front by front, the last front thinned to what is far
+        apart and far from the measured front; where too few are feasible, the least infeasible ones.
+        """
+        candidates = [g for g in seen if g not in self._asked]
+        if not candidates:
+            return []
+        costs = np.array([seen[g][0] for g in candidates])
+        missed = np.array([sum(v for v in seen[g][1] if v > 0) for g in candidates])
+        measured, violations = self._costs()
+        measured = measured[(violations <= 0).all(axis=1)]
+        measured = measured[non_dominated(measured)]
+        feasible = np.flatnonzero(missed <= 0)
+        chosen: list[int] = []
+        for front in ranks(costs[feasible]):
+            rows = feasible[front]
+            occupied = np.vstack([measured, costs[chosen]]) if chosen else measured
+            chosen += [int(rows[i]) for i in spread(costs[rows], n - len(chosen), occupied)]
+            if len(chosen) >= n:
+                break
+        infeasible = np.flatnonzero(missed > 0)
+        chosen += [int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]]
+        return [candidates[i] for i in chosen]
+
+    def _offspring(self, n: int) -> list[Genome]:
+        """One generation of NSGA-II on measurements alone."""
+        problem = problem_of(self.space, len(self.objectives), len(self.constraints) + 1)
+        costs, violations = self._costs()
+        genetic = NSGA2(pop_size=self.population, **operators(self.space, Unwanted(self._asked, self._exact_violation)))
+        genetic.setup(problem, seed=int(self.rng.integers(2**31)), termination=NoTermination(), verbose=False)
+        genetic.tell(infills=evaluated(problem, np.array(self.genomes), costs, violations))
+        genetic.n_offsprings = n
+        offspring = genetic.ask()
+        chosen = [] if offspring is None else list(map(tuple, offspring.get("X").astype(int).tolist()))
+        return chosen + self._fresh(n - len(chosen), chosen)
+
+
+ALGORITHMS = (LINAS,)
