@@ -35,7 +35,8 @@ from compressor.architecture import Architecture
 from compressor.checkpoint import open_checkpoint
 from compressor.elastic.slicing import extract
 from compressor.families import describe
-from evals.speed import MIXED, PartTimes, designed, sizes_to_time, time_beside
+from evals.speed import time_beside
+from evals.speed_table import MIXED, PartTimes, designed, sizes_to_time
 from search.space import SearchSpace
 
 SHAPES = {

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from evals.scoring import Scorer
-    from evals.speed import SpeedTable
+    from evals.speed_table import SpeedTable
     from evals.tasks import TaskSet
 
 STAGES = ("finetune", "search", "export")
@@ -343,7 +343,7 @@ class Job:
 
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
-        from evals.speed import SpeedTable
+        from evals.speed_table import SpeedTable
 
         name = self.recipe.speed_table
         assert name is not None

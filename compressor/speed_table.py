@@ -16,7 +16,7 @@ import torch
 from compressor.checkpoint import open_checkpoint
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError
-from evals.speed import SpeedTable
+from evals.speed_table import SpeedTable
 
 
 def main() -> None:

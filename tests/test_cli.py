@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from compressor.cli import run
 from compressor.families import describe
-from evals.speed import SpeedTable
+from evals.speed_table import SpeedTable
 from export.package import update_record, write_package
 
 

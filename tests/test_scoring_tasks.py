@@ -238,7 +238,7 @@ def test_lm_evals_own_tasks_are_indexed_only_when_asked_for(tmp_path: Path, monk
 
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     """Tasks and a saved speed table serve where no network can run."""
-    code = "import sys, evals.tasks, evals.speed, evals.packing; sys.exit('torch' in sys.modules)"
+    code = "import sys, evals.tasks, evals.speed_table, evals.packing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 

@@ -33,7 +33,7 @@ from compressor.stages.subnets import (
     standard_error,
 )
 from compressor.stages.warming import proposals
-from evals.speed import SpeedTable
+from evals.speed_table import SpeedTable
 from search.pareto import Target
 from search.store import EvaluationStore, Measurement
 

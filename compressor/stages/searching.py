@@ -22,7 +22,7 @@ from search.run import search as run_search
 from search.store import EvaluationStore
 
 if TYPE_CHECKING:
-    from evals.speed import SpeedTable
+    from evals.speed_table import SpeedTable
 
 NOT_MEASURED = {"workers", "executor"}
 """Of the recipe's section: who measures, which moves no number."""
@@ -196,7 +196,7 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     Timings do not depend on what the weights are, so the base serves as well as the super-network. A table that the
     recipe names, of another device, takes its place.
     """
-    from evals.speed import SpeedTable
+    from evals.speed_table import SpeedTable
 
     job.threads(scoring=True)
     if job.recipe.speed_table is not None:
