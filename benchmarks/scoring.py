@@ -57,7 +57,7 @@ from compressor.finetune.data import pack
 from compressor.job import Job
 from compressor.recipe import Recipe, Targets
 from compressor.run import Run
-from evals import network
+from evals import trees
 from evals.encoding import Encoder, Span
 from evals.network import NetworkLM
 from evals.scoring import Scorer
@@ -270,7 +270,7 @@ class Bench:
 
         def run(
             spans: Sequence[Span] = asked.spans,
-            change: Callable[[NetworkLM, network.Plan], None] = lambda lm, plan: None,
+            change: Callable[[NetworkLM, trees.Plan], None] = lambda lm, plan: None,
             cut_out: bool = False,
             **settings: int,
         ) -> float:
@@ -289,10 +289,10 @@ class Bench:
                     lm.answer(plan, None if cut_out else architecture)
             return statistics.mean(seconds)
 
-        def padded(lm: NetworkLM, plan: network.Plan) -> None:
+        def padded(lm: NetworkLM, plan: trees.Plan) -> None:
             lm._as_tree = False
 
-        def all_logits(lm: NetworkLM, plan: network.Plan) -> None:
+        def all_logits(lm: NetworkLM, plan: trees.Plan) -> None:
             for source in plan.packs:
                 source.at, source.rows = source.rows[source.at], torch.arange(source.tokens.shape[1])
                 source.last = source.blocks
@@ -302,7 +302,7 @@ class Bench:
             result = {"as it is": run()}
             result["leading layers not shared"] = run(cache_bytes=0)
             result["and contiguous copies instead of views"] = run(cut_out=True)
-            with mock.patch.object(network, "_LastLayer", WholeLastLayer):
+            with mock.patch.object(trees, "LastLayer", WholeLastLayer):
                 result["last layer computed for all tokens"] = run()
                 result["and all logits"] = run(change=all_logits)
             result["examples read for every document"] = run(told_apart(asked.spans, documents))
@@ -320,11 +320,11 @@ class Bench:
         return result
 
 
-class WholeLastLayer(network._LastLayer):
+class WholeLastLayer(trees.LastLayer):
     """The last layer without its short cut."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._layer(*args, **kwargs)[:, network._reading.pack.rows]
+        return self._layer(*args, **kwargs)[:, trees.reading.pack.rows]
 
 
 def told_apart(spans: Sequence[Span], groups: Iterable[Any]) -> list[Span]:
