@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,24 +16,15 @@ import yaml
 
 from compressor.architecture import Architecture, Scheme, Structure
 from compressor.checkpoint import Checkpoint, open_checkpoint
-from compressor.elastic.importance import IMPORTANCES
-from compressor.elastic.ordering import by_influence, load_ordering
+from compressor.elastic.ordering import by_influence
 from compressor.elastic.supernet import SuperNetwork
 from compressor.errors import RequestError, nearest
-from compressor.finetune.engine import make_accelerator, processes
+from compressor.finetune.engine import make_accelerator
 from compressor.finetune.loop import TrainSettings
-from compressor.finetune.losses import LOSSES
-from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
-from compressor.finetune.parameters import PARAMETERS, adapted
-from compressor.finetune.samplers import DRAWS, SAMPLERS, Range
-from compressor.finetune.sources import local_files
+from compressor.finetune.samplers import Range
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run, read_json, write_json
-from export import gguf_layout, graphs
-from export.layouts import check_installed
-from export.quantize import linear_layers
 from export.schemes import SCHEMES
-from search.algorithms import algorithms
 from search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -143,10 +133,8 @@ class Job:
         return self._read_space(range(len(self.structure.base.layers)))
 
     def rank_layers(self, influence: Sequence[float]) -> None:
-        """From here on, layers of the space are as important as just measured. Targets are looked at again: where
-        layers differ in size, what is within reach may not be what it seemed."""
+        """From here on, layers of the space are as important as just measured."""
         self.space = self._read_space(by_influence(influence))
-        self.check_targets()
 
     def _read_space(self, measured_order: Sequence[int]) -> SearchSpace:
         named = self.recipe.space
@@ -265,82 +253,6 @@ class Job:
         if healing.learning_rate is None:
             healing.learning_rate = learning_rate_for(hidden_size, healing=True)
 
-    def check(self) -> None:
-        """Look at everything that the recipe names, so that whatever is wrong with it is said before work begins."""
-        recipe = self.recipe
-        named: list[tuple[str, str, Iterable[str]]] = [
-            ("finetuning.sampler", recipe.finetuning.sampler, SAMPLERS),
-            ("finetuning.draw", recipe.finetuning.draw, DRAWS),
-            *(("finetuning.loss", loss, LOSSES) for loss in recipe.finetuning.losses),
-            ("finetuning.parameters", recipe.finetuning.parameters, PARAMETERS),
-            ("finetuning.optimizer", recipe.finetuning.optimizer, OPTIMIZERS),
-            ("searching.algorithm", recipe.searching.algorithm, algorithms()),
-        ]
-        for key, name, known in named:
-            if name not in known:
-                hint = nearest(name, known) or f"; known are {', '.join(known)}"
-                raise RequestError(f"{key}: '{name}' is unknown{hint}")
-        if recipe.finetuning.parameters == "lora":
-            adapted(self.structure)
-        check_optimizer(recipe.finetuning.optimizer, self.device.type)
-        narrows = any(gene.kind == "hidden_size" for gene in self.space.genes)
-        losses = set(recipe.finetuning.losses)
-        if narrows and ("hidden" in losses or (losses != {"ce"} and recipe.finetuning.strong_teacher < 1)):
-            raise RequestError(
-                "--space: where hidden_size is searched, the largest sub-network cannot teach in place and hidden "
-                "states cannot be compared; leave finetuning.strong_teacher at 1 and the loss hidden out"
-            )
-        if recipe.finetuning.shard and (narrows or recipe.finetuning.optimizer == "adamw-8bit"):
-            what = "a space that searches hidden_size" if narrows else "finetuning.optimizer: adamw-8bit"
-            raise RequestError(f"finetuning.shard: not together with {what}; leave one of the two out")
-        to_be_trained = self.redo == "finetune" or self.run.manifest(self.run.supernet) is None
-        if recipe.finetuning.shard and to_be_trained and processes() == 1:
-            raise RequestError(
-                "finetuning.shard: there is one process only; start several with torchrun, or leave it out"
-            )
-        batch, parts = recipe.finetuning.batch_size or 1, recipe.finetuning.gradient_accumulation
-        if batch % (parts * processes()):
-            raise RequestError(
-                f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "
-                f"{parts} part(s)"
-            )
-        ordering = recipe.finetuning.ordering
-        if Path(ordering).suffix == ".safetensors":
-            load_ordering(Path(ordering), self.structure)
-        elif ordering not in IMPORTANCES:
-            hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
-            raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
-        self.check_formats()
-        self.checkpoint.load_tokenizer()
-        self.check_targets()
-        self.check_group_size()
-        if not recipe.data:
-            raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
-        local_files(recipe.data)
-        if recipe.speed_table is not None:
-            self.given_speed_table()
-        if recipe.tasks:
-            self.check_tasks()
-        self.checkpoint.check_finite()
-
-    def check_formats(self) -> None:
-        """Refuse a layout or a quantization that this network cannot have."""
-        model_type = self.checkpoint.config.model_type
-        for layout in self.recipe.formats:
-            check_installed(layout)
-            if layout in ("onnx", "openvino"):
-                graphs.check_family(layout, model_type)
-            elif layout.startswith("gguf"):
-                gguf_layout.check_family(model_type)
-                gguf_layout.check_tokenizer(self.tokenizer)
-        if self.recipe.quantizing.schemes:
-            linear_layers(self.checkpoint.config, self.recipe.trust_remote_code)
-
-    def check_tasks(self) -> None:
-        """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
-        self.tasks.questions("search", self.recipe.searching.limit)
-        self.tasks.questions("report")
-
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
         from evals.speed_table import SpeedTable
@@ -359,65 +271,6 @@ class Job:
                 f"python -m compressor.speed_table {self.recipe.model} FILE"
             )
         return table
-
-    def check_targets(self) -> None:
-        """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets
-        that contradict one another."""
-        smallest = self.space.smallest()
-        least = self.structure.parameters(smallest)
-        base = self.structure.parameters(self.structure.base)
-        sizes = self.sizes()
-        for _, size in sizes:
-            if size is not None and size < least:
-                raise RequestError(
-                    f"--max-params: {size:,} parameters cannot be reached; the smallest sub-network of this space has "
-                    f"{least:,} ({least / base:.3f} of the base)"
-                )
-            if size is not None and size >= base:
-                raise RequestError(
-                    f"--max-params: {size:,} parameters are no fewer than the base's {base:,}; ask for less"
-                )
-        if len({size for _, size in sizes}) < len(sizes):
-            raise RequestError(f"--max-params: {','.join(self.recipe.targets.max_params)} names one size twice")
-        if len(sizes) > 1 and self.recipe.targets.max_drop is not None:
-            raise RequestError(
-                "--max-drop asks for the smallest network of a quality, several --max-params for the best one of each "
-                "size; give one of the two"
-            )
-        limit = self.max_bytes()
-        if limit is not None:
-            bytes_ = self.structure.bytes(smallest, self.smallest_scheme())
-            if limit < bytes_:
-                raise RequestError(
-                    f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "
-                    f"{bytes_:,} bytes as asked for"
-                )
-
-    def check_group_size(self) -> None:
-        """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
-        group = self.recipe.quantizing.group_size
-        if group is None or all(SCHEMES[name].bits > 4 for name in self.recipe.quantizing.schemes):
-            return
-        genes = {gene.name: gene.values for gene in self.space.genes}
-        base = self.structure.base
-        widths = set(genes.get("hidden_size", (base.hidden_size,)))
-        for index, layer in enumerate(base.layers):
-            widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
-            per_group = self.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)
-            widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
-        for width in sorted(widths - {0}):
-            if width % group or group % 32:
-                common = math.gcd(*(widths - {0}))
-                valid = [size for size in (128, 64, 32) if common % size == 0]
-                what = f"does not divide the width {width}" if width % group else "is not a multiple of 32"
-                raise RequestError(
-                    f"--group-size: {group} {what}; "
-                    + (
-                        f"valid are {', '.join(map(str, valid))}"
-                        if valid
-                        else "leave it out: layers choose for themselves"
-                    )
-                )
 
     def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
         """The loop's settings for a section of the recipe, after `fill_in`."""

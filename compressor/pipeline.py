@@ -12,6 +12,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
 from compressor.errors import RequestError
 from compressor.finetune.engine import processes
 from compressor.job import Job, versions
@@ -62,7 +63,7 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
     job.run.check_free()
     job.run.settle()
-    job.check()
+    check(job)
     job.fill_in()
     check_unchanged(job)
     if recipe.tasks:
@@ -106,12 +107,12 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
     overrides = {name: value for name, value in given.items() if value is not None}
     recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()
     job = Job(run, recipe, redo)
-    job.check_targets()
+    check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
-        job.check_formats()
-        job.check_group_size()
+        check_formats(job)
+        check_group_size(job)
         if recipe.tasks:
-            job.check_tasks()
+            check_tasks(job)
             check_searching(job)
         provenance = {
             "versions": versions(),

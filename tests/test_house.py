@@ -21,6 +21,7 @@ ROOMS = [
     ("export",),
     ("compressor.demo", "compressor.checkpoint", "compressor.recipe", "compressor.run", "compressor.speed_table"),
     ("compressor.job",),
+    ("compressor.checks",),
     ("compressor.inspection", "compressor.stages"),
     ("compressor.pipeline",),
     ("compressor.cli",),

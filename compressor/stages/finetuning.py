@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compressor.checks import check_targets
 from compressor.elastic.importance import IMPORTANCES, block_influence
 from compressor.elastic.ordering import (
     Order,
@@ -90,6 +91,7 @@ def finetune(job: Job) -> dict[str, Any]:
         order = order_supernet(job, supernet, blocks)
         influence = layer_influence(job, supernet, blocks)
         job.rank_layers(influence)
+        check_targets(job)  # where layers differ in size, what is within reach may not be what it seemed
         facts["block_influence"] = influence
         history, resumable = History(), folder / STATE
         if recipe.finetuning.tokens:

@@ -1,0 +1,167 @@
+"""Everything about a request that can be refused before work begins, each in one line that says what would be valid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from compressor.elastic.importance import IMPORTANCES
+from compressor.elastic.ordering import load_ordering
+from compressor.errors import RequestError, nearest
+from compressor.finetune.engine import processes
+from compressor.finetune.losses import LOSSES
+from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
+from compressor.finetune.parameters import PARAMETERS, adapted
+from compressor.finetune.samplers import DRAWS, SAMPLERS
+from compressor.finetune.sources import local_files
+from compressor.job import Job
+from export import gguf_layout, graphs
+from export.layouts import check_installed
+from export.quantize import linear_layers
+from export.schemes import SCHEMES
+from search.algorithms import algorithms
+
+
+def check(job: Job) -> None:
+    """Look at everything that the recipe names. Raises `RequestError` for the first thing that is wrong with it."""
+    recipe = job.recipe
+    check_names(job)
+    check_finetuning(job)
+    check_formats(job)
+    job.checkpoint.load_tokenizer()
+    check_targets(job)
+    check_group_size(job)
+    if not recipe.data:
+        raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
+    local_files(recipe.data)
+    if recipe.speed_table is not None:
+        job.given_speed_table()
+    if recipe.tasks:
+        check_tasks(job)
+    job.checkpoint.check_finite()
+
+
+def check_names(job: Job) -> None:
+    """Refuse what no table knows."""
+    finetuning = job.recipe.finetuning
+    named: list[tuple[str, str, Iterable[str]]] = [
+        ("finetuning.sampler", finetuning.sampler, SAMPLERS),
+        ("finetuning.draw", finetuning.draw, DRAWS),
+        *(("finetuning.loss", loss, LOSSES) for loss in finetuning.losses),
+        ("finetuning.parameters", finetuning.parameters, PARAMETERS),
+        ("finetuning.optimizer", finetuning.optimizer, OPTIMIZERS),
+        ("searching.algorithm", job.recipe.searching.algorithm, algorithms()),
+    ]
+    for key, name, known in named:
+        if name not in known:
+            hint = nearest(name, known) or f"; known are {', '.join(known)}"
+            raise RequestError(f"{key}: '{name}' is unknown{hint}")
+    ordering = finetuning.ordering
+    if Path(ordering).suffix == ".safetensors":
+        load_ordering(Path(ordering), job.structure)
+    elif ordering not in IMPORTANCES:
+        hint = nearest(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
+        raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
+
+
+def check_finetuning(job: Job) -> None:
+    """Refuse choices of the fine-tuning that do not go together, or not with this machine."""
+    finetuning = job.recipe.finetuning
+    if finetuning.parameters == "lora":
+        adapted(job.structure)
+    check_optimizer(finetuning.optimizer, job.device.type)
+    narrows = any(gene.kind == "hidden_size" for gene in job.space.genes)
+    losses = set(finetuning.losses)
+    if narrows and ("hidden" in losses or (losses != {"ce"} and finetuning.strong_teacher < 1)):
+        raise RequestError(
+            "--space: where hidden_size is searched, the largest sub-network cannot teach in place and hidden "
+            "states cannot be compared; leave finetuning.strong_teacher at 1 and the loss hidden out"
+        )
+    if finetuning.shard and (narrows or finetuning.optimizer == "adamw-8bit"):
+        what = "a space that searches hidden_size" if narrows else "finetuning.optimizer: adamw-8bit"
+        raise RequestError(f"finetuning.shard: not together with {what}; leave one of the two out")
+    to_be_trained = job.redo == "finetune" or job.run.manifest(job.run.supernet) is None
+    if finetuning.shard and to_be_trained and processes() == 1:
+        raise RequestError("finetuning.shard: there is one process only; start several with torchrun, or leave it out")
+    batch, parts = finetuning.batch_size or 1, finetuning.gradient_accumulation
+    if batch % (parts * processes()):
+        raise RequestError(
+            f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "
+            f"{parts} part(s)"
+        )
+
+
+def check_formats(job: Job) -> None:
+    """Refuse a layout or a quantization that this network cannot have."""
+    model_type = job.checkpoint.config.model_type
+    for layout in job.recipe.formats:
+        check_installed(layout)
+        if layout in ("onnx", "openvino"):
+            graphs.check_family(layout, model_type)
+        elif layout.startswith("gguf"):
+            gguf_layout.check_family(model_type)
+            gguf_layout.check_tokenizer(job.tokenizer)
+    if job.recipe.quantizing.schemes:
+        linear_layers(job.checkpoint.config, job.recipe.trust_remote_code)
+
+
+def check_tasks(job: Job) -> None:
+    """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
+    job.tasks.questions("search", job.recipe.searching.limit)
+    job.tasks.questions("report")
+
+
+def check_targets(job: Job) -> None:
+    """Refuse targets that no sub-network of the space can reach, with the smallest size that it holds, and targets
+    that contradict one another."""
+    smallest = job.space.smallest()
+    least = job.structure.parameters(smallest)
+    base = job.structure.parameters(job.structure.base)
+    sizes = job.sizes()
+    for _, size in sizes:
+        if size is not None and size < least:
+            raise RequestError(
+                f"--max-params: {size:,} parameters cannot be reached; the smallest sub-network of this space has "
+                f"{least:,} ({least / base:.3f} of the base)"
+            )
+        if size is not None and size >= base:
+            raise RequestError(f"--max-params: {size:,} parameters are no fewer than the base's {base:,}; ask for less")
+    if len({size for _, size in sizes}) < len(sizes):
+        raise RequestError(f"--max-params: {','.join(job.recipe.targets.max_params)} names one size twice")
+    if len(sizes) > 1 and job.recipe.targets.max_drop is not None:
+        raise RequestError(
+            "--max-drop asks for the smallest network of a quality, several --max-params for the best one of each "
+            "size; give one of the two"
+        )
+    limit = job.max_bytes()
+    if limit is not None:
+        bytes_ = job.structure.bytes(smallest, job.smallest_scheme())
+        if limit < bytes_:
+            raise RequestError(
+                f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "
+                f"{bytes_:,} bytes as asked for"
+            )
+
+
+def check_group_size(job: Job) -> None:
+    """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
+    group = job.recipe.quantizing.group_size
+    if group is None or all(SCHEMES[name].bits > 4 for name in job.recipe.quantizing.schemes):
+        return
+    genes = {gene.name: gene.values for gene in job.space.genes}
+    base = job.structure.base
+    widths = set(genes.get("hidden_size", (base.hidden_size,)))
+    for index, layer in enumerate(base.layers):
+        widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
+        per_group = job.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)
+        widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
+    for width in sorted(widths - {0}):
+        if width % group or group % 32:
+            common = math.gcd(*(widths - {0}))
+            valid = [size for size in (128, 64, 32) if common % size == 0]
+            what = f"does not divide the width {width}" if width % group else "is not a multiple of 32"
+            raise RequestError(
+                f"--group-size: {group} {what}; "
+                + (f"valid are {', '.join(map(str, valid))}" if valid else "leave it out: layers choose for themselves")
+            )
