@@ -27,7 +27,7 @@ from torch import Tensor
 from compressor import demo
 from compressor.checkpoint import open_checkpoint
 from compressor.stages.measuring import load_package
-from export import gguf_layout, graphs
+from export import gguf_layout, graphs, llama_cpp
 from export.layouts import write_layout
 from export.package import read_record
 from export.quantize import pack_texts, quantize_packages
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
         work = {"prompt": 128, "new": 128, "threads": 1}
         if record["entry"]["layout"] in ("gguf", "onnx"):
             timed = (
-                gguf_layout.measure_speed(package, **work)
+                llama_cpp.measure_speed(package, **work)
                 if record["entry"]["layout"] == "gguf"
                 else graphs.measure_speed(package, record, **work)
             )

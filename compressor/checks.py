@@ -16,7 +16,7 @@ from compressor.finetune.parameters import PARAMETERS, adapted
 from compressor.finetune.samplers import DRAWS, SAMPLERS
 from compressor.finetune.sources import local_files
 from compressor.job import Job
-from export import gguf_layout, graphs
+from export import gguf_families, gguf_tokenizer, graphs
 from export.layouts import check_installed
 from export.quantize import linear_layers
 from export.schemes import SCHEMES
@@ -94,16 +94,16 @@ def check_finetuning(job: Job) -> None:
 
 def check_formats(job: Job) -> None:
     """Refuse a layout or a quantization that this network cannot have."""
-    model_type = job.checkpoint.config.model_type
+    config = job.checkpoint.config
     for layout in job.recipe.formats:
         check_installed(layout)
         if layout in ("onnx", "openvino"):
-            graphs.check_family(layout, model_type)
+            graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
-            gguf_layout.check_family(model_type)
-            gguf_layout.check_tokenizer(job.tokenizer)
+            gguf_families.check_family(config, {tensor.name for tensor in job.structure.tensors})
+            gguf_tokenizer.check_tokenizer(job.tokenizer)
     if job.recipe.quantizing.schemes:
-        linear_layers(job.checkpoint.config, job.recipe.trust_remote_code)
+        linear_layers(config, job.recipe.trust_remote_code)
 
 
 def check_tasks(job: Job) -> None:

@@ -137,7 +137,7 @@ def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None 
     record = read_record(package)
     layout = record["entry"]["layout"]
     if layout == "gguf":
-        from export.gguf_layout import check_gguf
+        from export.llama_cpp import check_gguf
 
         return check_gguf(package, record)
     if layout in ("onnx", "openvino"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,11 @@ from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe
-from export.gguf_layout import (
-    TYPES,
-    LlamaCpp,
-    check_gguf,
-    measure_speed,
-    sample_texts,
-    take_stored_weights,
-    tokenizer_kind,
-)
+from export.gguf_families import DECI, FAMILIES, Stored
+from export.gguf_layout import TYPES, take_stored_weights
+from export.gguf_tokenizer import sample_texts, tokenizer_kind
 from export.layouts import write_layout
+from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
 
@@ -140,7 +136,8 @@ def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch:
     pytest.importorskip("xllamacpp")
     good = write(tmp_path / "good", UNEVEN)
     assert verify(good.path, record=True)["greedy_equal"] == 12
-    monkeypatch.setattr("export.gguf_layout._neighbours", lambda values, head_dim: values)
+    as_it_is = {**DECI.layer, "self_attn.q_proj.weight": Stored(("attn_q.weight",))}
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], uneven=replace(DECI, layer=as_it_is)))
     bad = write(tmp_path / "bad", UNEVEN)
     with pytest.raises(VerificationError, match="log-probabilities differ by up to"):
         verify(bad.path)
@@ -148,7 +145,7 @@ def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch:
 
 def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("export.gguf_layout.tokenizer_kind", lambda described: ("gpt2", "smollm"))
+    monkeypatch.setattr("export.gguf_tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
     info = write(tmp_path / "p", EVEN, tokenizer=tiny_tokenizer(["in 2024 and 1999 "] * 50), texts=["it was 1999"])
     with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
         check_gguf(info.path, read_record(info.path))

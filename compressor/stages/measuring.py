@@ -195,11 +195,11 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
-    from export import gguf_layout, graphs
+    from export import graphs, llama_cpp
 
     work = {"prompt": like["prompt"], "new": like["new"], "threads": like["threads"] or 1}
     if record["entry"]["layout"] == "gguf":
-        return gguf_layout.measure_speed(package, **work)
+        return llama_cpp.measure_speed(package, **work)
     return graphs.measure_speed(package, record, **work)
 
 
