@@ -24,6 +24,7 @@ from compressor.cli import run
 from compressor.errors import RequestError
 from compressor.run import Run, read_json, write_json
 from compressor.stages import comparing
+from compressor.stages.contest import methods
 from evals import speed
 from evals.comparison import paired_interval, qualities, resampled
 from export import package
@@ -316,7 +317,7 @@ def test_nothing_to_compare_with_is_said(
     def cut(*_: object) -> None:
         raise RequestError("cannot be reached")
 
-    known = comparing.methods()
+    known = methods()
     monkeypatch.setattr(comparing, "methods", lambda: known | {"taylor": replace(known["taylor"], make=cut)})
     assert run(["compare", str(made), "--baselines", "taylor"]) == 2
     said = capsys.readouterr().err

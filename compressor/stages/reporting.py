@@ -9,7 +9,8 @@ from compressor.errors import RequestError
 from compressor.job import Job, versions
 from compressor.progress import console, say
 from compressor.run import read_json
-from compressor.stages.comparing import comparison_rows, documents_scored
+from compressor.stages.comparing import comparison_rows
+from compressor.stages.contest import documents_scored
 from compressor.stages.finetuning import data_fingerprint
 from compressor.stages.subnets import HELD_OUT, first_look_limit, score_keys
 
