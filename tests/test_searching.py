@@ -23,14 +23,12 @@ from compressor.run import Run
 from compressor.stages import subnets
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.picking import choose, measured
+from compressor.stages.quality import quality_stderr, relative_quality, standard_error
 from compressor.stages.searching import speed_table
 from compressor.stages.subnets import (
     HeldOut,
     held_out_losses,
-    quality_stderr,
-    relative_quality,
     score_keys,
-    standard_error,
 )
 from compressor.stages.warming import proposals
 from evals.speed_table import SpeedTable

@@ -31,7 +31,7 @@ from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import choose, measured, read_picks
-from compressor.stages.subnets import relative_quality
+from compressor.stages.quality import relative_quality
 from export.comparison import OURS
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from compressor.job import Job
 from compressor.progress import say
 from compressor.run import read_json, write_json
 from compressor.stages.finetuning import training_blocks, weights_fingerprint
-from compressor.stages.subnets import relative_quality, stored_scores
+from compressor.stages.quality import relative_quality
+from compressor.stages.subnets import stored_scores
 
 if TYPE_CHECKING:
     from search.store import EvaluationStore

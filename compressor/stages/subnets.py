@@ -25,6 +25,7 @@ from compressor.progress import bar, say
 from compressor.recipe import Recipe
 from compressor.run import Run, fingerprint
 from compressor.stages.finetuning import data_fingerprint, training_blocks
+from compressor.stages.quality import check_base, quality_stderr, relative_quality, standard_error
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
 
 if TYPE_CHECKING:
@@ -370,50 +371,3 @@ def stored_scores(
         scores = [Score(*keys[name], _finite(s), s.stderr, s.n, seconds) for name, s in fresh.items()]
         record(store, architecture, weights, scores)
     return known()
-
-
-def relative_quality(job: Job, values: dict[str, float], base: dict[str, float]) -> float:
-    """Mean over tasks of score / base's score, inverted where lower is better: the base is 1.0.
-
-    Raises `RequestError` where the base itself scores nothing.
-    """
-    ratios = []
-    for name, task in job.tasks.tasks.items():
-        check_base(name, base[name])
-        if task.higher_is_better:
-            ratios.append(values[name] / base[name])
-        else:
-            ratios.append(base[name] / values[name] if values[name] else math.inf)
-    return sum(ratios) / len(ratios)
-
-
-def standard_error(row: Measurement) -> float:
-    """A measured score's standard error over documents.
-
-    Where lm-eval knows none (one document in each part of a group) or 0 (all documents said the same), that is want of
-    documents and not certainty: a score between 0 and 1 then has that of a share, with one document more that succeeded
-    and one that failed (Laplace). Nothing is known of other scores: 0.
-    """
-    if row.stderr or not 0 <= row.score <= 1 or not row.n:
-        return row.stderr or 0.0
-    share = (row.score * row.n + 1) / (row.n + 2)
-    return math.sqrt(share * (1 - share) / (row.n + 2))
-
-
-def quality_stderr(job: Job, values: dict[str, float], errors: dict[str, float], base: dict[str, float]) -> float:
-    """Standard error of `relative_quality` over the choice of documents, the base's scores taken as given."""
-    squares = 0.0
-    for name, task in job.tasks.tasks.items():
-        if task.higher_is_better:
-            squares += (errors[name] / base[name]) ** 2
-        elif values[name]:
-            squares += (errors[name] * base[name] / values[name] ** 2) ** 2
-    return math.sqrt(squares) / len(job.tasks.tasks)
-
-
-def check_base(task: str, score: float) -> None:
-    """Raises `RequestError` for a score of the base that no share can be taken of."""
-    if not 0 < score < math.inf:
-        raise RequestError(
-            f"task {task}: the base scores {score:g}, so nothing can be measured against it; choose another"
-        )
