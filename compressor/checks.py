@@ -16,7 +16,7 @@ from compressor.finetune.parameters import PARAMETERS, adapted
 from compressor.finetune.samplers import DRAWS, SAMPLERS
 from compressor.finetune.sources import local_files
 from compressor.job import Job
-from export import gguf_families, gguf_tokenizer, graphs
+from export import gguf_checks, gguf_tokenizer, graphs
 from export.layouts import check_installed
 from export.quantize import linear_layers
 from export.schemes import SCHEMES
@@ -100,7 +100,7 @@ def check_formats(job: Job) -> None:
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
-            gguf_families.check_family(config, {tensor.name for tensor in job.structure.tensors})
+            gguf_checks.check_family(config, {tensor.name for tensor in job.structure.tensors})
             gguf_tokenizer.check_tokenizer(job.tokenizer)
     if job.recipe.quantizing.schemes:
         linear_layers(config, job.recipe.trust_remote_code)

@@ -1,8 +1,8 @@
-"""How llama.cpp stores each family: one table for each, and nothing else says anything of a family.
+"""How llama.cpp stores each family: one table for each. Nothing else in the gguf layout knows a family by name.
 
 A `Stored` names the tensors that a parameter becomes, and the `Change` of its values on the way, which can be undone.
-Whatever llama.cpp takes for granted and a configuration may say otherwise is refused here, in one line: a file is
-written only where llama.cpp computes what transformers does.
+What llama.cpp takes for granted though a configuration may say otherwise stands in `assumed`: `export.gguf_checks`
+refuses what differs, so that a file is written only where llama.cpp computes what transformers does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compressor.errors import RequestError
 from compressor.families import families, head_dim
-from evals.trust import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ class Change:
 
 
 def _neighbours(values: Tensor, width: int) -> Tensor:
-    """Rows of a query or key projection, from halves that rotate together to neighbours that do."""
+    """Rows of a query or key projection, from halves of a head that rotate together to neighbours that do."""
     return values.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -47,17 +46,17 @@ def _by_head(values: Tensor, width: int) -> Tensor:
 
 SAME = Change(lambda values, width: values, lambda values, width: values)
 PERMUTED = Change(_neighbours, _halves)
+BY_KIND = Change(_by_kind, _by_head)
 PLUS_ONE = Change(lambda values, width: values + 1, lambda values, width: values - 1)
 TRANSPOSED = Change(lambda values, width: values.T, lambda values, width: values.T)
-BY_KIND = Change(_by_kind, _by_head)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors that one parameter becomes.
+    """The tensors that one parameter becomes: with several names it is split evenly along its last axis but one.
 
-    With several names it is split evenly along its outputs (the last axis but one). `exact` ones stay float32 in files
-    of every type: a router decides between experts, so a rounded activation would change what is computed.
+    `exact` ones stay float32 in files of every type: a router decides between experts, and one whose activations are
+    rounded may decide otherwise.
     """
 
     names: tuple[str, ...]
@@ -65,22 +64,28 @@ class Stored:
     exact: bool = False
 
     def to_file(self, values: Tensor, width: int) -> dict[str, Tensor]:
+        """The tensors by name; `width` is that of a head."""
         changed = self.change.to_file(values, width)
-        return dict(zip(self.names, changed.chunk(len(self.names), -2) if self.names[1:] else [changed], strict=True))
+        split = changed.chunk(len(self.names), -2) if len(self.names) > 1 else [changed]
+        return dict(zip(self.names, split, strict=True))
 
-    def from_file(self, parts: list[Tensor], width: int) -> Tensor:
+    def from_file(self, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        """The parameter's values, from tensors among which are its own."""
         import torch
 
-        return self.change.from_file(torch.cat(parts, -2) if parts[1:] else parts[0], width)
+        own = [tensors[name] for name in self.names]
+        return self.change.from_file(torch.cat(own, -2) if len(own) > 1 else own[0], width)
 
 
+Header = dict[str, Any]
+"""Values of a file's header, by the `GGUFWriter` method that adds each (without `add_`)."""
 Parts = Mapping[str, Stored]
-Metadata = dict[str, Any]
-"""Values of the file's header, by the name of the `GGUFWriter` method that adds one (without `add_`)."""
+BIAS = ("bias",)
+BOTH = ("weight", "bias")
 
 
 def parts(names: Mapping[str, str], kinds: Collection[str] = ("weight",), change: Change = SAME) -> dict[str, Stored]:
-    """One `Stored` for each module and kind of parameter, from the modules' names here to those in the file."""
+    """Parameters of modules that are stored alike, from the modules' names here and in the file."""
     return {f"{mine}.{kind}": Stored((f"{its}.{kind}",), change) for mine, its in names.items() for kind in kinds}
 
 
@@ -89,16 +94,18 @@ class GGUFFamily:
     """What llama.cpp calls a family, its parameters and its settings, and what it cannot compute.
 
     `name` is the architecture in the file. `layer` (names within a decoder layer, as in `compressor.families`) and
-    `outer` (absolute names) are the parameters that must be there, `optional` those of a layer that need not.
+    `outer` (absolute names) are the parameters that must be there, `optional` those of a layer that need not be.
 
-    `metadata` says what the header holds beyond what every family has; `rope` gives the configuration's rotary
-    embeddings, of which `rotary` names the types that the architecture computes (`partial`: of a part of each head's
-    channels too). `head` says whether the output head may be the embedding or a weight of its own. `square` says that
-    the query heads must be as wide as the residual, all together. `activations` are those that it computes.
+    `header` says what stands in the header besides what every family has, or in place of it. `rope` finds the rotary
+    embeddings in the configuration, and `rotary` names the types that the architecture computes; `partial`: it may
+    rotate a part of each head's channels. `head` says whether the output head is the embedding or a weight of its own,
+    `square` that the query heads are as wide as the residual, all together, and `activations` what it computes.
+    `listed`: sizes are lists over the layers, and parameters of removed half-blocks may be missing.
 
-    `refused` and `refused_layers` say why a configuration cannot be written, or nothing: the first of what no choice
-    of sizes changes, the other of what follows from the layers that are left. `uneven` is the table for networks whose
-    layers differ in size.
+    `assumed` and `assumed_of_layers` are what llama.cpp takes for granted, worded to follow "networks", and whether it
+    holds: the first what no choice of sizes changes, the other what depends on the layers that are left.
+
+    `uneven` is the table, where there is one, for networks that this one cannot hold by their sizes.
     """
 
     model_type: str
@@ -106,41 +113,49 @@ class GGUFFamily:
     layer: Parts
     outer: Parts
     optional: Parts = field(default_factory=dict)
-    metadata: Callable[[Any], Metadata] = lambda config: {"layer_norm_rms_eps": config.rms_norm_eps}
-    rope: Callable[[Any], Mapping[str, Any] | None] = lambda config: config.rope_parameters
+    header: Callable[[Any], Header] = lambda config: {"layer_norm_rms_eps": config.rms_norm_eps}
+    rope: Callable[[Any], Mapping[str, Any]] = lambda config: config.rope_parameters
     rotary: tuple[str, ...] = ("default", "linear")
     partial: bool = False
     head: Literal["either", "tied", "own"] = "either"
     square: bool = False
+    listed: bool = False
     activations: tuple[str, ...] = ("silu", "swish")
-    refused: Callable[[Any], str] = lambda config: ""
-    refused_layers: Callable[[Any], str] = lambda config: ""
+    assumed: Callable[[Any], Mapping[str, bool]] = lambda config: {}
+    assumed_of_layers: Callable[[Any], Mapping[str, bool]] = lambda config: {}
     uneven: GGUFFamily | None = None
 
-    def stored(self, parameter: str) -> Stored | None:
-        """How a parameter is stored, its names complete; None where there is no place for it."""
+    @property
+    def half_activation(self) -> bool:
+        """Whether llama.cpp computes the activation in half precision whatever the file's type: GELU is a table."""
+        return any("gelu" in name for name in self.activations)
+
+    def stored(self, parameter: str) -> Stored:
+        """How a parameter is stored, its names complete. Raises `RequestError` where there is no place for it."""
         prefix = families()[self.model_type].layers + "."
-        if not parameter.startswith(prefix):
-            return self.outer.get(parameter)
         number, _, rest = parameter.removeprefix(prefix).partition(".")
-        found = self.layer.get(rest) or self.optional.get(rest)
-        return found and replace(found, names=tuple(f"blk.{number}.{name}" for name in found.names))
+        inside = parameter.startswith(prefix)
+        found = {**self.layer, **self.optional}.get(rest) if inside else self.outer.get(parameter)
+        if found is None:
+            raise RequestError(f"llama.cpp's {self.name} networks have no {parameter}")
+        return replace(found, names=tuple(f"blk.{number}.{name}" for name in found.names)) if inside else found
 
     def missing(self, parameters: Collection[str], layers: int) -> Iterable[str]:
-        """Parameters that the architecture wants and the network lacks."""
+        """Parameters that llama.cpp wants of a network with so many layers, and that are not there."""
         known = families()[self.model_type]
         wanted = [name for name in self.outer if name != known.head]
         wanted += [f"{known.layers}.{i}.{name}" for i in range(layers) for name in self.layer]
         return (name for name in wanted if name not in parameters)
 
 
-ATTENTION = {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+# --- Llama and those whose modules are named like its ---------------------------------------------------------------
+
 ROTATED = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k"}
+ATTENTION = {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-BIAS = ("bias",)
 
 DECI = GGUFFamily(
     model_type="llama",
@@ -149,74 +164,244 @@ DECI = GGUFFamily(
     optional=parts(ROTATED, BIAS, PERMUTED) | parts({**ATTENTION, **MLP}, BIAS),
     outer=parts(OUTER),
     rotary=("default", "linear", "llama3"),
+    listed=True,
 )
-LLAMA = replace(DECI, name="llama", uneven=DECI)
+LLAMA = replace(DECI, name="llama", listed=False, uneven=DECI)
 MISTRAL = replace(LLAMA, model_type="mistral")
-QWEN2 = replace(
-    LLAMA,
+QWEN2 = GGUFFamily(
     model_type="qwen2",
     name="qwen2",
     layer=parts({**ROTATED, **ATTENTION, **MLP, **NORMS}),
-    optional=parts({**ROTATED, **ATTENTION}, BIAS),
+    optional=parts({**ROTATED, "self_attn.v_proj": "attn_v"}, BIAS),
+    outer=parts(OUTER),
+    square=True,
+    uneven=DECI,
 )
-QWEN3 = replace(
-    QWEN2, model_type="qwen3", name="qwen3", layer={**QWEN2.layer, **parts(QK_NORM)}, optional={}, uneven=None
+QWEN3 = GGUFFamily(model_type="qwen3", name="qwen3", layer={**QWEN2.layer, **parts(QK_NORM)}, outer=parts(OUTER))
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    name="granite",
+    header=lambda config: {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "attention_scale": config.attention_multiplier,
+        "logit_scale": config.logits_scaling,
+    },
+    uneven=None,
+)
+SMOLLM3 = GGUFFamily(
+    model_type="smollm3",
+    name="smollm3",
+    layer=LLAMA.layer,
+    outer=parts(OUTER),
+    assumed_of_layers=lambda config: {
+        "leave out rotary positions in every fourth layer, and in no other": all(
+            bool(turns) == bool((i + 1) % 4) for i, turns in enumerate(config.no_rope_layers)
+        )
+    },
+)
+OLMO2 = GGUFFamily(
+    model_type="olmo2",
+    name="olmo2",
+    layer=parts({**ROTATED, **ATTENTION, **MLP, **QK_NORM})
+    | parts({"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}),
+    outer=parts(OUTER),
+    head="own",
+    square=True,
+)
+PHI3 = GGUFFamily(
+    model_type="phi3",
+    name="phi3",
+    layer=parts({"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", **NORMS})
+    | parts({"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}),
+    outer=parts(OUTER),
+    rotary=("default", "longrope"),
+    partial=True,
+    square=True,
 )
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+EXPERTS = {
+    "mlp.gate.weight": Stored(("ffn_gate_inp.weight",), exact=True),
+    "mlp.experts.gate_up_proj": Stored(("ffn_gate_exps.weight", "ffn_up_exps.weight")),
+    "mlp.experts.down_proj": Stored(("ffn_down_exps.weight",)),
+}
+
+MIXTRAL = GGUFFamily(
+    model_type="mixtral",
+    name="llama",
+    layer=parts(ROTATED, change=PERMUTED) | parts({**ATTENTION, **NORMS}) | EXPERTS,
+    outer=parts(OUTER),
+    header=lambda config: {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+    },
+    rotary=LLAMA.rotary,
+)
+QWEN3_MOE = GGUFFamily(
+    model_type="qwen3_moe",
+    name="qwen3moe",
+    layer=parts({**ROTATED, **ATTENTION, **NORMS, **QK_NORM}) | EXPERTS,
+    outer=parts(OUTER),
+    header=lambda config: {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    },
+    assumed=lambda config: {
+        "make the shares of the chosen experts add up to 1 (norm_topk_prob)": config.norm_topk_prob
+    },
+)
+
+# --- Gemma -----------------------------------------------------------------------------------------------------------
 
 
-def table_of(config: Any) -> GGUFFamily:
-    """The table for a network, plain or uneven. Raises `RequestError` where there is none."""
-    plain = config.model_type.removeprefix(UNEVEN_PREFIX)
-    if plain not in FAMILIES:
-        raise RequestError(f"--format gguf does not know {plain} networks; it writes {', '.join(FAMILIES)}")
-    family = FAMILIES[plain]
-    if plain == config.model_type:
-        return family
-    if family.uneven is None:
-        raise RequestError(f"llama.cpp has no architecture for uneven {plain} networks; use --format padded")
-    return family.uneven
+def _full_every(config: Any) -> int | None:
+    """The period p, where every p-th layer attends to everything and all others to a window; None without such a p."""
+    full = [kind == "full_attention" for kind in config.layer_types]
+    period = full.index(True) + 1 if True in full else len(full) + 1
+    return period if all(is_full == ((i + 1) % period == 0) for i, is_full in enumerate(full)) else None
 
 
-def check_family(config: Any, parameters: Collection[str]) -> None:
-    """Refuse a family, a setting or a parameter that llama.cpp has no place for: what no choice of sizes changes.
-
-    Raises `RequestError` that says what llama.cpp cannot do.
-    """
-    family = table_of(config)
-    theirs = f"llama.cpp's {family.name} networks"
-    known = families()[family.model_type]
-    for parameter in parameters:
-        if family.stored(parameter) is None:
-            raise RequestError(f"{theirs} have no {parameter}")
-    if config.model_type == family.model_type:
-        for parameter in family.missing(parameters, config.num_hidden_layers):
-            raise RequestError(f"{theirs} need {parameter}")
-    tied = known.head not in parameters
-    if family.head != "either" and tied != (family.head == "tied"):
-        wanted = "the embedding as its output head" if family.head == "tied" else "an output head of its own"
-        raise RequestError(f"{theirs} need {wanted}")
-    names = ("hidden_activation", "activation_function", "hidden_act")
-    activation = next(value for name in names if (value := getattr(config, name, None)))
-    if activation not in family.activations:
-        raise RequestError(f"{theirs} have no activation {activation}; known is {family.activations[0]}")
-    if rope := family.rope(config):
-        kind = rope.get("rope_type", "default")
-        if kind not in family.rotary:
-            known_types = ", ".join(family.rotary)
-            raise RequestError(f"{theirs} have no rotary embeddings of type '{kind}'; known are: {known_types}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 and not family.partial:
-            raise RequestError(f"{theirs} rotate whole heads, no part of them")
-    if reason := family.refused(config):
-        raise RequestError(f"{theirs} {reason}")
+def _gemma2_header(config: Any) -> Header:
+    period, window, context = _full_every(config), config.sliding_window, config.max_position_embeddings
+    if period is None:  # other layers than llama.cpp's have windows: within one, all layers are alike
+        context = min(window, context)
+    elif period == 1:  # llama.cpp wants a layer with a window
+        window = context
+    return {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "sliding_window": window,
+        "sliding_window_pattern": period if period and period > 1 else len(config.layer_types) + 1,
+        "context_length": context,
+    }
 
 
-def check_network(config: Any, parameters: Collection[str]) -> None:
-    """Refuse a cut-out network that llama.cpp does not compute. Raises `RequestError` as `check_family` does."""
-    check_family(config, parameters)
-    family = table_of(config)
-    if family.square and head_dim(config) * config.num_attention_heads != config.hidden_size:
-        raise RequestError(f"llama.cpp's {family.name} networks have query heads as wide as the residual, all together")
-    if reason := family.refused_layers(config):
-        raise RequestError(f"llama.cpp's {family.name} networks {reason}")
+def _gemma_scale(config: Any, largest: int) -> dict[str, bool]:
+    """What queries are scaled by, which llama.cpp tells from the number of layers: the largest model has its own."""
+    wide = config.num_hidden_layers == largest
+    wanted = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
+    return {f"have a query_pre_attn_scalar of {wanted} at this depth": config.query_pre_attn_scalar == wanted}
+
+
+GEMMA2 = GGUFFamily(
+    model_type="gemma2",
+    name="gemma2",
+    layer=parts({**ROTATED, **ATTENTION, **MLP})
+    | parts({"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}, change=PLUS_ONE)
+    | parts({"pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}, change=PLUS_ONE),
+    outer=parts(OUTER) | parts({"model.norm": "output_norm"}, change=PLUS_ONE),
+    header=_gemma2_header,
+    head="tied",
+    activations=("gelu_pytorch_tanh", "gelu_new"),
+    assumed=lambda config: {
+        "cap attention scores and logits": bool(config.attn_logit_softcapping and config.final_logit_softcapping)
+    },
+    assumed_of_layers=lambda config: _gemma_scale(config, largest=46),
+)
+GEMMA3 = replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    name="gemma3",
+    layer={**GEMMA2.layer, **parts(QK_NORM, change=PLUS_ONE)},
+    header=lambda config: {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "sliding_window": config.sliding_window,
+        "sliding_window_pattern": _full_every(config),
+        "context_length": config.max_position_embeddings,
+        "rope_freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+    },
+    rope=lambda config: config.rope_parameters["full_attention"],
+    assumed=lambda config: {
+        "cap neither attention scores nor logits": not (
+            config.attn_logit_softcapping or config.final_logit_softcapping
+        ),
+        "scale no rotary positions within windows": (
+            config.rope_parameters["sliding_attention"].get("rope_type", "default") == "default"
+        ),
+    },
+    assumed_of_layers=lambda config: {
+        **_gemma_scale(config, largest=62),
+        # Layers with windows have rotary positions of their own, so those must be the right ones.
+        "have windows in all layers but every second, third and so on": (_full_every(config) or 1) > 1,
+    },
+)
+
+# --- those with biases and without a gate ----------------------------------------------------------------------------
+
+GPT2_MATRICES = {
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+GPT2 = GGUFFamily(
+    model_type="gpt2",
+    name="gpt2",
+    layer=parts(GPT2_MATRICES, change=TRANSPOSED)
+    | parts(GPT2_MATRICES, BIAS)
+    | parts({"ln_1": "attn_norm", "ln_2": "ffn_norm"}, BOTH),
+    outer=parts({"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "lm_head": "output"})
+    | parts({"transformer.ln_f": "output_norm"}, BOTH),
+    header=lambda config: {"layer_norm_eps": config.layer_norm_epsilon},
+    rope=lambda config: {},
+    square=True,
+    activations=("gelu_new", "gelu_pytorch_tanh"),
+    assumed=lambda config: {"scale attention scores by the width of a head": config.scale_attn_weights},
+)
+STARCODER2 = GGUFFamily(
+    model_type="starcoder2",
+    name="starcoder2",
+    layer=parts({**ROTATED, **ATTENTION, **NORMS, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}, BOTH),
+    outer=parts(OUTER) | parts({"model.norm": "output_norm"}, BIAS),
+    header=lambda config: {"layer_norm_eps": config.norm_epsilon},
+    square=True,
+    activations=("gelu_pytorch_tanh", "gelu_new"),
+)
+GPT_NEOX = GGUFFamily(
+    model_type="gpt_neox",
+    name="gptneox",
+    layer=parts({"attention.query_key_value": "attn_qkv"}, BOTH, BY_KIND)
+    | parts({**NORMS, "attention.dense": "attn_output"}, BOTH)
+    | parts({"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}, BOTH),
+    outer=parts({"gpt_neox.embed_in": "token_embd", "lm_head": "output"})
+    | parts({"gpt_neox.final_layer_norm": "output_norm"}, BOTH),
+    header=lambda config: {
+        "layer_norm_eps": config.layer_norm_eps,
+        "parallel_residual": config.use_parallel_residual,
+    },
+    partial=True,
+    head="own",
+    square=True,
+    # llama.cpp computes GELU by its tanh form, which is as near to the exact one as half precision is.
+    activations=("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+)
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GRANITE,
+        SMOLLM3,
+        OLMO2,
+        PHI3,
+        MIXTRAL,
+        QWEN3_MOE,
+        GEMMA2,
+        GEMMA3,
+        GPT2,
+        STARCODER2,
+        GPT_NEOX,
+    )
+}

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from compressor.architecture import Architecture, LayerSizes
 from compressor.errors import RequestError
 from compressor.families import head_dim
-from evals.trust import UNEVEN_PREFIX
-from export.gguf_families import GGUFFamily, Metadata, check_network, table_of
+from export.gguf_checks import check_network, table_of
+from export.gguf_families import GGUFFamily, Header
 from export.gguf_tokenizer import check_tokenizer, sample_texts, write_tokenizer
 from export.package import (
     CARD,
@@ -85,16 +85,23 @@ def write(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     check_tokenizer(tokenizer)
     network = probes.stored_network(model, dtype or torch.float32)
-    ids = probe_ids if probe_ids is not None else probes.default_ids(config)
-    logits = probes.logits_of(_as_held(network, gguf_type), ids)
+    family = table_of(config)
+    header = _header(config, family, architecture)
+    context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
+    ids = (probe_ids if probe_ids is not None else probes.default_ids(config))[:, :context]
+    held = _as_held(network, gguf_type)
+    logits = probes.logits_of(held, ids)
     with staged(destination, needed) as folder:
         file = folder / f"model-{gguf_type}.gguf"
-        matrices = _write_file(file, network, architecture, tokenizer, gguf_type, str(entry["name"]))
+        header["name"] = str(entry["name"])
+        matrices = _write_file(file, network, architecture, header, tokenizer, gguf_type)
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
         probe = probes.make_probe(logits, ids, tokenizer)
         probe["tokenization"] = [[text, tokenizer(text, verbose=False).input_ids] for text in [*sample_texts(), *texts]]
-        probe["greedy"] = probes.greedy(network, ids[:1, : max(1, ids.shape[1] // 2)])
+        prompt = ids[:1, : max(1, ids.shape[1] // 2)]
+        probe["greedy"] = probes.greedy(held, prompt, min(12, context - prompt.shape[1]))
+        probe["exact_to"] = "f16" if family.half_activation and gguf_type == "f32" else gguf_type
         own = {
             **entry,
             "path": path_in_run(destination),
@@ -133,15 +140,13 @@ def _as_held(network: nn.Module, gguf_type: str) -> nn.Module:
     config: Any = network.config
     held, family = copy.deepcopy(network), table_of(config)
     for name, parameter in held.named_parameters():
-        stored = family.stored(name)
-        assert stored is not None  # checked
-        if parameter.dim() > 1 and not stored.exact:
+        if parameter.dim() > 1 and not family.stored(name).exact:
             parameter.data = parameter.data.to(dtype).float()
     return held
 
 
 def _write_file(
-    file: Path, model: nn.Module, architecture: Architecture, tokenizer: Any, gguf_type: str, name: str
+    file: Path, model: nn.Module, architecture: Architecture, header: Header, tokenizer: Any, gguf_type: str
 ) -> dict[str, tuple[str, int]]:
     """Returns, for each matrix of the network by its name in the file, its type and how many weights it has."""
     import numpy as np
@@ -150,8 +155,7 @@ def _write_file(
     config: Any = model.config
     family = table_of(config)
     writer = GGUFWriter(file, family.name)
-    writer.add_name(name)
-    for key, value in _metadata(config, family, architecture).items():
+    for key, value in header.items():
         getattr(writer, f"add_{key}")(value)
     write_tokenizer(writer, tokenizer, config.vocab_size)
     matrices: dict[str, tuple[str, int]] = {}
@@ -160,18 +164,17 @@ def _write_file(
         ggml = GGMLQuantizationType[kind.upper()]
         writer.add_tensor(name, quants.quantize(np.ascontiguousarray(values.numpy()), ggml), raw_dtype=ggml)
 
-    for factors, values in _rotary_factors(config, family).items():
+    for factors, values in _rotary_factors(config, family.rope(config)).items():
         add(f"{factors}.weight", values, "f32")
     width = head_dim(config)
     for source, parameter in model.named_parameters():
         stored = family.stored(source)
-        assert stored is not None  # checked
         for final, values in stored.to_file(parameter.detach().float().cpu(), width).items():
             kind = "f32" if stored.exact else _type_of(final, tuple(values.shape), gguf_type)
             if values.dim() > 1:
                 matrices[final.removesuffix(".weight")] = kind, values.numel()
             add(final, values, kind)
-    for final, values in _stand_ins(config, architecture).items():
+    for final, values in _stand_ins(config, family, architecture).items():
         add(final, values, _type_of(final, tuple(values.shape), gguf_type))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -180,36 +183,32 @@ def _write_file(
     return matrices
 
 
-def _metadata(config: Any, family: GGUFFamily, architecture: Architecture) -> Metadata:
+def _header(config: Any, family: GGUFFamily, architecture: Architecture) -> Header:
     """The header but for the tokenizer, by the writer's methods (without `add_`)."""
-    sizes = _sizes(config, architecture)
+    sizes = _sizes(family, architecture)
     lists = {
         "feed_forward_length": [layer.intermediate_size for layer in sizes],
         "head_count": [layer.num_attention_heads for layer in sizes],
         "head_count_kv": [layer.num_key_value_heads for layer in sizes],
     }
-    width = head_dim(config)
+    width, rope = head_dim(config), family.rope(config)
     return {
         "block_count": len(sizes),
-        "context_length": _context(config),
+        "context_length": _context(config, rope),
         "embedding_length": config.hidden_size,
-        **{key: values if _is_uneven(config) else max(values) for key, values in lists.items()},
+        **{key: values if family.listed else max(values) for key, values in lists.items()},
         "key_length": width,
         "value_length": width,
         "vocab_size": config.vocab_size,
-        **_rotary(config, family),
-        **family.metadata(config),
+        **_rotary(config, rope),
+        **family.header(config),
     }
 
 
-def _is_uneven(config: Any) -> bool:
-    return bool(config.model_type.startswith(UNEVEN_PREFIX))
-
-
-def _sizes(config: Any, architecture: Architecture) -> list[LayerSizes]:
-    """Sizes of the layers that are kept, as the file states them: an uneven one has an FFN in every layer."""
+def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
+    """Sizes of the layers that are kept, as the file states them: a listed one has an FFN in every layer."""
     sizes = [architecture.layers[i] for i in architecture.kept]
-    if not _is_uneven(config):
+    if not family.listed:
         return sizes
     sizes = [replace(layer, intermediate_size=layer.intermediate_size or BLOCK) for layer in sizes]
     if not sizes[0].num_attention_heads:  # llama.cpp takes the width of a head from the first layer
@@ -217,7 +216,7 @@ def _sizes(config: Any, architecture: Architecture) -> list[LayerSizes]:
     return sizes
 
 
-def _stand_ins(config: Any, architecture: Architecture) -> dict[str, Tensor]:
+def _stand_ins(config: Any, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
     """Tensors that llama.cpp wants of an uneven network though their half-block is removed: they add nothing."""
     import torch
 
@@ -231,7 +230,7 @@ def _stand_ins(config: Any, architecture: Architecture) -> dict[str, Tensor]:
             f"blk.{layer}.{outward}.weight": torch.zeros(hidden, between),
         }
 
-    if _is_uneven(config):
+    if family.listed:
         for index, layer in enumerate(architecture.layers[i] for i in architecture.kept):
             if "mlp" in layer.skip:
                 found |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", BLOCK)
@@ -251,34 +250,49 @@ def _type_of(name: str, shape: tuple[int, ...], gguf_type: str) -> str:
     return gguf_type
 
 
-def _context(config: Any) -> int:
-    """Positions for which the file computes what transformers does: within a window, where every layer may have one."""
-    window = getattr(config, "sliding_window", None)
-    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+def _context(config: Any, rope: Mapping[str, Any]) -> int:
+    """Positions for which the file computes what transformers does.
+
+    Where the family has no layers with windows in llama.cpp, those within a window; with `longrope`, those that
+    transformers takes the short factors for, since llama.cpp takes the long ones for short texts too.
+    """
+    limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return min(limit for limit in limits if limit)
 
 
-def _rotary(config: Any, family: GGUFFamily) -> Metadata:
-    """Rotary base, width and scaling."""
+def _rotary(config: Any, rope: Mapping[str, Any]) -> Header:
+    """Rotary base, width and scaling; nothing for learned positions."""
     from gguf import RopeScalingType
 
-    rope = family.rope(config)
-    if rope is None:
+    if not rope:
         return {}
-    found: Metadata = {
+    found: Header = {
         "rope_freq_base": float(rope["rope_theta"]),
         "rope_dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
     }
-    if rope.get("rope_type") == "linear":
+    kind = rope.get("rope_type")
+    if kind == "linear":
         found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or config.max_position_embeddings / original
+        attention = rope.get("attention_factor")
+        if attention is None:  # LongRoPE (Ding et al. 2024), as transformers computes it
+            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        found |= {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": attention}
     return found
 
 
-def _rotary_factors(config: Any, family: GGUFFamily) -> dict[str, Tensor]:
+def _rotary_factors(config: Any, rope: Mapping[str, Any]) -> dict[str, Tensor]:
     """What each frequency is divided by, where the scaling differs by frequency."""
     import torch
 
-    rope = family.rope(config)
-    if rope is None or rope.get("rope_type") != "llama3":
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        return {f"rope_factors_{length}": torch.tensor(rope[f"{length}_factor"]) for length in ("short", "long")}
+    if kind != "llama3":
         return {}
     width = head_dim(config)
     exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
@@ -299,17 +313,15 @@ def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
     from gguf import GGUFReader, quants
 
     (file,) = package.glob("*.gguf")
-    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     config: Any = network.config
     family, width = table_of(config), head_dim(config)
-
-    def held(name: str) -> Tensor:
-        return torch.from_numpy(quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype("float32"))
-
+    held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             stored = family.stored(name)
-            if stored is None:
-                raise ValueError(f"{file} holds nothing for {name}")
-            parameter.copy_(stored.from_file([held(final) for final in stored.names], width).view(parameter.shape))
+            tensors = {
+                final: torch.from_numpy(quants.dequantize(held[final].data, held[final].tensor_type).astype("float32"))
+                for final in stored.names
+            }
+            parameter.copy_(stored.from_file(tensors, width).view(parameter.shape))
     return network

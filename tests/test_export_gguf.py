@@ -13,14 +13,15 @@ import pytest
 import tiny
 import torch
 from export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
-from tiny_families import CONFIGS
+from tiny_families import CONFIGS, LLAMA3_ROPE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.architecture import Architecture, LayerSizes
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
-from compressor.families import describe
+from compressor.families import describe, families
+from export.gguf_checks import check_family
 from export.gguf_families import DECI, FAMILIES, Stored
 from export.gguf_layout import TYPES, take_stored_weights
 from export.gguf_tokenizer import sample_texts, tokenizer_kind
@@ -29,7 +30,7 @@ from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 
 
 def write(destination: Path, architecture: Architecture, model: Any = None, **options: Any) -> PackageInfo:
@@ -42,6 +43,7 @@ def write(destination: Path, architecture: Architecture, model: Any = None, **op
     return write_layout("gguf", model or cut(tiny_llama(), architecture), architecture, destination, **values | options)
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 # Every pitfall in one: the first layer has no attention, the last no MLP, the others differ in all sizes.
 AWKWARD = Architecture(
     64, (LayerSizes(0, 0, 96), LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(4, 2, 0), LayerSizes(4, 2, 64))
@@ -61,29 +63,238 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert result["tokenizer_equal"] == 200 + len(TEXTS) and result["greedy_equal"] > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-rope-biases-tied", "llama-mha", "mistral", "qwen2", "qwen3"])
-def test_families(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
+def tiny_member(family: str, **changes: Any) -> Any:
+    """A random network of one of `CONFIGS`, whose rows are whole blocks of 32, and with the vocabulary of the tests."""
     torch.manual_seed(0)
     config = CONFIGS[family]()
-    config.vocab_size = 320
+    config.vocab_size, config.hidden_size = 320, 96
+    if getattr(config, "head_dim", None):
+        config.head_dim = 16
+    for name, value in changes.items():
+        setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def check(package: PackageInfo) -> dict[str, Any]:
+    return check_gguf(package.path, read_record(package.path))
+
+
+# What llama.cpp takes for granted, where the tiny configuration says otherwise.
+HELD: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "gpt_neox-serial": {"attention_bias": True, "tie_word_embeddings": False},
+}
+REFUSED = {
+    "smollm3-windows": "rotary positions in every fourth layer",
+    "qwen3_moe-dense": "have no model.layers.1.mlp.gate_proj.weight",
+    "opt": "does not know opt networks; it writes llama, mistral,",
+    "opt-projected": "does not know opt",
+    "qwen3_5_text": "does not know qwen3_5_text",
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_written_or_refused(family: str, tmp_path: Path) -> None:
+    """The base, and a cut with thinner FFNs, fewer experts and a layer less; fewer heads where the plain class can."""
+    pytest.importorskip("xllamacpp")
+    model = tiny_member(family, **HELD.get(family, {}))
+    structure = describe(model.config)
+    if family in REFUSED:
+        with pytest.raises(RequestError, match=REFUSED[family]):
+            write(tmp_path / "p", structure.base, extract(model, structure, structure.base))
+        assert not list(tmp_path.iterdir())
+        return
+    full = structure.base.layers[0]
+    heads, groups = full.num_attention_heads, full.num_key_value_heads
+    if not (families()[model.config.model_type].head_width_follows or family in ("olmo2", "starcoder2")):
+        heads, groups = (heads // 2, groups // 2) if groups == heads else (2 * max(1, groups // 3), max(1, groups // 3))
+    thin = LayerSizes(heads, groups, 16 if full.num_experts else 32, full.num_experts and full.num_experts - 1)
+    cut_down = Architecture(96, (thin, thin, thin, LayerSizes(0, 0, 0)))
+    for gguf_type, architecture in (("f32", structure.base), ("f32", cut_down), ("q8_0", structure.base)):
+        network = extract(model, structure, architecture)
+        info = write(tmp_path / f"{gguf_type}-{architecture.key}", architecture, network, gguf_type=gguf_type)
+        result = check(info)
+        if gguf_type == "f32":
+            assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-2
+            assert result["greedy_equal"] > 0
+        else:
+            assert result["mean_abs_logprob_difference"] <= 0.02
+        stored = take_stored_weights(copy.deepcopy(network), info.path)
+        for name, parameter in stored.named_parameters():
+            original = network.get_parameter(name)
+            assert (parameter - original).norm() <= {"f32": 1e-6, "q8_0": 0.01}[gguf_type] * original.norm()
+
+
+BIG = {"num_hidden_layers": 46, "head_dim": 8, "layer_types": ["full_attention"] * 46}
+SLIDING, FULL = "sliding_attention", "full_attention"
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [2.0, 3.0, 4.0, 6.0],
+    "original_max_position_embeddings": 512,
+}
+LOCAL = {
+    "full_attention": LINEAR | {"rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e2},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "context"),
+    [
+        ("gemma2", {"layer_types": [SLIDING, SLIDING, FULL, SLIDING]}, 64),
+        ("gemma2", {"layer_types": [FULL] * 4}, 64),
+        ("gemma2", BIG, 64),
+        ("gemma2", {"layer_types": [FULL, SLIDING, SLIDING, SLIDING], "sliding_window": 20}, 20),
+        ("gemma3_text", {"layer_types": [SLIDING, SLIDING, FULL, SLIDING], "rope_parameters": LOCAL}, 64),
+        ("gemma3_text", {"layer_types": [SLIDING] * 4}, 64),
+        (
+            "phi3",
+            {"rope_parameters": LONG, "max_position_embeddings": 2048, "original_max_position_embeddings": 512},
+            512,
+        ),
+        ("granite", {"rope_parameters": LLAMA3_ROPE, "mlp_bias": True}, 64),
+        ("mixtral", {"rope_parameters": LLAMA3_ROPE, "sliding_window": 32}, 32),
+        ("olmo2", {"rope_parameters": LINEAR}, 64),
+    ],
+)
+def test_windows_and_rotary_embeddings(family: str, changes: dict[str, Any], context: int, tmp_path: Path) -> None:
+    """`context` is as far as llama.cpp computes what transformers does."""
+    pytest.importorskip("xllamacpp")
+    model = tiny_member(family, **HELD.get(family, {}) | changes)
+    result = check(info := write(tmp_path / "p", describe(model.config).base, model))
+    assert result["max_abs_logprob_difference"] <= result["tolerance"]
+    header = gguf.GGUFReader(info.path / "model-f32.gguf").fields
+    (length,) = (field.contents() for name, field in header.items() if name.endswith(".context_length"))
+    assert length == context
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "have no activation 'gelu'; known are: silu"),
+        ("llama", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}, "rotate whole heads"),
+        ("qwen3", {"attention_bias": True}, "qwen3 networks have no model.layers.0.self_attn.q_proj.bias"),
+        (
+            "qwen3",
+            {"rope_parameters": LLAMA3_ROPE},
+            "no rotary embeddings of type 'llama3'; known are: default, linear",
+        ),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leave out rotary positions in every fourth layer"),
+        ("olmo2", {"tie_word_embeddings": True}, "a weight of its own as their output head"),
+        ("olmo2", {"head_dim": 32}, "query heads as wide as the residual"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "shares of the chosen experts add up to 1"),
+        ("gemma2", {"query_pre_attn_scalar": 10}, "have a query_pre_attn_scalar of 16 at this depth"),
+        # The depth of the largest model: there, and there only, the scale is not the width of a head.
+        ("gemma2", BIG | {"query_pre_attn_scalar": 8}, "scalar of 16 at this depth"),
+        ("gemma2", {"attn_logit_softcapping": None}, "cap attention scores and logits"),
+        ("gemma2", {"tie_word_embeddings": False}, "the embedding as their output head"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "cap neither attention scores nor logits"),
+        ("gemma3_text", {"layer_types": [FULL, SLIDING, SLIDING, FULL]}, "have windows in all layers but"),
+        ("gemma3_text", {"layer_types": [FULL] * 4}, "have windows in all layers but"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
+            "scale no rotary positions within windows",
+        ),
+        ("gpt2", {"scale_attn_weights": False}, "scale attention scores by the width of a head"),
+        ("starcoder2", {"use_bias": False}, "need model.layers.0.self_attn.q_proj.bias"),
+        ("gpt_neox", {"hidden_act": "relu"}, "have no activation 'relu'"),
+        ("gpt_neox", {"attention_bias": False}, "need gpt_neox.layers.0.attention.query_key_value.bias"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "a weight of its own as their output head"),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted(family: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    model = tiny_member(family, **HELD.get(family, {}) | changes)
+    with pytest.raises(RequestError, match=reason):
+        write(tmp_path / "p", describe(model.config).base, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_is_refused_only_for_what_no_cut_mends() -> None:
+    def look(family: str, **changes: Any) -> None:
+        config = tiny_member(family, **changes).config
+        check_family(config, {tensor.name for tensor in describe(config).tensors})
+
+    look("smollm3", no_rope_layers=[1, 0, 1, 1])
+    look("gemma3_text", layer_types=[FULL, SLIDING, SLIDING, FULL])
+    with pytest.raises(RequestError, match="shares of the chosen experts"):
+        look("qwen3_moe", norm_topk_prob=False)
+    with pytest.raises(RequestError, match="does not know opt"):
+        look("opt")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "mixtral", "olmo2", "granite", "smollm3", "gpt2"])
+def test_only_llamas_blocks_may_be_uneven(family: str, tmp_path: Path) -> None:
+    model = tiny_member(family, **HELD.get(family, {}))
+    structure = describe(model.config)
+    full = structure.base.layers[0]
+    thin = LayerSizes(full.num_attention_heads, full.num_key_value_heads, 32, full.num_experts)
+    uneven = Architecture(96, (full, thin, full, full))
+    with pytest.raises(RequestError, match=f"no architecture for uneven {family} networks; use --format padded"):
+        write(tmp_path / "p", uneven, extract(model, structure, uneven))
+
+
+def test_a_layer_that_is_missing_moves_the_others(tmp_path: Path) -> None:
+    model = tiny_member("smollm3", **HELD["smollm3"])
+    structure = describe(model.config)
+    full = structure.base.layers[0]
+    rest = Architecture(96, (LayerSizes(0, 0, 0), full, full, full))
+    with pytest.raises(RequestError, match="every fourth layer, and in no other; with the layers that are left"):
+        write(tmp_path / "p", rest, extract(model, structure, rest))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_the_report_of_other_layouts(family: str, tmp_path: Path) -> None:
+    """Stacked experts and a router that stays exact; matrices that are stored transposed."""
+    model = tiny_member(family)
+    info = write(tmp_path / "p", describe(model.config).base, model, gguf_type="q4_0")
+    report = read_record(info.path)["entry"]["quantization_report"]
+    layers = [f"blk.{i}" for i in range(4)]
+    if family == "mixtral":  # four experts of 56 neurons
+        expected = {f"{layer}.ffn_gate_inp": "f32" for layer in layers} | {"token_embd": "q8_0", "output": "q8_0"}
+        expected |= {f"{layer}.ffn_down_exps": "f16" for layer in layers}
+        four, rare, exact = 3 * 96 * 96 + 4 * 2 * 56 * 96, 4 * 56 * 96, 4 * 96
+    else:
+        expected = {f"{layer}.ffn_down": "f16" for layer in layers} | {"token_embd": "q8_0", "position_embd": "q8_0"}
+        four, rare, exact = 4 * 96 * 96 + 56 * 96, 56 * 96, 0
+    assert report["exceptions"] == expected
+    bits = (4.5 * four + 16 * rare + 32 * exact) / (four + rare + exact)
+    assert report["bits_per_weight"] == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2", "starcoder2", "gpt_neox"])
+def test_gelu_is_all_that_is_less_exact(family: str, tmp_path: Path) -> None:
+    """Without what comes out of the MLP, a float32 file is as exact as that of other families."""
+    pytest.importorskip("xllamacpp")
+    model = tiny_member(family, **HELD.get(family, {}))
+    last = ("mlp.down_proj.weight", "mlp.c_proj.weight", "mlp.dense_4h_to_h.weight")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(last):
+                parameter.zero_()
+    info = write(tmp_path / "p", describe(model.config).base, model)
+    assert check(info)["max_abs_logprob_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama-rope-biases-tied", "llama-mha", "mistral", "qwen2"])
+def test_uneven_families(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = tiny_member(family)
     structure = describe(model.config)
     heads = (6, 6) if family == "llama-mha" else (4, 2)
     sizes = [LayerSizes(6, structure.base.layers[0].num_key_value_heads, 56), LayerSizes(*heads, 40)]
-    uneven = Architecture(48, (sizes[0], sizes[1], LayerSizes(0, 0, 24), sizes[0]))
-    for number, architecture in enumerate((structure.base, uneven)):
-        network = extract(model, structure, architecture)
-        if family == "qwen3" and number:
-            with pytest.raises(RequestError, match="no architecture for uneven qwen3"):
-                write(tmp_path / str(number), architecture, network)
-            continue
-        info = write(tmp_path / str(number), architecture, network)
-        result = check_gguf(info.path, read_record(info.path))
-        assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
+    uneven = Architecture(96, (sizes[0], sizes[1], LayerSizes(0, 0, 24), sizes[0]))
+    result = check(write(tmp_path / "p", uneven, extract(model, structure, uneven)))
+    assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
 
 
 @pytest.mark.parametrize("gguf_type", TYPES)
@@ -200,21 +411,7 @@ def test_what_llama_cpp_does_not_know_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-        {
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=lambda rope: str(rope["rope_type"]),
-)
+@pytest.mark.parametrize("rope", [LINEAR, LLAMA3_ROPE], ids=lambda rope: str(rope["rope_type"]))
 def test_scaled_rotary_embeddings(rope: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     info = write(tmp_path / "p", UNEVEN, cut(tiny_llama(rope_parameters=rope), UNEVEN))
