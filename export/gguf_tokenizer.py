@@ -2,12 +2,17 @@
 
 Written where llama.cpp knows its kind, and refused by name otherwise: it knows pre-tokenizers by name only, not by
 their rules. Whether both agree is checked by `export.llama_cpp.check_gguf`, which asks llama.cpp itself.
+
+llama.cpp does not compose characters (NFC), which the tokenizers of Qwen and GPT-NeoX do first: they agree on text that
+is composed already, as nearly all text is, and are compared on such text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compressor.errors import RequestError
@@ -16,6 +21,8 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+_UNDERLINE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_UNDERLINE_FIRST = {"type": "Prepend", "prepend": "▁"}
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -44,7 +51,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described))
     else:
         writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_token_types(types)
@@ -82,29 +89,38 @@ def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
     model, pre = described["model"], described.get("pre_tokenizer")
     if model["type"] != "BPE":
         raise RequestError(f"llama.cpp knows no tokenizer of type {model['type']} for these networks (gguf needs BPE)")
+    steps = _normalizers(described)
+    kinds = [step["type"] for step in steps]
+    parts = (pre or {}).get("pretokenizers", [pre] if pre else [])
+    found = [_part(part) for part in parts]
     if model.get("byte_fallback"):
-        steps = described.get("normalizer") or {}
-        kinds = [step["type"] for step in steps.get("normalizers", [steps])]
-        if kinds == ["Prepend", "Replace"] and pre is None:
+        underlined = steps in ([_UNDERLINE_FIRST, _UNDERLINE_SPACES], [_UNDERLINE_SPACES])
+        if underlined and found in ([], [" "]):  # Gemma's splits at spaces, of which none are left
             return "llama", "default"
         raise RequestError(
             f"llama.cpp knows no byte-fallback tokenizer with the normalizer {kinds} and the pre-tokenizer "
             f"{pre and pre['type']}"
         )
-    parts = (pre or {}).get("pretokenizers", [pre] if pre else [])
-    found = [_part(part) for part in parts]
-    normalizer = (described.get("normalizer") or {}).get("type")
+    whole_words = bool(model.get("ignore_merges"))
     names = {
         ("bytes+words",): "gpt-2",
         ("digits", "bytes+words"): "smollm",
-        (_LLAMA3_SPLIT, "bytes"): "llama-bpe",
+        (_LLAMA3_SPLIT, "bytes"): "llama-bpe" if whole_words else "dbrx",
         (_QWEN2_SPLIT, "bytes"): "qwen2",
     }
     name = names.get(tuple(found))
-    if name is None or (normalizer is not None and (name, normalizer) != ("qwen2", "NFC")):
+    if name is None or kinds not in ([], ["NFC"]):
         rules = ", ".join(found) or "none"
-        raise RequestError(f"llama.cpp has no name for the pre-tokenizer ({rules}; normalizer {normalizer})")
+        raise RequestError(f"llama.cpp has no name for the pre-tokenizer ({rules}; normalizer {', '.join(kinds)})")
+    if whole_words and name != "llama-bpe":
+        raise RequestError(f"llama.cpp's pre-tokenizer {name} knows no tokenizer with ignore_merges")
     return "gpt2", name
+
+
+def _normalizers(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps that text goes through before it is split."""
+    first = described.get("normalizer")
+    return first.get("normalizers", [first]) if first else []
 
 
 def _part(part: Mapping[str, Any]) -> str:
@@ -114,15 +130,25 @@ def _part(part: Mapping[str, Any]) -> str:
         return "bytes+words" if part.get("use_regex", True) else "bytes"
     if kind == "Digits" and part.get("individual_digits"):
         return "digits"
-    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-        return str(part["pattern"].get("Regex"))
+    if kind == "Split" and not part.get("invert"):
+        if part.get("behavior") == "Isolated":
+            return str(part["pattern"].get("Regex"))
+        if part.get("behavior") == "MergedWithPrevious":
+            return str(part["pattern"].get("String"))
     return kind
 
 
-def sample_texts(count: int = 200) -> list[str]:
-    """Texts on which tokenizers part: words, digits, contractions, spaces, accents, other scripts, code. Seeded."""
-    import random
+def tokenization(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """What a tokenizer makes of texts, composed first where it composes them itself."""
+    steps = _normalizers(json.loads(tokenizer.backend_tokenizer.to_str()))
+    if any(step["type"] == "NFC" for step in steps):
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
 
+
+def sample_texts(count: int = 200) -> list[str]:
+    """Texts on which tokenizers part: words, digits, contractions, accents, other scripts, code, and spaces between,
+    before and behind them. Seeded."""
     rng = random.Random(0)
     words = ["the", "quick", "brown", "Fox", "jumped", "over", "LAZY", "dogs", "didn't", "we've", "I'll", "Anna's"]
     words += ["o'clock", "'re", "naïve", "café", "Straße", "日本語", "привет", "שלום", "🙂", "e\u0301", "½"]
@@ -131,5 +157,6 @@ def sample_texts(count: int = 200) -> list[str]:
     texts = []
     for _ in range(count):
         pieces = [rng.choice(words) + rng.choice(spaces) for _ in range(rng.randint(1, 12))]
-        texts.append("".join(pieces).strip() if rng.random() < 0.7 else "".join(pieces))
+        text = "".join(pieces)
+        texts.append(text.strip() if rng.random() < 0.6 else rng.choice(["", " ", "  ", "\n"]) + text)
     return texts

@@ -14,7 +14,7 @@ import tiny
 import torch
 from export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, LLAMA3_ROPE
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.architecture import Architecture, LayerSizes
@@ -24,7 +24,6 @@ from compressor.families import describe, families
 from export.gguf_checks import check_family
 from export.gguf_families import DECI, FAMILIES, Stored
 from export.gguf_layout import TYPES, take_stored_weights
-from export.gguf_tokenizer import sample_texts, tokenizer_kind
 from export.layouts import write_layout
 from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.package import PackageInfo, check_files, read_record
@@ -354,46 +353,11 @@ def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch:
         verify(bad.path)
 
 
-def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("export.gguf_tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
-    info = write(tmp_path / "p", EVEN, tokenizer=tiny_tokenizer(["in 2024 and 1999 "] * 50), texts=["it was 1999"])
-    with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
-        check_gguf(info.path, read_record(info.path))
-
-
 def test_the_file_is_the_whole_package(tmp_path: Path) -> None:
     info = write(tmp_path / "p", EVEN, gguf_type="f16", card="# A card\n")
     assert {p.name for p in info.path.iterdir()} == {"model-f16.gguf", "compression.json", "README.md"}
     assert info.bytes == (info.path / "model-f16.gguf").stat().st_size
     assert 0 < info.bytes - 2 * info.params < 60_000
-
-
-def test_kinds_of_tokenizers() -> None:
-    def described(pre: Any, normalizer: Any = None, **options: Any) -> dict[str, Any]:
-        tokenizer = Tokenizer(models.BPE(**options))
-        if pre is not None:
-            tokenizer.pre_tokenizer = pre
-        if normalizer is not None:
-            tokenizer.normalizer = normalizer
-        return json.loads(tokenizer.to_str())
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    assert tokenizer_kind(described(byte_level)) == ("gpt2", "gpt-2")
-    assert tokenizer_kind(described(pre_tokenizers.Sequence([digits, byte_level]))) == ("gpt2", "smollm")
-    sentence_piece = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    assert tokenizer_kind(described(None, sentence_piece, byte_fallback=True)) == ("llama", "default")
-    for pre, normalizer, named in (
-        (pre_tokenizers.Whitespace(), None, "Whitespace"),
-        (pre_tokenizers.ByteLevel(add_prefix_space=True), None, "ByteLevel"),
-        (byte_level, normalizers.Lowercase(), "Lowercase"),
-        (None, None, "none"),
-    ):
-        with pytest.raises(RequestError, match=named):
-            tokenizer_kind(described(pre, normalizer))
-    with pytest.raises(RequestError, match="WordLevel"):
-        tokenizer_kind(json.loads(Tokenizer(models.WordLevel({"a": 0}, "a")).to_str()))
 
 
 def test_what_llama_cpp_does_not_know_leaves_nothing(tmp_path: Path) -> None:
@@ -417,11 +381,6 @@ def test_scaled_rotary_embeddings(rope: dict[str, Any], tmp_path: Path) -> None:
     info = write(tmp_path / "p", UNEVEN, cut(tiny_llama(rope_parameters=rope), UNEVEN))
     result = check_gguf(info.path, read_record(info.path))
     assert result["max_abs_logprob_difference"] <= result["tolerance"]
-
-
-def test_sample_texts_are_the_same_everywhere() -> None:
-    texts = sample_texts()
-    assert texts == sample_texts() and len(texts) == 200 and len(set(texts)) > 190
 
 
 @pytest.mark.skipif("COMPRESSOR_ASSETS" not in os.environ, reason="COMPRESSOR_ASSETS is not set")
