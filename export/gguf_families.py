@@ -20,65 +20,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """How a parameter's values are laid out otherwise in the file, and back. Both are given the width of a head."""
+    """How a parameter's values are laid out otherwise in the file, and back; both are given the configuration."""
 
-    to_file: Callable[[Tensor, int], Tensor]
-    from_file: Callable[[Tensor, int], Tensor]
+    to_file: Callable[[Tensor, Any], Tensor]
+    from_file: Callable[[Tensor, Any], Tensor]
 
 
-def _neighbours(values: Tensor, width: int) -> Tensor:
+def _neighbours(values: Tensor, config: Any) -> Tensor:
     """Rows of a query or key projection, from halves of a head that rotate together to neighbours that do."""
-    return values.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
+    return values.unflatten(0, (-1, 2, head_dim(config) // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _halves(values: Tensor, width: int) -> Tensor:
-    return values.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
+def _halves(values: Tensor, config: Any) -> Tensor:
+    return values.unflatten(0, (-1, head_dim(config) // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _by_kind(values: Tensor, width: int) -> Tensor:
+def _by_kind(values: Tensor, config: Any) -> Tensor:
     """Rows of a fused projection, from query, key, value of each head to all queries, all keys, all values."""
-    return values.unflatten(0, (-1, 3, width)).transpose(0, 1).flatten(0, 2)
+    return values.unflatten(0, (-1, 3, head_dim(config))).transpose(0, 1).flatten(0, 2)
 
 
-def _by_head(values: Tensor, width: int) -> Tensor:
-    return values.unflatten(0, (3, -1, width)).transpose(0, 1).flatten(0, 2)
+def _by_head(values: Tensor, config: Any) -> Tensor:
+    return values.unflatten(0, (3, -1, head_dim(config))).transpose(0, 1).flatten(0, 2)
 
 
-SAME = Change(lambda values, width: values, lambda values, width: values)
+SAME = Change(lambda values, config: values, lambda values, config: values)
 PERMUTED = Change(_neighbours, _halves)
 BY_KIND = Change(_by_kind, _by_head)
-PLUS_ONE = Change(lambda values, width: values + 1, lambda values, width: values - 1)
-TRANSPOSED = Change(lambda values, width: values.T, lambda values, width: values.T)
+PLUS_ONE = Change(lambda values, config: values + 1, lambda values, config: values - 1)
+TRANSPOSED = Change(lambda values, config: values.T, lambda values, config: values.T)
 
 
 @dataclass(frozen=True)
 class Stored:
     """The tensors that one parameter becomes: with several names it is split evenly along its last axis but one.
 
-    `exact` ones stay float32 in files of every type: a router decides between experts, and one whose activations are
-    rounded may decide otherwise.
+    `exact` ones stay float32 in files of every type: a router, which with rounded activations may decide between
+    experts otherwise, and convolutions, which llama.cpp computes in no other.
     """
 
     names: tuple[str, ...]
     change: Change = SAME
     exact: bool = False
 
-    def to_file(self, values: Tensor, width: int) -> dict[str, Tensor]:
-        """The tensors by name; `width` is that of a head."""
-        changed = self.change.to_file(values, width)
+    def to_file(self, values: Tensor, config: Any) -> dict[str, Tensor]:
+        """The tensors by name."""
+        changed = self.change.to_file(values, config)
         split = changed.chunk(len(self.names), -2) if len(self.names) > 1 else [changed]
         return dict(zip(self.names, split, strict=True))
 
-    def from_file(self, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+    def from_file(self, tensors: Mapping[str, Tensor], config: Any) -> Tensor:
         """The parameter's values, from tensors among which are its own."""
         import torch
 
         own = [tensors[name] for name in self.names]
-        return self.change.from_file(torch.cat(own, -2) if len(own) > 1 else own[0], width)
+        return self.change.from_file(torch.cat(own, -2) if len(own) > 1 else own[0], config)
 
 
 Header = dict[str, Any]
-"""Values of a file's header, by the `GGUFWriter` method that adds each (without `add_`)."""
+"""Values of a file's header, by the `GGUFWriter` method that adds each (without `add_`).
+
+A name with a dot is that of a list, for which there is no method.
+"""
 Parts = Mapping[str, Stored]
 BIAS = ("bias",)
 BOTH = ("weight", "bias")
@@ -258,6 +261,86 @@ QWEN3_MOE = GGUFFamily(
     },
 )
 
+# --- linear attention ------------------------------------------------------------------------------------------------
+
+
+def _value_heads(heads: int, groups: int, width: int, values: Tensor) -> Tensor:
+    """The last `heads * width` rows, from heads that share a group next to each other to groups in turn.
+
+    With heads / groups for groups, that is undone.
+    """
+    import torch
+
+    others, own = values.split([values.shape[0] - heads * width, heads * width])
+    return torch.cat([others, own.unflatten(0, (groups, -1, width)).transpose(0, 1).flatten(0, 2)])
+
+
+def _tiled(values: Tensor, config: Any, width: int = 0) -> Tensor:
+    heads, groups = config.linear_num_value_heads, config.linear_num_key_heads
+    return _value_heads(heads, groups, width or config.linear_value_head_dim, values)
+
+
+def _grouped(values: Tensor, config: Any, width: int = 0) -> Tensor:
+    heads, groups = config.linear_num_value_heads, config.linear_num_key_heads
+    return _value_heads(heads, heads // groups, width or config.linear_value_head_dim, values)
+
+
+TILED = Change(_tiled, _grouped)
+TILED_COLUMNS = Change(
+    lambda values, config: _tiled(values.T, config).T, lambda values, config: _grouped(values.T, config).T
+)
+TILED_HEADS = Change(
+    lambda values, config: _tiled(values, config, 1), lambda values, config: _grouped(values, config, 1)
+)
+DECAY = Change(
+    lambda values, config: -_tiled(values, config, 1).exp(), lambda values, config: _grouped((-values).log(), config, 1)
+)
+CONVOLUTION = Change(
+    lambda values, config: _tiled(values.squeeze(1), config),
+    lambda values, config: _grouped(values, config).unsqueeze(1),
+)
+
+
+def _qwen3_5_header(config: Any) -> Header:
+    pairs = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+    return {
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        # Each pair of channels turns with one of three positions, which are all the same in text.
+        "rope_dimension_sections": [*(len(range(first, pairs, 3)) for first in range(3)), 0],
+        "ssm_conv_kernel": config.linear_conv_kernel_dim,
+        "ssm_inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        "ssm_state_size": config.linear_key_head_dim,
+        "ssm_time_step_rank": config.linear_num_value_heads,
+        "ssm_group_count": config.linear_num_key_heads,
+        "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
+    }
+
+
+QWEN3_5 = GGUFFamily(
+    model_type="qwen3_5_text",
+    name="qwen35",
+    layer=parts(MLP)
+    | parts({"input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm"}, change=PLUS_ONE),
+    optional=parts({**ROTATED, **ATTENTION, "linear_attn.norm": "ssm_norm"})
+    | parts(QK_NORM, change=PLUS_ONE)
+    | parts({"linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate"}, change=TILED)
+    | parts({"linear_attn.in_proj_b": "ssm_beta", "linear_attn.in_proj_a": "ssm_alpha"}, change=TILED_HEADS)
+    | parts({"linear_attn.out_proj": "ssm_out"}, change=TILED_COLUMNS)
+    | {
+        "linear_attn.conv1d.weight": Stored(("ssm_conv1d.weight",), CONVOLUTION, exact=True),
+        "linear_attn.A_log": Stored(("ssm_a",), DECAY),
+        "linear_attn.dt_bias": Stored(("ssm_dt.bias",), TILED_HEADS),
+    },
+    outer=parts(OUTER) | parts({"model.norm": "output_norm"}, change=PLUS_ONE),
+    header=_qwen3_5_header,
+    partial=True,
+    assumed=lambda config: {
+        "have keys and values of the same width in linear attention": (
+            config.linear_key_head_dim == config.linear_value_head_dim
+        )
+    },
+)
+
 # --- Gemma -----------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +481,7 @@ FAMILIES = {
         PHI3,
         MIXTRAL,
         QWEN3_MOE,
+        QWEN3_5,
         GEMMA2,
         GEMMA3,
         GPT2,

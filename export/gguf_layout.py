@@ -156,7 +156,10 @@ def _write_file(
     family = table_of(config)
     writer = GGUFWriter(file, family.name)
     for key, value in header.items():
-        getattr(writer, f"add_{key}")(value)
+        if "." in key:
+            writer.add_array(f"{family.name}.{key}", value)
+        else:
+            getattr(writer, f"add_{key}")(value)
     write_tokenizer(writer, tokenizer, config.vocab_size)
     matrices: dict[str, tuple[str, int]] = {}
 
@@ -166,10 +169,9 @@ def _write_file(
 
     for factors, values in _rotary_factors(config, family.rope(config)).items():
         add(f"{factors}.weight", values, "f32")
-    width = head_dim(config)
     for source, parameter in model.named_parameters():
         stored = family.stored(source)
-        for final, values in stored.to_file(parameter.detach().float().cpu(), width).items():
+        for final, values in stored.to_file(parameter.detach().float().cpu(), config).items():
             kind = "f32" if stored.exact else _type_of(final, tuple(values.shape), gguf_type)
             if values.dim() > 1:
                 matrices[final.removesuffix(".weight")] = kind, values.numel()
@@ -314,7 +316,7 @@ def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
 
     (file,) = package.glob("*.gguf")
     config: Any = network.config
-    family, width = table_of(config), head_dim(config)
+    family = table_of(config)
     held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -323,5 +325,5 @@ def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
                 final: torch.from_numpy(quants.dequantize(held[final].data, held[final].tensor_type).astype("float32"))
                 for final in stored.names
             }
-            parameter.copy_(stored.from_file(tensors, width).view(parameter.shape))
+            parameter.copy_(stored.from_file(tensors, config).view(parameter.shape))
     return network

@@ -24,6 +24,9 @@ _LLAMA3_SPLIT = (
 _UNDERLINE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _UNDERLINE_FIRST = {"type": "Prepend", "prepend": "▁"}
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN3_5_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
 
 
 def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
@@ -107,6 +110,7 @@ def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
         ("digits", "bytes+words"): "smollm",
         (_LLAMA3_SPLIT, "bytes"): "llama-bpe" if whole_words else "dbrx",
         (_QWEN2_SPLIT, "bytes"): "qwen2",
+        (_QWEN3_5_SPLIT, "bytes"): "qwen35",
     }
     name = names.get(tuple(found))
     if name is None or kinds not in ([], ["NFC"]):

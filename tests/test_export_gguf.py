@@ -94,7 +94,6 @@ REFUSED = {
     "qwen3_moe-dense": "have no model.layers.1.mlp.gate_proj.weight",
     "opt": "does not know opt networks; it writes llama, mistral,",
     "opt-projected": "does not know opt",
-    "qwen3_5_text": "does not know qwen3_5_text",
 }
 
 
@@ -109,12 +108,16 @@ def test_every_family_is_written_or_refused(family: str, tmp_path: Path) -> None
             write(tmp_path / "p", structure.base, extract(model, structure, structure.base))
         assert not list(tmp_path.iterdir())
         return
-    full = structure.base.layers[0]
-    heads, groups = full.num_attention_heads, full.num_key_value_heads
-    if not (families()[model.config.model_type].head_width_follows or family in ("olmo2", "starcoder2")):
-        heads, groups = (heads // 2, groups // 2) if groups == heads else (2 * max(1, groups // 3), max(1, groups // 3))
-    thin = LayerSizes(heads, groups, 16 if full.num_experts else 32, full.num_experts and full.num_experts - 1)
-    cut_down = Architecture(96, (thin, thin, thin, LayerSizes(0, 0, 0)))
+    whole = families()[model.config.model_type].head_width_follows or family in ("olmo2", "starcoder2")
+
+    def thinner(full: LayerSizes) -> LayerSizes:
+        groups, share = full.num_key_value_heads, full.num_attention_heads // max(1, full.num_key_value_heads)
+        groups = groups if whole else groups * 2 // 3 or groups
+        while not whole and groups and 96 % (groups * share):
+            groups -= 1
+        return LayerSizes(groups * share, groups, 16 if full.num_experts else 32, max(0, full.num_experts - 1))
+
+    cut_down = Architecture(96, (*map(thinner, structure.base.layers[:3]), LayerSizes(0, 0, 0)))
     for gguf_type, architecture in (("f32", structure.base), ("f32", cut_down), ("q8_0", structure.base)):
         network = extract(model, structure, architecture)
         info = write(tmp_path / f"{gguf_type}-{architecture.key}", architecture, network, gguf_type=gguf_type)
@@ -123,7 +126,8 @@ def test_every_family_is_written_or_refused(family: str, tmp_path: Path) -> None
             assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-2
             assert result["greedy_equal"] > 0
         else:
-            assert result["mean_abs_logprob_difference"] <= 0.02
+            assert result["mean_abs_logprob_difference"] <= 0.03
+            assert measure_speed(info.path, prompt=2, new=1, threads=1, repeats=1)["decode_tps"] > 0
         stored = take_stored_weights(copy.deepcopy(network), info.path)
         for name, parameter in stored.named_parameters():
             original = network.get_parameter(name)
@@ -204,6 +208,7 @@ def test_windows_and_rotary_embeddings(family: str, changes: dict[str, Any], con
             {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}},
             "scale no rotary positions within windows",
         ),
+        ("qwen3_5_text", {"linear_value_head_dim": 16}, "keys and values of the same width in linear attention"),
         ("gpt2", {"scale_attn_weights": False}, "scale attention scores by the width of a head"),
         ("starcoder2", {"use_bias": False}, "need model.layers.0.self_attn.q_proj.bias"),
         ("gpt_neox", {"hidden_act": "relu"}, "have no activation 'relu'"),
@@ -240,6 +245,15 @@ def test_only_llamas_blocks_may_be_uneven(family: str, tmp_path: Path) -> None:
     uneven = Architecture(96, (full, thin, full, full))
     with pytest.raises(RequestError, match=f"no architecture for uneven {family} networks; use --format padded"):
         write(tmp_path / "p", uneven, extract(model, structure, uneven))
+
+
+def test_linear_attention_may_miss_any_layer(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = tiny_member("qwen3_5_text")
+    structure = describe(model.config)
+    rest = Architecture(96, (LayerSizes(0, 0, 0), *structure.base.layers[1:]))
+    result = check(write(tmp_path / "p", rest, extract(model, structure, rest)))
+    assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
 
 
 def test_a_layer_that_is_missing_moves_the_others(tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ SPLIT = (
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), BYTES])
+WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 ONE_DIGIT = Regex(SPLIT.replace("{1,3}", ""))
 RULES: dict[str, tuple[Any, Any, bool]] = {  # pre-tokenizer, normalizer, whole words
     "gpt2": (WORDS, None, False),
@@ -43,6 +47,12 @@ RULES: dict[str, tuple[Any, Any, bool]] = {  # pre-tokenizer, normalizer, whole 
         False,
     ),
 }
+RULES["qwen3.5, composed"] = (
+    pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WITH_MARKS), "isolated"), BYTES]),
+    normalizers.NFC(),
+    False,
+)
+RULES["qwen3.5"] = (RULES["qwen3.5, composed"][0], None, False)
 UNDERLINE = normalizers.Replace(" ", "▁")
 UNDERLINED = normalizers.Sequence([normalizers.Prepend("▁"), UNDERLINE])
 TEXTS = [*sample_texts(), "the Brownies and Brownies"]
