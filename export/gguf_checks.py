@@ -26,6 +26,11 @@ def table_of(config: Any) -> GGUFFamily:
     raise RequestError(f"llama.cpp has no architecture for uneven {plain} networks; use --format padded")
 
 
+def holds_uneven(config: Any) -> bool:
+    """Whether networks of this (plain) family may have layers that differ in size."""
+    return FAMILIES[config.model_type].uneven is not None
+
+
 def _is_square(config: Any) -> bool:
     """Whether the query heads are as wide as the residual, all together."""
     return bool(head_dim(config) * config.num_attention_heads == config.hidden_size)

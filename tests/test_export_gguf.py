@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.architecture import Architecture, LayerSizes
+from compressor.checks import check_formats
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe, families
+from compressor.stages.exporting import of_the_uniform_one
 from export.gguf_checks import check_family
 from export.gguf_families import DECI, FAMILIES, Stored
 from export.gguf_layout import TYPES, take_stored_weights
@@ -234,6 +237,25 @@ def test_the_base_is_refused_only_for_what_no_cut_mends() -> None:
         look("qwen3_moe", norm_topk_prob=False)
     with pytest.raises(RequestError, match="does not know opt"):
         look("opt")
+
+
+def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
+    """Where llama.cpp holds no other; that one is picked must be asked for, and is said before any work is done."""
+
+    def job(family: str, *formats: str) -> Any:
+        config = tiny_member(family, **HELD.get(family, {})).config
+        recipe = SimpleNamespace(formats=formats, quantizing=SimpleNamespace(schemes=[]))
+        checkpoint = SimpleNamespace(config=config)
+        return SimpleNamespace(
+            recipe=recipe, checkpoint=checkpoint, structure=describe(config), tokenizer=tiny_tokenizer()
+        )
+
+    check_formats(job("llama", "uneven", "gguf"))
+    check_formats(job("gemma2", "uneven", "uniform", "gguf"))
+    with pytest.raises(RequestError, match=r"gemma2 networks only where all layers are alike.*--format uniform,gguf"):
+        check_formats(job("gemma2", "uneven", "gguf"))
+    assert of_the_uniform_one(job("gemma2"), "gguf-q8_0")
+    assert not of_the_uniform_one(job("gemma2"), "onnx") and not of_the_uniform_one(job("llama"), "gguf")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "mixtral", "olmo2", "granite", "smollm3", "gpt2"])
