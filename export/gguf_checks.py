@@ -23,7 +23,10 @@ def table_of(config: Any) -> GGUFFamily:
         return family.uneven
     if plain == config.model_type:
         raise RequestError(f"llama.cpp's {family.name} networks have query heads as wide as the residual, all together")
-    raise RequestError(f"llama.cpp has no architecture for uneven {plain} networks; use --format padded")
+    raise RequestError(
+        f"llama.cpp has no architecture for uneven {plain} networks; let one whose layers are alike be picked "
+        "(--format uniform,gguf), or use --format padded"
+    )
 
 
 def holds_uneven(config: Any) -> bool:

@@ -292,6 +292,7 @@ TILED_COLUMNS = Change(
 TILED_HEADS = Change(
     lambda values, config: _tiled(values, config, 1), lambda values, config: _grouped(values, config, 1)
 )
+# What a state keeps of itself in a step is exp(-exp(A) * step); llama.cpp is given -exp(A).
 DECAY = Change(
     lambda values, config: -_tiled(values, config, 1).exp(), lambda values, config: _grouped((-values).log(), config, 1)
 )

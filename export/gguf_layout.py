@@ -21,7 +21,7 @@ from compressor.errors import RequestError
 from compressor.families import head_dim
 from export.gguf_checks import check_network, table_of
 from export.gguf_families import GGUFFamily, Header
-from export.gguf_tokenizer import check_tokenizer, sample_texts, tokenization, write_tokenizer
+from export.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
 from export.package import (
     CARD,
     PackageInfo,
@@ -99,6 +99,7 @@ def write(
             (folder / CARD).write_text(card, encoding="utf-8")
         probe = probes.make_probe(logits, ids, tokenizer)
         probe["tokenization"] = tokenization(tokenizer, [*sample_texts(), *texts])
+        probe["composed"] = composes(tokenizer)
         prompt = ids[:1, : max(1, ids.shape[1] // 2)]
         probe["greedy"] = probes.greedy(held, prompt, min(12, context - prompt.shape[1]))
         probe["exact_to"] = "f16" if family.half_activation and gguf_type == "f32" else gguf_type

@@ -142,10 +142,15 @@ def _part(part: Mapping[str, Any]) -> str:
     return kind
 
 
+def composes(tokenizer: Any) -> bool:
+    """Whether a tokenizer composes characters (NFC) before it splits text."""
+    steps = _normalizers(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return any(step["type"] == "NFC" for step in steps)
+
+
 def tokenization(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
     """What a tokenizer makes of texts, composed first where it composes them itself."""
-    steps = _normalizers(json.loads(tokenizer.backend_tokenizer.to_str()))
-    if any(step["type"] == "NFC" for step in steps):
+    if composes(tokenizer):
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
 

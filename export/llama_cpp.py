@@ -14,7 +14,9 @@ from export.layouts import check_installed
 from export.package import versions
 
 # Largest |Δ log-probability| (nats) against transformers, for each nat of the largest |logit|: llama.cpp rounds
-# activations to the type of the weights that they meet. Quantized: largest mean, as for other packages.
+# activations to the type of the weights that they meet, and reads GELU from a table of half-precision values (so the
+# record of a float32 file may say that it is as exact as a half-precision one). Quantized: largest mean, as for other
+# packages.
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 8e-3}
 BOUNDS = {"q8_0": 0.1, "q4_0": 1.0}
 CHECKED_POSITIONS = 8
@@ -134,6 +136,7 @@ def check_gguf(package: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "layout": "gguf",
         "quantization": record["entry"]["quantization"],
         "tokenizer_equal": len(probe["tokenization"]),
+        **({"tokenized": "composed text (NFC), as llama.cpp composes none"} if probe.get("composed") else {}),
         "compared_with": "transformers' log-probabilities",
     }
     mean, largest = sum(differences) / len(differences), max(differences)

@@ -265,7 +265,7 @@ def test_only_llamas_blocks_may_be_uneven(family: str, tmp_path: Path) -> None:
     full = structure.base.layers[0]
     thin = LayerSizes(full.num_attention_heads, full.num_key_value_heads, 32, full.num_experts)
     uneven = Architecture(96, (full, thin, full, full))
-    with pytest.raises(RequestError, match=f"no architecture for uneven {family} networks; use --format padded"):
+    with pytest.raises(RequestError, match=f"no architecture for uneven {family} networks; let one"):
         write(tmp_path / "p", uneven, extract(model, structure, uneven))
 
 

@@ -96,7 +96,8 @@ def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(models.BPE(vocabulary, merges, ignore_merges=whole_words), pre, normalizer)
     assert (vocabulary["ĠBrownies"] in tokenizer(TEXTS[-1]).input_ids) == whole_words
     info = write(tmp_path / "p", tokenizer, TEXTS)
-    assert check_gguf(info.path, read_record(info.path))["tokenizer_equal"] == 401
+    result = check_gguf(info.path, read_record(info.path))
+    assert result["tokenizer_equal"] == 401 and ("tokenized" in result) == (normalizer is not None)
 
 
 @pytest.mark.parametrize("name", ["llama, phi3, mixtral", "gemma"])
@@ -126,6 +127,7 @@ def test_composed_text_is_compared(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     record = read_record(write(tmp_path / "composed", tokenizer, [text]).path)
     assert record["probe"]["tokenization"][-1] == ["caf\u00e9", tokenizer(text).input_ids]
+    assert record["probe"]["composed"]
 
 
 def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
