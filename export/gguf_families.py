@@ -338,7 +338,9 @@ QWEN3_5 = GGUFFamily(
     assumed=lambda config: {
         "have keys and values of the same width in linear attention": (
             config.linear_key_head_dim == config.linear_value_head_dim
-        )
+        ),
+        # They normalize its queries and keys by the same constant, where transformers has one of its own.
+        "have a rms_norm_eps of at most 1e-6": config.rms_norm_eps <= 1e-6,
     },
 )
 

@@ -66,12 +66,20 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def tiny_member(family: str, **changes: Any) -> Any:
-    """A random network of one of `CONFIGS`, whose rows are whole blocks of 32, and with the vocabulary of the tests."""
+    """A random network of one of `CONFIGS`, whose rows are whole blocks of 32, and with the vocabulary of the tests.
+
+    Where llama.cpp has values of its own for what a file does not say, these are others.
+    """
     torch.manual_seed(0)
     config = CONFIGS[family]()
     config.vocab_size, config.hidden_size = 320, 96
-    if getattr(config, "head_dim", None):
-        config.head_dim = 16
+    others = {"rms_norm_eps": 0.01, "layer_norm_eps": 0.01, "layer_norm_epsilon": 0.01, "norm_epsilon": 0.01}
+    others |= {"head_dim": 16, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
+    for name, value in others.items():
+        if getattr(config, name, None):
+            setattr(config, name, value)
+    if "rope_theta" in (getattr(config, "rope_parameters", None) or {}):
+        config.rope_parameters["rope_theta"] = 500.0
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -90,6 +98,7 @@ HELD: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "qwen3_5_text": {"rms_norm_eps": 1e-6},
     "gpt_neox-serial": {"attention_bias": True, "tie_word_embeddings": False},
 }
 REFUSED = {
@@ -212,6 +221,7 @@ def test_windows_and_rotary_embeddings(family: str, changes: dict[str, Any], con
             "scale no rotary positions within windows",
         ),
         ("qwen3_5_text", {"linear_value_head_dim": 16}, "keys and values of the same width in linear attention"),
+        ("qwen3_5_text", {"rms_norm_eps": 1e-5}, "have a rms_norm_eps of at most 1e-6"),
         ("gpt2", {"scale_attn_weights": False}, "scale attention scores by the width of a head"),
         ("starcoder2", {"use_bias": False}, "need model.layers.0.self_attn.q_proj.bias"),
         ("gpt_neox", {"hidden_act": "relu"}, "have no activation 'relu'"),
@@ -271,7 +281,7 @@ def test_only_llamas_blocks_may_be_uneven(family: str, tmp_path: Path) -> None:
 
 def test_linear_attention_may_miss_any_layer(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    model = tiny_member("qwen3_5_text")
+    model = tiny_member("qwen3_5_text", **HELD["qwen3_5_text"])
     structure = describe(model.config)
     rest = Architecture(96, (LayerSizes(0, 0, 0), *structure.base.layers[1:]))
     result = check(write(tmp_path / "p", rest, extract(model, structure, rest)))
