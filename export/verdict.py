@@ -10,6 +10,9 @@ from typing import Literal
 from compressor.figures import count, percent, size
 from export.report import Base, Package, Report, TaskScore
 
+HEAVY = 0.9
+"""Quality below which a loss is called heavy: once, where it happens."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -60,10 +63,11 @@ def verdict(report: Report) -> list[str]:
                 "of the quality."
             )
             said += _losses("Quantization loses", plain.tasks, package.tasks, say_none=False)
-        fallen = [t for t, s in package.tasks.items() if s.stamp and t in base.tasks and not base.tasks[t].stamp]
+        before, solver = (base, "the base") if plain is None else (plain, "the unquantized network")
+        fallen = [t for t, s in package.tasks.items() if s.stamp and t in before.tasks and not before.tasks[t].stamp]
         if fallen:
-            said.append(f"It has fallen to chance on {_listed(fallen)}, which the base solves.")
-        if package.quality < 0.9:
+            said.append(f"It has fallen to chance on {_listed(fallen)}, which {solver} solves.")
+        if package.quality < HEAVY <= before.quality:
             said.append(
                 "That is a heavy loss: a larger size, more training, more healing or a search on more documents may "
                 "keep more."

@@ -194,6 +194,12 @@ def test_verdict_says_what_was_lost() -> None:
     data["packages"][0] |= {"tasks": {"grammar": score(0.51, 0.01)}, "quality": 0.57}
     said = " ".join(verdict(validate_report(data)))
     assert "fallen to chance on grammar, which the base solves" in said and "heavy loss" in said
+    data["packages"].append(data["packages"][0] | {"name": "best-int8", "quantization": "int8"})
+    said = " ".join(verdict(validate_report(data)))  # quantization lost nothing more
+    assert said.count("fallen to chance") == said.count("heavy loss") == 1
+    data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
+    said = " ".join(verdict(validate_report(data)))
+    assert "on grammar, which the unquantized network solves" in said and said.count("heavy loss") == 1
     data["packages"] = []
     assert verdict(validate_report(data)) == ["No package of tiny has been written yet."]
 
