@@ -77,6 +77,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         with torch.no_grad():
             return trace(base, batch)
 
+    def sandwich_alone() -> None:
+        """Members in turn, each learning from the data alone, as in a plain step."""
+        for member in members:
+            supernet.activate(member)
+            PLAIN(trace(supernet.model, batch), None).backward()
+
     def sandwich(teacher: Trace | None) -> None:
         """Members in turn, each taught by the largest where nobody else teaches."""
         for member in members:
@@ -103,6 +109,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         for share, network in zip(("1", "0.67", "0.5"), networks, strict=True)
     }
     works |= {
+        "sandwich, not taught": sandwich_alone,
         "sandwich, taught in place": lambda: sandwich(None),
         "sandwich, taught by the base": lambda: sandwich(base_teaches()),
         "sandwich of adapters, taught by the base": of_adapters,
