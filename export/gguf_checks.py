@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from compressor.architecture import Architecture
+from compressor.elastic.slicing import standalone_config
 from compressor.errors import RequestError
 from compressor.families import families, head_dim
 from evals.trust import UNEVEN_PREFIX
@@ -32,6 +34,15 @@ def table_of(config: Any) -> GGUFFamily:
 def holds_uneven(config: Any) -> bool:
     """Whether networks of this (plain) family may have layers that differ in size."""
     return FAMILIES[config.model_type].uneven is not None
+
+
+def holds(config: Any, architecture: Architecture) -> bool:
+    """Whether a sub-network whose layers are alike has a place in llama.cpp; `config` is the base's."""
+    plain = standalone_config(config, architecture)
+    try:
+        return all(table_of(plain).assumed_of_layers(plain).values())
+    except RequestError:
+        return False
 
 
 def _is_square(config: Any) -> bool:

@@ -7,7 +7,7 @@ destination folder, and returns the package; the keyword arguments are those of 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from packaging.version import Version
 from compressor.architecture import Architecture
 from compressor.errors import RequestError, nearest
 from evals.trust import UNEVEN_PREFIX
+from export import gguf_checks
 from export.package import PackageInfo, write_package
 
 if TYPE_CHECKING:
@@ -110,3 +111,13 @@ def write_layout(
         raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
     check_installed(layout)
     return LAYOUTS[layout](model, architecture, destination, **options)
+
+
+def of_the_uniform_one(layout: str, config: Any) -> bool:
+    """Whether a layout is written of the best sub-network whose layers are alike: it holds no other of this family."""
+    return layout.startswith("gguf") and not gguf_checks.holds_uneven(config)
+
+
+def copies_hold(architecture: Architecture, config: Any, layouts: Iterable[str]) -> bool:
+    """Whether all of `layouts` that are written of the uniform package can hold an architecture of this base's."""
+    return not any(of_the_uniform_one(layout, config) for layout in layouts) or gguf_checks.holds(config, architecture)

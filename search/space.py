@@ -9,7 +9,7 @@ of genomes, one per row, because a predicted search looks at thousands.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -450,13 +450,15 @@ class SearchSpace:
         high = base if most is None else min(max(most, low), base)
         return self.sample_near(rng, low + (high - low) * (np.arange(n) + rng.random(n)) / max(n, 1))
 
-    def uniform_members(self, n: int, largest: float | None = None) -> list[Architecture]:
-        """At most `n` architectures whose kept layers are alike and whole, spread over all sizes up to
-        `largest` parameters, the most evenly cut of each size: what the plain layout can hold.
+    def uniform_members(
+        self, n: int, largest: float | None = None, holds: Callable[[Architecture], bool] = lambda _: True
+    ) -> list[Architecture]:
+        """At most `n` architectures whose kept layers are alike and whole, and that `holds` accepts, spread over all
+        sizes up to `largest` parameters, the most evenly cut of each size: what the plain layout can hold.
         """
         found: dict[Architecture, tuple[int, float]] = {}
         for candidate, shares in self._uniform_candidates():
-            if candidate.is_uniform_in(self.base) and candidate in self:
+            if candidate.is_uniform_in(self.base) and candidate in self and holds(candidate):
                 found[candidate] = (self.structure.parameters(candidate), max(shares) - min(shares))
         if largest is not None:
             found = {a: v for a, v in found.items() if v[0] <= largest}

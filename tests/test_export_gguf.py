@@ -23,11 +23,10 @@ from compressor.checks import check_formats
 from compressor.elastic.slicing import extract
 from compressor.errors import RequestError, VerificationError
 from compressor.families import describe, families
-from compressor.stages.exporting import of_the_uniform_one
 from export.gguf_checks import check_family
 from export.gguf_families import DECI, FAMILIES, Stored
 from export.gguf_layout import TYPES, take_stored_weights
-from export.layouts import write_layout
+from export.layouts import copies_hold, of_the_uniform_one, write_layout
 from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
@@ -264,8 +263,19 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
     check_formats(job("gemma2", "uneven", "uniform", "gguf"))
     with pytest.raises(RequestError, match=r"gemma2 networks only where all layers are alike.*--format uniform,gguf"):
         check_formats(job("gemma2", "uneven", "gguf"))
-    assert of_the_uniform_one(job("gemma2"), "gguf-q8_0")
-    assert not of_the_uniform_one(job("gemma2"), "onnx") and not of_the_uniform_one(job("llama"), "gguf")
+    gemma, llama = job("gemma2").checkpoint.config, job("llama").checkpoint.config
+    assert of_the_uniform_one("gguf-q8_0", gemma)
+    assert not of_the_uniform_one("onnx", gemma) and not of_the_uniform_one("gguf", llama)
+
+
+def test_what_llama_cpp_would_refuse_is_not_picked_for_it() -> None:
+    """SmolLM3 without its second layer: rotary positions are left out where llama.cpp has them."""
+    config = tiny_member("smollm3", **HELD["smollm3"]).config
+    full = describe(config).base
+    thin = replace(full, layers=tuple(replace(layer, intermediate_size=32) for layer in full.layers))
+    without = replace(thin, layers=(thin.layers[0], LayerSizes(0, 0, 0), *thin.layers[2:]))
+    assert copies_hold(thin, config, ["uniform", "gguf"])
+    assert copies_hold(without, config, ["uniform"]) and not copies_hold(without, config, ["uniform", "gguf"])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "mixtral", "olmo2", "granite", "smollm3", "gpt2"])

@@ -25,7 +25,7 @@ from compressor.run import fingerprint, write_json
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
-from export import gguf_checks
+from export.layouts import of_the_uniform_one
 
 Inputs = dict[str, Any]
 """All that something depends on."""
@@ -92,14 +92,11 @@ def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict
     inputs: dict[str, Inputs] = {"": {"network": network}}
     inputs |= {f"-{scheme}": {"network": network, "quantizing": quantizing} for scheme in recipe.quantizing.schemes}
     for layout in recipe.formats:
-        if layout not in ("uneven", "uniform") and of_the_uniform_one(job, layout) == name.endswith("-uniform"):
+        if layout in ("uneven", "uniform"):
+            continue
+        if of_the_uniform_one(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
-
-
-def of_the_uniform_one(job: Job, layout: str) -> bool:
-    """Whether a layout is written of the best sub-network whose layers are alike: it holds no other."""
-    return layout.startswith("gguf") and not gguf_checks.holds_uneven(job.checkpoint.config)
 
 
 def write_packages(

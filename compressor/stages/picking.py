@@ -11,6 +11,7 @@ from compressor.job import Job
 from compressor.progress import say
 from compressor.run import read_json, write_json
 from compressor.stages.subnets import held_out_losses
+from export.layouts import copies_hold
 
 if TYPE_CHECKING:
     from search.objectives import Evaluation
@@ -83,6 +84,9 @@ def pick(job: Job) -> list[dict[str, Any]]:
 
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
+    config = job.checkpoint.config
+    plain = [e for e in evaluations if fits_plain_class(config, e.architecture)]
+    plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
     picks = []
     for name, size in job.sizes():
         target = Target(
@@ -93,7 +97,6 @@ def pick(job: Job) -> list[dict[str, Any]]:
         )
         kinds = [False] if set(recipe.formats) - {"uniform"} else []
         for uniform in [*kinds, True] if "uniform" in recipe.formats else kinds:
-            plain = [e for e in evaluations if fits_plain_class(job.checkpoint.config, e.architecture)]
             try:
                 chosen = choose(job, plain if uniform else evaluations, target)
             except ValueError as error:

@@ -15,6 +15,7 @@ from compressor.progress import bar, say
 from compressor.run import fingerprint, read_json, write_json
 from compressor.stages.subnets import Board, first_look_limit, measurable, score_keys
 from compressor.stages.warming import GREEDY, proposals, sources
+from export.layouts import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
 from search.run import greedy_path
@@ -181,8 +182,9 @@ def check_searching(job: Job) -> None:
 def uniform_ones(job: Job) -> list[Architecture]:
     """A few architectures within the sizes asked for that the plain layout can hold: every search measures some."""
     sizes = [size for _, size in job.sizes() if size is not None]
-    found = job.space.uniform_members(6, max(sizes) if sizes else None)
-    found = [a for a in found if fits_plain_class(job.checkpoint.config, a)]
+    config = job.checkpoint.config
+    holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
+    found = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
     if sizes:
         _, low = job.smallest_in_training()
         found = [a for a in found if job.structure.parameters(a) >= low] or found[-1:]
