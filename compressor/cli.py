@@ -142,7 +142,7 @@ def emit(value: Any, as_json: bool) -> None:
 def demo(
     output: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"), json: Json = False
 ) -> None:
-    """The whole job on the bundled checkpoint, in three minutes."""
+    """The whole job on a bundled checkpoint: about three minutes."""
     stay_offline()
     from compressor import pipeline
 
