@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.architecture import Architecture, LayerSizes, Structure
-from search.written import POLICIES, kept_layers, preset, read, size_of
+from search.written import POLICIES, SIZES, kept_layers, read
 
 Genome = tuple[int, ...]
 Genomes = NDArray[np.int64]
@@ -165,10 +165,10 @@ class SearchSpace:
         if gene.kind == "layer":
             return 1
         if gene.layer is not None:
-            return size_of(self.base.layers[gene.layer], gene.kind)
+            return SIZES[gene.kind](self.base.layers[gene.layer])
         attends = gene.kind in ("heads", "kv")  # layers of linear attention have neither
         present = [s for s in self.base.layers if (s.num_key_value_heads if attends else not s.removed)]
-        sizes = {size_of(layer, gene.kind) for layer in present}
+        sizes = {SIZES[gene.kind](layer) for layer in present}
         if len(sizes) != 1:
             raise ValueError(
                 f"{gene.name}: the original's layers differ ({', '.join(map(str, sorted(sizes)))}); "
@@ -347,13 +347,13 @@ class SearchSpace:
         if gene.kind == "hidden_size":
             return architecture.hidden_size
         if gene.layer is None and gene.kind in ("heads", "kv"):
-            return next((size_of(layer, gene.kind) for layer in standing if layer.num_key_value_heads), None)
+            return next((SIZES[gene.kind](layer) for layer in standing if layer.num_key_value_heads), None)
         chosen = architecture.layers[gene.layer] if gene.layer is not None else next(iter(standing), None)
         if gene.kind == "layer":
             return int(chosen is not None and not chosen.removed)
         if chosen is None:
             return None
-        return size_of(chosen, gene.kind)
+        return SIZES[gene.kind](chosen)
 
     def canonical(self, genome: Sequence[int]) -> Genome:
         """`canonicalize` for one genome."""
@@ -508,19 +508,9 @@ class SearchSpace:
     # -- named and written spaces --
 
     @classmethod
-    def preset(
-        cls,
-        name: str,
-        structure: Structure,
-        *,
-        step: int | None = None,
-        policy: str = "late-block",
-        order: Sequence[int] | None = None,
-    ) -> SearchSpace:
-        """A space by name, as `search.written` spells it out. `order` (all layers, most important first) replaces
-        `policy` where a depth gene chooses layers.
-        """
-        space = cls.from_dict(preset(name, structure, step=step, policy=policy, order=order), structure)
+    def preset(cls, name: str, structure: Structure, **options: Any) -> SearchSpace:
+        """A space by name; `options` are the `step`, `policy` and `order` of `from_dict`."""
+        space = cls.from_dict({"preset": name, **options}, structure)
         space.name = name
         return space
 
@@ -533,8 +523,9 @@ class SearchSpace:
         `ffn.*` stands for all layers (that have such a size) and `ffn.4-7` for a range; a later line overrides
         an earlier one for its layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets
         the MLP go). `depth` is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or
-        `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space, with the `policy`, `step` and
-        `order` of `preset`; the other lines are put over its own.
+        `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space (`search.written.PRESETS`), in which
+        `step` is that of FFN widths, and `policy` or `order` (all layers, most important first) says which layers a
+        depth keeps; the other lines are put over its own.
         `measured_order` (all layers, most important first) serves a depth gene of policy `importance` without an order
         of its own.
         Raises ValueError, with what would be valid, for anything that the original cannot be cut to.

@@ -15,6 +15,14 @@ from compressor.architecture import LayerSizes, Structure
 POLICIES = ("first", "alternate", "late-block")
 """Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""
 
+SIZES: dict[str, Callable[[LayerSizes], int]] = {
+    "kv": lambda layer: layer.num_key_value_heads,
+    "ffn": lambda layer: layer.intermediate_size,
+    "experts": lambda layer: layer.num_experts,
+    "heads": lambda layer: layer.num_attention_heads // max(layer.num_key_value_heads, 1),
+}
+"""A layer's sizes under the names of genes; `heads` is query heads for each key-value head."""
+
 Written = dict[str, Any]
 """Names of genes, with `*` and ranges for layers, to values."""
 
@@ -128,22 +136,6 @@ PRESETS: dict[str, Callable[[Structure, int | None, Callable[..., Any]], Written
 gene of these values under the policy or order that was asked for."""
 
 
-def preset(
-    name: str,
-    structure: Structure,
-    *,
-    step: int | None = None,
-    policy: str = "late-block",
-    order: Sequence[int] | None = None,
-) -> Written:
-    """A named space, spelled out. `order` (all layers, most important first) replaces `policy` where a depth gene
-    chooses layers. ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
-    depth = partial(_depth, policy="importance" if order is not None else policy, order=order)
-    return PRESETS[name](structure, step, depth)
-
-
 def _experts(count: int, per_token: int) -> list[int]:
     """Numbers of experts in about eight steps, none so few that a token would go to fewer than it used to."""
     return sorted({max(per_token, round(count * eighths / 8)) for eighths in range(1, 9)})
@@ -196,15 +188,16 @@ def read(
 
 def _over_preset(data: Mapping[str, Any], structure: Structure) -> Written:
     """The lines of a written space put over those of the named space that it starts from."""
-    options: dict[str, Any] = {name: data.get(name) for name in ("step", "order")}
-    options["policy"] = data.get("policy", "late-block")
-    if options["order"] is not None and not _whole_numbers(options["order"]):
-        raise ValueError(f"order: {options['order']!r} is not a list of layers")
-    own = {name: values for name, values in data.items() if name not in ("preset", *options)}
-    genes = preset(data["preset"], structure, **options)
+    name, step, order = data["preset"], data.get("step"), data.get("order")
+    if name not in PRESETS:
+        raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
+    if order is not None and not _whole_numbers(order):
+        raise ValueError(f"order: {order!r} is not a list of layers")
+    policy = "importance" if order is not None else data.get("policy", "late-block")
+    genes = PRESETS[name](structure, step, partial(_depth, policy=policy, order=order))
     if "depth" not in genes and {"policy", "order"} & set(data):
-        raise ValueError(f"policy, order: the space '{data['preset']}' has no depth gene that they could serve")
-    return genes | own
+        raise ValueError(f"policy, order: the space '{name}' has no depth gene that they could serve")
+    return genes | {gene: values for gene, values in data.items() if gene not in ("preset", "step", "policy", "order")}
 
 
 def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) -> list[tuple[int, ...]]:
@@ -242,7 +235,7 @@ def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
     kind, _, where = name.partition(".")
     layers = len(base)
     if where == "*":
-        having = [i for i, sizes in enumerate(base) if kind not in ("kv", "ffn", "experts") or size_of(sizes, kind)]
+        having = [i for i, sizes in enumerate(base) if kind not in SIZES or SIZES[kind](sizes)]
         return [f"{kind}.{i}" for i in having or range(layers)]
     first, dash, last = where.partition("-")
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < layers:
@@ -269,13 +262,3 @@ def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name}: {values!r} is not a list of values")
     return tuple(values)
-
-
-def size_of(layer: LayerSizes, kind: str) -> int:
-    """A layer's size under the name of a gene; `heads` is query heads for each key-value head."""
-    return {
-        "kv": layer.num_key_value_heads,
-        "ffn": layer.intermediate_size,
-        "experts": layer.num_experts,
-        "heads": layer.num_attention_heads // max(layer.num_key_value_heads, 1),
-    }[kind]
