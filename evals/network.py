@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from compressor.architecture import Architecture
+from compressor.elastic.supernet import LOGITS
 from evals.encoding import Encoder, Generation, Span
 from evals.trees import SMALLEST_PASS, Layers, Plan, Scored, reading, token_scores, tree_interface
 
@@ -57,7 +58,7 @@ class NetworkLM(LM):
         encoder: Encoder,
         *,
         max_tokens: int | None = None,
-        max_logits: int = 2**25,
+        max_logits: int = LOGITS,
         cache_bytes: int = 2**28,
         workers: int = 1,
     ) -> None:

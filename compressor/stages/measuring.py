@@ -57,12 +57,14 @@ class Bench:
     """
 
     def __init__(self, job: Job) -> None:
+        from evals.speed import device_name
+
         self.job, self.base = job, cache(job.load_base)
         self.text, self.prompts = unread_text(job), openings(job)
         self.conditions = {
             "text": self.text.fingerprint,
             "base": job.base_fingerprint,
-            "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
+            "device": device_name(job.device),
             "dtype": str(job.compute_dtype),
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         }
