@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from compressor import demo
-from compressor.elastic.importance import wanda
-from compressor.elastic.ordering import apply_ordering, order_by
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import pack
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
+from supernet.activation import SuperNetwork
+from supernet.importance import wanda
+from supernet.ordering import apply_ordering, order_by
+from supernet.training.data import pack
 
 
 def main() -> None:

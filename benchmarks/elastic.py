@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import resident
 from compressor import demo
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
 from search.space import SearchSpace
+from supernet.activation import SuperNetwork
+from supernet.slicing import extract
 
 RANDOM = "random Llama, 32 layers"
 SHARES = (0.8, 0.6, 0.4)

@@ -27,16 +27,17 @@ import numpy as np
 import torch
 
 from compressor import demo
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import Blocks
-from compressor.finetune.elastic import heal
-from compressor.finetune.losses import Loss, held_out_loss
 from compressor.job import Job
 from compressor.recipe import Finetuning, Recipe
-from compressor.run import Run, fingerprint
+from compressor.run import Run
 from compressor.stages.finetuning import data_fingerprint, order_supernet, train_supernet, training_blocks
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.common.files import fingerprint
+from supernet.slicing import extract
+from supernet.training.data import Blocks
+from supernet.training.losses import Loss, held_out_loss
+from supernet.training.supernet_training import heal
 
 ALONE = {1.0: 0.03, 0.8: 0.1, 0.67: 0.1, 0.5: 0.1}
 """The sizes that are compared, and the learning rate times the width that each is trained with alone: a whole network

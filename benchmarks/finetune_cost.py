@@ -24,15 +24,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from compressor import demo
-from compressor.elastic.slicing import extract
-from compressor.finetune.data import Batch
-from compressor.finetune.forward import Trace, trace
-from compressor.finetune.losses import Loss
-from compressor.finetune.parameters import ElasticLora
 from compressor.job import Job
 from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
+from supernet.slicing import extract
+from supernet.training.adapters import ElasticLora
+from supernet.training.data import Batch
+from supernet.training.losses import Loss
+from supernet.training.traces import Trace, trace
 
 PLAIN, TAUGHT = Loss({"ce": 1.0}), Loss(Finetuning().losses)
 

@@ -18,16 +18,16 @@ import torch
 from accelerate import Accelerator
 
 from compressor import demo
-from compressor.elastic.importance import wanda
-from compressor.elastic.ordering import apply_ordering, order_by
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.elastic import heal
-from compressor.finetune.loop import TrainSettings
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
+from supernet.activation import SuperNetwork
+from supernet.importance import wanda
+from supernet.ordering import apply_ordering, order_by
+from supernet.slicing import extract
+from supernet.training.loop import TrainSettings
+from supernet.training.supernet_training import heal
 
 
 def main() -> None:

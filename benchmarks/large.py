@@ -29,16 +29,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import resident
 from compressor import demo
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.importance import magnitude
-from compressor.elastic.ordering import apply_ordering, order_by
-from compressor.elastic.slicing import build_standalone
-from compressor.elastic.streaming import StreamedNetwork
-from compressor.elastic.supernet import SuperNetwork
-from compressor.families import describe
-from compressor.figures import size
 from export.package import WeightWriter, weight_bytes, write_config, write_package
 from export.quantize import quantize_package
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.formatting import size
+from supernet.families import describe
+from supernet.importance import magnitude
+from supernet.ordering import apply_ordering, order_by
+from supernet.slicing import build_standalone
+from supernet.streaming import StreamedNetwork
 
 SHAPES = {
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 8},

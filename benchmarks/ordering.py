@@ -19,14 +19,14 @@ from statistics import mean, stdev
 import torch
 
 from compressor import demo
-from compressor.architecture import Architecture, LayerSizes, Structure
-from compressor.elastic.importance import IMPORTANCES, random
-from compressor.elastic.ordering import Scores, apply_ordering, order_by
-from compressor.finetune.losses import held_out_loss
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
+from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.importance import IMPORTANCES, random
+from supernet.ordering import Scores, apply_ordering, order_by
+from supernet.training.losses import held_out_loss
 
 SIZES = (0.9, 0.8, 0.67)
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from compressor import demo
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.importance import wanda
-from compressor.elastic.ordering import apply_ordering, order_by
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.importance import wanda
+from supernet.ordering import apply_ordering, order_by
+from supernet.slicing import extract
 
 
 def main() -> None:

@@ -51,12 +51,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from compressor import demo
-    from compressor.elastic.importance import IMPORTANCES
-    from compressor.elastic.slicing import extract
-    from compressor.families import describe
-    from compressor.finetune.data import pack
-    from compressor.finetune.losses import held_out_loss
     from evals.baselines import Bench, baselines, ordered_cut, with_ffn
+    from supernet.families import describe
+    from supernet.importance import IMPORTANCES
+    from supernet.slicing import extract
+    from supernet.training.data import pack
+    from supernet.training.losses import held_out_loss
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default=str(demo.MODEL))

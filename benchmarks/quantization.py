@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from compressor import demo
-from compressor.checkpoint import open_checkpoint
 from compressor.stages.measuring import load_package
 from export import gguf_layout, graphs, llama_cpp
 from export.layouts import write_layout
 from export.package import read_record
 from export.quantize import pack_texts, quantize_packages
+from supernet.checkpoint import open_checkpoint
 
 HELD_OUT = 200
 """Documents at the end of the data that no variant sees."""

@@ -48,12 +48,6 @@ from lm_eval.tasks import TaskManager
 
 from benchmarks.memory import resident
 from compressor import demo
-from compressor.architecture import Architecture
-from compressor.elastic.importance import wanda
-from compressor.elastic.ordering import apply_ordering, order_by
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import pack
 from compressor.job import Job
 from compressor.recipe import Recipe, Targets
 from compressor.run import Run
@@ -65,6 +59,12 @@ from evals.tasks import TaskSet
 from search.algorithms import algorithm
 from search.objectives import Constraint, choose, computed
 from search.run import first_generation
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.importance import wanda
+from supernet.ordering import apply_ordering, order_by
+from supernet.slicing import extract
+from supernet.training.data import pack
 
 SPLIT: Literal["all"] = "all"
 BATCH = 16

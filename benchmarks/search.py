@@ -30,10 +30,6 @@ from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
 from compressor import demo, pipeline
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract
-from compressor.finetune.elastic import heal
-from compressor.finetune.proposers import PROPOSERS
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
@@ -46,6 +42,10 @@ from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
 from search.run import SearchResult, greedy_path, search
 from search.store import EvaluationStore
+from supernet.architecture import Architecture
+from supernet.slicing import extract
+from supernet.training.proposers import PROPOSERS
+from supernet.training.supernet_training import heal
 
 LEVELS = (0.90, 0.95, 0.99)
 FIRST_LOOK = 0.25

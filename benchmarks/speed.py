@@ -31,13 +31,13 @@ from scipy.stats import kendalltau
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor import demo
-from compressor.architecture import Architecture
-from compressor.checkpoint import open_checkpoint
-from compressor.elastic.slicing import extract
-from compressor.families import describe
 from evals.speed import time_beside
 from evals.speed_table import MIXED, PartTimes, designed, sizes_to_time
 from search.space import SearchSpace
+from supernet.architecture import Architecture
+from supernet.checkpoint import open_checkpoint
+from supernet.families import describe
+from supernet.slicing import extract
 
 SHAPES = {
     "100M": {

@@ -15,9 +15,9 @@ __all__ = ["Recipe", "__version__", "compress"]
 
 
 def _check_siblings() -> None:
-    """`search`, `export` and `evals` are common names: refuse to start on somebody else's package of that name."""
+    """Raise ImportError where another package is found under the name of one of ours: they are common names."""
     root = Path(__file__).resolve().parent.parent
-    for name in ("search", "export", "evals"):
+    for name in ("export", "evals", "search", "supernet"):
         spec = importlib.util.find_spec(name)
         # A folder that is no package has no origin.
         found = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]

@@ -6,21 +6,21 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from compressor.elastic.importance import IMPORTANCES
-from compressor.elastic.ordering import load_ordering
-from compressor.errors import RequestError, nearest
-from compressor.finetune.engine import processes
-from compressor.finetune.losses import LOSSES
-from compressor.finetune.optimizers import OPTIMIZERS, check_optimizer
-from compressor.finetune.parameters import PARAMETERS, adapted
-from compressor.finetune.samplers import DRAWS, SAMPLERS
-from compressor.finetune.sources import local_files
 from compressor.job import Job
 from export import gguf_checks, gguf_tokenizer, graphs
 from export.layouts import check_installed
 from export.quantize import linear_layers
 from export.schemes import SCHEMES
 from search.algorithms import algorithms
+from supernet.common.errors import RequestError, nearest
+from supernet.importance import IMPORTANCES
+from supernet.ordering import load_ordering
+from supernet.training.accelerator import processes
+from supernet.training.adapters import PARAMETERS, adapted
+from supernet.training.losses import LOSSES
+from supernet.training.optimizers import OPTIMIZERS, check_optimizer
+from supernet.training.samplers import DRAWS, SAMPLERS
+from supernet.training.sources import local_files
 
 
 def check(job: Job) -> None:

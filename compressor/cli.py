@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from compressor.errors import RequestError, VerificationError
-from compressor.finetune.engine import is_main
-from compressor.progress import console
 from export.schemes import SCHEMES
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.progress import console
+from supernet.training.accelerator import is_main
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe

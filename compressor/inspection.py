@@ -14,11 +14,11 @@ import torch
 from rich import box
 from rich.table import Table
 
-from compressor.architecture import HALVES
-from compressor.figures import duration, size
-from compressor.finetune.parameters import adapter_parameters
 from compressor.job import Job
-from compressor.progress import console, say
+from supernet.architecture import HALVES
+from supernet.common.formatting import duration, size
+from supernet.common.progress import console, say
+from supernet.training.adapters import adapter_parameters
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""

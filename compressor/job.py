@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,18 +12,20 @@ import numpy as np
 import torch
 import yaml
 
-from compressor.architecture import Architecture, Scheme, Structure
-from compressor.checkpoint import Checkpoint, open_checkpoint
-from compressor.elastic.ordering import by_influence
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError, nearest
-from compressor.finetune.engine import make_accelerator
-from compressor.finetune.loop import TrainSettings
-from compressor.finetune.samplers import Range
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
-from compressor.run import Run, read_json, write_json
+from compressor.run import Run
 from export.schemes import SCHEMES
 from search.space import SearchSpace
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, Scheme, Structure
+from supernet.checkpoint import Checkpoint, open_checkpoint
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import read_json, write_json
+from supernet.common.processes import available_cores
+from supernet.ordering import by_influence
+from supernet.training.accelerator import make_accelerator
+from supernet.training.loop import TrainSettings
+from supernet.training.samplers import Range
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,26 +40,6 @@ SMALL = 50_000_000
 
 TRIES = 64
 """Uniform draws of a sub-network before what is too small is taken for all that they give."""
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "lm-eval",
-    "pymoo",
-    "neural-compressor",
-    "auto-round",
-    "datasets",
-)
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of this tool, and of the packages whose versions move results."""
-    found = {
-        "python": platform.python_version(),
-        "nas-compressor": importlib.metadata.version("nas-compressor"),
-    }
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 class Job:
@@ -186,8 +166,6 @@ class Job:
     @property
     def cores(self) -> int:
         """This process's share of the cores."""
-        from evals.network import available_cores
-
         return max(1, available_cores() // self.processes)
 
     def threads(self, scoring: bool) -> None:

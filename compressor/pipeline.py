@@ -13,17 +13,19 @@ from rich import box
 from rich.table import Table
 
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
-from compressor.errors import RequestError
-from compressor.finetune.engine import processes
-from compressor.job import Job, versions
-from compressor.progress import console, say
+from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe, write_recipe
-from compressor.run import Run, write_json
+from compressor.run import Run
 from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged, data_fingerprint
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
+from supernet.common.errors import RequestError
+from supernet.common.files import write_json
+from supernet.common.progress import console, say
+from supernet.common.versions import versions
+from supernet.training.accelerator import processes
 
 Result = TypeVar("Result")
 

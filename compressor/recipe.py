@@ -12,8 +12,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compressor.errors import RequestError, nearest
 from export.schemes import SchemeName
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import write_text
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
@@ -308,9 +309,7 @@ def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     provenance = yaml.safe_dump({"provenance": extra}, sort_keys=False)
     commented = "".join(f"# {line}\n" for line in provenance.splitlines())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n# Written for the reader; not part of the recipe:\n" + commented)
-    temporary.replace(path)
+    write_text(path, text + "\n# Written for the reader; not part of the recipe:\n" + commented)
 
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}

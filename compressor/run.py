@@ -7,9 +7,6 @@ is done again.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,25 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RequestError
-from compressor.finetune.engine import is_main
 from compressor.recipe import Recipe, read_recipe, write_recipe
-
-
-def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write under a temporary name of this process's own, then rename: the file is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+from supernet.common.errors import RequestError
+from supernet.common.files import fingerprint, read_json, write_json
+from supernet.training.accelerator import is_main
 
 
 class Run:
@@ -111,7 +93,7 @@ class Run:
 
     def manifest(self, folder: Path) -> dict[str, Any] | None:
         file = folder / "manifest.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_json(file) if file.is_file() else None
 
     @property
     def supernet_weights(self) -> str:
@@ -131,7 +113,7 @@ class Run:
             yield temporary, {}
             return
         mark = temporary / "inputs.json"
-        if temporary.exists() and (not mark.is_file() or json.loads(mark.read_text()) != fingerprint(inputs)):
+        if temporary.exists() and (not mark.is_file() or read_json(mark) != fingerprint(inputs)):
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True, exist_ok=True)
         write_json(mark, fingerprint(inputs))

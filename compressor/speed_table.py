@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from compressor.checkpoint import open_checkpoint
-from compressor.elastic.slicing import extract
-from compressor.errors import RequestError
 from evals.speed_table import SpeedTable
+from supernet.checkpoint import open_checkpoint
+from supernet.common.errors import RequestError
+from supernet.slicing import extract
 
 
 def main() -> None:

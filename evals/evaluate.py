@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RequestError, VerificationError
 from evals.encoding import Encoder
 from evals.tasks import Prompting, TaskSet
-from evals.trust import brings_code, check_code, load_tokenizer
+from supernet.common.errors import RequestError, VerificationError
+from supernet.trust import brings_code, check_code, load_tokenizer
 
 
 def evaluate(
@@ -41,8 +41,9 @@ def evaluate(
     from lm_eval.api.metrics import mean
     from lm_eval.evaluator_utils import _collect_results, aggregate_groups
 
-    from evals.network import NetworkLM, available_cores
+    from evals.network import NetworkLM
     from evals.scoring import BOOTSTRAP_ITERATIONS, Scorer, raw_metrics, standard_error
+    from supernet.common.processes import available_cores
 
     began = time.time()
     if isinstance(path_or_model, (str, Path)):
@@ -122,7 +123,7 @@ def load_checkpoint(
     import torch
     from transformers import AutoTokenizer
 
-    from evals.loading import load_network
+    from supernet.loading import load_network
 
     folder = Path(name).expanduser()
     if not folder.is_dir():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,24 +22,15 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from compressor.architecture import Architecture
-from compressor.elastic.supernet import LOGITS
 from evals.encoding import Encoder, Generation, Span
 from evals.trees import SMALLEST_PASS, Layers, Plan, Scored, reading, token_scores, tree_interface
+from supernet.activation import LOGITS
+from supernet.architecture import Architecture
 
 log = logging.getLogger(__name__)
 
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether every scored token is the network's first choice."""
-
-
-def available_cores() -> int:
-    """CPU cores that this process may keep busy: OMP_NUM_THREADS (its first level) where the user set it, else those
-    that it is bound to."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class NetworkLM(LM):

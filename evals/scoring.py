@@ -15,10 +15,10 @@ from typing import Any
 
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
 
-from compressor.architecture import Architecture
 from evals.network import NetworkLM
 from evals.tasks import Document, Leaf, ScoredTask, Split, TaskSet
 from evals.trees import Plan
+from supernet.architecture import Architecture
 
 BOOTSTRAP_ITERATIONS = 100
 """Resamples behind a bootstrapped standard error: lm-eval's 100,000 say the same within about 7 %."""

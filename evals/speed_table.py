@@ -6,7 +6,6 @@ Nothing here needs torch until something is measured: a saved `SpeedTable` predi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.architecture import Architecture, LayerSizes, Structure
 from evals.speed import Times, context_of, device_name, fitting, runtime_of, time_beside
+from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.common.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -132,9 +132,7 @@ class SpeedTable:
         }
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
-        os.replace(temporary, path)  # noqa: PTH105 - atomic on purpose
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> SpeedTable:

@@ -30,8 +30,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from compressor.errors import RequestError, nearest
 from evals.encoding import CannotScore, Encoder, Span
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import write_text
 
 Split = Literal["search", "report", "all"]
 SEARCH_DIGITS = "02468ace"
@@ -132,10 +133,7 @@ class Leaf:
         for index, document in self._built.items():
             self._rendered[index] = [(i.request_type, list(i.args), i.idx) for i in document.instances]
         folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(folder)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._rendered))
-        temporary.replace(file)
+        write_text(self._file(folder), json.dumps(self._rendered))
 
     def _file(self, folder: Path) -> Path:
         """A name that changes with anything that prompts are made of."""

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from compressor.architecture import Architecture
 from evals.encoding import Span
 from evals.packing import Blocks, Pack, pack
+from supernet.architecture import Architecture
 
 TREE_ATTENTION = "nas_compressor_tree"
 SMALLEST_PASS = 256

@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from compressor.architecture import Architecture
 from export.comparison import said, standings
 from export.page import TEMPLATES, flattened
 from export.report import Base, BaseCard, Package, Report
 from export.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.verdict import verdict
+from supernet.architecture import Architecture
 
 UNEVEN_TRANSFORMERS = "5.15"
 """The oldest transformers that reads `per_layer_config`, which uneven packages need."""

@@ -13,9 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from compressor.figures import count, percent
 from export.plots import Dot, scatter
 from export.report import Comparison, TaskScore
+from supernet.common.formatting import count, percent
 
 OURS = "ours"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import standalone_config
-from compressor.errors import RequestError
-from compressor.families import families, head_dim
-from evals.trust import UNEVEN_PREFIX
 from export.gguf_families import FAMILIES, GGUFFamily
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.families import families, head_dim
+from supernet.slicing import standalone_config
+from supernet.trust import UNEVEN_PREFIX
 
 
 def table_of(config: Any) -> GGUFFamily:

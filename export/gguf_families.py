@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor.errors import RequestError
-from compressor.families import families, head_dim
+from supernet.common.errors import RequestError
+from supernet.families import families, head_dim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def parts(names: Mapping[str, str], kinds: Collection[str] = ("weight",), change
 class GGUFFamily:
     """What llama.cpp calls a family, its parameters and its settings, and what it cannot compute.
 
-    `name` is the architecture in the file. `layer` (names within a decoder layer, as in `compressor.families`) and
+    `name` is the architecture in the file. `layer` (names within a decoder layer, as in `supernet.families`) and
     `outer` (absolute names) are the parameters that must be there, `optional` those of a layer that need not be.
 
     `header` says what stands in the header besides what every family has, or in place of it. `rope` finds the rotary

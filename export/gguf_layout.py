@@ -16,9 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.errors import RequestError
-from compressor.families import head_dim
 from export.gguf_checks import check_network, table_of
 from export.gguf_families import GGUFFamily, Header
 from export.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
@@ -29,10 +26,13 @@ from export.package import (
     path_in_run,
     read_package,
     staged,
-    versions,
     weight_bytes,
     write_record,
 )
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.common.versions import versions
+from supernet.families import head_dim
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

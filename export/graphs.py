@@ -16,10 +16,6 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError, VerificationError
-from compressor.families import head_dim
-from evals.trust import UNEVEN_PREFIX, load_tokenizer
 from export.layouts import EXTRAS, check_installed
 from export.package import (
     CARD,
@@ -28,11 +24,15 @@ from export.package import (
     path_in_run,
     read_package,
     staged,
-    versions,
     weight_bytes,
     write_record,
 )
-from export.verify import last_line
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.processes import last_line
+from supernet.common.versions import versions
+from supernet.families import head_dim
+from supernet.trust import UNEVEN_PREFIX, load_tokenizer
 
 if TYPE_CHECKING:
     import torch

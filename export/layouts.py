@@ -1,6 +1,6 @@
 """The layouts that a sub-network can be written in, by name. To add one, write its function and name it below.
 
-Every function takes the standalone network that `compressor.elastic.slicing.extract` made, its architecture, and the
+Every function takes the standalone network that `supernet.slicing.extract` made, its architecture, and the
 destination folder, and returns the package; the keyword arguments are those of `export.package.write_package`.
 """
 
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError, nearest
-from evals.trust import UNEVEN_PREFIX
 from export import gguf_checks
 from export.package import PackageInfo, write_package
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, nearest
+from supernet.trust import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import VerificationError
 from export.gguf_layout import QUANTIZED
 from export.layouts import check_installed
-from export.package import versions
+from supernet.common.errors import VerificationError
+from supernet.common.versions import versions
 
 # Largest |Δ log-probability| (nats) against transformers, for each nat of the largest |logit|: llama.cpp rounds
 # activations to the type of the weights that they meet, and reads GELU from a table of half-precision values (so the

@@ -7,29 +7,26 @@ of every other file. Weights are safetensors, sharded as the hub's loaders expec
 from __future__ import annotations
 
 import errno
-import glob
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import __version__
-from compressor.architecture import Architecture
-from compressor.errors import RequestError, VerificationError
-from compressor.figures import size
-from evals.trust import UNEVEN_PREFIX, check_code, load_tokenizer
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import read_json, sha256, temporary_name, write_json
+from supernet.common.formatting import size
+from supernet.common.versions import versions
+from supernet.trust import UNEVEN_PREFIX, check_code, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from compressor.elastic.streaming import StreamedNetwork
+    from supernet.streaming import StreamedNetwork
 
 SCHEMA = 1
 RECORD = "compression.json"
@@ -79,33 +76,17 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `VerificationError` that names the file where it is missing or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise VerificationError(f"{path}: the file is missing") from None
     except ValueError as error:
-        raise VerificationError(f"{path}: not valid JSON ({error})") from None
+        raise VerificationError(str(error)) from None
     if not isinstance(value, dict):
         raise VerificationError(f"{path}: expected a JSON object")
     return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Written beside and renamed, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    # The probe is hundreds of numbers that nobody reads one by one: it takes one line.
-    lines = json.dumps({k: v for k, v in value.items() if k != "probe"}, indent=2, ensure_ascii=False)
-    if "probe" in value:
-        lines = lines.removesuffix("\n}") + f',\n  "probe": {json.dumps(value["probe"], ensure_ascii=False)}\n}}'
-    partial.write_text(lines + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def read_record(package: Path) -> dict[str, Any]:
@@ -114,7 +95,7 @@ def read_record(package: Path) -> dict[str, Any]:
         raise RequestError(f"{package}: no such folder")
     if not (package / RECORD).exists():
         raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
-    record = read_json(package / RECORD)
+    record = read_object(package / RECORD)
     file = package / RECORD
     if record.get("schema") != SCHEMA or not all(isinstance(record.get(name), dict) for name in SECTIONS):
         raise VerificationError(f"{file}: not of schema {SCHEMA}, or a section is missing")
@@ -189,15 +170,13 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
     An earlier package at `destination` is replaced, and what killed processes left beside it is removed. Raises
     `RequestError` as `check_destination` does, and where the disk turns out to be full.
     """
-    _sweep(destination)
+    partial, old = temporary_name(destination, "partial"), temporary_name(destination, "old")
     check_destination(destination, needed)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
         yield partial
         if destination.exists():
-            old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
             destination.rename(old)
             partial.rename(destination)
             shutil.rmtree(old)
@@ -209,25 +188,6 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
         raise RequestError(f"{destination}: the disk is full; {size(needed)} are needed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sweep(destination: Path) -> None:
-    """Remove the temporary siblings of `destination` whose process is no more: each may be as large as a package."""
-    for kind in ("partial", "old"):
-        for left in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
-            process = int(left.name.rpartition("-")[2])
-            if process == os.getpid() or not _runs(process):
-                shutil.rmtree(left)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def check_destination(destination: Path, needed: int) -> None:
@@ -337,8 +297,8 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> str:
     """Write config.json, generation_config.json and, for an uneven network, its code file. Returns the layout."""
-    from compressor.elastic.uneven import auto_map, modeling_file_name, modeling_source
-    from compressor.families import families
+    from supernet.families import families
+    from supernet.uneven import auto_map, modeling_file_name, modeling_source
 
     config: Any = model.config
     config.save_pretrained(folder)
@@ -380,12 +340,6 @@ def write_record(
     write_json(folder / RECORD, record)
 
 
-def versions(names: Iterable[str] = ("torch", "transformers", "safetensors")) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"nas-compressor": __version__} | {name: version(name) for name in names}
-
-
 def write_package(
     model: nn.Module | StreamedNetwork,
     destination: Path,
@@ -401,7 +355,7 @@ def write_package(
     expected: nn.Module | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> PackageInfo:
-    """Write a standalone model (from `compressor.elastic.slicing.extract`) as an unquantized package.
+    """Write a standalone model (from `supernet.slicing.extract`) as an unquantized package.
 
     A model may also be streamed, from the files that it is cut out of to those of the package.
 
@@ -415,8 +369,8 @@ def write_package(
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    from compressor.elastic.streaming import StreamedNetwork
     from export import probe as probes
+    from supernet.streaming import StreamedNetwork
 
     streamed = model if isinstance(model, StreamedNetwork) else None
     network: Any = streamed.model if streamed else model

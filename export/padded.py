@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, Axis, LayerSizes, unit_counts
-from compressor.elastic.slicing import build_standalone, family_of_standalone, fill
-from compressor.elastic.supernet import CACHE_MODES
-from compressor.errors import RequestError
-from compressor.families import Family, describe
+from supernet.activation import CACHE_MODES
+from supernet.architecture import Architecture, Axis, LayerSizes, unit_counts
+from supernet.common.errors import RequestError
+from supernet.families import Family, describe
+from supernet.slicing import build_standalone, family_of_standalone, fill
 
 
 def padded_sizes(architecture: Architecture, base_heads: int, all_heads: bool = False) -> LayerSizes:

@@ -13,8 +13,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compressor.architecture import Architecture
-from compressor.figures import count, duration, percent, rate, size
 from export.comparison import plots as comparison_plots
 from export.comparison import said, standings
 from export.plots import (
@@ -29,24 +27,18 @@ from export.plots import (
 from export.report import Candidate, Package, Point, Report
 from export.table import measured_in, metric_name, notes, runtimes
 from export.verdict import change, verdict
+from supernet.architecture import Architecture
+from supernet.common.files import write_json, write_text
+from supernet.common.formatting import count, duration, percent, rate, size
 
 
 def write_report(report: Report, folder: Path) -> Path:
     """Write `report.html` and then `report.json` into `folder`, each whole or not at all. Returns the page's path."""
     page = folder / "report.html"
-    _write_whole(page, render_html(report))
+    write_text(page, render_html(report))
     data = report.model_dump(mode="json", by_alias=True, exclude_none=False)
-    _write_whole(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(folder / "report.json", data)
     return page
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 TEMPLATES = Environment(

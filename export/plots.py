@@ -15,7 +15,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from compressor.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture, LayerSizes
 
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42

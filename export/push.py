@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RequestError
-from compressor.figures import size
-from compressor.progress import say
 from export.package import RECORD, WEIGHT_FILES, check_files, read_package, read_record
+from supernet.common.errors import RequestError
+from supernet.common.formatting import size
+from supernet.common.progress import say
 
 REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json"]
 """What an earlier package may have left in the repository and this one does not bring."""

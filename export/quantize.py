@@ -23,10 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError
-from compressor.families import families
-from evals.trust import UNEVEN_PREFIX, check_code
 from export.package import (
     CARD,
     RECORD,
@@ -34,20 +30,22 @@ from export.package import (
     WeightWriter,
     check_destination,
     path_in_run,
-    read_json,
     read_package,
     read_record,
-    sha256,
     staged,
-    versions,
     weight_bytes,
     weight_files,
-    write_json,
     write_record,
 )
 from export.rounding import CHANNEL_GROUP, CHANNEL_INT8, configuration, packed, round_files
 from export.schemes import SCHEMES, SchemeName
-from export.verify import fresh_environment, last_line
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import read_json, sha256, write_json
+from supernet.common.processes import fresh_environment, last_line
+from supernet.common.versions import versions
+from supernet.families import families
+from supernet.trust import UNEVEN_PREFIX, check_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +99,7 @@ def linear_layers(config: Any, trust_remote_code: bool = False) -> LinearLayers:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from compressor.elastic.slicing import family_of_standalone
+    from supernet.slicing import family_of_standalone
 
     family = family_of_standalone(config)
     with torch.device("meta"):
@@ -284,7 +282,7 @@ def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
     """Token ids [sequences, length] of texts joined end to end; no longer than the network's context."""
     import torch
 
-    from evals.trust import load_tokenizer
+    from supernet.trust import load_tokenizer
 
     tokenizer = load_tokenizer(source)
     context = read_json(source / "config.json").get("max_position_embeddings") or length
@@ -482,7 +480,7 @@ def _autoround(model: Any, plan: dict[str, Any], job: dict[str, Any], ids: Tenso
     """Run neural-compressor's AutoRound; returns the folder that it wrote."""
     from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
 
-    from evals.trust import load_tokenizer
+    from supernet.trust import load_tokenizer
 
     scheme = SCHEMES[plan["scheme"]]
     options: dict[str, Any] = {} if scheme.dynamic else {"group_size": plan["group_size"]}

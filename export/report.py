@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from compressor.architecture import Architecture
-from compressor.errors import nearest
 from export.schemes import SchemeName
+from supernet.architecture import Architecture
+from supernet.common.errors import nearest
 
 SCHEMA = 1
 

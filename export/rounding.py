@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.elastic.streaming import WeightFiles
 from export.package import WeightWriter
 from export.schemes import SCHEMES, SchemeName
+from supernet.streaming import WeightFiles
 
 _NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}
 _DYNAMIC = {

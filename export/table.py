@@ -8,8 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from compressor.figures import count, percent, rate, size
 from export.report import Base, Package, Report, TaskScore
+from supernet.common.formatting import count, percent, rate, size
 
 
 def terminal_table(report: Report) -> Table:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.figures import count, percent, size
 from export.report import Base, Package, Report, TaskScore
+from supernet.common.formatting import count, percent, size
 
 HEAVY = 0.9
 """Quality below which a loss is called heavy: once, where it happens."""

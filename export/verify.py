@@ -17,17 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import RequestError, VerificationError
-from evals.trust import check_code, load_tokenizer
-from export.package import (
-    check_files,
-    read_json,
-    read_record,
-    update_record,
-    versions,
-    weight_bytes,
-)
+from export.package import check_files, read_record, update_record, weight_bytes
 from export.schemes import SCHEMES
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import read_json
+from supernet.common.processes import fresh_environment, last_line
+from supernet.common.versions import versions
+from supernet.trust import check_code, load_tokenizer
 
 TOLERANCE = 1e-5
 """Largest |Δ logit| as a share of the largest |logit|, float32, the stored weights on both sides."""
@@ -107,31 +103,6 @@ def verify_all(
     return found["results"]
 
 
-SMALL_BYTES = 200 * 2**20
-"""Networks with fewer bytes of weights are computed on one thread: more only get into each other's way."""
-
-
-def fresh_environment(scratch: Path, network_bytes: int) -> dict[str, str]:
-    """Environment of a new interpreter that finds our packages, stays offline, and keeps remote code in `scratch`."""
-    root = Path(__file__).resolve().parent.parent
-    search_path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if network_bytes < SMALL_BYTES else {}
-    settings = {
-        "PYTHONPATH": os.pathsep.join(search_path),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return os.environ | threads | settings
-
-
-def last_line(output: str) -> str:
-    """The last line that says something: an exception's message, where a traceback ends the output."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
-
-
 def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None = None) -> dict[str, Any]:
     """All checks of one package, in this process (which should be a fresh one)."""
     record = read_record(package)
@@ -171,7 +142,7 @@ class _Checker:
     def load(self, folder: Path) -> Any:
         import torch
 
-        from evals.loading import load_network
+        from supernet.loading import load_network
 
         model, info = self.step("loading", load_network, folder, torch.float32, self.trusted)
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.architecture import Architecture, LayerSizes, Scheme, Structure
 from search.space import Genomes, SearchSpace
+from supernet.architecture import Architecture, LayerSizes, Scheme, Structure
 
 Direction = Literal["max", "min"]
 Values = NDArray[np.float64]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from compressor.architecture import Architecture
 from search.algorithms import algorithm as algorithm_named
 from search.algorithms.greedy import Greedy
 from search.fidelity import FirstLooks
 from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
 from search.space import SearchSpace
+from supernet.architecture import Architecture
 
 Measure = Callable[[list[Architecture]], Iterable[tuple[Architecture, Mapping[str, float]]]]
 """Measures architectures, in any order, each yielded as soon as it is known, with its values by name.

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.architecture import Architecture, LayerSizes, Structure
 from search.written import POLICIES, SIZES, kept_layers, read
+from supernet.architecture import Architecture, LayerSizes, Structure
 
 Genome = tuple[int, ...]
 Genomes = NDArray[np.int64]

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from compressor.architecture import Architecture
+from supernet.architecture import Architecture
 
 APPLICATION = 0x4E415343  # "NASC", in the file's header: tells our stores from other SQLite files
 VERSION = 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from compressor.architecture import LayerSizes, Structure
+from supernet.architecture import LayerSizes, Structure
 
 POLICIES = ("first", "alternate", "late-block")
 """Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""

@@ -21,15 +21,15 @@ import transformers
 from export_networks import cut, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, random_architecture, tiny_network
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.errors import RequestError, VerificationError
-from compressor.families import describe
 from export.layouts import write_layout
 from export.package import check_files, write_package
 from export.quantize import quantize_packages
 from export.schemes import SCHEMES
 from export.verify import check
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.families import describe
+from supernet.slicing import extract
 
 
 def write(folder: Path) -> None:

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.families import describe
+from supernet.architecture import Architecture, LayerSizes
+from supernet.families import describe
+from supernet.slicing import extract
 
 TEXTS = [
     "Anna gave the red ball to Tom, and Tom gave it back.",

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.finetune.loop import TrainSettings
-from compressor.finetune.samplers import Range
+from supernet.architecture import Architecture, LayerSizes
+from supernet.training.loop import TrainSettings
+from supernet.training.samplers import Range
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 32), LayerSizes(2, 1, 32)))
 CUT = Architecture(32, (LayerSizes(2, 1, 48),) * 3)

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from compressor.architecture import Architecture, LayerSizes
 from export.card import render_card
 from export.report import validate_report
+from supernet.architecture import Architecture, LayerSizes
 
 BASE = Architecture(64, (LayerSizes(4, 2, 256),) * 4)
 CUT = Architecture(64, (LayerSizes(4, 2, 256), LayerSizes(2, 1, 128), LayerSizes(0, 0, 0), LayerSizes(0, 0, 192)))

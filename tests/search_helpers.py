@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.architecture import Architecture, Axis, Half, LayerSizes, Structure, Tensor
+from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Tensor
 
 
 def llama(

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune import elastic
-from compressor.finetune.data import Blocks, pack
-from compressor.finetune.elastic import Scheme, finetune_supernet
-from compressor.finetune.forward import trace
-from compressor.finetune.parameters import PARAMETERS
-from compressor.finetune.sharding import shard, whole
+from supernet.activation import SuperNetwork
+from supernet.training import supernet_training as elastic
+from supernet.training.adapters import PARAMETERS
+from supernet.training.data import Blocks, pack
+from supernet.training.sharding import shard, whole
+from supernet.training.supernet_training import Scheme, finetune_supernet
+from supernet.training.traces import trace
 
 STEPS = 8
 SCHEME = Scheme("alternate", random_members=2)  # every other step leaves slices idle, and one layer's attention

@@ -7,8 +7,8 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from compressor.architecture import Architecture, LayerSizes, Scheme
-from compressor.families import describe
+from supernet.architecture import Architecture, LayerSizes, Scheme
+from supernet.families import describe
 
 FULL = LayerSizes(32, 32, 11008)
 

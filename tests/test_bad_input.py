@@ -13,8 +13,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import open_checkpoint
 from compressor.cli import run
+from supernet.checkpoint import open_checkpoint
 
 
 class Bench:

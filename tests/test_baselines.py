@@ -11,17 +11,17 @@ from tiny_families import tiny_network
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compressor.architecture import LayerSizes
-from compressor.elastic.importance import activation
-from compressor.elastic.ordering import output_projections
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.families import describe
-from compressor.finetune import losses
 from evals.baselines import Bench, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
 from evals.baselines.flap import compensate, competed, fluctuation, moments, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
+from supernet.activation import SuperNetwork
+from supernet.architecture import LayerSizes
+from supernet.common.errors import RequestError
+from supernet.families import describe
+from supernet.importance import activation
+from supernet.ordering import output_projections
+from supernet.training import losses
 
 SIZES = {
     "vocab_size": 67,

@@ -14,9 +14,9 @@ from export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
 from transformers import AutoConfig
 
 from compressor.cli import run
-from compressor.families import describe
 from evals.speed_table import SpeedTable
 from export.package import update_record, write_package
+from supernet.families import describe
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from rich.console import Console
 
 from compressor import pipeline
 from compressor.cli import run
-from compressor.errors import RequestError
-from compressor.run import Run, read_json, write_json
+from compressor.run import Run
 from compressor.stages import comparing
 from compressor.stages.contest import methods
 from evals import speed
@@ -30,6 +29,8 @@ from evals.comparison import paired_interval, qualities, resampled
 from export import package
 from export.comparison import said, standings, terminal_table
 from export.report import Comparison, Difference
+from supernet.common.errors import RequestError
+from supernet.common.files import read_json, write_json
 
 
 class Task:

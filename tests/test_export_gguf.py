@@ -18,11 +18,7 @@ from tiny_families import CONFIGS, LLAMA3_ROPE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from compressor.architecture import Architecture, LayerSizes
 from compressor.checks import check_formats
-from compressor.elastic.slicing import extract
-from compressor.errors import RequestError, VerificationError
-from compressor.families import describe, families
 from export.gguf_checks import check_family
 from export.gguf_families import DECI, FAMILIES, Stored
 from export.gguf_layout import TYPES, take_stored_weights
@@ -30,6 +26,10 @@ from export.layouts import copies_hold, of_the_uniform_one, write_layout
 from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.families import describe, families
+from supernet.slicing import extract
 
 gguf = pytest.importorskip("gguf")
 

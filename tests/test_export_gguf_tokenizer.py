@@ -11,11 +11,11 @@ from export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from compressor.errors import RequestError, VerificationError
 from export.gguf_tokenizer import sample_texts, tokenizer_kind
 from export.layouts import write_layout
 from export.llama_cpp import check_gguf
 from export.package import PackageInfo, read_record
+from supernet.common.errors import RequestError, VerificationError
 
 pytest.importorskip("gguf")
 

@@ -14,16 +14,16 @@ import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tiny_families import assert_close, tiny_network
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.errors import RequestError, VerificationError
-from compressor.families import describe, families
-from evals.trust import load_tokenizer
 from export import graphs
 from export.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
 from export.layouts import EXTRAS, write_layout
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.families import describe, families
+from supernet.slicing import extract
+from supernet.trust import load_tokenizer
 
 KEY_VALUE_HEADS, HEAD_DIM = [2, 1, 2], 16
 

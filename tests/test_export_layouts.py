@@ -12,14 +12,14 @@ import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
-from compressor import families
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.errors import RequestError
 from export import padded as padding
 from export.layouts import write_layout
 from export.padded import pad, padded_sizes
 from export.verify import check
+from supernet import families
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.slicing import extract
 
 
 def test_padded_sizes_by_hand() -> None:

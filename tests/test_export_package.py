@@ -13,10 +13,6 @@ from export_networks import CHAT_TEMPLATE, EVEN, TEXTS, UNEVEN, cut, probe_ids, 
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.errors import RequestError, VerificationError
-from compressor.families import describe
-from evals.trust import check_code, load_tokenizer
 from export import package as packages
 from export.layouts import write_layout
 from export.package import (
@@ -27,6 +23,10 @@ from export.package import (
     write_card,
     write_package,
 )
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.families import describe
+from supernet.trust import check_code, load_tokenizer
 
 NETWORKS = {"even": EVEN, "uneven": UNEVEN}
 

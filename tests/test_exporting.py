@@ -13,13 +13,14 @@ import torch
 from tiny_families import random_architecture, tiny_network
 from transformers import LlamaConfig
 
-from compressor.elastic.streaming import StreamedNetwork
-from compressor.families import describe
 from compressor.job import Job
 from compressor.recipe import Recipe
-from compressor.run import Run, write_json
+from compressor.run import Run
 from compressor.stages.exporting import Inputs, load_healed, network_inputs, package_inputs
 from export.package import write_package
+from supernet.common.files import write_json
+from supernet.families import describe
+from supernet.streaming import StreamedNetwork
 
 
 def inputs(tmp_path: Path, given: dict[str, Any]) -> tuple[Inputs, dict[str, Inputs]]:

@@ -19,17 +19,17 @@ from tiny_families import CONFIGS, IDS, assert_close, logits, random_architectur
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from compressor.architecture import Architecture, LayerSizes
 from compressor.cli import run
-from compressor.elastic.importance import IMPORTANCES
-from compressor.elastic.ordering import apply_ordering, order_by, shapes
-from compressor.elastic.slicing import extract, fits_plain_class, sliced
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.families import describe, families
 from export.package import write_package
 from search.space import SearchSpace
 from search.written import PRESETS
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.families import describe, families
+from supernet.importance import IMPORTANCES
+from supernet.ordering import apply_ordering, order_by, shapes
+from supernet.slicing import extract, fits_plain_class, sliced
 
 
 @pytest.fixture(params=CONFIGS)
@@ -48,7 +48,7 @@ def test_every_family_is_tested() -> None:
 
 def test_the_guide_shows_a_family_as_it_is() -> None:
     root = Path(__file__).parents[1]
-    assert (root / "compressor/families/starcoder2.py").read_text() in (root / "docs/adding-a-family.md").read_text()
+    assert (root / "supernet/families/starcoder2.py").read_text() in (root / "docs/adding-a-family.md").read_text()
 
 
 def test_full_architecture_is_the_original_bit_for_bit(model: PreTrainedModel) -> None:

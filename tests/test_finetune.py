@@ -17,20 +17,20 @@ from accelerate import Accelerator
 from finetune_helpers import CUT, SMALL, range_of, settings, widths_near
 from transformers import AutoModelForCausalLM, OPTConfig, Starcoder2Config
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.families import describe
-from compressor.finetune import loop
-from compressor.finetune.data import Batch, Blocks, pack
-from compressor.finetune.elastic import Scheme, finetune_supernet, heal, without_dropout
-from compressor.finetune.forward import trace
-from compressor.finetune.idle import held_still, idle_slices
-from compressor.finetune.loop import Backward, History, TrainSettings, train
-from compressor.finetune.losses import LOSSES, Loss
-from compressor.finetune.optimizers import OPTIMIZERS
-from compressor.finetune.parameters import PARAMETERS, AllWeights
-from compressor.finetune.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, SizesAndCuts, UniformGenes
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.families import describe
+from supernet.slicing import extract
+from supernet.training import loop
+from supernet.training.adapters import PARAMETERS, AllWeights
+from supernet.training.data import Batch, Blocks, pack
+from supernet.training.inactive import held_still, idle_slices
+from supernet.training.loop import Backward, History, TrainSettings, train
+from supernet.training.losses import LOSSES, Loss
+from supernet.training.optimizers import OPTIMIZERS
+from supernet.training.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, SizesAndCuts, UniformGenes
+from supernet.training.supernet_training import Scheme, finetune_supernet, heal, without_dropout
+from supernet.training.traces import trace
 
 CE = Loss({"ce": 1.0})
 
@@ -140,7 +140,7 @@ class Killed(Exception):
 def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     network: Any, blocks: Blocks, tmp_path: Path, draw: str, parameters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor.finetune import elastic
+    from supernet.training import supernet_training as elastic
 
     start = copy.deepcopy(network.state_dict())
     later = copy.deepcopy(network)  # what a new process loads: whatever the killed one held is gone
@@ -194,7 +194,7 @@ def test_every_loss_brings_the_smallest_nearer_to_what_teaches_it(
 
     def distance(student: SuperNetwork) -> float:
         """Of the smallest sub-network of `student` from what taught the trained one, by the very loss."""
-        from compressor.finetune.forward import Recorder
+        from supernet.training.traces import Recorder
 
         teacher = SuperNetwork(network) if strong else supernet
         keeps = scheme.loss.keeps()

@@ -10,10 +10,10 @@ import pytest
 import tiny
 import torch
 
-from compressor.errors import RequestError
-from compressor.finetune.data import IGNORED, Batch, Blocks, encode_row, pack
-from compressor.finetune.forward import trace
-from compressor.finetune.sources import hub_dataset, hub_rows, kind_of, plain_text, read_rows
+from supernet.common.errors import RequestError
+from supernet.training.data import IGNORED, Batch, Blocks, encode_row, pack
+from supernet.training.sources import hub_dataset, hub_rows, kind_of, plain_text, read_rows
+from supernet.training.traces import trace
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:{{ m.content }}\n{% endif %}"

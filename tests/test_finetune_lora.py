@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
-from compressor.architecture import Architecture, LayerSizes
 from compressor.cli import run
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import Batch
-from compressor.finetune.forward import trace
-from compressor.finetune.idle import idle_slices
-from compressor.finetune.losses import Loss
-from compressor.finetune.parameters import LORA_SCALE, ElasticLora, adapter_parameters
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.slicing import extract
+from supernet.training.adapters import LORA_SCALE, ElasticLora, adapter_parameters
+from supernet.training.data import Batch
+from supernet.training.inactive import idle_slices
+from supernet.training.losses import Loss
+from supernet.training.traces import trace
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 48), LayerSizes(4, 2, 64)))
 RANK = 3

@@ -12,12 +12,12 @@ import tiny_families
 import torch
 from torch import Tensor
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune import losses
-from compressor.finetune.data import IGNORED, Batch
-from compressor.finetune.forward import Recorder, Trace, trace
-from compressor.finetune.losses import Loss, cross_entropy, forward_kl
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.training import losses
+from supernet.training.data import IGNORED, Batch
+from supernet.training.losses import Loss, cross_entropy, forward_kl
+from supernet.training.traces import Recorder, Trace, trace
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from compressor.cli import run
-from compressor.finetune.overlap import LEAST, PHRASE, RUN, Overlap
+from supernet.training.contamination import LEAST, PHRASE, RUN, Overlap
 
 WORDS = [f"word{number}" for number in range(40)]
 

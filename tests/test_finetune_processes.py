@@ -14,8 +14,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from compressor.errors import RequestError
-from compressor.finetune.engine import make_accelerator
+from supernet.common.errors import RequestError
+from supernet.training.accelerator import make_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +99,7 @@ def test_half_precision_needs_a_gpu_and_bfloat16_does_not() -> None:
         make_accelerator("cpu", "float16")
     # In a process of its own: accelerate's state is one for all accelerators of a process.
     code = (
-        "import torch; from compressor.finetune.engine import make_accelerator as make\n"
+        "import torch; from supernet.training.accelerator import make_accelerator as make\n"
         "with make('cpu', 'bfloat16').autocast(): print(torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -5,48 +5,21 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Lower rooms first; a module may import from its own room and from rooms before it.
-ROOMS = [
-    ("compressor.architecture", "compressor.errors", "compressor.figures", "compressor.progress"),
-    ("compressor.families",),
-    ("compressor.elastic",),
-    ("compressor.finetune", "search"),
-    ("evals",),
-    ("export",),
-    ("compressor.demo", "compressor.checkpoint", "compressor.recipe", "compressor.run", "compressor.speed_table"),
-    ("compressor.job",),
-    ("compressor.checks",),
-    ("compressor.inspection", "compressor.stages"),
-    ("compressor.pipeline",),
-    ("compressor.cli",),
-]
-OURS = {"compressor", "search", "evals", "export"}
+FLOORS = ("compressor", "export", "evals", "search", "supernet")  # from the top down: imports point right, never left
 PICKLES = {"pickle", "joblib", "dill", "cloudpickle"}
 
 
-def level(module: str) -> int:
-    for number, rooms in enumerate(ROOMS):
-        if any(module == room or module.startswith(room + ".") for room in rooms):
-            return number
-    raise AssertionError(f"{module} belongs to no room")
-
-
-def modules() -> list[tuple[str, Path]]:
-    found = []
-    for top in sorted(OURS):
-        for file in sorted((ROOT / top).rglob("*.py")):
-            if "tasks" in file.parts:
-                continue  # loaded by lm-eval, not imported
-            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if name != "compressor":
-                found.append((name, file))
-    return found
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name. Files that lm-eval loads by their path are not imported."""
+    files = [file for top in FLOORS for file in sorted((ROOT / top).rglob("*.py")) if "tasks" not in file.parts]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
 def imported_by(node: ast.AST) -> set[str]:
@@ -56,20 +29,43 @@ def imported_by(node: ast.AST) -> set[str]:
 
 
 def imports(file: Path) -> set[str]:
-    names = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported_by(node)}
-    return {name for name in names if name.split(".")[0] in OURS and name not in ("compressor.__version__",)}
+    """Our modules that a file imports, at its top, within functions and for type checkers."""
+    known = modules()
+    named = {name for node in ast.walk(ast.parse(file.read_text())) for name in imported_by(node)}
+    # `from package import name` names a module of the package, or something that the package holds.
+    found = {name if name in known else name.rpartition(".")[0] for name in named}
+    return {name for name in found if name in known}
 
 
-@pytest.mark.parametrize(("module", "file"), modules(), ids=[name for name, _ in modules()])
+@pytest.mark.parametrize(("module", "file"), modules().items(), ids=modules())
 def test_imports_point_down(module: str, file: Path) -> None:
+    floor = FLOORS.index(module.split(".")[0])
     for imported in imports(file):
-        assert level(imported) <= level(module), f"{module} imports {imported}, which is above it"
-        if module.startswith("search."):
-            assert imported.startswith(("search.", "compressor.architecture")), f"{module} imports {imported}"
+        assert FLOORS.index(imported.split(".")[0]) >= floor, f"{module} imports {imported}, which is above it"
+
+
+def test_no_circle_of_files() -> None:
+    graph = {module: imports(file) - {module} for module, file in modules().items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"these import one another in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_search_needs_no_torch() -> None:
+    """Neither `search` nor anything that it imports names torch, transformers or lm-eval."""
+    known, seen = modules(), set()
+    waiting = [module for module in known if module.split(".")[0] == "search"]
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        named = {name for node in ast.walk(ast.parse(known[module].read_text())) for name in imported_by(node)}
+        assert not {name.split(".")[0] for name in named} & {"torch", "transformers", "lm_eval"}, module
+        waiting += imports(known[module]) - seen
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, compressor; sys.exit(any(m in sys.modules for m in ('torch', 'search', 'evals', 'export')))"
+    code = f"import sys, compressor; sys.exit(any(name in sys.modules for name in {('torch', *FLOORS[1:])}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -93,7 +89,7 @@ def refusal(folder: Path, path: str) -> str:
 
 
 def test_no_pickle_anywhere() -> None:
-    for _, file in modules():
+    for file in modules().values():
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

@@ -11,9 +11,11 @@ from tiny_families import tiny_network
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compressor.elastic.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
-from compressor.elastic.masks import learn_masks, straight_through
-from compressor.elastic.ordering import (
+from supernet.activation import SuperNetwork
+from supernet.common.errors import RequestError
+from supernet.importance import IMPORTANCES, activation, block_influence, magnitude, random, taylor, wanda
+from supernet.learned_masks import learn_masks, straight_through
+from supernet.ordering import (
     Order,
     Units,
     apply_ordering,
@@ -22,8 +24,6 @@ from compressor.elastic.ordering import (
     save_ordering,
     stored_influence,
 )
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
 
 HEADS, GROUPS, WIDTH, CHANNELS = 4, 2, 5, 8
 HEAD_DIM = CHANNELS // HEADS
@@ -47,7 +47,7 @@ def supernet() -> SuperNetwork:
 
 def test_no_pass_holds_the_logits_of_all_tokens(supernet: SuperNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = wanda(supernet, BATCHES)
-    monkeypatch.setattr("compressor.elastic.importance.LOGITS", 25)  # two tokens of a vocabulary of 11
+    monkeypatch.setattr("supernet.importance.LOGITS", 25)  # two tokens of a vocabulary of 11
     tokens: list[int] = []
     hook = supernet.model.lm_head.register_forward_hook(lambda _, __, out: tokens.append(out[..., 0].numel()))
     in_parts = wanda(supernet, BATCHES)

@@ -15,7 +15,7 @@ from export_networks import tiny_tokenizer
 from safetensors.torch import load_file
 
 from compressor.cli import run
-from compressor.errors import RequestError
+from supernet.common.errors import RequestError
 
 RECIPE = """
 finetuning: {tokens: 1600, batch_size: 4, sequence_length: 32}
@@ -262,7 +262,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
 
 def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor import Recipe, compress
-    from compressor.elastic.streaming import StreamedNetwork
+    from supernet.streaming import StreamedNetwork
 
     def refuse(*_: Any) -> None:
         raise AssertionError("what is not healed is never in memory as a whole")

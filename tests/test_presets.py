@@ -8,9 +8,9 @@ import pytest
 from search_helpers import LLAMA_2_7B, SMALL
 from tiny_families import CONFIGS
 
-from compressor.families import describe
 from search.space import SearchSpace
 from search.written import POLICIES, kept_layers
+from supernet.families import describe
 
 
 def test_fine_counts_experts_from_those_that_a_token_needs() -> None:

@@ -14,14 +14,14 @@ from search_helpers import SMALL
 from tiny_families import CONFIGS, random_architecture, tiny_network
 from transformers import AutoModelForCausalLM
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import Batch
-from compressor.finetune.forward import Leading, trace
-from compressor.finetune.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined, with_layer
 from compressor.stages.warming import layer_variants
 from search.space import SearchSpace
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.training.data import Batch
+from supernet.training.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined, with_layer
+from supernet.training.traces import Leading, trace
 
 
 def test_assembling_finds_what_brute_force_finds() -> None:

@@ -21,9 +21,9 @@ import pytest
 import torch
 from export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
 
-from compressor.errors import RequestError, VerificationError
 from export.package import update_record, write_package
 from export.push import push
+from supernet.common.errors import RequestError, VerificationError
 
 TOKEN = "hf_" + "neverPrintThis" * 2
 
@@ -189,7 +189,7 @@ def run_push(
 ) -> tuple[dict[str, Any], str]:
     """Push in a process of its own, for huggingface_hub reads its environment once. Returns the result and stderr."""
     script = (
-        "import json, sys; from pathlib import Path; from compressor.errors import RequestError\n"
+        "import json, sys; from pathlib import Path; from supernet.common.errors import RequestError\n"
         "from export.push import push\n"
         "try:\n    done = push(Path(sys.argv[1]), sys.argv[2], private=sys.argv[3] == 'True')\n"
         "except RequestError as error:\n    done = {'error': str(error)}\n"

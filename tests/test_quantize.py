@@ -16,11 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_families import CONFIGS
 from torch import Tensor
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.errors import RequestError, VerificationError
-from compressor.families import describe
 from export import quantize
-from export.package import check_files, read_package, sha256, weight_bytes, write_package
+from export.package import check_files, read_package, weight_bytes, write_package
 from export.quantize import (
     Quantized,
     linear_layers,
@@ -33,6 +30,10 @@ from export.quantize import (
 from export.rounding import packed, packed_by_auto_round, round_to_nearest
 from export.schemes import SCHEMES, SchemeName
 from export.verify import check, verify_all
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import sha256
+from supernet.families import describe
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
 LAYERS = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 80), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
@@ -346,7 +347,7 @@ def test_texts_are_packed_within_the_context(source: Path) -> None:
 def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compressor.families import base_architecture
+    from supernet.families import base_architecture
 
     assets = Path(os.environ["COMPRESSOR_ASSETS"])
     base = assets / "checkpoints" / checkpoint

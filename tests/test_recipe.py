@@ -8,8 +8,8 @@ import pytest
 
 from compressor import pipeline
 from compressor.demo import MODEL, TASK_NAMES, TASKS
-from compressor.errors import RequestError
 from compressor.recipe import BUDGETS, absolute_or_share, byte_count, read_recipe, write_recipe
+from supernet.common.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -15,11 +15,11 @@ import pytest
 from report_helpers import HOSTILE, full_report, minimal_report, score, speed
 from rich.console import Console
 
-from compressor.architecture import Architecture, LayerSizes
 from export.page import render_html, write_report
 from export.report import Report, TaskScore, validate_report
 from export.table import footnotes, terminal_table
 from export.verdict import change, verdict
+from supernet.architecture import Architecture, LayerSizes
 
 
 class Page(HTMLParser):

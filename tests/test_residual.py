@@ -13,15 +13,15 @@ from tiny_families import CONFIGS, IDS, assert_close, logits, random_architectur
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.data import Batch
-from compressor.finetune.forward import Recorder, trace
-from compressor.finetune.idle import idle_slices
-from compressor.finetune.losses import Loss
 from export.package import write_package
 from search.space import SearchSpace
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.slicing import extract
+from supernet.training.data import Batch
+from supernet.training.inactive import idle_slices
+from supernet.training.losses import Loss
+from supernet.training.traces import Recorder, trace
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
-from compressor.run import Run, read_json, write_json
+from compressor.run import Run
+from supernet.common.files import read_json, write_json
 
 
 def fill(run: Run, inputs: str, text: str) -> None:
@@ -116,7 +117,7 @@ def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
         patched.setattr(LlamaForCausalLM, "save_pretrained", full)
         pipeline.finetune(job())
     steps = []
-    monkeypatch.setattr("compressor.finetune.loop._gradients", lambda *given: steps.append(given))
+    monkeypatch.setattr("supernet.training.loop._gradients", lambda *given: steps.append(given))
     manifest = pipeline.finetune(job())
     assert steps == [] and manifest["finetune"]["tokens"] == 640
     assert json.loads((tmp_path / "run" / "supernet" / "manifest.json").read_text()) == manifest

@@ -38,18 +38,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.families import describe
 from evals import network as network_module
 from evals.encoding import Encoder
 from evals.evaluate import evaluate
-from evals.network import NetworkLM, available_cores
+from evals.network import NetworkLM
 from evals.scoring import Scorer, TaskScore, standard_error
 from evals.tasks import Prompting, TaskSet
 from export.package import write_package
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.common.processes import available_cores
+from supernet.families import describe
+from supernet.slicing import extract
 
 ASSETS = os.environ.get("COMPRESSOR_ASSETS")
 needs_assets = pytest.mark.skipif(ASSETS is None, reason="COMPRESSOR_ASSETS is not set")

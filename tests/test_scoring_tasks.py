@@ -15,9 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from scoring_helpers import CHOICE, LAST_WORD, questions, write_task
 
-from compressor.errors import RequestError
 from evals.encoding import Encoder
 from evals.tasks import TaskSet, doc_hash, spread
+from supernet.common.errors import RequestError
 
 
 def load(folder: Path, *names: str, **settings: Any) -> TaskSet:

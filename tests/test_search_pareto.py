@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from search_helpers import SMALL, quality
 
-from compressor.architecture import Architecture, LayerSizes, Scheme
 from search.objectives import Computer, Constraint, Evaluation, Objective, choose, computed
 from search.pareto import (
     Target,
@@ -23,6 +22,7 @@ from search.pareto import (
     violations,
 )
 from search.space import SearchSpace
+from supernet.architecture import Architecture, LayerSizes, Scheme
 
 QUALITY, PARAMETERS = (
     Objective("quality", "max"),

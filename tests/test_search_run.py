@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from search_helpers import SMALL, llama, quality
 
-from compressor.architecture import Architecture, LayerSizes, Structure
 from search.algorithms import algorithm, algorithms
 from search.algorithms.evolution import StepMutation
 from search.algorithms.linas import LINAS
@@ -24,6 +23,7 @@ from search.objectives import Constraint, Evaluation, Objective, choose, compute
 from search.pareto import costs, front, hypervolume, non_dominated
 from search.run import first_generation, greedy_path, search
 from search.space import SearchSpace
+from supernet.architecture import Architecture, LayerSizes, Structure
 
 PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 RUNNABLE = [name for name in algorithms() if name != "age-moea" or importlib.util.find_spec("numba")]
@@ -419,7 +419,7 @@ def test_mutation_reaches_every_value_of_every_gene() -> None:
 def test_search_needs_no_torch_and_of_ours_only_the_architecture() -> None:
     code = (
         "import sys, search.run, search.store; found = {m for m in sys.modules if m.startswith('compressor.')}\n"
-        "assert 'torch' not in sys.modules and found == {'compressor.architecture'}, found"
+        "assert 'torch' not in sys.modules and found == {'supernet.architecture'}, found"
     )
     root = str(Path(__file__).parents[1])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})

@@ -11,11 +11,11 @@ import pytest
 from search_helpers import LLAMA_2_7B, SMALL, llama
 from tiny_families import CONFIGS
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.families import describe
 from search.objectives import Computer, computed
 from search.space import Gene, SearchSpace
 from search.written import PRESETS, kept_layers, widths
+from supernet.architecture import Architecture, LayerSizes
+from supernet.families import describe
 
 PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 

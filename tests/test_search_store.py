@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from search_helpers import SMALL
 
-from compressor.architecture import Architecture
 from search.space import SearchSpace
 from search.store import EvaluationStore
+from supernet.architecture import Architecture
 
 ARCHITECTURES = list(SearchSpace.preset("fine", SMALL, step=64).architectures())[:60]
 

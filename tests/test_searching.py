@@ -15,8 +15,6 @@ import tiny
 import torch
 
 from compressor import cli, pipeline
-from compressor.architecture import Architecture
-from compressor.errors import RequestError
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
@@ -34,6 +32,8 @@ from compressor.stages.warming import proposals
 from evals.speed_table import SpeedTable
 from search.pareto import Target
 from search.store import EvaluationStore, Measurement
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
 
 
 class Made:

@@ -12,11 +12,11 @@ from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
-from compressor.elastic.slicing import extract
-from compressor.elastic.streaming import StreamedNetwork, WeightFiles
-from compressor.families import describe
 from export.package import check_files, read_record, write_package
 from export.verify import check
+from supernet.families import describe
+from supernet.slicing import extract
+from supernet.streaming import StreamedNetwork, WeightFiles
 
 
 @pytest.mark.parametrize("family", CONFIGS)

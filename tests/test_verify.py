@@ -16,16 +16,17 @@ from export_networks import EVEN, UNEVEN, cut, probe_ids, tiny_llama, tiny_token
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from compressor.architecture import Architecture
 from compressor.cli import run
-from compressor.errors import RequestError, VerificationError
-from compressor.families import base_architecture
 from evals.encoding import Encoder
 from evals.network import NetworkLM
 from evals.scoring import Scorer
 from evals.tasks import TaskSet
-from export.package import read_package, sha256, update_record, write_package
+from export.package import read_package, update_record, write_package
 from export.verify import TaskFiles, _Checker, check, verify, verify_all
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import sha256
+from supernet.families import base_architecture
 
 NETWORKS = {"even": EVEN, "uneven": UNEVEN}
 

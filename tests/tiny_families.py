@@ -29,7 +29,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from compressor.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture, LayerSizes
 
 COMMON: dict[str, Any] = {
     "vocab_size": 101,

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError, nearest
-from compressor.finetune.data import Blocks
-from compressor.finetune.elastic import heal
 from compressor.job import Job
-from compressor.progress import say
 from compressor.recipe import absolute_or_share
-from compressor.run import fingerprint, read_json, write_json
 from compressor.stages.contest import Contest, Method, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, training_blocks
@@ -33,6 +27,12 @@ from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import choose, measured, read_picks
 from compressor.stages.quality import relative_quality
 from export.comparison import OURS
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.progress import say
+from supernet.training.data import Blocks
+from supernet.training.supernet_training import heal
 
 if TYPE_CHECKING:
     from evals.comparison import Documents, Resampled

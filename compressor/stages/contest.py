@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import Blocks
-from compressor.job import Job, versions
-from compressor.run import Run, fingerprint
+from compressor.job import Job
+from compressor.run import Run
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import search
 from export.comparison import OURS
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import fingerprint
+from supernet.common.versions import versions
+from supernet.slicing import extract
+from supernet.training.data import Blocks
 
 if TYPE_CHECKING:
     from evals.baselines import Baseline, Bench, Cut

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from compressor.architecture import Architecture
-from compressor.elastic.streaming import StreamedNetwork
-from compressor.finetune.data import Blocks
-from compressor.finetune.elastic import heal
-from compressor.job import Job, versions
-from compressor.progress import bar, say
-from compressor.run import fingerprint, write_json
+from compressor.job import Job
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 from export.layouts import of_the_uniform_one
+from supernet.architecture import Architecture
+from supernet.common.files import fingerprint, write_json
+from supernet.common.progress import bar, say
+from supernet.common.versions import versions
+from supernet.streaming import StreamedNetwork
+from supernet.training.data import Blocks
+from supernet.training.supernet_training import heal
 
 Inputs = dict[str, Any]
 """All that something depends on."""

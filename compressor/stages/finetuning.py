@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,14 @@ from typing import Any
 import torch
 
 from compressor.checks import check_targets
-from compressor.elastic.importance import IMPORTANCES, block_influence
-from compressor.elastic.ordering import (
+from compressor.job import Job
+from export.package import weight_files
+from supernet.activation import SuperNetwork
+from supernet.common.errors import RequestError
+from supernet.common.files import content_fingerprint
+from supernet.common.progress import say
+from supernet.importance import IMPORTANCES, block_influence
+from supernet.ordering import (
     Order,
     apply_ordering,
     load_ordering,
@@ -19,19 +24,14 @@ from compressor.elastic.ordering import (
     save_ordering,
     stored_influence,
 )
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import Blocks, pack
-from compressor.finetune.elastic import Scheme, finetune_supernet
-from compressor.finetune.loop import History
-from compressor.finetune.losses import Loss
-from compressor.finetune.overlap import RUN, Overlap
-from compressor.finetune.parameters import PARAMETERS
-from compressor.finetune.sharding import shard, whole
-from compressor.finetune.sources import Row, hub_dataset, plain_text
-from compressor.job import Job
-from compressor.progress import say
-from export.package import weight_files
+from supernet.training.adapters import PARAMETERS
+from supernet.training.contamination import RUN, Overlap
+from supernet.training.data import Blocks, pack
+from supernet.training.loop import History
+from supernet.training.losses import Loss
+from supernet.training.sharding import shard, whole
+from supernet.training.sources import Row, hub_dataset, plain_text
+from supernet.training.supernet_training import Scheme, finetune_supernet
 
 CALIBRATION_BLOCKS = 64
 STATE = "training.safetensors"
@@ -191,11 +191,7 @@ def data_fingerprint(source: str) -> str:
     """Of a local file or folder: its contents. Of a hub dataset: its name, as its revision is the hub's."""
     path = Path(source).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    digest = hashlib.sha256(source.encode() if not files else b"")
-    for file in files:
-        with file.open("rb") as data:
-            digest.update(hashlib.file_digest(data, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return content_fingerprint(files, source.encode() if not files else b"")
 
 
 def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
@@ -224,10 +220,6 @@ def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = 
 
 
 def weights_fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        if file.name not in ("ordering.safetensors", STATE):
-            digest.update(file.name.encode())
-            with file.open("rb") as data:
-                digest.update(hashlib.file_digest(data, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """16 hexadecimal digits of the weight files in a folder, names and contents."""
+    files = [file for file in weight_files(folder) if file.name not in ("ordering.safetensors", STATE)]
+    return content_fingerprint(files, names=True)

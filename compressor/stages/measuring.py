@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor.architecture import Architecture
-from compressor.finetune.data import HELD_OUT_BLOCKS, Blocks
-from compressor.finetune.losses import held_out_loss
-from compressor.finetune.sources import plain_text, read_rows
 from compressor.job import Job
-from compressor.progress import say
-from compressor.run import read_json, write_json
 from compressor.stages.finetuning import training_blocks, weights_fingerprint
 from compressor.stages.quality import relative_quality
 from compressor.stages.subnets import stored_scores
+from supernet.architecture import Architecture
+from supernet.common.files import read_json, write_json
+from supernet.common.progress import say
+from supernet.training.data import HELD_OUT_BLOCKS, Blocks
+from supernet.training.losses import held_out_loss
+from supernet.training.sources import plain_text, read_rows
 
 if TYPE_CHECKING:
     from search.store import EvaluationStore
@@ -185,8 +185,8 @@ def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
-    from evals.loading import load_network
-    from evals.trust import check_code
+    from supernet.loading import load_network
+    from supernet.trust import check_code
 
     # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
     with redirect_stderr(StringIO()), torch.no_grad():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import fits_plain_class
-from compressor.errors import RequestError
 from compressor.job import Job
-from compressor.progress import say
-from compressor.run import read_json, write_json
 from compressor.stages.subnets import held_out_losses
 from export.layouts import copies_hold
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import read_json, write_json
+from supernet.common.progress import say
+from supernet.slicing import fits_plain_class
 
 if TYPE_CHECKING:
     from search.objectives import Evaluation

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from compressor.errors import RequestError
 from compressor.job import Job
+from supernet.common.errors import RequestError
 
 if TYPE_CHECKING:
     from search.store import Measurement

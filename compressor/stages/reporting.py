@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError
-from compressor.job import Job, versions
-from compressor.progress import console, say
-from compressor.run import read_json
+from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.contest import documents_scored
 from compressor.stages.finetuning import data_fingerprint
 from compressor.stages.subnets import HELD_OUT, first_look_limit, score_keys
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import read_json
+from supernet.common.progress import console, say
+from supernet.common.versions import versions
 
 Errors = dict[tuple[str, str, bool], float | None]
 """By architecture, name of the score, and whether it is of all documents of the search."""

@@ -7,12 +7,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compressor.architecture import Architecture
-from compressor.elastic.slicing import extract, fits_plain_class
-from compressor.errors import RequestError
 from compressor.job import Job
-from compressor.progress import bar, say
-from compressor.run import fingerprint, read_json, write_json
 from compressor.stages.subnets import Board, first_look_limit, measurable, score_keys
 from compressor.stages.warming import GREEDY, proposals, sources
 from export.layouts import copies_hold
@@ -21,6 +16,11 @@ from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose,
 from search.run import greedy_path
 from search.run import search as run_search
 from search.store import EvaluationStore
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.progress import bar, say
+from supernet.slicing import extract, fits_plain_class
 
 if TYPE_CHECKING:
     from evals.speed_table import SpeedTable

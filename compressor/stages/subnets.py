@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from compressor.architecture import Architecture
-from compressor.errors import RequestError
-from compressor.families import family_of
-from compressor.finetune.data import HELD_OUT_BLOCKS
-from compressor.finetune.forward import Trace, trace
-from compressor.finetune.losses import token_losses
-from compressor.finetune.proposers import divergence
 from compressor.job import Job
-from compressor.progress import bar, say
 from compressor.recipe import Recipe
-from compressor.run import Run, fingerprint
+from compressor.run import Run
 from compressor.stages.finetuning import data_fingerprint, training_blocks
 from compressor.stages.quality import check_base, quality_stderr, relative_quality, standard_error
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import fingerprint
+from supernet.common.progress import bar, say
+from supernet.families import family_of
+from supernet.training.data import HELD_OUT_BLOCKS
+from supernet.training.losses import token_losses
+from supernet.training.proposers import divergence
+from supernet.training.traces import Trace, trace
 
 if TYPE_CHECKING:
     from evals.scoring import TaskScore

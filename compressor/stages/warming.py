@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.errors import RequestError, nearest
-from compressor.finetune.proposers import PROPOSERS, refined
 from compressor.job import Job
-from compressor.progress import say
-from compressor.run import Run, fingerprint, read_json, write_json
+from compressor.run import Run
 from compressor.stages.finetuning import data_fingerprint, training_blocks
 from search.space import SearchSpace
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.progress import say
+from supernet.training.proposers import PROPOSERS, refined
 
 GREEDY = "greedy"
 """Greedy perturbation: it measures, so the search itself carries it out."""

@@ -17,12 +17,12 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from compressor.architecture import Architecture, LayerSizes, Structure
-from compressor.elastic.ordering import Scores, apply_ordering, order_by
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.finetune.data import Batch
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.common.errors import RequestError
+from supernet.ordering import Scores, apply_ordering, order_by
+from supernet.slicing import extract
+from supernet.training.data import Batch
 
 TOLERANCE = 0.01
 """How far from the size asked for a method may land, as a share of it."""

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.architecture import Architecture
-from compressor.elastic.importance import block_influence, wanda
-from compressor.elastic.supernet import SuperNetwork
-from compressor.finetune.forward import trace
-from compressor.finetune.losses import token_losses
 from evals.baselines import Baseline, Bench, Cut, alone, ordered_cut, removal, without
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.importance import block_influence, wanda
+from supernet.training.losses import token_losses
+from supernet.training.traces import trace
 
 
 def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compressor.architecture import Architecture, LayerSizes
-from compressor.elastic.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.families import describe
-from compressor.finetune.forward import trace
 from evals.baselines import TOLERANCE, Baseline, Bench, Cut, alone
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.families import describe
+from supernet.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
+from supernet.slicing import extract
+from supernet.training.traces import trace
 
 BIASES = ("attention_bias", "mlp_bias")
 """Switches of Hugging Face configurations that give the projections out of the half-blocks a bias."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from compressor.architecture import Architecture
-from compressor.elastic.importance import activation
-from compressor.errors import RequestError
 from evals.baselines import Baseline, Bench, Cut, closest, ordered_cut, with_ffn
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.importance import activation
 
 
 def width(bench: Bench) -> Cut:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from compressor.architecture import Architecture, Structure
-from compressor.elastic.slicing import extract
-from compressor.elastic.supernet import SuperNetwork
-from compressor.errors import RequestError
-from compressor.families import describe
 from evals.baselines import Baseline, Bench, Cut, narrowed
 from evals.baselines.depth import residuals
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, Structure
+from supernet.common.errors import RequestError
+from supernet.families import describe
+from supernet.slicing import extract
 
 
 def slicegpt(bench: Bench) -> Cut:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from compressor.elastic.importance import IMPORTANCES
 from evals.baselines import Baseline, Bench, Cut, ordered_cut, uniform_width
+from supernet.importance import IMPORTANCES
 
 
 def cut(bench: Bench, criterion: str) -> Cut:

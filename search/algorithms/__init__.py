@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.architecture import Architecture
 from search.objectives import Computer, Constraint, Objective, check
 from search.pareto import Costs
 from search.space import ENUMERABLE, Genome, Genomes, SearchSpace
+from supernet.architecture import Architecture
 
 Result = tuple[Architecture, Mapping[str, float]]
 

@@ -1,1 +1,0 @@
-"""Fine-tuning: data, which sub-networks take part in a step, what they learn from, and the loop."""

@@ -1,0 +1,1 @@
+"""Leaves that every package uses: errors, progress, formatting, files, versions, processes."""

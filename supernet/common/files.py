@@ -1,0 +1,90 @@
+"""Reading, writing and fingerprinting files; a file that is written appears whole or not at all."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits of a JSON value; of what JSON does not know, of its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_fingerprint(files: Sequence[Path], prefix: bytes = b"", *, names: bool = False) -> str:
+    """16 hexadecimal digits of the files' contents in this order, after `prefix`; with `names`, of their names too."""
+    digest = hashlib.sha256(prefix)
+    for file in files:
+        if names:
+            digest.update(file.name.encode())
+        digest.update(bytes.fromhex(sha256(file)))
+    return digest.hexdigest()[:16]
+
+
+def temporary_name(path: Path, kind: str) -> Path:
+    """A name beside `path` for what this process has not finished; what dead processes left of the kind is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not _runs(int(process))):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the block ends well.
+
+    A reader never sees half a file, and a kill at any moment leaves the old file or the new one.
+    """
+    temporary = temporary_name(path, "tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ValueError that names the file where it is not valid JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,195 @@
+"""Order units by importance, so that the best sub-network of any size is a prefix.
+
+Permuting the neurons of an MLP, the experts of a layer with their router's rows, the key-value groups of an attention
+block with their query heads, the query heads within a group, or the channels of the residual stream changes no
+function: every unit keeps its own weights and only the order of a sum changes. How important a unit is, is for
+`supernet.importance` to say. An ordering is stored with the run and can be used again in another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, Structure, Unit, unit_counts
+from supernet.architecture import Tensor as TensorEntry
+from supernet.common.errors import RequestError
+
+Units = tuple[int | None, Unit]
+"""Which units of the network: `(3, "ffn")` are layer 3's neurons, `(3, "kv")` its key-value groups, `(3, "query")` the
+query heads within each of these, `(3, "experts")` its experts, and `(None, "hidden")` the residual channels."""
+
+Scores = dict[Units, Tensor]
+"""Importance of each unit in float64, [units]; of query heads [key-value groups, query heads of each], from 2 on."""
+
+Order = dict[Units, Tensor]
+"""Permutation of each set of units in int64, most important first, [units]; query heads stay within their group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where the units of one kind lie along one dimension of a parameter: as many as `shape` says, of `width` entries
+    each, one behind the other from `start`. Entry `start + width * j + i` is the i-th of unit j."""
+
+    units: Units
+    dimension: int
+    start: int
+    shape: tuple[int, ...]
+    width: int
+
+    @property
+    def length(self) -> int:
+        return prod(self.shape) * self.width
+
+    def sums(self, along: Tensor) -> Tensor:
+        """Totals of each unit, as `Scores` have them, of values [size of the dimension]."""
+        return along.narrow(0, self.start, self.length).view(*self.shape, self.width).sum(-1)
+
+
+def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
+    """All units of a full parameter that can be ordered, along each of its dimensions.
+
+    Query heads come before the groups that they move with: both permutations are of the units as they were.
+    """
+    sizes = None if entry.layer is None else base.layers[entry.layer]
+    counts = unit_counts(base.hidden_size, sizes)
+    for dimension, axis in enumerate(entry.axes):
+        start = 0
+        for unit, width in axis.blocks:
+            if unit == "hidden":
+                yield Run((None, unit), dimension, start, (counts[unit],), width)
+            elif unit == "query" and counts[unit]:
+                groups, heads = counts["kv"], counts[unit] // counts["kv"]
+                if heads > 1:
+                    yield Run((entry.layer, unit), dimension, start, (groups, heads), width)
+                yield Run((entry.layer, "kv"), dimension, start, (groups,), heads * width)
+            elif unit != "one" and counts[unit]:
+                yield Run((entry.layer, unit), dimension, start, (counts[unit],), width)
+            start += counts[unit] * width
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A linear module whose inputs are units: what they send, it reads."""
+
+    entry: TensorEntry
+    module: nn.Module
+    run: Run
+
+
+def readers(supernet: SuperNetwork) -> list[Reader]:
+    """Every linear module that reads units: for Llama's neurons and heads the output projections of MLP and attention,
+    for residual channels the projections into both, and the head where it has a weight of its own."""
+    found = []
+    for entry in supernet.structure.tensors:
+        name, _, attribute = entry.name.rpartition(".")
+        module = supernet.model.get_submodule(name)
+        if (
+            entry.role in ("linear", "matrix", "head")
+            and attribute == "weight"
+            and isinstance(module, nn.Linear | Conv1D)
+        ):
+            inputs = 0 if isinstance(module, Conv1D) else 1  # transformers' Conv1D stores its weight transposed
+            found += [Reader(entry, module, run) for run in runs(entry, supernet.base) if run.dimension == inputs]
+    return found
+
+
+def output_projections(supernet: SuperNetwork) -> dict[Units, Reader]:
+    """What projects a layer's head groups, `(layer, "kv")`, or its neurons, `(layer, "ffn")`, back to the residual.
+
+    Stacked experts have none: no module of their own reads their neurons.
+    """
+    return {reader.run.units: reader for reader in readers(supernet) if reader.run.units[1] in ("kv", "ffn")}
+
+
+def order_by(scores: Scores) -> Order:
+    """The permutation of each set of units, most important first. Ties keep their place, so it is stable."""
+    order: Order = {}
+    for units, value in scores.items():
+        within = torch.argsort(value, descending=True, stable=True)
+        order[units] = (within + torch.arange(value.numel()).view_as(value)[..., :1]).flatten()
+    return order
+
+
+def by_influence(influence: Sequence[float]) -> list[int]:
+    """All layers, most important first; of equals the earlier one."""
+    return sorted(range(len(influence)), key=lambda layer: -influence[layer])
+
+
+def reordered(entry: TensorEntry, full: Tensor, order: Order, base: Architecture) -> Tensor:
+    """A full parameter with its units permuted: `full` itself where `order` does not concern it."""
+    for run in runs(entry, base):
+        if run.units in order:
+            index = torch.arange(full.shape[run.dimension])
+            within = order[run.units][:, None] * run.width + torch.arange(run.width)
+            index[run.start : run.start + run.length] = run.start + within.flatten()
+            full = full.index_select(run.dimension, index.to(full.device))
+    return full
+
+
+def apply_ordering(supernet: SuperNetwork, order: Order) -> None:
+    """Permute the network's units in place by `order` (from `order_by`). The full network's function is unchanged."""
+    with torch.no_grad():
+        for entry in supernet.structure.tensors:
+            parameter = supernet.model.get_parameter(entry.name)
+            permuted = reordered(entry, parameter, order, supernet.base)
+            if permuted is not parameter:
+                parameter.copy_(permuted)
+
+
+def shapes(structure: Structure) -> dict[Units, tuple[int, ...]]:
+    """All sets of units of a network, and the shape of their scores."""
+    return {run.units: run.shape for entry in structure.tensors for run in runs(entry, structure.base)}
+
+
+def _name(units: Units) -> str:
+    layer, unit = units
+    return unit if layer is None else f"{layer}.{unit}"
+
+
+def _in_groups(permutation: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a permutation moves units within the rows of `shape` only."""
+    size = shape[-1]
+    return torch.equal(permutation // size, torch.arange(len(permutation)) // size)
+
+
+def save_ordering(order: Order, influence: Sequence[float], path: Path, criterion: str) -> None:
+    """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons. The metadata name the
+    criterion that it follows, and hold each layer's block influence."""
+    tensors = {_name(units): value.cpu().contiguous() for units, value in order.items()}
+    save_file(tensors, path, {"criterion": criterion, "block_influence": json.dumps(list(influence))})
+
+
+def stored_influence(path: Path) -> list[float] | None:
+    """The block influence of each layer that `save_ordering` wrote beside an ordering; None where there is none."""
+    with safe_open(path, "pt") as stored:
+        return json.loads((stored.metadata() or {}).get("block_influence", "null"))
+
+
+def load_ordering(path: Path, structure: Structure) -> Order:
+    """An ordering from `save_ordering`. Raises `RequestError` where it is not one of this model's."""
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{path}: not an ordering ({error})") from error
+    order: Order = {}
+    for units, shape in shapes(structure).items():
+        value = stored.pop(_name(units), None)
+        if value is not None:
+            every = torch.arange(prod(shape))
+            if not torch.equal(value.sort().values, every) or not _in_groups(value, shape):
+                raise RequestError(f"{path}: '{_name(units)}' does not order the {len(every)} units of this model")
+            order[units] = value
+    if stored or not order:
+        raise RequestError(f"{path}: an ordering of another model (it names {next(iter(stored), 'nothing')})")
+    return order

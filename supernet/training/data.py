@@ -1,0 +1,227 @@
+"""Training data: documents tokenised and packed into blocks of equal length, on disk, and read back at random.
+
+Documents lie end to end, and none sees another: positions count from 0 in every document (and in every block), which
+transformers' masks take for packed sequences and keep attention within (`find_packed_sequence_indices`), and no
+document's first token is learnt from the one before it. OPT's masks and linear attention do not look at positions: in
+those, a document does see the ones before it in its block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supernet.common.errors import RequestError
+from supernet.training.sources import Row, kind_of, read_rows
+
+HELD_OUT_BLOCKS = 16
+"""Blocks that are held out at least, where there are twice as many: what held-out losses are measured on."""
+IGNORED = -100
+"""Label of a token that is not learnt from, as in transformers."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, labels and positions within the document, each [rows, length], int64."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.ids[rows], self.labels[rows], self.positions[rows])
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.labels.to(device), self.positions.to(device))
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a network is called with. The mask follows from the positions."""
+        return {"input_ids": self.ids, "position_ids": self.positions}
+
+    @property
+    def learnt(self) -> Tensor:
+        """Which positions predict a token that is learnt from, [rows, length - 1]."""
+        return self.labels[:, 1:] != IGNORED
+
+    def split(self, size: int) -> list[Batch]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed training data. `table` is [blocks, 3, length], int32, mapped from a file: ids, labels, positions."""
+
+    table: Tensor
+    fingerprint: str
+    documents: int
+    _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a block."""
+        return self.table.shape[2]
+
+    def __getitem__(self, rows: slice | list[int]) -> Batch:
+        return Batch(*self.table[rows].long().unbind(1))
+
+    def split(self, share: float = 0.02, least: int = HELD_OUT_BLOCKS) -> tuple[Blocks, Blocks]:
+        """The training part and a held-out part of `share` (at least `least` blocks, at most half), from the end."""
+        held = min(max(least, round(share * len(self))), len(self) // 2)
+        cut = len(self) - held
+        return self.part(0, cut), self.part(cut, len(self))
+
+    def part(self, start: int, stop: int) -> Blocks:
+        """Some of the blocks, in order; fingerprint and documents are still those of the whole."""
+        return Blocks(self.table[start:stop], self.fingerprint, self.documents)
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        """The `size` blocks of a step. A pure function of (seed, step): resuming needs no saved reader state.
+
+        Every epoch visits all blocks once in an order of its own.
+        """
+        positions = range(step * size, (step + 1) * size)
+        return self[[int(self._epoch_order(p // len(self), seed)[p % len(self)]) for p in positions]]
+
+    def _epoch_order(self, epoch: int, seed: int) -> Tensor:
+        key = seed * 1_000_003 + epoch
+        if key not in self._order:
+            if len(self._order) > 1:  # a step can lie in two epochs
+                self._order.clear()
+            self._order[key] = torch.randperm(len(self), generator=torch.Generator().manual_seed(key))
+        return self._order[key]
+
+
+def encode_row(row: Row, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one document, with the marks that separate it from the next."""
+    kind = kind_of(row)
+    if kind == "messages":
+        return _encode_messages(row["messages"], tokenizer, source)
+    if kind == "completion":
+        return _encode_completion(row["prompt"], row["completion"], tokenizer, source)
+    ids = _ended(tokenizer(row["text"], verbose=False).input_ids, tokenizer)
+    return ids, list(ids)
+
+
+def _encode_completion(prompt: Any, completion: Any, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
+    """A prompt and its completion, learnt from only in the completion. Either may be a list of messages."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        ids, labels = _encode_messages([*prompt, *completion], tokenizer, source, first=len(prompt))
+        return ids, labels
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        raise RequestError(f"--data {source}: 'prompt' and 'completion' must both be texts or both lists of messages")
+    # Tokenised apart, as a prompt is when it is answered.
+    before = tokenizer(prompt, verbose=False).input_ids
+    if before and before[-1] == tokenizer.eos_token_id:
+        before = before[:-1]
+    ids = _ended([*before, *tokenizer(completion, add_special_tokens=False, verbose=False).input_ids], tokenizer)
+    return ids, [IGNORED] * len(before) + ids[len(before) :]
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The document with an end mark, where the tokenizer marks neither its start nor its end."""
+    starts_marked = bool(ids) and ids[0] == tokenizer.bos_token_id
+    ends_marked = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    if not starts_marked and not ends_marked and tokenizer.eos_token_id is not None:
+        return [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _encode_messages(
+    messages: list[dict[str, str]], tokenizer: Any, source: str, first: int = 0
+) -> tuple[list[int], list[int]]:
+    """A conversation, learnt from only where the assistant speaks (from message `first` on).
+
+    The assistant's span in turn k is what the template adds between the prompt for turn k and the conversation
+    including it; this asks nothing of the template but that earlier turns render as prefixes.
+    """
+    if tokenizer.chat_template is None:
+        raise RequestError(f"--data {source}: rows hold 'messages' but the tokenizer has no chat template; give 'text'")
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant" or turn < first:
+            continue
+        prompt = _render(tokenizer, messages[:turn], prompt=True)
+        full = _render(tokenizer, messages[: turn + 1], prompt=False)
+        if full[: len(ids)] != ids or full[: len(prompt)] != prompt:
+            raise RequestError(f"--data {source}: the chat template rewrites earlier turns; give 'text' instead")
+        labels += [IGNORED] * (len(prompt) - len(ids)) + full[len(prompt) :]
+        ids = full
+    return ids, labels
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> list[int]:
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def pack(
+    source: str,
+    tokenizer: Any,
+    length: int,
+    tokens: int | None = None,
+    seen: Callable[[Row], None] | None = None,
+) -> Blocks:
+    """The source's documents, end to end, in blocks of `length` tokens; the last, incomplete block is left out, and so
+    is a block with nothing to learn from.
+
+    Blocks go to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory. Reading
+    stops after `tokens` tokens where given. `seen` is shown every row. Raises `RequestError` if not even two blocks
+    come together.
+    """
+    digest = hashlib.sha256()
+    pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
+    documents = read = blocks = 0
+    with tempfile.TemporaryFile(prefix="compressor-") as file:
+        for row in read_rows(source):
+            if seen is not None:
+                seen(row)
+            ids, labels = encode_row(row, tokenizer, source)
+            if not ids:
+                continue
+            digest.update(str(ids).encode())
+            for part, values in zip(pending, (ids, [IGNORED, *labels[1:]], [documents] * len(ids)), strict=True):
+                part += values
+            documents += 1
+            read += len(ids)
+            whole = len(pending[0]) // length * length
+            for start in range(0, whole, length):
+                block = np.array([part[start : start + length] for part in pending], dtype=np.int32)
+                block[2] = _positions(block[2])
+                if (block[1, 1:] != IGNORED).any():
+                    file.write(block.tobytes())
+                    blocks += 1
+            if whole:
+                pending = [part[whole:] for part in pending]
+            if tokens is not None and read >= tokens + length:
+                break
+        if blocks < 2:
+            raise RequestError(
+                f"--data {source}: {read} tokens in {documents} documents do not fill two blocks of {length} tokens "
+                "with something to learn from"
+            )
+        file.flush()
+        # Copy on write: torch wants an array that it may write to. The map outlives the file's name.
+        table = np.memmap(file, np.int32, mode="c", shape=(blocks, 3, length))
+    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents)
+
+
+def _positions(documents: np.ndarray) -> np.ndarray:
+    """Positions that count from 0 in every document, from the document number of each token of a block."""
+    index = np.arange(len(documents))
+    starts = np.concatenate(([True], documents[1:] != documents[:-1]))
+    return index - np.maximum.accumulate(np.where(starts, index, 0))

@@ -1,0 +1,40 @@
+"""Optimizers by name. One function makes one from parameter groups and a learning rate; `OPTIMIZERS` names them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from supernet.common.errors import RequestError
+
+Groups = list[dict[str, Any]]
+BETAS = (0.9, 0.95)
+
+
+def adamw(groups: Groups, rate: float) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel for each parameter group (CPU and CUDA)."""
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+
+
+def adamw_8bit(groups: Groups, rate: float) -> torch.optim.Optimizer:
+    """AdamW with its moments in 8 bits (Dettmers et al., arXiv 2110.02861): 2 bytes a parameter instead of 8."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=rate, betas=BETAS)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, float], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw-8bit": adamw_8bit,
+}
+
+
+def check_optimizer(name: str, device: str) -> None:
+    """Refuse an optimizer that cannot run here."""
+    if name == "adamw-8bit" and device != "cuda":
+        raise RequestError("finetuning.optimizer: adamw-8bit runs on a GPU only; use adamw")
+    if name == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError("finetuning.optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")
