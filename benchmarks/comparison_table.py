@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from export.comparison import said, standings
-from export.report import validate_report
+from export.report.comparison import said, standings
+from export.report.schema import validate_report
 
 
 def main() -> None:

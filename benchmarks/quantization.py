@@ -26,10 +26,10 @@ from torch import Tensor
 
 from compressor import demo
 from compressor.stages.measuring import load_package
-from export import gguf_layout, graphs, llama_cpp
-from export.layouts import write_layout
+from export.layouts import gguf_layout, graphs, llama_cpp
+from export.layouts.table import write_layout
 from export.package import read_record
-from export.quantize import pack_texts, quantize_packages
+from export.quantization.quantize import pack_texts, quantize_packages
 from supernet.checkpoint import open_checkpoint
 
 HELD_OUT = 200

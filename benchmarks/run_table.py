@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from export.report import Base, Package, validate_report
+from export.report.schema import Base, Package, validate_report
 
 
 def row(entry: Base | Package, name: str, base: Base, tasks: list[str]) -> str:

@@ -51,11 +51,11 @@ from compressor import demo
 from compressor.job import Job
 from compressor.recipe import Recipe, Targets
 from compressor.run import Run
-from evals import trees
-from evals.encoding import Encoder, Span
-from evals.network import NetworkLM
-from evals.scoring import Scorer
-from evals.tasks import TaskSet
+from evals.scoring import tree_attention as trees
+from evals.scoring.encoding import Encoder, Span
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import Scorer
+from evals.scoring.tasks import TaskSet
 from search.algorithms import algorithm
 from search.objectives import Constraint, choose, computed
 from search.run import first_generation

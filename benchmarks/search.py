@@ -35,8 +35,9 @@ from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.searching import GREEDY_SHARE
-from compressor.stages.subnets import Board
-from compressor.stages.warming import proposals, spread_over_sizes
+from compressor.stages.subnet_scores import Board
+from compressor.stages.warm_start import proposals, spread_over_sizes
+from evals.warm_starts import warm_starts
 from search.algorithms import algorithms
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
@@ -44,7 +45,6 @@ from search.run import SearchResult, greedy_path, search
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.slicing import extract
-from supernet.training.proposers import PROPOSERS
 from supernet.training.supernet_training import heal
 
 LEVELS = (0.90, 0.95, 0.99)
@@ -277,7 +277,7 @@ def starts(arguments: argparse.Namespace) -> None:
     earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
     looking = {"first_look": partial(bench.board.measure, first_look=True), "share": FIRST_LOOK}
     proposed, beforehand = {}, {"an earlier run": f"{arguments.evaluations} evaluations"}
-    for name in PROPOSERS:
+    for name in warm_starts():
         bench.job.recipe.searching.warm_start = [name]
         (bench.job.run.search / f"proposals-{name}.json").unlink(missing_ok=True)  # asked anew, to be timed
         began = time.monotonic()
@@ -300,7 +300,7 @@ def starts(arguments: argparse.Namespace) -> None:
         if way == "an earlier run":
             front = earlier.search("linas", seed + arguments.seeds, arguments.evaluations).front
             return {"warm_start": spread_over_sizes(bench.job, [e.architecture for e in front])}
-        if way in PROPOSERS:
+        if way in warm_starts():
             return {"warm_start": proposed[way]}
         return looking if way == "first looks" else {}
 
@@ -308,7 +308,7 @@ def starts(arguments: argparse.Namespace) -> None:
         way: [
             bench.search("linas", seed, arguments.evaluations, **options(way, seed)) for seed in range(arguments.seeds)
         ]
-        for way in ("nothing", "first looks", "greedy", *PROPOSERS, "an earlier run")
+        for way in ("nothing", "first looks", "greedy", *warm_starts(), "an earlier run")
     }
     everything = [run for of_seeds in runs.values() for run in of_seeds]
     union = np.vstack([_full_costs(bench, run) for run in everything])

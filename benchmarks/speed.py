@@ -31,8 +31,8 @@ from scipy.stats import kendalltau
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor import demo
-from evals.speed import time_beside
-from evals.speed_table import MIXED, PartTimes, designed, sizes_to_time
+from evals.speed.measured import time_beside
+from evals.speed.table import MIXED, PartTimes, designed, sizes_to_time
 from search.space import SearchSpace
 from supernet.architecture import Architecture
 from supernet.checkpoint import open_checkpoint

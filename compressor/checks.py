@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compressor.job import Job
-from export import gguf_checks, gguf_tokenizer, graphs
-from export.layouts import check_installed
-from export.quantize import linear_layers
-from export.schemes import SCHEMES
+from export.layouts import gguf_checks, gguf_tokenizer, graphs
+from export.layouts.installed import check_installed
+from export.quantization.quantize import linear_layers
+from export.quantization.schemes import SCHEMES
 from search.algorithms import algorithms
 from supernet.common.errors import RequestError, nearest
 from supernet.importance import IMPORTANCES

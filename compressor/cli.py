@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from export.schemes import SCHEMES
+from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.progress import console
 from supernet.training.accelerator import is_main

@@ -14,7 +14,7 @@ import yaml
 
 from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
 from compressor.run import Run
-from export.schemes import SCHEMES
+from export.quantization.schemes import SCHEMES
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Scheme, Structure
@@ -30,9 +30,9 @@ from supernet.training.samplers import Range
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from evals.scoring import Scorer
-    from evals.speed_table import SpeedTable
-    from evals.tasks import TaskSet
+    from evals.scoring.scorer import Scorer
+    from evals.scoring.tasks import TaskSet
+    from evals.speed.table import SpeedTable
 
 STAGES = ("finetune", "search", "export")
 SMALL = 50_000_000
@@ -133,8 +133,8 @@ class Job:
 
     @cached_property
     def tasks(self) -> TaskSet:
-        from evals.encoding import Encoder
-        from evals.tasks import TaskSet
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.tasks import TaskSet
 
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
@@ -148,7 +148,7 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
-        from evals.scoring import NetworkLM, Scorer
+        from evals.scoring.scorer import NetworkLM, Scorer
 
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
         if self.device.type == "cpu":
@@ -233,7 +233,7 @@ class Job:
 
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
-        from evals.speed_table import SpeedTable
+        from evals.speed.table import SpeedTable
 
         name = self.recipe.speed_table
         assert name is not None

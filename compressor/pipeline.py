@@ -129,8 +129,8 @@ def compare(
     job: Job, *, baselines: Sequence[str], sizes: Sequence[str], seeds: int, others: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Put ours beside pruning baselines; prints the table, and writes the report anew where there is one."""
-    from export.comparison import said, standings, terminal_table
-    from export.report import Comparison
+    from export.report.comparison import said, standings, terminal_table
+    from export.report.schema import Comparison
 
     rows = advised(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
     if job.run.report.is_file():
@@ -199,7 +199,7 @@ def evaluate(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Score any checkpoint; lm-eval's result format. Prints the scores unless `quiet`."""
-    from evals.evaluate import evaluate as run_evaluation
+    from evals.scoring.evaluate import evaluate as run_evaluation
 
     results = run_evaluation(
         path_or_repo,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from export.schemes import SchemeName
+from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, nearest
 from supernet.common.files import write_text
 

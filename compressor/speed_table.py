@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from evals.speed_table import SpeedTable
+from evals.speed.table import SpeedTable
 from supernet.checkpoint import open_checkpoint
 from supernet.common.errors import RequestError
 from supernet.slicing import extract

@@ -10,7 +10,8 @@ import numpy as np
 from lm_eval.api.metrics import mean
 from numpy.typing import NDArray
 
-from evals.tasks import ScoredTask
+from evals.quality import mean_ratio
+from evals.scoring.tasks import ScoredTask
 
 RESAMPLES = 1000
 
@@ -56,11 +57,7 @@ def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resample
 
     Not a number where the base itself scores nothing on the documents drawn.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = [
-            scores[name] / base[name] if tasks[name].higher_is_better else base[name] / scores[name] for name in scores
-        ]
-    found = np.mean(ratios, axis=0)
+    found = mean_ratio({name: tasks[name] for name in scores}, scores, base)
     return np.where(np.isfinite(found), found, np.nan)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from export.package import check_files, read_record, update_record, weight_bytes
-from export.schemes import SCHEMES
+from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
 from supernet.common.processes import fresh_environment, last_line
@@ -108,11 +108,11 @@ def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None 
     record = read_record(package)
     layout = record["entry"]["layout"]
     if layout == "gguf":
-        from export.llama_cpp import check_gguf
+        from export.layouts.llama_cpp import check_gguf
 
         return check_gguf(package, record)
     if layout in ("onnx", "openvino"):
-        from export.graphs import check_graph
+        from export.layouts.graphs import check_graph
 
         return check_graph(package, record)
     return _Checker(package, record, reference, tasks).run()
@@ -320,10 +320,10 @@ class _Checker:
 
     def scores(self, model: Any, tasks: TaskFiles) -> None:
         """The report's scores, measured again on the same documents."""
-        from evals.encoding import Encoder
-        from evals.network import NetworkLM
-        from evals.scoring import Scorer
-        from evals.tasks import TaskSet
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.lm import NetworkLM
+        from evals.scoring.scorer import Scorer
+        from evals.scoring.tasks import TaskSet
 
         recorded = self.record["entry"]["tasks"]
         encoder = Encoder(load_tokenizer(self.package), model.config)

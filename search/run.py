@@ -12,7 +12,7 @@ import numpy as np
 
 from search.algorithms import algorithm as algorithm_named
 from search.algorithms.greedy import Greedy
-from search.fidelity import FirstLooks
+from search.multi_fidelity import FirstLooks
 from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
 from search.space import SearchSpace

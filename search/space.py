@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.written import POLICIES, SIZES, kept_layers, read
+from search.presets import POLICIES, SIZES, kept_layers, read
 from supernet.architecture import Architecture, LayerSizes, Structure
 
 Genome = tuple[int, ...]
@@ -523,7 +523,7 @@ class SearchSpace:
         `ffn.*` stands for all layers (that have such a size) and `ffn.4-7` for a range; a later line overrides
         an earlier one for its layers. Values are a list, or `{step: 64, min: 128}` for FFN widths (min 0 lets
         the MLP go). `depth` is `{values: [6, 8], policy: late-block}`, `{values: …, order: […]}` or
-        `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space (`search.written.PRESETS`), in which
+        `{keep: [[0, 1, 3], …]}`. `preset: llama-nas` starts from a named space (`search.presets.PRESETS`), in which
         `step` is that of FFN widths, and `policy` or `order` (all layers, most important first) says which layers a
         depth keeps; the other lines are put over its own.
         `measured_order` (all layers, most important first) serves a depth gene of policy `importance` without an order

@@ -21,10 +21,10 @@ import transformers
 from export_networks import cut, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, random_architecture, tiny_network
 
-from export.layouts import write_layout
+from export.layouts.table import write_layout
 from export.package import check_files, write_package
-from export.quantize import quantize_packages
-from export.schemes import SCHEMES
+from export.quantization.quantize import quantize_packages
+from export.quantization.schemes import SCHEMES
 from export.verify import check
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from export.card import render_card
-from export.report import validate_report
+from export.report.card import render_card
+from export.report.schema import validate_report
 from supernet.architecture import Architecture, LayerSizes
 
 BASE = Architecture(64, (LayerSizes(4, 2, 256),) * 4)

@@ -11,9 +11,9 @@ import tiny
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from evals.encoding import Encoder
-from evals.network import NetworkLM
-from evals.tasks import Leaf, TaskSet
+from evals.scoring.encoding import Encoder
+from evals.scoring.lm import NetworkLM
+from evals.scoring.tasks import Leaf, TaskSet
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from report_helpers import CUT, HOSTILE, card_of, code_block, full_report, minim
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from export.card import fenced, inline, picture, read_base_card, render_card
-from export.report import BaseCard, validate_report
+from export.report.card import fenced, inline, picture, read_base_card, render_card
+from export.report.schema import BaseCard, validate_report
 from supernet.architecture import Architecture, LayerSizes
 
 

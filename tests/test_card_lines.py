@@ -11,9 +11,9 @@ import torch
 from export_networks import EVEN, UNEVEN, cut, tiny_llama, tiny_tokenizer
 from report_helpers import card_of, code_block, minimal_report
 
-from export.layouts import EXTRAS, write_layout
+from export.layouts.table import EXTRAS, write_layout
 from export.package import read_record
-from export.quantize import quantize_package
+from export.quantization.quantize import quantize_package
 
 PROMPT = "Anna gave the red ball"
 

@@ -14,7 +14,7 @@ from export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
 from transformers import AutoConfig
 
 from compressor.cli import run
-from evals.speed_table import SpeedTable
+from evals.speed.table import SpeedTable
 from export.package import update_record, write_package
 from supernet.families import describe
 

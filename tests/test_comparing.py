@@ -23,12 +23,12 @@ from compressor import pipeline
 from compressor.cli import run
 from compressor.run import Run
 from compressor.stages import comparing
-from compressor.stages.contest import methods
-from evals import speed
+from compressor.stages.comparison_methods import methods
 from evals.comparison import paired_interval, qualities, resampled
+from evals.speed import measured as speed
 from export import package
-from export.comparison import said, standings, terminal_table
-from export.report import Comparison, Difference
+from export.report.comparison import said, standings, terminal_table
+from export.report.schema import Comparison, Difference
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
 

@@ -19,11 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.checks import check_formats
-from export.gguf_checks import check_family
-from export.gguf_families import DECI, FAMILIES, Stored
-from export.gguf_layout import TYPES, take_stored_weights
-from export.layouts import copies_hold, of_the_uniform_one, write_layout
-from export.llama_cpp import LlamaCpp, check_gguf, measure_speed
+from export.layouts.gguf_checks import check_family
+from export.layouts.gguf_families import DECI, FAMILIES, Stored
+from export.layouts.gguf_layout import TYPES, take_stored_weights
+from export.layouts.llama_cpp import LlamaCpp, check_gguf, measure_speed
+from export.layouts.table import copies_hold, of_the_uniform_one, write_layout
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes

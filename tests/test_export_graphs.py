@@ -14,9 +14,9 @@ import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tiny_families import assert_close, tiny_network
 
-from export import graphs
-from export.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
-from export.layouts import EXTRAS, write_layout
+from export.layouts import graphs
+from export.layouts.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
+from export.layouts.table import EXTRAS, write_layout
 from export.package import PackageInfo, check_files, read_record
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes

@@ -12,9 +12,9 @@ import torch
 from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
-from export import padded as padding
-from export.layouts import write_layout
-from export.padded import pad, padded_sizes
+from export.layouts import padded as padding
+from export.layouts.padded import pad, padded_sizes
+from export.layouts.table import write_layout
 from export.verify import check
 from supernet import families
 from supernet.architecture import Architecture, LayerSizes

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from export import package as packages
-from export.layouts import write_layout
+from export.layouts.table import write_layout
 from export.package import (
     PackageInfo,
     check_files,

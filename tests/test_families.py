@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from compressor.cli import run
 from export.package import write_package
+from search.presets import PRESETS
 from search.space import SearchSpace
-from search.written import PRESETS
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError

@@ -230,7 +230,7 @@ def test_measured_work_is_not_thrown_away_unasked(made: Made, capsys: pytest.Cap
 def test_an_interrupted_search_goes_on_to_the_same_result(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from evals.scoring import Scorer
+    from evals.scoring.scorer import Scorer
 
     again = Made(tmp_path)
     shutil.copytree(made.run, again.run)

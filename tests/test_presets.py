@@ -8,8 +8,8 @@ import pytest
 from search_helpers import LLAMA_2_7B, SMALL
 from tiny_families import CONFIGS
 
+from search.presets import POLICIES, kept_layers
 from search.space import SearchSpace
-from search.written import POLICIES, kept_layers
 from supernet.families import describe
 
 

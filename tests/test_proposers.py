@@ -14,13 +14,15 @@ from search_helpers import SMALL
 from tiny_families import CONFIGS, random_architecture, tiny_network
 from transformers import AutoModelForCausalLM
 
-from compressor.stages.warming import layer_variants
+from compressor.stages.warm_start import layer_variants
+from evals.warm_starts import warm_starts
+from evals.warm_starts.blockwise import blockwise, degradation_in, refined
+from search.knapsack import assemble, options, with_layer
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.training.data import Batch
-from supernet.training.proposers import PROPOSERS, assemble, blockwise, harm_in, options, refined, with_layer
 from supernet.training.traces import Leading, trace
 
 
@@ -32,12 +34,12 @@ def test_assembling_finds_what_brute_force_finds() -> None:
     for combination in product(*options(SMALL, harms)):
         if any(option.sizes.num_key_value_heads for option in combination):
             architecture = Architecture(SMALL.base.hidden_size, tuple(option.sizes for option in combination))
-            everything.append((SMALL.parameters(architecture), sum(option.harm for option in combination)))
+            everything.append((SMALL.parameters(architecture), sum(option.degradation for option in combination)))
     path = assemble(SMALL, options(SMALL, harms))
     assert [parameters for parameters, _ in path] == [SMALL.parameters(a) for _, a in path]
     for parameters, architecture in path:
         chosen = [
-            o.harm
+            o.degradation
             for row, s in zip(options(SMALL, harms), architecture.layers, strict=True)
             for o in row
             if o.sizes == s
@@ -75,7 +77,7 @@ def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
     batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
     whole = supernet.structure.parameters(supernet.base)
     sizes = [int(share * whole) for share in (0.9, 0.7, 0.6, 0.5, 0.4)]
-    harm, path = harm_in(supernet, batches), blockwise(supernet, variants, batches)
+    harm, path = degradation_in(supernet, batches), blockwise(supernet, variants, batches)
     starts = [[a for parameters, a in path if parameters <= size][-1] for size in sizes]
     found = refined(supernet, variants, batches, path, [*sizes, 1])
     assert harm(supernet.base) == pytest.approx(0, abs=1e-6) and supernet.current == supernet.base
@@ -106,7 +108,7 @@ def test_leading_layers_are_computed_once() -> None:
     for index, layer in enumerate(supernet.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
     ids = torch.randint(3, 101, (2, 16), generator=torch.Generator().manual_seed(0))
-    harm = harm_in(supernet, [Batch(ids, ids, torch.arange(16).expand(2, 16))])
+    harm = degradation_in(supernet, [Batch(ids, ids, torch.arange(16).expand(2, 16))])
     assert calls == [0, 1, 2, 3]
     calls.clear()
     cut = LayerSizes(base.layers[0].num_attention_heads, base.layers[0].num_key_value_heads, 8)
@@ -119,10 +121,10 @@ def test_what_superposition_cannot_mix_is_refused() -> None:
     supernet = SuperNetwork(tiny_network("mixtral"))
     space = SearchSpace.preset("fine", supernet.structure)
     with pytest.raises(RequestError, match=r"superposition: .* use blockwise or greedy"):
-        PROPOSERS["superposition"](supernet, layer_variants(space), [])
+        warm_starts()["superposition"].propose(supernet, layer_variants(space), [])
 
 
-@pytest.mark.parametrize("name", PROPOSERS)
+@pytest.mark.parametrize("name", warm_starts())
 def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
     idle = model.model.layers[1]
@@ -136,8 +138,8 @@ def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
     space = SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure)
     ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
-    path = PROPOSERS[name](supernet, layer_variants(space), batches)
-    again = PROPOSERS[name](supernet, layer_variants(space), batches)
+    path = warm_starts()[name].propose(supernet, layer_variants(space), batches)
+    again = warm_starts()[name].propose(supernet, layer_variants(space), batches)
     assert path == again and len(path) > 4 and all(architecture in space for _, architecture in path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters()) and supernet.current == supernet.base

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_families import CONFIGS
 from torch import Tensor
 
-from export import quantize
 from export.package import check_files, read_package, weight_bytes, write_package
-from export.quantize import (
+from export.quantization import quantize
+from export.quantization.quantize import (
     Quantized,
     linear_layers,
     linear_layers_of,
@@ -27,8 +27,8 @@ from export.quantize import (
     quantize_package,
     quantize_packages,
 )
-from export.rounding import packed, packed_by_auto_round, round_to_nearest
-from export.schemes import SCHEMES, SchemeName
+from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_to_nearest
+from export.quantization.schemes import SCHEMES, SchemeName
 from export.verify import check, verify_all
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError

@@ -15,10 +15,10 @@ import pytest
 from report_helpers import HOSTILE, full_report, minimal_report, score, speed
 from rich.console import Console
 
-from export.page import render_html, write_report
-from export.report import Report, TaskScore, validate_report
-from export.table import footnotes, terminal_table
-from export.verdict import change, verdict
+from export.report.page import render_html, write_report
+from export.report.schema import Report, TaskScore, validate_report
+from export.report.table import footnotes, terminal_table
+from export.report.verdict import change, verdict
 from supernet.architecture import Architecture, LayerSizes
 
 

@@ -38,12 +38,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from evals import network as network_module
-from evals.encoding import Encoder
-from evals.evaluate import evaluate
-from evals.network import NetworkLM
-from evals.scoring import Scorer, TaskScore, standard_error
-from evals.tasks import Prompting, TaskSet
+from evals.scoring import lm as network_module
+from evals.scoring.encoding import Encoder
+from evals.scoring.evaluate import evaluate
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import Scorer, TaskScore, standard_error
+from evals.scoring.tasks import Prompting, TaskSet
 from export.package import write_package
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes

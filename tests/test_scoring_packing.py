@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.encoding import Span
-from evals.packing import Pack, pack
+from evals.scoring.encoding import Span
+from evals.scoring.prefix_tree import Pack, pack
 
 
 def seen(packed: Pack, last: bool = False) -> list[set[int]]:

@@ -15,8 +15,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from scoring_helpers import CHOICE, LAST_WORD, questions, write_task
 
-from evals.encoding import Encoder
-from evals.tasks import TaskSet, doc_hash, spread
+from evals.scoring.encoding import Encoder
+from evals.scoring.tasks import TaskSet, doc_hash, spread
 from supernet.common.errors import RequestError
 
 
@@ -238,7 +238,8 @@ def test_lm_evals_own_tasks_are_indexed_only_when_asked_for(tmp_path: Path, monk
 
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     """Tasks and a saved speed table serve where no network can run."""
-    code = "import sys, evals.tasks, evals.speed_table, evals.packing; sys.exit('torch' in sys.modules)"
+    modules = "evals.scoring.tasks, evals.speed.table, evals.scoring.prefix_tree"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 

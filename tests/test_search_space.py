@@ -12,8 +12,8 @@ from search_helpers import LLAMA_2_7B, SMALL, llama
 from tiny_families import CONFIGS
 
 from search.objectives import Computer, computed
+from search.presets import PRESETS, kept_layers, widths
 from search.space import Gene, SearchSpace
-from search.written import PRESETS, kept_layers, widths
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 

@@ -18,18 +18,18 @@ from compressor import cli, pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
-from compressor.stages import subnets
+from compressor.stages import subnet_scores as subnets
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.picking import choose, measured
-from compressor.stages.quality import quality_stderr, relative_quality, standard_error
 from compressor.stages.searching import speed_table
-from compressor.stages.subnets import (
+from compressor.stages.subnet_scores import (
     HeldOut,
     held_out_losses,
     score_keys,
 )
-from compressor.stages.warming import proposals
-from evals.speed_table import SpeedTable
+from compressor.stages.warm_start import proposals
+from evals.quality import quality_stderr, relative_quality, standard_error
+from evals.speed.table import SpeedTable
 from search.pareto import Target
 from search.store import EvaluationStore, Measurement
 from supernet.architecture import Architecture
@@ -180,14 +180,14 @@ def test_genes_that_seldom_fall_as_large_as_what_is_trained(tmp_path: Path) -> N
 def test_workers_share_the_cores(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made.run, tmp_path / "run")
     (tmp_path / "run" / "search").mkdir()
-    monkeypatch.setattr("evals.network.available_cores", lambda: 5)
+    monkeypatch.setattr("evals.scoring.lm.available_cores", lambda: 5)
     asked: list[int] = []
 
     def tune(lm: Any, spans: Any, cores: int) -> None:
         asked.append(cores)
         lm.set_workers(cores, cores)
 
-    monkeypatch.setattr("evals.network.NetworkLM.tune", tune)
+    monkeypatch.setattr("evals.scoring.lm.NetworkLM.tune", tune)
     threads = torch.get_num_threads()
     try:
         recipe = Run(tmp_path / "run").recipe().model_dump() | {"batch_tokens": 512}
@@ -239,18 +239,18 @@ def test_quality_is_relative_to_the_base() -> None:
     tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
     job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
     base = {"up": 0.8, "down": 30.0}
-    assert relative_quality(job, base, base) == 1.0
-    assert relative_quality(job, {"up": 0.4, "down": 60.0}, base) == pytest.approx(0.5)
-    assert relative_quality(job, {"up": 0.8, "down": 15.0}, base) == pytest.approx(1.5)
+    assert relative_quality(job.tasks.tasks, base, base) == 1.0
+    assert relative_quality(job.tasks.tasks, {"up": 0.4, "down": 60.0}, base) == pytest.approx(0.5)
+    assert relative_quality(job.tasks.tasks, {"up": 0.8, "down": 15.0}, base) == pytest.approx(1.5)
     with pytest.raises(RequestError, match="task up: the base scores 0"):
-        relative_quality(job, base, base | {"up": 0.0})
+        relative_quality(job.tasks.tasks, base, base | {"up": 0.0})
 
 
 def test_noise_of_the_quality_by_hand() -> None:
     tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
     job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
     base, values, errors = {"up": 0.8, "down": 30.0}, {"up": 0.4, "down": 60.0}, {"up": 0.08, "down": 6.0}
-    assert quality_stderr(job, values, errors, base) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
+    assert quality_stderr(job.tasks.tasks, values, errors, base) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
 
 
 @pytest.mark.parametrize(

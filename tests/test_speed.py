@@ -15,10 +15,10 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals import speed as timing
-from evals.speed import Speed, compare_speed, speed_beside
-from evals.speed_table import PartTimes, SpeedTable, designed, sizes_to_time
-from export.report import Speed as PackageSpeed
+from evals.speed import measured as timing
+from evals.speed.measured import Speed, compare_speed, speed_beside
+from evals.speed.table import PartTimes, SpeedTable, designed, sizes_to_time
+from export.report.schema import Speed as PackageSpeed
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.families import describe
@@ -100,7 +100,7 @@ def test_predictions_and_round_trip(tmp_path: Path) -> None:
     assert SpeedTable.load(tmp_path / "speed.json") == one
     assert one.fits(base) and not one.fits(structure(intermediate_size=128))
     code = (
-        "import sys, pathlib; from evals.speed_table import SpeedTable; from supernet.architecture import *;"
+        "import sys, pathlib; from evals.speed.table import SpeedTable; from supernet.architecture import *;"
         f"t = SpeedTable.load(pathlib.Path({str(tmp_path / 'speed.json')!r}));"
         f"print(t.predict(Architecture.from_dict({base.base.to_dict()}))['decode_tps']);"
         "assert 'torch' not in sys.modules"

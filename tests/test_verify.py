@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from compressor.cli import run
-from evals.encoding import Encoder
-from evals.network import NetworkLM
-from evals.scoring import Scorer
-from evals.tasks import TaskSet
+from evals.scoring.encoding import Encoder
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import Scorer
+from evals.scoring.tasks import TaskSet
 from export.package import read_package, update_record, write_package
 from export.verify import TaskFiles, _Checker, check, verify, verify_all
 from supernet.architecture import Architecture

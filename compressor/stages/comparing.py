@@ -20,13 +20,13 @@ import torch
 
 from compressor.job import Job
 from compressor.recipe import absolute_or_share
-from compressor.stages.contest import Contest, Method, documents_scored, methods
+from compressor.stages.comparison_methods import Contest, Method, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.finetuning import CALIBRATION_BLOCKS, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import choose, measured, read_picks
-from compressor.stages.quality import relative_quality
-from export.comparison import OURS
+from evals.quality import relative_quality
+from export.report.comparison import OURS
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, nearest
 from supernet.common.files import fingerprint, read_json, write_json
@@ -36,7 +36,7 @@ from supernet.training.supernet_training import heal
 
 if TYPE_CHECKING:
     from evals.comparison import Documents, Resampled
-    from evals.scoring import TaskScore
+    from evals.scoring.scorer import TaskScore
     from search.objectives import Evaluation
 
 
@@ -127,7 +127,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
     """One method at one size for every seed; returns its rows. What is there already is left as it is, and what another
     method has made of the same cut is taken from there."""
-    from export.layouts import write_layout
+    from export.layouts.table import write_layout
 
     job = contest.job
     cut: tuple[Any, Architecture] | None = None
@@ -226,7 +226,7 @@ def scored(job: Job, network: Any) -> tuple[float, dict[str, Any], Documents]:
     job.threads(scoring=True)
     found = job.scorer(network).score("report")
     base = {task: row["value"] for task, row in read_json(job.run.comparison / "base.json")["tasks"].items()}
-    quality = relative_quality(job, {task: score.value for task, score in found.items()}, base)
+    quality = relative_quality(job.tasks.tasks, {task: score.value for task, score in found.items()}, base)
     return quality, in_report(job, found), {task: score.items for task, score in found.items()}
 
 
@@ -260,7 +260,7 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
 def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
     """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
     in memory together. Rows that share a package share its speed."""
-    from evals.speed import speed_beside
+    from evals.speed.measured import speed_beside
     from export.package import update_record
 
     job.threads(scoring=True)
@@ -282,10 +282,10 @@ def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
 
 def outsider(job: Job, given: str) -> Path:
     """Score a checkpoint that was compressed elsewhere, as it came, with its own tokenizer."""
-    from evals.encoding import Encoder
-    from evals.evaluate import load_checkpoint
-    from evals.scoring import NetworkLM, Scorer
-    from evals.tasks import TaskSet
+    from evals.scoring.encoding import Encoder
+    from evals.scoring.evaluate import load_checkpoint
+    from evals.scoring.scorer import NetworkLM, Scorer
+    from evals.scoring.tasks import TaskSet
 
     name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
     file = job.run.comparison / f"with-{name}.json"
@@ -313,7 +313,7 @@ def outsider(job: Job, given: str) -> Path:
         "params": sum(p.numel() for p in parameters),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
         "tokens": None,
-        "quality": relative_quality(job, {task: score.value for task, score in found.items()}, base),
+        "quality": relative_quality(job.tasks.tasks, {task: score.value for task, score in found.items()}, base),
         "tasks": in_report(job, found),
     }
     items = {task: score.items for task, score in found.items()}

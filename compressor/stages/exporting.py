@@ -19,7 +19,7 @@ from compressor.job import Job
 from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
-from export.layouts import of_the_uniform_one
+from export.layouts.table import of_the_uniform_one
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import bar, say
@@ -107,9 +107,9 @@ def write_packages(
 
     If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
     """
-    from export.layouts import write_layout
+    from export.layouts.table import write_layout
     from export.package import update_record
-    from export.quantize import quantize_packages
+    from export.quantization.quantize import quantize_packages
 
     quantizing = job.recipe.quantizing
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])

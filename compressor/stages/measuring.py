@@ -14,8 +14,8 @@ import torch
 
 from compressor.job import Job
 from compressor.stages.finetuning import training_blocks, weights_fingerprint
-from compressor.stages.quality import relative_quality
-from compressor.stages.subnets import stored_scores
+from compressor.stages.subnet_scores import stored_scores
+from evals.quality import relative_quality
 from supernet.architecture import Architecture
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
@@ -57,7 +57,7 @@ class Bench:
     """
 
     def __init__(self, job: Job) -> None:
-        from evals.speed import device_name
+        from evals.speed.measured import device_name
 
         self.job, self.base = job, cache(job.load_base)
         self.text, self.prompts = unread_text(job), openings(job)
@@ -115,7 +115,7 @@ class Bench:
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
             "tasks": self.scores[name],
-            "quality": relative_quality(job, self._values(name), self._values("base")),
+            "quality": relative_quality(job.tasks.tasks, self._values(name), self._values("base")),
             "held_out_loss": self.losses[name],
             "speed": speed,
         }
@@ -124,7 +124,7 @@ class Bench:
 
     def time(self, package: Path, record: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
         """Speed of a package, in turn with the base where transformers loads it."""
-        from evals.speed import Speed, speed_beside
+        from evals.speed.measured import Speed, speed_beside
 
         self.job.threads(scoring=True)
         if record["entry"]["layout"] not in LOADABLE:
@@ -137,7 +137,7 @@ class Bench:
 
     def write(self, names: list[str]) -> None:
         """`base.json`: the base as the report shows it, and what packages say beside it."""
-        from export.card import read_base_card
+        from export.report.card import read_base_card
 
         job = self.job
         base = {
@@ -175,7 +175,7 @@ def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
 
     That the file's own runtime computes the same is for the proof to say.
     """
-    from export.gguf_layout import take_stored_weights
+    from export.layouts.gguf_layout import take_stored_weights
 
     if record["entry"]["layout"] != "gguf":
         return load_package(package, job.compute_dtype, job.device)
@@ -198,7 +198,7 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
-    from export import graphs, llama_cpp
+    from export.layouts import graphs, llama_cpp
 
     work = {"prompt": like["prompt"], "new": like["new"], "threads": like["threads"] or 1}
     if record["entry"]["layout"] == "gguf":

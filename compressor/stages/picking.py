@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
-from compressor.stages.subnets import held_out_losses
-from export.layouts import copies_hold
+from compressor.stages.subnet_scores import held_out_losses
+from export.layouts.table import copies_hold
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json

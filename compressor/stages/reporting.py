@@ -6,9 +6,9 @@ from typing import Any
 
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
-from compressor.stages.contest import documents_scored
+from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.finetuning import data_fingerprint
-from compressor.stages.subnets import HELD_OUT, first_look_limit, score_keys
+from compressor.stages.subnet_scores import HELD_OUT, first_look_limit, score_keys
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
@@ -21,12 +21,12 @@ Errors = dict[tuple[str, str, bool], float | None]
 
 def report(job: Job) -> dict[str, Any]:
     """Assemble report.json from what the stages left, write report.html and the cards, print the table."""
-    from export.card import render_card
     from export.package import read_record, write_card
-    from export.page import write_report
-    from export.report import validate_report
-    from export.table import footnotes, terminal_table
-    from export.verdict import verdict
+    from export.report.card import render_card
+    from export.report.page import write_report
+    from export.report.schema import validate_report
+    from export.report.table import footnotes, terminal_table
+    from export.report.verdict import verdict
 
     run, recipe = job.run, job.recipe
     base_file = run.packages / "base.json"

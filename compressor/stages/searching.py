@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
-from compressor.stages.subnets import Board, first_look_limit, measurable, score_keys
-from compressor.stages.warming import GREEDY, proposals, sources
-from export.layouts import copies_hold
+from compressor.stages.subnet_scores import Board, first_look_limit, measurable, score_keys
+from compressor.stages.warm_start import GREEDY, proposals, sources
+from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
 from search.run import greedy_path
@@ -23,7 +23,7 @@ from supernet.common.progress import bar, say
 from supernet.slicing import extract, fits_plain_class
 
 if TYPE_CHECKING:
-    from evals.speed_table import SpeedTable
+    from evals.speed.table import SpeedTable
 
 NOT_MEASURED = {"workers", "executor"}
 """Of the recipe's section: who measures, which moves no number."""
@@ -198,7 +198,7 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     Timings do not depend on what the weights are, so the base serves as well as the super-network. A table that the
     recipe names, of another device, takes its place.
     """
-    from evals.speed_table import SpeedTable
+    from evals.speed.table import SpeedTable
 
     job.threads(scoring=True)
     if job.recipe.speed_table is not None:

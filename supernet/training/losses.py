@@ -162,3 +162,8 @@ def held_out_loss(model: Any, data: Blocks, rows: int, device: torch.device) -> 
         total += float(token_losses({"ce": 1.0}, part, None, 1.0))
         count += len(part.targets)
     return total / max(count, 1)
+
+
+def divergence(student: Trace, teacher: Trace) -> Tensor:
+    """KL(teacher || student), nats per token."""
+    return token_losses({"kl": 1.0}, student, teacher, 1.0) / max(1, len(student.targets))

@@ -1,0 +1,159 @@
+"""What a comparison compares: the methods, and all that they have in common at one size."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compressor.job import Job
+from compressor.run import Run
+from compressor.stages.finetuning import finetune
+from compressor.stages.picking import choose, measured
+from compressor.stages.searching import search
+from export.report.comparison import OURS
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+from supernet.common.files import fingerprint
+from supernet.common.versions import versions
+from supernet.slicing import extract
+from supernet.training.data import Blocks
+
+if TYPE_CHECKING:
+    from evals.baselines import Baseline, Bench, Cut
+
+TOLERANCE = 0.01
+"""Sizes count as the same within this share."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One size: what ours is there, and what every method starts from."""
+
+    job: Job
+    size: str
+    architecture: Architecture
+    supernet: SuperNetwork
+    base: Any
+    calibration: tuple[torch.Tensor, ...]
+    text: Blocks
+    """What the methods heal on that do not start from the fine-tuned super-network; ours reads the first of it."""
+
+    @property
+    def parameters(self) -> int:
+        return self.job.structure.parameters(self.architecture)
+
+    @cached_property
+    def inputs(self) -> str:
+        """Fingerprint of all that the rows of this size depend on; rows of another one are not compared with them."""
+        job = self.job
+        read = {
+            "base": job.base_fingerprint,
+            "supernet": job.run.supernet_weights,
+            "ours": self.architecture.key,
+            "finetuning": job.recipe.finetuning.tokens,
+            "healing": asdict(job.train_settings(job.recipe.healing, self.text.length, job.recipe.seed)),
+            "dtype": str(job.compute_dtype),
+            "data": self.text.fingerprint,
+            "documents": documents_scored(job),
+            "seed": job.recipe.seed,
+        }
+        return fingerprint(read)
+
+    @cached_property
+    def bench(self) -> Bench:
+        from evals.baselines import Bench
+
+        return Bench(self.base, self.job.structure, self.calibration, self.parameters)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a network of the size: its name, where it comes from, and how it is made for a seed.
+
+    `trained` methods start from the fine-tuned super-network, so that healing is all they still get; the others heal
+    with the tokens of the fine-tuning too. `drawn` ones differ by seed before they are healed.
+    """
+
+    name: str
+    about: str
+    make: Callable[[Contest, int], Cut]
+    trained: bool = False
+    drawn: bool = False
+
+
+def ours(contest: Contest, seed: int) -> Cut:
+    architecture = contest.architecture
+    return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+
+
+def random_subnetwork(contest: Contest, seed: int) -> Cut:
+    """The first draw of the super-network's space that has the size."""
+    rng = np.random.default_rng([contest.job.recipe.seed, seed])
+    for _ in range(1000):
+        architecture = contest.job.draw_near(rng, contest.parameters)
+        if same_size(contest.job.structure.parameters(architecture), contest.parameters):
+            return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+    raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
+
+
+def untrained_search(contest: Contest, seed: int) -> Cut:
+    """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
+    from search.pareto import Target
+
+    job = contest.job
+    recipe = job.recipe.model_copy(deep=True)
+    recipe.finetuning.tokens = 0
+    plain = Job(Run.create(job.run.comparison / "untrained-search", recipe, {"versions": versions()}), recipe)
+    if job.run.speed_table.is_file():  # the same device, and timings do not depend on what the weights are
+        shutil.copy(job.run.speed_table, plain.run.speed_table)
+    finetune(plain)
+    search(plain)
+    evaluations = [e for e in measured(plain) if same_size(e.values["parameters"], contest.parameters)]
+    if not evaluations:
+        raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
+    best = choose(plain, evaluations, Target(max_params=math.ceil(contest.parameters * (1 + TOLERANCE)))).architecture
+    return extract(plain.load_supernet().model, job.structure, best), best
+
+
+def from_scratch(contest: Contest, seed: int) -> Cut:
+    """The shape of ours with random weights, to be distilled from the base like all others."""
+    network, architecture = ours(contest, seed)
+    torch.manual_seed(contest.job.recipe.seed + seed)
+    fresh: Any = type(network)(network.config)
+    fresh.generation_config = copy.deepcopy(network.generation_config)
+    return fresh.to(contest.job.device, contest.job.compute_dtype).eval(), architecture
+
+
+def published(baseline: Baseline) -> Method:
+    return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.bench))
+
+
+def methods() -> dict[str, Method]:
+    """Ours first, then what it is compared with."""
+    from evals.baselines import baselines
+
+    own = [
+        Method(OURS, "searched in the fine-tuned super-network", ours, trained=True),
+        Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),
+        Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search),
+        Method("scratch", "the shape of ours, distilled from random weights", from_scratch, drawn=True),
+    ]
+    return {m.name: m for m in [*own, *map(published, baselines().values())]}
+
+
+def documents_scored(job: Job) -> dict[str, str]:
+    """Fingerprint of every task's documents on the report split."""
+    return {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks}
+
+
+def same_size(parameters: float, wanted: int) -> bool:
+    return abs(parameters / wanted - 1) <= TOLERANCE

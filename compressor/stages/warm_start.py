@@ -1,0 +1,117 @@
+"""What a search starts from beside chance: earlier fronts, greedy cuts, and the methods of `evals.warm_starts`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compressor.job import Job
+from compressor.run import Run
+from compressor.stages.finetuning import data_fingerprint, training_blocks
+from evals.warm_starts import warm_starts
+from evals.warm_starts.blockwise import refined
+from search.space import SearchSpace
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, nearest
+from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.progress import say
+
+GREEDY = "greedy"
+"""Greedy perturbation: it measures, so the search itself carries it out."""
+BLOCKS, BATCH = 8, 4
+"""Blocks of training text that proposers look at, and how many at a time."""
+
+
+def sources(job: Job) -> dict[str, str]:
+    """The warm start's sources by name, with a fingerprint of what each holds. Raises `RequestError` for one that is
+    neither a searched run nor the name of a proposer."""
+    found = {}
+    for name in job.recipe.searching.warm_start:
+        front = Run(Path(name)).front
+        if name == GREEDY or name in warm_starts():
+            found[name] = name
+        elif front.is_file():
+            found[name] = hashlib.sha256(front.read_bytes()).hexdigest()[:16]
+        else:
+            known = (GREEDY, *warm_starts())
+            raise RequestError(
+                f"--warm-start {name}: neither a run that was searched nor one of {', '.join(known)}"
+                f"{nearest(name, known)}"
+            )
+    return found
+
+
+def proposals(job: Job) -> list[Architecture]:
+    """Architectures for the first generation to measure, a third of a population from each source, spread over sizes.
+
+    Raises `RequestError` where an earlier run has nothing to offer.
+    """
+    found: list[Architecture] = []
+    for name in sources(job):
+        if name in warm_starts():
+            found += spread_over_sizes(job, proposed(job, name))
+        elif name != GREEDY:
+            found += spread_over_sizes(job, earlier_front(job, Path(name)))
+    return list(dict.fromkeys(found))
+
+
+def earlier_front(job: Job, path: Path) -> list[Architecture]:
+    """What is on the front of another run, perhaps of another device, and in this run's space."""
+    searched = read_json(Run(path).front)
+    rows = {row["key"]: Architecture.from_dict(row["architecture"]) for row in searched["evaluations"]}
+    found = [rows[key] for key in searched["front"] if rows[key] in job.space]
+    if not found:
+        raise RequestError(f"--warm-start {path}: nothing on its front is in this run's search space")
+    return found
+
+
+def proposed(job: Job, name: str) -> list[Architecture]:
+    """What a proposer names, of this run's space; from `search/proposals-NAME.json` where it was asked before."""
+    manifest = job.run.manifest(job.run.supernet) or {}
+    text = data_fingerprint(job.recipe.data or "")
+    inputs = [manifest["weights"], job.space.to_dict(), text, job.recipe.targets.model_dump()]
+    file = job.run.search / f"proposals-{name}.json"
+    if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
+        variants = layer_variants(job.space)
+        if not variants:
+            say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
+            return []
+        say(f"{name}: looking for architectures to start from")
+        batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
+        supernet = job.load_supernet()
+        path = warm_starts()[name].propose(supernet, variants, batches)
+        path += refined(supernet, variants, batches, path, [size for _, size in job.sizes() if size is not None])
+        write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
+    found = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
+    return [architecture for architecture in found if architecture in job.space]
+
+
+def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
+    """(layer, its sizes) of every architecture of the space that differs from the base in one layer through one gene.
+
+    Genes that change several layers at once have no such variants: proposers leave them whole.
+    """
+    found = {}
+    whole = [len(gene.values) - 1 for gene in space.genes]
+    for position, gene in enumerate(space.genes):
+        for value in range(len(gene.values) - 1):
+            cut = space.decode([*whole[:position], value, *whole[position + 1 :]])
+            changed = [i for i, (a, b) in enumerate(zip(cut.layers, space.base.layers, strict=True)) if a != b]
+            if len(changed) == 1 and cut.hidden_size == space.base.hidden_size:
+                found[changed[0], cut.layers[changed[0]]] = gene.name
+    return list(found)
+
+
+def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Architecture]:
+    """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
+    the largest that the targets allow."""
+    n = job.recipe.searching.population // 3
+    sizes = [size for _, size in job.sizes() if size is not None]
+    ordered = sorted(architectures, key=lambda a: (job.structure.parameters(a), a.key))
+    allowed = [a for a in ordered if not sizes or job.structure.parameters(a) <= max(sizes)] or ordered
+    fitting = [[a for a in allowed if job.structure.parameters(a) <= size] for size in sizes]
+    steps = np.linspace(0, len(allowed) - 1, min(n, len(allowed))).round().astype(int)
+    return list(dict.fromkeys([few[-1] for few in fitting if few] + [allowed[i] for i in steps]))[: max(n, len(sizes))]

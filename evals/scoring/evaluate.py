@@ -1,0 +1,172 @@
+"""Score any checkpoint - ours or not, quantized or not - and say so in lm-eval's result format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.scoring.encoding import Encoder
+from evals.scoring.tasks import Prompting, TaskSet
+from supernet.common.errors import RequestError, VerificationError
+from supernet.trust import brings_code, check_code, load_tokenizer
+
+
+def evaluate(
+    path_or_model: Any,
+    tasks: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    prompting: Prompting = Prompting(),  # noqa: B008 - immutable
+    max_length: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Score a checkpoint by path or hub name, or a model in memory with its `tokenizer`, on whole tasks.
+
+    All documents count (`limit`: so many of each task), few-shot examples are lm-eval's own; so the numbers compare
+    with other people's. Returns lm-eval's results (`results`, `groups`, `configs`, `versions`, `n-shot`,
+    `higher_is_better`, `n-samples`, `config`), and in `scores` each task's chosen metric with its value, standard
+    error, number of documents and chance level. Raises RequestError for a request that cannot be met.
+    """
+    import lm_eval
+    import torch
+    import transformers
+    from lm_eval.api.metrics import mean
+    from lm_eval.evaluator_utils import _collect_results, aggregate_groups
+
+    from evals.scoring.lm import NetworkLM
+    from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Scorer, raw_metrics, standard_error
+    from supernet.common.processes import available_cores
+
+    began = time.time()
+    if isinstance(path_or_model, (str, Path)):
+        name = str(path_or_model)
+        model, tokenizer = load_checkpoint(name, device, dtype, revision, trust_remote_code)
+    else:
+        model, name = path_or_model, str(getattr(path_or_model.config, "_name_or_path", "")) or "model"
+        if tokenizer is None:
+            raise ValueError("a model in memory needs its tokenizer")
+    encoder = Encoder(tokenizer, model.config, max_length)
+    task_set = TaskSet.load(
+        tasks,
+        encoder=encoder,
+        include_path=[include_path] if include_path else [],
+        num_fewshot=num_fewshot,
+        prompting=prompting,
+        holdout=False,
+    )
+    lm = NetworkLM(model.eval(), encoder)
+    lm.tune(task_set.questions("all", limit).spans, available_cores())
+    scorer = Scorer(task_set, lm)
+    answers = scorer.ask("all", limit)
+    collected: dict[str, Any] = {}
+    for leaves in task_set.questions("all", limit).documents.values():
+        for leaf, documents in leaves:
+            if documents:
+                raw = raw_metrics(leaf, documents, answers)
+                collected[leaf.name] = {"task": leaf.task, "raw_metrics": raw, "logged_samples": []}
+    accumulated = _collect_results(collected, task_set.groups, bootstrap_iters=0)
+    for task_name, row in collected.items():
+        for (metric, filter_name), items in row["raw_metrics"].items():
+            error = standard_error(row["task"].aggregation().get(metric, mean), items, everywhere=False)
+            if error is not None:
+                accumulated.metrics[task_name][f"{metric}_stderr,{filter_name}"] = error
+    results: dict[str, Any] = dict(aggregate_groups(accumulated)._to_eval_results())
+    parameter = next(model.parameters())
+    scores = scorer.scores("all", limit, answers)
+    return results | {
+        "config": {
+            "model": "hf",
+            "model_args": {"pretrained": name, "revision": revision or "main", "trust_remote_code": trust_remote_code},
+            "model_num_parameters": sum(p.numel() for p in model.parameters()),
+            "model_dtype": str(parameter.dtype),
+            "device": str(parameter.device),
+            "limit": limit,
+            "max_length": encoder.max_length,
+            "bootstrap_iters": BOOTSTRAP_ITERATIONS,
+            "chat_template": prompting.chat,
+            "system_instruction": prompting.system,
+            "fewshot_as_multiturn": prompting.multiturn,
+        },
+        "scores": {
+            task: {
+                "metric": score.metric,
+                "value": score.value,
+                "stderr": score.stderr,
+                "n": score.n,
+                "higher_is_better": score.higher_is_better,
+                "chance": score.chance,
+                "near_chance": score.near_chance,
+            }
+            for task, score in scores.items()
+        },
+        "date": began,
+        "total_evaluation_time_seconds": time.time() - began,
+        "lm_eval_version": lm_eval.__version__,
+        "transformers_version": transformers.__version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def load_checkpoint(
+    name: str, device: str, dtype: str, revision: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or a hub repository. Code files are run only if they are exactly what this
+    version writes, or with `trust_remote_code`."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from supernet.loading import load_network
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _fetch(name, revision)
+    trusted = trust_remote_code or _is_own_code(name, folder)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
+    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "float32"  # as everywhere in this tool: half precision is slow on most CPUs, and less exact
+    try:
+        if trust_remote_code:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+        else:
+            tokenizer = load_tokenizer(folder)
+        model, _ = load_network(folder, dtype, trusted)
+    except (OSError, ValueError, ImportError, VerificationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
+    return model.to(place), tokenizer
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RequestError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+    wanted = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"{name}: neither a folder nor a model that the hub would give ({reason})") from error
+
+
+def _is_own_code(name: str, folder: Path) -> bool:
+    """Whether the folder brings code, all of it written by this version. Raises RequestError for other code."""
+    if not brings_code(folder):
+        return False
+    try:
+        return check_code(folder)
+    except VerificationError as error:
+        raise RequestError(
+            f"{name}: brings code of its own ({error}); say --trust-remote-code if you trust it"
+        ) from error

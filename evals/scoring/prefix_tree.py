@@ -1,0 +1,209 @@
+"""Many token sequences as one: every distinct prefix once, no padding. No torch.
+
+The sequences of a batch form a tree whose nodes are tokens. A network reads the nodes as one sequence of as many
+tokens, each at its own position (its depth), and attention lets a node see its ancestors and itself. What sequences
+share - a few-shot preamble, a question's text before its answers, the beginning of a minimal pair - is computed once.
+
+Attention over the whole tree would cost the square of its size, so nodes are cut into *blocks*: runs of consecutive
+nodes that have their outside ancestors in common. A block's queries see those ancestors and, under a mask, the block.
+
+Behind the last attention, only the nodes whose logits are needed matter: `last` are the blocks with those queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.scoring.encoding import Span
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of like size, padded with 0: `queries` [b, q], places among the nodes that ask; `keys` [b, k], nodes;
+    `mask` [b, q, k], true where a query sees a key; `valid` [b, q], false where a query is padding. A padded query
+    sees key 0, to stay finite."""
+
+    queries: Ints
+    keys: Ints
+    mask: NDArray[np.bool_]
+    valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """One forward pass over a tree of n nodes, and how to read the scores of its spans from it.
+
+    `tokens`, `positions` [n]. `rows` [r]: the nodes whose logits are needed. Scored token j is `targets[j]` at logits
+    row `at[j]` and belongs to span `owner[j]`, a position in the list of spans that was packed. In `blocks` all nodes
+    are queries, in `last` only the rows.
+    """
+
+    tokens: Ints
+    positions: Ints
+    blocks: tuple[Blocks, ...]
+    last: tuple[Blocks, ...]
+    rows: Ints
+    at: Ints
+    targets: Ints
+    owner: Ints
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pack(spans: Sequence[Span], max_tokens: int, max_rows: int | None = None, block: int = 64) -> list[Pack]:
+    """Spans in packs of at most `max_tokens` nodes and `max_rows` rows of logits (a single span may exceed both).
+
+    `block`: nodes that a block may hold before it is cut where the tree branches.
+    """
+    order = sorted(range(len(spans)), key=lambda i: spans[i].tokens)
+    packs: list[Pack] = []
+    batch: list[int] = []
+    nodes = rows = 0
+    previous: tuple[int, ...] = ()
+    for i in order:
+        tokens = spans[i].tokens[:-1]  # the last token is only scored, never read
+        shared = _common_prefix(previous, tokens)
+        more, more_rows = len(tokens) - shared, min(spans[i].scored, len(tokens) - shared + 1)
+        if batch and (nodes + more > max_tokens or (max_rows is not None and rows + more_rows > max_rows)):
+            packs.append(_pack(spans, batch, block))
+            batch, nodes, rows = [], 0, 0
+            more, more_rows = len(tokens), spans[i].scored
+        batch.append(i)
+        nodes, rows, previous = nodes + more, rows + more_rows, tokens
+    if batch:
+        packs.append(_pack(spans, batch, block))
+    return packs
+
+
+def _pack(spans: Sequence[Span], batch: Sequence[int], block: int) -> Pack:
+    """`batch` lists spans in lexicographic order of their tokens: a depth-first walk through the tree."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    path: list[int] = []  # nodes of the previous sequence, from the root
+    previous: tuple[int, ...] = ()
+    row_of: dict[int, int] = {}
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for i in batch:
+        read = spans[i].tokens[:-1]
+        del path[_common_prefix(previous, read) :]
+        for token in read[len(path) :]:
+            parents.append(path[-1] if path else -1)
+            path.append(len(tokens))
+            tokens.append(token)
+        previous = read
+        scored = spans[i].scored
+        at += [row_of.setdefault(node, len(row_of)) for node in path[len(path) - scored :]]
+        targets += spans[i].tokens[-scored:]
+        owner += [i] * scored
+    positions = np.zeros(len(tokens), np.int64)
+    for node, parent in enumerate(parents):
+        positions[node] = positions[parent] + 1 if parent >= 0 else 0
+    end = _ends(parents)
+    cuts = _cuts(end, block)
+    return Pack(
+        np.array(tokens, np.int64),
+        positions,
+        _blocks(cuts, end, {node: node for node in range(len(tokens))}),
+        _blocks(cuts, end, row_of),
+        np.array(list(row_of), np.int64),
+        np.array(at, np.int64),
+        np.array(targets, np.int64),
+        np.array(owner, np.int64),
+    )
+
+
+Cut = tuple[list[int], int, int]
+"""A block's outside ancestors, its first node, and one past its last."""
+
+
+def _ends(parents: Sequence[int]) -> list[int]:
+    """One past the last descendant of each node; nodes are in depth-first order."""
+    end = list(range(1, len(parents) + 1))
+    for node in range(len(parents) - 1, -1, -1):
+        if parents[node] >= 0:
+            end[parents[node]] = max(end[parents[node]], end[node])
+    return end
+
+
+def _cuts(end: Sequence[int], block: int) -> list[Cut]:
+    """Cut nodes into blocks of at most `block` where the tree branches."""
+    cuts: list[Cut] = []
+    todo: list[Cut] = [([], 0, len(end))]  # sibling subtrees
+    while todo:
+        ancestors, start, stop = todo.pop()
+        while start < stop:
+            last = start
+            while last < stop and (end[last] - start <= block):
+                last = end[last]
+            if last > start:
+                cuts.append((ancestors, start, last))
+                start = last
+                continue
+            above = ancestors  # a large subtree: its unbranched top is cut evenly, its branches are done in turn
+            chain = start
+            while chain < end[start] and end[chain] == end[start]:
+                chain += 1
+            for first in range(start, chain, block):
+                cuts.append((above, first, min(first + block, chain)))
+                above = above + list(range(first, min(first + block, chain)))
+            if chain < end[start]:
+                todo.append((above, chain, end[start]))
+            start = end[start]
+    return cuts
+
+
+def _blocks(cuts: Sequence[Cut], end: Sequence[int], place: Mapping[int, int]) -> tuple[Blocks, ...]:
+    """Blocks of like size together. `place`: the nodes that are queries, and where they stand among the queries."""
+    alike: dict[tuple[int, int], list[tuple[list[int], Cut]]] = {}
+    for cut in cuts:
+        queries = [node for node in range(cut[1], cut[2]) if node in place]
+        if queries:
+            size = _round_up(len(queries)), _round_up(len(cut[0]) + cut[2] - cut[1])
+            alike.setdefault(size, []).append((queries, cut))
+    ends = np.array(end, np.int64)
+    return tuple(_stack(group, ends, place) for _, group in sorted(alike.items(), key=lambda item: item[0]))
+
+
+def _stack(group: Sequence[tuple[list[int], Cut]], end: Ints, place: Mapping[int, int]) -> Blocks:
+    width = max(len(queries) for queries, _ in group)
+    reach = max(len(ancestors) + stop - start for _, (ancestors, start, stop) in group)
+    queries = np.zeros((len(group), width), np.int64)
+    keys = np.zeros((len(group), reach), np.int64)
+    mask = np.zeros((len(group), width, reach), np.bool_)
+    valid = np.zeros((len(group), width), np.bool_)
+    for b, (asking, (ancestors, start, stop)) in enumerate(group):
+        size, outside, nodes, own = len(asking), len(ancestors), np.array(asking), np.arange(start, stop)
+        queries[b, :size] = [place[node] for node in asking]
+        valid[b, :size] = True
+        keys[b, :outside] = ancestors
+        keys[b, outside : outside + len(own)] = own
+        mask[b, :size, :outside] = True
+        mask[b, :size, outside : outside + len(own)] = (own <= nodes[:, None]) & (nodes[:, None] < end[own])
+        mask[b, size:, 0] = True
+    return Blocks(queries, keys, mask, valid)
+
+
+def _round_up(size: int) -> int:
+    """Sizes that may share a stack: the next power of two below 16, then the next multiple of an eighth of one."""
+    if size <= 16:
+        return 1 << max(size - 1, 0).bit_length() if size else 0
+    step = max(8, 1 << (size.bit_length() - 3))
+    return -(-size // step) * step
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

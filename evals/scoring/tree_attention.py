@@ -1,0 +1,300 @@
+"""Reading a tree of tokens with a network's own modelling code: what sequences share is computed once.
+
+- The tokens of all requests form trees (`evals.scoring.prefix_tree`), and the network reads a tree as one sequence,
+  without padding; only attention knows the tree.
+- Logits are computed where a token is scored, and nowhere else; the last layer that attends reads keys and values
+  from all tokens and computes the rest of itself, and of what follows, for those same tokens only.
+- Where consecutive calls activate sub-networks with equal leading layers, those layers are not computed again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from evals.scoring.encoding import Span
+from evals.scoring.prefix_tree import Blocks, Pack, pack
+from supernet.architecture import Architecture
+
+TREE_ATTENTION = "nas_compressor_tree"
+SMALLEST_PASS = 256
+"""Tokens below which a pass is not cut further for the sake of more workers."""
+
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Of scored tokens: the span each belongs to, its log-probability, and whether it is not the first choice."""
+
+
+def token_scores(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` at rows `at` of `logits` [r, vocabulary]; where they are not the first choice."""
+    logits = logits.float()
+    scores, top = logits[at, targets], logits.amax(-1)
+    missed = scores != top[at]
+    ties = (~missed).nonzero()[:, 0]  # of equal logits the first one is chosen; argmax is too slow for all rows
+    missed[ties] = logits[at[ties]].argmax(-1) != targets[ties]
+    total = logits.sub_(top[:, None]).exp_().sum(-1)  # in place: nobody else holds these logits
+    return scores - (top + total.log())[at], missed
+
+
+class Plan:
+    """Spans in the form that a network reads: the distinct ones, packed, on the network's device."""
+
+    def __init__(
+        self, spans: Sequence[Span], max_tokens: int, max_rows: int, device: torch.device, workers: int = 1
+    ) -> None:
+        self.distinct = list(dict.fromkeys(spans))
+        number = {span: i for i, span in enumerate(self.distinct)}
+        self.index = [number[span] for span in spans]
+        packs = pack(self.distinct, max_tokens, max_rows)
+        if workers > 1:  # as many passes as keep all workers busy to the end
+            rounds = -(-len(packs) // workers)
+            even = int(1.05 * sum(map(len, packs)) / (rounds * workers))
+            packs = pack(self.distinct, min(max_tokens, max(even, SMALLEST_PASS)), max_rows)
+        self.packs = [DevicePack(p, device) for p in packs]
+        self.longest = max((len(span.tokens) for span in self.distinct), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the network reads to answer all spans."""
+        return sum(p.tokens.shape[1] for p in self.packs)
+
+
+class DevicePack:
+    """A `Pack` as tensors: tokens and positions [1, n]; the blocks' indices; rows, at, targets and owner."""
+
+    def __init__(self, source: Pack, device: torch.device) -> None:
+        def put(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.tokens, self.positions = put(source.tokens)[None], put(source.positions)[None]
+        self.rows, self.at, self.targets, self.owner = map(put, (source.rows, source.at, source.targets, source.owner))
+        self.blocks = [DeviceBlocks(block, put) for block in source.blocks]
+        self.last = [DeviceBlocks(block, put) for block in source.last]
+
+
+class DeviceBlocks:
+    """`queries` [b, q], `keys` [b, k], `mask` [b, 1, q, k]; `places`: where the valid outputs, `valid`, belong."""
+
+    def __init__(self, source: Blocks, put: Callable[[Any], Tensor]) -> None:
+        valid = source.valid.reshape(-1)
+        self.queries, self.keys = put(source.queries), put(source.keys)
+        self.places = put(source.queries.reshape(-1)[valid])
+        self.valid = None if valid.all() else put(valid.nonzero()[0])
+        self._mask = put(source.mask)[:, None]
+        self._additive: dict[torch.dtype, Tensor] = {}
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Zero where a query sees a key, minus infinity elsewhere."""
+        if dtype not in self._additive:
+            zero = torch.zeros((), dtype=dtype, device=self._mask.device)
+            self._additive[dtype] = torch.where(self._mask, zero, torch.full_like(zero, -torch.inf))
+        return self._additive[dtype]
+
+    def forget_mask(self) -> None:
+        """Until it is asked for again: four bytes for each pair add up over a plan, and making them takes no time."""
+        self._additive.clear()
+
+
+class Reading(threading.local):
+    """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`.
+
+    `capturing`: the layer at work is to give its keys and values away; `captured`: they are in place of its own.
+    """
+
+    pack: DevicePack
+    number: int
+    implementations: dict[int, str]
+    capturing = False
+    captured: tuple[Tensor, Tensor] | None = None
+
+
+reading = Reading()
+
+
+class _KeysAndValues(Exception):
+    """Not an error: the way out of a layer that is not to be finished, with its keys and values [1, kv heads, n, d]."""
+
+
+def _tree_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The network's own attention, block by block. `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]."""
+    if reading.capturing:
+        raise _KeysAndValues(key, value)
+    blocks = reading.pack.blocks
+    if reading.captured is not None:  # the queries are those of the rows
+        (key, value), blocks = reading.captured, reading.pack.last
+    config: Any = module.config
+    name = reading.implementations[id(config)]
+    if name in AttentionInterface._global_mapping:
+        attend: Callable[..., Any] = AttentionInterface._global_mapping[name]
+    else:
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    kwargs.pop("is_causal", None)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [n, heads, d]
+    result = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
+
+    def gather(states: Tensor, nodes: Tensor) -> Tensor:
+        return states.index_select(0, nodes.reshape(-1)).unflatten(0, nodes.shape).transpose(1, 2)  # [b, heads, m, d]
+
+    for block in blocks:
+        seen, _ = attend(
+            module,
+            gather(q, block.queries),
+            gather(k, block.keys),
+            gather(v, block.keys),
+            block.mask(q.dtype),
+            **kwargs,
+        )
+        flat = seen.reshape(-1, *result.shape[1:])
+        result.index_copy_(0, block.places, flat if block.valid is None else flat[block.valid])
+    return result[None], None
+
+
+AttentionInterface.register(TREE_ATTENTION, _tree_attention)
+
+
+@contextmanager
+def tree_interface(model: nn.Module) -> Iterator[dict[int, str]]:
+    """Route the network's attention through `_tree_attention`; gives {id of a configuration: its own way}.
+
+    Layers of an uneven network have configurations of their own, so all that modules hold are switched.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    own = {key: getattr(config, "_attn_implementation", None) or "eager" for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = TREE_ATTENTION
+    try:
+        yield own
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = own[key]
+
+
+class Layers:
+    """The network's layers, and what stands in for them while trees are read: those whose outputs are known from the
+    call before, and the last one that attends."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        config: Any = getattr(model.config, "text_config", None) or model.config
+        depth = getattr(config, "num_hidden_layers", None)
+        self._owner: tuple[nn.Module, str] | None = None
+        for module in model.modules():
+            for name, child in module.named_children():
+                if self._owner is None and isinstance(child, nn.ModuleList) and len(child) == depth:
+                    self._owner = (module, name)
+        self._plan: Plan | None = None
+        self._keys: list[Any] = []
+        self._outputs: list[list[Any]] = []
+
+    @contextmanager
+    def standing_in(self, plan: Plan, architecture: Architecture | None, budget: int) -> Iterator[bool]:
+        """Within, layers answer from what is kept where they can; gives whether only rows leave the last of them.
+
+        `budget`: bytes for what is kept. Nothing is kept where `architecture` is None.
+        """
+        if self._owner is None:
+            yield False
+            return
+        module, name = self._owner
+        own = list(getattr(module, name))
+        last: int | None = len(own) - 1
+        depth = known = 0
+        if architecture is not None:
+            last = max((i for i, sizes in enumerate(architecture.layers) if sizes.num_key_value_heads), default=None)
+            config: Any = getattr(self._model.config, "text_config", None) or self._model.config
+            width = next(self._model.parameters()).element_size() * config.hidden_size
+            depth = min(len(own) if last is None else last, budget // (plan.tokens * width))
+            keys = [(self._weights(), architecture.hidden_size), *architecture.layers[:depth]]
+            known = self._forget_all_but_common(plan, keys)
+        stand_ins = [
+            SharedLayer(layer, i, i < known, self._outputs) if i < depth else layer for i, layer in enumerate(own)
+        ]
+        if last is not None:
+            stand_ins[last] = LastLayer(own[last])
+        previous = module.__dict__.get(name)
+        module.__dict__[name] = stand_ins
+        try:
+            yield last is not None
+            if architecture is not None:
+                self._keys = keys
+        finally:
+            if previous is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = previous
+
+    def _forget_all_but_common(self, plan: Plan, keys: list[Any]) -> int:
+        """Drop what is not true of a network with these `keys`; gives the number of layers that are left."""
+        if self._plan is not plan:
+            self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
+        common = 0
+        while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
+            common += 1
+        known = max(common - 1, 0)
+        for outputs in self._outputs:
+            del outputs[known:]
+        self._keys = []  # whatever happens next, nothing half-written is believed
+        return known
+
+    def _weights(self) -> tuple[Any, ...]:
+        """Changes whenever a parameter is replaced or written to."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self._model.parameters())
+
+
+class SharedLayer:
+    """Stands for a layer: gives its output from before where that is `known`, and keeps it where it is not."""
+
+    def __init__(self, layer: Any, position: int, known: bool, outputs: list[list[Any]]) -> None:
+        self._layer, self._position, self._known, self._outputs = layer, position, known, outputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._outputs[reading.number]
+        if not self._known:
+            outputs.append(self._layer(*args, **kwargs))
+        return outputs[self._position]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class LastLayer:
+    """Stands for the last layer that attends. Given all n nodes, it gives the r rows whose logits are needed: behind
+    its keys and values, nothing of the other nodes is looked at again."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        source = reading.pack
+        count = source.tokens.shape[1]
+
+        def rows(value: Any) -> Any:
+            """What is [1, n, ...], as hidden states and rotary angles are, for the rows only."""
+            if isinstance(value, tuple):
+                return tuple(map(rows, value))
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == count:
+                return value[:, source.rows]
+            return value
+
+        reading.capturing = True
+        try:
+            return rows(self._layer(*args, **kwargs))  # a layer without attention runs through
+        except _KeysAndValues as found:
+            reading.captured = found.args
+        finally:
+            reading.capturing = False
+        try:
+            return self._layer(*rows(args), **{key: rows(value) for key, value in kwargs.items()})
+        finally:
+            reading.captured = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)

@@ -1,0 +1,1 @@
+"""Speed of networks: measured, and predicted from a table of timings."""

@@ -1,0 +1,295 @@
+"""Speed of architectures that were never timed, as the sum of their parts' times on one device.
+
+Nothing here needs torch until something is measured: a saved `SpeedTable` predicts for its device on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.speed.measured import Times, context_of, device_name, fitting, runtime_of, time_beside
+from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.common.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SCHEMA = 1
+MLP_SIZES = 8
+"""Widths of an MLP that are timed, beside 0; what lies between is interpolated. Likewise heads of attention."""
+ATTENTION_SIZES = 4
+MIXED = 16
+"""Random architectures that are timed along with the designed ones."""
+HELD_OUT = 6
+"""Of those, the ones that are first left out, to state the table's error in it."""
+SMOOTHING = 2.0
+"""Pull of the table's timings towards straight lines between neighbouring sizes, against timings worth 1 each."""
+
+
+@dataclass(frozen=True)
+class PartTimes:
+    """Seconds of a network's parts: `fixed` (embedding, head, all that is outside the layers), and attention and MLP
+    at some sizes, ascending from 0 (a removed half-block), between which timings are interpolated.
+
+    The size of an attention block is the number of its query and key-value heads together, that of an MLP its width,
+    times its experts where it has any. Where the residual width is not the base's, a half-block counts as many heads
+    or neurons of the base's width as have its weights.
+    """
+
+    fixed: float
+    attention_sizes: list[int]
+    attention: list[float]
+    mlp_sizes: list[int]
+    mlp: list[float]
+
+    def seconds(self, architecture: Architecture, hidden_size: int) -> float:
+        """The architecture's time. `hidden_size`: the base's."""
+        width = architecture.hidden_size / hidden_size
+        return self.fixed + sum(
+            float(np.interp(_attention_size(layer) * width, self.attention_sizes, self.attention))
+            + float(np.interp(_mlp_size(layer) * width, self.mlp_sizes, self.mlp))
+            for layer in architecture.layers
+        )
+
+    @classmethod
+    def fit(
+        cls,
+        architectures: Sequence[Architecture],
+        seconds: NDArray[np.float64],
+        attention_sizes: Sequence[int],
+        mlp_sizes: Sequence[int],
+        hidden_size: int,
+    ) -> PartTimes:
+        """Least squares of relative errors over the parts' times, none negative, with a pull towards smoothness."""
+        from scipy.optimize import nnls
+
+        attention, mlp = np.array(attention_sizes[1:], float), np.array(mlp_sizes[1:], float)
+        rows = []
+        for architecture in architectures:
+            width = architecture.hidden_size / hidden_size
+            of_attention = sum(_shares(_attention_size(layer) * width, attention) for layer in architecture.layers)
+            of_mlp = sum(_shares(_mlp_size(layer) * width, mlp) for layer in architecture.layers)
+            rows.append(np.concatenate([[1.0], of_attention, of_mlp]))
+        matrix = np.array(rows) / seconds[:, None]
+        unit = float(np.linalg.norm(matrix, axis=0).mean()) * SMOOTHING
+        straight = []
+        for start, sizes in ((1, attention), (1 + len(attention), mlp)):
+            for i in range(1, len(sizes) - 1):
+                before, after = sizes[i] - sizes[i - 1], sizes[i + 1] - sizes[i]
+                row = np.zeros(matrix.shape[1])
+                row[start + i - 1 : start + i + 2] = np.array([after, -before - after, before]) / (before + after)
+                straight.append(unit * row)
+        wanted = np.concatenate([np.ones(len(rows)), np.zeros(len(straight))])
+        solution, _ = nnls(np.vstack([matrix, *straight]), wanted)
+        split = 1 + len(attention)
+        return cls(
+            float(solution[0]),
+            [int(size) for size in attention_sizes],
+            [0.0, *map(float, solution[1:split])],
+            [int(size) for size in mlp_sizes],
+            [0.0, *map(float, solution[split:])],
+        )
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """speed.json: what each part of the network takes on one device, so that an architecture's speed is a sum.
+
+    `prefill`: reading `prompt` tokens; `decode`: one more token half-way through writing `new`; both for `batch`
+    sequences. `check`: median relative errors on random architectures that were left out for that purpose.
+    """
+
+    runtime: str
+    device: str
+    threads: int | None
+    dtype: str
+    batch: int
+    prompt: int
+    new: int
+    hidden_size: int
+    prefill: PartTimes
+    decode: PartTimes
+    check: dict[str, float]
+    vocab_size: int | None = None
+
+    def predict(self, architecture: Architecture) -> dict[str, float]:
+        """`prefill_tps` and `decode_tps`, tokens per second over the whole batch, and seconds of `latency`: reading
+        the prompt and writing `new` tokens."""
+        prefill = self.prefill.seconds(architecture, self.hidden_size)
+        decode = self.decode.seconds(architecture, self.hidden_size)
+        return {
+            "prefill_tps": self.batch * self.prompt / prefill,
+            "decode_tps": self.batch / decode,
+            "latency": prefill + (self.new - 1) * decode,
+        }
+
+    def save(self, path: Path) -> None:
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> SpeedTable:
+        """Raises ValueError for a file that is not a speed table of this schema."""
+        try:
+            values = json.loads(path.read_text())
+            if values.pop("schema", None) != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            values |= {name: PartTimes(**values[name]) for name in ("prefill", "decode")}
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a speed table ({error})") from error
+
+    @classmethod
+    def measure(
+        cls,
+        build: Callable[[Architecture], nn.Module],
+        structure: Structure,
+        *,
+        batch: int = 1,
+        prompt: int = 128,
+        new: int = 128,
+        rounds: int = 5,
+        seed: int = 0,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> SpeedTable:
+        """Time a designed set of sub-networks, each in turns with the base, and solve for the parts.
+
+        `build` gives a standalone network for an architecture, on the device to measure. Two networks are in memory
+        at a time. `on_step` is called after each of `steps(structure)` networks.
+        """
+        import torch
+
+        base = structure.base
+        sizes = sizes_to_time(structure)
+        design = designed(structure, seed)
+        reference = build(base)
+        prompt, new = fitting(prompt, new, context_of(reference, prompt + new))
+        pairs: list[tuple[Times, Times]] = []
+        for architecture in design:
+            pairs.append(
+                time_beside(build(architecture), reference, batch=batch, prompt=prompt, new=new, rounds=rounds)
+            )
+            on_step()
+        # The machine's speed drifts; the base, timed beside every network, tells by how much.
+        timed = np.array(pairs)  # [networks, itself or the base, prefill or decode]
+        seconds = timed[:, 0] / timed[:, 1] * np.median(timed[:, 1], axis=0)
+        fitted, held_out = range(len(design) - HELD_OUT), range(len(design) - HELD_OUT, len(design))
+        times: list[PartTimes] = []
+        errors = {}
+        for column, name in enumerate(("prefill", "decode")):
+            known = PartTimes.fit([design[i] for i in fitted], seconds[fitted, column], *sizes, base.hidden_size)
+            guesses = np.array([known.seconds(design[i], base.hidden_size) for i in held_out])
+            errors[f"{name}_median_error"] = float(np.median(np.abs(guesses / seconds[held_out, column] - 1)))
+            times.append(PartTimes.fit(design, seconds[:, column], *sizes, base.hidden_size))
+        parameter = next(reference.parameters())
+        return cls(
+            runtime_of(reference),
+            device_name(parameter.device),
+            torch.get_num_threads() if parameter.device.type == "cpu" else None,
+            str(parameter.dtype).removeprefix("torch."),
+            batch,
+            prompt,
+            new,
+            base.hidden_size,
+            times[0],
+            times[1],
+            errors,
+            structure.vocab_size,
+        )
+
+    def made_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether these are timings of this device in this dtype and, on a CPU, on as many threads as torch has now."""
+        import torch
+
+        threads = torch.get_num_threads() if device.type == "cpu" else None
+        now = (device_name(device), threads, str(dtype).removeprefix("torch."))
+        return (self.device, self.threads, self.dtype) == now
+
+    def fits(self, structure: Structure) -> bool:
+        """Whether it was measured on a network of these sizes, of whatever depth: it holds times of single layers."""
+        sizes = sizes_to_time(structure)
+        return (
+            self.hidden_size == structure.base.hidden_size
+            and self.vocab_size in (structure.vocab_size, None)  # tables of earlier versions do not say
+            and all((part.attention_sizes, part.mlp_sizes) == sizes for part in (self.prefill, self.decode))
+        )
+
+    @staticmethod
+    def steps(structure: Structure) -> int:
+        """Networks that `measure` times."""
+        return len(designed(structure, 0))
+
+
+def _attention_size(layer: LayerSizes) -> int:
+    return layer.num_attention_heads + layer.num_key_value_heads
+
+
+def _mlp_size(layer: LayerSizes) -> int:
+    return layer.intermediate_size * max(1, layer.num_experts)
+
+
+def _shares(size: float, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much of the timing at each of `sizes` makes up the one at `size`, by linear interpolation from 0 at 0."""
+    grid = np.concatenate([[0.0], sizes])
+    return np.array([np.interp(size, grid, row) for row in np.eye(len(grid))[1:]])
+
+
+def sizes_to_time(structure: Structure) -> tuple[list[int], list[int]]:
+    """Sizes of attention blocks and of MLPs to time, from 0 to the largest layer's."""
+    layers = structure.base.layers
+    largest = max(layers, key=_attention_size)
+    ratio = largest.num_attention_heads // largest.num_key_value_heads
+    groups = _spread(largest.num_key_value_heads, ATTENTION_SIZES, 1)
+    widest = max(layers, key=_mlp_size)
+    widths = _spread(widest.intermediate_size, MLP_SIZES, 32)
+    return [group * (1 + ratio) for group in groups], [width * max(1, widest.num_experts) for width in widths]
+
+
+def _spread(largest: int, count: int, unit: int) -> list[int]:
+    """0 and up to `count` sizes in even steps of whole `unit`s, the last one `largest`."""
+    step = max(1, -(-largest // (unit * count))) * unit
+    return [0, *range(step, largest, step), largest]
+
+
+def designed(structure: Structure, seed: int) -> list[Architecture]:
+    """Networks whose times tell the parts apart: each size in all layers at once, halves removed, fewer layers, and
+    random mixtures last."""
+    base, depth = structure.base, len(structure.base.layers)
+    rng = np.random.default_rng(seed)
+    ratios = [layer.num_attention_heads // max(layer.num_key_value_heads, 1) for layer in base.layers]
+    groups = _spread(max(layer.num_key_value_heads for layer in base.layers), ATTENTION_SIZES, 1)
+    widths = _spread(max(layer.intermediate_size for layer in base.layers), MLP_SIZES, 32)
+
+    def sized(index: int, group: int, width: int) -> LayerSizes:
+        full = base.layers[index]
+        group = min(group, full.num_key_value_heads)
+        return LayerSizes(group * ratios[index], group, min(width, full.intermediate_size), full.num_experts)
+
+    def network(rows: Sequence[tuple[int, int]]) -> Architecture:
+        return Architecture(base.hidden_size, tuple(sized(i, *row) for i, row in enumerate(rows)))
+
+    full = (groups[-1], widths[-1])
+    design = [network([full] * depth)]
+    design += [network([(groups[-1], width)] * depth) for width in widths[:-1]]
+    design += [network([(group, widths[-1])] * depth) for group in groups[1:-1]]
+    # A cache needs one block of attention; the others may go.
+    first = next(i for i, layer in enumerate(base.layers) if layer.num_key_value_heads)
+    design.append(network([full if i == first else (0, widths[-1]) for i in range(depth)]))
+    for count in {max(first + 1, depth // 4), max(first + 1, depth // 2), max(first + 1, 3 * depth // 4)}:
+        design.append(network([full] * count + [(0, 0)] * (depth - count)))
+    for _ in range(MIXED):
+        present = rng.uniform(0.6, 1.0)
+        rows = []
+        for i in range(depth):
+            group = int(rng.choice(groups[1:])) if i == first or rng.random() < present else 0
+            width = int(rng.choice(widths[1:])) if i == first or rng.random() < present else 0
+            rows.append((group, width))
+        design.append(network(rows))
+    return list(dict.fromkeys(design))

@@ -1,0 +1,330 @@
+"""The gguf layout: one file for llama.cpp, weights and tokenizer, written with the `gguf` package.
+
+Networks that the plain class holds go under the family's own architecture name. Uneven ones go under `deci`, whose
+sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp mis-executes a `deci` layer with
+attention and no FFN, so such a layer gets a narrow FFN of zeros, which adds nothing.
+
+What a family's parameters are called and how their values change stands in `export.layouts.gguf_families`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.layouts.gguf_checks import check_network, table_of
+from export.layouts.gguf_families import GGUFFamily, Header
+from export.layouts.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
+from export.package import (
+    CARD,
+    PackageInfo,
+    check_destination,
+    path_in_run,
+    read_package,
+    staged,
+    weight_bytes,
+    write_record,
+)
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.common.versions import versions
+from supernet.families import head_dim
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+QUANTIZED = ("q8_0", "q4_0")
+BLOCK = 32
+"""Weights that share a scale in q8_0 and q4_0; also the width of the zero FFN."""
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+"""Stored bits for each weight: blocks share one 16-bit scale."""
+
+
+def write(
+    model: nn.Module,
+    architecture: Architecture,
+    destination: Path,
+    *,
+    tokenizer: Any,
+    entry: Mapping[str, Any],
+    gguf_type: str = "f16",
+    dtype: Any = None,
+    lineage: Mapping[str, Any] | None = None,
+    probe_ids: Tensor | None = None,
+    texts: Sequence[str] = (),
+    card: str | None = None,
+    reference: Path | None = None,
+) -> PackageInfo:
+    """Write a standalone model as `model-TYPE.gguf` with compression.json beside it.
+
+    Weights whose rows are no multiple of 32 stay f16 in the quantized types, and so are listed; embeddings and head
+    are never below 8 bits. `texts` are compared between the two tokenizers besides fixed ones. `dtype` is the base's:
+    weights are rounded to it first, so that the file holds what the other packages hold.
+
+    Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
+    """
+    import torch
+
+    from export import probe as probes
+
+    if gguf_type not in TYPES:
+        raise RequestError(f"unknown gguf type '{gguf_type}'; known are: {', '.join(TYPES)}")
+    config: Any = model.config
+    check_network(config, dict(model.named_parameters()))
+    params = sum(p.numel() for p in model.parameters())
+    needed = params * (4 if gguf_type == "f32" else 2) + 2**24
+    check_destination(destination, needed)
+    if isinstance(tokenizer, Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    check_tokenizer(tokenizer)
+    network = probes.stored_network(model, dtype or torch.float32)
+    family = table_of(config)
+    header = _header(config, family, architecture)
+    context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
+    ids = (probe_ids if probe_ids is not None else probes.default_ids(config))[:, :context]
+    held = _as_held(network, gguf_type)
+    logits = probes.logits_of(held, ids)
+    with staged(destination, needed) as folder:
+        file = folder / f"model-{gguf_type}.gguf"
+        header["name"] = str(entry["name"])
+        matrices = _write_file(file, network, architecture, header, tokenizer, gguf_type)
+        if card is not None:
+            (folder / CARD).write_text(card, encoding="utf-8")
+        probe = probes.make_probe(logits, ids, tokenizer)
+        probe["tokenization"] = tokenization(tokenizer, [*sample_texts(), *texts])
+        probe["composed"] = composes(tokenizer)
+        prompt = ids[:1, : max(1, ids.shape[1] // 2)]
+        probe["greedy"] = probes.greedy(held, prompt, min(12, context - prompt.shape[1]))
+        probe["exact_to"] = "f16" if family.half_activation and gguf_type == "f32" else gguf_type
+        own = {
+            **entry,
+            "path": path_in_run(destination),
+            "layout": "gguf",
+            "file": file.name,
+            "quantization": gguf_type if gguf_type in QUANTIZED else None,
+            "architecture": architecture.to_dict(),
+            "params": params,
+            "bytes": weight_bytes(folder),
+        }
+        if gguf_type in QUANTIZED:
+            in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
+            own["quantization_report"] = {
+                "scheme": gguf_type,
+                "group_size": BLOCK,
+                "iterations": 0,
+                "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
+                "bits_per_parameter": 8 * weight_bytes(folder) / params,
+                "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
+            }
+        origin = {**(lineage or {}), "gguf": {"type": gguf_type, **versions(("gguf",))}}
+        write_record(folder, entry=own, lineage=origin, probe=probe)
+    return read_package(destination)
+
+
+def _as_held(network: nn.Module, gguf_type: str) -> nn.Module:
+    """The network with its weights rounded as a file of an exact type holds them; as it is for a quantized type.
+
+    Returns `network` itself where that changes nothing.
+    """
+    import torch
+
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(gguf_type)
+    if dtype is None:
+        return network
+    config: Any = network.config
+    held, family = copy.deepcopy(network), table_of(config)
+    for name, parameter in held.named_parameters():
+        if parameter.dim() > 1 and not family.stored(name).exact:
+            parameter.data = parameter.data.to(dtype).float()
+    return held
+
+
+def _write_file(
+    file: Path, model: nn.Module, architecture: Architecture, header: Header, tokenizer: Any, gguf_type: str
+) -> dict[str, tuple[str, int]]:
+    """Returns, for each matrix of the network by its name in the file, its type and how many weights it has."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+    config: Any = model.config
+    family = table_of(config)
+    writer = GGUFWriter(file, family.name)
+    for key, value in header.items():
+        if "." in key:
+            writer.add_array(f"{family.name}.{key}", value)
+        else:
+            getattr(writer, f"add_{key}")(value)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
+    matrices: dict[str, tuple[str, int]] = {}
+
+    def add(name: str, values: Tensor, kind: str) -> None:
+        ggml = GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(name, quants.quantize(np.ascontiguousarray(values.numpy()), ggml), raw_dtype=ggml)
+
+    for factors, values in _rotary_factors(config, family.rope(config)).items():
+        add(f"{factors}.weight", values, "f32")
+    for source, parameter in model.named_parameters():
+        stored = family.stored(source)
+        for final, values in stored.to_file(parameter.detach().float().cpu(), config).items():
+            kind = "f32" if stored.exact else _type_of(final, tuple(values.shape), gguf_type)
+            if values.dim() > 1:
+                matrices[final.removesuffix(".weight")] = kind, values.numel()
+            add(final, values, kind)
+    for final, values in _stand_ins(config, family, architecture).items():
+        add(final, values, _type_of(final, tuple(values.shape), gguf_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return matrices
+
+
+def _header(config: Any, family: GGUFFamily, architecture: Architecture) -> Header:
+    """The header but for the tokenizer, by the writer's methods (without `add_`)."""
+    sizes = _sizes(family, architecture)
+    lists = {
+        "feed_forward_length": [layer.intermediate_size for layer in sizes],
+        "head_count": [layer.num_attention_heads for layer in sizes],
+        "head_count_kv": [layer.num_key_value_heads for layer in sizes],
+    }
+    width, rope = head_dim(config), family.rope(config)
+    return {
+        "block_count": len(sizes),
+        "context_length": _context(config, rope),
+        "embedding_length": config.hidden_size,
+        **{key: values if family.listed else max(values) for key, values in lists.items()},
+        "key_length": width,
+        "value_length": width,
+        "vocab_size": config.vocab_size,
+        **_rotary(config, rope),
+        **family.header(config),
+    }
+
+
+def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
+    """Sizes of the layers that are kept, as the file states them: a listed one has an FFN in every layer."""
+    sizes = [architecture.layers[i] for i in architecture.kept]
+    if not family.listed:
+        return sizes
+    sizes = [replace(layer, intermediate_size=layer.intermediate_size or BLOCK) for layer in sizes]
+    if not sizes[0].num_attention_heads:  # llama.cpp takes the width of a head from the first layer
+        sizes[0] = replace(sizes[0], num_attention_heads=1, num_key_value_heads=1)
+    return sizes
+
+
+def _stand_ins(config: Any, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
+    """Tensors that llama.cpp wants of an uneven network though their half-block is removed: they add nothing."""
+    import torch
+
+    hidden, width = config.hidden_size, head_dim(config)
+    found: dict[str, Tensor] = {}
+
+    def half_block(layer: int, norm: str, inward: Sequence[str], outward: str, between: int) -> dict[str, Tensor]:
+        return {
+            f"blk.{layer}.{norm}.weight": torch.ones(hidden),
+            **{f"blk.{layer}.{name}.weight": torch.zeros(between, hidden) for name in inward},
+            f"blk.{layer}.{outward}.weight": torch.zeros(hidden, between),
+        }
+
+    if family.listed:
+        for index, layer in enumerate(architecture.layers[i] for i in architecture.kept):
+            if "mlp" in layer.skip:
+                found |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", BLOCK)
+            if "attention" in layer.skip and not index:
+                found |= half_block(index, "attn_norm", ("attn_q", "attn_k", "attn_v"), "attn_output", width)
+    return found
+
+
+def _type_of(name: str, shape: tuple[int, ...], gguf_type: str) -> str:
+    """The stored type of a tensor: vectors are f32; rows that blocks do not divide are f16."""
+    if len(shape) == 1:
+        return "f32"
+    if gguf_type in QUANTIZED and shape[-1] % BLOCK:
+        return "f16"
+    if gguf_type == "q4_0" and not name.startswith("blk."):
+        return "q8_0"
+    return gguf_type
+
+
+def _context(config: Any, rope: Mapping[str, Any]) -> int:
+    """Positions for which the file computes what transformers does.
+
+    Where the family has no layers with windows in llama.cpp, those within a window; with `longrope`, those that
+    transformers takes the short factors for, since llama.cpp takes the long ones for short texts too.
+    """
+    limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return min(limit for limit in limits if limit)
+
+
+def _rotary(config: Any, rope: Mapping[str, Any]) -> Header:
+    """Rotary base, width and scaling; nothing for learned positions."""
+    from gguf import RopeScalingType
+
+    if not rope:
+        return {}
+    found: Header = {
+        "rope_freq_base": float(rope["rope_theta"]),
+        "rope_dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
+    }
+    kind = rope.get("rope_type")
+    if kind == "linear":
+        found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        factor = rope.get("factor") or config.max_position_embeddings / original
+        attention = rope.get("attention_factor")
+        if attention is None:  # LongRoPE (Ding et al. 2024), as transformers computes it
+            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        found |= {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": attention}
+    return found
+
+
+def _rotary_factors(config: Any, rope: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What each frequency is divided by, where the scaling differs by frequency."""
+    import torch
+
+    kind = rope.get("rope_type")
+    if kind == "longrope":
+        return {f"rope_factors_{length}": torch.tensor(rope[f"{length}_factor"]) for length in ("short", "long")}
+    if kind != "llama3":
+        return {}
+    width = head_dim(config)
+    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** exponents
+    context = rope["original_max_position_embeddings"]
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return {"rope_freqs": (1 / ((1 - smooth) / factor + smooth)).float()}
+
+
+def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
+    """Give a standalone network (of the same architecture) the values that a gguf package's file holds for it.
+
+    Scores are computed with these in transformers; `export.layouts.llama_cpp.check_gguf` proves that llama.cpp computes
+    the same from the file.
+    """
+    import torch
+    from gguf import GGUFReader, quants
+
+    (file,) = package.glob("*.gguf")
+    config: Any = network.config
+    family = table_of(config)
+    held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            stored = family.stored(name)
+            tensors = {
+                final: torch.from_numpy(quants.dequantize(held[final].data, held[final].tensor_type).astype("float32"))
+                for final in stored.names
+            }
+            parameter.copy_(stored.from_file(tensors, config).view(parameter.shape))
+    return network

@@ -1,0 +1,171 @@
+"""A tokenizer as llama.cpp stores it.
+
+Written where llama.cpp knows its kind, and refused by name otherwise: it knows pre-tokenizers by name only, not by
+their rules. Whether both agree is checked by `export.layouts.llama_cpp.check_gguf`, which asks llama.cpp itself.
+
+llama.cpp does not compose characters (NFC), which the tokenizers of Qwen and GPT-NeoX do first: they agree on text that
+is composed already, as nearly all text is, and are compared on such text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from supernet.common.errors import RequestError
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_UNDERLINE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_UNDERLINE_FIRST = {"type": "Prepend", "prepend": "▁"}
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN3_5_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
+
+
+def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+    """Add the tokenizer to the header; `vocabulary` is the number of rows that the embedding has."""
+    from gguf import TokenType
+
+    kind, pre, described = check_tokenizer(tokenizer)
+    model = described["model"]
+    tokens = [f"[unused {i}]" for i in range(vocabulary)]
+    types = [TokenType.UNUSED] * vocabulary
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, TokenType.NORMAL
+        if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
+            types[number] = TokenType.BYTE
+    for added in described["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    if kind == "llama":
+        # SentencePiece merges the pair with the highest score first: that of the earliest merge.
+        ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(pairs)))}
+        writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
+        if tokenizer.unk_token_id is not None:
+            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+        writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in pairs])
+    writer.add_token_types(types)
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if number is not None:
+            add(number)
+    plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    writer.add_add_bos_token(full[: len(full) - len(plain)] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(len(full) > len(plain) and full[-1] == tokenizer.eos_token_id != plain[-1])
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def check_tokenizer(tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
+    """What `tokenizer_kind` says of a tokenizer, and its description. Raises `RequestError` as that does."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise RequestError("the gguf layout needs a tokenizer.json; this tokenizer has none")
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind, pre = tokenizer_kind(described)
+    if kind == "gpt2" and not described["model"]["merges"]:
+        raise RequestError("llama.cpp loads no BPE tokenizer without merges")
+    return kind, pre, described
+
+
+def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
+    """llama.cpp's names for a tokenizer (tokenizer.json as a dictionary) and its pre-tokenizer.
+
+    Raises `RequestError` that names the part which llama.cpp has no name for.
+    """
+    model, pre = described["model"], described.get("pre_tokenizer")
+    if model["type"] != "BPE":
+        raise RequestError(f"llama.cpp knows no tokenizer of type {model['type']} for these networks (gguf needs BPE)")
+    steps = _normalizers(described)
+    kinds = [step["type"] for step in steps]
+    parts = (pre or {}).get("pretokenizers", [pre] if pre else [])
+    found = [_part(part) for part in parts]
+    if model.get("byte_fallback"):
+        underlined = steps in ([_UNDERLINE_FIRST, _UNDERLINE_SPACES], [_UNDERLINE_SPACES])
+        if underlined and found in ([], [" "]):  # Gemma's splits at spaces, of which none are left
+            return "llama", "default"
+        raise RequestError(
+            f"llama.cpp knows no byte-fallback tokenizer with the normalizer {kinds} and the pre-tokenizer "
+            f"{pre and pre['type']}"
+        )
+    whole_words = bool(model.get("ignore_merges"))
+    names = {
+        ("bytes+words",): "gpt-2",
+        ("digits", "bytes+words"): "smollm",
+        (_LLAMA3_SPLIT, "bytes"): "llama-bpe" if whole_words else "dbrx",
+        (_QWEN2_SPLIT, "bytes"): "qwen2",
+        (_QWEN3_5_SPLIT, "bytes"): "qwen35",
+    }
+    name = names.get(tuple(found))
+    if name is None or kinds not in ([], ["NFC"]):
+        rules = ", ".join(found) or "none"
+        raise RequestError(f"llama.cpp has no name for the pre-tokenizer ({rules}; normalizer {', '.join(kinds)})")
+    if whole_words and name != "llama-bpe":
+        raise RequestError(f"llama.cpp's pre-tokenizer {name} knows no tokenizer with ignore_merges")
+    return "gpt2", name
+
+
+def _normalizers(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The steps that text goes through before it is split."""
+    first = described.get("normalizer")
+    return first.get("normalizers", [first]) if first else []
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """One step of a pre-tokenizer, reduced to what tells it from others."""
+    kind = part["type"]
+    if kind == "ByteLevel" and not part.get("add_prefix_space"):
+        return "bytes+words" if part.get("use_regex", True) else "bytes"
+    if kind == "Digits" and part.get("individual_digits"):
+        return "digits"
+    if kind == "Split" and not part.get("invert"):
+        if part.get("behavior") == "Isolated":
+            return str(part["pattern"].get("Regex"))
+        if part.get("behavior") == "MergedWithPrevious":
+            return str(part["pattern"].get("String"))
+    return kind
+
+
+def composes(tokenizer: Any) -> bool:
+    """Whether a tokenizer composes characters (NFC) before it splits text."""
+    steps = _normalizers(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return any(step["type"] == "NFC" for step in steps)
+
+
+def tokenization(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """What a tokenizer makes of texts, composed first where it composes them itself."""
+    if composes(tokenizer):
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
+
+
+def sample_texts(count: int = 200) -> list[str]:
+    """Texts on which tokenizers part: words, digits, contractions, accents, other scripts, code, and spaces between,
+    before and behind them. Seeded."""
+    rng = random.Random(0)
+    words = ["the", "quick", "brown", "Fox", "jumped", "over", "LAZY", "dogs", "didn't", "we've", "I'll", "Anna's"]
+    words += ["o'clock", "'re", "naïve", "café", "Straße", "日本語", "привет", "שלום", "🙂", "e\u0301", "½"]
+    words += ["7", "42", "1234567", "3.14", "10%", "x=y+1;", "def f(a):", "http://a.b/c?d=e", "...", "—", "(a)", "#!"]
+    spaces = [" ", " ", " ", " ", "  ", "   ", "\n", "\n\n", "\t", ", ", ". "]
+    texts = []
+    for _ in range(count):
+        pieces = [rng.choice(words) + rng.choice(spaces) for _ in range(rng.randint(1, 12))]
+        text = "".join(pieces)
+        texts.append(text.strip() if rng.random() < 0.6 else rng.choice(["", " ", "  ", "\n"]) + text)
+    return texts

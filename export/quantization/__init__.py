@@ -1,0 +1,1 @@
+"""Quantized packages: the schemes, tuned rounding through AutoRound, and rounding to nearest."""

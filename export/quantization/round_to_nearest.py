@@ -1,0 +1,160 @@
+"""Weights rounded to nearest, as compressed-tensors and auto-round store them: tensor by tensor, without data or model.
+
+This is what the data-free packages hold, and in tuned ones the layers that AutoRound leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export.package import WeightWriter
+from export.quantization.schemes import SCHEMES, SchemeName
+from supernet.streaming import WeightFiles
+
+_NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}
+_DYNAMIC = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+    "group_size": None,
+}
+CHANNEL_INT8 = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+    "group_size": None,
+}
+CHANNEL_GROUP = {"targets": ["Linear"], "weights": CHANNEL_INT8, **_NO_ACTIVATIONS, "format": "pack-quantized"}
+
+
+def round_to_nearest(
+    weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """Codes [out, in] (int8) and scales [out, groups] of a linear layer's weight [out, in].
+
+    `group_size` input channels share a scale; -1: all of them. Weights are rounded against the scale as it is stored.
+    """
+    rows, columns = weight.shape
+    groups = weight.float().unflatten(1, (-1, columns if group_size < 0 else group_size))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    lowest = -(2 ** (bits - 1))
+    if bits < 8:
+        # Codes reach one step further below zero than above: the scale's sign puts the largest weight there.
+        scale = (torch.where(-low > high, low, high) / lowest).to(scale_dtype)
+    else:
+        # A step is worth less than what the scale's own rounding could clip: it is rounded up instead.
+        scale = (torch.maximum(-low, high) / 127 * (1 + torch.finfo(scale_dtype).eps / 2)).to(scale_dtype)
+    step = scale.float()
+    codes = (groups / torch.where(step == 0, 1.0, step)).round_().clamp_(lowest, -lowest - 1)
+    return codes.to(torch.int8).view(rows, columns), scale.squeeze(-1)
+
+
+def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+    """A linear layer's tensors as `pack-quantized` names and stores them: codes in words of 32 bits."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes, scale = round_to_nearest(weight, bits, group_size)
+    return {
+        "weight_packed": pack_to_int32(codes, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def packed_by_auto_round(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+    """The same as auto-round's own form has them, which is GPTQ's: unsigned codes [in, out] in words of 32 bits down
+    the inputs, zero points (less one) along the outputs, float16 scales [groups, out]."""
+    codes, scale = round_to_nearest(weight, bits, group_size, torch.float16)
+    zero = 2 ** (bits - 1)
+    zeros = torch.full(scale.shape, zero - 1, dtype=torch.int32)
+    return {
+        "qweight": _words(codes.t().int() + zero, bits),
+        "qzeros": _words(zeros, bits).t().contiguous(),
+        "scales": scale.t().contiguous(),
+    }
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned int32 codes [n, m] as words [n * bits / 32, m], the first in the lowest bits."""
+    count = 32 // bits
+    shifts = bits * torch.arange(count, dtype=torch.int32)
+    return (codes.unflatten(0, (-1, count)) << shifts[:, None]).sum(1, dtype=torch.int32)
+
+
+def round_files(
+    source: Path,
+    target: Path,
+    *,
+    scheme: SchemeName,
+    group_size: int,
+    linear: Sequence[str],
+    left_out: Sequence[str],
+    ignored: Sequence[str],
+    blocks: str,
+) -> dict[str, Any]:
+    """Write `source`'s weights to `target`, the layers named in `linear` rounded, but for those in `left_out`: to 8
+    bits, or (auto-round's own form) not at all.
+
+    Returns the quantization configuration, by which linear layers in `ignored` are as they were; `blocks` is the name
+    of the list of blocks. Memory for a few tensors and shards is enough.
+    """
+    files, form = WeightFiles(source), SCHEMES[scheme]
+    with WeightWriter(target) as weights:
+        for name in files:
+            tensor = files.read(name)
+            module, _, part = name.rpartition(".")
+            if module not in linear or (form.auto_round and module in left_out):
+                weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+                continue
+            if part != "weight":
+                stored = {part: tensor.to(torch.float16 if form.auto_round else torch.bfloat16)}
+            elif form.auto_round:
+                stored = packed_by_auto_round(tensor, form.bits, group_size)
+            elif form.dynamic:
+                codes, scale = round_to_nearest(tensor, 8, -1)
+                stored = {"weight": codes, "weight_scale": scale}
+            else:
+                stored = packed(tensor, 8, -1) if module in left_out else packed(tensor, form.bits, group_size)
+            for suffix, value in stored.items():
+                weights.add(f"{module}.{suffix}", value)
+    if form.auto_round:
+        return {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": form.bits,
+            "group_size": group_size,
+            "sym": True,
+            "data_type": "int",
+            "block_name_to_quantize": blocks,
+            "extra_config": {name: {"bits": 16, "data_type": "fp"} for name in left_out},
+        }
+    groups = {"group_0": CHANNEL_GROUP}
+    if form.dynamic:
+        groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
+    elif form.bits == 4:
+        four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": group_size}
+        groups = {"group_0": {**CHANNEL_GROUP, "weights": four_bits}}
+        if left_out:
+            groups["group_0"]["targets"] = [name for name in linear if name not in left_out]
+            groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
+    return configuration(groups, ignored=list(ignored))
+
+
+def configuration(groups: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """`quantization_config` of a compressed-tensors checkpoint whose groups share one format."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": groups["group_0"]["format"],
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }

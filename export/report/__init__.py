@@ -1,0 +1,1 @@
+"""The report: its data, verdict, tables, page, cards and plots."""

@@ -1,0 +1,211 @@
+"""The model card of a package: README.md with the hub's metadata, how to load it, what it scores, how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from export.report.comparison import said, standings
+from export.report.page import TEMPLATES, flattened
+from export.report.schema import Base, BaseCard, Package, Report
+from export.report.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
+from export.report.verdict import verdict
+from supernet.architecture import Architecture
+
+UNEVEN_TRANSFORMERS = "5.15"
+"""The oldest transformers that reads `per_layer_config`, which uneven packages need."""
+
+
+def read_base_card(folder: Path) -> BaseCard:
+    """What the base's README.md (in its local folder) states about license, language and data; empty without one."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return BaseCard()
+    data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+
+    def text(key: str) -> str | None:
+        value = data.get(key)
+        return value if isinstance(value, str) else None
+
+    def texts(key: str) -> list[str]:
+        value = data.get(key) or []
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+    return BaseCard(
+        license=text("license"),
+        license_name=text("license_name"),
+        license_link=text("license_link"),
+        language=texts("language"),
+        datasets=texts("datasets"),
+    )
+
+
+def render_card(report: Report, package_name: str, repo_id: str | None = None) -> str:
+    """README.md of one package of the report. `repo_id` is its name on the hub, where that is known already.
+
+    KeyError where the report has no such package.
+    """
+    package = report.package(package_name)
+    alone = report.model_copy(update={"packages": [package]})
+    siblings = [row for row in report.packages if row.sizes == package.sizes]
+    compared = [
+        table for table in standings(report.comparison) if any(o.ours and o.params == package.params for o in table)
+    ]
+    return TEMPLATES.get_template("card.md.j2").render(
+        metadata=card_data(report, package).to_yaml(),
+        report=report,
+        base=report.base,
+        package=package,
+        title=repo_id or f"{report.base.name} {package.label}",
+        location=_literal(repo_id or f"path/to/{package.name}"),
+        file=package.file,
+        file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
+        prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
+        remote_code=package.layout == "uneven",
+        verdict=" ".join(verdict(alone)),
+        rows=[report.base, *siblings],
+        metric=lambda task: metric_name(report, task),
+        measured_in=measured_in,
+        notes=notes(report.model_copy(update={"packages": siblings})),
+        picture=picture(package.sizes, report.base.sizes),
+        shown=_shown(report, package, siblings),
+        checks=list(flattened(package.verified)),
+        unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
+        healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
+        compared=compared[0] if compared else None,
+        said=said,
+        uneven_transformers=UNEVEN_TRANSFORMERS,
+        quantized_form=quantized_form(package),
+    )
+
+
+def _literal(text: str) -> str:
+    """The text as a Python string in double quotes, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _shown(report: Report, package: Package, siblings: list[Package]) -> set[str]:
+    """Whose continuations the card shows: the base's and the package's, or its siblings' where it has none."""
+    if any(package.name in sample.continuations for sample in report.samples):
+        return {"base", package.name}
+    return {"base", *(row.name for row in siblings)}
+
+
+def card_data(report: Report, package: Package) -> ModelCardData:
+    """The card's metadata. What nobody stated, such as the license of a base without a card, is left out."""
+    base = report.base
+    tags = ["nas-compressor", "neural-architecture-search", "pruned"]
+    in_transformers = package.layout in ("uneven", "uniform", "padded")
+    if package.quantization:
+        tags += [package.quantization, *([quantized_form(package)] if in_transformers else [])]
+    datasets = list(base.card.datasets)
+    if report.hub_dataset and report.hub_dataset not in datasets:
+        datasets.append(report.hub_dataset)
+    # The hub knows no relation "pruned": what is not quantized is further trained weights of the base.
+    relation = "quantized" if package.quantization else "finetune"
+    return ModelCardData(
+        base_model=base.hub_id,
+        base_model_relation=relation if base.hub_id else None,
+        license=base.card.license,
+        license_name=base.card.license_name,
+        license_link=_license_link(base),
+        language=base.card.language or None,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        library_name="transformers" if in_transformers else None,
+        pipeline_tag="text-generation",
+        tags=tags if package.layout == "uniform" else [*tags, package.layout],
+        model_name=f"{base.name} {package.label}",
+        eval_results=eval_results(package),
+    )
+
+
+def quantized_form(package: Package) -> str:
+    """The form of a quantized package that transformers loads; also the name of what it needs to be installed."""
+    return "auto-round" if (package.quantization or "").endswith("auto-round") else "compressed-tensors"
+
+
+def _license_link(base: Base) -> str | None:
+    """The base's license link; where it names a file of the base's repository, that file's address."""
+    link = base.card.license_link
+    if link and base.hub_id and "://" not in link:
+        return f"https://huggingface.co/{base.hub_id}/blob/main/{link}"
+    return link
+
+
+def eval_results(package: Package) -> list[EvalResult]:
+    """Every number that the report has for the package, as entries of the hub's model-index."""
+    found: list[EvalResult] = []
+
+    def add(dataset: str, description: str, metric: str, value: float | None, name: str | None = None) -> None:
+        if value is not None:
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=dataset,
+                    dataset_name=description,
+                    metric_type=metric,
+                    metric_value=value,
+                    metric_name=name or metric,
+                )
+            )
+
+    for task, score in package.tasks.items():
+        documents = f"{task} ({score.n} documents, {score.split} split)"
+        stamp = f" ({score.stamp})" if score.stamp else ""
+        add(task, documents, score.metric, score.value, f"{score.metric}{stamp}")
+        add(task, documents, f"{score.metric}_stderr", score.stderr)
+    about = ("nas-compressor", "size and quality")
+    add(*about, "quality", package.quality, "mean over tasks of score / base's score")
+    add(*about, "parameters", package.params)
+    add(*about, "bytes", package.bytes, "bytes of weights on disk")
+    if report := package.quantization_report:
+        add(*about, "bits_per_weight", report.bits_per_weight, "bits per quantized weight")
+        add(*about, "bits_per_parameter", report.bits_per_parameter, "bits of the file per parameter")
+    if speed := package.speed:
+        work = ("speed", speed.workload)
+        add(*work, "prefill_tps", speed.prefill_tps, f"prefill tokens per second ({speed.where})")
+        add(*work, "decode_tps", speed.decode_tps, f"decode tokens per second ({speed.where})")
+    return found
+
+
+def inline(text: Any) -> str:
+    """Text as it stands, in one line of Markdown: nothing in it is markup, also not within a table."""
+    line = re.sub(r"\s+", " ", str(text))
+    line = re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A code block that the text itself cannot close."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def picture(architecture: Architecture, base: Architecture) -> str:
+    """The sizes of every layer as text: `█` is kept, `░` is gone."""
+    rows = [f"layer  {'KV heads':<26}FFN width"]
+    heads_most = max(layer.num_key_value_heads for layer in base.layers)
+    width_most = max(layer.intermediate_size for layer in base.layers)
+    for index, (mine, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
+        heads = _bar(mine.num_key_value_heads, full.num_key_value_heads, heads_most, 12)
+        width = _bar(mine.intermediate_size, full.intermediate_size, width_most, 24)
+        experts = f"  {mine.num_experts} of {full.num_experts} experts" if full.num_experts else ""
+        rows.append(f"{index:>5}  {heads:<26}{width}{experts}".rstrip())
+    return "\n".join(rows)
+
+
+def _bar(kept: int, whole: int, most: int, cells: int) -> str:
+    if not whole:
+        return " " * cells
+    outline = max(1, round(cells * whole / most))
+    # At least one cell says that something is left, and at least one that something is gone.
+    filled = 0 if not kept else outline if kept == whole else min(max(1, round(cells * kept / most)), outline - 1)
+    return f"{'█' * filled}{'░' * (outline - filled)}{' ' * (cells - outline)} {kept} of {whole}"
+
+
+TEMPLATES.filters |= {"inline": inline, "fenced": fenced}

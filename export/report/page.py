@@ -1,0 +1,261 @@
+"""The report as one HTML page without external resources, and the writing of it beside `report.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from export.report.comparison import plots as comparison_plots
+from export.report.comparison import said, standings
+from export.report.plots import (
+    Dot,
+    Line,
+    architecture_picture,
+    lines,
+    scatter,
+    sizes_text,
+    usage_map,
+)
+from export.report.schema import Candidate, Package, Point, Report
+from export.report.table import measured_in, metric_name, notes, runtimes
+from export.report.verdict import change, verdict
+from supernet.architecture import Architecture
+from supernet.common.files import write_json, write_text
+from supernet.common.formatting import count, duration, percent, rate, size
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.html` and then `report.json` into `folder`, each whole or not at all. Returns the page's path."""
+    page = folder / "report.html"
+    write_text(page, render_html(report))
+    data = report.model_dump(mode="json", by_alias=True, exclude_none=False)
+    write_json(folder / "report.json", data)
+    return page
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    autoescape=lambda name: name is not None and ".html" in name,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def breakable(name: str) -> Markup:
+    """A task's name that a browser may break after underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+TEMPLATES.filters |= {filter.__name__: filter for filter in (breakable, count, size, percent, rate, duration)}
+
+
+def render_html(report: Report) -> str:
+    """The page: one file, no external resources, all text from outside escaped."""
+    return TEMPLATES.get_template("report.html.j2").render(
+        report=report,
+        base=report.base,
+        tasks=report.tasks,
+        metric=lambda task: metric_name(report, task),
+        change=change,
+        verdict=verdict(report),
+        notes=notes(report),
+        where=measured_in,
+        runtimes=runtimes(report),
+        compared=standings(report.comparison),
+        said=said,
+        is_package=lambda row: isinstance(row, Package),
+        crowded=_crowded(report),
+        pictures=_pictures(report),
+        plots=_plots(report),
+        usage=_usage(report),
+        checks=lambda package: list(flattened(package.verified)),
+        space_size=_space_size(report),
+        recipe=yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True),
+        fingerprints=list(flattened(report.recipe.get("fingerprints") or {})),
+    )
+
+
+def _plain(data: Any) -> Any:
+    return json.loads(json.dumps(data, default=str))
+
+
+def flattened(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as `outer: inner`, and their values; lists become comma-separated."""
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{name}: ")
+        elif isinstance(value, list):
+            yield name, ", ".join(str(item) for item in value)
+        elif isinstance(value, float):
+            yield name, f"{value:.3g}"
+        else:
+            yield name, value
+
+
+def _pictures(report: Report) -> list[tuple[str, Architecture, Markup]]:
+    """Names of the packages that share an architecture, the architecture, and its picture."""
+    named: dict[Architecture, list[str]] = {}
+    for package in report.packages:
+        named.setdefault(package.sizes, []).append(package.name)
+    base = report.base.sizes
+    return [(", ".join(names), sizes, architecture_picture(sizes, base)) for sizes, names in named.items()]
+
+
+def _candidates(report: Report) -> list[Candidate]:
+    if report.search is None:
+        return list(report.front)
+    return [*report.search.points]
+
+
+def _dots(report: Report, against_speed: bool) -> list[Dot]:
+    names: dict[str, list[str]] = {}
+    for package in report.packages:
+        if package.quantization is None:
+            names.setdefault(package.sizes.key, []).append(package.name)
+    front = {candidate.key for candidate in report.front}
+    dots = []
+    crowded = _crowded(report)
+    for one in _candidates(report):
+        if against_speed and one.decode_tps is None:
+            continue
+        chosen = names.get(one.sizes.key)
+        on_front = one.key in front or (isinstance(one, Point) and one.on_front)
+        dots.append(
+            Dot(
+                x=one.decode_tps if against_speed and one.decode_tps is not None else one.params / report.base.params,
+                y=one.quality,
+                title=_hover(
+                    one,
+                    report,
+                    scores=not (crowded and against_speed),
+                    sizes=not against_speed and (on_front or bool(chosen) or not crowded),
+                ),
+                kind="chosen" if chosen else "front" if on_front else "point",
+                label=", ".join(chosen) if chosen else "",
+            )
+        )
+    return dots
+
+
+def _crowded(report: Report) -> bool:
+    """Whether the sizes of every measured sub-network would make the page heavy; then only the front's are told."""
+    return len(_candidates(report)) * len(report.base.sizes.layers) > 20_000
+
+
+def _hover(one: Candidate, report: Report, scores: bool, sizes: bool) -> str:
+    """What a measured sub-network is, and where wanted its score on every task and its sizes."""
+    text = [f"quality {one.quality:.4g}, {percent(one.params / report.base.params)} of the parameters"]
+    if one.decode_tps is not None:
+        text[0] += f", {rate(one.decode_tps)} tokens/s"
+    if isinstance(one, Point):
+        text[0] += f", generation {one.generation}" + ("" if one.full else " (a first look only)")
+    if scores:
+        text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in one.tasks.items()]
+        text += [f"{name} {value:.4g}" for name, value in one.further.items()]
+    if sizes:
+        text.append(sizes_text(one.sizes))
+    return "\n".join(text)
+
+
+def _plots(report: Report) -> dict[str, Markup]:
+    """The plots that the report's data allow, by name."""
+    plots: dict[str, Markup] = {}
+    base = Dot(1.0, 1.0, f"{report.base.name}: the base", "base", "base")
+    if dots := _dots(report, against_speed=False):
+        plots["params"] = scatter(
+            [*dots, base],
+            "parameters, share of the base's",
+            "quality on the search split",
+            less_is_better=True,
+            limits=_size_limits(report),
+            x_is_share=True,
+        )
+    if dots := _dots(report, against_speed=True):
+        plots["speed"] = scatter(
+            dots, "decode tokens per second, from speed.json", "quality on the search split", less_is_better=False
+        )
+    if report.search and len(report.search.generations) > 1:
+        generations = report.search.generations
+        plots["hypervolume"] = lines(
+            [Line("hypervolume", [(g.evaluations, g.hypervolume) for g in generations])],
+            "measured sub-networks",
+            "hypervolume",
+        )
+        judged = [(g.generation, g.predictor) for g in generations if g.predictor]
+        curves = [
+            Line(name, [(at, value) for at, p in judged if (value := getattr(p, key)) is not None], colour)
+            for colour, (name, key) in enumerate((("Kendall tau", "kendall"), ("Spearman rho", "spearman")), start=1)
+        ]
+        if curves := [curve for curve in curves if curve.points]:
+            plots["predictor"] = lines(curves, "generation", "rank correlation")
+        errors = [(at, p.mae) for at, p in judged if p.mae is not None]
+        if errors:
+            plots["predictor_error"] = lines([Line("error", errors)], "generation", "mean absolute error", height=160)
+    if report.finetune and report.finetune.curve:
+        curve = report.finetune.curve
+        trained = [
+            Line(
+                f"{name} network", [(p.tokens, value) for p in curve if (value := getattr(p, name)) is not None], colour
+            )
+            for colour, name in enumerate(("largest", "middle", "smallest"), start=1)
+        ]
+        if trained := [line for line in trained if line.points]:
+            plots["training"] = lines(trained, "training tokens", "loss")
+    return plots | comparison_plots(standings(report.comparison), report.base.params)
+
+
+def _size_limits(report: Report) -> list[float]:
+    """The sizes that were asked for, as shares of the base: `0.67`, `67%` and `450M` are read as the command does."""
+    asked = (report.search.targets.get("max_params") if report.search else None) or []
+    limits = []
+    for size_asked in asked if isinstance(asked, list) else [asked]:
+        match = re.fullmatch(r"([\d.]+)\s*([%kMGB]?)", str(size_asked))
+        if match:
+            number = float(match[1]) * {"": 1, "%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2]]
+            limits.append(number if number <= 1 else number / report.base.params)
+    return limits
+
+
+def _usage(report: Report) -> list[tuple[str, Markup]]:
+    """A map for every size that the front varies."""
+    if not report.front:
+        return []
+    architectures = [candidate.sizes for candidate in report.front]
+    everything = [*architectures, report.base.sizes]
+    maps = []
+    for name, attribute in (
+        ("FFN width", "intermediate_size"),
+        ("KV heads", "num_key_value_heads"),
+        ("experts", "num_experts"),
+    ):
+        if len({getattr(layer, attribute) for sizes in everything for layer in sizes.layers}) > 1:
+            maps.append((name, usage_map(architectures, attribute, _declared(report, attribute))))
+    return maps
+
+
+def _declared(report: Report, attribute: str) -> list[int]:
+    """Values of the genes of this size, together with the base's own."""
+    kind = {"intermediate_size": "ffn", "num_key_value_heads": "kv", "num_experts": "experts"}[attribute]
+    values = {getattr(layer, attribute) for layer in report.base.sizes.layers}
+    for gene in report.search.space.genes if report.search else []:
+        if gene.name.partition(".")[0] == kind:
+            values |= {value for value in gene.values if isinstance(value, int)}
+    return sorted(values)
+
+
+def _space_size(report: Report) -> str | Markup:
+    """Number of genomes in the search space, as a power of ten where it is large; empty where it is unknown."""
+    if report.search is None or not report.search.space.genes:
+        return ""
+    genomes = math.prod(len(gene.values) for gene in report.search.space.genes)
+    return f"{genomes:,}" if genomes < 10**6 else Markup("10<sup>{:.0f}</sup>").format(math.log10(genomes))

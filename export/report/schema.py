@@ -1,0 +1,450 @@
+"""The report's data: what `report.json` holds, key by key.
+
+The pipeline assembles the dictionary from what the stages left on disk; this module types it. What can be said about it
+is in `verdict`, its table in `table`, the page in `page`, a package's card in `card`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from export.quantization.schemes import SchemeName
+from supernet.architecture import Architecture
+from supernet.common.errors import nearest
+
+SCHEMA = 1
+
+Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
+Quantization = SchemeName | Literal["q8_0", "q4_0"]
+
+
+def _is_architecture(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Architecture.from_dict(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not an architecture ({error})") from error
+    return data
+
+
+ArchitectureDict = Annotated[dict[str, Any], AfterValidator(_is_architecture)]
+"""`Architecture.to_dict()`."""
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finite_scores(tasks: Any) -> Any:
+    if not isinstance(tasks, Mapping):
+        return tasks
+    return {
+        task: score
+        for task, score in tasks.items()
+        if not (isinstance(score, Mapping) and _finite_or_none(score.get("value", 0)) is None)
+    }
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TaskScore(_Model):
+    """What one task said about one checkpoint."""
+
+    metric: str
+    """lm-eval's name of the metric, such as `acc_norm`."""
+    value: float
+    """The score in the metric's own unit; an accuracy lies between 0 and 1."""
+    stderr: float | None = None
+    """One standard error over documents; None where lm-eval knows none."""
+    n: int
+    """Number of documents scored."""
+    split: Literal["search", "report", "all"]
+    """Which documents: those of the search, the others, or (evaluated outside a run) all."""
+    higher_is_better: bool = True
+    chance: float | None = None
+    """What guessing scores, in the metric's unit; None where that has no meaning."""
+
+    @property
+    def stamp(self) -> str:
+        """`near chance` where the score is within two standard errors of chance, `below chance` where it is worse."""
+        if self.chance is None:
+            return ""
+        above = (self.value - self.chance) * (1 if self.higher_is_better else -1)
+        margin = 2 * (self.stderr or 0.0) + 1e-9
+        return "near chance" if abs(above) <= margin else "below chance" if above < 0 else ""
+
+    @property
+    def text(self) -> str:
+        """The score with its standard error: `0.810 ± 0.005`."""
+        decimals = 3 if abs(self.value) < 10 else 2 if abs(self.value) < 100 else 1
+        error = "" if self.stderr is None else f" ± {self.stderr:.{decimals}f}"
+        return f"{self.value:.{decimals}f}{error}"
+
+
+class Speed(_Model):
+    """Measured speed, and in what: numbers of different runtimes say nothing about each other."""
+
+    runtime: str
+    """Such as `transformers`, `transformers (decompressed at load)` or `llama.cpp`."""
+    device: str
+    """`cpu`, `cuda`, or the accelerator's name."""
+    threads: int | None = None
+    """CPU threads; None on an accelerator."""
+    dtype: str
+    batch: int
+    prompt: int
+    """Tokens in the prompt."""
+    new: int
+    """Tokens generated."""
+    prefill_tps: float
+    """Prompt tokens per second, over the whole batch."""
+    decode_tps: float
+    """Generated tokens per second, over the whole batch."""
+    throughput_tps: float | None = None
+    """Generated tokens per second of the whole run, reading the prompt counted, over the whole batch."""
+    ttft_ms: float | None = None
+    """Milliseconds to the first new token."""
+    latency_ms: float | None = None
+    """Milliseconds of the whole run."""
+    peak_memory_bytes: int | None = None
+    """Weights, cache and working memory at their highest."""
+    warmup: int | None = None
+    repeats: int | None = None
+    """Runs of which these are medians, after so many for warming up."""
+    prefill_spread: float | None = None
+    decode_spread: float | None = None
+    """Interquartile range of the runs' times as a share of their median."""
+
+    @property
+    def where(self) -> str:
+        threads = "" if self.threads is None else f", {self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{self.runtime}, {self.device}{threads}, {self.dtype}"
+
+    @property
+    def workload(self) -> str:
+        return f"batch {self.batch}, prompt of {self.prompt}, {self.new} new tokens"
+
+    def comparable(self, other: Speed) -> bool:
+        """Whether the two were measured in the same runtime, on the same device, at the same work."""
+        keys = ("runtime", "device", "threads", "batch", "prompt", "new")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+class BaseCard(_Model):
+    """What the base's own model card states and a derived card carries over; every key as on the hub."""
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: list[str] = []
+    datasets: list[str] = []
+
+
+class Base(_Model):
+    """The checkpoint that was compressed."""
+
+    name: str
+    path: str
+    """Path or hub name, as the user gave it."""
+    hub_id: str | None = None
+    """Its name on the hub, where it was loaded from there; only then can a card link to it."""
+    params: int
+    """Embeddings counted, tied ones once."""
+    bytes: int
+    """Of the safetensors files."""
+    dtype: str
+    architecture: ArchitectureDict
+    tasks: dict[str, TaskScore]
+    """Scores on the report split."""
+    held_out_loss: float | None = None
+    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
+    speed: Speed | None = None
+    quality: float = 1.0
+    """1.0 by definition."""
+    card: BaseCard = BaseCard()
+
+    @cached_property
+    def sizes(self) -> Architecture:
+        return Architecture.from_dict(self.architecture)
+
+
+class QuantizationReport(_Model):
+    """What the quantizer really did to a package."""
+
+    scheme: Quantization
+    group_size: int
+    """Input channels that share a scale; -1: all of an output channel's."""
+    iterations: int
+    """Rounds of tuning; 0: rounded to nearest."""
+    bits_per_weight: float
+    """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
+    bits_per_parameter: float
+    """Stored bits of the whole file for each parameter, embeddings counted."""
+    exceptions: dict[str, str] = {}
+    """Linear layers and embeddings that are not under the scheme, and what became of each."""
+
+
+class GraphCache(_Model):
+    """The key-value cache that a graph takes and gives."""
+
+    key_value_heads: list[int]
+    """Of every layer with attention."""
+    head_dim: int
+
+
+class Package(_Model):
+    """One folder that was written, reloaded and checked."""
+
+    name: str
+    """Folder name: `best`, `best-0.67`, `best-int4` and so on."""
+    path: str
+    layout: Layout
+    quantization: Quantization | None = None
+    architecture: ArchitectureDict
+    params: int
+    bytes: int
+    """Of the weight files as they are on disk."""
+    quality: float
+    """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
+    tasks: dict[str, TaskScore]
+    """Scores on the report split."""
+    held_out_loss: float | None = None
+    """As the base's."""
+    speed: Speed | None = None
+    verified: dict[str, Any]
+    """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
+    `bound`), nested where that helps."""
+    quantization_report: QuantizationReport | None = None
+    """What quantization really did; None for an unquantized package."""
+    file: str | None = None
+    """The one file of a gguf package."""
+    cache: GraphCache | None = None
+    """What a graph caches; None where there is no graph."""
+
+    @cached_property
+    def sizes(self) -> Architecture:
+        return Architecture.from_dict(self.architecture)
+
+    @property
+    def label(self) -> str:
+        """The name as a table shows it: `best-0.67-int4` is `compressed 0.67 INT4`."""
+        label = re.sub(r"^best\b", "compressed", self.name)
+        label = re.sub(r"-int(\d)", lambda match: f" INT{match[1]}", label)
+        return re.sub("-(?!round)", " ", label)
+
+
+class Candidate(_Model):
+    """A measured sub-network of the search. Its scores are those of the search split, before healing."""
+
+    key: str
+    """`Architecture.key`."""
+    architecture: ArchitectureDict
+    params: int
+    quality: float
+    decode_tps: float | None = None
+    """Computed from speed.json."""
+    tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
+    """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
+    further: dict[str, float] = {}
+    """Whatever else the search measured, such as `held_out_loss`."""
+
+    @cached_property
+    def sizes(self) -> Architecture:
+        return Architecture.from_dict(self.architecture)
+
+
+class Point(Candidate):
+    """A candidate with where it came from."""
+
+    generation: int
+    on_front: bool
+    full: bool = True
+    """False where only part of the documents were looked at: scores are then what these foretold."""
+
+
+class PredictorScore(_Model):
+    """How well a predictor foretold the newest measurements before it was trained on them."""
+
+    name: str
+    kendall: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
+    """Rank correlation tau; None (or not a number) where all measurements are equal."""
+    spearman: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
+    mae: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
+    """Mean absolute error, in the objective's unit."""
+    used: bool
+    """False where it ranked no better than chance and was set aside."""
+
+
+class Generation(_Model):
+    generation: int
+    evaluations: int
+    """Measured so far, this generation included."""
+    hypervolume: float
+    predictor: PredictorScore | None = None
+    """None in generations without one, such as the first."""
+    seconds_evaluating: float
+    seconds_other: float
+
+
+class Gene(_Model):
+    name: str
+    values: list[Any]
+
+
+class Space(_Model):
+    name: str | None = None
+    genes: list[Gene]
+
+
+class Search(_Model):
+    algorithm: str
+    evaluations: int
+    generations: list[Generation]
+    points: list[Point]
+    """Every measured sub-network."""
+    space: Space
+    targets: dict[str, Any] = {}
+    """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
+
+
+class CurvePoint(_Model):
+    """Held-out losses at one step, nats per token."""
+
+    step: int
+    tokens: int
+    largest: float | None = None
+    middle: float | None = None
+    """Mean over the random sub-networks."""
+    smallest: float | None = None
+
+
+class Finetune(_Model):
+    curve: list[CurvePoint]
+    tokens: int
+    seconds: float
+    sampler: str
+    loss: str
+    data: str | None = None
+    """The user's data, as given."""
+
+
+class Sample(_Model):
+    prompt: str
+    continuations: dict[str, str]
+    """Greedy continuation by `base` and by package name."""
+
+
+class Difference(_Model):
+    """Quality of ours minus another's over the same documents, by paired bootstrap."""
+
+    value: float
+    low: float
+    """The central 95 % of the resamples begins here,"""
+    high: float
+    """and ends here."""
+
+    @property
+    def meaning(self) -> Literal["better", "worse", "unclear"]:
+        """`better`: ours, beyond what the choice of documents explains."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
+
+
+class Comparison(_Model):
+    """One method at one size and seed, healed and scored as ours."""
+
+    method: str
+    about: str
+    """The paper that defines it, or what it is."""
+    size: str | None
+    """As asked for, such as `0.67`; None for a checkpoint from elsewhere."""
+    seed: int | None
+    path: str
+    architecture: ArchitectureDict | None = None
+    params: int
+    bytes: int | None = None
+    tokens: int | None = None
+    """Read in healing; None where that is not known."""
+    quality: float
+    """On the report split, as for packages."""
+    quality_stderr: float | None = None
+    """One standard error over documents, bootstrapped."""
+    quality_before_healing: float | None = None
+    """As published: cut, not trained."""
+    tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
+    speed: Speed | None = None
+    base_speed: Speed | None = None
+    """The base's, measured in turn with this one's."""
+    ours_minus_this: Difference | None = None
+    """Over all seeds of this method and size; None for ours."""
+
+
+class Report(_Model):
+    """`report.json`."""
+
+    schema_: int = Field(SCHEMA, alias="schema")
+    """Version of this schema."""
+    versions: dict[str, str]
+    """Of Python and of the packages that matter."""
+    recipe: dict[str, Any]
+    """recipe.yaml: every default filled in, seeds, fingerprints of model, data and tasks."""
+    base: Base
+    front: list[Candidate]
+    """The Pareto front of fully measured sub-networks."""
+    packages: list[Package]
+    comparison: list[Comparison] = []
+    search: Search | None = None
+    finetune: Finetune | None = None
+    hub_dataset: str | None = None
+    """Name of what was fine-tuned or healed on, where it was loaded from the hub."""
+    samples: list[Sample] = []
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of all tasks, in the base's order."""
+        return list(dict.fromkeys(task for row in self.rows for task in row.tasks))
+
+    @property
+    def rows(self) -> list[Base | Package]:
+        """The base, then the packages: the rows of every table."""
+        return [self.base, *self.packages]
+
+    def package(self, name: str) -> Package:
+        """The package called `name`. KeyError where there is none."""
+        for package in self.packages:
+            if package.name == name:
+                return package
+        raise KeyError(f"no package {name!r} in the report; there are {[package.name for package in self.packages]}")
+
+
+def validate_report(data: Mapping[str, Any]) -> Report:
+    """The typed report. ValueError with one line that names the first wrong key, as in `report.json: base.params is
+    missing`."""
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        more = f" (and {len(others)} more)" if others else ""
+        if first["type"] == "missing":
+            said = "is missing"
+        elif first["type"] == "extra_forbidden":
+            known = {str(f.alias or n) for m in _models() for n, f in m.model_fields.items()}
+            said = f"is not a key of the report{nearest(str(first['loc'][-1]), known)}"
+        else:
+            said = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
+        raise ValueError(f"report.json: {where} {said}{more}") from None
+
+
+def _models() -> Iterator[type[_Model]]:
+    waiting = [_Model]
+    while waiting:
+        model = waiting.pop()
+        waiting += model.__subclasses__()
+        yield model

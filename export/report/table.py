@@ -1,0 +1,122 @@
+"""The report's table in a terminal, and what must be read below any table of it."""
+
+from __future__ import annotations
+
+import re
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from export.report.schema import Base, Package, Report, TaskScore
+from supernet.common.formatting import count, percent, rate, size
+
+
+def terminal_table(report: Report) -> Table:
+    """Base and packages: parameters and bytes with their share, scores on the report split, speed and its runtime.
+
+    Cells hold two or three short lines, so that four tasks fit in 80 columns; runtimes are numbered, and what the
+    numbers mean is in `footnotes`, to be printed below.
+    """
+    padding = 1 if len(report.tasks) < 4 else 0
+    table = Table(box=box.SIMPLE, padding=(0, padding), collapse_padding=True)
+    table.add_column("", min_width=10 + 2 * padding, style="bold")
+    table.add_column("params", justify="right", min_width=7)
+    table.add_column("on disk", justify="right", min_width=7)
+    for task in report.tasks:
+        heading = Text(f"{_broken(task)}\n", justify="right", overflow="fold")
+        heading.append(_broken(metric_name(report, task)), style="dim")
+        table.add_column(heading, justify="right", min_width=7, overflow="fold")
+    table.add_column("prefill\ntok/s", justify="right", min_width=7)
+    table.add_column("decode\ntok/s", justify="right", min_width=6)
+    base = report.base
+    marks = _marks(report)
+    for row in report.rows:
+        speed = row.speed
+        mark = f" {marks[measured_in(row)]}" if speed else ""
+        table.add_row(
+            Text(row.label if isinstance(row, Package) else "base"),
+            f"{count(row.params)}\n{percent(row.params / base.params)}",
+            f"{size(row.bytes)}\n{percent(row.bytes / base.bytes)}",
+            *(_score_cell(row.tasks.get(task)) for task in report.tasks),
+            rate(speed.prefill_tps) + mark if speed else "-",
+            rate(speed.decode_tps) + mark if speed else "-",
+        )
+    return table
+
+
+def _broken(name: str, width: int = 9) -> str:
+    """A task's name on several lines, broken after underscores, so that narrow columns can hold it."""
+    lines = [""]
+    for part in re.findall(r"[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _marks(report: Report) -> dict[str, str]:
+    """A superscript number for every runtime that speed was measured in."""
+    return {where: str(number).translate(_SUPERSCRIPT) for number, where in enumerate(runtimes(report), start=1)}
+
+
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def measured_in(row: Base | Package) -> str:
+    """What a row's speed was measured in; a star refers to the note on decompressed weights. Empty: not measured."""
+    said = row.speed.where if row.speed else ""
+    return f"{said} *" if isinstance(row, Package) and decompressed_at_load(row) else said
+
+
+def runtimes(report: Report) -> list[str]:
+    return list(dict.fromkeys(measured_in(row) for row in report.rows if row.speed))
+
+
+def footnotes(report: Report) -> list[str]:
+    """What must be read below the terminal table: the runtimes by their marks, and what the numbers are."""
+    return [*(f"{mark} {where}" for where, mark in _marks(report).items()), *notes(report)]
+
+
+def notes(report: Report) -> list[str]:
+    """What the numbers of the table are."""
+    speeds = [row.speed for row in report.rows if row.speed]
+    said = ["Scores on documents that the search never saw, ± one standard error."]
+    if speeds:
+        said.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
+    if any(decompressed_at_load(package) for package in report.packages):
+        said.append(f"* {DECOMPRESSED}")
+    stamps = {score.stamp for row in report.rows for score in row.tasks.values()}
+    if "near chance" in stamps:
+        said.append("near chance: within two standard errors of what guessing scores.")
+    if "below chance" in stamps:
+        said.append("below chance: worse than guessing by more than two standard errors.")
+    return said
+
+
+def metric_name(report: Report, task: str) -> str:
+    """The metric of a task, marked `↓` where lower is better."""
+    score = next(row.tasks[task] for row in report.rows if task in row.tasks)
+    return score.metric if score.higher_is_better else f"{score.metric} ↓"
+
+
+def _score_cell(score: TaskScore | None) -> Text:
+    if score is None:
+        return Text("-")
+    cell = Text(score.text.replace(" ± ", "\n± "))
+    if score.stamp:
+        cell.append(f"\n{score.stamp}", style="yellow")
+    return cell
+
+
+def decompressed_at_load(package: Package) -> bool:
+    """Whether the measured speed is that of floats: plain transformers on a CPU unpacks compressed-tensors at load."""
+    speed = package.speed
+    if speed is None or package.quantization is None:
+        return False
+    return "decompress" in speed.runtime or (speed.runtime.startswith("transformers") and speed.device == "cpu")
+
+
+DECOMPRESSED = (
+    "Plain transformers decompresses quantized weights when it loads them on a CPU: the speed there is that of floats."
+)
