@@ -19,6 +19,7 @@ from compressor import demo
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
+from compressor.sizing import draw_near
 from supernet.activation import SuperNetwork
 from supernet.importance import wanda
 from supernet.ordering import apply_ordering, order_by
@@ -49,7 +50,7 @@ def main() -> None:
     print("|---|---|" + "---|" * (len(demo.TASK_NAMES) + 1))
     means = []
     for number in range(arguments.networks + 1):
-        architecture = job.structure.base if number == 0 else job.draw_near(rng, arguments.share * full)
+        architecture = job.structure.base if number == 0 else draw_near(job, rng, arguments.share * full)
         with supernet.activated(architecture), torch.no_grad():
             scores = [score.value for score in scorer.score("all").values()]
         means.append(sum(scores) / len(scores))

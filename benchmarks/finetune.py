@@ -27,10 +27,12 @@ import numpy as np
 import torch
 
 from compressor import demo
+from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run
-from compressor.stages.finetuning import data_fingerprint, order_supernet, train_supernet, training_blocks
+from compressor.sizing import draw_near, training_range, uniform_near
+from compressor.stages.finetuning import order_supernet, train_supernet
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint
@@ -107,12 +109,12 @@ class Bench:
         self.blocks: Blocks = training_blocks(job, self.tokens)
         self.full = job.structure.parameters(job.structure.base)
         self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
-        self.sizes |= {size: job.uniform_near(size * self.full) for size in ALONE if size < 1}
+        self.sizes |= {size: uniform_near(job, size * self.full) for size in ALONE if size < 1}
         self.structure = job.structure
         self.inputs = {"base": job.base_fingerprint, "data": data_fingerprint(self.data)}
-        low, high = job.training_range().sizes
+        low, high = training_range(job).sizes
         rng = np.random.default_rng(1)
-        self.random = [job.draw_near(rng, size) for size in np.linspace(low, high, RANDOM)]
+        self.random = [draw_near(job, rng, size) for size in np.linspace(low, high, RANDOM)]
 
     def job(self, changes: dict[str, Any], seed: int) -> Job:
         section = Finetuning(tokens=self.tokens, batch_size=BATCH, **changes)

@@ -24,10 +24,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from compressor import demo
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Finetuning, Recipe
 from compressor.run import Run
-from compressor.stages.finetuning import training_blocks
+from compressor.sizing import uniform_near
 from supernet.slicing import extract
 from supernet.training.adapters import ElasticLora
 from supernet.training.data import Batch
@@ -68,7 +69,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     batch: Batch = training_blocks(job, 1)[:4]
     supernet, base = job.supernet_of(job.load_base(torch.float32)), job.load_base(torch.float32)
     full = job.structure.parameters(job.structure.base)
-    members = [job.structure.base, job.uniform_near(0.67 * full), job.uniform_near(0.5 * full)]
+    members = [job.structure.base, uniform_near(job, 0.67 * full), uniform_near(job, 0.5 * full)]
     networks = [extract(supernet.model, job.structure, member) for member in members]
 
     adapters = ElasticLora(supernet, rank=Finetuning().lora_rank, seed=0)

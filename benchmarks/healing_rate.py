@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator
 
 from compressor import demo
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
-from compressor.stages.finetuning import training_blocks
+from compressor.sizing import uniform_near
 from supernet.activation import SuperNetwork
 from supernet.importance import wanda
 from supernet.ordering import apply_ordering, order_by
@@ -53,7 +54,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     apply_ordering(supernet, order_by(wanda(supernet, blocks[:64].ids.split(8))))
     base = job.load_base(torch.float32)
     full = job.structure.parameters(job.structure.base)
-    architecture = job.uniform_near(0.67 * full)
+    architecture = uniform_near(job, 0.67 * full)
     print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
     print("| rate | batch | held-out loss before | after | seconds |\n|---|---|---|---|---|")
     for rate in map(float, arguments.rates.split(",")):

@@ -29,8 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import resident
 from compressor import demo
-from export.package import WeightWriter, weight_bytes, write_config, write_package
+from export.package import write_config, write_package
 from export.quantization.quantize import quantize_package
+from export.shards import WeightWriter, weight_bytes
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.formatting import size

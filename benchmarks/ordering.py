@@ -19,10 +19,10 @@ from statistics import mean, stdev
 import torch
 
 from compressor import demo
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
-from compressor.stages.finetuning import training_blocks
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.importance import IMPORTANCES, random
 from supernet.ordering import Scores, apply_ordering, order_by

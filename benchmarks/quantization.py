@@ -28,7 +28,7 @@ from compressor import demo
 from compressor.stages.measuring import load_package
 from export.layouts import gguf_layout, graphs, llama_cpp
 from export.layouts.table import write_layout
-from export.package import read_record
+from export.package_record import read_record
 from export.quantization.quantize import pack_texts, quantize_packages
 from supernet.checkpoint import open_checkpoint
 

@@ -51,6 +51,7 @@ from compressor import demo
 from compressor.job import Job
 from compressor.recipe import Recipe, Targets
 from compressor.run import Run
+from compressor.sizing import parameter_limits, smallest_in_training
 from evals.scoring import tree_attention as trees
 from evals.scoring.encoding import Encoder, Span
 from evals.scoring.lm import NetworkLM
@@ -139,8 +140,8 @@ class Bench:
         """What the default search, without proposals, asks for after a first generation measured on a few documents."""
         count, space, structure = self.arguments.candidates, self.job.space, self.job.structure
         exact = computed(structure)
-        _, low = self.job.smallest_in_training()
-        ((_, high),) = self.job.sizes()
+        _, low = smallest_in_training(self.job)
+        ((_, high),) = parameter_limits(self.job)
         limits = [Constraint(exact["parameters"], maximum=high, minimum=low)]
         tasks, _ = self.load(self.arguments.tasks.split(",")[0])
         scorer = Scorer(tasks, NetworkLM(self.supernet.model, self.encoder))

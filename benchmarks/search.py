@@ -30,10 +30,10 @@ from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
 from compressor import demo, pipeline
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
-from compressor.stages.finetuning import training_blocks
 from compressor.stages.searching import GREEDY_SHARE
 from compressor.stages.subnet_scores import Board
 from compressor.stages.warm_start import proposals, spread_over_sizes

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compressor.job import Job
+from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from export.layouts import gguf_checks, gguf_tokenizer, graphs
 from export.layouts.installed import check_installed
 from export.quantization.quantize import linear_layers
@@ -123,7 +124,7 @@ def check_targets(job: Job) -> None:
     smallest = job.space.smallest()
     least = job.structure.parameters(smallest)
     base = job.structure.parameters(job.structure.base)
-    sizes = job.sizes()
+    sizes = parameter_limits(job)
     for _, size in sizes:
         if size is not None and size < least:
             raise RequestError(
@@ -139,9 +140,9 @@ def check_targets(job: Job) -> None:
             "--max-drop asks for the smallest network of a quality, several --max-params for the best one of each "
             "size; give one of the two"
         )
-    limit = job.max_bytes()
+    limit = byte_limit(job)
     if limit is not None:
-        bytes_ = job.structure.bytes(smallest, job.smallest_scheme())
+        bytes_ = job.structure.bytes(smallest, smallest_storage(job))
         if limit < bytes_:
             raise RequestError(
                 f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
 
-from compressor.recipe import Finetuning, Healing, Recipe, absolute_or_share, byte_count, learning_rate_for
+from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
-from export.quantization.schemes import SCHEMES
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, Scheme, Structure
+from supernet.architecture import Architecture, Structure
 from supernet.checkpoint import Checkpoint, open_checkpoint
 from supernet.common.errors import RequestError, nearest
 from supernet.common.files import read_json, write_json
@@ -25,7 +22,6 @@ from supernet.common.processes import available_cores
 from supernet.ordering import by_influence
 from supernet.training.accelerator import make_accelerator
 from supernet.training.loop import TrainSettings
-from supernet.training.samplers import Range
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,9 +33,6 @@ if TYPE_CHECKING:
 STAGES = ("finetune", "search", "export")
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
-
-TRIES = 64
-"""Uniform draws of a sub-network before what is too small is taken for all that they give."""
 
 
 class Job:
@@ -59,7 +52,8 @@ class Job:
         self.processes = 1
         """How many processes share this machine's cores at this moment, this one among them."""
         self._passes: dict[str, int] = {}
-        self._uniform: dict[SearchSpace, Sequence[Architecture]] = {}
+        self.uniform_cuts: dict[SearchSpace, Sequence[Architecture]] = {}
+        """Uniform cuts of a space, listed once (`compressor.sizing.uniform_near`)."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -195,32 +189,6 @@ class Job:
         )
         return self.supernet_of(model.to(self.device).eval())
 
-    def sizes(self) -> list[tuple[str, int | None]]:
-        """(name, most parameters) of every package set that the targets ask for: `best`, or `best-0.67` and so on."""
-        wanted = self.recipe.targets.max_params
-        if not wanted:
-            return [("best", None)]
-        base = self.structure.parameters(self.structure.base)
-        sizes = []
-        for size in wanted:
-            try:
-                sizes.append(absolute_or_share(size, base))
-            except ValueError as error:
-                raise RequestError(f"--max-params: {error}") from error
-        if len(wanted) == 1:
-            return [("best", sizes[0])]
-        return [(f"best-{re.sub(r'[^0-9A-Za-z.]', '', text)}", size) for text, size in zip(wanted, sizes, strict=True)]
-
-    def max_bytes(self) -> int | None:
-        return None if self.recipe.targets.max_bytes is None else byte_count(self.recipe.targets.max_bytes)
-
-    def smallest_scheme(self) -> Scheme | None:
-        """How the smallest requested variant stores its linear layers: what `--max-bytes` is about."""
-        if not self.recipe.quantizing.schemes:
-            return None
-        smallest = min((SCHEMES[name] for name in self.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
-        return smallest.sizes(self.recipe.quantizing.group_size)
-
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
         hidden_size = self.structure.base.hidden_size
@@ -270,47 +238,3 @@ class Job:
             gradient_checkpointing=finetuning.gradient_checkpointing,
             **chosen,
         )
-
-    def training_range(self) -> Range:
-        """The sub-networks that the fine-tuning trains."""
-        least, low = self.smallest_in_training()
-
-        def uniform(rng: np.random.Generator) -> Architecture:
-            """Every gene uniformly, drawn again where the sub-network is smaller than what is trained. Of a space that
-            holds next to nothing else, one that just is not."""
-            for _ in range(TRIES):
-                drawn = self.space.decode(self.space.sample(rng)[0].tolist())
-                if self.structure.parameters(drawn) >= low:
-                    return drawn
-            return self.draw_near(rng, low)
-
-        return Range(self.structure, least, uniform, self.draw_near, self.uniform_near)
-
-    def smallest_in_training(self, space: SearchSpace | None = None) -> tuple[Architecture, float]:
-        """The small end of the fine-tuning: a little under the smallest size asked for, a half where none is.
-
-        A uniform cut near that size, so that the small end is a sensible network; sizes below it are not trained.
-        Of `space`, or else of the run's own.
-        """
-        space = space or self.space
-        base = self.structure.parameters(self.structure.base)
-        share = self.recipe.finetuning.smallest_share
-        if share is None:
-            asked = [size / base for _, size in self.sizes() if size is not None]
-            share = 0.85 * min(asked, default=0.6)
-        low = max(share * base, self.structure.parameters(space.smallest()))
-        return self.uniform_near(low, space), low
-
-    def draw_near(self, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:
-        """A random sub-network of about this many parameters, of `space` or else of the run's own."""
-        space = space or self.space
-        return space.decode(space.sample_near(rng, [parameters])[0].tolist())
-
-    def uniform_near(self, parameters: float, space: SearchSpace | None = None) -> Architecture:
-        """The uniform cut nearest in size, of `space` or else of the run's own; a random one where there is none."""
-        space = space or self.space
-        if space not in self._uniform:
-            self._uniform[space] = space.uniform_members(12)
-        if not self._uniform[space]:
-            return self.draw_near(np.random.default_rng(self.recipe.seed), parameters, space)
-        return min(self._uniform[space], key=lambda a: abs(self.structure.parameters(a) - parameters))

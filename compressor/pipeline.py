@@ -13,11 +13,12 @@ from rich import box
 from rich.table import Table
 
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
+from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from compressor.run import Run
 from compressor.stages import comparing, exporting, finetuning, searching
-from compressor.stages.finetuning import check_unchanged, data_fingerprint
+from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup

@@ -9,18 +9,16 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, VerificationError
-from supernet.common.files import read_json, sha256, temporary_name, write_json
+from export.package_record import CARD, RECORD, PackageInfo, path_in_run, read_package, write_record
+from export.shards import MAX_SHARD_BYTES, WeightWriter, weight_bytes
+from supernet.common.errors import RequestError
+from supernet.common.files import read_json, temporary_name, write_json
 from supernet.common.formatting import size
-from supernet.common.versions import versions
-from supernet.trust import UNEVEN_PREFIX, check_code, load_tokenizer
+from supernet.trust import UNEVEN_PREFIX, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +26,6 @@ if TYPE_CHECKING:
 
     from supernet.streaming import StreamedNetwork
 
-SCHEMA = 1
-RECORD = "compression.json"
-SECTIONS = ("entry", "lineage", "probe", "files")
-ENTRY = ("name", "layout", "quantization", "architecture", "params", "bytes")
-"""What the entry of every package has; reports and layouts add to it."""
-CARD = "README.md"
-MAX_SHARD_BYTES = 2 * 10**9
-"""Of one weight file; writing takes twice as much memory."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,119 +38,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin")
-FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
-
-
-@dataclass(frozen=True)
-class PackageInfo:
-    """What a package says of itself. `bytes` are those of its weights on disk; `files` maps names to their hashes."""
-
-    path: Path
-    name: str
-    layout: str
-    quantization: str | None
-    architecture: Architecture
-    params: int
-    bytes: int
-    files: dict[str, str]
-    verified: dict[str, Any] | None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    return sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes on disk of the weights: the sum of all files that hold them, headers and graphs included."""
-    return sum(file.stat().st_size for file in weight_files(folder))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `VerificationError` that names the file where it is missing or broken."""
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise VerificationError(f"{path}: the file is missing") from None
-    except ValueError as error:
-        raise VerificationError(str(error)) from None
-    if not isinstance(value, dict):
-        raise VerificationError(f"{path}: expected a JSON object")
-    return value
-
-
-def read_record(package: Path) -> dict[str, Any]:
-    """compression.json. Raises `RequestError` where the folder is no package."""
-    if not package.is_dir():
-        raise RequestError(f"{package}: no such folder")
-    if not (package / RECORD).exists():
-        raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
-    record = read_object(package / RECORD)
-    file = package / RECORD
-    if record.get("schema") != SCHEMA or not all(isinstance(record.get(name), dict) for name in SECTIONS):
-        raise VerificationError(f"{file}: not of schema {SCHEMA}, or a section is missing")
-    if absent := [key for key in ENTRY if key not in record["entry"]]:
-        raise VerificationError(f"{file}: its entry lacks {', '.join(absent)}")
-    for name, recorded in record["files"].items():
-        if not isinstance(recorded, dict) or set(recorded) != {"sha256", "bytes"}:
-            raise VerificationError(f"{file}: what it says of the file {name} is not a hash and a size")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise VerificationError(f"{file}: names a file outside the package, {name}")
-    return record
-
-
-def read_package(package: Path) -> PackageInfo:
-    """What the package in this folder is, from its files alone."""
-    record = read_record(package)
-    entry = record["entry"]
-    return PackageInfo(
-        path=package,
-        name=entry["name"],
-        layout=entry["layout"],
-        quantization=entry["quantization"],
-        architecture=Architecture.from_dict(entry["architecture"]),
-        params=entry["params"],
-        bytes=weight_bytes(package),
-        files={name: file["sha256"] for name, file in record["files"].items()},
-        verified=entry.get("verified"),
-    )
-
-
-def update_record(package: Path, **sections: Mapping[str, Any]) -> None:
-    """Add to sections of compression.json: `update_record(package, entry={"quality": 0.98})`."""
-    record = read_record(package)
-    for name, values in sections.items():
-        record[name] |= values
-    write_json(package / RECORD, record)
-
-
-def write_card(package: Path, text: str) -> None:
-    """Write the model card and record its hash."""
-    record = read_record(package)
-    (package / CARD).write_text(text, encoding="utf-8")
-    record["files"][CARD] = _fingerprint(package / CARD)
-    write_json(package / RECORD, record)
-
-
-def check_files(package: Path) -> None:
-    """Every recorded file is there and unchanged, and nothing was slipped in that a loader would run or read.
-
-    Raises `VerificationError` that names the file.
-    """
-    record = read_record(package)
-    for name, recorded in record["files"].items():
-        file = package / name
-        if not file.is_file():
-            raise VerificationError(f"{file}: the file is missing")
-        if file.stat().st_size != recorded["bytes"]:
-            raise VerificationError(f"{file}: {file.stat().st_size} bytes where {recorded['bytes']} were written")
-        if sha256(file) != recorded["sha256"]:
-            raise VerificationError(f"{file}: its content is not what was written (SHA-256 differs)")
-    for file in sorted(package.rglob("*")):
-        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf", ".onnx", ".xml"}
-        if file.is_file() and loadable and file.relative_to(package).as_posix() not in record["files"]:
-            raise VerificationError(f"{file}: the file was not part of the package when it was written")
-    check_code(package)
 
 
 @contextmanager
@@ -207,82 +84,6 @@ def check_destination(destination: Path, needed: int) -> None:
         )
 
 
-def path_in_run(destination: Path) -> str:
-    """The path that a package's entry holds: seen from the run directory, and telling nothing of this machine."""
-    return f"{destination.parent.name}/{destination.name}"
-
-
-class WeightWriter:
-    """Streams tensors into hub-standard safetensors shards; one that is filled and one that is written take memory.
-
-    `with WeightWriter(folder) as w: w.add(name, tensor)`; on leaving, shards get their final names and, if there are
-    several, model.safetensors.index.json. A shard is written and hashed while the next one is filled: `fingerprints`
-    then holds what `write_record` records of each.
-    """
-
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.folder, self.max_shard_bytes = folder, max_shard_bytes
-        self.fingerprints: dict[str, dict[str, Any]] = {}
-        self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
-        self._shards: list[tuple[list[str], Future[dict[str, Any]]]] = []
-        self._total = 0
-        self._writing: Future[None] | None = None
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-
-    def __enter__(self) -> WeightWriter:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._writer.shutdown()
-            self._hasher.shutdown()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self.max_shard_bytes:
-            self._flush()
-        # A view would be written with a name of its own but pin, and be refused for, all of its storage.
-        self._held[name] = tensor.detach().cpu().contiguous()
-        self._held_bytes += size
-        self._total += size
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        def write(tensors: dict[str, Tensor], file: Path) -> None:
-            save_file(tensors, file, {"format": "pt"})
-            tensors.clear()
-
-        def hashed(written: Future[None], file: Path) -> dict[str, Any]:
-            written.result()
-            return _fingerprint(file)
-
-        if self._writing is not None:
-            self._writing.result()  # or two shards would wait in memory
-        file = self.folder / f"shard-{len(self._shards)}.safetensors"
-        names = list(self._held)
-        self._writing = self._writer.submit(write, self._held, file)
-        self._shards.append((names, self._hasher.submit(hashed, self._writing, file)))
-        self._held, self._held_bytes = {}, 0
-
-    def _finish(self) -> None:
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for index, (names, fingerprint) in enumerate(self._shards):
-            final = "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self.fingerprints[final] = fingerprint.result()
-            (self.folder / f"shard-{index}.safetensors").rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index_file = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            write_json(self.folder / "model.safetensors.index.json", index_file)
-
-
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer object, or copy the tokenizer files (with the chat template) of a checkpoint's folder."""
     if not isinstance(tokenizer, Path):
@@ -316,28 +117,6 @@ def write_config(model: nn.Module, folder: Path, dtype: torch.dtype) -> str:
     if generation is not None:
         generation.save_pretrained(folder)
     return layout
-
-
-def write_record(
-    folder: Path,
-    *,
-    entry: Mapping[str, Any],
-    lineage: Mapping[str, Any],
-    probe: Mapping[str, Any],
-    fingerprints: Mapping[str, dict[str, Any]] | None = None,
-) -> None:
-    """Write compression.json over the files that are in the folder now; `fingerprints` are those known already."""
-    known = fingerprints or {}
-    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
-    record = {
-        "schema": SCHEMA,
-        "versions": versions(),
-        "entry": {**entry, "verified": None},
-        "lineage": dict(lineage),
-        "probe": dict(probe),
-        "files": {name: known.get(name) or _fingerprint(folder / name) for name in files},
-    }
-    write_json(folder / RECORD, record)
 
 
 def write_package(
@@ -422,7 +201,3 @@ def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(torch.stack(stored.aminmax())).all():  # far faster than to ask every value
         raise ValueError(f"{name} holds values that {dtype} cannot: not finite")
     return stored
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"sha256": sha256(file), "bytes": file.stat().st_size}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from export.package import RECORD, WEIGHT_FILES, check_files, read_package, read_record
+from export.package_record import RECORD, check_files, read_package, read_record
+from export.shards import WEIGHT_FILES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import size
 from supernet.common.progress import say

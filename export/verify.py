@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.package import check_files, read_record, update_record, weight_bytes
+from export.package_record import check_files, read_record, update_record
 from export.quantization.schemes import SCHEMES
+from export.shards import weight_bytes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
 from supernet.common.processes import fresh_environment, last_line

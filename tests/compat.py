@@ -22,7 +22,8 @@ from export_networks import cut, tiny_llama, tiny_tokenizer
 from tiny_families import CONFIGS, random_architecture, tiny_network
 
 from export.layouts.table import write_layout
-from export.package import check_files, write_package
+from export.package import write_package
+from export.package_record import check_files
 from export.quantization.quantize import quantize_packages
 from export.quantization.schemes import SCHEMES
 from export.verify import check

@@ -11,9 +11,10 @@ import tiny
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from evals.scoring.documents import Leaf
 from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
-from evals.scoring.tasks import Leaf, TaskSet
+from evals.scoring.tasks import TaskSet
 
 Row = dict[str, Any]
 

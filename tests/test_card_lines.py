@@ -12,7 +12,7 @@ from export_networks import EVEN, UNEVEN, cut, tiny_llama, tiny_tokenizer
 from report_helpers import card_of, code_block, minimal_report
 
 from export.layouts.table import EXTRAS, write_layout
-from export.package import read_record
+from export.package_record import read_record
 from export.quantization.quantize import quantize_package
 
 PROMPT = "Anna gave the red ball"

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from compressor.cli import run
 from evals.speed.table import SpeedTable
-from export.package import update_record, write_package
+from export.package import write_package
+from export.package_record import update_record
 from supernet.families import describe
 
 

@@ -24,7 +24,7 @@ from export.layouts.gguf_families import DECI, FAMILIES, Stored
 from export.layouts.gguf_layout import TYPES, take_stored_weights
 from export.layouts.llama_cpp import LlamaCpp, check_gguf, measure_speed
 from export.layouts.table import copies_hold, of_the_uniform_one, write_layout
-from export.package import PackageInfo, check_files, read_record
+from export.package_record import PackageInfo, check_files, read_record
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError

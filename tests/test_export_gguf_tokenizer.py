@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from export.layouts.gguf_tokenizer import sample_texts, tokenizer_kind
 from export.layouts.llama_cpp import check_gguf
 from export.layouts.table import write_layout
-from export.package import PackageInfo, read_record
+from export.package_record import PackageInfo, read_record
 from supernet.common.errors import RequestError, VerificationError
 
 pytest.importorskip("gguf")

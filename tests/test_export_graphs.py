@@ -17,7 +17,7 @@ from tiny_families import assert_close, tiny_network
 from export.layouts import graphs
 from export.layouts.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
 from export.layouts.table import EXTRAS, write_layout
-from export.package import PackageInfo, check_files, read_record
+from export.package_record import PackageInfo, check_files, read_record
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError

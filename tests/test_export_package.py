@@ -15,14 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from export import package as packages
 from export.layouts.table import write_layout
-from export.package import (
-    PackageInfo,
-    check_files,
-    read_package,
-    update_record,
-    write_card,
-    write_package,
-)
+from export.package import write_package
+from export.package_record import PackageInfo, check_files, read_package, update_record, write_card
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe

@@ -21,7 +21,8 @@ import pytest
 import torch
 from export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
 
-from export.package import update_record, write_package
+from export.package import write_package
+from export.package_record import update_record
 from export.push import push
 from supernet.common.errors import RequestError, VerificationError
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_families import CONFIGS
 from torch import Tensor
 
-from export.package import check_files, read_package, weight_bytes, write_package
+from export.package import write_package
+from export.package_record import check_files, read_package
 from export.quantization import quantize
 from export.quantization.quantize import (
     Quantized,
@@ -29,6 +30,7 @@ from export.quantization.quantize import (
 )
 from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_to_nearest
 from export.quantization.schemes import SCHEMES, SchemeName
+from export.shards import weight_bytes
 from export.verify import check, verify_all
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError

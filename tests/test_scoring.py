@@ -39,11 +39,12 @@ from transformers import (
 )
 
 from evals.scoring import lm as network_module
+from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import evaluate
 from evals.scoring.lm import NetworkLM
 from evals.scoring.scorer import Scorer, TaskScore, standard_error
-from evals.scoring.tasks import Prompting, TaskSet
+from evals.scoring.tasks import TaskSet
 from export.package import write_package
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes

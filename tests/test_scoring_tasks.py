@@ -15,8 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from scoring_helpers import CHOICE, LAST_WORD, questions, write_task
 
+from evals.scoring.documents import doc_hash
 from evals.scoring.encoding import Encoder
-from evals.scoring.tasks import TaskSet, doc_hash, spread
+from evals.scoring.tasks import TaskSet, spread
 from supernet.common.errors import RequestError
 
 

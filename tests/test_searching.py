@@ -15,18 +15,16 @@ import tiny
 import torch
 
 from compressor import cli, pipeline
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
+from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets
-from compressor.stages.finetuning import training_blocks
 from compressor.stages.picking import choose, measured
+from compressor.stages.score_keys import score_keys
 from compressor.stages.searching import speed_table
-from compressor.stages.subnet_scores import (
-    HeldOut,
-    held_out_losses,
-    score_keys,
-)
+from compressor.stages.subnet_scores import HeldOut, held_out_losses
 from compressor.stages.warm_start import proposals
 from evals.quality import quality_stderr, relative_quality, standard_error
 from evals.speed.table import SpeedTable
@@ -172,7 +170,7 @@ def test_genes_that_seldom_fall_as_large_as_what_is_trained(tmp_path: Path) -> N
     model = tiny.checkpoint(tmp_path / "model", num_hidden_layers=24)
     given = {"model": str(model), "targets.max_params": "0.9", "device": "cpu"}
     job = Job(Run(tmp_path), read_recipe(None, given), weights=False)
-    range_ = job.training_range()
+    range_ = training_range(job)
     drawn = [job.structure.parameters(range_.uniform(np.random.default_rng(seed))) for seed in range(3)]
     assert min(drawn) > 0.97 * range_.sizes[0]
 
@@ -180,7 +178,7 @@ def test_genes_that_seldom_fall_as_large_as_what_is_trained(tmp_path: Path) -> N
 def test_workers_share_the_cores(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made.run, tmp_path / "run")
     (tmp_path / "run" / "search").mkdir()
-    monkeypatch.setattr("evals.scoring.lm.available_cores", lambda: 5)
+    monkeypatch.setattr("compressor.job.available_cores", lambda: 5)
     asked: list[int] = []
 
     def tune(lm: Any, spans: Any, cores: int) -> None:

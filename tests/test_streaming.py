@@ -12,7 +12,8 @@ from export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
-from export.package import check_files, read_record, write_package
+from export.package import write_package
+from export.package_record import check_files, read_record
 from export.verify import check
 from supernet.families import describe
 from supernet.slicing import extract

@@ -21,7 +21,8 @@ from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
 from evals.scoring.scorer import Scorer
 from evals.scoring.tasks import TaskSet
-from export.package import read_package, update_record, write_package
+from export.package import write_package
+from export.package_record import read_package, update_record
 from export.verify import TaskFiles, _Checker, check, verify, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
 from compressor.job import Job
 from compressor.recipe import absolute_or_share
 from compressor.stages.comparison_methods import Contest, Method, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
-from compressor.stages.finetuning import CALIBRATION_BLOCKS, training_blocks
 from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import choose, measured, read_picks
 from evals.quality import relative_quality
@@ -248,7 +248,7 @@ def base_documents(job: Job, base: Any) -> None:
 
 def prove(job: Job, rows: Sequence[Path]) -> None:
     """Reload in a fresh process every package that was not proved yet."""
-    from export.package import read_record
+    from export.package_record import read_record
     from export.verify import verify_all
 
     folders = sorted({job.run.path / read_json(row)["row"]["path"] for row in rows})
@@ -261,7 +261,7 @@ def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
     """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
     in memory together. Rows that share a package share its speed."""
     from evals.speed.measured import speed_beside
-    from export.package import update_record
+    from export.package_record import update_record
 
     job.threads(scoring=True)
     untimed: dict[str, list[Path]] = {}

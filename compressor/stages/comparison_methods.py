@@ -15,6 +15,7 @@ import torch
 
 from compressor.job import Job
 from compressor.run import Run
+from compressor.sizing import draw_near
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import search
@@ -99,7 +100,7 @@ def random_subnetwork(contest: Contest, seed: int) -> Cut:
     """The first draw of the super-network's space that has the size."""
     rng = np.random.default_rng([contest.job.recipe.seed, seed])
     for _ in range(1000):
-        architecture = contest.job.draw_near(rng, contest.parameters)
+        architecture = draw_near(contest.job, rng, contest.parameters)
         if same_size(contest.job.structure.parameters(architecture), contest.parameters):
             return extract(contest.supernet.model, contest.job.structure, architecture), architecture
     raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")

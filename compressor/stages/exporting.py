@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.stages.finetuning import training_blocks
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 from export.layouts.table import of_the_uniform_one
@@ -34,7 +34,7 @@ Inputs = dict[str, Any]
 
 def export(job: Job) -> list[dict[str, Any]]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
-    from export.package import read_record
+    from export.package_record import read_record
     from export.verify import TaskFiles, verify_all
 
     recipe, run = job.recipe, job.run
@@ -108,7 +108,7 @@ def write_packages(
     If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
     """
     from export.layouts.table import write_layout
-    from export.package import update_record
+    from export.package_record import update_record
     from export.quantization.quantize import quantize_packages
 
     quantizing = job.recipe.quantizing
@@ -162,14 +162,14 @@ def write_packages(
 
 def proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
-    from export.package import read_record
+    from export.package_record import read_record
 
     return made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
 
 
 def made_from(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there and was made from the same inputs."""
-    from export.package import RECORD, read_record
+    from export.package_record import RECORD, read_record
 
     return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor.checks import check_targets
+from compressor.inputs import (
+    CALIBRATION_BLOCKS,
+    STATE,
+    calibration_batches,
+    data_fingerprint,
+    training_blocks,
+    weights_fingerprint,
+)
 from compressor.job import Job
-from export.package import weight_files
+from compressor.sizing import smallest_in_training, training_range, uniform_near
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError
-from supernet.common.files import content_fingerprint
 from supernet.common.progress import say
 from supernet.importance import IMPORTANCES, block_influence
 from supernet.ordering import (
@@ -26,22 +33,18 @@ from supernet.ordering import (
 )
 from supernet.training.adapters import PARAMETERS
 from supernet.training.contamination import RUN, Overlap
-from supernet.training.data import Blocks, pack
+from supernet.training.data import Blocks
 from supernet.training.loop import History
 from supernet.training.losses import Loss
 from supernet.training.sharding import shard, whole
-from supernet.training.sources import Row, hub_dataset, plain_text
+from supernet.training.sources import hub_dataset, plain_text
 from supernet.training.supernet_training import Scheme, finetune_supernet
-
-CALIBRATION_BLOCKS = 64
-STATE = "training.safetensors"
-"""What the training can go on from, beside what the stage fills, until all of that is there."""
 
 
 def finetuning_inputs(job: Job) -> dict[str, Any]:
     """All that the stage reads; another value of any of it makes another super-network."""
     recipe, space = job.recipe, job.declared_space  # which layers are important follows from the model and the data
-    least, _ = job.smallest_in_training(space)
+    least, _ = smallest_in_training(job, space)
     inputs = {
         "model": job.base_fingerprint,
         "data": data_fingerprint(recipe.data or ""),
@@ -125,11 +128,6 @@ def finetune(job: Job) -> dict[str, Any]:
     return run.manifest(run.supernet) or {}
 
 
-def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
-    """Token ids of the first blocks, which all criteria of importance share."""
-    return [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
-
-
 def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
     """Permute units as the recipe says; returns the permutations.
 
@@ -160,8 +158,8 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     section = job.recipe.finetuning
     loss = Loss(section.losses, section.temperature)
     scheme = Scheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
-    range_ = job.training_range()
-    middle = job.uniform_near(sum(range_.sizes) / 2)
+    range_ = training_range(job)
+    middle = uniform_near(job, sum(range_.sizes) / 2)
     model: Any = supernet.model
 
     def load() -> SuperNetwork:
@@ -187,13 +185,6 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     )
 
 
-def data_fingerprint(source: str) -> str:
-    """Of a local file or folder: its contents. Of a hub dataset: its name, as its revision is the hub's."""
-    path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return content_fingerprint(files, source.encode() if not files else b"")
-
-
 def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
     """Name and texts of every report document; none where there are no tasks yet.
 
@@ -207,19 +198,3 @@ def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
                 columns = [value if isinstance(value, list) else [value] for value in document.doc.values()]
                 texts = [text for column in columns for text in column if isinstance(text, str)]
                 yield f"{leaf.name} {document.index}", texts
-
-
-def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = None) -> Blocks:
-    """The packed training data, at most about twice what will be read, so that huge sources are not read whole."""
-    assert job.recipe.data is not None
-    length = min(
-        job.recipe.finetuning.sequence_length,
-        getattr(job.checkpoint.config, "max_position_embeddings", 10**9),
-    )
-    return pack(job.recipe.data, job.tokenizer, length, max(2 * tokens, 4 * CALIBRATION_BLOCKS * length), seen)
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits of the weight files in a folder, names and contents."""
-    files = [file for file in weight_files(folder) if file.name not in ("ordering.safetensors", STATE)]
-    return content_fingerprint(files, names=True)

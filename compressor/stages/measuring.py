@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compressor.inputs import training_blocks, weights_fingerprint
 from compressor.job import Job
-from compressor.stages.finetuning import training_blocks, weights_fingerprint
 from compressor.stages.subnet_scores import stored_scores
 from evals.quality import relative_quality
 from supernet.architecture import Architecture
@@ -96,7 +96,7 @@ class Bench:
         holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
         in their runtimes is for the proof to say.
         """
-        from export.package import read_record, update_record
+        from export.package_record import read_record, update_record
 
         job, package = self.job, self.job.run.packages / name
         record = read_record(package)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
+from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from compressor.stages.subnet_scores import held_out_losses
 from export.layouts.table import copies_hold
 from supernet.architecture import Architecture
@@ -36,7 +37,7 @@ def measured(job: Job) -> list[Evaluation]:
         architecture = Architecture.from_dict(row["architecture"])
         values = row["values"] | {
             "parameters": job.structure.parameters(architecture),
-            "bytes": job.structure.bytes(architecture, job.smallest_scheme()),
+            "bytes": job.structure.bytes(architecture, smallest_storage(job)),
         }
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / base_speed
@@ -88,10 +89,10 @@ def pick(job: Job) -> list[dict[str, Any]]:
     plain = [e for e in evaluations if fits_plain_class(config, e.architecture)]
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
     picks = []
-    for name, size in job.sizes():
+    for name, size in parameter_limits(job):
         target = Target(
             max_params=size,
-            max_bytes=job.max_bytes(),
+            max_bytes=byte_limit(job),
             min_speedup=recipe.targets.min_speedup,
             max_drop=recipe.targets.max_drop,
         )

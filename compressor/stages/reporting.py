@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
-from compressor.stages.finetuning import data_fingerprint
-from compressor.stages.subnet_scores import HELD_OUT, first_look_limit, score_keys
+from compressor.stages.score_keys import HELD_OUT, first_look_limit, score_keys
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
@@ -21,7 +21,7 @@ Errors = dict[tuple[str, str, bool], float | None]
 
 def report(job: Job) -> dict[str, Any]:
     """Assemble report.json from what the stages left, write report.html and the cards, print the table."""
-    from export.package import read_record, write_card
+    from export.package_record import read_record, write_card
     from export.report.card import render_card
     from export.report.page import write_report
     from export.report.schema import validate_report

@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
-from compressor.stages.subnet_scores import Board, first_look_limit, measurable, score_keys
+from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
+from compressor.stages.score_keys import first_look_limit, measurable, score_keys
+from compressor.stages.subnet_scores import Board
 from compressor.stages.warm_start import GREEDY, proposals, sources
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
@@ -59,7 +61,7 @@ def search(job: Job) -> dict[str, Any]:
     job.threads(scoring=True)
     speed = speed_table(job, lambda: job.load_supernet().model)
     objectives, constraints = goals(job, speed.predict)
-    sizes = [size for _, size in job.sizes() if size is not None]
+    sizes = sizes_asked_for(job)
     starts = proposals(job)
     with (
         EvaluationStore(run.evaluations) as store,
@@ -146,7 +148,7 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     def speed_of(name: str) -> Callable[[Architecture], float]:
         return lambda architecture: predict(architecture)[name]
 
-    exact = computed(job.structure, scheme=job.smallest_scheme(), speed={name: speed_of(name) for name in SPEEDS})
+    exact = computed(job.structure, scheme=smallest_storage(job), speed={name: speed_of(name) for name in SPEEDS})
     measured = measurable(job)
     try:
         objectives = choose(job.recipe.searching.objectives, exact, measured)
@@ -154,12 +156,12 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
         raise RequestError(f"searching.objectives: {error}") from error
     targets = job.recipe.targets
     constraints = []
-    sizes = [size for _, size in job.sizes() if size is not None]
+    sizes = sizes_asked_for(job)
     if sizes:
-        _, low = job.smallest_in_training()
+        _, low = smallest_in_training(job)
         constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=min(low, min(sizes))))
-    if job.max_bytes() is not None:
-        constraints.append(Constraint(exact["bytes"], maximum=job.max_bytes()))
+    if byte_limit(job) is not None:
+        constraints.append(Constraint(exact["bytes"], maximum=byte_limit(job)))
     if targets.min_speedup is not None:
         base = predict(job.structure.base)["decode_tps"]
         constraints.append(Constraint(exact["decode_tps"], minimum=targets.min_speedup * base))
@@ -181,12 +183,12 @@ def check_searching(job: Job) -> None:
 
 def uniform_ones(job: Job) -> list[Architecture]:
     """A few architectures within the sizes asked for that the plain layout can hold: every search measures some."""
-    sizes = [size for _, size in job.sizes() if size is not None]
+    sizes = sizes_asked_for(job)
     config = job.checkpoint.config
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
     found = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
     if sizes:
-        _, low = job.smallest_in_training()
+        _, low = smallest_in_training(job)
         found = [a for a in found if job.structure.parameters(a) >= low] or found[-1:]
     return found
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
-from compressor.stages.finetuning import data_fingerprint, training_blocks
+from compressor.sizing import sizes_asked_for
 from evals.warm_starts import warm_starts
 from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
@@ -83,7 +84,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         path = warm_starts()[name].propose(supernet, variants, batches)
-        path += refined(supernet, variants, batches, path, [size for _, size in job.sizes() if size is not None])
+        path += refined(supernet, variants, batches, path, sizes_asked_for(job))
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     found = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in found if architecture in job.space]
@@ -109,7 +110,7 @@ def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Archi
     """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
     the largest that the targets allow."""
     n = job.recipe.searching.population // 3
-    sizes = [size for _, size in job.sizes() if size is not None]
+    sizes = sizes_asked_for(job)
     ordered = sorted(architectures, key=lambda a: (job.structure.parameters(a), a.key))
     allowed = [a for a in ordered if not sizes or job.structure.parameters(a) <= max(sizes)] or ordered
     fitting = [[a for a in allowed if job.structure.parameters(a) <= size] for size in sizes]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
-from evals.scoring.tasks import Prompting, TaskSet
+from evals.scoring.tasks import TaskSet
 from supernet.common.errors import RequestError, VerificationError
 from supernet.trust import brings_code, check_code, load_tokenizer
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
 
+from evals.scoring.documents import Document, Leaf, Split
 from evals.scoring.lm import NetworkLM
-from evals.scoring.tasks import Document, Leaf, ScoredTask, Split, TaskSet
+from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.scoring.tree_attention import Plan
 from supernet.architecture import Architecture
 

@@ -19,16 +19,9 @@ from typing import TYPE_CHECKING, Any
 from export.layouts.gguf_checks import check_network, table_of
 from export.layouts.gguf_families import GGUFFamily, Header
 from export.layouts.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
-from export.package import (
-    CARD,
-    PackageInfo,
-    check_destination,
-    path_in_run,
-    read_package,
-    staged,
-    weight_bytes,
-    write_record,
-)
+from export.package import check_destination, staged
+from export.package_record import CARD, PackageInfo, path_in_run, read_package, write_record
+from export.shards import weight_bytes
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.common.versions import versions

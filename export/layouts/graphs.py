@@ -17,16 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.layouts.installed import EXTRAS, check_installed
-from export.package import (
-    CARD,
-    PackageInfo,
-    check_destination,
-    path_in_run,
-    read_package,
-    staged,
-    weight_bytes,
-    write_record,
-)
+from export.package import check_destination, staged
+from export.package_record import CARD, PackageInfo, path_in_run, read_package, write_record
+from export.shards import weight_bytes
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.processes import last_line

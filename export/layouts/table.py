@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from export.layouts import gguf_checks
 from export.layouts.installed import check_installed
-from export.package import PackageInfo, write_package
+from export.package import write_package
+from export.package_record import PackageInfo
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, nearest
 from supernet.trust import UNEVEN_PREFIX

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.package import WeightWriter
 from export.quantization.schemes import SCHEMES, SchemeName
+from export.shards import WeightWriter
 from supernet.streaming import WeightFiles
 
 _NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}

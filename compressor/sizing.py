@@ -1,0 +1,107 @@
+"""Sizes: the limits that the targets set, and the range of sizes that the fine-tuning trains."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from compressor.job import Job
+from compressor.recipe import absolute_or_share, byte_count
+from export.quantization.schemes import SCHEMES
+from search.space import SearchSpace
+from supernet.architecture import Architecture, Scheme
+from supernet.common.errors import RequestError
+from supernet.training.samplers import Range
+
+TRIES = 64
+"""Uniform draws of a sub-network before a space is taken to hold nothing but what is too small."""
+
+
+def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
+    """(name, most parameters) of every package set that the targets ask for: `best`, or `best-0.67` and so on."""
+    wanted = job.recipe.targets.max_params
+    if not wanted:
+        return [("best", None)]
+    base = job.structure.parameters(job.structure.base)
+    limits = []
+    for size in wanted:
+        try:
+            limits.append(absolute_or_share(size, base))
+        except ValueError as error:
+            raise RequestError(f"--max-params: {error}") from error
+    if len(wanted) == 1:
+        return [("best", limits[0])]
+    return [(f"best-{re.sub(r'[^0-9A-Za-z.]', '', text)}", limit) for text, limit in zip(wanted, limits, strict=True)]
+
+
+def sizes_asked_for(job: Job) -> list[int]:
+    """The most parameters of every package set, where the targets limit them."""
+    return [limit for _, limit in parameter_limits(job) if limit is not None]
+
+
+def byte_limit(job: Job) -> int | None:
+    """The bytes of `--max-bytes`."""
+    return None if job.recipe.targets.max_bytes is None else byte_count(job.recipe.targets.max_bytes)
+
+
+def smallest_storage(job: Job) -> Scheme | None:
+    """How the smallest requested variant stores its linear layers: what `--max-bytes` is about. None: unquantized."""
+    if not job.recipe.quantizing.schemes:
+        return None
+    smallest = min((SCHEMES[name] for name in job.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
+    return smallest.sizes(job.recipe.quantizing.group_size)
+
+
+def training_range(job: Job) -> Range:
+    """The sub-networks that the fine-tuning trains."""
+    least, low = smallest_in_training(job)
+
+    def uniform(rng: np.random.Generator) -> Architecture:
+        """Every gene uniformly, drawn again where the sub-network is smaller than what is trained. Of a space that
+        holds next to nothing else, one just above the smallest."""
+        for _ in range(TRIES):
+            drawn = job.space.decode(job.space.sample(rng)[0].tolist())
+            if job.structure.parameters(drawn) >= low:
+                return drawn
+        return draw_near(job, rng, low)
+
+    return Range(
+        job.structure,
+        least,
+        uniform,
+        near=lambda rng, parameters: draw_near(job, rng, parameters),
+        cut=lambda parameters: uniform_near(job, parameters),
+    )
+
+
+def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Architecture, float]:
+    """The small end of the fine-tuning, and its parameters: a little under the smallest size asked for, a half where
+    none is.
+
+    A uniform cut near that size, so that the small end is a sensible network; sizes below it are not trained.
+    Of `space`, or else of the run's own.
+    """
+    space = space or job.space
+    base = job.structure.parameters(job.structure.base)
+    share = job.recipe.finetuning.smallest_share
+    if share is None:
+        share = 0.85 * min((size / base for size in sizes_asked_for(job)), default=0.6)
+    low = max(share * base, job.structure.parameters(space.smallest()))
+    return uniform_near(job, low, space), low
+
+
+def draw_near(job: Job, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:
+    """A random sub-network of about this many parameters, of `space` or else of the run's own."""
+    space = space or job.space
+    return space.decode(space.sample_near(rng, [parameters])[0].tolist())
+
+
+def uniform_near(job: Job, parameters: float, space: SearchSpace | None = None) -> Architecture:
+    """The uniform cut nearest in size, of `space` or else of the run's own; a random one where there is none."""
+    space = space or job.space
+    if space not in job.uniform_cuts:
+        job.uniform_cuts[space] = space.uniform_members(12)
+    if not job.uniform_cuts[space]:
+        return draw_near(job, np.random.default_rng(job.recipe.seed), parameters, space)
+    return min(job.uniform_cuts[space], key=lambda a: abs(job.structure.parameters(a) - parameters))

@@ -1,0 +1,218 @@
+"""The documents of an lm-eval task: which are for the search and which for the report, and their prompts. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.samplers import FirstNSampler
+from lm_eval.api.task import Task
+from lm_eval.utils import handle_non_serializable, hash_string
+
+from evals.scoring.encoding import Encoder
+from supernet.common.errors import RequestError
+from supernet.common.files import write_text
+
+Split = Literal["search", "report", "all"]
+
+SEARCH_DIGITS = "02468ace"
+
+FEWSHOT_SEED = 1234  # lm-eval's default
+
+
+def doc_hash(doc: Any) -> str:
+    """lm-eval's `doc_hash` of a document, as `lm_eval.evaluator.evaluate` computes it."""
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One document of a task, its place in the task's test split, and its requests with their prompts."""
+
+    index: int
+    doc: Any
+    hash: str
+    instances: tuple[Instance, ...]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are rendered. `chat`: under the tokenizer's chat template, few-shot examples as turns of their own
+    if `multiturn`."""
+
+    chat: bool = False
+    system: str | None = None
+    multiturn: bool = True
+
+
+_Rendered = tuple[str, list[Any], int]
+"""A request as it is written down: its type, its arguments, and which of its document's it is."""
+
+
+class Leaf:
+    """One lm-eval task that has documents of its own, with its documents split and their requests built on demand.
+
+    With `holdout`, few-shot examples are kept out of both splits: where examples are drawn from the scored documents
+    themselves, a fixed seeded set of them is set aside and used for every prompt; where they come from elsewhere,
+    scored documents that also stand there are dropped. Without it, prompts are exactly lm-eval's.
+
+    Rendering prompts is most of the work of building a task; `keep` writes them down and `restore` reads them back.
+    """
+
+    def __init__(
+        self, task: Task, encoder: Encoder, prompting: Prompting, holdout: bool, yaml: Path | None = None
+    ) -> None:
+        self.task = task
+        self._yaml = yaml
+        self.name: str = task.task_name
+        self._encoder = encoder
+        self._prompting = prompting
+        self.shots = int(task.config.num_fewshot or 0)
+        docs = list(task.eval_docs)
+        hashes = [doc_hash(doc) for doc in docs]
+        excluded = self._set_examples_aside(docs, hashes) if holdout and self.shots else set()
+        self._holdout = holdout
+        self._docs = list(zip(docs, hashes, strict=True))
+        self._indices: dict[Split, list[int]] = {"search": [], "report": [], "all": []}
+        for index, digest in enumerate(hashes):
+            if digest not in excluded:
+                self._indices["search" if digest[0] in SEARCH_DIGITS else "report"].append(index)
+                self._indices["all"].append(index)
+        self._built: dict[int, Document] = {}
+        self._rendered: dict[int, list[_Rendered]] = {}
+        _remember_rendering(task)
+
+    def size(self, split: Split) -> int:
+        return len(self._indices[split])
+
+    def documents(self, split: Split, limit: int | None = None) -> list[Document]:
+        """The split's documents in the task's order; with `limit`, those with the smallest hashes, so that a smaller
+        limit's documents are among a larger one's."""
+        chosen = self._indices[split]
+        if limit is not None and limit < len(chosen):
+            chosen = sorted(sorted(chosen, key=lambda index: (self._docs[index][1], index))[:limit])
+        # A sampler that draws anew for every document gives lm-eval's prompts only if it is asked in lm-eval's order.
+        random_shots = self.shots and not isinstance(getattr(self.task, "sampler", None), FirstNSampler)
+        for index in range(len(self._docs)) if random_shots else chosen:
+            if index not in self._built:
+                doc, digest = self._docs[index]
+                self._built[index] = Document(index, doc, digest, self._requests(doc, index))
+        return [self._built[index] for index in chosen]
+
+    def restore(self, folder: Path) -> None:
+        """Take prompts from what `keep` wrote, where they would be rendered the same today."""
+        file = self._file(folder)
+        if file.is_file():
+            self._rendered = {int(index): requests for index, requests in json.loads(file.read_text()).items()}
+
+    def keep(self, folder: Path) -> None:
+        """Write down the prompts rendered so far."""
+        if self._built.keys() <= self._rendered.keys():
+            return
+        for index, document in self._built.items():
+            self._rendered[index] = [(i.request_type, list(i.args), i.idx) for i in document.instances]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._file(folder), json.dumps(self._rendered))
+
+    def _file(self, folder: Path) -> Path:
+        """A name that changes with anything that prompts are made of."""
+        sampler = getattr(self.task, "sampler", None)
+        code = sorted(self._yaml.parent.glob("*.py")) if self._yaml is not None else []
+        parts = [
+            importlib.metadata.version("lm-eval"),
+            self.task.dump_config(),
+            [digest for _, digest in self._docs],
+            [doc_hash(doc) for doc in sampler.df] if self.shots and sampler is not None else [],
+            self._holdout,
+            dataclasses.astuple(self._prompting),
+            self._encoder.tokenizer.chat_template if self._prompting.chat else None,
+            [file.read_text() for file in code],
+        ]
+        digest = hash_string(json.dumps(parts, default=handle_non_serializable))[:16]
+        return folder / f"{self.name.replace('/', '_')}-{digest}.json"
+
+    def chance(self, documents: Sequence[Document]) -> float | None:
+        """Mean accuracy of uniform guessing among each document's choices; None if the task is not multiple choice."""
+        if getattr(self.task, "OUTPUT_TYPE", None) != "multiple_choice" or not documents:
+            return None
+        levels = []
+        for document in documents:
+            choices = len(self.task.doc_to_choice(document.doc))
+            target = self.task.doc_to_target(document.doc)
+            levels.append((len(set(target)) if isinstance(target, list) else 1) / choices)
+        return sum(levels) / len(levels)
+
+    def _set_examples_aside(self, docs: list[Any], hashes: list[str]) -> set[str]:
+        sampler = getattr(self.task, "sampler", None)
+        pool = list(sampler.df) if sampler is not None else []
+        pool_hashes = [doc_hash(doc) for doc in pool]
+        common = set(hashes) & set(pool_hashes)
+        if 2 * len(common) <= len(docs):
+            return common
+        if not isinstance(sampler, FirstNSampler):
+            pool = random.Random(FEWSHOT_SEED).sample(pool, min(self.shots, len(pool)))
+        examples = pool[: self.shots]
+        if len(examples) < self.shots or len(examples) >= len(docs):
+            raise RequestError(
+                f"task {self.name}: {self.shots} few-shot examples cannot be set aside from {len(docs)} documents; "
+                "ask for fewer"
+            )
+        self.task.sampler = FirstNSampler(examples)
+        return {doc_hash(doc) for doc in examples}
+
+    def _requests(self, doc: Any, index: int) -> tuple[Instance, ...]:
+        """As `lm_eval.api.task.Task.build_all_requests` builds them."""
+        how, task = self._prompting, self.task
+        metadata = (task.config["task"], index, task.config.repeats)
+        if index in self._rendered:
+            return tuple(
+                Instance(request_type=kind, doc=doc, arguments=tuple(arguments), idx=i, metadata=metadata)
+                for kind, arguments, i in self._rendered[index]
+            )
+        template = self._encoder.chat if how.chat else None
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=self.shots,
+            system_instruction=how.system,
+            apply_chat_template=how.chat,
+            fewshot_as_multiturn=how.multiturn,
+            chat_template=template,
+            gen_prefix=task.doc_to_prefix(doc),
+        )
+        requests = task.construct_requests(
+            doc=doc,
+            ctx=context,
+            metadata=metadata,
+            apply_chat_template=how.chat,
+            chat_template=template,
+        )
+        return tuple(requests) if isinstance(requests, list) else (requests,)
+
+
+def _remember_rendering(task: Task) -> None:
+    """Let a task render each document's target and choices once: lm-eval renders the templates anew at every score,
+    which takes longer than scoring a small network. Documents are kept, so their identity is a key."""
+    for method in ("doc_to_target", "doc_to_choice", "doc_to_text"):
+        render = getattr(task, method, None)
+        if render is not None:
+            setattr(task, method, _Remember(render))
+
+
+class _Remember:
+    def __init__(self, render: Any) -> None:
+        self._render = render
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, doc: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return self._render(doc, *args, **kwargs)
+        if id(doc) not in self._known:
+            self._known[id(doc)] = (doc, self._render(doc))
+        return self._known[id(doc)][1]
