@@ -19,8 +19,8 @@ test: $(VENV)/installed-test lint
 test-compat: $(VENV)/installed-test $(COMPAT)/installed
 	rm -rf build/compat
 	mkdir -p build/compat
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/compat.py write build/compat
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(COMPAT)/bin/python tests/compat.py verify build/compat
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.compat write build/compat
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(COMPAT)/bin/python -m tests.compat verify build/compat
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

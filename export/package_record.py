@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from export.shards import weight_bytes
+from export.shards import file_record, weight_bytes
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json, sha256, write_json
 from supernet.common.versions import versions
 from supernet.trust import check_code
 
-if TYPE_CHECKING:
-    pass
-
-
 SCHEMA = 1
-
 RECORD = "compression.json"
-
 SECTIONS = ("entry", "lineage", "probe", "files")
-
 ENTRY = ("name", "layout", "quantization", "architecture", "params", "bytes")
 """What the entry of every package has; reports and layouts add to it."""
 
 CARD = "README.md"
-
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 
@@ -109,7 +101,7 @@ def write_card(package: Path, text: str) -> None:
     """Write the model card and record its hash."""
     record = read_record(package)
     (package / CARD).write_text(text, encoding="utf-8")
-    record["files"][CARD] = _fingerprint(package / CARD)
+    record["files"][CARD] = file_record(package / CARD)
     write_json(package / RECORD, record)
 
 
@@ -156,10 +148,6 @@ def write_record(
         "entry": {**entry, "verified": None},
         "lineage": dict(lineage),
         "probe": dict(probe),
-        "files": {name: known.get(name) or _fingerprint(folder / name) for name in files},
+        "files": {name: known.get(name) or file_record(folder / name) for name in files},
     }
     write_json(folder / RECORD, record)
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"sha256": sha256(file), "bytes": file.stat().st_size}

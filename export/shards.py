@@ -6,8 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.package_record import _fingerprint
-from supernet.common.files import write_json
+from supernet.common.files import sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +25,11 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_bytes(folder: Path) -> int:
     """Bytes on disk of the weights: the sum of all files that hold them, headers and graphs included."""
     return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def file_record(file: Path) -> dict[str, Any]:
+    """What compression.json records of a file: its SHA-256 and its bytes."""
+    return {"sha256": sha256(file), "bytes": file.stat().st_size}
 
 
 class WeightWriter:
@@ -75,7 +79,7 @@ class WeightWriter:
 
         def hashed(written: Future[None], file: Path) -> dict[str, Any]:
             written.result()
-            return _fingerprint(file)
+            return file_record(file)
 
         if self._writing is not None:
             self._writing.result()  # or two shards would wait in memory

@@ -1,7 +1,7 @@
 """Packages written by one transformers and verified by another: what `make test-compat` runs.
 
-    python tests/compat.py write DIR     # with the transformers that this project uses
-    python tests/compat.py verify DIR    # with the oldest one that the packages claim to load in
+    python -m tests.compat write DIR     # with the transformers that this project uses
+    python -m tests.compat verify DIR    # with the oldest one that the packages claim to load in
 
 One uneven and one uniform package of every family, a padded one where that is possible, and of a Llama those in every
 other layout and quantization scheme. What says that it needs a newer transformers must be refused by the older one, in
@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from export_networks import cut, tiny_llama, tiny_tokenizer
-from tiny_families import CONFIGS, random_architecture, tiny_network
 
 from export.layouts.table import write_layout
 from export.package import write_package
@@ -31,6 +29,8 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe
 from supernet.slicing import extract
+from tests.support.export_networks import cut, tiny_llama, tiny_tokenizer
+from tests.support.tiny_families import CONFIGS, random_architecture, tiny_network
 
 
 def write(folder: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from report_helpers import minimal_report, score
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT, tiny
+from tests.support.report_helpers import minimal_report, score
+
 LIBRARIES = {"memory"}
 """Modules that benchmarks share, without a command of their own."""
 COMMANDS = [[file.stem] for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem not in LIBRARIES]

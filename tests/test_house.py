@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support import ROOT
 
 FLOORS = ("compressor", "export", "evals", "search", "supernet")  # from the top down: imports point right, never left
 PICKLES = {"pickle", "joblib", "dill", "cloudpickle"}

@@ -49,8 +49,8 @@ FAMILIES = (
     "smollm3",
     "starcoder2",
 )
-"""Families whose graphs compute what transformers does: `tests/test_export_graphs.py` runs each in one of the two
-runtimes, and in both where COMPRESSOR_ALL_GRAPHS is set."""
+"""Families whose graphs compute what transformers does: `tests/export/layouts/test_graphs.py` runs each in one of the
+two runtimes, and in both where COMPRESSOR_ALL_GRAPHS is set."""
 
 REFUSED = {"qwen3_5_text": "the graph's cache holds keys and values, not the state of its linear attention"}
 """Why not, by family."""

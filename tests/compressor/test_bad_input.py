@@ -1,0 +1,355 @@
+"""Every wrong request gets one line that says what is wrong and how to mend it, status 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.cli import run
+from supernet.checkpoint import open_checkpoint
+from tests.support import tiny
+
+
+class Bench:
+    """A good request in a folder of its own; tests spoil one part of it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        shutil.copytree(model, self.model)
+        self.data = tiny.data(folder / "data.jsonl")
+        self.tasks = tiny.task(folder / "tasks")
+        self.output = folder / "run"
+        self.options: dict[str, str] = {"--max-params": "0.67", "--tasks": "tiny_choice", "--effort": "quick"}
+
+    def compress(self) -> int:
+        options = [part for pair in self.options.items() for part in pair]
+        return run(
+            [
+                "compress",
+                str(self.model),
+                *("--data", str(self.data)),
+                *("--include-path", str(self.tasks)),
+                *("--output", str(self.output)),
+                *options,
+            ]
+        )
+
+    def edit_config(self, **values: object) -> None:
+        file = self.model / "config.json"
+        config = json.loads(file.read_text()) | values
+        file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_model: Path) -> Bench:
+    return Bench(tmp_path, tiny_model)
+
+
+def no_such_model(b: Bench) -> None:
+    b.model = b.folder / "nowhere"
+
+
+def not_causal(b: Bench) -> None:
+    b.edit_config(architectures=["LlamaForSequenceClassification"])
+
+
+def multimodal(b: Bench) -> None:
+    b.edit_config(text_config={"model_type": "llama"}, vision_config={})
+
+
+def adapter(b: Bench) -> None:
+    (b.model / "config.json").rename(b.model / "adapter_config.json")
+
+
+def quantized(b: Bench) -> None:
+    b.edit_config(quantization_config={"quant_method": "gptq"})
+
+
+def unsupported(b: Bench) -> None:
+    b.edit_config(model_type="mamba", architectures=["MambaForCausalLM"])
+
+
+def pickled(b: Bench) -> None:
+    (b.model / "model.safetensors").rename(b.model / "pytorch_model.bin")
+
+
+def missing_shard(b: Bench) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (b.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cut_off(b: Bench) -> None:
+    file = b.model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def nan_weights(b: Bench) -> None:
+    weights = load_file(b.model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, b.model / "model.safetensors", {"format": "pt"})
+
+
+def no_tokenizer(b: Bench) -> None:
+    (b.model / "tokenizer.json").unlink()
+
+
+def no_data(b: Bench) -> None:
+    b.data = b.folder / "nowhere.jsonl"
+
+
+def empty_data(b: Bench) -> None:
+    b.data.write_text("")
+
+
+def bad_json(b: Bench) -> None:
+    lines = b.data.read_text().splitlines()
+    lines[6] = '{"text": '
+    b.data.write_text("\n".join(lines))
+
+
+def no_text(b: Bench) -> None:
+    b.data.write_text('{"text": "fine"}\n{"words": "what"}\n')
+
+
+def unknown_task(b: Bench) -> None:
+    b.options["--tasks"] = "tiny_chioce"
+
+
+def unreachable(b: Bench) -> None:
+    b.options["--max-params"] = "0.01"
+
+
+def contradictory(b: Bench) -> None:
+    b.options |= {"--max-params": "0.8,0.67", "--max-drop": "1%"}
+
+
+def same_size_twice(b: Bench) -> None:
+    b.options["--max-params"] = "0.67,67%"
+
+
+def not_smaller(b: Bench) -> None:
+    b.options["--max-params"] = "5M"
+
+
+def not_a_size(b: Bench) -> None:
+    b.options["--max-params"] = "1.5"
+
+
+def group_size(b: Bench) -> None:
+    b.options |= {"--quantize": "int4", "--group-size": "48"}
+
+
+def occupied(b: Bench) -> None:
+    b.output.mkdir()
+    (b.output / "thesis.txt").write_text("mine")
+
+
+def below_a_file(b: Bench) -> None:
+    (b.folder / "file").write_text("")
+    b.output = b.folder / "file" / "run"
+
+
+def no_percentage(b: Bench) -> None:
+    b.options = {"--max-drop": "5%%", "--tasks": "tiny_choice"}
+
+
+def unknown_key(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("finetuning:\n  learning_rte: 0.1\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def unknown_stage(b: Bench) -> None:
+    b.options["--redo"] = "finetuen"
+
+
+def speed_of_another(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text(f"speed_table: {b.folder / 'nowhere.json'}\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def unknown_algorithm(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("searching:\n  algorithm: linsa\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def impossible_space(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("space: {preset: fine, ffn.1: [64, 96]}\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def broken_space(b: Bench) -> None:
+    space = b.folder / "space.yaml"
+    space.write_text("ffn.*: [32, 64\n")
+    b.options["--space"] = str(space)
+
+
+def prompt_without_completion(b: Bench) -> None:
+    b.data.write_text('{"text": "fine"}\n{"prompt": "what", "completion": null}\n')
+
+
+def unknown_ordering(b: Bench) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text("finetuning:\n  ordering: wnada\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def searching(b: Bench, text: str) -> None:
+    recipe = b.folder / "recipe.yaml"
+    recipe.write_text(f"searching: {{{text}}}\n")
+    b.options["--recipe"] = str(recipe)
+
+
+def unknown_objective(b: Bench) -> None:
+    searching(b, "objectives: [quality, energy]")
+
+
+def metric_of_no_task(b: Bench) -> None:
+    searching(b, "objectives: ['tiny_choice:bleu', parameters]")
+
+
+def five_objectives(b: Bench) -> None:
+    searching(b, "objectives: [quality, parameters, bytes, macs, latency]")
+
+
+def warm_start_from_nothing(b: Bench) -> None:
+    searching(b, "warm_start: [runs/nowhere]")
+
+
+def too_long(b: Bench) -> None:
+    rows = [{"context": text[:9], "choices": [" b" * 100, " c"], "gold": 0} for text in tiny.sentences(12, 3)]
+    (b.tasks / "tiny_choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
+    (no_such_model, ["nowhere", "no such folder"]),
+    (not_causal, ["not a causal language model", "LlamaForSequenceClassification"]),
+    (multimodal, ["multimodal"]),
+    (adapter, ["adapter", "merge"]),
+    (quantized, ["already quantized", "gptq"]),
+    (unsupported, ["mamba", "llama"]),
+    (pickled, ["pickle", "safetensors"]),
+    (missing_shard, ["model-00002-of-00002.safetensors", "missing"]),
+    (cut_off, ["model.safetensors", "cut off"]),
+    (nan_weights, ["model.norm.weight", "NaN"]),
+    (no_tokenizer, ["tokenizer"]),
+    (no_data, ["nowhere.jsonl", "no such file"]),
+    (empty_data, ["empty"]),
+    (bad_json, ["line 7", "JSON"]),
+    (no_text, ["line 2", "'text'", "'messages'"]),
+    (unknown_task, ["tiny_chioce", "tiny_choice"]),
+    (unreachable, ["cannot be reached", "smallest"]),
+    (contradictory, ["--max-drop", "--max-params"]),
+    (same_size_twice, ["0.67,67%", "twice"]),
+    (not_smaller, ["5,000,000", "base"]),
+    (not_a_size, ["1.5", "0.67"]),
+    (group_size, ["48", "width"]),
+    (occupied, ["something else"]),
+    (below_a_file, ["file/run", "cannot be made"]),
+    (no_percentage, ["5%%", "such as 1%"]),
+    (unknown_key, ["learning_rte", "learning_rate"]),
+    (unknown_stage, ["finetuen", "finetune"]),
+    (unknown_algorithm, ["linsa", "linas"]),
+    (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
+    (speed_of_another, ["speed_table", "nowhere.json", "no such file"]),
+    (broken_space, ["space.yaml", "YAML"]),
+    (prompt_without_completion, ["line 2", "'completion'"]),
+    (unknown_ordering, ["wnada", "wanda"]),
+    (unknown_objective, ["energy", "quality", "tiny_choice", "kl_to_base", "kv_cache_bytes"]),
+    (metric_of_no_task, ["tiny_choice", "bleu", "acc"]),
+    (five_objectives, ["two to four"]),
+    (warm_start_from_nothing, ["runs/nowhere", "greedy"]),
+    (too_long, ["tiny_choice", "64"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_one_line_status_two_and_nothing_left(
+    bench: Bench, capsys: pytest.CaptureFixture[str], spoil: Callable[[Bench], None], words: list[str]
+) -> None:
+    spoil(bench)
+    before = sorted(bench.output.rglob("*")) if bench.output.exists() else None
+    status = bench.compress()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert status == 2, lines
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    after = sorted(bench.output.rglob("*")) if bench.output.exists() else None
+    assert after == before
+
+
+def test_no_command_is_answered_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert "compress " in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_says_it_is_not_quantized_is_not(bench: Bench) -> None:
+    file = bench.model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
+    model = open_checkpoint(str(bench.model)).load_model(torch.float32, "cpu")
+    assert model.config.model_type == "llama"
+
+
+def test_a_fault_of_ours_is_status_1_and_leaves_the_traceback(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ArithmeticError("an oddity\nand more")
+
+    monkeypatch.chdir(bench.folder)  # where the traceback goes
+    monkeypatch.setattr("compressor.stages.finetuning.finetune_supernet", fail)
+    assert bench.compress() == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "a fault of ours: ArithmeticError: an oddity (the traceback is in compressor-error.log)" in line
+    log = (bench.folder / "compressor-error.log").read_text()
+    assert log.startswith("Traceback") and "in fail" in log
+
+
+def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["search", str(tmp_path)]) == 2
+    assert "not a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "weights"), ["no disk space", "weights"]),
+        (PermissionError(errno.EACCES, "Permission denied", "weights"), ["weights: permission denied"]),
+        (MemoryError(), ["out of memory", "batch_tokens: 2048", "finetuning.batch_size: 2"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory", "batch_tokens: 2048"]),
+    ],
+)
+def test_a_machine_that_is_too_small_is_said_in_one_line(
+    bench: Bench,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Exception,
+    words: list[str],
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("compressor.stages.finetuning.finetune_supernet", fail)
+    assert bench.compress() == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert not (bench.output / "supernet").exists()

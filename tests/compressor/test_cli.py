@@ -1,0 +1,71 @@
+"""Commands that need no run, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from compressor.cli import run
+from evals.speed.table import SpeedTable
+from export.package import write_package
+from export.package_record import update_record
+from supernet.families import describe
+from tests.support import tiny
+from tests.support.export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_inspect_tells_and_leaves_nothing_behind(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in model.iterdir()}
+    assert run(["inspect", str(model), "--space", "llama-nas", "--effort", "quick"]) == 0
+    shown = capsys.readouterr()
+    told = " ".join(shown.err.split())
+    assert shown.out == "" and "search space 'llama-nas'" in told and "100,000" in told
+    assert run(["inspect", str(model), "--space", "llama-nas", "--effort", "quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    structure = describe(AutoConfig.from_pretrained(model))
+    assert found["parameters"] == structure.parameters(structure.base) == sum(found["by_part"].values())
+    assert found["space"]["size"] == 3 * 2**3 and found["budget"]["train_tokens"] == 100_000
+    assert list(tmp_path.iterdir()) == [] and before == {file: file.stat().st_mtime_ns for file in model.iterdir()}
+
+
+def test_push_says_what_it_would_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "best"
+    entry = {"name": "best", "architecture": EVEN.to_dict()}
+    write_package(cut(tiny_llama(), EVEN), package, tokenizer=tiny_tokenizer(), entry=entry, dtype=torch.float32)
+    assert run(["push", str(package), "me/small", "--dry-run"]) == 2
+    assert "not verified" in capsys.readouterr().err
+    update_record(package, entry={"verified": {"padding_equal": True}})
+    assert run(["push", str(package), "me/small", "--dry-run", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "nothing was uploaded" in said.err
+    files = {file["name"]: file["bytes"] for file in json.loads(said.out)["files"]}
+    assert files == {file.name: file.stat().st_size for file in package.iterdir()}
+
+
+def test_a_speed_table_is_measured_for_a_search_elsewhere(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "speed.json"
+    monkeypatch.setattr(sys, "argv", ["speed_table", str(model), str(file)])
+    runpy.run_module("compressor.speed_table", run_name="__main__")
+    table = SpeedTable.load(file)
+    structure = describe(AutoConfig.from_pretrained(model))
+    assert table.fits(structure) and table.predict(structure.base)["decode_tps"] > 0
+    monkeypatch.setattr(sys, "argv", ["speed_table", str(tmp_path / "nowhere"), str(file)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("compressor.speed_table", run_name="__main__")
+    assert stopped.value.code == 2 and "nowhere" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""What export leaves behind is used again: healed networks, packages, timings."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from compressor.job import Job
+from compressor.recipe import Recipe
+from compressor.run import Run
+from compressor.stages.exporting import Inputs, load_healed, network_inputs, package_inputs
+from export.package import write_package
+from supernet.common.files import write_json
+from supernet.families import describe
+from supernet.streaming import StreamedNetwork
+from tests.support import tiny
+from tests.support.tiny_families import random_architecture, tiny_network
+
+
+def inputs(tmp_path: Path, given: dict[str, Any]) -> tuple[Inputs, dict[str, Inputs]]:
+    """What the network of a pick depends on, and each of its folders, in a run with these parts of a recipe."""
+    parts: dict[str, Any] = {"dtype": "float32", "finetuning": {"batch_size": 4}}
+    parts["healing"] = {"tokens": 640, "learning_rate": 1e-3}
+    for key, value in given.items():
+        parts[key] = parts.get(key, {}) | value if isinstance(value, dict) else value
+    job = Job(Run(tmp_path), Recipe.model_validate({"model": "m", **parts}))
+    job.base_fingerprint, job.checkpoint = "b", SimpleNamespace(config=LlamaConfig(**tiny.SIZES))
+    blocks: Any = SimpleNamespace(fingerprint="d", length=parts["finetuning"].get("sequence_length", 32))
+    network = network_inputs(job, "a", blocks)
+    return network, {folder.name: read for folder, read in package_inputs(job, "best", network, blocks).items()}
+
+
+def test_what_is_read_is_what_counts(tmp_path: Path) -> None:
+    (tmp_path / "supernet").mkdir()
+    write_json(tmp_path / "supernet" / "manifest.json", {"inputs": "", "weights": "w"})
+    network, folders = inputs(tmp_path, {})
+    assert folders == {"best": {"network": network}}
+    healing: list[dict[str, Any]] = [
+        {"finetuning": {"batch_size": 8}},
+        {"finetuning": {"gradient_accumulation": 2}},
+        {"finetuning": {"optimizer": "adamw-8bit"}},
+        {"finetuning": {"sequence_length": 64}},
+        {"healing": {"tokens": 1280}},
+        {"healing": {"learning_rate": 1e-4}},
+        {"dtype": "bfloat16"},
+        {"seed": 1},
+    ]
+    for other in healing:
+        assert inputs(tmp_path, other)[0] != network, other
+        unhealed = other | {"healing": {"tokens": 0}}
+        assert inputs(tmp_path, unhealed)[0] == {"weights": "w", "architecture": "a"}
+    for other in ({"quantizing": {"schemes": ["int4"]}}, {"formats": ["uneven", "padded"]}):
+        again, more = inputs(tmp_path, other)
+        assert again == network and more["best"] == folders["best"] and len(more) == 2
+    int4, longer = (
+        inputs(tmp_path, {"quantizing": {"schemes": ["int4"], "iterations": n}})[1]["best-int4"] for n in (1, 2)
+    )
+    assert int4 != longer
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["plain", "uneven"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "gpt2"])
+def test_a_healed_network_is_read_back_as_it_was(family: str, uneven: bool, tmp_path: Path) -> None:
+    """Experts have other names in a plain package than in memory."""
+    model = tiny_network(family)
+    model.save_pretrained(tmp_path / "supernet", save_original_format=False)
+    structure = describe(model.config)
+    architecture = random_architecture(structure.base, random.Random(3)) if uneven else structure.base
+    cut = StreamedNetwork(tmp_path / "supernet", model.config, structure, architecture)
+    healed = cut.built(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in healed.parameters():
+            parameter.add_(1.0)
+    write_package(
+        healed,
+        tmp_path / "healed",
+        tokenizer=tiny.byte_tokenizer(),
+        entry={"name": "best", "architecture": architecture.to_dict()},
+        dtype=torch.float32,
+    )
+    again = load_healed(cut, tmp_path / "healed", torch.float32)
+    expected = dict(healed.named_parameters())
+    assert [name for name, _ in again.named_parameters()] == list(expected)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, expected[name]), name

@@ -1,0 +1,123 @@
+"""The recipe: sizes as people write them, defaults by effort, one line for a mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compressor import pipeline
+from compressor.demo import MODEL, TASK_NAMES, TASKS
+from compressor.recipe import BUDGETS, absolute_or_share, byte_count, read_recipe, write_recipe
+from supernet.common.errors import RequestError
+from tests.support import ROOT
+
+RECIPES = ROOT / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"),
+    [
+        ("0.67", 670),
+        (".5", 500),
+        ("67%", 670),
+        ("450M", 450_000_000),
+        ("1.5b", 1_500_000_000),
+        ("450", 450),
+        ("2k", 2000),
+    ],
+)
+def test_sizes(text: str, parameters: int) -> None:
+    assert absolute_or_share(text, 1000) == parameters
+
+
+@pytest.mark.parametrize("text", ["", "two", "1.5", "0%", "120%", "-3", "5MiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a"):
+        absolute_or_share(text, 1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072)]
+)
+def test_bytes(text: str, count: int) -> None:
+    assert byte_count(text) == count
+
+
+def test_effort_fills_in_what_was_not_said() -> None:
+    recipe = read_recipe(None, {"model": "m", "effort": "quick", "searching.evaluations": 99}).resolved()
+    assert recipe.searching.evaluations == 99
+    assert recipe.finetuning.tokens == BUDGETS["quick"]["train_tokens"]
+    assert recipe.targets.max_drop == 0.01  # the default target
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\nseed: 3\ntargets: {max_params: [0.8, 50%]}\nquantizing: {schemes: 'int8, int4'}\n")
+    recipe = read_recipe(file, {"seed": 4, "dtype": None})
+    assert recipe.seed == 4 and recipe.dtype == "auto"
+    assert recipe.targets.max_params == ["0.8", "50%"]
+    assert recipe.quantizing.schemes == ["int8", "int4"]
+
+
+def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = read_recipe(None, {"model": "m", "targets.max_drop": "2%"}).resolved()
+    write_recipe(recipe, tmp_path / "recipe.yaml", {"versions": {"torch": "x"}})
+    assert read_recipe(tmp_path / "recipe.yaml", {}) == recipe
+
+
+@pytest.mark.parametrize("text", ["model: m\ntargets:\n", "model: m\ntargets: {max_params: }\n"])
+def test_a_key_without_a_value_says_nothing(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    assert read_recipe(file, {}).targets.empty
+    assert read_recipe(file, {"targets.max_params": "0.8"}).targets.max_params == ["0.8"]
+
+
+def test_an_option_into_what_is_no_section_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntargets: 0.8\n")
+    with pytest.raises(RequestError, match=r"'targets': expected keys and values \(got 0.8\)"):
+        read_recipe(file, {"targets.max_params": "0.8"})
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"\xff\xfe\x00\x89PNG")
+    with pytest.raises(RequestError, match="not valid YAML"):
+        read_recipe(file, {})
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_recipes_that_come_with_the_project_are_valid(file: Path) -> None:
+    assert read_recipe(file, {"model": "m"}).resolved().model == "m"
+
+
+def test_the_demos_recipe_is_what_the_demo_runs() -> None:
+    here = {name: str(path.relative_to(ROOT)) for name, path in (("model", MODEL), ("include_path", TASKS))}
+    given = here | {"tasks": TASK_NAMES, "data": "runs/demo.jsonl"}
+    assert read_recipe(RECIPES / "demo.yaml", {}) == read_recipe(None, given | pipeline.DEMO)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: m\nsearhcing: {}\n", ["searhcing", "searching"]),
+        ("model: m\ntargets: {max_parms: 1}\n", ["targets.max_parms", "max_params"]),
+        ("model: m\nseed: none\n", ["seed", "integer"]),
+        ("seed: 1\n", ["model", "missing"]),
+        ("- a\n", ["keys and values"]),
+        ("a: [\n", ["YAML"]),
+        ("model: m\nquantizing: {schemes: [int3]}\n", ["int3", "int4"]),
+        ("model: m\ntargets: {max_bytes: lots}\n", ["lots", "2GiB"]),
+        ("model: m\ntargets: {max_params: true}\n", ["max_params", "True"]),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        read_recipe(file, {})
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)

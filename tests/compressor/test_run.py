@@ -1,0 +1,124 @@
+"""A run directory that is killed at a bad moment, or whose disk is full, loses nothing that was finished."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from compressor import pipeline
+from compressor.job import Job
+from compressor.recipe import read_recipe
+from compressor.run import Run
+from supernet.common.files import read_json, write_json
+from tests.support import tiny
+
+
+def fill(run: Run, inputs: str, text: str) -> None:
+    with run.stage(run.supernet, inputs) as (folder, facts):
+        (folder / "weights").write_text(text)
+        facts["weights"] = text
+
+
+@pytest.mark.parametrize("dies_at", ["rmtree", "replace"])
+def test_a_kill_while_the_old_folder_makes_room_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    run = Run(tmp_path)
+    fill(run, "old inputs", "old")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    rename = Path.replace
+
+    def killed_between(self: Path, target: Path) -> Path:
+        if target == run.supernet:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(*((shutil, "rmtree", killed) if dies_at == "rmtree" else (Path, "replace", killed_between)))
+        fill(run, "new inputs", "hours of training")
+    run.settle()
+    assert run.whole(run.supernet, "new inputs")
+    assert (run.supernet / "weights").read_text() == "hours of training"
+    assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"by": 1})
+    other = f"from compressor.run import write_json; write_json(Path({str(tmp_path / 'a.json')!r}), {{'by': 2}})"
+    renamed = Path.replace
+
+    def meanwhile(self: Path, target: Path) -> Path:
+        subprocess.run([sys.executable, "-c", f"from pathlib import Path; {other}"], check=True)
+        return renamed(self, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "replace", meanwhile)
+        write_json(tmp_path / "a.json", {"by": 3})
+    assert read_json(tmp_path / "a.json") == {"by": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_class_that_the_checkpoint_brings_stays_the_super_networks(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    (model / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    config = model / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
+    )
+    given = {
+        "model": str(model),
+        "trust_remote_code": True,
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "space": {"ffn.*": [32, 64]},
+        "finetuning": {"tokens": 0, "sequence_length": 32},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+    pipeline.finetune(job)
+    assert type(job.load_base()).__name__ == type(job.load_supernet().model).__name__ == "Own"
+
+
+def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "model": str(tiny.checkpoint(tmp_path / "model")),
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "space": {"ffn.*": [32, 64]},
+        "finetuning": {"tokens": 640, "sequence_length": 32, "batch_size": 4},
+        "device": "cpu",
+    }
+    settings = Job.train_settings
+    monkeypatch.setattr(
+        Job, "train_settings", lambda *given: replace(settings(*given), checkpoint_seconds=0.0)
+    )  # as in a training of more than a minute
+
+    def job() -> Job:
+        return pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(LlamaForCausalLM, "save_pretrained", full)
+        pipeline.finetune(job())
+    steps = []
+    monkeypatch.setattr("supernet.training.loop._gradients", lambda *given: steps.append(given))
+    manifest = pipeline.finetune(job())
+    assert steps == [] and manifest["finetune"]["tokens"] == 640
+    assert json.loads((tmp_path / "run" / "supernet" / "manifest.json").read_text()) == manifest
+    assert not (tmp_path / "run" / "supernet" / "training.safetensors").exists()

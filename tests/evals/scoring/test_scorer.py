@@ -1,0 +1,548 @@
+"""Scores are lm-eval's: every answer equals HFLM's, every value, standard error and group what simple_evaluate says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen3Config,
+)
+
+from evals.scoring import lm as network_module
+from evals.scoring.documents import Prompting
+from evals.scoring.encoding import Encoder
+from evals.scoring.evaluate import evaluate
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import Scorer, TaskScore, standard_error
+from evals.scoring.tasks import TaskSet
+from export.package import write_package
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.common.processes import available_cores
+from supernet.families import describe
+from supernet.slicing import extract
+from tests.support import tiny
+from tests.support.scoring_helpers import (
+    CHOICE,
+    LAST_WORD,
+    ROLLING,
+    WRITING,
+    assert_same_answers,
+    hflm,
+    load,
+    questions,
+    requests,
+    write_task,
+)
+
+ASSETS = os.environ.get("COMPRESSOR_ASSETS")
+needs_assets = pytest.mark.skipif(ASSETS is None, reason="COMPRESSOR_ASSETS is not set")
+SIZES: dict[str, Any] = tiny.SIZES | {"initializer_range": 0.3}
+
+
+def network(config: Any = None) -> Any:
+    """A random network whose answers differ clearly from one another."""
+    torch.manual_seed(0)
+    config = config or LlamaConfig(**SIZES)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One task of each kind; some documents exceed the tiny networks' context of 64 characters."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder, "choice", questions(12), **CHOICE)
+    write_task(folder, "choice_long", questions(9, longest=150), **CHOICE)
+    write_task(folder, "no_context", questions(8), **CHOICE | {"doc_to_text": ""})
+    write_task(folder, "few_shot", questions(8, 3), shots=questions(4, 4), num_fewshot=1, **CHOICE)
+    write_task(folder, "last_word", questions(9, longest=150), **LAST_WORD)
+    write_task(folder, "rolling", questions(9, longest=300), **ROLLING)
+    write_task(folder, "writing", questions(9, longest=150), **WRITING)
+    group = "group: both\ntask: [choice, choice_long]\naggregate_metric_list:\n  - {metric: acc, weight_by_size: %s}\n"
+    (folder / "both.yaml").write_text(group % "true")
+    (folder / "alike.yaml").write_text((group % "false").replace("both", "alike"))
+    return folder
+
+
+ALL = ("choice", "choice_long", "no_context", "few_shot", "last_word", "rolling", "writing")
+
+
+@pytest.fixture
+def llama() -> Any:
+    return network()
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
+    task_set = load(llama, tasks, task)
+    ours = NetworkLM(llama, task_set.encoder)
+    # A batch of one: in HFLM, what a document's generation stops at depends on the rest of its batch.
+    theirs = hflm(llama, batch=1 if task == "writing" else 4)
+    assert_same_answers(ours, theirs, requests(task_set.tasks[task].leaves))
+    assert ours._as_tree is (None if task == "writing" else True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES, sliding_window=16),
+        Qwen3Config(**SIZES, head_dim=8),
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=259, bos_token_id=256, eos_token_id=257),
+        LlamaConfig(**SIZES | {"num_key_value_heads": 4}, attn_implementation="eager"),
+    ],
+    ids=["sliding-window", "qk-norm", "learned-positions", "eager"],
+)
+def test_answers_equal_hflm_in_other_networks(config: Any, tasks: Path) -> None:
+    model = network(config)
+    task_set = load(model, tasks, *ALL[1:4], "rolling")
+    asked = [request for name in task_set.tasks for request in requests(task_set.tasks[name].leaves)]
+    assert_same_answers(NetworkLM(model, task_set.encoder), hflm(model), asked)
+
+
+@pytest.mark.parametrize(("max_tokens", "workers"), [(1, 1), (40, 1), (100_000, 1), (400, 3)])
+def test_budgets_change_nothing(llama: Any, tasks: Path, max_tokens: int, workers: int) -> None:
+    task_set = load(llama, tasks, "choice_long", "rolling")
+    asked = requests(task_set.tasks["choice_long"].leaves) + requests(task_set.tasks["rolling"].leaves)
+    ours = NetworkLM(llama, task_set.encoder, max_tokens=max_tokens, max_logits=max_tokens * 100, workers=workers)
+    assert_same_answers(ours, hflm(llama), asked)
+
+
+def test_a_network_that_is_no_tree_reader_is_found_out(llama: Any, tasks: Path) -> None:
+    """Attention that looks beyond the mask gives other answers as a tree; the plain way must be taken."""
+    attention = llama.model.layers[1].self_attn
+    own = attention.forward
+
+    def absolute(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = torch.arange(hidden_states.shape[1])[None, :, None] / 8
+        return own(hidden_states * (1 + place.to(hidden_states.dtype)), *args, **kwargs)
+
+    attention.forward = absolute
+    task_set = load(llama, tasks, "choice_long")
+    ours = NetworkLM(llama, task_set.encoder)
+    assert_same_answers(ours, hflm(llama), requests(task_set.tasks["choice_long"].leaves))
+    assert ours._as_tree is False
+
+
+def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
+    task_set = load(llama, tasks, "few_shot")
+    ours = NetworkLM(llama, task_set.encoder)
+    pairs = [request.args for request in requests(task_set.tasks["few_shot"].leaves)]
+    spans = task_set.encoder.spans(pairs)
+    distinct = {span.tokens[:i] for span in spans for i in range(1, len(span.tokens))}
+    assert ours.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
+
+
+def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: Path) -> None:
+    task_set = load(llama, tasks, "few_shot")
+    ours = NetworkLM(llama, task_set.encoder)
+    asked = requests(task_set.tasks["few_shot"].leaves)
+    ours.loglikelihood(asked)  # the first call looks whether the network reads trees
+    sizes: list[int] = []
+    for layer in llama.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    llama.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    ours.loglikelihood(asked)
+    plan = ours.plan(task_set.encoder.spans([request.args for request in asked]))
+    rows = len(plan.packs[0].rows)
+    assert sizes == [plan.tokens, plan.tokens, rows, rows] and rows < plan.tokens
+
+
+@pytest.mark.parametrize(("readings", "workers"), [((0, 1, 0, 2), 1), ((0, 2, 0, 1), 2)])
+def test_passes_run_as_is_fastest(
+    llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
+) -> None:
+    """`readings` of the clock: before and after one pass on both cores, then before and after a pass on each."""
+    task_set = load(llama, tasks, "choice")
+    ours = NetworkLM(llama, task_set.encoder)
+    threads = torch.get_num_threads()
+    clock = iter(readings)
+    monkeypatch.setattr(network_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    try:
+        ours.tune(task_set.questions("all").spans, cores=2)
+        assert ours.workers == workers and ours.workers * torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_set = load(llama, tasks, "rolling:word_perplexity")
+    ours = NetworkLM(llama, task_set.encoder)
+    monkeypatch.setattr(ours, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
+    score = Scorer(task_set, ours).score("all")["rolling"]
+    assert score.value == math.inf and score.stderr is None
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("3", 3), ("2,1", 2), ("", None), ("many", None)])
+def test_cores_are_those_asked_for_or_bound_to(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {1, 4, 5, 6, 7}, raising=False)
+    assert available_cores() == (cores or 5)
+
+
+def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None:
+    encoder = Encoder(tiny.byte_tokenizer(), llama.config)
+    theirs = hflm(llama)
+    for text in ("<s>the cat", "the cat", " the cat "):
+        assert encoder.encode([text]) == [theirs.tok_encode(text)]
+    pairs = [("<s>the", " cat"), ("the ", "cat"), ("", "cat"), ("", "<s>cat")]
+    for pair, (context, continuation) in zip(pairs, encoder.pairs(pairs), strict=True):
+        if pair[0]:
+            assert (context, continuation) == theirs._encode_pair(*pair)
+        else:
+            assert context == [256] and bytes(continuation)  # the prefix token is never scored
+    assert encoder.pairs([("", "<s>cat")])[0][1] == encoder.encode(["cat"], special=False)[0]
+
+
+def everything(model: Any, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> Any:
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return simple_evaluate(
+        model=hflm(model, tokenizer), tasks=list(names), task_manager=manager, bootstrap_iters=100, **settings
+    )
+
+
+@pytest.fixture
+def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval bootstraps in a pool of processes unless told otherwise."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
+    names = ["no_context", "last_word:perplexity", "rolling:word_perplexity", "both"]
+    task_set = load(llama, tasks, *names, holdout=False)
+    scores = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score("all")
+    expected = everything(llama, tasks, "no_context", "last_word", "rolling", "both")["results"]
+    assert {name: score.metric for name, score in scores.items()} == {
+        "no_context": "acc_norm",
+        "last_word": "perplexity",
+        "rolling": "word_perplexity",
+        "both": "acc",
+    }
+    for name, score in scores.items():
+        assert score.value == pytest.approx(expected[name][f"{score.metric},none"], rel=1e-5)
+        assert score.n == expected[name]["sample_len"]
+        wanted = expected[name][f"{score.metric}_stderr,none"]
+        if wanted == "N/A":
+            assert name == "rolling" and score.stderr is not None and score.stderr > 0
+        else:
+            assert score.stderr == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_groups_add_up_as_their_file_says(llama: Any, tasks: Path) -> None:
+    results = {}
+    for name in ("both", "alike"):
+        task_set = load(llama, tasks, name, holdout=False)
+        results[name] = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score("all")[name]
+        expected = everything(llama, tasks, name)["results"][name]
+        assert results[name].value == pytest.approx(expected["acc,none"])
+        assert results[name].stderr == pytest.approx(expected["acc_stderr,none"])
+    parts = [TaskSet.documents(load(llama, tasks, name), "all")[name][0][1] for name in ("choice", "choice_long")]
+    assert results["both"].n == sum(map(len, parts)) == 21
+    assert [len(items) for items in results["both"].items] == list(map(len, parts))
+
+
+def test_evaluate_speaks_lm_eval(llama: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    llama.save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    names = ["choice", "both:acc", "last_word", "rolling", "few_shot", "writing"]
+    with pytest.raises(RequestError, match="choice is asked for twice"):
+        evaluate(tmp_path / "model", names, include_path=tasks, device="cpu")
+    names.remove("choice")
+    ours = evaluate(tmp_path / "model", names, include_path=tasks, device="cpu")
+    theirs = everything(llama, tasks, "both", "last_word", "rolling", "few_shot", "writing")
+    for key in ("group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples"):
+        assert ours[key] == theirs[key]
+    assert ours["results"].keys() == theirs["results"].keys() and ours["groups"].keys() == theirs["groups"].keys()
+    for name, row in theirs["results"].items():
+        assert ours["results"][name].keys() == row.keys()
+        for key, value in row.items():
+            if isinstance(value, float):
+                # Texts of a batch depend on the batch in HFLM; this one's metric is the same either way.
+                assert ours["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
+            else:
+                assert ours["results"][name][key] == value, (name, key)
+    assert ours["scores"]["both"]["n"] == 21 and ours["scores"]["both"]["chance"] == pytest.approx(0.4206, abs=1e-3)
+    with pytest.raises(RequestError, match="no such folder"):
+        evaluate(str(tmp_path / "models"), names, include_path=tasks)
+
+
+@pytest.mark.parametrize("planted", ["modeling_uneven_llama.py", "sub/evil.py", "custom_generate/generate.py"])
+def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, planted: str) -> None:
+    llama.save_pretrained(tmp_path)
+    tiny.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / planted).parent.mkdir(exist_ok=True)
+    (tmp_path / planted).write_text("raise SystemExit('ran')\n")
+    with pytest.raises(RequestError, match="brings code of its own"):
+        evaluate(tmp_path, ["choice"], include_path=tasks, device="cpu")
+
+
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json", "custom_generate"])
+def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path, place: str) -> None:
+    """Our own code file is there, unchanged, and trusted; what names other code, or is other code, is refused."""
+    structure = describe(llama.config)
+    layers = list(structure.base.layers)
+    layers[0] = replace(layers[0], intermediate_size=32)
+    architecture = Architecture(structure.base.hidden_size, tuple(layers))
+    write_package(
+        extract(llama, structure, architecture),
+        tmp_path / "package",
+        tokenizer=tiny.byte_tokenizer(),
+        entry={"name": "package", "architecture": architecture.to_dict()},
+        dtype=torch.float32,
+    )
+    folder = tmp_path / "package"
+    assert evaluate(folder, ["choice"], include_path=tasks, device="cpu")["scores"]
+    (folder / "sub").mkdir()
+    if place == "custom_generate":
+        (folder / "sub").rename(folder / place)
+        (folder / place / "generate.py").write_text("raise SystemExit('ran')\n")
+    else:
+        (folder / "sub" / "evil.py").write_text("raise SystemExit('ran')\n")
+        named = {
+            "AutoConfig": "sub/evil.C",
+            "AutoModelForCausalLM": "sub/evil.M",
+            "AutoTokenizer": ["sub/evil.T", None],
+        }
+        config = json.loads((folder / place).read_text())
+        (folder / place).write_text(json.dumps(config | {"auto_map": named}))
+    with pytest.raises(RequestError, match="brings code of its own"):
+        evaluate(folder, ["choice"], include_path=tasks, device="cpu")
+
+
+def architectures() -> Iterator[Architecture]:
+    """Sub-networks as a generation has them: leading layers shared with the one before, halves and layers removed."""
+    full, slim, thin = LayerSizes(4, 2, 64), LayerSizes(2, 1, 32), LayerSizes(4, 2, 16)
+    blind, mute, gone = LayerSizes(0, 0, 64), LayerSizes(4, 2, 0), LayerSizes(0, 0, 0)
+    for layers in (
+        (full, full, full),
+        (full, slim, full),
+        (full, slim, full),
+        (full, slim, thin),
+        (full, slim, gone),
+        (full, blind, mute),
+        (slim, blind, mute),
+        (slim, gone, full),
+        (full, slim, full),
+    ):
+        yield Architecture(32, layers)
+
+
+@pytest.mark.parametrize(("cache_bytes", "workers"), [(2**28, 1), (2**28, 3), (40_000, 2), (0, 1)])
+def test_sub_networks_score_as_their_extracted_selves(llama: Any, tasks: Path, cache_bytes: int, workers: int) -> None:
+    supernet = SuperNetwork(llama)
+    names = ("choice_long", "rolling", "writing")
+    task_set = load(llama, tasks, *names, holdout=False)
+    ours = NetworkLM(llama, task_set.encoder, max_tokens=300, cache_bytes=cache_bytes, workers=workers)
+    scorer = Scorer(task_set, ours)
+    asked = [request for name in names for request in requests(task_set.tasks[name].leaves)]
+    for architecture in architectures():
+        with supernet.activated(architecture):
+            answers = scorer.ask("all", architecture=architecture)
+        alone = NetworkLM(extract(llama, supernet.structure, architecture), task_set.encoder)
+        expected = Scorer(task_set, alone).ask("all")
+        for request in asked:
+            mine, wanted = answers[id(request)][0], expected[id(request)][0]
+            if request.request_type == "generate_until":
+                assert mine == wanted
+            else:
+                mine, wanted = (x[0] if isinstance(x, tuple) else x for x in (mine, wanted))
+                assert mine == pytest.approx(wanted, abs=1e-4 + 1e-6 * abs(wanted))
+    assert not llama.model.__dict__.get("layers")  # the super-network is left as it was
+
+
+def test_layers_kept_from_before_are_dropped_when_weights_change(llama: Any, tasks: Path) -> None:
+    supernet = SuperNetwork(llama)
+    task_set = load(llama, tasks, "rolling")
+    scorer = Scorer(task_set, NetworkLM(llama, task_set.encoder))
+    before = scorer.score("search", architecture=supernet.base)["rolling"].value
+    assert scorer.score("search", architecture=supernet.base)["rolling"].value == before
+    with torch.no_grad():
+        llama.model.layers[0].mlp.down_proj.weight.mul_(2)
+    after = scorer.score("search", architecture=supernet.base)["rolling"].value
+    assert after != before
+    assert after == pytest.approx(scorer.score("search")["rolling"].value)
+
+
+def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) -> None:
+    task_set = load(llama, tasks, "choice")
+    scorer = Scorer(task_set, NetworkLM(llama, task_set.encoder))
+    counts = [0, 0, 0]
+    for i, layer in enumerate(llama.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+    full, slim = LayerSizes(4, 2, 64), LayerSizes(4, 2, 32)
+    scorer.score("search", architecture=Architecture(32, (full, full, full)))
+    counts[:] = [0, 0, 0]
+    scorer.score("search", architecture=Architecture(32, (full, slim, full)))
+    assert counts == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "settings", "reason"),
+    [
+        (CHOICE, {"question": "why", "choices": [" a", " b" * 40], "gold": 0}, {}, "has 81 tokens"),
+        (
+            CHOICE,
+            {"question": "why", "choices": [" a", ""], "gold": 0},
+            {"target_delimiter": ""},
+            "no token of its own",
+        ),
+        (
+            WRITING,
+            {"question": "why", "word": "x"},
+            {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 64}},
+            "leave no room",
+        ),
+    ],
+)
+def test_a_document_that_lm_eval_cannot_score_is_named(
+    llama: Any, tmp_path: Path, kind: dict[str, Any], row: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    rows = [{"question": f"what {i}", "choices": [" a", " b"], "gold": 1, "word": "x"} for i in range(3)]
+    write_task(tmp_path, "odd", [*rows, row], **kind | settings)
+    task_set = load(llama, tmp_path, "odd")
+    document = 0 if kind is WRITING else 3
+    with pytest.raises(RequestError, match=rf"task odd, document {document}: .*{reason}"):
+        task_set.questions("all")
+
+
+def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) -> None:
+    """Anything but plain greedy decoding is the network's own `generate`'s, as in HFLM."""
+    kwargs = {"until": ["e"], "max_gen_toks": 10, "do_sample": False, "num_beams": 2}
+    write_task(tmp_path, "beams", questions(4), **WRITING | {"generation_kwargs": kwargs})
+    task_set = load(llama, tmp_path, "beams")
+    asked = requests(task_set.tasks["beams"].leaves)
+    assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
+    llama.generation_config.repetition_penalty = 1.7
+    write_task(tmp_path / "greedy", "greedy", questions(4), **WRITING)
+    task_set = load(llama, tmp_path / "greedy", "greedy")
+    asked = requests(task_set.tasks["greedy"].leaves)
+    assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("longest", [None, 150], ids=["whole", "truncated"])
+@pytest.mark.parametrize("kind", [CHOICE, LAST_WORD, WRITING], ids=["choice", "loglikelihood", "generation"])
+def test_answers_under_a_chat_template_equal_hflm(
+    llama: Any, tmp_path: Path, kind: dict[str, Any], longest: int | None
+) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    write_task(tmp_path, "talk", questions(6, longest=longest), **kind)
+    encoder = Encoder(tokenizer, llama.config)
+    prompting = Prompting(chat=True, system=None if longest is None else "be brief")
+    task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting)
+    asked = requests(task_set.tasks["talk"].leaves)
+    prompts = [encoder.encode([request.args[0]])[0] for request in asked]
+    assert any(len(prompt) > encoder.max_length for prompt in prompts) == (longest is not None)
+    assert all(request.args[0].endswith("a:") for request in asked)
+    assert_same_answers(NetworkLM(llama, encoder), hflm(llama, tokenizer, batch=1), asked)
+
+
+def test_chat_template(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    write_task(tmp_path, "talk", questions(6), shots=questions(3, 5), num_fewshot=1, **CHOICE)
+    encoder = Encoder(tokenizer, llama.config)
+    prompting = Prompting(chat=True, system="be brief")
+    task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting, holdout=False)
+    score = Scorer(task_set, NetworkLM(llama, encoder)).score("all")["talk"]
+    theirs = everything(
+        llama, tmp_path, "talk", tokenizer=tokenizer, apply_chat_template=True, system_instruction="be brief"
+    )
+    samples = theirs["samples"]["talk"]
+    documents = task_set.documents("all")["talk"][0][1]
+    assert [d.instances[0].args[0] for d in documents] == [s["arguments"][0][0] for s in samples]
+    assert documents[0].instances[0].args[0].startswith("s:be brief;u:")
+    assert score.value == theirs["results"]["talk"]["acc_norm,none"]
+
+
+def score(value: float, stderr: float | None = 0.02, higher: bool = True, chance: float | None = 0.5) -> TaskScore:
+    return TaskScore("t", "acc", value, stderr, 100, "report", higher, chance)
+
+
+def test_near_chance() -> None:
+    assert score(0.54).near_chance and score(0.46).near_chance
+    assert not score(0.55).near_chance
+    assert not score(0.54, chance=None).near_chance and not score(0.54, stderr=None).near_chance
+
+
+def test_standard_error_where_lm_eval_states_none() -> None:
+    def ratio(items: Any) -> float:
+        return sum(a for a, _ in items) / sum(b for _, b in items)
+
+    items = [(float(i % 7), 3.0) for i in range(200)]
+    assert standard_error(ratio, items, everywhere=False) is None
+    assert standard_error(ratio, items[:1]) is None
+    spread = torch.tensor([a / b for a, b in items]).std().item() / 200**0.5
+    assert standard_error(ratio, items) == pytest.approx(spread, rel=0.25)
+
+
+@needs_assets
+@pytest.mark.parametrize("checkpoint", ["stories260K", "prose-7m"])
+def test_real_tasks_equal_hflm(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of real task on real checkpoints, some documents longer than the context."""
+    assets = Path(ASSETS or "")
+    monkeypatch.chdir(assets)  # the task files name their data relative to a neighbour of the assets
+    path = assets / "checkpoints" / checkpoint
+    model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    encoder = Encoder(tokenizer, model.config)
+    names = {
+        "blimp_passive_2": 12,
+        "arc_easy_local": 6,
+        "hellaswag_local": 3,
+        "mmlu_high_school_us_history_local": 3,
+        "stories_last_word": 12,
+        "stories_bpb": 3,
+        "wikitext2_bpb": 1,
+        "gsm8k_local": 3,
+    }
+    task_set = TaskSet.load(list(names), encoder=encoder, include_path=[assets / "tasks"])
+    ours, theirs = NetworkLM(model, encoder), hflm(model, tokenizer)
+    truncated = 0
+    for name, limit in names.items():
+        documents = [d for leaf in task_set.tasks[name].leaves for d in leaf.documents("report", limit)]
+        asked = [instance for document in documents for instance in document.instances]
+        if name == "gsm8k_local":
+            theirs = hflm(model, tokenizer, batch=1)
+        assert_same_answers(ours, theirs, asked)
+        truncated += any(len(encoder.encode([request.args[0]])[0]) > encoder.max_length for request in asked)
+    assert truncated
+    assert ours._as_tree
+
+
+@needs_assets
+def test_a_score_at_chance_is_told_from_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assets = Path(ASSETS or "")
+    monkeypatch.chdir(assets)
+    path = assets / "checkpoints" / "stories260K"
+    ours = evaluate(path, ["mmlu6_local", "blimp12"], include_path=assets / "tasks", limit=96, device="cpu")
+    mmlu, blimp = ours["scores"]["mmlu6_local"], ours["scores"]["blimp12"]
+    assert (mmlu["chance"], blimp["chance"]) == (0.25, 0.5)
+    assert mmlu["near_chance"] and not blimp["near_chance"]
+    assert (mmlu["n"], blimp["n"]) == (96, 96)

@@ -1,0 +1,193 @@
+"""Speeds are sums of parts: a table finds the parts back, predicts without torch, and says what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evals.speed import measured as timing
+from evals.speed.measured import Speed, compare_speed, speed_beside
+from evals.speed.table import PartTimes, SpeedTable, designed, sizes_to_time
+from export.report.schema import Speed as PackageSpeed
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.families import describe
+from supernet.slicing import extract
+from tests.support import ROOT, tiny
+
+
+def structure(**sizes: object) -> Structure:
+    return describe(LlamaConfig(**tiny.SIZES | sizes))
+
+
+def true_seconds(architecture: Architecture) -> float:
+    """A machine on which time is a sum: something fixed, heads at a price with a threshold, neurons likewise."""
+    total = 0.004
+    for layer in architecture.layers:
+        heads, width = layer.num_attention_heads, layer.intermediate_size
+        total += (0.001 + 0.0003 * heads) * bool(heads) + (0.0005 + 2e-6 * width) * bool(width)
+    return total
+
+
+def fitted(base: Structure) -> PartTimes:
+    design = designed(base, 0)
+    return PartTimes.fit(
+        design, np.array([true_seconds(a) for a in design]), *sizes_to_time(base), hidden_size=base.base.hidden_size
+    )
+
+
+def random_architectures(base: Structure, count: int) -> list[Architecture]:
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(count):
+        rows = []
+        for full in base.base.layers:
+            groups = int(rng.integers(0, full.num_key_value_heads + 1))
+            width = int(rng.integers(0, 9)) * full.intermediate_size // 8
+            rows.append(LayerSizes(groups * (full.num_attention_heads // full.num_key_value_heads), groups, width))
+        found.append(Architecture(base.base.hidden_size, tuple(rows)))
+    return found
+
+
+def test_additive_timings_are_found_back_exactly() -> None:
+    base = structure(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=256)
+    table = fitted(base)
+    for architecture in random_architectures(base, 30):
+        assert table.seconds(architecture, 32) == pytest.approx(true_seconds(architecture), rel=1e-6)
+    assert table.fixed == pytest.approx(0.004, rel=1e-4)
+
+
+def test_a_size_between_two_is_interpolated_and_a_narrower_residual_costs_its_share() -> None:
+    table = PartTimes(1.0, [0, 6], [0.0, 3.0], [0, 100, 200], [0.0, 4.0, 6.0])
+    layer = LayerSizes(4, 2, 150)
+    assert table.seconds(Architecture(32, (layer, layer)), 32) == pytest.approx(1 + 2 * (3 + 5))
+    assert table.seconds(Architecture(16, (layer,)), 32) == pytest.approx(1 + 1.5 + 3)
+    assert table.seconds(Architecture(32, (LayerSizes(0, 0, 0),)), 32) == 1.0
+
+
+def test_the_design_tells_all_parts_apart() -> None:
+    base = structure(num_hidden_layers=2)
+    design = designed(base, 0)
+    assert len(set(design)) == len(design) == SpeedTable.steps(base)
+    assert all(a.fits(base.base) and any(layer.num_key_value_heads for layer in a.layers) for a in design)
+    assert base.base in design
+    assert designed(base, 0) == design
+
+
+def table(base: Structure) -> SpeedTable:
+    return SpeedTable(
+        "transformers", "cpu", 1, "float32", 2, 100, 11, 32, fitted(base), fitted(base), {"prefill_median_error": 0.0}
+    )
+
+
+def test_predictions_and_round_trip(tmp_path: Path) -> None:
+    base = structure()
+    one = table(base)
+    seconds = one.prefill.seconds(base.base, 32)
+    assert one.predict(base.base) == pytest.approx(
+        {"prefill_tps": 200 / seconds, "decode_tps": 2 / seconds, "latency": 11 * seconds}
+    )
+    one.save(tmp_path / "speed.json")
+    assert SpeedTable.load(tmp_path / "speed.json") == one
+    assert one.fits(base) and not one.fits(structure(intermediate_size=128))
+    code = (
+        "import sys, pathlib; from evals.speed.table import SpeedTable; from supernet.architecture import *;"
+        f"t = SpeedTable.load(pathlib.Path({str(tmp_path / 'speed.json')!r}));"
+        f"print(t.predict(Architecture.from_dict({base.base.to_dict()}))['decode_tps']);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == one.predict(base.base)["decode_tps"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": 1}'])
+def test_what_is_not_a_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "speed.json").write_text(text)
+    with pytest.raises(ValueError, match="not a speed table"):
+        SpeedTable.load(tmp_path / "speed.json")
+
+
+def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    supernet = SuperNetwork(LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval())
+    built: list[Architecture] = []
+    steps: list[int] = []
+
+    def build(architecture: Architecture) -> torch.nn.Module:
+        built.append(architecture)
+        return extract(supernet.model, supernet.structure, architecture)
+
+    measured = SpeedTable.measure(build, supernet.structure, rounds=1, prompt=8, new=4, on_step=lambda: steps.append(1))
+    assert len(steps) == SpeedTable.steps(supernet.structure) == len(built) - 1
+    assert (measured.batch, measured.prompt, measured.new, measured.dtype) == (1, 8, 4, "float32")
+    assert all(value > 0 for value in measured.predict(supernet.base).values())
+    cpu = torch.device("cpu")
+    assert measured.fits(supernet.structure) and measured.fits(structure(num_hidden_layers=5))
+    assert not measured.fits(structure(vocab_size=300))
+    assert measured.made_on(cpu, torch.float32) and not measured.made_on(cpu, torch.bfloat16)
+    assert not replace(measured, threads=99).made_on(cpu, torch.float32)
+    assert not replace(measured, device="elsewhere").made_on(cpu, torch.float32)
+    measured.save(tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text())["check"].keys() == {
+        "prefill_median_error",
+        "decode_median_error",
+    }
+
+
+def test_speeds_are_measured_side_by_side() -> None:
+    torch.manual_seed(0)
+    models = {str(n): LlamaForCausalLM(LlamaConfig(**tiny.SIZES | {"num_hidden_layers": n})).eval() for n in (1, 2)}
+    order: list[str] = []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    speeds = compare_speed(models, prompt=8, new=3, repeats=2, warmup=1, threads=1)
+    assert set(speeds) == {"1", "2"}
+    assert "".join(order[6:]) == "111222" + "222111" + "111222"  # after the passes that measure memory
+    for speed in speeds.values():
+        assert isinstance(speed, Speed) and (speed.threads, speed.prompt, speed.new, speed.repeats) == (1, 8, 3, 2)
+        assert speed.decode_tps > 0 and speed.prefill_tps > 0 and speed.ttft_ms <= speed.latency_ms
+        assert speed.warmup == 1 and speed.prefill_spread >= 0 and speed.decode_spread >= 0
+        assert speed.throughput_tps == pytest.approx(3 / speed.latency_ms * 1e3)
+        assert PackageSpeed(**speed.to_dict()).ttft_ms == speed.ttft_ms  # the report takes it all
+
+
+def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, other, base = (LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval() for _ in range(3))
+    found, known = speed_beside(network, base, prompt=8, new=3, repeats=1)
+    assert found.decode_tps > 0 and known.prompt == 8
+
+    def on_a_slower_machine(models: dict[str, Any], **_: Any) -> dict[str, Speed]:
+        assert list(models.values()) == [other, base]
+        slow = replace(known, decode_tps=known.decode_tps / 4, prefill_tps=known.prefill_tps / 2)
+        return {"model": replace(slow, decode_tps=1.5 * slow.decode_tps, peak_memory_bytes=1), "base": slow}
+
+    monkeypatch.setattr(timing, "compare_speed", on_a_slower_machine)
+    found, beside = speed_beside(other, base, known)
+    assert beside == known
+    assert found.decode_tps == pytest.approx(1.5 * known.decode_tps)
+    assert found.prefill_tps == pytest.approx(known.prefill_tps) and found.peak_memory_bytes == 1
+
+
+def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    small = compare_speed({"": model}, prompt=4, new=2, repeats=1)[""].peak_memory_bytes
+    large = compare_speed({"": model}, prompt=32, new=2, repeats=1)[""].peak_memory_bytes
+    assert weights < small < large < 4 * weights
+
+
+def test_a_workload_is_cut_to_the_context() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
+    speed = compare_speed({"": model}, repeats=1)[""]
+    assert speed.prompt == 32 and speed.new == 32

@@ -1,0 +1,150 @@
+"""Proposers on a tiny network: the assembled is the best there is, and what harms least goes first."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compressor.stages.warm_start import layer_variants
+from evals.warm_starts import warm_starts
+from evals.warm_starts.blockwise import blockwise, degradation_in, refined
+from search.knapsack import assemble, options, with_layer
+from search.space import SearchSpace
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
+from supernet.training.data import Batch
+from supernet.training.traces import Leading, trace
+from tests.support import tiny
+from tests.support.search_helpers import SMALL
+from tests.support.tiny_families import CONFIGS, random_architecture, tiny_network
+
+
+def test_assembling_finds_what_brute_force_finds() -> None:
+    space = SearchSpace.from_dict({"ffn.*": [32, 64, 128], "kv.*": [0, 1, 2], "layer.1": [0, 1]}, SMALL)
+    rng = np.random.default_rng(0)
+    harms = {variant: float(rng.random()) for variant in layer_variants(space)}
+    everything = []
+    for combination in product(*options(SMALL, harms)):
+        if any(option.sizes.num_key_value_heads for option in combination):
+            architecture = Architecture(SMALL.base.hidden_size, tuple(option.sizes for option in combination))
+            everything.append((SMALL.parameters(architecture), sum(option.degradation for option in combination)))
+    path = assemble(SMALL, options(SMALL, harms))
+    assert [parameters for parameters, _ in path] == [SMALL.parameters(a) for _, a in path]
+    for parameters, architecture in path:
+        chosen = [
+            o.degradation
+            for row, s in zip(options(SMALL, harms), architecture.layers, strict=True)
+            for o in row
+            if o.sizes == s
+        ]
+        slack = SMALL.parameters(SMALL.base) / 500  # sizes are rounded
+        assert (
+            sum(chosen)
+            <= min(harm for size, harm in everything if size <= parameters - slack or size == parameters) + 1e-9
+        )
+    assert path[-1][1] == SMALL.base and all(architecture in space for _, architecture in path)
+
+
+def test_variants_are_the_spaces_own() -> None:
+    space = SearchSpace.from_dict(
+        {"ffn.0": [32, 128], "kv.2": [0, 1, 2], "depth": {"keep": [[0, 2], [0, 1, 2]]}}, SMALL
+    )
+    full = SMALL.base.layers[0]
+    assert set(layer_variants(space)) == {
+        (0, LayerSizes(4, 2, 32)),
+        (2, LayerSizes(0, 0, full.intermediate_size)),
+        (2, LayerSizes(2, 1, full.intermediate_size)),
+        (1, LayerSizes(0, 0, 0)),
+    }
+    assert layer_variants(SearchSpace.from_dict({"ffn": [64, 128]}, SMALL)) == []
+
+
+def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)  # random weights this small do nothing at all
+    supernet = SuperNetwork(model)
+    variants = layer_variants(SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure))
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    whole = supernet.structure.parameters(supernet.base)
+    sizes = [int(share * whole) for share in (0.9, 0.7, 0.6, 0.5, 0.4)]
+    harm, path = degradation_in(supernet, batches), blockwise(supernet, variants, batches)
+    starts = [[a for parameters, a in path if parameters <= size][-1] for size in sizes]
+    found = refined(supernet, variants, batches, path, [*sizes, 1])
+    assert harm(supernet.base) == pytest.approx(0, abs=1e-6) and supernet.current == supernet.base
+    assert all(supernet.structure.parameters(a) == parameters for parameters, a in found)
+    assert all(parameters <= size for (parameters, _), size in zip(found, sizes, strict=True))  # none is within 1
+    gained = [harm(start) - harm(a) for start, (_, a) in zip(starts, found, strict=True)]
+    assert min(gained) >= 0 and max(gained) > 0.01
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pass_that_begins_where_architectures_differ_is_the_whole_pass(name: str) -> None:
+    supernet = SuperNetwork(tiny_network(name))
+    base, last = supernet.base, len(supernet.base.layers) - 1
+    ids = torch.randint(3, 101, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(16).expand(4, 16)).split(2)
+    some = random_architecture(base, random.Random(1))
+    near = [with_layer(some, index, base.layers[index]) for index in range(last, -1, -1)]
+    passes = Leading(supernet)
+    for architecture in (base, some, *near, near[-1], base):
+        with torch.no_grad(), supernet.activated(architecture) as model:
+            for number, batch in enumerate(batches):
+                assert torch.equal(passes.trace(number, batch).hidden, trace(model, batch).hidden)
+
+
+def test_leading_layers_are_computed_once() -> None:
+    supernet = SuperNetwork(tiny_network("llama"))
+    base, calls = supernet.base, []
+    for index, layer in enumerate(supernet.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    ids = torch.randint(3, 101, (2, 16), generator=torch.Generator().manual_seed(0))
+    harm = degradation_in(supernet, [Batch(ids, ids, torch.arange(16).expand(2, 16))])
+    assert calls == [0, 1, 2, 3]
+    calls.clear()
+    cut = LayerSizes(base.layers[0].num_attention_heads, base.layers[0].num_key_value_heads, 8)
+    assert harm(with_layer(base, 2, cut)) > 0 and calls == [2, 3]
+    calls.clear()
+    assert harm(with_layer(base, 1, cut)) > 0 and calls == [1, 2, 3]
+
+
+def test_what_superposition_cannot_mix_is_refused() -> None:
+    supernet = SuperNetwork(tiny_network("mixtral"))
+    space = SearchSpace.preset("fine", supernet.structure)
+    with pytest.raises(RequestError, match=r"superposition: .* use blockwise or greedy"):
+        warm_starts()["superposition"].propose(supernet, layer_variants(space), [])
+
+
+@pytest.mark.parametrize("name", warm_starts())
+def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
+    idle = model.model.layers[1]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)  # random weights this small do nothing at all
+        idle.mlp.down_proj.weight.zero_()
+        idle.self_attn.o_proj.weight.zero_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    supernet = SuperNetwork(model)
+    space = SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure)
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    path = warm_starts()[name].propose(supernet, layer_variants(space), batches)
+    again = warm_starts()[name].propose(supernet, layer_variants(space), batches)
+    assert path == again and len(path) > 4 and all(architecture in space for _, architecture in path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and supernet.current == supernet.base
+    whole = supernet.structure.parameters(supernet.base)
+    idle_share = 1 / 3 * (1 - 259 * 32 / whole)
+    sizes = [(parameters / whole, architecture) for parameters, architecture in path]
+    largest = [a for share, a in sizes if share <= 1 - idle_share][-1]
+    assert largest.layers[1].removed and not largest.layers[0].removed and not largest.layers[2].removed

@@ -1,0 +1,175 @@
+"""Tokenizers in gguf files: those with the rules of each family, trained here, are asked in llama.cpp itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from export.layouts.gguf_tokenizer import sample_texts, tokenizer_kind
+from export.layouts.llama_cpp import check_gguf
+from export.layouts.table import write_layout
+from export.package_record import PackageInfo, read_record
+from supernet.common.errors import RequestError, VerificationError
+from tests.support.export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+
+pytest.importorskip("gguf")
+
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), BYTES])
+WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+ONE_DIGIT = Regex(SPLIT.replace("{1,3}", ""))
+RULES: dict[str, tuple[Any, Any, bool]] = {  # pre-tokenizer, normalizer, whole words
+    "gpt2": (WORDS, None, False),
+    "gpt_neox": (WORDS, normalizers.NFC(), False),
+    "starcoder2, granite": (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
+        None,
+        False,
+    ),
+    "olmo2": (LLAMA3, None, False),
+    "llama 3, smollm3": (LLAMA3, None, True),
+    "qwen": (
+        pre_tokenizers.Sequence([pre_tokenizers.Split(ONE_DIGIT, "isolated"), BYTES]),
+        normalizers.NFC(),
+        False,
+    ),
+}
+RULES["qwen3.5, composed"] = (
+    pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WITH_MARKS), "isolated"), BYTES]),
+    normalizers.NFC(),
+    False,
+)
+RULES["qwen3.5"] = (RULES["qwen3.5, composed"][0], None, False)
+UNDERLINE = normalizers.Replace(" ", "▁")
+UNDERLINED = normalizers.Sequence([normalizers.Prepend("▁"), UNDERLINE])
+TEXTS = [*sample_texts(), "the Brownies and Brownies"]
+
+
+def write(destination: Path, tokenizer: Any, texts: list[str]) -> PackageInfo:
+    model = cut(tiny_llama(vocab_size=max(320, len(tokenizer) + 3)), EVEN)
+    options = {"tokenizer": tokenizer, "entry": {"name": "best", "architecture": EVEN.to_dict()}, "texts": texts}
+    return write_layout("gguf-f32", model, EVEN, destination, probe_ids=probe_ids()[:1], **options)
+
+
+def tokenizer_of(model: Any, pre: Any, normalizer: Any) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    if pre is not None:
+        tokenizer.pre_tokenizer = pre
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def trained(pre: Any, first: list[str], **options: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary of BPE that begins with given tokens, and its merges, learnt from the sample texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre
+    tokenizer.train_from_iterator(
+        sample_texts() * 2, trainers.BpeTrainer(vocab_size=640, special_tokens=first, show_progress=False, **options)
+    )
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    pre, normalizer, whole_words = RULES[name]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary, merges = trained(pre, ["<s>", "</s>"], initial_alphabet=alphabet)
+    vocabulary["ĠBrownies"] = len(vocabulary)  # which no merge leads to
+    tokenizer = tokenizer_of(models.BPE(vocabulary, merges, ignore_merges=whole_words), pre, normalizer)
+    assert (vocabulary["ĠBrownies"] in tokenizer(TEXTS[-1]).input_ids) == whole_words
+    info = write(tmp_path / "p", tokenizer, TEXTS)
+    result = check_gguf(info.path, read_record(info.path))
+    assert result["tokenizer_equal"] == 401 and ("tokenized" in result) == (normalizer is not None)
+
+
+@pytest.mark.parametrize("name", ["llama, phi3, mixtral", "gemma"])
+def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
+    vocabulary, merges = trained(spaces, first, limit_alphabet=60)  # what is left out takes the bytes
+    model = models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    if name == "gemma":
+        tokenizer = tokenizer_of(model, pre_tokenizers.Split(" ", "merged_with_previous"), UNDERLINE)
+        tokenizer.add_tokens(["\n\n", "\t\t"])
+    else:
+        tokenizer = tokenizer_of(model, None, UNDERLINED)
+    tokenizer.unk_token = "<unk>"
+    ids = tokenizer(TEXTS[-1]).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids[:1])[0].startswith("▁") == (name != "gemma")
+    info = write(tmp_path / "p", tokenizer, TEXTS)
+    assert check_gguf(info.path, read_record(info.path))["tokenizer_equal"] == 401
+
+
+def test_composed_text_is_compared(tmp_path: Path) -> None:
+    """llama.cpp does not compose characters: where the tokenizer does, both agree on text that is composed."""
+    tokenizer, text = tiny_tokenizer(), "cafe\u0301"
+    record = read_record(write(tmp_path / "raw", tokenizer, [text]).path)
+    assert record["probe"]["tokenization"][-1] == [text, tokenizer(text).input_ids]
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    record = read_record(write(tmp_path / "composed", tokenizer, [text]).path)
+    assert record["probe"]["tokenization"][-1] == ["caf\u00e9", tokenizer(text).input_ids]
+    assert record["probe"]["composed"]
+
+
+def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("export.layouts.gguf_tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
+    info = write(tmp_path / "p", tiny_tokenizer(["in 2024 and 1999 "] * 50), ["it was 1999"])
+    with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
+        check_gguf(info.path, read_record(info.path))
+
+
+def test_kinds_of_tokenizers() -> None:
+    def described(pre: Any, normalizer: Any = None, **options: Any) -> dict[str, Any]:
+        tokenizer = Tokenizer(models.BPE(**options))
+        if pre is not None:
+            tokenizer.pre_tokenizer = pre
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        return json.loads(tokenizer.to_str())
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    assert tokenizer_kind(described(byte_level)) == ("gpt2", "gpt-2")
+    assert tokenizer_kind(described(pre_tokenizers.Sequence([digits, byte_level]))) == ("gpt2", "smollm")
+    assert tokenizer_kind(described(None, UNDERLINED, byte_fallback=True)) == ("llama", "default")
+    for pre, normalizer, named in (
+        (pre_tokenizers.Whitespace(), None, "Whitespace"),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None, "ByteLevel"),
+        (byte_level, normalizers.Lowercase(), "Lowercase"),
+        (pre_tokenizers.Split(" ", "removed"), None, "Split"),
+        (None, None, "none"),
+    ):
+        with pytest.raises(RequestError, match=named):
+            tokenizer_kind(described(pre, normalizer))
+    for pre, normalizer in ((pre_tokenizers.Metaspace(), None), (None, normalizers.Replace("a", "b"))):
+        with pytest.raises(RequestError, match="knows no byte-fallback tokenizer with the normalizer"):
+            tokenizer_kind(described(pre, normalizer, byte_fallback=True))
+    with pytest.raises(RequestError, match="gpt-2 knows no tokenizer with ignore_merges"):
+        tokenizer_kind(described(byte_level, ignore_merges=True))
+    with pytest.raises(RequestError, match="WordLevel"):
+        tokenizer_kind(json.loads(Tokenizer(models.WordLevel({"a": 0}, "a")).to_str()))
+
+
+def test_sample_texts_are_the_same_everywhere() -> None:
+    texts = sample_texts()
+    assert texts == sample_texts() and len(texts) == 200 and len(set(texts)) > 190

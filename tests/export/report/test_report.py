@@ -1,0 +1,339 @@
+"""The report: its schema, what is said about the numbers, the table, and the page."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from export.report.page import render_html, write_report
+from export.report.schema import Report, TaskScore, validate_report
+from export.report.table import footnotes, terminal_table
+from export.report.verdict import change, verdict
+from supernet.architecture import Architecture, LayerSizes
+from tests.support.report_helpers import HOSTILE, full_report, minimal_report, score, speed
+
+
+class Page(HTMLParser):
+    """Fails on a tag that is not closed, or closed out of order; remembers the text and what the page refers to."""
+
+    VOID = frozenset({"meta", "wbr", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.references: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def without(data: dict[str, Any], *path: Any) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    inner = data
+    for part in path[:-1]:
+        inner = inner[part]
+    del inner[path[-1]]
+    return data
+
+
+def terminal(report: Report, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(report))
+    for note in footnotes(report):
+        console.print(note)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        (("base", "params"), "base.params is missing"),
+        (("packages", 0, "verified"), "packages[0].verified is missing"),
+        (("packages", 0, "tasks", "grammar", "n"), "packages[0].tasks.grammar.n is missing"),
+        (("versions",), "versions is missing"),
+    ],
+)
+def test_a_missing_key_is_named_in_one_line(path: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        validate_report(without(minimal_report(), *path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest() -> None:
+    data = minimal_report()
+    data["packages"][0]["sped"] = 1
+    with pytest.raises(ValueError, match=r"packages\[0\]\.sped is not a key of the report; did you mean .*speed"):
+        validate_report(data)
+
+
+def test_what_is_no_number_or_no_architecture_is_refused() -> None:
+    data = minimal_report()
+    data["base"]["tasks"]["grammar"]["value"] = float("nan")
+    with pytest.raises(ValueError, match=r"base\.tasks\.grammar\.value is wrong"):
+        validate_report(data)
+    data = minimal_report()
+    data["packages"][0]["architecture"]["layers"][0]["num_attention_heads"] = 3
+    with pytest.raises(ValueError, match=r"packages\[0\]\.architecture is wrong: not an architecture"):
+        validate_report(data)
+
+
+def test_what_a_search_could_not_measure_is_left_out() -> None:
+    data = full_report()
+    data["search"]["points"][2]["tasks"]["coin"]["value"] = float("inf")
+    data["search"]["generations"][1]["predictor"] |= {"kendall": float("nan"), "mae": float("nan")}
+    search = validate_report(data).search
+    assert search is not None and search.generations[1].predictor is not None
+    assert list(search.points[2].tasks) == ["grammar"]
+    assert (search.generations[1].predictor.kendall, search.generations[1].predictor.spearman) == (None, 0.6)
+    Page(render_html(validate_report(data)))
+
+
+def test_report_json_holds_what_was_given(tmp_path: Path) -> None:
+    data = full_report()
+    page = write_report(validate_report(data), tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert validate_report(written) == validate_report(data)
+    assert data["packages"][1]["speed"].items() <= written["packages"][1]["speed"].items()
+    assert written["schema"] == 1
+    assert page.read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(validate_report(minimal_report()), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_report(validate_report(full_report()), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "chance", "higher", "stamp"),
+    [
+        (0.51, 0.02, 0.5, True, "near chance"),
+        (0.54, 0.02, 0.5, True, "near chance"),
+        (0.46, 0.02, 0.5, True, "near chance"),
+        (0.55, 0.02, 0.5, True, ""),
+        (0.40, 0.02, 0.5, True, "below chance"),
+        (0.0, 0.0, 0.0, True, "near chance"),
+        (0.51, None, 0.5, True, ""),
+        (0.51, 0.02, None, True, ""),
+        (7.9, 0.1, 8.0, False, "near chance"),
+        (7.0, 0.1, 8.0, False, ""),
+    ],
+)
+def test_stamp(value: float, stderr: float | None, chance: float | None, higher: bool, stamp: str) -> None:
+    assert TaskScore.model_validate(score(value, stderr, chance, higher_is_better=higher)).stamp == stamp
+
+
+def test_a_change_is_real_beyond_two_standard_errors_of_the_difference() -> None:
+    base = TaskScore.model_validate(score(0.90, 0.03))
+    within = change(base, TaskScore.model_validate(score(0.81, 0.04)))  # errors add up to 0.05
+    assert (within.stderr, within.meaning) == (pytest.approx(0.05), "unclear")
+    assert change(base, TaskScore.model_validate(score(0.79, 0.04))).meaning == "worse"
+    assert change(base, TaskScore.model_validate(score(0.99, None))).meaning == "unknown"
+    eight, seven = (
+        TaskScore.model_validate(score(value, 0.1, None, metric="perplexity", higher_is_better=False))
+        for value in (8, 7)
+    )
+    assert (change(eight, seven).text, change(eight, seven).meaning) == ("+1.000", "better")
+
+
+def test_verdict_says_what_was_lost() -> None:
+    said = " ".join(verdict(validate_report(full_report())))
+    assert "67.0 % of the parameters of tiny (670 k of 1.00 M)" in said
+    assert "takes 2.68 MB on disk instead of 4.00 MB" in said
+    assert "generates tokens 1.40 times as fast (transformers, cpu, 1 thread, float32)" in said
+    assert said.count("It loses more than noise explains on grammar (0.9 → 0.8).") == 1
+    assert "How much of the loss is noise is not known for words (1.5 → 1.6)." in said
+    assert "measured by 3 tasks" in said
+    assert "Compressed INT4 takes 600 kB on disk (15.0 % of the base)" in said
+    assert "Quantization loses" not in said
+    assert "The base itself only guesses on coin" in said
+    data = minimal_report()
+    data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
+    assert "No loss stands out from the noise" in " ".join(verdict(validate_report(data)))
+    data["packages"][0] |= {"tasks": {"grammar": score(0.51, 0.01)}, "quality": 0.57}
+    said = " ".join(verdict(validate_report(data)))
+    assert "fallen to chance on grammar, which the base solves" in said and "heavy loss" in said
+    data["packages"].append(data["packages"][0] | {"name": "best-int8", "quantization": "int8"})
+    said = " ".join(verdict(validate_report(data)))  # quantization lost nothing more
+    assert said.count("fallen to chance") == said.count("heavy loss") == 1
+    data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
+    said = " ".join(verdict(validate_report(data)))
+    assert "on grammar, which the unquantized network solves" in said and said.count("heavy loss") == 1
+    data["packages"] = []
+    assert verdict(validate_report(data)) == ["No package of tiny has been written yet."]
+
+
+def test_verdict_says_what_tasks_do_not_show() -> None:
+    data = minimal_report()
+    assert "not trained on" not in " ".join(verdict(validate_report(data)))
+    data["base"]["held_out_loss"] = 1.5
+    data["packages"][0]["held_out_loss"] = 1.62
+    said = " ".join(verdict(validate_report(data)))
+    assert "its loss is 1.62 nats per token, the base's 1.5." in said and "half as sure" not in said
+    data["packages"][0]["held_out_loss"] = 19.3
+    assert "less than half as sure of the next token" in " ".join(verdict(validate_report(data)))
+
+
+def test_a_speed_measured_elsewhere_is_not_compared() -> None:
+    data = full_report()
+    data["packages"] = data["packages"][:1]
+    data["packages"][0]["speed"] = speed(900.0, "llama.cpp")
+    assert "fast" not in " ".join(verdict(validate_report(data)))
+
+
+def test_terminal_rows() -> None:
+    shown = terminal(validate_report(full_report()))
+    lines = shown.splitlines()
+    labels = ["base ", "compressed ", "compressed INT8", "compressed INT4"]
+    first = [next(n for n, line in enumerate(lines) if line.strip().startswith(label)) for label in labels]
+    assert first == sorted(first)
+    values = [lines[n].split("  ") for n in first]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in values]
+    assert cells == [
+        ["base", "1.00 M", "4.00 MB", "0.900", "0.510", "1.500", "1,000 ¹", "100 ¹"],
+        ["compressed", "670 k", "2.68 MB", "0.800", "0.480", "1.600", "1,400 ¹", "140 ¹"],
+        ["compressed INT8", "670 k", "900 kB", "0.800", "0.480", "1.600", "1,390 ²", "139 ²"],
+        ["compressed INT4", "670 k", "600 kB", "0.800", "0.480", "1.600", "1,390 ²", "139 ²"],
+    ]
+    below = lines[first[-1] + 1].split("  ")
+    assert [cell.strip() for cell in below if cell.strip()] == ["67.0 %", "15.0 %", "± 0.010", "± 0.025"]
+    assert shown.count("near chance") == 5  # four rows and the note
+    assert "¹ transformers, cpu, 1 thread, float32\n" in re.sub(" +\n", "\n", shown)
+    assert "² transformers (decompressed at load), cpu, 1 thread, float32 *" in shown
+    assert "* Plain transformers decompresses" in shown
+    assert "byte ↓" in shown
+
+
+def test_terminal_table_fits_80_columns() -> None:
+    data = full_report()
+    for row in [data["base"], *data["packages"]]:
+        row["tasks"] = {f"world_{name}": score(0.9, 0.012) for name in ("grammar", "facts", "context", "sums")}
+    shown = terminal(validate_report(data), 80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert shown.count("± 0.012") == 16
+
+
+def test_minimal_report_renders() -> None:
+    page = Page(render_html(validate_report(minimal_report())))
+    for heading in (
+        "Pareto front",
+        "Samples",
+        "Search",
+        "Fine-tuning",
+        "Comparison with other methods",
+        "Fingerprints",
+    ):
+        assert heading not in page.text
+    assert "not measured" in page.text
+    assert page.tags.count("svg") == 1  # the architecture
+    assert "transformers" not in terminal(validate_report(minimal_report()))
+
+
+def test_full_page() -> None:
+    html = render_html(validate_report(full_report()))
+    page = Page(html)
+    assert page.references == []
+    assert not re.search(r"https?:|url\(|@import|<script|<link|<iframe", html)
+    # front, speed, architecture, hypervolume, predictor and its error, two usage maps, training
+    assert page.tags.count("svg") == 11
+    assert page.text.count("near chance") >= 6  # four rows, a baseline, and the hovered points
+    assert "set aside in generation 2" in page.text
+    assert "model.layers.1.mlp.down_proj per-channel INT8" in page.text and "8.25 bits/weight" in page.text
+    assert "layer 1: 1 of 2 KV heads (2 of 4 query heads), FFN width 128 of 256" in page.text
+    assert "layer 2: removed" in page.text
+    assert "FFN 256 128 0 192; KV heads 2 1 2x0" in page.text
+    common = html.split("What the front has in common")[1]
+    assert ">64</text>" in common  # declared, though the front does not use it
+    assert "layer 1: 128 in 1 of 2" in page.text
+    assert "fingerprints" in page.text and "model: model.safetensors" in page.text
+
+
+def test_every_measured_point_is_drawn() -> None:
+    page = render_html(validate_report(full_report()))
+    front = page.split("<h2>Pareto front</h2>")[1].split("</svg>")[0]
+    assert "generation 2 (a first look only)" in front and "kl_to_base 0.25" in front
+    assert [front.count(f'<circle class="{kind}"') for kind in ("point", "front", "chosen", "base")] == [1, 1, 1, 1]
+    assert re.findall("asked for: at most ([0-9.]+ %)", front) == ["67 %", "80 %"]  # 50 % lies outside
+
+
+def test_hostile_text_is_escaped() -> None:
+    def poison(data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: poison(value) for key, value in data.items()}
+        if isinstance(data, list):
+            return [poison(value) for value in data]
+        return data + HOSTILE if isinstance(data, str) and data not in keep else data
+
+    keep = {"uneven", "int8", "int4", "report", "search"}
+    data = poison(full_report())
+    for row in [data["base"], *data["packages"]]:
+        row["tasks"][HOSTILE] = row["tasks"].pop("coin")
+    page = Page(render_html(validate_report(data)))
+    assert "img" not in page.tags and "script" not in page.tags
+    assert page.text.count("""<img src=x onerror="alert('1')">&amp;""") > 20
+
+
+@pytest.mark.parametrize(("depth", "measured"), [(32, 600), (80, 1500)])
+def test_a_long_run_of_a_deep_model_stays_under_a_megabyte(depth: int, measured: int) -> None:
+    rng = random.Random(0)
+
+    def sizes(layer: int) -> LayerSizes:
+        groups = rng.randint(layer % 2, 8)
+        return LayerSizes(8 * groups, groups, 512 * rng.randint(0, 56))
+
+    data = full_report()
+    data["base"]["architecture"] = Architecture(8192, (LayerSizes(64, 8, 28672),) * depth).to_dict()
+    data["search"]["points"] = []
+    for n in range(measured):
+        sub = Architecture(8192, tuple(sizes(layer) for layer in range(depth)))
+        point = data["front"][0] | {"key": sub.key, "architecture": sub.to_dict(), "quality": 1 - n / 3000}
+        data["search"]["points"].append(point | {"generation": 0, "on_front": n % 20 == 0})
+    best = data["search"]["points"][::20]
+    data["front"] = [data["front"][0] | {key: point[key] for key in ("key", "architecture")} for point in best]
+    for package in data["packages"]:
+        package["architecture"] = data["front"][0]["architecture"]
+    html = render_html(validate_report(data))
+    assert len(html.encode()) < 1_000_000
+    assert html.split("</svg>")[0].count("<circle") == measured + 1  # every one is drawn, and the base

@@ -1,0 +1,385 @@
+"""Quantized packages: what is stored, what it costs, what fell back, and that plain transformers loads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.package import write_package
+from export.package_record import check_files, read_package
+from export.quantization import quantize
+from export.quantization.quantize import (
+    Quantized,
+    linear_layers,
+    linear_layers_of,
+    pack_texts,
+    plan_groups,
+    quantize_package,
+    quantize_packages,
+)
+from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_to_nearest
+from export.quantization.schemes import SCHEMES, SchemeName
+from export.shards import weight_bytes
+from export.verify import check, verify_all
+from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import sha256
+from supernet.families import describe
+from tests.support.export_networks import TEXTS, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.tiny_families import CONFIGS
+
+# The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
+LAYERS = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 80), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
+ARCHITECTURE = Architecture(64, LAYERS)
+HEAD_DIM = 32
+ODD = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages")
+    write_package(
+        cut(tiny_llama(head_dim=HEAD_DIM), ARCHITECTURE),
+        folder / "best",
+        tokenizer=tiny_tokenizer(),
+        entry={"name": "best", "architecture": ARCHITECTURE.to_dict(), "quality": 0.9},
+        dtype=torch.float32,
+        probe_ids=probe_ids(),
+        reference=folder / "reference.safetensors",
+        lineage={"base": "tiny"},
+        card="# About the unquantized package\n",
+    )
+    return folder / "best"
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path) -> dict[str, Quantized]:
+    """All schemes, tuned for two iterations in one child process, and verified in another."""
+    seen: list[tuple[int, int, str]] = []
+    made = quantize_packages(
+        source,
+        {scheme: source.with_name(f"best-{scheme}") for scheme in SCHEMES},
+        calibration=probe_ids(length=32),
+        iterations=2,
+        seed=1,
+        log=source.with_name("log.txt"),
+        progress=lambda *position: seen.append(position),
+    )
+    reference = source.with_name("reference.safetensors")
+    verify_all([(q.package.path, reference) for q in made], record=True)
+    assert seen[-1][1] == 4 * len(SCHEMES) and all(0 <= done <= total for done, total, _ in seen)
+    assert [position[0] for position in seen] == sorted(position[0] for position in seen)
+    assert "AutoRound" in source.with_name("log.txt").read_text()
+    return {q.scheme: q for q in made}
+
+
+def dequantized(tensors: dict[str, Tensor], module: str, bits: int) -> tuple[Tensor, Tensor]:
+    """A linear layer's weight and its step sizes, both [out, in]. AutoRound makes some scales negative: 4-bit codes
+    reach from -8 to 7, and the longer side goes to the larger weights."""
+    if f"{module}.qweight" in tensors:
+        scale = tensors[f"{module}.scales"].float()
+        codes = fields(tensors[f"{module}.qweight"], bits)
+        zeros = fields(tensors[f"{module}.qzeros"].t(), bits).t() + 1
+        steps = scale.repeat_interleave(len(codes) // len(scale), 0)
+        return ((codes - zeros.repeat_interleave(len(codes) // len(zeros), 0)) * steps).t(), steps.t().abs()
+    scale = tensors[f"{module}.weight_scale"].float()
+    if f"{module}.weight" in tensors:
+        codes = tensors[f"{module}.weight"]
+        assert codes.dtype == torch.int8
+    else:
+        shape = torch.Size(tensors[f"{module}.weight_shape"].tolist())
+        codes = unpack_from_int32(tensors[f"{module}.weight_packed"], bits, shape)
+    steps = scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    return codes.float() * steps, steps.abs()
+
+
+def fields(words: Tensor, bits: int) -> Tensor:
+    """The unsigned numbers [32 / bits * n, m] in words of 32 bits [n, m]."""
+    return torch.stack([words >> shift & 2**bits - 1 for shift in range(0, 32, bits)], 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_stored_weights_are_the_originals_within_a_step(
+    source: Path, quantized: dict[str, Quantized], scheme: SchemeName
+) -> None:
+    made, form = quantized[scheme], SCHEMES[scheme]
+    original = load_file(source / "model.safetensors")
+    stored = load_file(made.package.path / "model.safetensors")
+    for module in linear_layers_of(source).widths:
+        if form.auto_round and module in ODD:
+            assert torch.equal(stored[f"{module}.weight"], original[f"{module}.weight"].to(torch.bfloat16))
+            continue
+        bits = 8 if module in ODD else form.bits
+        value, step = dequantized(stored, module, bits)
+        error = (value - original[f"{module}.weight"]).abs()
+        # Tuned rounding goes up or down, tuned clipping shortens the range a little: never more than a step and a bit.
+        assert (error <= 1.5 * step).float().mean() > 0.99
+        assert error.norm() <= (0.2 if bits == 4 else 0.012) * original[f"{module}.weight"].norm()
+        name, dtype = ("scales", torch.float16) if form.auto_round else ("weight_scale", torch.bfloat16)
+        assert stored[f"{module}.{name}"].dtype == dtype
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(stored[name], original[name].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Quantized], scheme: SchemeName) -> None:
+    made, form = quantized[scheme], SCHEMES[scheme]
+    widths = linear_layers_of(source).widths
+    total = sum(rows * columns for rows, columns in widths.values())
+    bits = 0
+    for module, (rows, columns) in widths.items():
+        if form.auto_round and module in ODD:
+            bits += 16 * rows * columns
+            continue
+        low = form.bits == 4 and module not in ODD
+        codes = rows * columns * (4 if low else 8)
+        groups = rows * (columns // 32 if low else 1)
+        shape = 0 if form.dynamic or form.auto_round else 2 * 64
+        bits += codes + groups * (16 + form.bits * form.auto_round) + shape
+    assert made.bits_per_weight == pytest.approx(bits / total)
+    assert made.group_size == (32 if form.bits == 4 else -1)
+    assert made.bytes == made.package.bytes == weight_bytes(made.package.path)
+    others = 16 * (made.package.params - total)
+    assert 0 < 8 * made.bytes - bits - others < 8 * 8192  # the file's header
+    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.sizes())
+    assert 0 < made.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
+    left = {"model.embed_tokens", "lm_head"}
+    assert set(made.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
+    entry = json.loads((made.package.path / "compression.json").read_text())["entry"]
+    assert entry["quantization_report"]["exceptions"] == made.exceptions
+    assert entry["quantization_report"]["bits_per_weight"] == made.bits_per_weight
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_package_is_whole_and_proved(source: Path, quantized: dict[str, Quantized], scheme: str) -> None:
+    path = quantized[scheme].package.path
+    check_files(path)
+    info, base = read_package(path), read_package(source)
+    assert (info.name, info.layout, info.params) == (f"best-{scheme}", "uneven", base.params)
+    assert info.architecture == ARCHITECTURE
+    assert info.quantization == scheme and info.verified is not None
+    assert info.verified["mean_abs_logprob_difference"] <= info.verified["bound"]
+    for claim in ("padding_equal", "cached_equals_uncached", "tokenizer_equal", "save_and_reload_equal"):
+        assert info.verified[claim] is True
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling_uneven_llama.py"):
+        assert (path / name).read_bytes() == (source / name).read_bytes()
+    assert not (path / "README.md").exists()  # the other package's card
+    record = json.loads((path / "compression.json").read_text())
+    assert record["lineage"]["base"] == "tiny" and "quality" not in record["entry"]
+    assert record["lineage"]["quantized_from"]["record_sha256"] == sha256(source / "compression.json")
+    again = check(path)
+    assert again["max_abs_logprob_difference_from_export"] <= 1e-4
+
+
+def test_misread_scales_are_found(quantized: dict[str, Quantized], tmp_path: Path) -> None:
+    package = shutil.copytree(quantized["int4"].package.path, tmp_path / "package")
+    weights = load_file(package / "model.safetensors")
+    weights["model.layers.0.self_attn.v_proj.weight_scale"] *= 2
+    save_file(weights, package / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="from those at export"):
+        check(package)
+
+
+def test_the_configuration_names_what_is_where(quantized: dict[str, Quantized]) -> None:
+    for scheme, groups in (("int8", 1), ("int8-dynamic", 1), ("int4", 2)):
+        config = json.loads((quantized[scheme].package.path / "config.json").read_text())
+        written: dict[str, Any] = config["quantization_config"]
+        assert written["quant_method"] == "compressed-tensors" and written["ignore"] == ["lm_head"]
+        assert len(written["config_groups"]) == groups and config["dtype"] == "bfloat16"
+        assert config["per_layer_config"] and config["auto_map"]
+    assert sorted(written["config_groups"]["group_1"]["targets"]) == sorted(ODD)
+
+
+def test_the_same_seed_gives_the_same_weights(source: Path, quantized: dict[str, Quantized], tmp_path: Path) -> None:
+    """Also when the scheme is made alone, and not after two others in one process."""
+    made = quantize_package(source, tmp_path / "p", "int4", calibration=probe_ids(length=32), iterations=2, seed=1)
+    assert made.package.files["model.safetensors"] == quantized["int4"].package.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_without_data_weights_are_rounded_to_nearest(
+    source: Path, quantized: dict[str, Quantized], scheme: SchemeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> str:
+        raise AssertionError("a child process was started where none is needed")
+
+    monkeypatch.setattr(quantize, "_run_child", never)
+    made = quantize_package(source, tmp_path / "p", scheme, calibration=None, iterations=0)
+    stored = load_file(made.package.path / "model.safetensors")
+    tuned = load_file(quantized[scheme].package.path / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in stored.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
+    assert check(made.package.path)["mean_abs_logprob_difference"] <= SCHEMES[scheme].bound / 2
+    original = load_file(source / "model.safetensors")
+    for module in linear_layers_of(source).widths:
+        if SCHEMES[scheme].auto_round and module in ODD:
+            continue
+        value, step = dequantized(stored, module, 8 if module in ODD else SCHEMES[scheme].bits)
+        # Half a step, but for a group's largest weight: it may fall off the end of the codes by one.
+        error = (value - original[f"{module}.weight"]).abs()
+        assert (error <= 1.05 * step).all() and (error <= 0.51 * step).float().mean() > 0.95
+
+
+def test_networks_without_linear_layers_are_refused() -> None:
+    for name in ("gpt2", "qwen3_moe"):
+        with pytest.raises(
+            RequestError, match=f"{name} networks cannot be quantized: most of their weights are not in"
+        ):
+            linear_layers(CONFIGS[name]())
+    for name, outside in (("gpt_neox", 1), ("gemma3_text", 1), ("llama", 1), ("opt-projected", 3)):
+        assert len(linear_layers(CONFIGS[name]()).outside) == outside  # the head; OPT's projections around its layers
+    assert len(linear_layers(CONFIGS["phi3"]()).widths) == 4 * 4
+
+
+def test_group_sizes() -> None:
+    widths = {"a": (256, 128), "b": (64, 384), "c": (96, 256)}
+    assert plan_groups(widths, "int4") == (128, [])
+    assert plan_groups(widths | {"d": (64, 192)}, "int4") == (64, [])
+    assert plan_groups(widths | {"d": (64, 96)}, "int4") == (32, [])
+    assert plan_groups(widths | {"d": (64, 172), "e": (172, 64)}, "int4") == (128, ["d", "e"])
+    assert plan_groups(widths | {"d": (64, 172)}, "int8") == (-1, ["d"])
+    assert plan_groups(widths | {"d": (64, 172)}, "int8-dynamic") == (-1, [])
+    assert plan_groups(widths, "int4", 32) == (32, [])
+    with pytest.raises(RequestError, match=r"256 does not divide the width 128; valid sizes here are 128, 64, 32"):
+        plan_groups(widths, "int4", 256)
+    with pytest.raises(RequestError, match=r"128 does not divide the width 192; valid sizes here are 64, 32"):
+        plan_groups(widths | {"d": (64, 192)}, "int4", 128)
+    with pytest.raises(RequestError, match=r"32 does not divide the width 172; no group size divides them all"):
+        plan_groups(widths | {"d": (64, 172)}, "int4", 32)
+    with pytest.raises(RequestError, match="not a multiple of 32"):
+        plan_groups(widths, "int4", 16)
+    with pytest.raises(RequestError, match=r"multiples of 32, and no layer has; ask for int8"):
+        plan_groups({"d": (48, 64), "e": (64, 48)}, "int4")
+    assert plan_groups(widths | {"d": (64, 172)}, "int8-auto-round") == (-1, ["d"])
+    with pytest.raises(RequestError, match=r"int8-auto-round needs widths that are multiples of 32, and no layer has"):
+        plan_groups({"d": (48, 64)}, "int8-auto-round")
+    with pytest.raises(RequestError, match="one scale for each channel"):
+        plan_groups(widths, "int8", 64)
+
+
+def test_rounding_by_hand() -> None:
+    weight = torch.tensor([[1.27, -0.5, 0.0, 0.013, 0.4, -0.64], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    codes, scale = round_to_nearest(weight, 8, -1)
+    step = scale[0].item()
+    assert 0.01 <= step <= 0.01 * (1 + 2**-7)
+    assert codes[0].tolist() == [round(w / step) for w in weight[0].tolist()] and not codes[1].any()
+    codes, scale = round_to_nearest(weight, 4, 3)
+    assert codes[0].tolist() == [-8, 3, 0, 0, 5, -8] and scale.shape == (2, 2)
+    assert scale[0, 0] < 0 < scale[0, 1]
+    stored = packed(weight, 4, 3)
+    assert torch.equal(unpack_from_int32(stored["weight_packed"], 4, weight.shape), codes)
+    assert stored["weight_shape"].tolist() == [2, 6] and torch.equal(stored["weight_scale"], scale)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    codes, scale = round_to_nearest(weight, 4, 32, torch.float16)
+    stored = packed_by_auto_round(weight, 4, 32)
+    assert stored["qweight"].shape == (8, 32) and stored["qzeros"].shape == (2, 4) and stored["scales"].shape == (2, 32)
+    value, _ = dequantized({f"m.{name}": tensor for name, tensor in stored.items()}, "m", 4)
+    assert torch.equal(value, codes * scale.float().repeat_interleave(32, 1))
+
+
+def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> str:
+        raise AssertionError("the child process was started")
+
+    monkeypatch.setattr(quantize, "_run_child", never)
+    ids = probe_ids()
+    with pytest.raises(RequestError, match="64 does not divide the width"):
+        quantize_package(source, tmp_path / "p", "int4", calibration=ids, iterations=1, group_size=64)
+    with pytest.raises(RequestError, match="unknown quantization 'int3'"):
+        quantize_package(source, tmp_path / "p", "int3", calibration=ids, iterations=1)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="needs calibration data"):
+        quantize_package(source, tmp_path / "p", "int4", calibration=None, iterations=1)
+    with pytest.raises(RequestError, match="holds no text"):
+        quantize_package(source, tmp_path / "p", "int4", calibration=[""], iterations=1)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "thesis.txt").touch()
+    with pytest.raises(RequestError, match="holds something else"):
+        quantize_package(source, tmp_path / "p", "int4", calibration=ids, iterations=1)
+
+
+def test_a_network_of_odd_widths_is_int8_throughout(tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=40, intermediate_size=56, head_dim=10, num_hidden_layers=2)
+    architecture = Architecture(40, (LayerSizes(4, 2, 56), LayerSizes(4, 2, 40)))
+    entry = {"name": "best", "architecture": architecture.to_dict()}
+    write_package(
+        cut(model, architecture),
+        tmp_path / "best",
+        tokenizer=tiny_tokenizer(),
+        entry=entry,
+        dtype=torch.float32,
+        probe_ids=probe_ids(),
+    )
+    made = quantize_package(tmp_path / "best", tmp_path / "int8", "int8", calibration=probe_ids(), iterations=1)
+    assert len([what for what in made.exceptions.values() if "INT8" in what]) == 14 and made.bits_per_weight < 9
+    result = check(made.package.path)
+    assert result["mean_abs_logprob_difference"] <= 0.05
+
+
+def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, Quantized], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="already quantized"):
+        quantize_package(quantized["int8"].package.path, tmp_path / "p", "int4", calibration=probe_ids(), iterations=0)
+
+
+def test_a_failing_child_says_why(source: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(source, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")  # only the child opens it
+    with pytest.raises(RuntimeError, match="broken failed: "):
+        quantize_package(broken, tmp_path / "p", "int8", calibration=probe_ids(), iterations=0)
+    assert not (tmp_path / "p").exists()
+
+
+def test_texts_are_packed_within_the_context(source: Path) -> None:
+    ids = pack_texts(source, TEXTS * 10)
+    assert ids.shape[1] == 64
+    joined = [token for text in TEXTS * 10 for token in tiny_tokenizer()(text).input_ids]
+    assert ids.flatten().tolist() == joined[: ids.numel()] and len(joined) - ids.numel() < 64
+    assert pack_texts(source, ["Tom"]).shape[0] == 1
+
+
+@pytest.mark.skipif("COMPRESSOR_ASSETS" not in os.environ, reason="COMPRESSOR_ASSETS is not set")
+@pytest.mark.parametrize("checkpoint", ["stories260K", "prose-7m"])
+def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from supernet.families import base_architecture
+
+    assets = Path(os.environ["COMPRESSOR_ASSETS"])
+    base = assets / "checkpoints" / checkpoint
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    rows = (assets / "data/tinystories/train.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    texts = [json.loads(row)["text"] for row in rows]
+    ids = AutoTokenizer.from_pretrained(base)(texts[-1]).input_ids[:96]
+    dtype = torch.bfloat16 if checkpoint == "prose-7m" else torch.float32
+    source, reference = tmp_path / "base", tmp_path / "reference.safetensors"
+    write_package(
+        model,
+        source,
+        tokenizer=base,
+        entry={"name": checkpoint, "architecture": base_architecture(model.config).to_dict()},
+        dtype=dtype,
+        probe_ids=torch.tensor(ids).view(3, 32),
+        reference=reference,
+    )
+    made = quantize_packages(
+        source,
+        {scheme: tmp_path / scheme for scheme in ("int8", "int4")},
+        calibration=pack_texts(source, texts, 128)[:8],
+        iterations=0,
+    )
+    results = verify_all([(source, reference), *((q.package.path, reference) for q in made)])
+    assert results[0]["max_abs_logit_difference"] <= results[0]["tolerance"]
+    for result, limit in zip(results[1:], (0.05, 0.3), strict=True):
+        assert result["mean_abs_logprob_difference"] < limit
+    fallen = [name for name, what in made[1].exceptions.items() if "INT8" in what]
+    assert len(fallen) == (15 if checkpoint == "stories260K" else 0)
+    if not fallen:
+        assert made[0].bytes < 0.32 * 4 * made[0].package.params
+        assert made[1].bytes < 0.23 * 4 * made[1].package.params

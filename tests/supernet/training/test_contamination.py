@@ -1,0 +1,63 @@
+"""Training text that holds report documents is found; phrases and short texts are not taken for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import run
+from supernet.training.contamination import LEAST, PHRASE, RUN, Overlap
+from tests.support import tiny
+
+WORDS = [f"word{number}" for number in range(40)]
+
+
+def test_a_run_of_words_is_found_whatever_the_case_and_punctuation() -> None:
+    overlap = Overlap([("a", [" ".join(WORDS[:20])]), ("b", [" ".join(WORDS[20:])])])
+    overlap.show("Before. " + ", ".join(WORDS[3 : 3 + RUN]).upper() + "! after")
+    assert overlap.found == {"a"} and overlap.documents == 2
+
+
+def test_one_word_fewer_is_not_enough() -> None:
+    overlap = Overlap([("a", [" ".join(WORDS[:20])])])
+    overlap.show(" ".join([*WORDS[: RUN - 1], "other", *WORDS[RUN:20]]))
+    assert overlap.found == set()
+
+
+def test_a_shorter_document_must_be_there_whole() -> None:
+    overlap = Overlap([("whole", [" ".join(WORDS[:LEAST])]), ("short", ["once upon a time"])])
+    overlap.show("once upon a time " + " ".join(WORDS[: LEAST - 1]))
+    assert overlap.found == set()
+    overlap.show(" ".join(WORDS[:LEAST]))
+    assert overlap.found == {"whole"}
+
+
+def test_what_many_documents_say_is_a_phrase() -> None:
+    overlap = Overlap([("a", [" ".join(WORDS[:RUN])])])
+    for _ in range(PHRASE):
+        overlap.show(" ".join(WORDS[:RUN]))
+    assert overlap.found == {"a"}
+    overlap.show(" ".join(WORDS[:RUN]))
+    assert overlap.found == set()
+
+
+def test_the_user_is_warned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.checkpoint(tmp_path / "m")
+    tiny.data(tmp_path / "d.jsonl")
+    folder = tiny.task(tmp_path / "tasks")
+    documents = folder / "tiny_choice.jsonl"
+    rows = [json.loads(line) for line in documents.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["context"] = " ".join(f"{word}{number}" for word in WORDS[:RUN])
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "d.jsonl").open("a") as data:
+        data.writelines(json.dumps({"text": row["context"]}) + "\n" for row in rows)
+    arguments = ["finetune", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--train-tokens", "0"]
+    arguments += ["--tasks", "tiny_choice", "--include-path", str(folder), "--output", str(tmp_path / "run")]
+    assert run([*arguments, "--device", "cpu", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)["finetune"]["overlapping_report_documents"]
+    assert 0 < found < len(rows)  # the report's share of them
+    assert f"warning: {found} of {found} report documents share" in " ".join(said.err.split())

@@ -1,0 +1,91 @@
+"""Run by test_finetune_processes under torchrun: fine-tunes whole and sharded layers, one sharded run with a kill.
+
+python -m torch.distributed.run --nproc_per_node 2 -m tests.support.sharded FOLDER
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from supernet.activation import SuperNetwork
+from supernet.training import supernet_training as elastic
+from supernet.training.adapters import PARAMETERS
+from supernet.training.data import Blocks, pack
+from supernet.training.sharding import shard, whole
+from supernet.training.supernet_training import Scheme, finetune_supernet
+from supernet.training.traces import trace
+from tests.support import tiny
+from tests.support.finetune_helpers import range_of, settings
+
+STEPS = 8
+SCHEME = Scheme("alternate", random_members=2)  # every other step leaves slices idle, and one layer's attention
+
+
+def train(network: LlamaForCausalLM, blocks: Blocks, parameters: str, sharded: bool, state: Path) -> None:
+    """Fine-tune, from `state` where it exists, and leave it there."""
+    supernet = SuperNetwork(network)
+    if sharded:
+        shard(supernet)
+        assert isinstance(network.model.layers[0].mlp.up_proj.weight, DTensor)
+    finetune_supernet(
+        PARAMETERS[parameters](supernet, None, 4, 7),
+        blocks,
+        settings(32 * STEPS, checkpoint_seconds=0, weight_decay=0.1, learning_rate=1e-3),
+        SCHEME,
+        range_of(supernet.structure),
+        state=state,
+        accelerator=Accelerator(),
+    )
+
+
+def main(folder: Path) -> None:
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    if accelerator.is_main_process:
+        tiny.data(folder / "data.jsonl")
+    accelerator.wait_for_everyone()
+    blocks = pack(str(folder / "data.jsonl"), tiny.byte_tokenizer(), 16)
+    torch.manual_seed(0)
+    start = LlamaForCausalLM(LlamaConfig(**tiny.SIZES))
+
+    def keep(name: str, network: LlamaForCausalLM) -> None:
+        tensors = {name: whole(value.detach()).clone() for name, value in network.named_parameters()}
+        if accelerator.is_main_process:
+            save_file(tensors, folder / name)
+
+    keep("start", start)
+    for parameters in ("all", "lora"):
+        for how, sharded in (("plain", False), ("whole", True)):
+            network = copy.deepcopy(start)
+            train(network, blocks, parameters, sharded, folder / f"{parameters}-{how}-state")
+            keep(f"{parameters}-{how}", network)
+        state, passes = folder / f"{parameters}-killed-state", 0
+
+        def dies(*arguments: object) -> object:
+            nonlocal passes
+            passes += 1
+            if passes == 8:  # in the midst of a step: the largest in one, two random ones in the next
+                raise KeyboardInterrupt
+            return trace(*arguments)
+
+        elastic.trace = dies
+        try:
+            train(copy.deepcopy(start), blocks, parameters, True, state)
+        except KeyboardInterrupt:
+            elastic.trace = trace
+        accelerator.wait_for_everyone()
+        network = copy.deepcopy(start)
+        train(network, blocks, parameters, True, state)
+        keep(f"{parameters}-resumed", network)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
