@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from export.report.comparison import said, standings
+from export.report.comparison import summarize, summary
 from export.report.schema import validate_report
 
 
@@ -18,8 +18,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run that was compared")
     report = validate_report(json.loads((parser.parse_args().run / "report.json").read_text()))
     tasks = report.tasks
-    for table in standings(report.comparison):
-        print(f"\n{said(table)}\n")
+    for table in summarize(report.comparison):
+        print(f"\n{summary(table)}\n")
         header = ["method", "seeds", "parameters", "before healing", "quality", "ours less this, points (95 %)", *tasks]
         print("| " + " | ".join([*header, "decode, base 1"]) + " |\n" + "|---" * (len(header) + 1) + "|")
         for one in table:

@@ -33,7 +33,7 @@ from supernet.slicing import extract
 from supernet.training.adapters import ElasticLora
 from supernet.training.data import Batch
 from supernet.training.losses import Loss
-from supernet.training.traces import Trace, trace
+from supernet.training.traces import HiddenStates, trace
 
 PLAIN, TAUGHT = Loss({"ce": 1.0}), Loss(Finetuning().losses)
 
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
     adapters = ElasticLora(supernet, rank=Finetuning().lora_rank, seed=0)
 
-    def base_teaches() -> Trace:
+    def base_teaches() -> HiddenStates:
         with torch.no_grad():
             return trace(base, batch)
 
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             supernet.activate(member)
             PLAIN(trace(supernet.model, batch), None).backward()
 
-    def sandwich(teacher: Trace | None) -> None:
+    def sandwich(teacher: HiddenStates | None) -> None:
         """Members in turn, each taught by the largest where nobody else teaches."""
         for member in members:
             supernet.activate(member)

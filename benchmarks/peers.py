@@ -51,7 +51,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from compressor import demo
-    from evals.baselines import Bench, baselines, ordered_cut, with_ffn
+    from evals.baselines import PruningContext, baselines, ordered_cut, with_ffn
     from supernet.families import describe
     from supernet.importance import IMPORTANCES
     from supernet.slicing import extract
@@ -79,7 +79,7 @@ def main() -> None:
         full = structure.base
 
         target = structure.parameters(full) - structure.parameters(full) // len(full.layers)
-        bench = Bench(model, structure, tuple(calibration), target)
+        bench = PruningContext(model, structure, tuple(calibration), target)
         _, shortgpt = baselines()["shortgpt"].cut(bench)
         kept = list(shortgpt.kept)
         plain = type(full)(

@@ -35,7 +35,7 @@ from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages.searching import GREEDY_SHARE
-from compressor.stages.subnet_scores import Board
+from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, spread_over_sizes
 from evals.warm_starts import warm_starts
 from search.algorithms import algorithms
@@ -57,7 +57,7 @@ class Bench:
     """A run of the product's own with its super-network made, and everything to search it by size and one score."""
 
     job: Job
-    board: Board
+    board: SubnetEvaluator
 
     @property
     def task(self) -> str:
@@ -120,7 +120,7 @@ def open_bench(arguments: argparse.Namespace, space: Any, **more: Any) -> Bench:
     job = pipeline.start(read_recipe(None, given), arguments.run)
     weights = pipeline.finetune(job)["weights"]
     job.run.search.mkdir(exist_ok=True)
-    return Bench(job, Board(job, EvaluationStore(job.run.evaluations), weights))
+    return Bench(job, SubnetEvaluator(job, EvaluationStore(job.run.evaluations), weights))
 
 
 # -- a listed space: how many evaluations to how much of the true hypervolume? --

@@ -16,7 +16,7 @@ from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
 from supernet.checkpoint import Checkpoint, open_checkpoint
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.ordering import by_influence
@@ -45,7 +45,9 @@ class Job:
         self.run = run
         self.recipe = recipe
         if redo is not None and redo not in STAGES:
-            raise RequestError(f"--redo {redo}: no such stage{nearest(redo, STAGES)} (stages are {', '.join(STAGES)})")
+            raise RequestError(
+                f"--redo {redo}: no such stage{did_you_mean(redo, STAGES)} (stages are {', '.join(STAGES)})"
+            )
         self.redo = redo
         self.weights = weights
         self.speed: SpeedTable | None = None

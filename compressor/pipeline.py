@@ -31,7 +31,7 @@ from supernet.training.accelerator import processes
 Result = TypeVar("Result")
 
 
-def advised(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
+def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
     """A stage that, out of memory, says which batch sizes to try."""
 
     @functools.wraps(stage)
@@ -50,9 +50,9 @@ def advised(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
     return run
 
 
-finetune = advised(finetuning.finetune)
-search = advised(searching.search)
-export = advised(exporting.export)
+finetune = explain_oom(finetuning.finetune)
+search = explain_oom(searching.search)
+export = explain_oom(exporting.export)
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
@@ -130,16 +130,16 @@ def compare(
     job: Job, *, baselines: Sequence[str], sizes: Sequence[str], seeds: int, others: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Put ours beside pruning baselines; prints the table, and writes the report anew where there is one."""
-    from export.report.comparison import said, standings, terminal_table
+    from export.report.comparison import summarize, summary, terminal_table
     from export.report.schema import Comparison
 
-    rows = advised(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
+    rows = explain_oom(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
     if job.run.report.is_file():
         report(job)
-    tables = standings([Comparison.model_validate(row) for row in rows])
+    tables = summarize([Comparison.model_validate(row) for row in rows])
     console.print(terminal_table(tables))
     for table in tables:
-        say(said(table))
+        say(summary(table))
     return rows
 
 

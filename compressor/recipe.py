@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from export.quantization.schemes import SchemeName
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import write_text
 
 Layout = Literal[
@@ -298,7 +298,9 @@ def explain(error: ValidationError) -> str:
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation if part in section.model_fields else section
         known = list(getattr(section, "model_fields", Recipe.model_fields))
-        return f"unknown key '{path}'{nearest(str(problem['loc'][-1]), known) or '; known are ' + ', '.join(known)}"
+        return (
+            f"unknown key '{path}'{did_you_mean(str(problem['loc'][-1]), known) or '; known are ' + ', '.join(known)}"
+        )
     if problem["type"] == "missing":
         return f"'{path}' is missing"
     return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"

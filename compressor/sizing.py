@@ -10,9 +10,9 @@ from compressor.job import Job
 from compressor.recipe import absolute_or_share, byte_count
 from export.quantization.schemes import SCHEMES
 from search.space import SearchSpace
-from supernet.architecture import Architecture, Scheme
+from supernet.architecture import Architecture, StorageFormat
 from supernet.common.errors import RequestError
-from supernet.training.samplers import Range
+from supernet.training.samplers import TrainingRange
 
 TRIES = 64
 """Uniform draws of a sub-network before a space is taken to hold nothing but what is too small."""
@@ -45,7 +45,7 @@ def byte_limit(job: Job) -> int | None:
     return None if job.recipe.targets.max_bytes is None else byte_count(job.recipe.targets.max_bytes)
 
 
-def smallest_storage(job: Job) -> Scheme | None:
+def smallest_storage(job: Job) -> StorageFormat | None:
     """How the smallest requested variant stores its linear layers: what `--max-bytes` is about. None: unquantized."""
     if not job.recipe.quantizing.schemes:
         return None
@@ -53,7 +53,7 @@ def smallest_storage(job: Job) -> Scheme | None:
     return smallest.sizes(job.recipe.quantizing.group_size)
 
 
-def training_range(job: Job) -> Range:
+def training_range(job: Job) -> TrainingRange:
     """The sub-networks that the fine-tuning trains."""
     least, low = smallest_in_training(job)
 
@@ -66,7 +66,7 @@ def training_range(job: Job) -> Range:
                 return drawn
         return draw_near(job, rng, low)
 
-    return Range(
+    return TrainingRange(
         job.structure,
         least,
         uniform,

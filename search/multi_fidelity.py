@@ -23,7 +23,7 @@ Values = Mapping[str, float]
 
 
 @dataclass
-class FirstLooks:
+class Screening:
     """What first looks and full measurements have said so far, and what they rule out."""
 
     objectives: Sequence[Objective]

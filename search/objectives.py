@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.space import Genomes, SearchSpace
-from supernet.architecture import Architecture, LayerSizes, Scheme, Structure
+from supernet.architecture import Architecture, LayerSizes, StorageFormat, Structure
 
 Direction = Literal["max", "min"]
 Values = NDArray[np.float64]
@@ -108,7 +108,7 @@ class Evaluation:
 def computed(
     structure: Structure,
     *,
-    scheme: Scheme | None = None,
+    scheme: StorageFormat | None = None,
     context: int = 0,
     speed: Mapping[str, Callable[[Architecture], float]] | None = None,
 ) -> dict[str, Objective]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from search.algorithms import algorithm as algorithm_named
 from search.algorithms.greedy import Greedy
-from search.multi_fidelity import FirstLooks
+from search.multi_fidelity import Screening
 from search.objectives import Constraint, Evaluation, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
 from search.space import SearchSpace
@@ -125,7 +125,7 @@ def search(
         initial=initial[:evaluations],
     )
     searcher.tell([(e.architecture, e.values) for e in result.evaluations])
-    looks = FirstLooks(objectives, constraints)
+    looks = Screening(objectives, constraints)
     spent = float(len(result.evaluations))
     scale: tuple[Costs, Costs] | None = None
     began = time.perf_counter()

@@ -47,7 +47,7 @@ def mixes_tokens(sizes: LayerSizes, full: LayerSizes) -> bool:
     return not sizes.removed and ("attention" not in sizes.skip or "attention" in full.skip)
 
 
-def leading(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) -> Tensor:
+def slice_parameter(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) -> Tensor:
     """The part of a full parameter that the first `kept` of its `counts` units have; of query heads, the first of
     every key-value group that is kept.
 
@@ -105,7 +105,7 @@ class _Slot:
         if isinstance(full, DTensor):  # this process's part of a sharded one: `remake_views` comes when it is gathered
             _shadow(self.module, self.attribute, None)
             return
-        part = leading(full, self.axes, counts, kept)
+        part = slice_parameter(full, self.axes, counts, kept)
         _shadow(self.module, self.attribute, None if part is full else part)
 
 

@@ -151,7 +151,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorSpec:
     """A parameter of the base model: name in the checkpoint, axes, where it belongs, and what it is used for.
 
     A `linear` weight is that of a linear module within a layer, what quantization works on; `matrix` and `experts`
@@ -179,7 +179,7 @@ def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit,
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class StorageFormat:
     """How many bits a quantized weight takes: `bits` each, and one scale of `scale_bits` for each group of input
     channels (`group_size` -1: one group per output channel). Activations are not stored and do not count.
 
@@ -207,7 +207,7 @@ class Structure:
     vocab_size: int
     tied: bool
     dtype_bytes: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[TensorSpec, ...]
     experts_per_token: int = 0
     windows: tuple[int, ...] = ()
     fixed_hidden: str = ""
@@ -218,7 +218,7 @@ class Structure:
         torch multiplies in groups, for which it wants rows of whole multiples of 16 bytes."""
         return 16 // self.dtype_bytes if layer.num_experts else 1
 
-    def shape(self, tensor: Tensor, arch: Architecture) -> tuple[int, ...] | None:
+    def shape(self, tensor: TensorSpec, arch: Architecture) -> tuple[int, ...] | None:
         """The tensor's shape in `arch`, or None where the half-block or layer it belongs to is removed."""
         layer = None
         if tensor.layer is not None:
@@ -232,7 +232,7 @@ class Structure:
         """Number of parameters; embeddings counted, tied ones once."""
         return self._sum("parameters", arch, lambda tensor, shape: _product(shape))
 
-    def bytes(self, arch: Architecture, scheme: Scheme | None = None) -> int:
+    def bytes(self, arch: Architecture, scheme: StorageFormat | None = None) -> int:
         """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers under `scheme`.
 
         Quantized packages keep embeddings, head and norms at 16 bits. A layer whose input width the group size does
@@ -241,7 +241,7 @@ class Structure:
         if scheme is None:
             return self.dtype_bytes * self.parameters(arch)
 
-        def cost(tensor: Tensor, shape: tuple[int, ...]) -> int:
+        def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
             if tensor.role != "linear":
                 return 2 * _product(shape)
             outputs, inputs = shape
@@ -262,7 +262,7 @@ class Structure:
         sum over context + 1 tokens. The state updates of linear attention are not counted.
         """
 
-        def cost(tensor: Tensor, shape: tuple[int, ...]) -> int:
+        def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
             if tensor.role == "experts":
                 return _product(shape[1:]) * min(shape[0], self.experts_per_token)
             used = tensor.role in ("linear", "matrix", "head") or self._is_tied_head(tensor)
@@ -286,7 +286,7 @@ class Structure:
         windows = self.windows or (0,) * len(self.base.layers)
         return [min(tokens, window) if window else tokens for window in windows]
 
-    def _is_tied_head(self, tensor: Tensor) -> bool:
+    def _is_tied_head(self, tensor: TensorSpec) -> bool:
         return self.tied and tensor.role == "embedding"
 
     def _sum(self, what: Any, arch: Architecture, cost: Any) -> int:
@@ -303,9 +303,9 @@ class Structure:
             total += self._cache[cache_key]
         return total
 
-    def _by_layer(self) -> dict[int | None, list[Tensor]]:
+    def _by_layer(self) -> dict[int | None, list[TensorSpec]]:
         if "by_layer" not in self._cache:
-            groups: dict[int | None, list[Tensor]] = {}
+            groups: dict[int | None, list[TensorSpec]] = {}
             for tensor in self.tensors:
                 groups.setdefault(tensor.layer, []).append(tensor)
             self._cache["by_layer"] = groups

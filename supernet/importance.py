@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supernet.activation import LOGITS, SuperNetwork
-from supernet.architecture import Tensor as TensorEntry
+from supernet.architecture import TensorSpec
 from supernet.learned_masks import learn_masks
-from supernet.ordering import Run, Scores, readers, runs, shapes
+from supernet.ordering import Scores, UnitSlice, readers, runs, shapes
 
 Batches = Iterable[Tensor]
 """Token ids, [batch, length] each, on the super-network's device."""
@@ -68,7 +68,7 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
         found = list(runs(entry, supernet.base))
         parameters[entry.name].requires_grad_(bool(found))
 
-        def reduce(parameter: Tensor, found: list[Run] = found) -> None:
+        def reduce(parameter: Tensor, found: list[UnitSlice] = found) -> None:
             assert parameter.grad is not None
             product = parameter.detach().double() * parameter.grad.double()
             for run in found:
@@ -193,7 +193,7 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
     return scores
 
 
-def _reads_experts(entry: TensorEntry) -> bool:
+def _reads_experts(entry: TensorSpec) -> bool:
     """Whether a parameter holds the output projections of a layer's experts, [experts, residual channels, neurons]."""
     return entry.role == "experts" and entry.axes[-1].blocks[0][0] == "ffn"
 
@@ -204,7 +204,7 @@ def _along(values: Tensor, dimension: int) -> Tensor:
     return values.sum(others) if others else values
 
 
-def _add(scores: Scores, run: Run, along: Tensor) -> None:
+def _add(scores: Scores, run: UnitSlice, along: Tensor) -> None:
     part = run.sums(along).cpu()
     scores[run.units] = scores[run.units] + part if run.units in scores else part
 

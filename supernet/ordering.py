@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, Structure, Unit, unit_counts
-from supernet.architecture import Tensor as TensorEntry
+from supernet.architecture import Architecture, Structure, TensorSpec, Unit, unit_counts
 from supernet.common.errors import RequestError
 
 Units = tuple[int | None, Unit]
@@ -37,7 +36,7 @@ Order = dict[Units, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class UnitSlice:
     """Where the units of one kind lie along one dimension of a parameter: as many as `shape` says, of `width` entries
     each, one behind the other from `start`. Entry `start + width * j + i` is the i-th of unit j."""
 
@@ -56,7 +55,7 @@ class Run:
         return along.narrow(0, self.start, self.length).view(*self.shape, self.width).sum(-1)
 
 
-def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
+def runs(entry: TensorSpec, base: Architecture) -> Iterator[UnitSlice]:
     """All units of a full parameter that can be ordered, along each of its dimensions.
 
     Query heads come before the groups that they move with: both permutations are of the units as they were.
@@ -67,14 +66,14 @@ def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
         start = 0
         for unit, width in axis.blocks:
             if unit == "hidden":
-                yield Run((None, unit), dimension, start, (counts[unit],), width)
+                yield UnitSlice((None, unit), dimension, start, (counts[unit],), width)
             elif unit == "query" and counts[unit]:
                 groups, heads = counts["kv"], counts[unit] // counts["kv"]
                 if heads > 1:
-                    yield Run((entry.layer, unit), dimension, start, (groups, heads), width)
-                yield Run((entry.layer, "kv"), dimension, start, (groups,), heads * width)
+                    yield UnitSlice((entry.layer, unit), dimension, start, (groups, heads), width)
+                yield UnitSlice((entry.layer, "kv"), dimension, start, (groups,), heads * width)
             elif unit != "one" and counts[unit]:
-                yield Run((entry.layer, unit), dimension, start, (counts[unit],), width)
+                yield UnitSlice((entry.layer, unit), dimension, start, (counts[unit],), width)
             start += counts[unit] * width
 
 
@@ -82,9 +81,9 @@ def runs(entry: TensorEntry, base: Architecture) -> Iterator[Run]:
 class Reader:
     """A linear module whose inputs are units: what they send, it reads."""
 
-    entry: TensorEntry
+    entry: TensorSpec
     module: nn.Module
-    run: Run
+    run: UnitSlice
 
 
 def readers(supernet: SuperNetwork) -> list[Reader]:
@@ -126,7 +125,7 @@ def by_influence(influence: Sequence[float]) -> list[int]:
     return sorted(range(len(influence)), key=lambda layer: -influence[layer])
 
 
-def reordered(entry: TensorEntry, full: Tensor, order: Order, base: Architecture) -> Tensor:
+def reordered(entry: TensorSpec, full: Tensor, order: Order, base: Architecture) -> Tensor:
     """A full parameter with its units permuted: `full` itself where `order` does not concern it."""
     for run in runs(entry, base):
         if run.units in order:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supernet.activation import CACHE_MODES, leading, mixed_cache, mixes_tokens
-from supernet.architecture import Architecture, LayerSizes, Structure, unit_counts
-from supernet.architecture import Tensor as TensorEntry
+from supernet.activation import CACHE_MODES, mixed_cache, mixes_tokens, slice_parameter
+from supernet.architecture import Architecture, LayerSizes, Structure, TensorSpec, unit_counts
 from supernet.families import Family, base_architecture, families, family_of, head_dim
 from supernet.uneven import uneven_classes
 
@@ -28,7 +27,7 @@ def renumbered(name: str, family: Family, architecture: Architecture) -> str:
     return f"{prefix}{architecture.kept.index(int(number))}.{rest}"
 
 
-def sliced(tensor: TensorEntry, full: Tensor, structure: Structure, architecture: Architecture) -> Tensor | None:
+def sliced(tensor: TensorSpec, full: Tensor, structure: Structure, architecture: Architecture) -> Tensor | None:
     """The part of a full parameter that `architecture` keeps, or None where its half-block is removed.
 
     A view, except of parameters that hold several things in one (`leading`).
@@ -39,7 +38,7 @@ def sliced(tensor: TensorEntry, full: Tensor, structure: Structure, architecture
     if tensor.layer is not None:
         mine, full_sizes = architecture.layers[tensor.layer], structure.base.layers[tensor.layer]
     counts, kept = unit_counts(structure.base.hidden_size, full_sizes), unit_counts(architecture.hidden_size, mine)
-    return leading(full, tensor.axes, counts, kept)
+    return slice_parameter(full, tensor.axes, counts, kept)
 
 
 def standalone_config(config: Any, architecture: Architecture) -> Any:

@@ -21,14 +21,14 @@ import torch
 from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
 from compressor.job import Job
 from compressor.recipe import absolute_or_share
-from compressor.stages.comparison_methods import Contest, Method, documents_scored, methods
+from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.measuring import load_package, score_in_report
 from compressor.stages.picking import choose, measured, read_picks
 from evals.quality import relative_quality
 from export.report.comparison import OURS
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 from supernet.training.data import Blocks
@@ -56,7 +56,9 @@ def compare(
     known = methods()
     for name in baselines:
         if name not in known:
-            raise RequestError(f"--baselines: '{name}' is unknown{nearest(name, known)} (known are {', '.join(known)})")
+            raise RequestError(
+                f"--baselines: '{name}' is unknown{did_you_mean(name, known)} (known are {', '.join(known)})"
+            )
     if seeds < 1:
         raise RequestError(f"--seeds: {seeds} is not a number of seeds; say 1 or more")
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
@@ -68,22 +70,22 @@ def compare(
     calibration = tuple(batch.ids for batch in long[:CALIBRATION_BLOCKS].to(job.device).split(8))
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
-    rows = [outsider(job, other) for other in others]  # first, for they may be refused
-    contests = [Contest(job, size, one, supernet, base, calibration, long) for size, one in picked]
-    for contest in contests:
+    rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
+    comparisons = [SizeComparison(job, size, one, supernet, base, calibration, long) for size, one in picked]
+    for comparison in comparisons:
         done = []
         for number, method in enumerate(chosen, start=1):
-            say(f"{method.name} at {contest.size} ({number} of {len(chosen)} methods)")
+            say(f"{method.name} at {comparison.size} ({number} of {len(chosen)} methods)")
             tokens, blocks = (recipe.healing.tokens or 0, short) if method.trained else (total, long)
             try:
-                done += take_part(contest, method, seeds, tokens, blocks)
+                done += run_method(comparison, method, seeds, tokens, blocks)
             except RequestError as error:  # it does not reach the size, or does not suit the family
-                say(f"{method.name} is left out at {contest.size}: {error}")
-                run.log(f"{method.name} is left out at {contest.size}: {error}")
+                say(f"{method.name} is left out at {comparison.size}: {error}")
+                run.log(f"{method.name} is left out at {comparison.size}: {error}")
         if len(chosen) > 1 and len(done) == seeds:
             raise RequestError(
-                f"no method could be compared with ours at {contest.size}, for the reasons above; compare at another "
-                "size (--max-params)"
+                f"no method could be compared with ours at {comparison.size}, for the reasons above; compare at "
+                "another size (--max-params)"
             )
         prove(job, done)
         time_beside_base(job, base, [row for row in done if row.stem.endswith("-0")])
@@ -124,26 +126,26 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     return chosen
 
 
-def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
+def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
     """One method at one size for every seed; returns its rows. What is there already is left as it is, and what another
     method has made of the same cut is taken from there."""
     from export.layouts.table import write_layout
 
-    job = contest.job
+    job = comparison.job
     cut: tuple[Any, Architecture] | None = None
     raw: float | None = None
     rows = []
     for seed in range(seeds):
-        name = f"{method.name}-{contest.size}-{seed}"
+        name = f"{method.name}-{comparison.size}-{seed}"
         row_file = job.run.comparison / f"{name}.json"
         rows.append(row_file)
-        if row_file.is_file() and read_json(row_file)["inputs"] == contest.inputs:
+        if row_file.is_file() and read_json(row_file)["inputs"] == comparison.inputs:
             continue
         if cut is None or method.drawn:
             job.threads(scoring=True)
-            cut, raw = method.make(contest, seed), None
+            cut, raw = method.make(comparison, seed), None
         made = fingerprint([network_fingerprint(cut[0]), tokens, seed])
-        if twin := made_before(contest, made):
+        if twin := made_before(comparison, made):
             write_json(row_file, twin | {"row": twin["row"] | {"method": method.name, "about": method.about}})
             continue
         network, architecture = copy.deepcopy(cut[0]), cut[1]
@@ -152,11 +154,11 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             raw, _, _ = scored(job, network)
         if tokens:
             # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
-            state = job.run.comparison / f".{name}-{fingerprint([contest.inputs, made])}.training.safetensors"
-            heal_as_ours(job, contest.base, network, tokens, blocks, seed, state)
+            state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
+            heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state)
         quality, tasks, documents = scored(job, network)
         folder = job.run.comparison / name
-        lineage = {"inputs": contest.inputs, "method": method.name, "about": method.about, "tokens": tokens}
+        lineage = {"inputs": comparison.inputs, "method": method.name, "about": method.about, "tokens": tokens}
         write_layout(
             "uneven",
             network,
@@ -171,7 +173,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
         row = {
             "method": method.name,
             "about": method.about,
-            "size": contest.size,
+            "size": comparison.size,
             "seed": seed,
             "path": f"comparison/{name}",
             "architecture": architecture.to_dict(),
@@ -183,7 +185,7 @@ def take_part(contest: Contest, method: Method, seeds: int, tokens: int, blocks:
             "tasks": tasks,
         }
         found = {"made": made, "row": row, "documents": documents}
-        write_json(row_file, {"inputs": contest.inputs, "of": provenance(job)} | found)
+        write_json(row_file, {"inputs": comparison.inputs, "of": provenance(job)} | found)
         for left in job.run.comparison.glob(f".{name}-*.training.safetensors*"):
             left.unlink()
     return rows
@@ -194,11 +196,11 @@ def provenance(job: Job) -> dict[str, str]:
     return {"supernet": job.run.supernet_weights, "documents": fingerprint(documents_scored(job))}
 
 
-def made_before(contest: Contest, made: str) -> dict[str, Any] | None:
-    """A finished row of this contest that began with the same network, tokens and seed."""
-    for file in sorted(contest.job.run.comparison.glob(f"*-{contest.size}-*.json")):
+def made_before(comparison: SizeComparison, made: str) -> dict[str, Any] | None:
+    """A finished row of this comparison that began with the same network, tokens and seed."""
+    for file in sorted(comparison.job.run.comparison.glob(f"*-{comparison.size}-*.json")):
         data: dict[str, Any] = read_json(file)
-        if data["inputs"] == contest.inputs and data["made"] == made:
+        if data["inputs"] == comparison.inputs and data["made"] == made:
             return data
     return None
 
@@ -280,7 +282,7 @@ def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
             write_json(row, whole)
 
 
-def outsider(job: Job, given: str) -> Path:
+def external_checkpoint(job: Job, given: str) -> Path:
     """Score a checkpoint that was compressed elsewhere, as it came, with its own tokenizer."""
     from evals.scoring.encoding import Encoder
     from evals.scoring.evaluate import load_checkpoint

@@ -29,14 +29,14 @@ from supernet.slicing import extract
 from supernet.training.data import Blocks
 
 if TYPE_CHECKING:
-    from evals.baselines import Baseline, Bench, Cut
+    from evals.baselines import Baseline, Cut, PruningContext
 
 TOLERANCE = 0.01
 """Sizes count as the same within this share."""
 
 
 @dataclass(frozen=True)
-class Contest:
+class SizeComparison:
     """One size: what ours is there, and what every method starts from."""
 
     job: Job
@@ -70,10 +70,10 @@ class Contest:
         return fingerprint(read)
 
     @cached_property
-    def bench(self) -> Bench:
-        from evals.baselines import Bench
+    def pruning(self) -> PruningContext:
+        from evals.baselines import PruningContext
 
-        return Bench(self.base, self.job.structure, self.calibration, self.parameters)
+        return PruningContext(self.base, self.job.structure, self.calibration, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class Method:
 
     name: str
     about: str
-    make: Callable[[Contest, int], Cut]
+    make: Callable[[SizeComparison, int], Cut]
     trained: bool = False
     drawn: bool = False
 
 
-def ours(contest: Contest, seed: int) -> Cut:
+def ours(contest: SizeComparison, seed: int) -> Cut:
     architecture = contest.architecture
     return extract(contest.supernet.model, contest.job.structure, architecture), architecture
 
 
-def random_subnetwork(contest: Contest, seed: int) -> Cut:
+def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
     """The first draw of the super-network's space that has the size."""
     rng = np.random.default_rng([contest.job.recipe.seed, seed])
     for _ in range(1000):
@@ -106,7 +106,7 @@ def random_subnetwork(contest: Contest, seed: int) -> Cut:
     raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
 
 
-def untrained_search(contest: Contest, seed: int) -> Cut:
+def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
     from search.pareto import Target
 
@@ -125,7 +125,7 @@ def untrained_search(contest: Contest, seed: int) -> Cut:
     return extract(plain.load_supernet().model, job.structure, best), best
 
 
-def from_scratch(contest: Contest, seed: int) -> Cut:
+def from_scratch(contest: SizeComparison, seed: int) -> Cut:
     """The shape of ours with random weights, to be distilled from the base like all others."""
     network, architecture = ours(contest, seed)
     torch.manual_seed(contest.job.recipe.seed + seed)
@@ -135,7 +135,7 @@ def from_scratch(contest: Contest, seed: int) -> Cut:
 
 
 def published(baseline: Baseline) -> Method:
-    return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.bench))
+    return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.pruning))
 
 
 def methods() -> dict[str, Method]:

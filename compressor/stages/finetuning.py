@@ -32,13 +32,13 @@ from supernet.ordering import (
     stored_influence,
 )
 from supernet.training.adapters import PARAMETERS
-from supernet.training.contamination import RUN, Overlap
+from supernet.training.contamination import RUN, Contamination
 from supernet.training.data import Blocks
 from supernet.training.loop import History
 from supernet.training.losses import Loss
-from supernet.training.sharding import shard, whole
+from supernet.training.sharding import full_tensor, shard
 from supernet.training.sources import hub_dataset, plain_text
-from supernet.training.supernet_training import Scheme, finetune_supernet
+from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 
 
 def finetuning_inputs(job: Job) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def finetune(job: Job) -> dict[str, Any]:
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
-        overlap = Overlap(report_texts(job))
+        overlap = Contamination(report_texts(job))
         blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: overlap.show(plain_text(row)))
         if overlap.found:
             say(
@@ -100,7 +100,7 @@ def finetune(job: Job) -> dict[str, Any]:
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, resumable)
         if recipe.finetuning.shard:
-            state = {name: whole(value) for name, value in model.state_dict().items()}
+            state = {name: full_tensor(value) for name, value in model.state_dict().items()}
             model = job.load_base(torch.float32)  # one that is whole, to be stored
             model.load_state_dict(state)
         if run.writes:
@@ -157,7 +157,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     """Fine-tune an ordered super-network in place as the recipe says. `state` makes it resumable."""
     section = job.recipe.finetuning
     loss = Loss(section.losses, section.temperature)
-    scheme = Scheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
+    scheme = ElasticScheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
     range_ = training_range(job)
     middle = uniform_near(job, sum(range_.sizes) / 2)
     model: Any = supernet.model
@@ -165,7 +165,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     def load() -> SuperNetwork:
         """The frozen base, ordered like the super-network, so that heads stand beside the heads they came from."""
         base = job.supernet_of(job.load_base())
-        base.model.load_state_dict({name: whole(value) for name, value in model.state_dict().items()})
+        base.model.load_state_dict({name: full_tensor(value) for name, value in model.state_dict().items()})
         if section.shard:
             shard(base)
         return base

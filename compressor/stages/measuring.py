@@ -40,16 +40,16 @@ def measure_packages(job: Job, names: list[str]) -> None:
 
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
-    bench = Bench(job)
+    measurer = PackageMeasurer(job)
     with EvaluationStore(job.run.evaluations) as store:
-        bench.measure_base(store)
+        measurer.measure_base(store)
         for number, name in enumerate(names, start=1):
             say(f"measuring {name} ({number} of {len(names)})")
-            bench.measure(name, store)
-    bench.write(names)
+            measurer.measure(name, store)
+    measurer.write(names)
 
 
-class Bench:
+class PackageMeasurer:
     """The base, and everything beside it one at a time: only these two are in memory.
 
     What `packages/base.json` and a package's own record hold already is kept while the conditions of its measuring

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.job import Job
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
 from compressor.stages.score_keys import first_look_limit, measurable, score_keys
-from compressor.stages.subnet_scores import Board
+from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import GREEDY, proposals, sources
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
@@ -65,7 +65,7 @@ def search(job: Job) -> dict[str, Any]:
     starts = proposals(job)
     with (
         EvaluationStore(run.evaluations) as store,
-        closing(Board(job, store, manifest["weights"])) as board,
+        closing(SubnetEvaluator(job, store, manifest["weights"])) as board,
         bar("searching", recipe.searching.evaluations or 0) as progress,
     ):
         base, best = job.structure.parameters(job.structure.base), (0.0, 0)

@@ -34,7 +34,7 @@ from supernet.common.progress import bar, say
 from supernet.families import family_of
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import divergence, token_losses
-from supernet.training.traces import Trace, trace
+from supernet.training.traces import HiddenStates, trace
 
 if TYPE_CHECKING:
     from evals.scoring.documents import Split
@@ -120,7 +120,7 @@ class HeldOut:
     def __init__(self, job: Job) -> None:
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         self.blocks = held_out[:HELD_OUT_BLOCKS].to(job.device).split(1)
-        self.base: list[Trace] = []
+        self.base: list[HiddenStates] = []
         if "kl_to_base" in job.recipe.searching.objectives:
             model = job.load_base().eval()
             with torch.no_grad():
@@ -191,7 +191,7 @@ def open_workers(job: Job) -> Workers[Request, list[Score]]:
         raise RequestError(f"searching.executor: {error}") from error
 
 
-class Board:
+class SubnetEvaluator:
     """All scores of the sub-networks of one super-network, from the store or else measured and recorded."""
 
     def __init__(self, job: Job, store: EvaluationStore, weights: str) -> None:

@@ -16,7 +16,7 @@ from evals.warm_starts import warm_starts
 from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 
@@ -40,7 +40,7 @@ def sources(job: Job) -> dict[str, str]:
             known = (GREEDY, *warm_starts())
             raise RequestError(
                 f"--warm-start {name}: neither a run that was searched nor one of {', '.join(known)}"
-                f"{nearest(name, known)}"
+                f"{did_you_mean(name, known)}"
             )
     return found
 

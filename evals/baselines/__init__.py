@@ -1,8 +1,8 @@
 """Published pruning criteria behind one interface, each from its paper's definition. One file here is one method.
 
-A `Baseline` cuts a copy of the base down to a number of parameters. All are given the same `Bench`, so what differs
-between them is the criterion alone; files are found by themselves. `docs/baselines.md` has the equations, and what was
-left out of each.
+A `Baseline` cuts a copy of the base down to a number of parameters. All are given the same `PruningContext`, so what
+differs between them is the criterion alone; files are found by themselves. `docs/baselines.md` has the equations, and
+what was left out of each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Cut = tuple[nn.Module, Architecture]
 
 
 @dataclass(frozen=True)
-class Bench:
+class PruningContext:
     """What every method is given, and all that it may use: the base (which it must not change), calibration token ids
     [batch, length], and the number of parameters to reach."""
 
@@ -60,7 +60,7 @@ class Baseline:
 
     name: str
     paper: str
-    cut: Callable[[Bench], Cut]
+    cut: Callable[[PruningContext], Cut]
 
 
 @cache
@@ -78,11 +78,11 @@ def alone(ids: Tensor) -> Batch:
     return Batch(ids, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
 
 
-def ordered_cut(bench: Bench, scores: Scores, architecture: Architecture) -> Cut:
+def ordered_cut(context: PruningContext, scores: Scores, architecture: Architecture) -> Cut:
     """The sub-network of the base that keeps the units of the highest scores."""
-    supernet = bench.supernet()
+    supernet = context.supernet()
     apply_ordering(supernet, order_by(scores))
-    return extract(supernet.model, bench.structure, architecture), architecture
+    return extract(supernet.model, context.structure, architecture), architecture
 
 
 def without(architecture: Architecture, layers: Collection[int]) -> Architecture:
@@ -90,41 +90,43 @@ def without(architecture: Architecture, layers: Collection[int]) -> Architecture
     return replace(architecture, layers=tuple(kept))
 
 
-def removal(bench: Bench, removals: Iterable[Collection[int]]) -> Architecture:
+def removal(context: PruningContext, removals: Iterable[Collection[int]]) -> Architecture:
     """The last of `removals` (sets of layers, each larger than the one before) that keeps at least the parameters asked
     for; what whole layers are too coarse for is then taken from the FFN width of the others."""
-    chosen = bench.structure.base
+    chosen = context.structure.base
     for removed in removals:
-        smaller = without(bench.structure.base, removed)
-        if bench.structure.parameters(smaller) < bench.parameters * (1 - TOLERANCE / 2):
+        smaller = without(context.structure.base, removed)
+        if context.structure.parameters(smaller) < context.parameters * (1 - TOLERANCE / 2):
             break
         chosen = smaller
-    return narrowed(bench, chosen)
+    return narrowed(context, chosen)
 
 
-def narrowed(bench: Bench, architecture: Architecture) -> Architecture:
+def narrowed(context: PruningContext, architecture: Architecture) -> Architecture:
     """`architecture` with the FFN of every layer that is left at the same width, so that the size is met."""
-    if bench.structure.parameters(architecture) <= bench.parameters * (1 + TOLERANCE / 2):
+    if context.structure.parameters(architecture) <= context.parameters * (1 + TOLERANCE / 2):
         return architecture
-    return closest(bench, lambda width: with_ffn(architecture, width), "narrowing the FFN of the layers that are left")
+    return closest(
+        context, lambda width: with_ffn(architecture, width), "narrowing the FFN of the layers that are left"
+    )
 
 
-def uniform_width(bench: Bench) -> Architecture:
+def uniform_width(context: PruningContext) -> Architecture:
     """The architecture of the size asked for whose layers all keep the same share of their neurons and, as nearly as
     whole groups allow, the same share of their key-value groups."""
-    base = bench.structure.base
+    base = context.structure.base
     found = []
     most = max(layer.num_key_value_heads for layer in base.layers)
     for groups in range(1, most + 1):
         try:
-            one = closest(bench, partial(_uniform, base, groups), "uniform width")
+            one = closest(context, partial(_uniform, base, groups), "uniform width")
         except RequestError:
             continue
         full = max(layer.intermediate_size for layer in base.layers)
         width = max(layer.intermediate_size for layer in one.layers)
         found.append((abs(groups / most - width / full), -groups, one))
     if not found:
-        raise RequestError(f"{bench.parameters:,} parameters cannot be reached by uniform width")
+        raise RequestError(f"{context.parameters:,} parameters cannot be reached by uniform width")
     return min(found, key=lambda item: item[:2])[2]
 
 
@@ -150,19 +152,20 @@ def with_groups(architecture: Architecture, groups: int) -> Architecture:
     return replace(architecture, layers=tuple(map(cut, architecture.layers)))
 
 
-def closest(bench: Bench, sized: Callable[[int], Architecture], what: str) -> Architecture:
+def closest(context: PruningContext, sized: Callable[[int], Architecture], what: str) -> Architecture:
     """The FFN width, at the coarsest step that lands close enough, whose network comes closest to the size."""
-    full = max(layer.intermediate_size for layer in bench.structure.base.layers)
+    full = max(layer.intermediate_size for layer in context.structure.base.layers)
     best = None
-    least = max(bench.structure.step(layer) for layer in bench.structure.base.layers)
+    least = max(context.structure.step(layer) for layer in context.structure.base.layers)
     for step in (step for step in STEPS if step >= least):
         widths = list(range(step, full + 1, step)) or [full]
         miss, best = min(
-            (abs(bench.structure.parameters(a) / bench.parameters - 1), i, a) for i, a in enumerate(map(sized, widths))
+            (abs(context.structure.parameters(a) / context.parameters - 1), i, a)
+            for i, a in enumerate(map(sized, widths))
         )[::2]
         if miss <= TOLERANCE / 2:
             return best
     assert best is not None
     if miss <= TOLERANCE:
         return best
-    raise RequestError(f"{bench.parameters:,} parameters cannot be reached within {TOLERANCE:.0%} by {what}")
+    raise RequestError(f"{context.parameters:,} parameters cannot be reached within {TOLERANCE:.0%} by {what}")

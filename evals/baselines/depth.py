@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.baselines import Baseline, Bench, Cut, alone, ordered_cut, removal, without
+from evals.baselines import Baseline, Cut, PruningContext, alone, ordered_cut, removal, without
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.importance import block_influence, wanda
@@ -48,18 +48,18 @@ def angular_distance(inputs: Tensor, outputs: Tensor) -> Tensor:
     return torch.arccos(cosine.clamp(-1, 1)) / math.pi
 
 
-def shortgpt(bench: Bench) -> Cut:
+def shortgpt(context: PruningContext) -> Cut:
     """The layers of the least block influence, measured once on the whole network."""
-    influence = block_influence(bench.supernet(), bench.calibration)
+    influence = block_influence(context.supernet(), context.calibration)
     order = sorted(range(len(influence)), key=influence.__getitem__)
-    return _cut(bench, removal(bench, (order[:n] for n in range(1, len(order)))))
+    return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
 
 
-def late_block(bench: Bench) -> Cut:
+def late_block(context: PruningContext) -> Cut:
     """The n consecutive layers across which the last token's residual turns least."""
-    supernet = bench.supernet()
-    depth = len(bench.structure.base.layers)
-    ends = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in bench.calibration]
+    supernet = context.supernet()
+    depth = len(context.structure.base.layers)
+    ends = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in context.calibration]
     last = torch.cat(ends, dim=1)  # [depth + 1, sequences, hidden]
 
     def block(n: int) -> range:
@@ -67,46 +67,46 @@ def late_block(bench: Bench) -> Cut:
         start = min(range(len(turns)), key=turns.__getitem__)
         return range(start, start + n)
 
-    return _cut(bench, removal(bench, (block(n) for n in range(1, depth))))
+    return _cut(context, removal(context, (block(n) for n in range(1, depth))))
 
 
-def sleb(bench: Bench) -> Cut:
+def sleb(context: PruningContext) -> Cut:
     """One layer at a time, always the one without which the calibration loss is least."""
-    supernet = bench.supernet()
+    supernet = context.supernet()
 
     def greedily() -> Iterator[set[int]]:
         removed: set[int] = set()
-        depth = len(bench.structure.base.layers)
+        depth = len(context.structure.base.layers)
         while len(removed) < depth - 1:
             left = [index for index in range(depth) if index not in removed]
-            removed = removed | {min(left, key=lambda index: loss_without(bench, supernet, removed | {index}))}
+            removed = removed | {min(left, key=lambda index: loss_without(context, supernet, removed | {index}))}
             yield removed
 
-    return _cut(bench, removal(bench, greedily()))
+    return _cut(context, removal(context, greedily()))
 
 
-def one_shot_loss(bench: Bench) -> Cut:
+def one_shot_loss(context: PruningContext) -> Cut:
     """The layers without each of which, alone, the calibration loss is least: Minitron's criterion for depth."""
-    supernet = bench.supernet()
-    depth = len(bench.structure.base.layers)
-    order = sorted(range(depth), key=lambda index: loss_without(bench, supernet, {index}))
-    return _cut(bench, removal(bench, (order[:n] for n in range(1, depth))))
+    supernet = context.supernet()
+    depth = len(context.structure.base.layers)
+    order = sorted(range(depth), key=lambda index: loss_without(context, supernet, {index}))
+    return _cut(context, removal(context, (order[:n] for n in range(1, depth))))
 
 
-def loss_without(bench: Bench, supernet: SuperNetwork, removed: set[int]) -> float:
+def loss_without(context: PruningContext, supernet: SuperNetwork, removed: set[int]) -> float:
     """Mean next-token cross-entropy on the calibration text, in nats, without these layers."""
     total, count = 0.0, 0
-    with torch.no_grad(), supernet.activated(without(bench.structure.base, removed)) as model:
-        for ids in bench.calibration:
+    with torch.no_grad(), supernet.activated(without(context.structure.base, removed)) as model:
+        for ids in context.calibration:
             found = trace(model, alone(ids))
             total += float(token_losses({"ce": 1.0}, found, None, 1.0))
             count += len(found.targets)
     return total / count
 
 
-def _cut(bench: Bench, architecture: Architecture) -> Cut:
+def _cut(context: PruningContext, architecture: Architecture) -> Cut:
     """Only where the FFN had to be narrowed too does the order of neurons matter."""
-    return ordered_cut(bench, wanda(bench.supernet(), bench.calibration), architecture)
+    return ordered_cut(context, wanda(context.supernet(), context.calibration), architecture)
 
 
 BASELINES = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from evals.baselines import TOLERANCE, Baseline, Bench, Cut, alone
+from evals.baselines import TOLERANCE, Baseline, Cut, PruningContext, alone
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
@@ -31,13 +31,13 @@ def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
     return variance.double() * weight.double().square().sum(0)
 
 
-def flap(bench: Bench) -> Cut:
+def flap(context: PruningContext) -> Cut:
     """Units of all layers and both kinds compete: standardised within their own half-block, the lowest go first.
 
     A unit is a neuron or a key-value group with its query heads; the removed units' mean contribution is added to the
     bias of the projection that read them, where the family's classes have one.
     """
-    model = with_biases(bench.model)
+    model = with_biases(context.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
     projections = output_projections(supernet)
@@ -46,9 +46,9 @@ def flap(bench: Bench) -> Cut:
             f"flap: not every half-block of {supernet.family.model_type} ends in one linear layer; leave it out of "
             "--baselines"
         )
-    means, variances = moments(supernet, projections, bench.calibration)
+    means, variances = moments(supernet, projections, context.calibration)
     scores = unit_scores(units_of(supernet.base), variances, projections)
-    architecture = competed(bench.parameters, structure, scores)
+    architecture = competed(context.parameters, structure, scores)
     order, kept = order_by(scores), units_of(architecture)
     for units, reader in projections.items():
         compensate(reader, means[units], order[units][kept.get(units, 0) :], len(order[units]))

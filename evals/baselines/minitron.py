@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from evals.baselines import Baseline, Bench, Cut, closest, ordered_cut, with_ffn
+from evals.baselines import Baseline, Cut, PruningContext, closest, ordered_cut, with_ffn
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.importance import activation
 
 
-def width(bench: Bench) -> Cut:
+def width(context: PruningContext) -> Cut:
     """Heads and layers stay whole; the residual and the FFN keep, as nearly as possible, the same share."""
-    structure = bench.structure
+    structure = context.structure
     if structure.fixed_hidden:
         raise RequestError(
             f"minitron-width: the residual width cannot change ({structure.fixed_hidden}); leave it out of --baselines"
@@ -24,15 +24,15 @@ def width(bench: Bench) -> Cut:
     found: list[tuple[float, Architecture]] = []
     for hidden in range(step, base.hidden_size + 1, step):
         try:
-            one = closest(bench, partial(with_ffn, replace(base, hidden_size=hidden)), "residual and FFN width")
+            one = closest(context, partial(with_ffn, replace(base, hidden_size=hidden)), "residual and FFN width")
         except RequestError:
             continue
         kept = max(layer.intermediate_size for layer in one.layers)
         found.append((abs(hidden / base.hidden_size - kept / neurons), one))
     if not found:
-        raise RequestError(f"{bench.parameters:,} parameters cannot be reached by residual and FFN width")
+        raise RequestError(f"{context.parameters:,} parameters cannot be reached by residual and FFN width")
     architecture = min(found, key=lambda item: item[0])[1]
-    return ordered_cut(bench, activation(bench.supernet(), bench.calibration), architecture)
+    return ordered_cut(context, activation(context.supernet(), context.calibration), architecture)
 
 
 BASELINES = (Baseline("minitron-width", "Muralidharan et al., arXiv 2407.14679", width),)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from evals.baselines import Baseline, Bench, Cut, narrowed
+from evals.baselines import Baseline, Cut, PruningContext, narrowed
 from evals.baselines.depth import residuals
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
@@ -19,10 +19,10 @@ from supernet.families import describe
 from supernet.slicing import extract
 
 
-def slicegpt(bench: Bench) -> Cut:
+def slicegpt(context: PruningContext) -> Cut:
     """One rotation for all layers: the published one of each block would need a matrix on every residual path, for
     which no family's class has a place."""
-    model = untied(bench.model)
+    model = untied(context.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
     refusal = RequestError(
@@ -33,8 +33,8 @@ def slicegpt(bench: Bench) -> Cut:
     touched = {name for norm, names in readers.items() for name in (norm, *names)}
     if structure.fixed_hidden or not touched <= {tensor.name for tensor in structure.tensors}:
         raise refusal
-    probe = bench.calibration[0][:1]
-    rotation = principal_components(covariance(supernet, bench.calibration))
+    probe = context.calibration[0][:1]
+    rotation = principal_components(covariance(supernet, context.calibration))
     with torch.no_grad():
         before = model(input_ids=probe, use_cache=False).logits
         fold_norms(supernet, readers)
@@ -42,7 +42,7 @@ def slicegpt(bench: Bench) -> Cut:
         after = model(input_ids=probe, use_cache=False).logits
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise refusal
-    mine = replace(bench, model=model, structure=structure)
+    mine = replace(context, model=model, structure=structure)
     architecture = narrowed(mine, replace(structure.base, hidden_size=width(mine)))
     small: Any = extract(model, structure, architecture)
     scale = (structure.base.hidden_size / architecture.hidden_size) ** 0.5
@@ -127,14 +127,14 @@ def rotate(supernet: SuperNetwork, structure: Structure, rotation: Tensor) -> No
                     parameter.copy_(turned.movedim(-1, dimension))
 
 
-def width(bench: Bench) -> int:
+def width(context: PruningContext) -> int:
     """The smallest residual width, in whole multiples that the family's class accepts, of at least the size."""
-    base: Architecture = bench.structure.base
+    base: Architecture = context.structure.base
     step = base.layers[0].num_attention_heads
     hidden = base.hidden_size
     while hidden > step:
         smaller = replace(base, hidden_size=hidden - step)
-        if bench.structure.parameters(smaller) < bench.parameters * 0.995:
+        if context.structure.parameters(smaller) < context.parameters * 0.995:
             break
         hidden -= step
     return hidden

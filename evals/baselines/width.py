@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from evals.baselines import Baseline, Bench, Cut, ordered_cut, uniform_width
+from evals.baselines import Baseline, Cut, PruningContext, ordered_cut, uniform_width
 from supernet.importance import IMPORTANCES
 
 
-def cut(bench: Bench, criterion: str) -> Cut:
-    scores = IMPORTANCES[criterion](bench.supernet(), bench.calibration)
-    return ordered_cut(bench, scores, uniform_width(bench))
+def cut(context: PruningContext, criterion: str) -> Cut:
+    scores = IMPORTANCES[criterion](context.supernet(), context.calibration)
+    return ordered_cut(context, scores, uniform_width(context))
 
 
-def by(criterion: str) -> Callable[[Bench], Cut]:
+def by(criterion: str) -> Callable[[PruningContext], Cut]:
     return partial(cut, criterion=criterion)
 
 

@@ -56,7 +56,7 @@ _Rendered = tuple[str, list[Any], int]
 """A request as it is written down: its type, its arguments, and which of its document's it is."""
 
 
-class Leaf:
+class Subtask:
     """One lm-eval task that has documents of its own, with its documents split and their requests built on demand.
 
     With `holdout`, few-shot examples are kept out of both splits: where examples are drawn from the scored documents

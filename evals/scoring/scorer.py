@@ -15,7 +15,7 @@ from typing import Any
 
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
 
-from evals.scoring.documents import Document, Leaf, Split
+from evals.scoring.documents import Document, Split, Subtask
 from evals.scoring.lm import NetworkLM
 from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.scoring.tree_attention import Plan
@@ -106,7 +106,7 @@ class Scorer:
         }
 
     def _task_score(
-        self, task: ScoredTask, documents: Sequence[tuple[Leaf, list[Document]]], answers: Answers, split: Split
+        self, task: ScoredTask, documents: Sequence[tuple[Subtask, list[Document]]], answers: Answers, split: Split
     ) -> TaskScore:
         values, errors, sizes, everything = [], [], [], []
         for leaf, docs in documents:
@@ -137,7 +137,7 @@ class Scorer:
 
 
 def raw_metrics(
-    leaf: Leaf, documents: Sequence[Document], answers: Answers, only_filter: str | None = None
+    leaf: Subtask, documents: Sequence[Document], answers: Answers, only_filter: str | None = None
 ) -> RawMetrics:
     """lm-eval's metrics of each document, from the answers to its requests."""
     instances = [instance for document in documents for instance in document.instances]

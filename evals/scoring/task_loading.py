@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from evals.scoring.documents import FEWSHOT_SEED
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 
@@ -44,7 +44,7 @@ def _index(names: Sequence[str], include_path: Sequence[str | Path]) -> tuple[Ta
             return manager, wanted
     name = unknown[0]
     raise RequestError(
-        f"unknown task '{name}'{nearest(name, manager.all_tasks)}; give the folder of your own task files with "
+        f"unknown task '{name}'{did_you_mean(name, manager.all_tasks)}; give the folder of your own task files with "
         "--include-path"
     )
 

@@ -22,7 +22,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
-from evals.scoring.documents import Document, Leaf, Prompting, Split
+from evals.scoring.documents import Document, Prompting, Split, Subtask
 from evals.scoring.encoding import CannotScore, Encoder, Span
 from evals.scoring.task_loading import PREFERRED_METRICS, _build, _index, _lm_eval_seeds, _prepare, _scored
 from supernet.common.errors import RequestError
@@ -37,7 +37,7 @@ class ScoredTask:
     name: str
     metric: str
     filter: str
-    leaves: list[Leaf]
+    leaves: list[Subtask]
     higher_is_better: bool
     group: Group | None = None
 
@@ -58,7 +58,7 @@ class ScoredTask:
         sizes = [leaf.size(split) for leaf in self.leaves]
         return list(spread(limit, sizes, sizes if self.weighted else [1] * len(sizes)))
 
-    def documents(self, split: Split, limit: int | None = None) -> list[tuple[Leaf, list[Document]]]:
+    def documents(self, split: Split, limit: int | None = None) -> list[tuple[Subtask, list[Document]]]:
         shares = self.limits(split, limit)
         return [(leaf, leaf.documents(split, share)) for leaf, share in zip(self.leaves, shares, strict=True)]
 
@@ -78,7 +78,7 @@ class ScoredTask:
         error = result[error_key]
         return float(result[self.key]), None if error == "N/A" else float(error)
 
-    def chance(self, documents: Sequence[tuple[Leaf, list[Document]]]) -> float | None:
+    def chance(self, documents: Sequence[tuple[Subtask, list[Document]]]) -> float | None:
         """The metric's level under uniform guessing, or None where there is no such thing."""
         if self.metric not in CHOICE_METRICS:
             return None
@@ -95,16 +95,16 @@ class ScoredTask:
         return next(entry for entry in self.group.aggregate_metric_list if entry.metric == self.metric)
 
 
-class Questions:
+class EncodedRequests:
     """All requests of some documents, in tokens.
 
     `spans`: one for each request of `scored`, then `windows[i]` for each of `rolled`; `written` are to be generated.
     Raises RequestError naming a document that lm-eval itself cannot score.
     """
 
-    def __init__(self, documents: dict[str, list[tuple[Leaf, list[Document]]]], encoder: Encoder) -> None:
+    def __init__(self, documents: dict[str, list[tuple[Subtask, list[Document]]]], encoder: Encoder) -> None:
         self.documents = documents
-        asked: dict[str, list[tuple[Leaf, Document, Instance]]] = defaultdict(list)
+        asked: dict[str, list[tuple[Subtask, Document, Instance]]] = defaultdict(list)
         for leaves in documents.values():
             for leaf, docs in leaves:
                 for document in docs:
@@ -124,7 +124,7 @@ class Questions:
         encoder.forget()
 
 
-def _blame(asked: Sequence[tuple[Leaf, Document, Instance]], encode: Callable[[], Any]) -> Any:
+def _blame(asked: Sequence[tuple[Subtask, Document, Instance]], encode: Callable[[], Any]) -> Any:
     """Run `encode`; where it finds a request that lm-eval cannot score, name the task and the document."""
     try:
         return encode()
@@ -143,7 +143,7 @@ class TaskSet:
     tasks: dict[str, ScoredTask]
     encoder: Encoder
     groups: dict[str, Group] = field(default_factory=dict)
-    _questions: dict[tuple[Split, int | None], Questions] = field(default_factory=dict, repr=False)
+    _questions: dict[tuple[Split, int | None], EncodedRequests] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -170,7 +170,7 @@ class TaskSet:
         index, wanted = _index(names, include_path)
         with _lm_eval_seeds():
             built = {name: _build(index, name) for name in wanted}
-        leaves: dict[str, Leaf] = {}
+        leaves: dict[str, Subtask] = {}
         tasks: dict[str, ScoredTask] = {}
         groups: dict[str, Group] = {}
         for name, metric in wanted.items():
@@ -183,7 +183,7 @@ class TaskSet:
                         raise RequestError(f"task {task.task_name} is asked for twice: name it, or its group, once")
                     _prepare(task, num_fewshot)
                     entry = index.task_index.get(task.task_name)
-                    leaf = Leaf(task, encoder, prompting, holdout, entry.yaml_path if entry else None)
+                    leaf = Subtask(task, encoder, prompting, holdout, entry.yaml_path if entry else None)
                     leaves[task.task_name] = leaf
                     if kept is not None:
                         leaf.restore(kept)
@@ -197,7 +197,7 @@ class TaskSet:
             for leaf in task.leaves:
                 leaf.keep(folder)
 
-    def documents(self, split: Split, limit: int | None = None) -> dict[str, list[tuple[Leaf, list[Document]]]]:
+    def documents(self, split: Split, limit: int | None = None) -> dict[str, list[tuple[Subtask, list[Document]]]]:
         """Each task's documents by leaf. Raises RequestError where a task has none in this split."""
         chosen = {name: task.documents(split, limit) for name, task in self.tasks.items()}
         for name, leaves in chosen.items():
@@ -212,10 +212,10 @@ class TaskSet:
         task = self.tasks[name]
         return _choose_metric(task.group or task.leaves[0].task, task.leaves, metric)
 
-    def questions(self, split: Split, limit: int | None = None) -> Questions:
+    def questions(self, split: Split, limit: int | None = None) -> EncodedRequests:
         """The requests of the split's documents, encoded once. Raises RequestError as `documents` and `Questions`."""
         if (split, limit) not in self._questions:
-            self._questions[split, limit] = Questions(self.documents(split, limit), self.encoder)
+            self._questions[split, limit] = EncodedRequests(self.documents(split, limit), self.encoder)
         return self._questions[split, limit]
 
     def chance(self, name: str, split: Split = "report", limit: int | None = None) -> float | None:
@@ -256,7 +256,7 @@ def spread(limit: int, sizes: Sequence[int], weights: Sequence[int]) -> list[int
     return [max(share, 1) if size else 0 for share, size in zip(shares, sizes, strict=True)]
 
 
-def _choose_metric(item: Task | Group, leaves: list[Leaf], wanted: str | None) -> ScoredTask:
+def _choose_metric(item: Task | Group, leaves: list[Subtask], wanted: str | None) -> ScoredTask:
     name = item.name if isinstance(item, Group) else item.task_name
     first = leaves[0].task
     filters = [ensemble.name for ensemble in first._filters]

@@ -13,7 +13,7 @@ from supernet.architecture import Architecture
 from supernet.common.progress import bar
 from supernet.training.data import Batch
 from supernet.training.losses import divergence
-from supernet.training.traces import Leading
+from supernet.training.traces import LayerCache
 
 ROUNDS = 2
 """How often at most `refined` measures around what it has found."""
@@ -64,7 +64,7 @@ def degradation_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable
 
     It is quick where what it is asked about has leading layers in common with what it was asked before.
     """
-    passes = Leading(supernet)
+    passes = LayerCache(supernet)
     with torch.no_grad():
         whole = [passes.trace(number, batch) for number, batch in enumerate(batches)]
 

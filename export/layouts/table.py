@@ -16,7 +16,7 @@ from export.layouts.installed import check_installed
 from export.package import write_package
 from export.package_record import PackageInfo
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, nearest
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.trust import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write_layout(
 ) -> PackageInfo:
     """Write `model` in the layout of that name. Raises `RequestError` for one that is not known."""
     if layout not in LAYOUTS:
-        raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+        raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{did_you_mean(layout, LAYOUTS)}")
     check_installed(layout)
     return LAYOUTS[layout](model, architecture, destination, **options)
 

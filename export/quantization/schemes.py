@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from supernet.architecture import Scheme as StoredScheme
+from supernet.architecture import StorageFormat as StoredScheme
 
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int8-auto-round", "int4-auto-round"]
 

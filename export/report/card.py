@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from export.report.comparison import said, standings
+from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
 from export.report.schema import Base, BaseCard, Package, Report
 from export.report.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
@@ -53,7 +53,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     alone = report.model_copy(update={"packages": [package]})
     siblings = [row for row in report.packages if row.sizes == package.sizes]
     compared = [
-        table for table in standings(report.comparison) if any(o.ours and o.params == package.params for o in table)
+        table for table in summarize(report.comparison) if any(o.ours and o.params == package.params for o in table)
     ]
     return TEMPLATES.get_template("card.md.j2").render(
         metadata=card_data(report, package).to_yaml(),
@@ -77,7 +77,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
         compared=compared[0] if compared else None,
-        said=said,
+        summary=summary,
         uneven_transformers=UNEVEN_TRANSFORMERS,
         quantized_form=quantized_form(package),
     )

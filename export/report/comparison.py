@@ -23,7 +23,7 @@ Meaning = Literal["better", "worse", "unclear"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class MethodSummary:
     """One method at one size, over its seeds. Qualities are means over seeds; `meaning` is what can be said of ours."""
 
     method: str
@@ -63,7 +63,7 @@ class Standing:
         return f"{value:+.1f} ({low:+.1f}, {high:+.1f})".replace("-", "\N{MINUS SIGN}")
 
 
-def standings(rows: Sequence[Comparison]) -> list[list[Standing]]:
+def summarize(rows: Sequence[Comparison]) -> list[list[MethodSummary]]:
     """For every size, largest first, all methods by falling quality: what wins stands first, whoever made it.
 
     A checkpoint from elsewhere stands at the size of ours that is nearest to it.
@@ -75,20 +75,20 @@ def standings(rows: Sequence[Comparison]) -> list[list[Standing]]:
     sizes = {one.size: one.params for one in found if one.ours}
     if not sizes:
         return []
-    tables: dict[str | None, list[Standing]] = {size: [] for size in sorted(sizes, key=lambda s: -sizes[s])}
+    tables: dict[str | None, list[MethodSummary]] = {size: [] for size in sorted(sizes, key=lambda s: -sizes[s])}
     for one in found:
         at = one.size if one.size in sizes else min(sizes, key=lambda size: abs(sizes[size] - one.params))
         tables[at].append(one)
     return [sorted(table, key=lambda one: -one.quality) for table in tables.values()]
 
 
-def _standing(group: Sequence[Comparison]) -> Standing:
+def _standing(group: Sequence[Comparison]) -> MethodSummary:
     first = min(group, key=lambda row: row.seed or 0)
     quality, stderr = _mean([(row.quality, row.quality_stderr or 0.0) for row in group])
     before = [row.quality_before_healing for row in group if row.quality_before_healing is not None]
     difference = first.ours_minus_this
     shared = [task for task in first.tasks if all(task in row.tasks for row in group)]
-    return Standing(
+    return MethodSummary(
         method=first.method,
         about=first.about,
         size=first.size,
@@ -121,7 +121,7 @@ def _mean(seeds: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return statistics.fmean(values), math.hypot(statistics.fmean(error for _, error in seeds), over_seeds)
 
 
-def said(table: Sequence[Standing]) -> str:
+def summary(table: Sequence[MethodSummary]) -> str:
     """One size's result in a sentence. A method that wins is named as winning."""
     mine = next(one for one in table if one.ours)
     others = [one for one in table if not one.ours]
@@ -141,7 +141,7 @@ def said(table: Sequence[Standing]) -> str:
     return f"{start}; it is better than {beaten} of {len(others)} others."
 
 
-def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
+def terminal_table(tables: Sequence[Sequence[MethodSummary]]) -> Table:
     """All sizes in one table, best first in each; it fits 80 columns. A star: more than the choice of documents."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("method", no_wrap=True)
@@ -171,14 +171,14 @@ def terminal_table(tables: Sequence[Sequence[Standing]]) -> Table:
     return table
 
 
-def plots(tables: Sequence[Sequence[Standing]], base_params: int) -> dict[str, Markup]:
+def plots(tables: Sequence[Sequence[MethodSummary]], base_params: int) -> dict[str, Markup]:
     """Quality against size and against measured speed, the base at (1, 1); bars are one standard error."""
     everyone = [one for table in tables for one in table]
     if not everyone:
         return {}
     leaders = {(table[0].method, table[0].size) for table in tables}
 
-    def dot(one: Standing, x: float) -> Dot:
+    def dot(one: MethodSummary, x: float) -> Dot:
         named = one.ours or (one.method, one.size) in leaders
         title = f"{one.method}: quality {percent(one.quality)} ± {100 * one.stderr:.1f}, {count(one.params)} parameters"
         return Dot(x, one.quality, title, "chosen" if one.ours else "front", one.method if named else "", one.stderr)

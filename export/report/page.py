@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from export.report.comparison import plots as comparison_plots
-from export.report.comparison import said, standings
+from export.report.comparison import summarize, summary
 from export.report.plots import (
     Dot,
     Line,
@@ -70,8 +70,8 @@ def render_html(report: Report) -> str:
         notes=notes(report),
         where=measured_in,
         runtimes=runtimes(report),
-        compared=standings(report.comparison),
-        said=said,
+        compared=summarize(report.comparison),
+        summary=summary,
         is_package=lambda row: isinstance(row, Package),
         crowded=_crowded(report),
         pictures=_pictures(report),
@@ -211,7 +211,7 @@ def _plots(report: Report) -> dict[str, Markup]:
         ]
         if trained := [line for line in trained if line.points]:
             plots["training"] = lines(trained, "training tokens", "loss")
-    return plots | comparison_plots(standings(report.comparison), report.base.params)
+    return plots | comparison_plots(summarize(report.comparison), report.base.params)
 
 
 def _size_limits(report: Report) -> list[float]:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from export.quantization.schemes import SchemeName
 from supernet.architecture import Architecture
-from supernet.common.errors import nearest
+from supernet.common.errors import did_you_mean
 
 SCHEMA = 1
 
@@ -436,7 +436,7 @@ def validate_report(data: Mapping[str, Any]) -> Report:
             said = "is missing"
         elif first["type"] == "extra_forbidden":
             known = {str(f.alias or n) for m in _models() for n, f in m.model_fields.items()}
-            said = f"is not a key of the report{nearest(str(first['loc'][-1]), known)}"
+            said = f"is not a key of the report{did_you_mean(str(first['loc'][-1]), known)}"
         else:
             said = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
         raise ValueError(f"report.json: {where} {said}{more}") from None

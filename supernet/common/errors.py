@@ -14,7 +14,7 @@ class VerificationError(Exception):
     """A package does not do what it claims (a fault of ours, or of whoever edited it). One line says what differs."""
 
 
-def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """A hint for a mistyped name: `; did you mean A, B?`, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""

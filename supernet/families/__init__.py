@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Tensor, Unit, unit_counts
+from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, TensorSpec, Unit, unit_counts
 from supernet.common.errors import RequestError
 
 Axes = tuple[str | tuple[str, ...], ...]
@@ -206,7 +206,9 @@ def _windows(config: Any, layers: int) -> tuple[int, ...]:
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _tensor(family: Family, base: Architecture, width: int, model: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+def _tensor(
+    family: Family, base: Architecture, width: int, model: Any, name: str, shape: tuple[int, ...]
+) -> TensorSpec:
     """One parameter's entry. Raises LookupError where the table does not name it, or its shape does not follow."""
     layer, half, rest = None, None, name
     if name.startswith(family.layers + "."):
@@ -222,7 +224,7 @@ def _tensor(family: Family, base: Architecture, width: int, model: Any, name: st
     expected = tuple(axis.size(counts) for axis in axes)
     if expected != tuple(shape):
         raise LookupError(f"family {family.model_type}: its table makes {name} {expected}, the model {tuple(shape)}")
-    return Tensor(name, axes, layer, half, _role(family, name, axes, layer, model))
+    return TensorSpec(name, axes, layer, half, _role(family, name, axes, layer, model))
 
 
 def _role(family: Family, name: str, axes: tuple[Axis, ...], layer: int | None, model: Any) -> Any:

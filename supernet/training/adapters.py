@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from supernet.activation import SuperNetwork, leading
-from supernet.architecture import Axis, Structure, unit_counts
-from supernet.architecture import Tensor as TensorEntry
+from supernet.activation import SuperNetwork, slice_parameter
+from supernet.architecture import Axis, Structure, TensorSpec, unit_counts
 from supernet.common.errors import RequestError
-from supernet.training.sharding import like
+from supernet.training.sharding import shard_like
 
 LORA_SCALE = 2.0
 """What an adapter's product is multiplied with (alpha / rank): LoNAS's 64 / 32."""
@@ -128,7 +127,7 @@ class ElasticLora:
             adapter.merge()
 
 
-def adapted(structure: Structure) -> list[TensorEntry]:
+def adapted(structure: Structure) -> list[TensorSpec]:
     """The weights that get adapters: those of the linear layers. Raises `RequestError` for stacked experts."""
     if any(tensor.role == "experts" for tensor in structure.tensors):
         raise RequestError(
@@ -146,7 +145,7 @@ def adapter_parameters(structure: Structure, rank: int) -> int:
 class _Adapter:
     """The two factors of one linear layer, and the forward hook that adds what they compute to its output."""
 
-    def __init__(self, supernet: SuperNetwork, entry: TensorEntry, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, supernet: SuperNetwork, entry: TensorSpec, rank: int, generator: torch.Generator) -> None:
         name = entry.name.removesuffix(".weight")
         self.supernet = supernet
         self.module = supernet.model.get_submodule(name)
@@ -181,7 +180,7 @@ class _Adapter:
         counts, kept = (unit_counts(a.hidden_size, a.layers[layer]) for a in (base, active))
         (x,) = inputs
         a, b = (
-            leading(factor, entry.axes, counts, kept).to(x.dtype)
+            slice_parameter(factor, entry.axes, counts, kept).to(x.dtype)
             for factor, entry in zip((self.a, self.b), self.entries, strict=True)
         )
         return output + LORA_SCALE * (x @ a.T @ b.T)
@@ -190,7 +189,7 @@ class _Adapter:
         """Add the product to the weight; torch adds in the wider of two precisions and rounds once."""
         product = LORA_SCALE * (self.b @ self.a)
         full = self.weight
-        full.add_(like(product.T if isinstance(self.module, Conv1D) else product, full))
+        full.add_(shard_like(product.T if isinstance(self.module, Conv1D) else product, full))
 
 
 Load = Callable[[], SuperNetwork]

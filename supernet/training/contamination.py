@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 RUN, LEAST, PHRASE = 13, 8, 10
 
 
-class Overlap:
+class Contamination:
     """Shown the training text document by document; `found` are the report documents that occur in it.
 
     `asked` maps a report document's name to its texts. Memory grows with the report documents, not with the data.

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from supernet.activation import leading
+from supernet.activation import slice_parameter
 from supernet.architecture import Architecture, Structure, unit_counts
-from supernet.training.sharding import own, own_index
+from supernet.training.sharding import local_shard, own_index
 
-Idle = Mapping[str, "list[tuple[int, Tensor]] | None"]
+Inactive = Mapping[str, "list[tuple[int, Tensor]] | None"]
 """By parameter name: the (dimension, indices) that no member used, or None where no member used the parameter."""
 
 
-def idle_slices(structure: Structure, members: Iterable[Architecture]) -> Idle:
+def inactive_slices(structure: Structure, members: Iterable[Architecture]) -> Inactive:
     """What none of a step's members used. A parameter that is used whole is not listed.
 
     A tensor with several elastic dimensions counts as used where each of its indices was used by some member.
@@ -41,7 +41,7 @@ def idle_slices(structure: Structure, members: Iterable[Architecture]) -> Idle:
             every = torch.arange(axis.size(full))
             used = torch.zeros(len(every), dtype=torch.bool)
             for member in users:
-                used[leading(every, (axis,), full, _counts(member, tensor.layer))] = True
+                used[slice_parameter(every, (axis,), full, _counts(member, tensor.layer))] = True
             if not used.all():
                 unused.append((dimension, (~used).nonzero().flatten()))
         if unused:
@@ -54,7 +54,9 @@ def _counts(architecture: Architecture, layer: int | None) -> dict:
 
 
 @contextmanager
-def held_still(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], idle: Idle) -> Iterator[None]:
+def restore_inactive(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], idle: Inactive
+) -> Iterator[None]:
     """Put idle slices back to what they were, after the optimizer stepped inside.
 
     A parameter that no member used must have no gradient; optimizers pass those over. Of the optimizer's state, what
@@ -71,7 +73,7 @@ def held_still(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Par
             moments = [s for s in state if s.shape == parameter.shape and s.is_floating_point()]
             for dimension, index in slices:
                 index = own_index(parameter, dimension, index).to(parameter.device)
-                for tensor in map(own, (parameter.data, *moments)):
+                for tensor in map(local_shard, (parameter.data, *moments)):
                     kept.append((tensor, dimension, index, tensor.index_select(dimension, index)))
         yield
         for tensor, dimension, index, values in kept:

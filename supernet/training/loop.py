@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from supernet.common.files import replacing
 from supernet.common.progress import bar
 from supernet.training.data import Batch, Blocks
-from supernet.training.inactive import Idle, held_still
+from supernet.training.inactive import Inactive, restore_inactive
 from supernet.training.optimizers import OPTIMIZERS
-from supernet.training.sharding import by_sharding, clip_gradients, like, whole
+from supernet.training.sharding import by_sharding, clip_gradients, full_tensor, shard_like
 
 Backward = Callable[[Tensor], None]
 Step = Callable[[int, Batch, Backward], float]
@@ -111,7 +111,7 @@ def train(
     accelerator: Accelerator,
     measure: Callable[[], dict[str, float]] | None = None,
     measurements: int = 6,
-    idle: Callable[[int], Idle] | None = None,
+    idle: Callable[[int], Inactive] | None = None,
     memory: dict[str, Any] | None = None,
     parameters: dict[str, nn.Parameter] | None = None,
 ) -> History:
@@ -150,7 +150,7 @@ def train(
             unused = idle(number) if idle is not None else {}
             _add_up_gradients(parameters, unused, accelerator)
             clip_gradients(parameters.values(), settings.clip)
-            with held_still(optimizer, parameters, {} if settings.move_idle else unused):
+            with restore_inactive(optimizer, parameters, {} if settings.move_idle else unused):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.tokens += settings.batch_size * settings.sequence_length
@@ -196,7 +196,7 @@ def _measure(model: nn.Module, measure: Callable[[], dict[str, float]], number: 
     model.train()
 
 
-def _add_up_gradients(parameters: dict[str, nn.Parameter], idle: Idle, accelerator: Accelerator) -> None:
+def _add_up_gradients(parameters: dict[str, nn.Parameter], idle: Inactive, accelerator: Accelerator) -> None:
     """Sum over processes. What no member used has no gradient in any of them, and is left without. Those of sharded
     parameters have been added up where they arose."""
     if accelerator.num_processes == 1:
@@ -232,9 +232,9 @@ def _save(
             if not isinstance(value, Tensor):
                 numbers[f"{key}|{name}"] = value
             elif accelerator.is_main_process:
-                tensors[f"{key}|{name}"] = whole(value)
+                tensors[f"{key}|{name}"] = full_tensor(value)
             else:
-                whole(value)
+                full_tensor(value)
     if not accelerator.is_main_process:
         return
     facts = {"step": step, "history": vars(history), "memory": memory, "numbers": numbers}
@@ -255,9 +255,9 @@ def _restore(
             what, _, name = key.partition("|")
             parameter, value = parameters[name], file.get_tensor(key)
             if what == "weight":
-                parameter.copy_(like(value, parameter))
+                parameter.copy_(shard_like(value, parameter))
             elif value.shape == parameter.shape:
-                optimizer.state[parameter][what] = like(value, parameter)
+                optimizer.state[parameter][what] = shard_like(value, parameter)
             else:  # AdamW wants its step count on the CPU unless it is fused
                 stays = what == "step" and not optimizer.defaults.get("fused")
                 optimizer.state[parameter][what] = value if stays else value.to(parameter.device)

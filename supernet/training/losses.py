@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from supernet.activation import LOGITS
 from supernet.training.data import Blocks
-from supernet.training.traces import Trace, trace
+from supernet.training.traces import HiddenStates, trace
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperature: float) -> Tensor:
@@ -41,7 +41,7 @@ def forward_kl(logits: Tensor, targets: Tensor, teacher: Tensor | None, temperat
     return (F.cross_entropy(mine, soft, reduction="none") - entropy).sum() * temperature**2
 
 
-def relations(student: Trace, teacher: Trace) -> Tensor:
+def relations(student: HiddenStates, teacher: HiddenStates) -> Tensor:
     """Self-attention relations of the last layer (AutoDistil, arXiv 2201.12507, section 3.2).
 
     For each A of queries, keys and values, the scores A A^T / sqrt(d) of all pairs of tokens within a document, the
@@ -71,7 +71,7 @@ def _scores(projected: Tensor, heads: int) -> Tensor:
     return split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
 
 
-def hidden(student: Trace, teacher: Trace) -> Tensor:
+def hidden(student: HiddenStates, teacher: HiddenStates) -> Tensor:
     """One minus the cosine between teacher's and student's hidden states, mean over tokens and the student's layers.
 
     A student's residual channels are the first of the teacher's, so nothing needs to be projected.
@@ -84,7 +84,7 @@ def hidden(student: Trace, teacher: Trace) -> Tensor:
 
 
 TokenLoss = Callable[[Tensor, Tensor, "Tensor | None", float], Tensor]
-StateLoss = Callable[[Trace, Trace], Tensor]
+StateLoss = Callable[[HiddenStates, HiddenStates], Tensor]
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {"ce": cross_entropy, "kl": forward_kl}
 STATE_LOSSES: dict[str, StateLoss] = {"relations": relations, "hidden": hidden}
@@ -111,7 +111,7 @@ class Loss:
         """What a `Recorder` has to keep for it."""
         return {"attention": "relations" in self.weights, "layers": "hidden" in self.weights}
 
-    def __call__(self, student: Trace, teacher: Trace | None) -> Tensor:
+    def __call__(self, student: HiddenStates, teacher: HiddenStates | None) -> Tensor:
         """Mean over the tokens learnt from (token losses) plus the state losses, weighted; a scalar."""
         weights = self.weights if teacher is not None else {"ce": self.weights.get("ce", 1.0)}
         total = student.hidden.new_zeros((), dtype=torch.float32)
@@ -125,7 +125,9 @@ class Loss:
         return total
 
 
-def token_losses(weights: Mapping[str, float], student: Trace, teacher: Trace | None, temperature: float) -> Tensor:
+def token_losses(
+    weights: Mapping[str, float], student: HiddenStates, teacher: HiddenStates | None, temperature: float
+) -> Tensor:
     """Weighted sum over tokens of the token losses, in chunks of tokens.
 
     A chunk's logits, the teacher's too, are computed where they are used, thrown away, and computed again for the
@@ -164,6 +166,6 @@ def held_out_loss(model: Any, data: Blocks, rows: int, device: torch.device) -> 
     return total / max(count, 1)
 
 
-def divergence(student: Trace, teacher: Trace) -> Tensor:
+def divergence(student: HiddenStates, teacher: HiddenStates) -> Tensor:
     """KL(teacher || student), nats per token."""
     return token_losses({"kl": 1.0}, student, teacher, 1.0) / max(1, len(student.targets))

@@ -17,7 +17,7 @@ from supernet.architecture import Architecture, Structure
 
 
 @dataclass(frozen=True)
-class Range:
+class TrainingRange:
     """The sub-networks that are trained: the ends, what counts as the size of one, and how to draw one.
 
     `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters; `cut` is the uniform cut
@@ -53,7 +53,7 @@ class Draw(Protocol):
 class UniformGenes:
     """Every gene uniformly, as most supernets are trained: sizes pile up in the middle of the range."""
 
-    range: Range
+    range: TrainingRange
     memory: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, rng: np.random.Generator) -> Architecture:
@@ -67,7 +67,7 @@ class UniformGenes:
 class EvenSizes:
     """A number of parameters uniformly, then a sub-network of about that size: no size is trained more than another."""
 
-    range: Range
+    range: TrainingRange
     memory: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, rng: np.random.Generator) -> Architecture:
@@ -97,7 +97,7 @@ class ShiftedSizes:
     `memory` is JSON: it is stored with the training state.
     """
 
-    range: Range
+    range: TrainingRange
     memory: dict[str, Any] = field(default_factory=dict)
 
     BINS, FAST, SLOW, EVEN, ENOUGH = 8, 0.3, 0.05, 1 / 3, 5
@@ -131,7 +131,7 @@ class ShiftedSizes:
             average[at] += max(weight, 1 / self.memory["seen"][at]) * (gap - average[at])
 
 
-DRAWS: dict[str, Callable[[Range, dict[str, Any]], Draw]] = {
+DRAWS: dict[str, Callable[[TrainingRange, dict[str, Any]], Draw]] = {
     "sizes": EvenSizes,
     "genes": UniformGenes,
     "cuts": SizesAndCuts,
@@ -147,24 +147,24 @@ class Member:
     role: Literal["largest", "random", "smallest"]
 
 
-Sampler = Callable[[int, np.random.Generator, Range, Draw, int], list[Member]]
+Sampler = Callable[[int, np.random.Generator, TrainingRange, Draw, int], list[Member]]
 """(step, generator, range, draw, random members) -> members, teacher first."""
 
 
-def sandwich(step: int, rng: np.random.Generator, range_: Range, draw: Draw, random: int) -> list[Member]:
+def sandwich(step: int, rng: np.random.Generator, range_: TrainingRange, draw: Draw, random: int) -> list[Member]:
     """BigNAS's sandwich rule (arXiv 2003.11142, section 3.1): largest, random ones, smallest."""
     drawn = [Member(draw(rng), "random") for _ in range(random)]
     return [Member(range_.largest, "largest"), *drawn, Member(range_.least, "smallest")]
 
 
-def alternate(step: int, rng: np.random.Generator, range_: Range, draw: Draw, random: int) -> list[Member]:
+def alternate(step: int, rng: np.random.Generator, range_: TrainingRange, draw: Draw, random: int) -> list[Member]:
     """LLaMA-NAS's scheme (arXiv 2405.18377): the super-network in even steps, random sub-networks in odd ones."""
     if step % 2 == 0:
         return [Member(range_.largest, "largest")]
     return [Member(draw(rng), "random") for _ in range(random)]
 
 
-def joint(step: int, rng: np.random.Generator, range_: Range, draw: Draw, random: int) -> list[Member]:
+def joint(step: int, rng: np.random.Generator, range_: TrainingRange, draw: Draw, random: int) -> list[Member]:
     """InstaTune's scheme (arXiv 2308.15609): super-network and random sub-networks, summed in every step."""
     return [Member(range_.largest, "largest"), *(Member(draw(rng), "random") for _ in range(random))]
 

@@ -32,12 +32,12 @@ def _remake(supernet: SuperNetwork, index: int, *_: Any) -> None:
     supernet.remake_views(index)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, for which every process must ask; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -50,7 +50,7 @@ def own_index(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
     return index[(index >= offset[0]) & (index < offset[0] + shape[0])] - offset[0]
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same in every process, sharded as `parameter` is."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
@@ -69,7 +69,7 @@ def by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
     """Scale all gradients down to a norm of `largest` together, whole ones and sharded ones."""
     kinds = by_sharding(parameter for parameter in parameters if parameter.grad is not None)
-    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
     if norms:
         total = torch.linalg.vector_norm(torch.stack(norms))
         for kind in kinds:

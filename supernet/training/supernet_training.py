@@ -17,15 +17,15 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.training.adapters import Parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch, Blocks
-from supernet.training.inactive import Idle, idle_slices
+from supernet.training.inactive import Inactive, inactive_slices
 from supernet.training.loop import Backward, History, TrainSettings, train
 from supernet.training.losses import Loss, held_out_loss
-from supernet.training.samplers import DRAWS, SAMPLERS, Member, Range
-from supernet.training.traces import Recorder, Trace, trace
+from supernet.training.samplers import DRAWS, SAMPLERS, Member, TrainingRange
+from supernet.training.traces import HiddenStates, Recorder, trace
 
 
 @dataclass(frozen=True)
-class Scheme:
+class ElasticScheme:
     """Who takes part in a step and what from: the choices of one elastic fine-tuning, by name.
 
     `strong_teacher` is the share of the steps, from the first, in which the frozen base teaches every member; after
@@ -47,8 +47,8 @@ def finetune_supernet(
     parameters: Parameters,
     data: Blocks,
     settings: TrainSettings,
-    scheme: Scheme,
-    range_: Range,
+    scheme: ElasticScheme,
+    range_: TrainingRange,
     *,
     state: Path,
     accelerator: Accelerator,
@@ -77,7 +77,7 @@ def finetune_supernet(
             generator = np.random.default_rng([settings.seed, number])
             members = SAMPLERS[scheme.sampler](number, generator, range_, draw, scheme.random_members)
             drawn_for = number
-        teacher: Trace | None = None
+        teacher: HiddenStates | None = None
         if scheme.needs_base and number < strong_steps:
             with torch.no_grad(), accelerator.autocast(), parameters.frozen() as base, recording(base) as theirs:
                 teacher = trace(base.model, batch, theirs)
@@ -96,8 +96,8 @@ def finetune_supernet(
             backward(value)
         return shown
 
-    def idle(number: int) -> Idle:
-        return idle_slices(parameters.structure, [member.architecture for member in members])
+    def idle(number: int) -> Inactive:
+        return inactive_slices(parameters.structure, [member.architecture for member in members])
 
     def measure() -> dict[str, float]:
         losses = {}

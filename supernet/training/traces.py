@@ -25,7 +25,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Trace:
+class HiddenStates:
     """One network's pass over a batch.
 
     `hidden` [tokens, hidden] and `targets` [tokens] are those of the positions that are learnt from. `layers` maps a
@@ -42,7 +42,7 @@ class Trace:
     layers: dict[int, Tensor] = field(default_factory=dict)
     attention: list[Tensor] = field(default_factory=list)
 
-    def detached(self) -> Trace:
+    def detached(self) -> HiddenStates:
         """The same as a teacher: nothing flows back."""
         return replace(
             self,
@@ -105,7 +105,7 @@ class Recorder:
         self._projected.setdefault(layer, {})[position] = list(output.split(widths, dim=-1))
 
 
-class Leading:
+class LayerCache:
     """Passes over the same batches, one architecture after another, that begin where two in a row begin to differ.
 
     Of the last pass over each batch it keeps what the layers put out, [rows, length, hidden] each, and hands that out
@@ -116,7 +116,7 @@ class Leading:
         self._supernet = supernet
         self._kept: dict[int, tuple[Architecture, dict[int, Any]]] = {}
 
-    def trace(self, number: int, batch: Batch) -> Trace:
+    def trace(self, number: int, batch: Batch) -> HiddenStates:
         """As `trace` of the active sub-network, over the batch of this `number`."""
         now = self._supernet.current
         before, known = self._kept.pop(number, (now, {}))
@@ -170,13 +170,13 @@ def decoder_of(model: Any) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> Trace:
+def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> HiddenStates:
     """Run a causal language model up to its head, with whatever sub-network is active in it."""
     if recorder is not None:
         recorder.clear()
     parent, name = decoder_of(model)
     hidden = getattr(parent, name)(**batch.inputs, use_cache=False).last_hidden_state
-    return Trace(
+    return HiddenStates(
         batch,
         hidden[:, :-1][batch.learnt],
         batch.labels[:, 1:][batch.learnt],

@@ -26,7 +26,7 @@ from compressor.stages.comparison_methods import methods
 from evals.comparison import paired_interval, qualities, resampled
 from evals.speed import measured as speed
 from export import package
-from export.report.comparison import said, standings, terminal_table
+from export.report.comparison import summarize, summary, terminal_table
 from export.report.schema import Comparison, Difference
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
@@ -133,11 +133,13 @@ def test_what_wins_stands_first_whoever_made_it() -> None:
         row("magnitude", 0.5, ours_minus_this=less(0.3, 0.5)),
         row("elsewhere", 0.4, size=None, seed=None, params=700, ours_minus_this=less(0.4, 0.6)),
     ]
-    (table,) = standings(rows)
+    (table,) = summarize(rows)
     assert [one.method for one in table] == ["sleb", "flap", "ours", "magnitude", "elsewhere"]
-    assert said(table).startswith("At 0.67 sleb beat ours (quality 90") and "better than 2 of 4 others" in said(table)
-    assert "is not told apart from the best (flap)" in said([one for one in table if one.method != "sleb"])
-    assert "ours is best" in said(table[2:])
+    assert summary(table).startswith("At 0.67 sleb beat ours (quality 90") and "better than 2 of 4 others" in summary(
+        table
+    )
+    assert "is not told apart from the best (flap)" in summary([one for one in table if one.method != "sleb"])
+    assert "ours is best" in summary(table[2:])
     assert terminal_table([table]).row_count == 5
 
 
@@ -147,14 +149,14 @@ def test_the_table_fits_80_columns() -> None:
     rows = [row("ours", 0.75, **more), row("untrained-search", 0.5, ours_minus_this=less(0.195, 0.288), **more)]
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(terminal_table(standings(rows)))
+        console.print(terminal_table(summarize(rows)))
     shown = capture.get()
     assert "+24.1 (+19.5, +28.8) *" in shown and "1.50" in shown and "…" not in shown
 
 
 def test_seeds_are_put_together() -> None:
     rows = [row("ours", 0.8, seed=0, quality_stderr=0.03), row("ours", 0.9, seed=1, quality_stderr=0.03)]
-    ((one,),) = standings(rows)
+    ((one,),) = summarize(rows)
     assert one.seeds == 2 and one.quality == pytest.approx(0.85)
     assert one.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
 
@@ -164,7 +166,7 @@ def test_a_task_is_put_together_over_seeds_too() -> None:
         score = {"metric": "acc", "value": value, "stderr": 0.03, "n": 200, "split": "report"}
         return row("ours", 0.8, seed=seed, tasks={"blimp": score})
 
-    ((one,),) = standings([scored(0.6, 0), scored(0.7, 1)])
+    ((one,),) = summarize([scored(0.6, 0), scored(0.7, 1)])
     score = one.tasks["blimp"]
     assert score.value == pytest.approx(0.65) and score.stderr == pytest.approx((0.03**2 + 0.05**2) ** 0.5)
 
@@ -174,7 +176,7 @@ def test_a_task_that_one_seed_has_no_finite_score_of_is_left_out() -> None:
         score = {"metric": "perplexity", "value": value, "n": 5, "split": "report", "higher_is_better": False}
         return row("scratch", 0.5, seed=seed, tasks={"text": score, "stories": score | {"value": 3.0}})
 
-    ((_, scratch),) = standings([row("ours", 0.8), scored(9.0, 0), scored(float("inf"), 1)])
+    ((_, scratch),) = summarize([row("ours", 0.8), scored(9.0, 0), scored(float("inf"), 1)])
     assert scratch.seeds == 2 and set(scratch.tasks) == {"stories"}
 
 

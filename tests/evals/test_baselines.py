@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evals.baselines import Bench, baselines, depth, uniform_width, with_ffn
+from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
 from evals.baselines.flap import compensate, competed, fluctuation, moments, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
@@ -40,9 +40,9 @@ def llama(seed: int = 0, **sizes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | sizes))).eval()
 
 
-def bench(model: Any, share: float) -> Bench:
+def bench(model: Any, share: float) -> PruningContext:
     structure = describe(model.config)
-    return Bench(model, structure, (IDS[:2], IDS[2:]), int(share * structure.parameters(structure.base)))
+    return PruningContext(model, structure, (IDS[:2], IDS[2:]), int(share * structure.parameters(structure.base)))
 
 
 def silence(model: Any, *layers: int) -> None:
@@ -78,7 +78,7 @@ def test_layers_that_do_nothing_go_first(method: str) -> None:
     text = model.generate(IDS[:, :2], max_new_tokens=14, do_sample=False, pad_token_id=0)
     structure = describe(model.config)
     two_less = structure.parameters(structure.base) - 2 * sum(p.numel() for p in model.model.layers[0].parameters())
-    asked = Bench(model, structure, (text,), two_less)
+    asked = PruningContext(model, structure, (text,), two_less)
     network, architecture = baselines()[method].cut(asked)
     assert architecture.kept == (0, 1, 4)
     assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-5)
@@ -180,7 +180,7 @@ def test_flap_loses_nothing_where_what_it_removes_is_constant() -> None:
         embedding[:, 1:] /= embedding[:, 1:].norm(dim=1, keepdim=True)
         embedding[:, 0] = 0.5
     structure = describe(with_biases(model).config)
-    asked = Bench(model, structure, (IDS,), structure.parameters(structure.base) - 24 * (3 * 32 + 2))
+    asked = PruningContext(model, structure, (IDS,), structure.parameters(structure.base) - 24 * (3 * 32 + 2))
     network, architecture = baselines()["flap"].cut(asked)
     assert architecture.layers[0].intermediate_size == 24
     assert network.model.layers[0].mlp.down_proj.bias.abs().max().item() > 0
@@ -231,7 +231,7 @@ def test_slicegpt_deletes_directions_that_are_never_used_without_loss() -> None:
                 module.weight.copy_(inside @ inside.T @ module.weight)
     structure = describe(model.config)
     half = structure.parameters(type(structure.base)(16, structure.base.layers))
-    network, architecture = baselines()["slicegpt"].cut(Bench(model, structure, (IDS,), half))
+    network, architecture = baselines()["slicegpt"].cut(PruningContext(model, structure, (IDS,), half))
     assert architecture.hidden_size == 16
     assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-4)
 
@@ -271,7 +271,7 @@ def test_every_method_meets_the_size_or_says_why_it_cannot(family: str) -> None:
 def test_experts_are_narrowed_together_in_steps_that_grouped_products_take() -> None:
     model = tiny_network("mixtral")
     structure = describe(model.config)
-    asked = Bench(model, structure, (IDS,), structure.parameters(with_ffn(structure.base, 36)))
+    asked = PruningContext(model, structure, (IDS,), structure.parameters(with_ffn(structure.base, 36)))
     network, architecture = baselines()["shortgpt"].cut(asked)
     assert not any(layer.intermediate_size % 4 for layer in architecture.layers)
     assert torch.isfinite(network(IDS).logits).all()
@@ -282,7 +282,7 @@ def test_experts_are_narrowed_together_in_steps_that_grouped_products_take() -> 
 def test_minitron_narrows_residual_and_neurons_alike_and_nothing_else() -> None:
     model = llama(hidden_size=64, intermediate_size=96)
     structure = describe(model.config)
-    given = Bench(model, structure, (IDS,), int(0.6 * structure.parameters(structure.base)))
+    given = PruningContext(model, structure, (IDS,), int(0.6 * structure.parameters(structure.base)))
     network, found = baselines()["minitron-width"].cut(given)
     assert {layer.num_attention_heads for layer in found.layers} == {4} and len(found.kept) == 5
     assert (

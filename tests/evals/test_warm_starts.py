@@ -20,7 +20,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.training.data import Batch
-from supernet.training.traces import Leading, trace
+from supernet.training.traces import LayerCache, trace
 from tests.support import tiny
 from tests.support.search_helpers import SMALL
 from tests.support.tiny_families import CONFIGS, random_architecture, tiny_network
@@ -95,7 +95,7 @@ def test_a_pass_that_begins_where_architectures_differ_is_the_whole_pass(name: s
     batches = Batch(ids, ids, torch.arange(16).expand(4, 16)).split(2)
     some = random_architecture(base, random.Random(1))
     near = [with_layer(some, index, base.layers[index]) for index in range(last, -1, -1)]
-    passes = Leading(supernet)
+    passes = LayerCache(supernet)
     for architecture in (base, some, *near, near[-1], base):
         with torch.no_grad(), supernet.activated(architecture) as model:
             for number, batch in enumerate(batches):

@@ -21,7 +21,7 @@ from search.pareto import (
     violations,
 )
 from search.space import SearchSpace
-from supernet.architecture import Architecture, LayerSizes, Scheme
+from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import SMALL, quality
 
 QUALITY, PARAMETERS = (
@@ -145,7 +145,7 @@ def test_targets_out_of_reach_name_the_nearest() -> None:
 
 
 def test_objectives_by_name() -> None:
-    known = computed(SMALL, scheme=Scheme(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)})
+    known = computed(SMALL, scheme=StorageFormat(4, 32), context=3, speed={"decode_tps": lambda a: 100 / len(a.kept)})
     chosen = choose(["quality", "bytes", "decode_tps"], known, {"quality": "max", "blimp12:acc": "max", "loss": "min"})
     assert [(o.name, o.direction, o.kind) for o in chosen] == [
         ("quality", "max", "measured"),
@@ -154,7 +154,7 @@ def test_objectives_by_name() -> None:
     ]
     space = SearchSpace.preset("depth", SMALL)
     base = np.array([space.upper])
-    assert Computer(space, known["bytes"])(base)[0] == SMALL.bytes(SMALL.base, Scheme(4, 32))
+    assert Computer(space, known["bytes"])(base)[0] == SMALL.bytes(SMALL.base, StorageFormat(4, 32))
     assert Computer(space, known["macs"])(base)[0] == SMALL.macs(SMALL.base, 3)
     assert Computer(space, known["decode_tps"])(space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))).tolist() == [
         50,

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from supernet.architecture import Architecture, LayerSizes, Scheme
+from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from supernet.families import describe
 
 FULL = LayerSizes(32, 32, 11008)
@@ -75,13 +75,13 @@ def test_bytes_under_a_scheme_by_hand() -> None:
     other = 2 * (10 * 32 + 3 * 32)  # embedding and three norms at 16 bits
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     int8 = sum(o * i + 2 * o for o, i in shapes)
-    assert structure.bytes(structure.base, Scheme(8, -1)) == other + int8
+    assert structure.bytes(structure.base, StorageFormat(8, -1)) == other + int8
     # k and v have 16 outputs, no multiple of 32, and the last layer's 48 inputs hold no whole number of groups:
     # these three fall back to 8 bits by channel
     whole = [(32, 32), (32, 32)]
     int4 = sum(o * i // 2 + 2 * o * (i // 32) for o, i in whole)
     int4 += sum(o * i + 2 * o for o, i in shapes if (o, i) not in whole)
-    assert structure.bytes(structure.base, Scheme(4, 32)) == other + int4
+    assert structure.bytes(structure.base, StorageFormat(4, 32)) == other + int4
     left_out = [(16, 32), (16, 32), (48, 32), (48, 32), (32, 48)]  # with a width that is no multiple of 32
     kept = sum(o * i + 2 * o for o, i in whole) + sum(2 * o * i for o, i in left_out)
-    assert structure.bytes(structure.base, Scheme(8, -1, fallback=16)) == other + kept
+    assert structure.bytes(structure.base, StorageFormat(8, -1, fallback=16)) == other + kept

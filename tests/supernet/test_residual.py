@@ -17,7 +17,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.slicing import extract
 from supernet.training.data import Batch
-from supernet.training.inactive import idle_slices
+from supernet.training.inactive import inactive_slices
 from supernet.training.losses import Loss
 from supernet.training.traces import Recorder, trace
 from tests.support.export_networks import tiny_tokenizer
@@ -76,7 +76,7 @@ def test_fewer_query_heads_are_the_first_of_every_group() -> None:
     gradient = projection._parameters["weight"].grad
     others = [row for row in range(48) if row not in rows]
     assert gradient[rows].abs().sum() > 0 and gradient[others].abs().sum() == 0
-    idle = idle_slices(supernet.structure, [one_each])
+    idle = inactive_slices(supernet.structure, [one_each])
     assert [(d, i.tolist()) for d, i in idle["model.layers.0.self_attn.q_proj.weight"]] == [(0, others)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from supernet.architecture import Architecture, LayerSizes
 from supernet.training.loop import TrainSettings
-from supernet.training.samplers import Range
+from supernet.training.samplers import TrainingRange
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 32), LayerSizes(2, 1, 32)))
 CUT = Architecture(32, (LayerSizes(2, 1, 48),) * 3)
@@ -24,5 +24,5 @@ def widths_near(rng: np.random.Generator, parameters: float) -> Architecture:
     return Architecture(32, tuple(LayerSizes(4, 2, int(w)) for w in rng.integers(16, 64, size=3)))
 
 
-def range_of(structure: Any) -> Range:
-    return Range(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT)
+def range_of(structure: Any) -> TrainingRange:
+    return TrainingRange(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT)

@@ -10,7 +10,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from evals.scoring.documents import Leaf
+from evals.scoring.documents import Subtask
 from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
 from evals.scoring.tasks import TaskSet
@@ -99,7 +99,7 @@ def hflm(model: Any, tokenizer: Any = None, batch: int = 4) -> HFLM:
     return HFLM(pretrained=model, tokenizer=tokenizer or tiny.byte_tokenizer(), batch_size=batch)
 
 
-def requests(leaves: list[Leaf], split: Any = "all") -> list[Any]:
+def requests(leaves: list[Subtask], split: Any = "all") -> list[Any]:
     return [instance for leaf in leaves for document in leaf.documents(split) for instance in document.instances]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Tensor
+from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, TensorSpec
 
 
 def llama(
@@ -23,7 +23,7 @@ def llama(
         ("mlp.down_proj", "mlp", ("hidden", "ffn")),
     ]
     tensors = [
-        Tensor(
+        TensorSpec(
             f"model.layers.{i}.{name}.weight",
             tuple(one[axis] for axis in axes),
             i,
@@ -33,10 +33,10 @@ def llama(
         for i in range(layers)
         for name, half, axes in parts
     ]
-    tensors.append(Tensor("model.embed_tokens.weight", (one["vocab"], one["hidden"]), role="embedding"))
-    tensors.append(Tensor("model.norm.weight", (one["hidden"],)))
+    tensors.append(TensorSpec("model.embed_tokens.weight", (one["vocab"], one["hidden"]), role="embedding"))
+    tensors.append(TensorSpec("model.norm.weight", (one["hidden"],)))
     if not tied:
-        tensors.append(Tensor("lm_head.weight", (one["vocab"], one["hidden"]), role="head"))
+        tensors.append(TensorSpec("lm_head.weight", (one["vocab"], one["hidden"]), role="head"))
     base = Architecture(hidden, (LayerSizes(heads, kv, ffn),) * layers)
     return Structure(base, head_dim, vocab, tied, 2, tuple(tensors))
 

@@ -19,14 +19,14 @@ from supernet.activation import SuperNetwork
 from supernet.training import supernet_training as elastic
 from supernet.training.adapters import PARAMETERS
 from supernet.training.data import Blocks, pack
-from supernet.training.sharding import shard, whole
-from supernet.training.supernet_training import Scheme, finetune_supernet
+from supernet.training.sharding import full_tensor, shard
+from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 from supernet.training.traces import trace
 from tests.support import tiny
 from tests.support.finetune_helpers import range_of, settings
 
 STEPS = 8
-SCHEME = Scheme("alternate", random_members=2)  # every other step leaves slices idle, and one layer's attention
+SCHEME = ElasticScheme("alternate", random_members=2)  # every other step leaves slices idle, and one layer's attention
 
 
 def train(network: LlamaForCausalLM, blocks: Blocks, parameters: str, sharded: bool, state: Path) -> None:
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     start = LlamaForCausalLM(LlamaConfig(**tiny.SIZES))
 
     def keep(name: str, network: LlamaForCausalLM) -> None:
-        tensors = {name: whole(value.detach()).clone() for name, value in network.named_parameters()}
+        tensors = {name: full_tensor(value.detach()).clone() for name, value in network.named_parameters()}
         if accelerator.is_main_process:
             save_file(tensors, folder / name)
 

@@ -19,7 +19,7 @@ from supernet.common.errors import RequestError
 from supernet.slicing import extract
 from supernet.training.adapters import LORA_SCALE, ElasticLora, adapter_parameters
 from supernet.training.data import Batch
-from supernet.training.inactive import idle_slices
+from supernet.training.inactive import inactive_slices
 from supernet.training.losses import Loss
 from supernet.training.traces import trace
 from tests.support import tiny
@@ -112,7 +112,7 @@ def test_a_gradient_reaches_only_the_slices_of_the_active_sub_network(network: A
     assert all(reached[f"model.layers.1.self_attn.{part}_proj.lora_A"] is None for part in "qkvo")
     assert all(reached[f"model.layers.2.mlp.{part}_proj.lora_B"].all() for part in ("gate", "up", "down"))
     # And what took no part is what held_still will hold still.
-    idle = idle_slices(adapters.structure, [SMALL])
+    idle = inactive_slices(adapters.structure, [SMALL])
     assert idle["model.layers.1.self_attn.q_proj.lora_B"] is None
     assert [(d, i.tolist()) for d, i in idle[f"{layer}mlp.down_proj.lora_A"]] == [(1, list(range(32, 64)))]
     assert [(d, i.tolist()) for d, i in idle[f"{layer}mlp.up_proj.lora_B"]] == [(0, list(range(32, 64)))]

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from compressor.cli import run
-from supernet.training.contamination import LEAST, PHRASE, RUN, Overlap
+from supernet.training.contamination import LEAST, PHRASE, RUN, Contamination
 from tests.support import tiny
 
 WORDS = [f"word{number}" for number in range(40)]
 
 
 def test_a_run_of_words_is_found_whatever_the_case_and_punctuation() -> None:
-    overlap = Overlap([("a", [" ".join(WORDS[:20])]), ("b", [" ".join(WORDS[20:])])])
+    overlap = Contamination([("a", [" ".join(WORDS[:20])]), ("b", [" ".join(WORDS[20:])])])
     overlap.show("Before. " + ", ".join(WORDS[3 : 3 + RUN]).upper() + "! after")
     assert overlap.found == {"a"} and overlap.documents == 2
 
 
 def test_one_word_fewer_is_not_enough() -> None:
-    overlap = Overlap([("a", [" ".join(WORDS[:20])])])
+    overlap = Contamination([("a", [" ".join(WORDS[:20])])])
     overlap.show(" ".join([*WORDS[: RUN - 1], "other", *WORDS[RUN:20]]))
     assert overlap.found == set()
 
 
 def test_a_shorter_document_must_be_there_whole() -> None:
-    overlap = Overlap([("whole", [" ".join(WORDS[:LEAST])]), ("short", ["once upon a time"])])
+    overlap = Contamination([("whole", [" ".join(WORDS[:LEAST])]), ("short", ["once upon a time"])])
     overlap.show("once upon a time " + " ".join(WORDS[: LEAST - 1]))
     assert overlap.found == set()
     overlap.show(" ".join(WORDS[:LEAST]))
@@ -35,7 +35,7 @@ def test_a_shorter_document_must_be_there_whole() -> None:
 
 
 def test_what_many_documents_say_is_a_phrase() -> None:
-    overlap = Overlap([("a", [" ".join(WORDS[:RUN])])])
+    overlap = Contamination([("a", [" ".join(WORDS[:RUN])])])
     for _ in range(PHRASE):
         overlap.show(" ".join(WORDS[:RUN]))
     assert overlap.found == {"a"}

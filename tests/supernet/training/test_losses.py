@@ -15,7 +15,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.training import losses
 from supernet.training.data import IGNORED, Batch
 from supernet.training.losses import Loss, cross_entropy, forward_kl
-from supernet.training.traces import Recorder, Trace, trace
+from supernet.training.traces import HiddenStates, Recorder, trace
 from tests.support import tiny, tiny_families
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
@@ -89,7 +89,7 @@ def test_chunks_change_neither_loss_nor_gradients(
         seen = trace(network, batch)
         if head:
             monkeypatch.setattr(losses, "LOGITS", 3 * seen.vocabulary)
-            seen = Trace(**(vars(seen) | {"head": head(seen.head)}))
+            seen = HiddenStates(**(vars(seen) | {"head": head(seen.head)}))
         loss = Loss(weights)(seen, teacher)
         used = [p for p in network.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, used, allow_unused=True)
@@ -141,9 +141,9 @@ def test_relations_by_hand() -> None:
     own, paired with itself only."""
     batch = Batch(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([[0, 1, 0]]))
 
-    def of(values: list[float]) -> Trace:
+    def of(values: list[float]) -> HiddenStates:
         projected = [torch.tensor(values)[None, :, None]]
-        return Trace(batch, torch.zeros(1), torch.zeros(1), lambda h: h, 1, head_dim=1, attention=projected)
+        return HiddenStates(batch, torch.zeros(1), torch.zeros(1), lambda h: h, 1, head_dim=1, attention=projected)
 
     # Scores: the teacher's 1, 2, 4, 9; the student's 1, 1, 1, 9.
     found = losses.relations(of([1.0, 1.0, 3.0]), of([1.0, 2.0, 3.0])).item()

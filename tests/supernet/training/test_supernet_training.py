@@ -21,12 +21,20 @@ from supernet.slicing import extract
 from supernet.training import loop
 from supernet.training.adapters import PARAMETERS, AllWeights
 from supernet.training.data import Batch, Blocks, pack
-from supernet.training.inactive import held_still, idle_slices
+from supernet.training.inactive import inactive_slices, restore_inactive
 from supernet.training.loop import Backward, History, TrainSettings, train
 from supernet.training.losses import LOSSES, Loss
 from supernet.training.optimizers import OPTIMIZERS
-from supernet.training.samplers import DRAWS, SAMPLERS, EvenSizes, Range, ShiftedSizes, SizesAndCuts, UniformGenes
-from supernet.training.supernet_training import Scheme, finetune_supernet, heal, without_dropout
+from supernet.training.samplers import (
+    DRAWS,
+    SAMPLERS,
+    EvenSizes,
+    ShiftedSizes,
+    SizesAndCuts,
+    TrainingRange,
+    UniformGenes,
+)
+from supernet.training.supernet_training import ElasticScheme, finetune_supernet, heal, without_dropout
 from supernet.training.traces import trace
 from tests.support import tiny, tiny_families
 from tests.support.finetune_helpers import CUT, SMALL, range_of, settings, widths_near
@@ -50,7 +58,7 @@ def tuned(
     network: Any,
     blocks: Blocks,
     folder: Path,
-    scheme: Scheme,
+    scheme: ElasticScheme,
     how: TrainSettings,
     parameters: str = "all",
     **more: Any,
@@ -89,7 +97,9 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
     asked: list[float] = []
     structure = describe(network.config)
     uniform = widths_near(np.random.default_rng(5), 0)
-    range_ = Range(structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT)
+    range_ = TrainingRange(
+        structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT
+    )
     rng = np.random.default_rng(1)
     low, high = range_.sizes
     for _ in range(2000):
@@ -144,7 +154,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     start = copy.deepcopy(network.state_dict())
     later = copy.deepcopy(network)  # what a new process loads: whatever the killed one held is gone
     how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
-    scheme = Scheme(draw=draw)
+    scheme = ElasticScheme(draw=draw)
     (tmp_path / "whole").mkdir()
     tuned(network, blocks, tmp_path / "whole", scheme, how, parameters)
     whole = copy.deepcopy(network.state_dict())
@@ -174,7 +184,7 @@ def test_every_sampler_makes_small_sub_networks_better(
     network: Any, blocks: Blocks, tmp_path: Path, sampler: str
 ) -> None:
     watched = {"largest": describe(network.config).base, "smallest": SMALL}
-    history = tuned(network, blocks, tmp_path, Scheme(sampler), settings(3200), watched=watched)
+    history = tuned(network, blocks, tmp_path, ElasticScheme(sampler), settings(3200), watched=watched)
     # `alternate` trains the smallest only through the weights that it shares.
     assert history.curve[-1]["smallest"] < history.curve[0]["smallest"] - 0.3
     assert history.curve[-1]["largest"] < history.curve[0]["largest"] - 0.3
@@ -188,7 +198,7 @@ def test_every_loss_brings_the_smallest_nearer_to_what_teaches_it(
     network: Any, blocks: Blocks, tmp_path: Path, loss: str, strong: float
 ) -> None:
     supernet = SuperNetwork(copy.deepcopy(network))
-    scheme = Scheme(loss=Loss({loss: 1.0}), strong_teacher=strong)
+    scheme = ElasticScheme(loss=Loss({loss: 1.0}), strong_teacher=strong)
     batch = blocks[:8]
 
     def distance(student: SuperNetwork) -> float:
@@ -218,7 +228,7 @@ def test_a_strong_teacher_teaches_the_first_part_only(network: Any, blocks: Bloc
         AllWeights(supernet, SuperNetwork(base)),
         blocks,
         settings(320),
-        Scheme(strong_teacher=0.3),
+        ElasticScheme(strong_teacher=0.3),
         range_of(supernet.structure),
         state=tmp_path / "s",
         accelerator=Accelerator(cpu=True),
@@ -240,8 +250,8 @@ def moved(network: Any, members: list[Architecture], move_idle: bool) -> dict[st
         for architecture in active:
             supernet.activate(architecture)
             CE(trace(network, batch), None).backward()
-        idle = {} if move_idle else idle_slices(supernet.structure, active)
-        with held_still(optimizer, parameters, idle):
+        idle = {} if move_idle else inactive_slices(supernet.structure, active)
+        with restore_inactive(optimizer, parameters, idle):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     supernet.activate(supernet.base)
@@ -264,11 +274,11 @@ def test_decay_and_momentum_leave_idle_slices_alone(network: Any) -> None:
 def test_what_any_member_of_a_step_used_is_not_idle(network: Any) -> None:
     structure = describe(network.config)
     wide = Architecture(32, (LayerSizes(4, 2, 16), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
-    idle = idle_slices(structure, [SMALL, wide])
+    idle = inactive_slices(structure, [SMALL, wide])
     assert idle["model.layers.1.self_attn.q_proj.weight"] is None
     assert [(d, i.tolist()) for d, i in idle["model.layers.0.mlp.down_proj.weight"]] == [(1, list(range(32, 64)))]
     assert "model.layers.0.self_attn.q_proj.weight" not in idle and "model.layers.2.mlp.up_proj.weight" not in idle
-    assert idle_slices(structure, [structure.base]) == {}
+    assert inactive_slices(structure, [structure.base]) == {}
 
 
 def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Blocks, tmp_path: Path) -> None:
@@ -280,7 +290,7 @@ def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Block
         network.load_state_dict(start)
         folder = tmp_path / str(parts)
         folder.mkdir()
-        tuned(network, blocks, folder, Scheme(), settings(16 * 4 * 6, batch_size=4, accumulation=parts))
+        tuned(network, blocks, folder, ElasticScheme(), settings(16 * 4 * 6, batch_size=4, accumulation=parts))
         ends.append(copy.deepcopy(network.state_dict()))
     for name, value in ends[0].items():
         assert torch.allclose(value, ends[1][name], atol=2e-4), name
@@ -299,7 +309,7 @@ def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, 
     loss = Loss({"kl": 1.0, "relations": 0.5, "hidden": 0.5})
     for model, folder, on in ((network, tmp_path / "a", True), (plain, tmp_path / "b", False)):
         folder.mkdir()
-        tuned(model, blocks, folder, Scheme(loss=loss), settings(32 * 4, gradient_checkpointing=on))
+        tuned(model, blocks, folder, ElasticScheme(loss=loss), settings(32 * 4, gradient_checkpointing=on))
     assert recomputed == 2 * 3 * 4  # three members, four steps, forward and again
     assert not network.is_gradient_checkpointing
     for (name, ours), theirs in zip(network.named_parameters(), plain.parameters(), strict=True):
