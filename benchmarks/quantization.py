@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
                 if record["entry"]["layout"] == "gguf"
                 else graphs.measure_speed(package, record, **work)
             )
-            speed = f"{timed['prefill_tps']:,.0f} / {timed['decode_tps']:,.0f} ({timed['runtime']})"
+            speed = f"{timed.prefill_tps:,.0f} / {timed.decode_tps:,.0f} ({timed.runtime})"
         cells = [
             what,
             f"{record['entry']['bytes']:,}",

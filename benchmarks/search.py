@@ -93,7 +93,9 @@ class Bench:
 
     def seconds(self, architecture: Architecture) -> float:
         """What measuring it took, whenever that was."""
-        row = self.board.store.get(architecture, self.board.weights, *self.board.keys[False][self.task])
+        place = self.board.keys["full"][self.task].place
+        rows = self.board.store.all(weights=self.board.weights, task=place[0], documents=place[1])
+        row = next((row for measured, row in rows if measured == architecture), None)
         assert row is not None
         return row.seconds
 
@@ -275,7 +277,7 @@ def starts(arguments: argparse.Namespace) -> None:
     other_run = arguments.run.with_name(arguments.run.name + "-earlier")
     earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": other_run})
     earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
-    looking = {"first_look": partial(bench.board.measure, first_look=True), "share": FIRST_LOOK}
+    looking = {"first_look": partial(bench.board.measure, fidelity="screening"), "share": FIRST_LOOK}
     proposed, beforehand = {}, {"an earlier run": f"{arguments.evaluations} evaluations"}
     for name in warm_starts():
         bench.job.recipe.searching.warm_start = [name]

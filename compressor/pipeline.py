@@ -131,16 +131,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Put ours beside pruning baselines; prints the table, and writes the report anew where there is one."""
     from export.report.comparison import summarize, summary, terminal_table
-    from export.report.schema import Comparison
 
     rows = explain_oom(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
     if job.run.report.is_file():
         report(job)
-    tables = summarize([Comparison.model_validate(row) for row in rows])
+    tables = summarize(rows)
     console.print(terminal_table(tables))
     for table in tables:
         say(summary(table))
-    return rows
+    return [row.model_dump(mode="json") for row in rows]
 
 
 DEMO = {

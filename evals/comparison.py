@@ -11,19 +11,17 @@ from lm_eval.api.metrics import mean
 from numpy.typing import NDArray
 
 from evals.quality import mean_ratio
+from evals.scoring.scorer import DocumentValues
 from evals.scoring.tasks import ScoredTask
 
 RESAMPLES = 1000
-
-Documents = dict[str, list[list[Any]]]
-"""{task: for each of its subtasks, lm-eval's intermediate value of each document}, always in the same order."""
 
 Resampled = dict[str, NDArray[np.float64]]
 """{task: its score in each resample}."""
 
 
 def resampled(
-    tasks: Mapping[str, ScoredTask], documents: Documents, *, resamples: int = RESAMPLES, seed: int = 0
+    tasks: Mapping[str, ScoredTask], documents: DocumentValues, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Resampled:
     """Every task's score on documents drawn with replacement, within each subtask. The draws depend on the seed and the
     subtask alone, so that resample i of two networks rests on the same documents, and two tasks' draws are independent.
@@ -57,7 +55,7 @@ def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resample
 
     Not a number where the base itself scores nothing on the documents drawn.
     """
-    found = mean_ratio({name: tasks[name] for name in scores}, scores, base)
+    found = mean_ratio({name: tasks[name].higher_is_better for name in scores}, scores, base)
     return np.where(np.isfinite(found), found, np.nan)
 
 

@@ -13,11 +13,12 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
+from search.scores import Score, ScoreKey
 from supernet.architecture import Architecture
 
 APPLICATION = 0x4E415343  # "NASC", in the file's header: tells our stores from other SQLite files
@@ -39,14 +40,9 @@ CREATE TABLE evaluations (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """The score of one architecture, with given weights, on given documents of a task (named with its
-    metric).
-
-    `weights` and `documents` are fingerprints. `stderr` is the score's standard error, None where none is
-    known; `n` the number of documents; `timestamp` is UTC, ISO 8601.
-    """
+class StoredRow(NamedTuple):
+    """A row of the table as it is stored. `architecture`, `weights` and `documents` are fingerprints, `task` is the
+    task's name with its metric; `timestamp` is UTC, ISO 8601."""
 
     architecture: str
     weights: str
@@ -112,54 +108,35 @@ class EvaluationStore:
                 raise
             self._connection.execute("COMMIT")
 
-    def put(
-        self,
-        architecture: Architecture,
-        weights: str,
-        task: str,
-        documents: str,
-        *,
-        score: float,
-        stderr: float | None,
-        n: int,
-        seconds: float,
-    ) -> None:
-        """Record one score; it is on disk when this returns. Recorded again, the first record stays.
+    def put(self, architecture: Architecture, weights: str, key: ScoreKey, score: Score, seconds: float) -> None:
+        """Record the score of an architecture with these weights; it is on disk when this returns.
 
-        ValueError for a score that is not a number.
+        Recorded again, the first record stays. ValueError for a score that is not a number.
         """
-        if math.isnan(score):
-            raise ValueError(f"the score of {architecture.key} on {task} is not a number")
+        if math.isnan(score.value):
+            raise ValueError(f"the score of {architecture.key} on {key.name} is not a number")
+        stderr = None if score.stderr is None or math.isnan(score.stderr) else score.stderr
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        stderr = None if stderr is None or math.isnan(stderr) else stderr
+        row = StoredRow(architecture.key, weights, *key.place, score.value, stderr, score.n, float(seconds), stamp)
         with self._transaction():
-            self._add(architecture)
             self._connection.execute(
-                "INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    architecture.key,
-                    weights,
-                    task,
-                    documents,
-                    float(score),
-                    stderr,
-                    int(n),
-                    float(seconds),
-                    stamp,
-                ),
+                "INSERT OR IGNORE INTO architectures VALUES (?, ?)",
+                (architecture.key, json.dumps(architecture.to_dict(), sort_keys=True)),
             )
+            self._connection.execute("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
-    def get(self, architecture: Architecture, weights: str, task: str, documents: str) -> Measurement | None:
+    def get(self, architecture: Architecture, weights: str, key: ScoreKey) -> Score | None:
         """The recorded score, or None."""
-        found = self._rows(
-            "SELECT * FROM evaluations WHERE architecture = ? AND weights = ? AND task = ? AND documents = ?",
-            (architecture.key, weights, task, documents),
+        rows = self._rows(
+            "SELECT score, stderr, n FROM evaluations"
+            " WHERE architecture = ? AND weights = ? AND task = ? AND documents = ?",
+            (architecture.key, weights, *key.place),
         )
-        return Measurement(*found[0]) if found else None
+        return key.score(*rows[0]) if rows else None
 
     def all(
         self, *, weights: str | None = None, task: str | None = None, documents: str | None = None
-    ) -> list[tuple[Architecture, Measurement]]:
+    ) -> list[tuple[Architecture, StoredRow]]:
         """All recorded scores in the order in which they were recorded, or those with the values given."""
         wanted = {"weights": weights, "task": task, "documents": documents}
         conditions = [f"evaluations.{column} = ?" for column, value in wanted.items() if value is not None]
@@ -169,13 +146,7 @@ class EvaluationStore:
             + " ORDER BY evaluations.rowid",
             [value for value in wanted.values() if value is not None],
         )
-        return [(Architecture.from_dict(json.loads(row[0])), Measurement(*row[1:])) for row in rows]
-
-    def _add(self, architecture: Architecture) -> None:
-        self._connection.execute(
-            "INSERT OR IGNORE INTO architectures VALUES (?, ?)",
-            (architecture.key, json.dumps(architecture.to_dict(), sort_keys=True)),
-        )
+        return [(Architecture.from_dict(json.loads(row[0])), StoredRow(*row[1:])) for row in rows]
 
     def _rows(self, query: str, values: Sequence[str]) -> list[tuple]:
         with self._lock:

@@ -11,22 +11,37 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
 from compressor.job import Job
 from compressor.recipe import absolute_or_share
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
-from compressor.stages.measuring import load_package, score_in_report
+from compressor.stages.measuring import load_package
 from compressor.stages.picking import choose, measured, read_picks
+from evals.baselines import Cut
+from evals.comparison import paired_interval, qualities, resampled
 from evals.quality import relative_quality
+from evals.scoring.encoding import Encoder
+from evals.scoring.evaluate import load_checkpoint
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import DocumentValues, Scorer
+from evals.scoring.tasks import TaskSet
+from evals.speed.measured import speed_beside
+from export.layouts.table import write_layout
+from export.package_record import read_record, update_record
 from export.report.comparison import OURS
+from export.report.schema import Comparison, Difference
+from export.verify import verify_all
+from search.pareto import Target
+from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import fingerprint, read_json, write_json
@@ -35,9 +50,43 @@ from supernet.training.data import Blocks
 from supernet.training.supernet_training import heal
 
 if TYPE_CHECKING:
-    from evals.comparison import Documents, Resampled
-    from evals.scoring.scorer import TaskScore
-    from search.objectives import Evaluation
+    from transformers import PreTrainedModel
+
+
+class FinishedRow(BaseModel):
+    """What `comparison/NAME.json` holds: a row of the report, and what it depends on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: str
+    """Fingerprint of all that the row depends on; rows of others are not compared with it."""
+    of: dict[str, str] | None = None
+    """What the row shares with its run (`provenance`); None for a checkpoint from elsewhere."""
+    made: str | None = None
+    """Fingerprint of the network as cut, with tokens and seed; None for a checkpoint from elsewhere."""
+    weights: str | None = None
+    """Fingerprint of a checkpoint from elsewhere."""
+    row: Comparison
+    documents: DocumentValues
+
+    @classmethod
+    def read(cls, file: Path) -> FinishedRow:
+        return cls.model_validate(read_json(file))
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.model_dump(mode="json", exclude_unset=True))
+
+    def with_row(self, **values: Any) -> FinishedRow:
+        """The same with some values of the row replaced."""
+        return self.model_copy(update={"row": self.row.model_copy(update=values)})
+
+
+class BaseDocuments(BaseModel):
+    """What `comparison/base.json` holds: the base's scores and documents, which every quality is measured against."""
+
+    inputs: str
+    tasks: dict[str, Score]
+    documents: DocumentValues
 
 
 def compare(
@@ -47,7 +96,7 @@ def compare(
     sizes: Sequence[str] = (),
     seeds: int = 1,
     others: Sequence[str] = (),
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """Make, heal, prove, score and time every method at every size; returns the report's rows.
 
     `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
@@ -96,20 +145,18 @@ def compare(
 
 def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architecture]]:
     """(label, architecture of ours) of every size: picked anew from what was measured, or the run's own picks."""
-    from search.pareto import Target
-
     full = job.structure.parameters(job.structure.base)
     if not asked:
         picks = read_picks(job)
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
-        found = [Architecture.from_dict(row["architecture"]) for row in own]
+        picked = [Architecture.from_dict(row["architecture"]) for row in own]
         labels = job.recipe.targets.max_params
         limits = [absolute_or_share(label, full) for label in labels]
-        near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(found, limits, strict=False)]
-        if len(labels) != len(found) or not all(near):  # a size says what was picked, not only what was asked for
-            labels = [f"{job.structure.parameters(a) / full:.2f}" for a in found]
-        return [(_plain(label), a) for label, a in zip(labels, found, strict=True)]
-    evaluations: list[Evaluation] = measured(job)
+        near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(picked, limits, strict=False)]
+        if len(labels) != len(picked) or not all(near):  # a size says what was picked, not only what was asked for
+            labels = [f"{job.structure.parameters(a) / full:.2f}" for a in picked]
+        return [(_plain(label), a) for label, a in zip(labels, picked, strict=True)]
+    evaluations = measured(job)
     chosen = []
     for size in asked:
         try:
@@ -129,66 +176,77 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
     """One method at one size for every seed; returns its rows. What is there already is left as it is, and what another
     method has made of the same cut is taken from there."""
-    from export.layouts.table import write_layout
-
     job = comparison.job
-    cut: tuple[Any, Architecture] | None = None
-    raw: float | None = None
+    cut: Cut | None = None
+    unhealed: float | None = None
     rows = []
     for seed in range(seeds):
         name = f"{method.name}-{comparison.size}-{seed}"
-        row_file = job.run.comparison / f"{name}.json"
-        rows.append(row_file)
-        if row_file.is_file() and read_json(row_file)["inputs"] == comparison.inputs:
+        file = job.run.comparison / f"{name}.json"
+        rows.append(file)
+        if file.is_file() and read_json(file)["inputs"] == comparison.inputs:
             continue
+        # 1. Cut, once for all seeds of a method that does not draw.
         if cut is None or method.drawn:
             job.threads(scoring=True)
-            cut, raw = method.make(comparison, seed), None
+            cut, unhealed = method.make(comparison, seed), None
         made = fingerprint([network_fingerprint(cut[0]), tokens, seed])
         if twin := made_before(comparison, made):
-            write_json(row_file, twin | {"row": twin["row"] | {"method": method.name, "about": method.about}})
+            twin.with_row(method=method.name, about=method.about).write(file)
             continue
-        network, architecture = copy.deepcopy(cut[0]), cut[1]
+        network: Any = copy.deepcopy(cut[0])
         params = sum(p.numel() for p in network.parameters())
-        if raw is None and tokens:
-            raw, _, _ = scored(job, network)
+        # 2. Score as cut, heal, score again.
+        if unhealed is None and tokens:
+            unhealed = scored(job, network)[0]
         if tokens:
             # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
             state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
             heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state)
         quality, tasks, documents = scored(job, network)
-        folder = job.run.comparison / name
-        lineage = {"inputs": comparison.inputs, "method": method.name, "about": method.about, "tokens": tokens}
-        write_layout(
-            "uneven",
-            network,
-            architecture,
-            folder,
-            entry={"name": name, "architecture": architecture.to_dict(), "quality": quality, "tasks": tasks},
-            tokenizer=job.tokenizer,
-            dtype=job.stored_dtype,
-            lineage=lineage | {"base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint}},
-            probe_ids=blocks.split()[1][:4].ids[:, :32],
+        # 3. Package, and write the row.
+        row = Comparison(
+            method=method.name,
+            about=method.about,
+            size=comparison.size,
+            seed=seed,
+            path=f"comparison/{name}",
+            architecture=cut[1].to_dict(),
+            params=params,
+            bytes=0,
+            tokens=tokens,
+            quality=quality,
+            quality_before_healing=unhealed if tokens else quality,
+            tasks=tasks,
         )
-        row = {
-            "method": method.name,
-            "about": method.about,
-            "size": comparison.size,
-            "seed": seed,
-            "path": f"comparison/{name}",
-            "architecture": architecture.to_dict(),
-            "params": params,
-            "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-            "tokens": tokens,
-            "quality": quality,
-            "quality_before_healing": raw if tokens else quality,
-            "tasks": tasks,
-        }
-        found = {"made": made, "row": row, "documents": documents}
-        write_json(row_file, {"inputs": comparison.inputs, "of": provenance(job)} | found)
+        stored = write_method_package(comparison, row, network, cut[1], blocks)
+        finished = FinishedRow(inputs=comparison.inputs, of=provenance(job), made=made, row=row, documents=documents)
+        finished.with_row(bytes=stored).write(file)
         for left in job.run.comparison.glob(f".{name}-*.training.safetensors*"):
             left.unlink()
     return rows
+
+
+def write_method_package(
+    comparison: SizeComparison, row: Comparison, network: Any, architecture: Architecture, blocks: Blocks
+) -> int:
+    """Write the package of a row; returns the bytes of its weights."""
+    job = comparison.job
+    folder = job.run.path / row.path
+    lineage = {"inputs": comparison.inputs, "method": row.method, "about": row.about, "tokens": row.tokens}
+    scores = {task: score.model_dump() for task, score in row.tasks.items()}
+    write_layout(
+        "uneven",
+        network,
+        architecture,
+        folder,
+        entry={"name": folder.name, "architecture": row.architecture, "quality": row.quality, "tasks": scores},
+        tokenizer=job.tokenizer,
+        dtype=job.stored_dtype,
+        lineage=lineage | {"base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint}},
+        probe_ids=blocks.split()[1][:4].ids[:, :32],
+    )
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def provenance(job: Job) -> dict[str, str]:
@@ -196,17 +254,17 @@ def provenance(job: Job) -> dict[str, str]:
     return {"supernet": job.run.supernet_weights, "documents": fingerprint(documents_scored(job))}
 
 
-def made_before(comparison: SizeComparison, made: str) -> dict[str, Any] | None:
+def made_before(comparison: SizeComparison, made: str) -> FinishedRow | None:
     """A finished row of this comparison that began with the same network, tokens and seed."""
     for file in sorted(comparison.job.run.comparison.glob(f"*-{comparison.size}-*.json")):
-        data: dict[str, Any] = read_json(file)
-        if data["inputs"] == comparison.inputs and data["made"] == made:
-            return data
+        finished = FinishedRow.read(file)
+        if finished.inputs == comparison.inputs and finished.made == made:
+            return finished
     return None
 
 
 def network_fingerprint(network: Any) -> str:
-    """Of a network's configuration and of every weight, bit for bit."""
+    """16 hexadecimal digits of a network's configuration and of every weight, bit for bit."""
     digest = hashlib.sha256(repr(network.config).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
@@ -214,7 +272,9 @@ def network_fingerprint(network: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks, seed: int, state: Path) -> None:
+def heal_as_ours(
+    job: Job, base: PreTrainedModel, network: PreTrainedModel, tokens: int, blocks: Blocks, seed: int, state: Path
+) -> None:
     """Heal in place with the recipe's rate; seed 0 draws what the export of this run drew."""
     section = job.recipe.healing.model_copy(update={"tokens": tokens})
     settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
@@ -223,152 +283,131 @@ def heal_as_ours(job: Job, base: Any, network: Any, tokens: int, blocks: Blocks,
     round_as_stored(job, network)
 
 
-def scored(job: Job, network: Any) -> tuple[float, dict[str, Any], Documents]:
-    """Quality, scores as the report holds them, and every document's own, on the report split."""
+def scored(job: Job, network: PreTrainedModel) -> tuple[float, dict[str, Score], DocumentValues]:
+    """Quality, scores and every document's own value, on the report split."""
     job.threads(scoring=True)
-    found = job.scorer(network).score("report")
-    base = {task: row["value"] for task, row in read_json(job.run.comparison / "base.json")["tasks"].items()}
-    quality = relative_quality(job.tasks.tasks, {task: score.value for task, score in found.items()}, base)
-    return quality, in_report(job, found), {task: score.items for task, score in found.items()}
+    scores, documents = job.scorer(network).score_with_documents("report")
+    return relative_quality(scores, base_documents(job).tasks), scores, documents
 
 
-def in_report(job: Job, found: Mapping[str, TaskScore]) -> dict[str, Any]:
-    return {task: score_in_report(job, task, score.value, score.stderr, score.n) for task, score in found.items()}
-
-
-def base_documents(job: Job, base: Any) -> None:
-    """`comparison/base.json`: the base's scores and documents, against which every quality is."""
+def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocuments:
+    """The base's scores and documents on the report split; with `base`, scored where that was not done yet."""
     file = job.run.comparison / "base.json"
     inputs = fingerprint(documents_scored(job))
-    if file.is_file() and read_json(file)["inputs"] == inputs:
-        return
-    job.threads(scoring=True)
-    found = job.scorer(base).score("report")
-    documents = {task: score.items for task, score in found.items()}
-    write_json(file, {"inputs": inputs, "tasks": in_report(job, found), "documents": documents})
+    if base is not None and not (file.is_file() and read_json(file)["inputs"] == inputs):
+        job.threads(scoring=True)
+        scores, documents = job.scorer(base).score_with_documents("report")
+        write_json(file, BaseDocuments(inputs=inputs, tasks=scores, documents=documents).model_dump(mode="json"))
+    return BaseDocuments.model_validate(read_json(file))
 
 
 def prove(job: Job, rows: Sequence[Path]) -> None:
     """Reload in a fresh process every package that was not proved yet."""
-    from export.package_record import read_record
-    from export.verify import verify_all
-
-    folders = sorted({job.run.path / read_json(row)["row"]["path"] for row in rows})
+    folders = sorted({job.run.path / FinishedRow.read(row).row.path for row in rows})
     unproved = [folder for folder in folders if not read_record(folder)["entry"].get("verified")]
     if unproved:
         verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
 
 
-def time_beside_base(job: Job, base: Any, rows: Sequence[Path]) -> None:
+def time_beside_base(job: Job, base: PreTrainedModel, rows: Sequence[Path]) -> None:
     """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
     in memory together. Rows that share a package share its speed."""
-    from evals.speed.measured import speed_beside
-    from export.package_record import update_record
-
     job.threads(scoring=True)
     untimed: dict[str, list[Path]] = {}
-    for row in rows:
-        data = read_json(row)["row"]
-        if "speed" not in data:
-            untimed.setdefault(data["path"], []).append(row)
+    for file in rows:
+        row = FinishedRow.read(file).row
+        if row.speed is None:
+            untimed.setdefault(row.path, []).append(file)
     for path, sharing in untimed.items():
         folder = job.run.path / path
-        found, beside = speed_beside(load_package(folder, job.compute_dtype, job.device), base)
-        speeds = {"speed": found.to_dict(), "base_speed": beside.to_dict()}
-        update_record(folder, entry={"speed": speeds["speed"]})
-        for row in sharing:
-            whole = read_json(row)
-            whole["row"] |= speeds
-            write_json(row, whole)
+        speed, base_speed = speed_beside(load_package(folder, job.compute_dtype, job.device), base)
+        update_record(folder, entry={"speed": speed.model_dump()})
+        for file in sharing:
+            FinishedRow.read(file).with_row(speed=speed, base_speed=base_speed).write(file)
 
 
 def external_checkpoint(job: Job, given: str) -> Path:
-    """Score a checkpoint that was compressed elsewhere, as it came, with its own tokenizer."""
-    from evals.scoring.encoding import Encoder
-    from evals.scoring.evaluate import load_checkpoint
-    from evals.scoring.scorer import NetworkLM, Scorer
-    from evals.scoring.tasks import TaskSet
-
+    """Score a checkpoint that was compressed elsewhere, as it came, with its own tokenizer. Returns its row."""
     name = re.sub(r"[^0-9A-Za-z._]+", "-", Path(given).name if Path(given).is_dir() else given)
     file = job.run.comparison / f"with-{name}.json"
-    if file.is_file() and read_json(file)["row"]["path"] != given:  # another one whose folder has this name
+    if file.is_file() and FinishedRow.read(file).row.path != given:  # another one whose folder has this name
         name = f"{name}-{fingerprint(given)[:6]}"
         file = job.run.comparison / f"with-{name}.json"
     model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
-    weights = network_fingerprint(model)
-    documents = read_json(job.run.comparison / "base.json")["inputs"]
-    if file.is_file() and (known := read_json(file))["inputs"] == documents and known["weights"] == weights:
-        return file
+    weights, base = network_fingerprint(model), base_documents(job)
+    if file.is_file():
+        before = FinishedRow.read(file)
+        if before.inputs == base.inputs and before.weights == weights:
+            return file
     say(f"scoring {given}")
     include = [job.recipe.include_path] if job.recipe.include_path else []
     encoder = Encoder(tokenizer, model.config)
     tasks = TaskSet.load(job.recipe.tasks, encoder=encoder, include_path=include)
-    found = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.recipe.batch_tokens)).score("report")
-    base = {task: row["value"] for task, row in read_json(job.run.comparison / "base.json")["tasks"].items()}
+    scorer = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.recipe.batch_tokens))
+    scores, documents = scorer.score_with_documents("report")
     parameters = list(model.parameters())
-    row = {
-        "method": name,
-        "about": "compressed elsewhere, as it came",
-        "size": None,
-        "seed": None,
-        "path": given,
-        "params": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "tokens": None,
-        "quality": relative_quality(job.tasks.tasks, {task: score.value for task, score in found.items()}, base),
-        "tasks": in_report(job, found),
-    }
-    items = {task: score.items for task, score in found.items()}
-    write_json(file, {"inputs": documents, "weights": weights, "row": row, "documents": items})
+    row = Comparison(
+        method=name,
+        about="compressed elsewhere, as it came",
+        size=None,
+        seed=None,
+        path=given,
+        params=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        quality=relative_quality(scores, base.tasks),
+        tasks=scores,
+    )
+    FinishedRow(inputs=base.inputs, weights=weights, row=row, documents=documents).write(file)
     return file
 
 
-def comparison_rows(job: Job) -> list[dict[str, Any]]:
+def comparison_rows(job: Job) -> list[Comparison]:
     """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
 
     Rows of another super-network, of another pick than the newest ours, or scored on other documents are left out. Rows
     of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against ours
     of the nearest size.
     """
-    from evals.comparison import paired_interval, qualities, resampled
-
     folder = job.run.comparison
-    found = [read_json(file) for file in sorted(folder.glob("*-*.json"))]
-    if not found:
+    files = sorted(folder.glob("*-*.json"))
+    if not files:
         return []
-    tasks, of_base, now = job.tasks.tasks, read_json(folder / "base.json"), provenance(job)
-    if of_base["inputs"] != now["documents"]:
+    tasks, base, now = job.tasks.tasks, base_documents(job), provenance(job)
+    if base.inputs != now["documents"]:
         return []
-    found = [data for data in found if data.get("of", now) == now]  # a checkpoint from elsewhere is of no run
-    # Every comparison makes the first seed of ours anew where anything changed: what agrees with that row is current.
-    first = [data for data in found if (data["row"]["method"], data["row"]["seed"]) == (OURS, 0)]
-    valid = {data["row"]["size"]: data["inputs"] for data in first} | {None: now["documents"]}
-    found = [data for data in found if data["inputs"] == valid.get(data["row"]["size"])]
-    base: Resampled = resampled(tasks, of_base["documents"])
-    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    for data in found:
-        drawn = qualities(tasks, resampled(tasks, data["documents"]), base)
-        data["drawn"] = drawn
-        data["row"]["quality_stderr"] = float(np.nanstd(drawn)) if np.isfinite(drawn).any() else None
-        groups.setdefault((data["row"]["method"], data["row"]["size"]), []).append(data)
-    mine = {size: group for (method, size), group in groups.items() if method == OURS}
+    # 1. Keep what is of this run. Every comparison makes the first seed of ours anew where anything changed: what
+    # agrees with that row is current.
+    finished = [row for row in map(FinishedRow.read, files) if row.of is None or row.of == now]
+    current: dict[str | None, str] = {None: now["documents"]}
+    current |= {f.row.size: f.inputs for f in finished if (f.row.method, f.row.seed) == (OURS, 0)}
+    finished = [f for f in finished if f.inputs == current.get(f.row.size)]
+    # 2. Draw documents again and again, the same for all rows.
+    base_drawn = resampled(tasks, base.documents)
+    drawn = [qualities(tasks, resampled(tasks, f.documents), base_drawn) for f in finished]
+    rows = []
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for number, (f, values) in enumerate(zip(finished, drawn, strict=True)):
+        stderr = float(np.nanstd(values)) if np.isfinite(values).any() else None
+        rows.append(f.row.model_copy(update={"quality_stderr": stderr}))
+        groups.setdefault((f.row.method, f.row.size), []).append(number)
+    # 3. Judge every other method against ours of its size.
+    ours = {size: group for (method, size), group in groups.items() if method == OURS}
+
+    def mean(group: Sequence[int]) -> float:
+        return sum(rows[number].quality for number in group) / len(group)
+
     for (method, size), group in groups.items():
-        rival = mine.get(size) or min(
-            mine.values(), key=lambda g: abs(g[0]["row"]["params"] - group[0]["row"]["params"]), default=None
-        )
+        params = rows[group[0]].params
+        nearest = min(ours.values(), key=lambda own: abs(rows[own[0]].params - params), default=None)
+        rival = ours.get(size, nearest)
         if method == OURS or rival is None:
             continue
-        interval = paired_interval([d["drawn"] for d in rival], [d["drawn"] for d in group])
-        if interval is None:
-            continue
-        low, high = interval
-        for data in group:
-            data["row"]["ours_minus_this"] = {"value": _mean(rival) - _mean(group), "low": low, "high": high}
-    return [data["row"] for data in found]
-
-
-def _mean(group: Sequence[dict[str, Any]]) -> float:
-    return sum(data["row"]["quality"] for data in group) / len(group)
+        interval = paired_interval([drawn[i] for i in rival], [drawn[i] for i in group])
+        if interval is not None:
+            difference = Difference(value=mean(rival) - mean(group), low=interval[0], high=interval[1])
+            for number in group:
+                rows[number] = rows[number].model_copy(update={"ours_minus_this": difference})
+    return rows
 
 
 def _plain(size: str) -> str:

@@ -1,7 +1,8 @@
-"""Score base and packages on the report split, time them side by side, and let them speak."""
+"""Measure the base and every package: scores on the report split, speed side by side, and samples of text."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from functools import cache, partial
@@ -14,18 +15,27 @@ import torch
 
 from compressor.inputs import training_blocks, weights_fingerprint
 from compressor.job import Job
-from compressor.stages.subnet_scores import stored_scores
+from compressor.stages.score_keys import task_key
+from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
+from evals.speed.measured import Speed, device_name, speed_beside
+from export.layouts import graphs, llama_cpp
+from export.layouts.gguf_layout import take_stored_weights
+from export.package_record import read_record, update_record
+from export.report.card import read_base_card
+from search.scores import Score
+from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
+from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.training.sources import plain_text, read_rows
+from supernet.trust import check_code
 
 if TYPE_CHECKING:
-    from search.store import EvaluationStore
-
+    from transformers import PreTrainedModel
 
 LOADABLE = ("uneven", "uniform", "padded")
 """Layouts that transformers loads."""
@@ -36,8 +46,6 @@ def measure_packages(job: Job, names: list[str]) -> None:
 
     Scores are rows of evaluations.db like any other, so nothing is scored twice.
     """
-    from search.store import EvaluationStore
-
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
     measurer = PackageMeasurer(job)
@@ -57,8 +65,6 @@ class PackageMeasurer:
     """
 
     def __init__(self, job: Job) -> None:
-        from evals.speed.measured import device_name
-
         self.job, self.base = job, cache(job.load_base)
         self.text, self.prompts = unread_text(job), openings(job)
         self.conditions = {
@@ -72,11 +78,11 @@ class PackageMeasurer:
         before = read_json(self.file) if self.file.is_file() else {}
         if before.get("conditions") != self.conditions:
             before = {}
-        self.speed: dict[str, Any] | None = before["base"]["speed"] if before else None
+        self.speed = Speed.model_validate(before["base"]["speed"]) if before else None
         """The base's, beside the first package that was timed."""
         self.losses: dict[str, float] = {"base": before["base"]["held_out_loss"]} if before else {}
         self.texts: dict[str, dict[str, str]] = {}
-        self.scores: dict[str, dict[str, dict[str, Any]]] = {}
+        self.scores: dict[str, dict[str, Score]] = {}
         self._said: dict[str, dict[str, str]] = {}  # of the last time, by name
         for row in before.get("samples", []):
             for name, text in row["continuations"].items():
@@ -96,49 +102,42 @@ class PackageMeasurer:
         holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
         in their runtimes is for the proof to say.
         """
-        from export.package_record import read_record, update_record
-
         job, package = self.job, self.job.run.packages / name
         record = read_record(package)
         entry, lineage = record["entry"], record["lineage"]
         model = cache(partial(scored_network, job, package, record))  # loaded when, and if, it is needed
-        current = self.speed is not None and lineage.get("base_speed") == self.speed
+        current = self.speed is not None and lineage.get("base_speed") == self.speed.model_dump()
         if entry["layout"] in ("onnx", "openvino"):
             self.scores[name], self.losses[name] = self.scores[lineage["copy_of"]], self.losses[lineage["copy_of"]]
         else:
             architecture = Architecture.from_dict(entry["architecture"])
             self.scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(package))
             self.losses[name] = entry["held_out_loss"] if current else held_out_loss(model(), self.text, 1, job.device)
-        speed = entry["speed"] if current else self.time(package, record, model)
+        speed = entry["speed"] if current else self.time(package, record, model).model_dump()
         if entry["layout"] in LOADABLE:
             kept = self._said.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
-            "tasks": self.scores[name],
-            "quality": relative_quality(job.tasks.tasks, self._values(name), self._values("base")),
+            "tasks": dumped(self.scores[name]),
+            "quality": relative_quality(self.scores[name], self.scores["base"]),
             "held_out_loss": self.losses[name],
             "speed": speed,
         }
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
-        update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": self.speed})
+        base_speed = self.speed and self.speed.model_dump()
+        update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
 
-    def time(self, package: Path, record: dict[str, Any], model: Callable[[], Any]) -> dict[str, Any]:
+    def time(self, package: Path, record: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
-        from evals.speed.measured import Speed, speed_beside
-
         self.job.threads(scoring=True)
         if record["entry"]["layout"] not in LOADABLE:
             assert self.speed is not None  # a package of a pick's own layout comes first
             return speed_in_its_runtime(package, record, self.speed)
-        known = None if self.speed is None else Speed(**self.speed)
-        found, beside = speed_beside(model(), self.base(), known)
-        self.speed = beside.to_dict()
-        return found.to_dict()
+        speed, self.speed = speed_beside(model(), self.base(), self.speed)
+        return speed
 
     def write(self, names: list[str]) -> None:
         """`base.json`: the base as the report shows it, and what packages say beside it."""
-        from export.report.card import read_base_card
-
         job = self.job
         base = {
             "name": Path(job.recipe.model).name,
@@ -149,18 +148,15 @@ class PackageMeasurer:
             "architecture": job.structure.base.to_dict(),
             "card": read_base_card(job.checkpoint.path).model_dump(),
             "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
-            "tasks": self.scores["base"],
+            "tasks": dumped(self.scores["base"]),
             "held_out_loss": self.losses["base"],
-            "speed": self.speed,
+            "speed": self.speed and self.speed.model_dump(),
         }
         samples = [
             {"prompt": prompt, "continuations": {name: found[prompt] for name, found in self.texts.items()}}
             for prompt in self.prompts
         ]
         write_json(self.file, {"base": base, "conditions": self.conditions, "packages": names, "samples": samples})
-
-    def _values(self, name: str) -> dict[str, float]:
-        return {task: score["value"] for task, score in self.scores[name].items()}
 
 
 def unread_text(job: Job) -> Blocks:
@@ -175,8 +171,6 @@ def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
 
     That the file's own runtime computes the same is for the proof to say.
     """
-    from export.layouts.gguf_layout import take_stored_weights
-
     if record["entry"]["layout"] != "gguf":
         return load_package(package, job.compute_dtype, job.device)
     original = job.run.packages / record["lineage"]["copy_of"]
@@ -185,9 +179,6 @@ def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
-    from supernet.loading import load_network
-    from supernet.trust import check_code
-
     # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
     with redirect_stderr(StringIO()), torch.no_grad():
         model, _ = load_network(folder, dtype, check_code(folder))
@@ -196,36 +187,32 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def speed_in_its_runtime(package: Path, record: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+def speed_in_its_runtime(package: Path, record: dict[str, Any], like: Speed) -> Speed:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
-    from export.layouts import graphs, llama_cpp
-
-    work = {"prompt": like["prompt"], "new": like["new"], "threads": like["threads"] or 1}
+    work = {"prompt": like.prompt, "new": like.new, "threads": like.threads or 1}
     if record["entry"]["layout"] == "gguf":
         return llama_cpp.measure_speed(package, **work)
     return graphs.measure_speed(package, record, **work)
 
 
 def report_scores(
-    job: Job, store: EvaluationStore, model: Callable[[], Any], architecture: Architecture, weights: str
-) -> dict[str, dict[str, Any]]:
-    """Every task's score on the report split, in the report's form. `model` is loaded where a score is missing."""
-    rows = stored_scores(job, store, architecture, weights, "report", lambda: job.scorer(model()).score("report"))
-    return {name: score_in_report(job, name, row.score, row.stderr, row.n) for name, row in rows.items()}
+    job: Job, store: EvaluationStore, model: Callable[[], PreTrainedModel], architecture: Architecture, weights: str
+) -> dict[str, Score]:
+    """Every task's score on the report split. `model` is loaded where a score is missing."""
+    keys = {name: task_key(job, task, "report") for name, task in job.tasks.tasks.items()}
+
+    def measure() -> Measured:
+        began = time.monotonic()
+        scores = job.scorer(model()).score("report")
+        seconds = (time.monotonic() - began) / len(scores)
+        return [(keys[name], score, seconds) for name, score in scores.items()]
+
+    return stored_scores(store, architecture, weights, keys, measure)
 
 
-def score_in_report(job: Job, name: str, value: float, stderr: float | None, n: int) -> dict[str, Any]:
-    """A task's score on the report split, as `report.json` holds it."""
-    task = job.tasks.tasks[name]
-    return {
-        "metric": task.metric,
-        "value": value,
-        "stderr": stderr,
-        "n": n,
-        "split": "report",
-        "higher_is_better": task.higher_is_better,
-        "chance": job.tasks.chance(name, "report"),
-    }
+def dumped(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """Scores as JSON holds them."""
+    return {name: score.model_dump() for name, score in scores.items()}
 
 
 def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
-from compressor.stages.score_keys import first_look_limit, measurable, score_keys
+from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import GREEDY, proposals, sources
 from export.layouts.table import copies_hold
@@ -44,7 +44,7 @@ def search(job: Job) -> dict[str, Any]:
     check_searching(job)
     inputs = {
         "weights": manifest["weights"],
-        "scores": [score_keys(job, look) for look in (False, True)[: 2 if first_look_limit(job) else 1]],
+        "scores": [{name: key.place for name, key in score_keys(job, one).items()} for one in fidelities(job)],
         "searching": recipe.searching.model_dump(exclude=NOT_MEASURED),
         "warm_start": sources(job),
         "targets": recipe.targets.model_dump(),
@@ -65,7 +65,7 @@ def search(job: Job) -> dict[str, Any]:
     starts = proposals(job)
     with (
         EvaluationStore(run.evaluations) as store,
-        closing(SubnetEvaluator(job, store, manifest["weights"])) as board,
+        closing(SubnetEvaluator(job, store, manifest["weights"])) as evaluator,
         bar("searching", recipe.searching.evaluations or 0) as progress,
     ):
         base, best = job.structure.parameters(job.structure.base), (0.0, 0)
@@ -96,17 +96,17 @@ def search(job: Job) -> dict[str, Any]:
         known = []
         if GREEDY in recipe.searching.warm_start:
             share = int(GREEDY_SHARE * budget)
-            known = greedy_path(job.space, objectives, board.measure, evaluations=share, **common)
+            known = greedy_path(job.space, objectives, evaluator.measure, evaluations=share, **common)
         result = run_search(
             job.space,
             objectives,
-            board.measure,
+            evaluator.measure,
             algorithm=recipe.searching.algorithm,
             evaluations=budget,
             include=uniform_ones(job),
             warm_start=starts,
             known=known,
-            first_look=partial(board.measure, first_look=True) if first_look_limit(job) else None,
+            first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
             share=recipe.searching.first_look or 0.0,
             on_generation=tell,
             **common,
@@ -114,7 +114,7 @@ def search(job: Job) -> dict[str, Any]:
     found = {
         "inputs": fingerprint(inputs),
         "weights": manifest["weights"],
-        "base": board.base[False],
+        "base": {name: score.value for name, score in evaluator.base["full"].items()},
         "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
         **result.to_dict(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,17 @@ from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.score_keys import (
     HELD_OUT,
+    Fidelity,
     Keys,
-    first_look_limit,
+    document_limit,
+    fidelities,
     held_out_keys,
-    row_key,
     score_keys,
     scored_tasks,
 )
-from evals.quality import check_base, quality_stderr, relative_quality, standard_error
+from evals.quality import check_base, quality_stderr, relative_quality
+from search.scores import Score, ScoreKey
+from search.store import EvaluationStore
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -37,32 +40,23 @@ from supernet.training.losses import divergence, token_losses
 from supernet.training.traces import HiddenStates, trace
 
 if TYPE_CHECKING:
-    from evals.scoring.documents import Split
-    from evals.scoring.scorer import TaskScore
-    from search.store import EvaluationStore, Measurement
+    from transformers import PreTrainedModel
+
+    from evals.scoring.scorer import Scorer
+
+Measured = list[tuple[ScoreKey, Score, float]]
+"""Scores with where they are kept and the seconds that each took."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sub-network to measure, on all documents of the search or, for a first look, on part of them."""
+    """A sub-network to measure, on all documents of the search or, for screening, on part of them."""
 
     architecture: Architecture
-    first_look: bool = False
+    fidelity: Fidelity = "full"
 
     def __str__(self) -> str:
         return f"architecture {self.architecture.key}"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of a sub-network, as the store keeps it."""
-
-    task: str
-    documents: str
-    value: float
-    stderr: float | None
-    n: int
-    seconds: float
 
 
 class SubnetScorer:
@@ -73,44 +67,33 @@ class SubnetScorer:
         job.threads(scoring=True)
         self.supernet = job.load_supernet()
         self.scorer = job.scorer(self.supernet.model)
-        self.keys = {look: score_keys(job, look) for look in ((False, True) if first_look_limit(job) else (False,))}
-        self.held_out = HeldOut(job) if any(name in self.keys[False] for name in HELD_OUT) else None
+        self.keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
+        self.held_out = HeldOut(job) if any(name in self.keys["full"] for name in HELD_OUT) else None
 
     @torch.no_grad()
-    def __call__(self, request: Request) -> list[Score]:
-        """Everything that an evaluation measures. A full one brings the first look's numbers along: they are about
-        some of the same documents."""
+    def __call__(self, request: Request) -> Measured:
+        """Everything that an evaluation measures. A full one gives the screening scores too: they are about some of
+        the same documents."""
         self.supernet.activate(request.architecture)
-        keys = {True: self.keys[True]} if request.first_look else self.keys
-        scores = task_scores(self.job, self.scorer, keys, request.architecture)
+        keys = {key: value for key, value in self.keys.items() if request.fidelity in ("full", key)}
+        measured = task_scores(self.job, self.scorer, keys, request.architecture)
         if self.held_out is not None:
-            scores += self.held_out.scores(self.supernet.model, self.keys[False])
-        return scores
+            measured += self.held_out.scores(self.supernet.model, self.keys["full"])
+        return measured
 
 
-def task_scores(job: Job, scorer: Any, keys: dict[bool, Keys], architecture: Architecture | None = None) -> list[Score]:
-    """The scores of the network behind `scorer` on all documents of the search (`keys[False]`), on a first look's
-    (`keys[True]`), or on both, from one pass: the latter are among the former.
-
-    A score that is not a number (a network whose numbers overflowed) counts as the worst there is.
-    """
-    limits = {look: first_look_limit(job) if look else job.recipe.searching.limit for look in keys}
+def task_scores(
+    job: Job, scorer: Scorer, keys: Mapping[Fidelity, Keys], architecture: Architecture | None = None
+) -> Measured:
+    """The scores of the network behind `scorer` at the fidelities of `keys`, from one pass: the documents of the
+    screening are among all of the search."""
+    limits = {fidelity: document_limit(job, fidelity) for fidelity in keys}
     began = time.monotonic()
-    answers = scorer.ask("search", limits[False] if False in limits else limits[True], architecture)
+    answers = scorer.ask("search", limits["full"] if "full" in limits else limits["screening"], architecture)
     tasks = scored_tasks(job)
-    found = {look: scorer.scores("search", limit, answers, tasks) for look, limit in limits.items()}
-    seconds = (time.monotonic() - began) / sum(map(len, found.values()))
-    return [
-        Score(*keys[look][name], _finite(score), score.stderr, score.n, seconds)
-        for look, scores in found.items()
-        for name, score in scores.items()
-    ]
-
-
-def _finite(score: TaskScore) -> float:
-    if not math.isnan(score.value):
-        return score.value
-    return 0.0 if score.higher_is_better else math.inf
+    scores = {fidelity: scorer.scores("search", limit, answers, tasks) for fidelity, limit in limits.items()}
+    seconds = (time.monotonic() - began) / sum(map(len, scores.values()))
+    return [(keys[fidelity][name], score, seconds) for fidelity, rows in scores.items() for name, score in rows.items()]
 
 
 class HeldOut:
@@ -130,36 +113,33 @@ class HeldOut:
             setattr(model.get_submodule(parent), layers, nn.ModuleList())
 
     @torch.no_grad()
-    def scores(self, model: Any, keys: Keys) -> list[Score]:
+    def scores(self, model: PreTrainedModel, keys: Keys) -> Measured:
         """Mean and standard error over the blocks, of those of the two that `keys` name."""
         began = time.monotonic()
-        found: dict[str, list[float]] = {name: [] for name in HELD_OUT if name in keys}
+        values: dict[str, list[float]] = {name: [] for name in HELD_OUT if name in keys}
         for number, block in enumerate(self.blocks):
             student = trace(model, block)
-            if "held_out_loss" in found:
+            if "held_out_loss" in values:
                 loss = token_losses({"ce": 1.0}, student, None, 1.0) / max(1, len(student.targets))
-                found["held_out_loss"].append(float(loss))
-            if "kl_to_base" in found:
-                found["kl_to_base"].append(float(divergence(student, self.base[number])))
-        seconds = (time.monotonic() - began) / len(found)
-        scores = []
-        for name, values in found.items():
-            numbers = torch.tensor(values, dtype=torch.float64)
-            value = float(numbers.mean())
-            stderr = float(numbers.std() / math.sqrt(len(values))) if len(values) > 1 else None
-            scores.append(Score(*keys[name], math.inf if math.isnan(value) else value, stderr, len(values), seconds))
-        return scores
+                values["held_out_loss"].append(float(loss))
+            if "kl_to_base" in values:
+                values["kl_to_base"].append(float(divergence(student, self.base[number])))
+        seconds = (time.monotonic() - began) / len(values)
+        measured: Measured = []
+        for name, row in values.items():
+            numbers = torch.tensor(row, dtype=torch.float64)
+            stderr = float(numbers.std() / math.sqrt(len(row))) if len(row) > 1 else None
+            measured.append((keys[name], keys[name].score(float(numbers.mean()), stderr, len(row)), seconds))
+        return measured
 
 
 def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[float]:
     """Held-out loss of sub-networks of the run's super-network, in nats per token: from the store, or else measured
     and recorded."""
-    from search.store import EvaluationStore
-
     keys = held_out_keys(job, ["held_out_loss"])
     key, weights = keys["held_out_loss"], job.run.supernet_weights
     with EvaluationStore(job.run.evaluations) as store:
-        unknown = [one for one in architectures if store.get(one, weights, *key) is None]
+        unknown = [architecture for architecture in architectures if store.get(architecture, weights, key) is None]
         if unknown:
             job.threads(scoring=True)
             supernet, held_out = job.load_supernet(), HeldOut(job)
@@ -168,19 +148,19 @@ def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[flo
                     supernet.activate(architecture)
                     record(store, architecture, weights, held_out.scores(supernet.model, keys))
                     progress.advance()
-        rows = [store.get(one, weights, *key) for one in architectures]
-    return [row.score for row in rows if row is not None]
+        scores = [store.get(architecture, weights, key) for architecture in architectures]
+    return [score.value for score in scores if score is not None]
 
 
 def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:
-    """A scorer of its own for a worker, from what the run holds on disk."""
+    """A scorer for a worker, from what the run holds on disk."""
     job = Job(Run(path), Recipe.model_validate(recipe))
     job.processes = job.recipe.searching.workers
     return SubnetScorer(job)
 
 
-def open_workers(job: Job) -> Workers[Request, list[Score]]:
-    """Who measures: as many workers as the recipe says, where it says. Raises `RequestError` where that cannot be."""
+def open_workers(job: Job) -> Workers[Request, Measured]:
+    """The workers that the recipe asks for. Raises `RequestError` where they cannot be had."""
     settings = job.recipe.searching
     build = partial(open_scorer, job.run.path.resolve(), job.recipe.model_dump())
     if settings.executor == "processes":
@@ -198,45 +178,40 @@ class SubnetEvaluator:
         self.job = job
         self.store = store
         self.weights = weights
-        self.keys = {False: score_keys(job, False)}
-        self.base = {False: base_scores(job, store, self.keys[False], first_look=False)}
-        if first_look_limit(job):
-            self.keys[True] = score_keys(job, True)
-            self.base[True] = base_scores(job, store, self.keys[True], first_look=True)
-        self._workers: Workers[Request, list[Score]] | None = None
+        self.keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
+        self.base = {fidelity: base_scores(job, store, keys, fidelity) for fidelity, keys in self.keys.items()}
+        self._workers: Workers[Request, Measured] | None = None
         self._scorer: SubnetScorer | None = None
 
     def measure(
-        self, asked: Sequence[Architecture], first_look: bool = False
+        self, asked: Sequence[Architecture], fidelity: Fidelity = "full"
     ) -> Iterator[tuple[Architecture, dict[str, float]]]:
         """Values by name of everything asked for, each recorded before it is told."""
         waiting = []
         for architecture in asked:
-            if known := self._known(architecture, first_look):
-                yield architecture, known
+            if values := self._known(architecture, fidelity):
+                yield architecture, values
             else:
-                waiting.append(Request(architecture, first_look))
+                waiting.append(Request(architecture, fidelity))
         # Neighbours in this order share most leading layers, which are then computed once.
         waiting.sort(key=lambda request: (request.architecture.hidden_size, request.architecture.layers))
-        for request, scores in self._map(waiting):
-            record(self.store, request.architecture, self.weights, scores)
-            yield request.architecture, self._known(request.architecture, first_look)
+        for request, measured in self._map(waiting):
+            record(self.store, request.architecture, self.weights, measured)
+            yield request.architecture, self._known(request.architecture, fidelity)
 
-    def _known(self, architecture: Architecture, first_look: bool) -> dict[str, float]:
+    def _known(self, architecture: Architecture, fidelity: Fidelity) -> dict[str, float]:
         """All values, or none where the store lacks one."""
-        keys = self.keys[first_look]
-        rows = {name: self.store.get(architecture, self.weights, *key) for name, key in keys.items()}
-        known = {name: row for name, row in rows.items() if row is not None}
-        if len(known) < len(keys):
+        keys = self.keys[fidelity]
+        scores = known_scores(self.store, architecture, self.weights, keys)
+        if len(scores) < len(keys):
             return {}
-        values, base = {name: row.score for name, row in known.items()}, self.base[first_look]
-        errors = {name: standard_error(row) for name, row in known.items()}
-        return values | {
-            "quality": relative_quality(self.job.tasks.tasks, values, base),
-            "quality_stderr": quality_stderr(self.job.tasks.tasks, values, errors, base),
+        base = {name: self.base[fidelity][name] for name in self.job.tasks.tasks}
+        return {name: score.value for name, score in scores.items()} | {
+            "quality": relative_quality(scores, base),
+            "quality_stderr": quality_stderr(scores, base),
         }
 
-    def _map(self, requests: list[Request]) -> Iterator[tuple[Request, list[Score]]]:
+    def _map(self, requests: list[Request]) -> Iterator[tuple[Request, Measured]]:
         settings = self.job.recipe.searching
         if settings.workers == 1 and settings.executor == "processes":
             if self._scorer is None and requests:
@@ -259,60 +234,44 @@ class SubnetEvaluator:
             self._workers.close()
 
 
-def record(store: EvaluationStore, architecture: Architecture, weights: str, scores: Sequence[Score]) -> None:
+def record(store: EvaluationStore, architecture: Architecture, weights: str, measured: Measured) -> None:
     """Put scores into the store; they are on disk when this returns."""
-    for score in scores:
-        store.put(
-            architecture,
-            weights,
-            score.task,
-            score.documents,
-            score=score.value,
-            stderr=score.stderr,
-            n=score.n,
-            seconds=score.seconds,
-        )
+    for key, score, seconds in measured:
+        store.put(architecture, weights, key, score.or_worst(), seconds)
 
 
-def base_scores(job: Job, store: EvaluationStore, keys: Keys, first_look: bool) -> dict[str, float]:
-    """The base's own scores on the search documents. Raises `RequestError` where nothing can be measured against it."""
-    wanted = {name: keys[name] for name in scored_tasks(job)}
-
-    def known() -> dict[str, Measurement]:
-        rows = {k: store.get(job.structure.base, job.base_fingerprint, *key) for k, key in wanted.items()}
-        return {name: row for name, row in rows.items() if row is not None}
-
-    if len(known()) < len(wanted):
-        say("scoring the base")
-        job.threads(scoring=True)
-        with torch.no_grad():
-            scores = task_scores(job, job.scorer(job.load_base()), {first_look: keys})
-        record(store, job.structure.base, job.base_fingerprint, scores)
-    found = {name: row.score for name, row in known().items()}
-    for name in job.tasks.tasks:
-        check_base(name, found[name])
-    return found
+def known_scores(
+    store: EvaluationStore, architecture: Architecture, weights: str, keys: Mapping[str, ScoreKey]
+) -> dict[str, Score]:
+    """Those scores of a network that the store holds, by name."""
+    scores = {name: store.get(architecture, weights, key) for name, key in keys.items()}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def stored_scores(
-    job: Job,
     store: EvaluationStore,
     architecture: Architecture,
     weights: str,
-    split: Split,
-    score: Callable[[], dict[str, TaskScore]],
-) -> dict[str, Measurement]:
-    """Every task's score of a network on all documents of a split: from the store, or else from `score`, recorded."""
-    keys = {name: (row_key(job, name), job.tasks.fingerprint(name, split)) for name in job.tasks.tasks}
+    keys: Mapping[str, ScoreKey],
+    measure: Callable[[], Measured],
+) -> dict[str, Score]:
+    """All scores that `keys` name of a network: from the store, or else from `measure`, recorded."""
+    if len(known_scores(store, architecture, weights, keys)) < len(keys):
+        record(store, architecture, weights, measure())
+    return known_scores(store, architecture, weights, keys)
 
-    def known() -> dict[str, Measurement]:
-        rows = {name: store.get(architecture, weights, *key) for name, key in keys.items()}
-        return {name: row for name, row in rows.items() if row is not None}
 
-    if len(known()) < len(keys):
-        began = time.monotonic()
-        fresh = score()
-        seconds = (time.monotonic() - began) / len(fresh)
-        scores = [Score(*keys[name], _finite(s), s.stderr, s.n, seconds) for name, s in fresh.items()]
-        record(store, architecture, weights, scores)
-    return known()
+def base_scores(job: Job, store: EvaluationStore, keys: Keys, fidelity: Fidelity) -> dict[str, Score]:
+    """The base's own scores on the search documents. Raises `RequestError` where nothing can be measured against it."""
+
+    def measure() -> Measured:
+        say("scoring the base")
+        job.threads(scoring=True)
+        with torch.no_grad():
+            return task_scores(job, job.scorer(job.load_base()), {fidelity: keys})
+
+    wanted = {name: keys[name] for name in scored_tasks(job)}
+    scores = stored_scores(store, job.structure.base, job.base_fingerprint, wanted, measure)
+    for name in job.tasks.tasks:
+        check_base(name, scores[name])
+    return scores

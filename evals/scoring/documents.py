@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import FirstNSampler
@@ -17,10 +17,9 @@ from lm_eval.api.task import Task
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals.scoring.encoding import Encoder
+from search.scores import Split
 from supernet.common.errors import RequestError
 from supernet.common.files import write_text
-
-Split = Literal["search", "report", "all"]
 
 SEARCH_DIGITS = "02468ace"
 

@@ -97,15 +97,7 @@ def evaluate(
             "fewshot_as_multiturn": prompting.multiturn,
         },
         "scores": {
-            task: {
-                "metric": score.metric,
-                "value": score.value,
-                "stderr": score.stderr,
-                "n": score.n,
-                "higher_is_better": score.higher_is_better,
-                "chance": score.chance,
-                "near_chance": score.near_chance,
-            }
+            task: score.model_dump(exclude={"split"}) | {"near_chance": score.near_chance}
             for task, score in scores.items()
         },
         "date": began,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
@@ -19,6 +18,7 @@ from evals.scoring.documents import Document, Split, Subtask
 from evals.scoring.lm import NetworkLM
 from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.scoring.tree_attention import Plan
+from search.scores import Score
 from supernet.architecture import Architecture
 
 BOOTSTRAP_ITERATIONS = 100
@@ -27,35 +27,11 @@ BOOTSTRAP_ITERATIONS = 100
 Answers = dict[int, list[Any]]
 """{id of an instance: its responses, as many as it asks for}."""
 
+DocumentValues = dict[str, list[list[Any]]]
+"""{task: for each of its subtasks, lm-eval's intermediate value of each document}, always in the same order."""
+
 RawMetrics = dict[tuple[str, str], list[Any]]
 """{(metric, filter): one value for each document}, lm-eval's intermediate form."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A task's score: `n` documents of `split` under lm-eval's `metric`, with lm-eval's standard error of it.
-
-    Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
-    `chance`: the score of uniform guessing, where that means something. `items`: for each subtask, lm-eval's
-    intermediate value of each document, in the task's order; what its aggregation adds up.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    split: Split
-    higher_is_better: bool
-    chance: float | None = None
-    items: list[list[Any]] = field(default_factory=list)
-
-    @property
-    def near_chance(self) -> bool:
-        """Whether the score is within two standard errors of chance, so that it tells nothing."""
-        if self.chance is None or self.stderr is None:
-            return False
-        return abs(self.value - self.chance) <= 2 * self.stderr + 1e-9
 
 
 class Scorer:
@@ -69,13 +45,18 @@ class Scorer:
 
     def score(
         self, split: Split, limit: int | None = None, *, architecture: Architecture | None = None
-    ) -> dict[str, TaskScore]:
+    ) -> dict[str, Score]:
         """Score the network as it stands, `limit` documents of each task (None: all of the split).
 
         `architecture`, where the network is a super-network: what is active. Leading layers that are equal to those
         of the call before are then not computed again.
         """
         return self.scores(split, limit, self.ask(split, limit, architecture))
+
+    def score_with_documents(self, split: Split, limit: int | None = None) -> tuple[dict[str, Score], DocumentValues]:
+        """As `score`, with every document's own value."""
+        answers = self.ask(split, limit)
+        return self.scores(split, limit, answers), self.document_values(split, limit, answers)
 
     def ask(self, split: Split, limit: int | None = None, architecture: Architecture | None = None) -> Answers:
         """The network's answers to all requests of the documents; the arguments are those of `score`."""
@@ -96,44 +77,51 @@ class Scorer:
 
     def scores(
         self, split: Split, limit: int | None, answers: Answers, tasks: Mapping[str, ScoredTask] | None = None
-    ) -> dict[str, TaskScore]:
+    ) -> dict[str, Score]:
         """What the answers to the documents' requests are worth, by the metric of each task or those of `tasks`, which
         may name one task several times (`TaskSet.by_metric`)."""
+        tasks = tasks or self.tasks.tasks
+        documents = self.tasks.questions(split, limit).documents
+        values = self.document_values(split, limit, answers, tasks)
+        return {name: score_of(task, documents[task.name], values[name], split) for name, task in tasks.items()}
+
+    def document_values(
+        self, split: Split, limit: int | None, answers: Answers, tasks: Mapping[str, ScoredTask] | None = None
+    ) -> DocumentValues:
+        """lm-eval's intermediate value of each document, by task, for each of its subtasks in order: what an
+        aggregation adds up."""
         documents = self.tasks.questions(split, limit).documents
         return {
-            name: self._task_score(task, documents[task.name], answers, split)
+            name: [
+                raw_metrics(leaf, docs, answers, only_filter=task.filter)[task.metric, task.filter] if docs else []
+                for leaf, docs in documents[task.name]
+            ]
             for name, task in (tasks or self.tasks.tasks).items()
         }
 
-    def _task_score(
-        self, task: ScoredTask, documents: Sequence[tuple[Subtask, list[Document]]], answers: Answers, split: Split
-    ) -> TaskScore:
-        values, errors, sizes, everything = [], [], [], []
-        for leaf, docs in documents:
-            if docs:
-                items = raw_metrics(leaf, docs, answers, only_filter=task.filter)[task.metric, task.filter]
-                aggregation = leaf.task.aggregation().get(task.metric, _mean)
-                value, error = _aggregated(aggregation, items)
-                values.append(value)
-                errors.append(error)
-            else:
-                items = []
-                values.append(math.nan)
-                errors.append(None)
-            sizes.append(len(items))
-            everything.append(items)
-        value, error = task.aggregate(values, errors, sizes)
-        return TaskScore(
-            task.name,
-            task.metric,
-            value,
-            error,
-            sum(sizes),
-            split,
-            task.higher_is_better,
-            task.chance(documents),
-            everything,
-        )
+
+def score_of(
+    task: ScoredTask, documents: Sequence[tuple[Subtask, list[Document]]], values: Sequence[list[Any]], split: Split
+) -> Score:
+    """A task's score from its documents' values, with lm-eval's standard error.
+
+    Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
+    """
+    aggregated = [
+        _aggregated(leaf.task.aggregation().get(task.metric, _mean), items) if items else (math.nan, None)
+        for (leaf, _), items in zip(documents, values, strict=True)
+    ]
+    sizes = [len(items) for items in values]
+    value, stderr = task.aggregate([value for value, _ in aggregated], [error for _, error in aggregated], sizes)
+    return Score(
+        metric=task.metric,
+        value=value,
+        stderr=stderr,
+        n=sum(sizes),
+        split=split,
+        higher_is_better=task.higher_is_better,
+        chance=task.chance(documents),
+    )
 
 
 def raw_metrics(
@@ -185,6 +173,3 @@ def _aggregated(aggregation: Callable[[Sequence[Any]], float], items: Sequence[A
 
 def _mean(items: Sequence[float]) -> float:
     return sum(items) / len(items)
-
-
-__all__ = ["NetworkLM", "Scorer", "TaskScore", "raw_metrics", "standard_error"]

@@ -10,10 +10,10 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
@@ -27,38 +27,55 @@ Times = tuple[float, float]
 """Two numbers: of reading the prompt, and of one decoding step."""
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Medians over `repeats` runs, after `warmup` more: read `prompt` tokens, then write `new` greedily with a
-    key-value cache.
+class Speed(BaseModel):
+    """Measured speed, and in what: numbers of different runtimes say nothing about each other."""
 
-    `prefill_tps` and `decode_tps` are tokens per second over the whole batch; `ttft_ms`: time to the first token;
-    `latency_ms`: the whole run; `throughput_tps`: new tokens per second of the whole run, over the whole batch.
-    `prefill_spread`, `decode_spread`: interquartile range of the runs' times as a share of their median.
-    `peak_memory_bytes`: weights, cache and working memory at their highest.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     runtime: str
+    """Such as `transformers`, `transformers (decompressed at load)` or `llama.cpp`."""
     device: str
-    threads: int | None
+    """`cpu`, `cuda`, or the accelerator's name."""
+    threads: int | None = None
+    """CPU threads; None on an accelerator."""
     dtype: str
     batch: int
     prompt: int
+    """Tokens in the prompt."""
     new: int
+    """Tokens generated."""
     prefill_tps: float
+    """Prompt tokens per second, over the whole batch."""
     decode_tps: float
-    throughput_tps: float
-    ttft_ms: float
-    latency_ms: float
-    peak_memory_bytes: int
-    warmup: int
-    repeats: int
-    prefill_spread: float
-    decode_spread: float
+    """Generated tokens per second, over the whole batch."""
+    throughput_tps: float | None = None
+    """Generated tokens per second of the whole run, reading the prompt counted, over the whole batch."""
+    ttft_ms: float | None = None
+    """Milliseconds to the first new token."""
+    latency_ms: float | None = None
+    """Milliseconds of the whole run."""
+    peak_memory_bytes: int | None = None
+    """Weights, cache and working memory at their highest."""
+    warmup: int | None = None
+    repeats: int | None = None
+    """Runs of which these are medians, after so many for warming up."""
+    prefill_spread: float | None = None
+    decode_spread: float | None = None
+    """Interquartile range of the runs' times as a share of their median."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """What report.json holds of it."""
-        return asdict(self)
+    @property
+    def where(self) -> str:
+        threads = "" if self.threads is None else f", {self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{self.runtime}, {self.device}{threads}, {self.dtype}"
+
+    @property
+    def workload(self) -> str:
+        return f"batch {self.batch}, prompt of {self.prompt}, {self.new} new tokens"
+
+    def comparable(self, other: Speed) -> bool:
+        """Whether the two were measured in the same runtime, on the same device, at the same work."""
+        keys = ("runtime", "device", "threads", "batch", "prompt", "new")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
 def compare_speed(
@@ -130,7 +147,7 @@ def speed_beside(model: nn.Module, base: nn.Module, known: Speed | None = None, 
         return found, beside
     timed = ("prefill_tps", "decode_tps", "throughput_tps", "ttft_ms", "latency_ms")
     drift = {name: getattr(known, name) / getattr(beside, name) for name in timed}
-    return replace(found, **{name: getattr(found, name) * drift[name] for name in timed}), known
+    return found.model_copy(update={name: getattr(found, name) * drift[name] for name in timed}), known
 
 
 def _spread_of(times: Sequence[float]) -> float:

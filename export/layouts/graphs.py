@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.speed.measured import Speed
 from export.layouts.installed import EXTRAS, check_installed
 from export.package import check_destination, staged
 from export.package_record import CARD, PackageInfo, path_in_run, read_package, write_record
@@ -196,10 +197,10 @@ class Graph:
 
 def measure_speed(
     package: Path, record: Mapping[str, Any], *, prompt: int, new: int, threads: int, repeats: int = 5
-) -> dict[str, Any]:
-    """Speed of a package's graph at batch 1, as report.json holds it: medians over `repeats` runs.
+) -> Speed:
+    """Speed of a package's graph at batch 1: medians over `repeats` runs.
 
-    OpenVINO takes the threads that it likes.
+    OpenVINO chooses its number of threads itself.
     """
     import statistics
     import time
@@ -218,17 +219,17 @@ def measure_speed(
         for _ in range(new - 1):
             logits, past = graph(logits[:, -1:].argmax(-1), past=past)
         runs.append((first - began, (time.perf_counter() - first) / (new - 1)))
-    return {
-        "runtime": EXTRAS[layout][-1],
-        "device": "cpu",
-        "threads": threads,
-        "dtype": "float32",
-        "batch": 1,
-        "prompt": prompt,
-        "new": new,
-        "prefill_tps": prompt / statistics.median(first for first, _ in runs[1:]),
-        "decode_tps": 1 / statistics.median(each for _, each in runs[1:]),
-    }
+    return Speed(
+        runtime=EXTRAS[layout][-1],
+        device="cpu",
+        threads=threads,
+        dtype="float32",
+        batch=1,
+        prompt=prompt,
+        new=new,
+        prefill_tps=prompt / statistics.median(first for first, _ in runs[1:]),
+        decode_tps=1 / statistics.median(each for _, each in runs[1:]),
+    )
 
 
 def check_graph(package: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.speed.measured import Speed
 from export.layouts.gguf_layout import QUANTIZED
 from export.layouts.installed import check_installed
 from supernet.common.errors import VerificationError
@@ -85,24 +86,24 @@ class LlamaCpp:
         return found["tokens"]
 
 
-def measure_speed(package: Path, *, prompt: int, new: int, threads: int, repeats: int = 5) -> dict[str, Any]:
+def measure_speed(package: Path, *, prompt: int, new: int, threads: int, repeats: int = 5) -> Speed:
     """Speed of a gguf package in llama.cpp at batch 1, as report.json holds it: medians over `repeats` runs."""
     import statistics
 
     (file,) = package.glob("*.gguf")
     runtime = LlamaCpp(file, prompt + new + 8, threads)
     runs = [runtime.timed([1 + i % 200 for i in range(prompt)], new) for _ in range(repeats + 1)][1:]
-    return {
-        "runtime": "llama.cpp",
-        "device": "cpu",
-        "threads": threads,
-        "dtype": file.stem.rpartition("-")[2],
-        "batch": 1,
-        "prompt": prompt,
-        "new": new,
-        "prefill_tps": prompt / statistics.median(first for first, _ in runs),
-        "decode_tps": 1 / statistics.median(each for _, each in runs),
-    }
+    return Speed(
+        runtime="llama.cpp",
+        device="cpu",
+        threads=threads,
+        dtype=file.stem.rpartition("-")[2],
+        batch=1,
+        prompt=prompt,
+        new=new,
+        prefill_tps=prompt / statistics.median(first for first, _ in runs),
+        decode_tps=1 / statistics.median(each for _, each in runs),
+    )
 
 
 def check_gguf(package: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from export.report.plots import Dot, scatter
-from export.report.schema import Comparison, TaskScore
+from export.report.schema import Comparison
+from search.scores import Score
 from supernet.common.formatting import count, percent
 
 OURS = "ours"
@@ -36,7 +37,7 @@ class MethodSummary:
     stderr: float
     """One standard error of the mean: over documents, and over seeds where there are several."""
     before_healing: float | None
-    tasks: Mapping[str, TaskScore]
+    tasks: Mapping[str, Score]
     """Means over seeds, with standard errors like that of the quality; without a task that any seed has no score of."""
     decode_tps: float | None
     base_decode_tps: float | None
@@ -106,7 +107,7 @@ def _standing(group: Sequence[Comparison]) -> MethodSummary:
     )
 
 
-def _mean_score(scores: Sequence[TaskScore]) -> TaskScore:
+def _mean_score(scores: Sequence[Score]) -> Score:
     """What one task said over seeds. One whose metric has no standard error over documents is left without any."""
     value, stderr = _mean([(score.value, score.stderr or 0.0) for score in scores])
     none = any(score.stderr is None for score in scores)

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from evals.speed.measured import Speed
 from export.quantization.schemes import SchemeName
+from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.errors import did_you_mean
 
@@ -40,101 +42,24 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite_scores(tasks: Any) -> Any:
-    if not isinstance(tasks, Mapping):
-        return tasks
-    return {
-        task: score
-        for task, score in tasks.items()
-        if not (isinstance(score, Mapping) and _finite_or_none(score.get("value", 0)) is None)
-    }
+def _finite_scores(tasks: dict[str, Score]) -> dict[str, Score]:
+    """Without the scores that JSON cannot hold, such as the perplexity of a collapsed network."""
+    return {task: score for task, score in tasks.items() if math.isfinite(score.value)}
+
+
+def _all_finite(tasks: dict[str, Score]) -> dict[str, Score]:
+    for task, score in tasks.items():
+        if not math.isfinite(score.value):
+            raise ValueError(f"the score of {task} is not finite ({score.value})")
+    return tasks
+
+
+Scores = Annotated[dict[str, Score], AfterValidator(_all_finite)]
+"""{task: its score}."""
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class TaskScore(_Model):
-    """What one task said about one checkpoint."""
-
-    metric: str
-    """lm-eval's name of the metric, such as `acc_norm`."""
-    value: float
-    """The score in the metric's own unit; an accuracy lies between 0 and 1."""
-    stderr: float | None = None
-    """One standard error over documents; None where lm-eval knows none."""
-    n: int
-    """Number of documents scored."""
-    split: Literal["search", "report", "all"]
-    """Which documents: those of the search, the others, or (evaluated outside a run) all."""
-    higher_is_better: bool = True
-    chance: float | None = None
-    """What guessing scores, in the metric's unit; None where that has no meaning."""
-
-    @property
-    def stamp(self) -> str:
-        """`near chance` where the score is within two standard errors of chance, `below chance` where it is worse."""
-        if self.chance is None:
-            return ""
-        above = (self.value - self.chance) * (1 if self.higher_is_better else -1)
-        margin = 2 * (self.stderr or 0.0) + 1e-9
-        return "near chance" if abs(above) <= margin else "below chance" if above < 0 else ""
-
-    @property
-    def text(self) -> str:
-        """The score with its standard error: `0.810 ± 0.005`."""
-        decimals = 3 if abs(self.value) < 10 else 2 if abs(self.value) < 100 else 1
-        error = "" if self.stderr is None else f" ± {self.stderr:.{decimals}f}"
-        return f"{self.value:.{decimals}f}{error}"
-
-
-class Speed(_Model):
-    """Measured speed, and in what: numbers of different runtimes say nothing about each other."""
-
-    runtime: str
-    """Such as `transformers`, `transformers (decompressed at load)` or `llama.cpp`."""
-    device: str
-    """`cpu`, `cuda`, or the accelerator's name."""
-    threads: int | None = None
-    """CPU threads; None on an accelerator."""
-    dtype: str
-    batch: int
-    prompt: int
-    """Tokens in the prompt."""
-    new: int
-    """Tokens generated."""
-    prefill_tps: float
-    """Prompt tokens per second, over the whole batch."""
-    decode_tps: float
-    """Generated tokens per second, over the whole batch."""
-    throughput_tps: float | None = None
-    """Generated tokens per second of the whole run, reading the prompt counted, over the whole batch."""
-    ttft_ms: float | None = None
-    """Milliseconds to the first new token."""
-    latency_ms: float | None = None
-    """Milliseconds of the whole run."""
-    peak_memory_bytes: int | None = None
-    """Weights, cache and working memory at their highest."""
-    warmup: int | None = None
-    repeats: int | None = None
-    """Runs of which these are medians, after so many for warming up."""
-    prefill_spread: float | None = None
-    decode_spread: float | None = None
-    """Interquartile range of the runs' times as a share of their median."""
-
-    @property
-    def where(self) -> str:
-        threads = "" if self.threads is None else f", {self.threads} thread{'s' * (self.threads != 1)}"
-        return f"{self.runtime}, {self.device}{threads}, {self.dtype}"
-
-    @property
-    def workload(self) -> str:
-        return f"batch {self.batch}, prompt of {self.prompt}, {self.new} new tokens"
-
-    def comparable(self, other: Speed) -> bool:
-        """Whether the two were measured in the same runtime, on the same device, at the same work."""
-        keys = ("runtime", "device", "threads", "batch", "prompt", "new")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
 class BaseCard(_Model):
@@ -161,7 +86,7 @@ class Base(_Model):
     """Of the safetensors files."""
     dtype: str
     architecture: ArchitectureDict
-    tasks: dict[str, TaskScore]
+    tasks: Scores
     """Scores on the report split."""
     held_out_loss: float | None = None
     """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
@@ -213,7 +138,7 @@ class Package(_Model):
     """Of the weight files as they are on disk."""
     quality: float
     """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
-    tasks: dict[str, TaskScore]
+    tasks: Scores
     """Scores on the report split."""
     held_out_loss: float | None = None
     """As the base's."""
@@ -250,7 +175,7 @@ class Candidate(_Model):
     quality: float
     decode_tps: float | None = None
     """Computed from speed.json."""
-    tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
+    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = {}
     """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
     further: dict[str, float] = {}
     """Whatever else the search measured, such as `held_out_loss`."""
@@ -377,7 +302,7 @@ class Comparison(_Model):
     """One standard error over documents, bootstrapped."""
     quality_before_healing: float | None = None
     """As published: cut, not trained."""
-    tasks: Annotated[dict[str, TaskScore], BeforeValidator(_finite_scores)] = {}
+    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = {}
     speed: Speed | None = None
     base_speed: Speed | None = None
     """The base's, measured in turn with this one's."""

@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from export.report.schema import Base, Package, Report, TaskScore
+from export.report.schema import Base, Package, Report
+from search.scores import Score
 from supernet.common.formatting import count, percent, rate, size
 
 
@@ -100,7 +101,7 @@ def metric_name(report: Report, task: str) -> str:
     return score.metric if score.higher_is_better else f"{score.metric} ↓"
 
 
-def _score_cell(score: TaskScore | None) -> Text:
+def _score_cell(score: Score | None) -> Text:
     if score is None:
         return Text("-")
     cell = Text(score.text.replace(" ± ", "\n± "))

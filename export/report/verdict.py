@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from export.report.schema import Base, Package, Report, TaskScore
+from export.report.schema import Base, Package, Report
+from search.scores import Score
 from supernet.common.formatting import count, percent, size
 
 HEAVY = 0.9
@@ -36,7 +37,7 @@ class Change:
         return f"{self.delta:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def change(base: TaskScore, score: TaskScore) -> Change:
+def change(base: Score, score: Score) -> Change:
     """How `score` differs from the base's, the two taken as independent."""
     delta = (score.value - base.value) * (1 if score.higher_is_better else -1)
     if base.stderr is None or score.stderr is None:
@@ -119,7 +120,7 @@ def _size_sentences(package: Package, base: Base, first: bool) -> list[str]:
     return said
 
 
-def _losses(opening: str, before: Mapping[str, TaskScore], after: Mapping[str, TaskScore], say_none: bool) -> list[str]:
+def _losses(opening: str, before: Mapping[str, Score], after: Mapping[str, Score], say_none: bool) -> list[str]:
     """On which tasks a loss is beyond noise, and for which that cannot be said."""
     changes = {task: change(score, after[task]) for task, score in before.items() if task in after}
     figures = {task: f"{task} ({before[task].value:.3g} → {after[task].value:.3g})" for task in changes}

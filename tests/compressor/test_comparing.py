@@ -24,13 +24,12 @@ from compressor.run import Run
 from compressor.stages import comparing
 from compressor.stages.comparison_methods import methods
 from evals.comparison import paired_interval, qualities, resampled
-from evals.speed import measured as speed
-from export import package
+from evals.speed.measured import Speed
 from export.report.comparison import summarize, summary, terminal_table
 from export.report.schema import Comparison, Difference
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
-from tests.support import tiny
+from tests.support import report_helpers, tiny
 
 
 class Task:
@@ -189,20 +188,31 @@ class Folder:
         self.job.run.comparison.mkdir()
         self.trained("weights")
         documents = comparing.provenance(self.job)["documents"]
-        write_json(self.job.run.comparison / "base.json", {"inputs": documents, "documents": {"coin": [[1.0] * 4]}})
+        write_json(
+            self.job.run.comparison / "base.json",
+            {"inputs": documents, "tasks": {}, "documents": {"coin": [[1.0] * 4]}},
+        )
 
     def trained(self, weights: str) -> None:
         write_json(self.job.run.supernet / "manifest.json", {"weights": weights})
 
     def compared(self, method: str, seed: int, inputs: str, quality: float, size: str = "0.67") -> None:
-        row = {"method": method, "size": size, "seed": seed, "params": 1, "quality": quality, "path": method}
+        row = {
+            "method": method,
+            "about": "",
+            "size": size,
+            "seed": seed,
+            "params": 1,
+            "quality": quality,
+            "path": method,
+        }
         documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
         data = {"inputs": inputs, "of": comparing.provenance(self.job), "row": row, "documents": documents}
         write_json(self.job.run.comparison / f"{method}-{size}-{seed}.json", data)
 
     @property
     def shown(self) -> list[tuple[str, int, float]]:
-        return [(row["method"], row["seed"], row["quality"]) for row in comparing.comparison_rows(self.job)]
+        return [(row.method, row.seed, row.quality) for row in comparing.comparison_rows(self.job)]
 
 
 def test_rows_of_an_earlier_comparison_are_not_shown(tmp_path: Path) -> None:
@@ -233,6 +243,7 @@ def test_packages_are_timed_one_by_one_beside_the_base(tmp_path: Path, monkeypat
         folder.compared(method, 0, "inputs", 0.5)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     timed: list[str] = []
+    fast = Speed.model_validate(report_helpers.speed(100.0))
 
     def load_package(path: Path, *_: Any) -> Any:
         alive.add(model := torch.nn.Identity())
@@ -241,18 +252,18 @@ def test_packages_are_timed_one_by_one_beside_the_base(tmp_path: Path, monkeypat
 
     def speed_beside(model: Any, base: Any) -> tuple[Any, Any]:
         assert set(alive) == {model}
-        return SimpleNamespace(to_dict=lambda of=timed[-1]: {"of": of}), SimpleNamespace(to_dict=lambda: {"of": "base"})
+        return fast.model_copy(update={"runtime": timed[-1]}), fast
 
     monkeypatch.setattr(comparing, "load_package", load_package)
-    monkeypatch.setattr(speed, "speed_beside", speed_beside)
-    monkeypatch.setattr(package, "update_record", lambda *_, **__: None)
+    monkeypatch.setattr(comparing, "speed_beside", speed_beside)
+    monkeypatch.setattr(comparing, "update_record", lambda *_, **__: None)
     folder.job.threads, folder.job.compute_dtype, folder.job.device = lambda scoring: None, None, None
     rows = sorted(tmp_path.glob("comparison/*-0.json"))
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)  # nothing is left to time
     assert timed == ["flap", "ours", "wanda"]
     wanda = read_json(tmp_path / "comparison" / "wanda-0.67-0.json")["row"]
-    assert (wanda["speed"], wanda["base_speed"]) == ({"of": "wanda"}, {"of": "base"})
+    assert wanda["speed"] == fast.model_dump() | {"runtime": "wanda"} and wanda["base_speed"] == fast.model_dump()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from compressor.stages.score_keys import score_keys
 from compressor.stages.searching import speed_table
 from compressor.stages.subnet_scores import HeldOut, held_out_losses
 from compressor.stages.warm_start import proposals
-from evals.quality import quality_stderr, relative_quality, standard_error
+from evals.quality import quality_stderr, relative_quality
 from evals.speed.table import SpeedTable
 from search.pareto import Target
-from search.store import EvaluationStore, Measurement
+from search.scores import Score
+from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from tests.support import tiny
@@ -219,10 +219,10 @@ def test_timings_of_elsewhere_do_not_stay(made: Made, tmp_path: Path, monkeypatc
 def test_scores_of_another_precision_are_not_taken_for_these(made: Made) -> None:
     recipe = Run(made.run).recipe()
     recipe.searching.objectives.append("held_out_loss")
-    keys = score_keys(Job(Run(made.run), recipe), False)
-    assert keys["tiny_choice"][0] == "tiny_choice:acc,none" and keys["held_out_loss"][0] == "held_out_loss"
-    half = score_keys(Job(Run(made.run), recipe.model_copy(update={"dtype": "bfloat16"})), False)
-    assert not set(keys.values()) & set(half.values())
+    keys = score_keys(Job(Run(made.run), recipe), "full")
+    assert keys["tiny_choice"].name == "tiny_choice:acc,none" and keys["held_out_loss"].name == "held_out_loss"
+    half = score_keys(Job(Run(made.run), recipe.model_copy(update={"dtype": "bfloat16"})), "full")
+    assert not {key.place for key in keys.values()} & {key.place for key in half.values()}
 
 
 def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:
@@ -233,22 +233,26 @@ def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:
     assert len(measured_on) == 16 and not trained.intersection(measured_on)
 
 
+def scores(up: float, down: float, stderr: tuple[float, float] = (0.0, 0.0)) -> dict[str, Score]:
+    """Of a task where more is better, and of one where less is."""
+    return {
+        "up": Score(metric="acc", value=up, stderr=stderr[0], n=9, split="search"),
+        "down": Score(metric="ppl", value=down, stderr=stderr[1], n=9, split="search", higher_is_better=False),
+    }
+
+
 def test_quality_is_relative_to_the_base() -> None:
-    tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
-    job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
-    base = {"up": 0.8, "down": 30.0}
-    assert relative_quality(job.tasks.tasks, base, base) == 1.0
-    assert relative_quality(job.tasks.tasks, {"up": 0.4, "down": 60.0}, base) == pytest.approx(0.5)
-    assert relative_quality(job.tasks.tasks, {"up": 0.8, "down": 15.0}, base) == pytest.approx(1.5)
+    base = scores(0.8, 30.0)
+    assert relative_quality(base, base) == 1.0
+    assert relative_quality(scores(0.4, 60.0), base) == pytest.approx(0.5)
+    assert relative_quality(scores(0.8, 15.0), base) == pytest.approx(1.5)
     with pytest.raises(RequestError, match="task up: the base scores 0"):
-        relative_quality(job.tasks.tasks, base, base | {"up": 0.0})
+        relative_quality(base, scores(0.0, 30.0))
 
 
 def test_noise_of_the_quality_by_hand() -> None:
-    tasks = {"up": SimpleNamespace(higher_is_better=True), "down": SimpleNamespace(higher_is_better=False)}
-    job: Any = SimpleNamespace(tasks=SimpleNamespace(tasks=tasks))
-    base, values, errors = {"up": 0.8, "down": 30.0}, {"up": 0.4, "down": 60.0}, {"up": 0.08, "down": 6.0}
-    assert quality_stderr(job.tasks.tasks, values, errors, base) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
+    noisy = scores(0.4, 60.0, stderr=(0.08, 6.0))
+    assert quality_stderr(noisy, scores(0.8, 30.0)) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +265,8 @@ def test_noise_of_the_quality_by_hand() -> None:
     ],
 )
 def test_few_documents_are_no_certainty(score: float, stderr: float | None, n: int, expected: float) -> None:
-    row = Measurement("a", "w", "t", "d", score, stderr, n, 0.0, "now")
-    assert standard_error(row) == pytest.approx(expected)
+    measured = Score(metric="acc", value=score, stderr=stderr, n=n, split="search")
+    assert measured.uncertainty == pytest.approx(expected)
 
 
 def test_held_out_loss_decides_where_tasks_cannot(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

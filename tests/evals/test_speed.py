@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evals.speed import measured as timing
 from evals.speed.measured import Speed, compare_speed, speed_beside
 from evals.speed.table import PartTimes, SpeedTable, designed, sizes_to_time
-from export.report.schema import Speed as PackageSpeed
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.families import describe
@@ -157,7 +156,6 @@ def test_speeds_are_measured_side_by_side() -> None:
         assert speed.decode_tps > 0 and speed.prefill_tps > 0 and speed.ttft_ms <= speed.latency_ms
         assert speed.warmup == 1 and speed.prefill_spread >= 0 and speed.decode_spread >= 0
         assert speed.throughput_tps == pytest.approx(3 / speed.latency_ms * 1e3)
-        assert PackageSpeed(**speed.to_dict()).ttft_ms == speed.ttft_ms  # the report takes it all
 
 
 def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +165,9 @@ def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: 
 
     def on_a_slower_machine(models: dict[str, Any], **_: Any) -> dict[str, Speed]:
         assert list(models.values()) == [other, base]
-        slow = replace(known, decode_tps=known.decode_tps / 4, prefill_tps=known.prefill_tps / 2)
-        return {"model": replace(slow, decode_tps=1.5 * slow.decode_tps, peak_memory_bytes=1), "base": slow}
+        slow = known.model_copy(update={"decode_tps": known.decode_tps / 4, "prefill_tps": known.prefill_tps / 2})
+        faster = slow.model_copy(update={"decode_tps": 1.5 * slow.decode_tps, "peak_memory_bytes": 1})
+        return {"model": faster, "base": slow}
 
     monkeypatch.setattr(timing, "compare_speed", on_a_slower_machine)
     found, beside = speed_beside(other, base, known)

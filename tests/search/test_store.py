@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from search.scores import Score, ScoreKey
 from search.space import SearchSpace
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
@@ -28,7 +29,8 @@ def record(
     weights: str = "w",
     stderr: float | None = 0.01,
 ) -> None:
-    store.put(architecture, weights, task, documents, score=score, stderr=stderr, n=60, seconds=1.5)
+    key = ScoreKey(task, documents)
+    store.put(architecture, weights, key, key.score(score, stderr, 60), seconds=1.5)
 
 
 def test_what_is_put_is_there_after_opening_again(tmp_path: Path) -> None:
@@ -39,12 +41,14 @@ def test_what_is_put_is_there_after_opening_again(tmp_path: Path) -> None:
         record(store, ARCHITECTURES[0], 0.80, task="stories:bpb")
         record(store, ARCHITECTURES[0], 0.90, weights="trained on")
     with EvaluationStore(path) as store:
-        found = store.get(ARCHITECTURES[1], "w", "blimp12:acc", "d")
-        assert found is not None
-        assert (found.score, found.stderr, found.n, found.seconds) == (0.25, 0.01, 60, 1.5)
-        assert found.architecture == ARCHITECTURES[1].key and found.timestamp.endswith("+00:00")
-        assert store.get(ARCHITECTURES[1], "w", "blimp12:acc", "other documents") is None
-        assert store.get(ARCHITECTURES[2], "w", "blimp12:acc", "d") is None
+        key = ScoreKey("blimp12:acc", "d", metric="acc", split="search", chance=0.5)
+        score = Score(metric="acc", value=0.25, stderr=0.01, n=60, split="search", chance=0.5)
+        assert store.get(ARCHITECTURES[1], "w", key) == score
+        assert store.get(ARCHITECTURES[1], "w", ScoreKey("blimp12:acc", "other documents")) is None
+        assert store.get(ARCHITECTURES[2], "w", key) is None
+        row = store.all()[0][1]
+        assert row[:8] == (ARCHITECTURES[1].key, "w", "blimp12:acc", "d", 0.25, 0.01, 60, 1.5)
+        assert row.timestamp.endswith("+00:00")
         assert [(a, m.score) for a, m in store.all()] == [
             (ARCHITECTURES[1], 0.25),
             (ARCHITECTURES[0], 0.75),
@@ -69,11 +73,12 @@ def test_the_first_record_stays_and_nan_is_refused(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from tests.support.search_helpers import SMALL
+from search.scores import ScoreKey
 from search.space import SearchSpace
 from search.store import EvaluationStore
 store = EvaluationStore(sys.argv[1])
 for i, a in enumerate(SearchSpace.preset("fine", SMALL, step=64).architectures()):
-    store.put(a, "w", "t", "d", score=i / 7, stderr=None, n=1, seconds=0.0)
+    store.put(a, "w", ScoreKey("t", "d"), ScoreKey("t", "d").score(i / 7, None, 1), seconds=0.0)
     print(i, flush=True)
 """
 
@@ -81,13 +86,12 @@ for i, a in enumerate(SearchSpace.preset("fine", SMALL, step=64).architectures()
 @pytest.mark.parametrize("after", [1, 17, 40])
 def test_a_kill_while_writing_loses_nothing_that_was_recorded(tmp_path: Path, after: int) -> None:
     path = tmp_path / "e.db"
-    root = ROOT
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path)],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=root,
-        env={"PYTHONPATH": f"{root}:{root / 'tests'}", "PATH": ""},
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )
     assert writer.stdout is not None
     for line in writer.stdout:

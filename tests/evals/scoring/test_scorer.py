@@ -30,9 +30,10 @@ from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import evaluate
 from evals.scoring.lm import NetworkLM
-from evals.scoring.scorer import Scorer, TaskScore, standard_error
+from evals.scoring.scorer import Scorer, standard_error
 from evals.scoring.tasks import TaskSet
 from export.package import write_package
+from search.scores import Score
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
@@ -248,16 +249,17 @@ def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
 
 @pytest.mark.usefixtures("no_pool")
 def test_groups_add_up_as_their_file_says(llama: Any, tasks: Path) -> None:
-    results = {}
+    results, documents = {}, {}
     for name in ("both", "alike"):
         task_set = load(llama, tasks, name, holdout=False)
-        results[name] = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score("all")[name]
+        scores, values = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score_with_documents("all")
+        results[name], documents[name] = scores[name], [len(items) for items in values[name]]
         expected = everything(llama, tasks, name)["results"][name]
         assert results[name].value == pytest.approx(expected["acc,none"])
         assert results[name].stderr == pytest.approx(expected["acc_stderr,none"])
     parts = [TaskSet.documents(load(llama, tasks, name), "all")[name][0][1] for name in ("choice", "choice_long")]
     assert results["both"].n == sum(map(len, parts)) == 21
-    assert [len(items) for items in results["both"].items] == list(map(len, parts))
+    assert documents["both"] == list(map(len, parts))
 
 
 def test_evaluate_speaks_lm_eval(llama: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,8 +483,10 @@ def test_chat_template(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert score.value == theirs["results"]["talk"]["acc_norm,none"]
 
 
-def score(value: float, stderr: float | None = 0.02, higher: bool = True, chance: float | None = 0.5) -> TaskScore:
-    return TaskScore("t", "acc", value, stderr, 100, "report", higher, chance)
+def score(value: float, stderr: float | None = 0.02, higher: bool = True, chance: float | None = 0.5) -> Score:
+    return Score(
+        metric="acc", value=value, stderr=stderr, n=100, split="report", higher_is_better=higher, chance=chance
+    )
 
 
 def test_near_chance() -> None:

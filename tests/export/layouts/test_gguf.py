@@ -138,7 +138,7 @@ def test_every_family_is_written_or_refused(family: str, tmp_path: Path) -> None
             assert result["greedy_equal"] > 0
         else:
             assert result["mean_abs_logprob_difference"] <= 0.03
-            assert measure_speed(info.path, prompt=1, new=2, threads=1, repeats=1)["decode_tps"] > 0
+            assert measure_speed(info.path, prompt=1, new=2, threads=1, repeats=1).decode_tps > 0
         stored = take_stored_weights(copy.deepcopy(network), info.path)
         for name, parameter in stored.named_parameters():
             original = network.get_parameter(name)
@@ -395,7 +395,7 @@ def test_the_files_weights_can_be_scored_and_its_speed_measured(gguf_type: str, 
             assert abs(mine[position, token] - value) <= (1e-3 if gguf_type == "f32" else 0.05)
     speed = measure_speed(info.path, prompt=16, new=8, threads=1, repeats=1)
     assert speed["runtime"] == "llama.cpp" and speed["dtype"] == gguf_type
-    assert speed["prefill_tps"] > 0 and speed["decode_tps"] > 0
+    assert speed["prefill_tps"] > 0 and speed.decode_tps > 0
 
 
 def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

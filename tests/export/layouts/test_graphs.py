@@ -133,7 +133,7 @@ def test_onnx_runtime_runs_it_by_names(tmp_path: Path, written: PackageInfo) -> 
 
 def test_its_speed_is_measured_in_its_runtime(written: PackageInfo) -> None:
     speed = measure_speed(written.path, read_record(written.path), prompt=8, new=4, threads=1, repeats=1)
-    assert speed["runtime"] == EXTRAS[written.layout][-1] and speed["prefill_tps"] > 0 and speed["decode_tps"] > 0
+    assert speed.runtime == EXTRAS[written.layout][-1] and speed.prefill_tps > 0 and speed.decode_tps > 0
 
 
 def test_other_weights_are_found(tmp_path: Path, written: PackageInfo) -> None:
