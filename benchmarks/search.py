@@ -273,7 +273,7 @@ def starts(arguments: argparse.Namespace) -> None:
     The earlier run is one of the same model whose units are ordered by magnitude: another super-network. What proposers
     and the earlier run spent before the search began stands in a column of its own and counts as no evaluation.
     """
-    bench = open_bench(arguments, "fine", **{"searching.first_look": FIRST_LOOK})
+    bench = open_bench(arguments, "fine", **{"searching.screening": FIRST_LOOK})
     other_run = arguments.run.with_name(arguments.run.name + "-earlier")
     earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": other_run})
     earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})

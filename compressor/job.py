@@ -216,7 +216,7 @@ class Job:
         if not table.fits(self.structure):
             raise RequestError(
                 f"speed_table: {name}: was measured on a network of other sizes; make one with "
-                f"python -m compressor.speed_table {self.recipe.model} FILE"
+                f"compressor speed-table {self.recipe.model} FILE"
             )
         return table
 
@@ -227,8 +227,8 @@ class Job:
         assert finetuning.batch_size is not None
         chosen: dict[str, Any] = {}
         if isinstance(section, Finetuning):
-            names = ("schedule", "warmup_share", "tail_share", "weight_decay", "clip", "move_idle")
-            chosen = {name: getattr(section, name) for name in names}
+            names = ("schedule", "warmup_share", "tail_share", "weight_decay", "clip")
+            chosen = {name: getattr(section, name) for name in names} | {"move_idle": section.move_inactive}
         return TrainSettings(
             tokens=section.tokens,
             batch_size=finetuning.batch_size,

@@ -1,16 +1,26 @@
 """The recipe: what the user asks for, every default filled in. Read from YAML, overridden by the command line.
 
-The resolved recipe stands in `RUN/recipe.yaml`; with the same seed and the same `speed.json` it gives the same run.
+The resolved recipe stands in `RUN/recipe.yaml`; with the same seed and the same `speed.json` it gives the same run on
+the same kind of machine. `docs/recipe.md` is made from the sentences at the keys (`compressor.recipe_reference`).
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean
@@ -20,66 +30,86 @@ Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
 ]
 
-BUDGETS: dict[str, dict[str, Any]] = {
-    # tokens are read from the data; evaluations are measured sub-networks; limit is documents per task in the search;
-    # batch is sequences in a training step; rounding is AutoRound's steps for each block
-    "quick": {
-        "train_tokens": 100_000,
-        "evaluations": 72,
-        "heal_tokens": 500_000,
-        "limit": 200,
-        "batch": 4,
-        "rounding": 50,
-    },
-    "standard": {
-        "train_tokens": 10_000_000,
-        "evaluations": 250,
-        "heal_tokens": 10_000_000,
-        "limit": 500,
-        "batch": 16,
-        "rounding": 200,
-    },
-    "thorough": {
-        "train_tokens": 100_000_000,
-        "evaluations": 500,
-        "heal_tokens": 50_000_000,
-        "limit": None,
-        "batch": 32,
-        "rounding": 200,
-    },
+
+class Budget(BaseModel):
+    """What an `effort` sets where nothing else was said."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    train_tokens: int
+    """Tokens read in the one fine-tuning."""
+    evaluations: int
+    """Sub-networks measured in the search."""
+    heal_tokens: int
+    """Tokens read in healing each pick."""
+    limit: int | None
+    """Documents per task in the search; None: all."""
+    batch: int
+    """Sequences in a training step."""
+    rounding: int
+    """AutoRound's steps for each block."""
+
+
+BUDGETS = {
+    "quick": Budget(train_tokens=100_000, evaluations=72, heal_tokens=500_000, limit=200, batch=4, rounding=50),
+    "standard": Budget(
+        train_tokens=10_000_000, evaluations=250, heal_tokens=10_000_000, limit=500, batch=16, rounding=200
+    ),
+    "thorough": Budget(
+        train_tokens=100_000_000, evaluations=500, heal_tokens=50_000_000, limit=None, batch=32, rounding=200
+    ),
 }
+
+FORMER_NAMES = {"move_inactive": "move_idle", "screening": "first_look"}
+"""Keys that had another name once, which is still read, and still stands in fingerprints: runs begun then go on."""
+
+
+def former_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a section, for a fingerprint: under the names that the keys had when fingerprints were first made."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def _listed(value: Any) -> Any:
+    """Lists may be written as text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _sizes(value: Any) -> Any:
+    """Sizes may be written as a number, or as text with commas."""
+    value = _listed(str(value) if isinstance(value, int | float) else value)
+    return [str(part) for part in value] if isinstance(value, list) else [] if value is None else value
+
+
+def _share(value: Any) -> Any:
+    """A share may be written as a percentage."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            raise ValueError(f"{value}: no percentage, such as 1%") from None
+    return value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
 
 class Targets(Section):
-    """What the compressed model must reach. `max_params` may hold several sizes, one package set for each."""
+    """What the compressed model must reach. Without any: `max_drop` 1 %."""
 
-    max_params: list[str] = Field(default_factory=list)
+    max_params: Annotated[list[str], BeforeValidator(_sizes)] = Field(default_factory=list)
+    """Most parameters: a share of the base's (`0.67`, `67%`) or a number (`450M`); several give a package set each."""
     max_bytes: str | None = None
+    """Most bytes of the smallest requested variant's weights, such as `2GiB`."""
     min_speedup: float | None = Field(default=None, gt=0)
-    max_drop: float | None = Field(default=None, ge=0, lt=1)
-
-    @field_validator("max_params", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, int | float):
-            value = str(value)
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        return [str(part) for part in value] if isinstance(value, list) else [] if value is None else value
-
-    @field_validator("max_drop", mode="before")
-    @classmethod
-    def _percent(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.strip().endswith("%"):
-            try:
-                return float(value.strip().removesuffix("%")) / 100
-            except ValueError:
-                raise ValueError(f"{value}: no percentage, such as 1%") from None
-        return value
+    """Least decode tokens per second, as a multiple of the base's."""
+    max_drop: Annotated[float | None, BeforeValidator(_share)] = Field(default=None, ge=0, lt=1)
+    """Largest loss of quality on the search documents, before healing and quantization: `1%` keeps 0.99."""
 
     @model_validator(mode="after")
     def _readable(self) -> Targets:
@@ -95,40 +125,56 @@ class Targets(Section):
 
 
 class Finetuning(Section):
-    """One fine-tuning of the super-network. `tokens` 0 searches the base as it is. An unset `learning_rate` follows
-    the residual width (`learning_rate_for`); `smallest_share` is the small end of the sizes that are trained;
-    `ordering` is a criterion of importance, or the `ordering.safetensors` of another run of the same model.
-
-    `loss` is a name or weights by name, say `{ce: 0.3, kl: 0.7}`. `strong_teacher` is the share of the steps, from the
-    first, in which the frozen base teaches; after them each step's largest sub-network does. `parameters` are what is
-    trained: `all` weights, or `lora`, adapters of rank `lora_rank` beside frozen weights. `shard` shares the weights of
-    the layers, with gradients and moments, among all processes (FSDP2).
-    """
+    """The one fine-tuning of the super-network."""
 
     tokens: int | None = Field(default=None, ge=0)
+    """Tokens to read; 0 searches the base as it is. Unset: by `effort`."""
     ordering: str = "wanda"
+    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model."""
     sampler: str = "sandwich"
+    """Who takes part in a step: `sandwich` (largest, random, smallest), `joint` or `alternate`."""
     random_members: int = Field(default=1, ge=0)
+    """Random sub-networks in a step."""
     draw: str = "cuts"
+    """Where random sub-networks come from: `sizes`, `cuts`, `genes` or `shift`."""
     loss: str | dict[str, float] = Field(default_factory=lambda: {"ce": 0.3, "kl": 0.7})
+    """The loss by name (`ce`, `kl`, `relations`, `hidden`), or weights by name such as `{ce: 0.3, kl: 0.7}`."""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the distributions that `kl` compares."""
     strong_teacher: float = Field(default=1.0, ge=0, le=1)
+    """Share of the steps, from the first, in which the frozen base teaches; then each step's largest member does."""
     parameters: str = "all"
+    """What is trained: `all` weights, or `lora`, adapters beside frozen weights."""
     lora_rank: int = Field(default=32, ge=1)
+    """Rank of the adapters."""
     learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate. Unset: 0.1 / residual width, for adapters 0.3 / residual width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls."""
     warmup_share: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
     tail_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps, at the end, with a constant learning rate (BigNAS)."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices."""
     clip: float = Field(default=1.0, gt=0)
-    move_idle: bool = False
+    """Largest norm of a step's gradient."""
+    move_inactive: bool = Field(default=False, validation_alias=AliasChoices("move_inactive", "move_idle"))
+    """Whether weight decay and momentum move slices that took no part in a step."""
     optimizer: str = "adamw"
+    """`adamw` (fused), or `adamw-8bit` (bitsandbytes, GPU only)."""
     batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in a step, of fine-tuning and healing. Unset: by `effort`."""
     gradient_accumulation: int = Field(default=1, ge=1)
+    """Parts that a batch is computed in."""
     gradient_checkpointing: bool = False
+    """Whether layers are computed again in the backward pass, to save memory."""
     shard: bool = False
+    """Whether all processes share the layers' weights, gradients and moments (FSDP2)."""
     sequence_length: int = Field(default=256, ge=8)
+    """Tokens in a sequence, of fine-tuning and healing."""
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
+    """Smallest size that is trained, as a share of the base. Unset: 0.85 of the smallest size asked for."""
 
     @field_validator("loss")
     @classmethod
@@ -144,101 +190,108 @@ class Finetuning(Section):
 
 
 class Searching(Section):
-    """`warm_start` names what the first generation also measures: other runs' folders (their fronts) and proposers.
-    `first_look` is the share of the documents that candidates are scored on first; unset, all at once. `workers`
-    measure side by side: processes of this machine, or Ray actors (`executor: ray`)."""
+    """The search."""
 
     algorithm: str = "linas"
+    """`linas`, `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=1)
+    """Sub-networks to measure. Unset: by `effort`."""
     population: int = Field(default=18, ge=4)
+    """Sub-networks in a generation."""
     limit: int | None = Field(default=None, ge=1)
-    objectives: list[str] = Field(default_factory=lambda: ["quality", "parameters", "decode_tps"])
-    first_look: float | None = Field(default=None, gt=0, le=0.5)
-    warm_start: list[str] = Field(default_factory=lambda: ["blockwise"])
+    """Documents per task in the search. Unset: by `effort`."""
+    objectives: Names = Field(default_factory=lambda: ["quality", "parameters", "decode_tps"])
+    """Two to four of `quality`, a task, `TASK:METRIC`, `held_out_loss`, `kl_to_base`, `parameters`, `bytes`, `macs`,
+    `kv_cache_bytes`, `decode_tps`, `prefill_tps`, `latency`."""
+    screening: float | None = Field(
+        default=None, gt=0, le=0.5, validation_alias=AliasChoices("screening", "first_look")
+    )
+    """Share of the documents that candidates are scored on first. Unset: all documents at once."""
+    warm_start: Names = Field(default_factory=lambda: ["blockwise"])
+    """What the first generation also measures: earlier runs' folders (their fronts), `blockwise`, `superposition`,
+    `greedy`."""
     workers: int = Field(default=1, ge=1)
+    """Processes or Ray actors that measure side by side."""
     executor: Literal["processes", "ray"] = "processes"
-
-    @field_validator("objectives", "warm_start", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        return value
+    """Where workers run: processes of this machine, or Ray actors."""
 
 
 class Healing(Section):
-    """A short distillation from the base after slicing. `tokens` 0 leaves the sub-network as cut out."""
+    """A short distillation from the base after slicing."""
 
     tokens: int | None = Field(default=None, ge=0)
+    """Tokens to read; 0 leaves the sub-network as cut out. Unset: by `effort`."""
     learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate. Unset: 0.2 / residual width."""
 
 
 class Quantizing(Section):
-    """`group_size` is for 4 bits; unset, the largest of 128, 64, 32 that divides all widths. `iterations` is how long
-    AutoRound tunes the rounding of each block; 0 rounds to nearest."""
+    """Quantized packages beside the unquantized one."""
 
-    schemes: list[SchemeName] = Field(default_factory=list)
+    schemes: Annotated[list[SchemeName], BeforeValidator(_listed)] = Field(default_factory=list)
+    """Any of `int8`, `int8-dynamic`, `int4`, `int8-auto-round`, `int4-auto-round`."""
     group_size: int | None = Field(default=None, ge=8)
+    """Input channels that share a scale, for 4 bits. Unset: the largest of 128, 64, 32 that divides all widths."""
     iterations: int | None = Field(default=None, ge=0)
+    """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
     samples: int = Field(default=64, ge=1)
-
-    @field_validator("schemes", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        return value
+    """Sequences that the rounding is tuned on."""
 
 
 class Recipe(Section):
-    """Everything a run depends on. Relative paths are relative to the current directory.
-
-    `speed_table`: a speed.json measured on the device to search for, where that is not this one.
-    """
+    """Everything a run depends on. Relative paths are relative to the current directory."""
 
     model: str
+    """The checkpoint: a folder or a hub name."""
     data: str | None = None
-    tasks: list[str] = Field(default_factory=list)
+    """Training text: a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub dataset."""
+    tasks: Names = Field(default_factory=list)
+    """lm-eval tasks that the search maximises; `T:METRIC` names a task's metric."""
     include_path: str | None = None
+    """A folder of lm-eval task files."""
     revision: str | None = None
+    """The hub revision of the model."""
     trust_remote_code: bool = False
+    """Whether code that the checkpoint brings may run."""
     space: str | dict[str, Any] = "fine"
+    """The search space: `llama-nas`, `instatune`, `depth`, `uniform`, `fine`, a YAML file, or genes spelled out."""
     effort: Literal["quick", "standard", "thorough"] = "standard"
+    """Sets every budget that is not set by itself."""
     targets: Targets = Field(default_factory=Targets)
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
-    formats: list[Layout] = Field(default=["uneven"])
+    formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
+    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-q8_0` and so on), `onnx`,
+    `openvino`."""
     batch_tokens: int = Field(default=4096, ge=64)
+    """Tokens scored in one pass."""
     speed_table: str | None = None
+    """A file of `compressor speed-table`, measured on the device to search for where that is not this one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where networks are computed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What networks are computed in; `auto` is float32 on a CPU, the stored dtype elsewhere."""
     seed: int = Field(default=0, ge=0)
-
-    @field_validator("tasks", "formats", mode="before")
-    @classmethod
-    def _several(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        return value
+    """The seed of everything random."""
 
     def resolved(self) -> Recipe:
         """The same recipe with the budgets of its effort filled in where nothing else was said."""
         budget = BUDGETS[self.effort]
         recipe = self.model_copy(deep=True)
         if recipe.finetuning.tokens is None:
-            recipe.finetuning.tokens = budget["train_tokens"]
+            recipe.finetuning.tokens = budget.train_tokens
         if recipe.finetuning.batch_size is None:
-            recipe.finetuning.batch_size = budget["batch"]
+            recipe.finetuning.batch_size = budget.batch
         if recipe.searching.evaluations is None:
-            recipe.searching.evaluations = budget["evaluations"]
+            recipe.searching.evaluations = budget.evaluations
         if recipe.searching.limit is None:
-            recipe.searching.limit = budget["limit"]
+            recipe.searching.limit = budget.limit
         if recipe.healing.tokens is None:
-            recipe.healing.tokens = budget["heal_tokens"]
+            recipe.healing.tokens = budget.heal_tokens
         if recipe.quantizing.iterations is None:
-            recipe.quantizing.iterations = budget["rounding"]
+            recipe.quantizing.iterations = budget.rounding
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe

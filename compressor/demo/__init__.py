@@ -5,13 +5,17 @@ from pathlib import Path
 
 from compressor.demo.world import TASK_NAMES, documents, write_jsonl
 
-__all__ = ["MODEL", "TASKS", "TASK_NAMES", "training_text"]
+__all__ = ["MODEL", "RECIPE", "TASKS", "TASK_NAMES", "training_text"]
 
 MODEL: Path = Path(__file__).parent / "world-1.7m"
 """Folder of the pre-trained checkpoint."""
 
 TASKS: Path = Path(__file__).parent / "tasks"
 """Folder of the lm-eval task files, for `--include-path`."""
+
+
+RECIPE: Path = Path(__file__).parent / "recipe.yaml"
+"""What `compressor demo` runs, but for the paths."""
 
 
 def training_text(path: Path, n_documents: int, seed: int) -> None:

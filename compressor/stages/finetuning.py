@@ -18,6 +18,7 @@ from compressor.inputs import (
     weights_fingerprint,
 )
 from compressor.job import Job
+from compressor.recipe import former_names
 from compressor.sizing import smallest_in_training, training_range, uniform_near
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError
@@ -48,7 +49,7 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     inputs = {
         "model": job.base_fingerprint,
         "data": data_fingerprint(recipe.data or ""),
-        "finetuning": recipe.finetuning.model_dump(),
+        "finetuning": former_names(recipe.finetuning.model_dump()),
         "space": space.to_dict(),
         "smallest": least.to_dict(),
         "seed": recipe.seed,

@@ -55,12 +55,12 @@ def measurable(job: Job) -> dict[str, Direction]:
 
 def fidelities(job: Job) -> list[Fidelity]:
     """The fidelities at which the search measures."""
-    return ["full"] if job.recipe.searching.first_look is None else ["full", "screening"]
+    return ["full"] if job.recipe.searching.screening is None else ["full", "screening"]
 
 
 def document_limit(job: Job, fidelity: Fidelity) -> int | None:
     """Documents per task of the search at a fidelity; None: all."""
-    limit, share = job.recipe.searching.limit, job.recipe.searching.first_look
+    limit, share = job.recipe.searching.limit, job.recipe.searching.screening
     if fidelity == "full" or share is None:
         return limit
     sizes = [sum(subtask.size("search") for subtask in task.leaves) for task in job.tasks.tasks.values()]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.job import Job
+from compressor.recipe import former_names
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
@@ -15,13 +16,13 @@ from compressor.stages.warm_start import GREEDY, proposals, sources
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
-from search.run import greedy_path
+from search.run import SearchResult, greedy_path
 from search.run import search as run_search
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, read_json, write_json
-from supernet.common.progress import bar, say
+from supernet.common.progress import Bar, bar, say
 from supernet.slicing import extract, fits_plain_class
 
 if TYPE_CHECKING:
@@ -41,11 +42,46 @@ def search(job: Job) -> dict[str, Any]:
     manifest = run.manifest(run.supernet)
     if manifest is None:
         raise RequestError(f"{run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
+    # 1. What was searched already is as it was.
     check_searching(job)
-    inputs = {
+    inputs = fingerprint(search_inputs(job, manifest["weights"]))
+    if run.front.is_file() and job.redo != "search":
+        front: dict[str, Any] = read_json(run.front)
+        if front["inputs"] == inputs:
+            return front
+    # 2. Prepare: timings of the layers, objectives, where the search starts.
+    run.search.mkdir(exist_ok=True)
+    job.threads(scoring=True)
+    speed = speed_table(job, lambda: job.load_supernet().model)
+    objectives, constraints = goals(job, speed.predict)
+    starts = proposals(job)
+    # 3. Search.
+    with (
+        EvaluationStore(run.evaluations) as store,
+        closing(SubnetEvaluator(job, store, manifest["weights"])) as evaluator,
+        bar("searching", recipe.searching.evaluations or 0) as progress,
+    ):
+        result = run_searches(job, evaluator, objectives, constraints, starts, SearchProgress(job, progress))
+    # 4. Record.
+    front = {
+        "inputs": inputs,
         "weights": manifest["weights"],
+        "base": {name: score.value for name, score in evaluator.base["full"].items()},
+        "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
+        **result.to_dict(),
+    }
+    write_json(run.front, front)
+    run.log(f"searched: {len(result.evaluations)} sub-networks measured")
+    return front
+
+
+def search_inputs(job: Job, weights: str) -> dict[str, Any]:
+    """All that the search depends on; another value of any of it makes another search."""
+    recipe = job.recipe
+    return {
+        "weights": weights,
         "scores": [{name: key.place for name, key in score_keys(job, one).items()} for one in fidelities(job)],
-        "searching": recipe.searching.model_dump(exclude=NOT_MEASURED),
+        "searching": former_names(recipe.searching.model_dump(exclude=NOT_MEASURED)),
         "warm_start": sources(job),
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),
@@ -53,86 +89,82 @@ def search(job: Job) -> dict[str, Any]:
         "device": str(job.device),
         "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
     }
-    if run.front.is_file() and job.redo != "search":
-        found = read_json(run.front)
-        if found["inputs"] == fingerprint(inputs):
-            return found
-    run.search.mkdir(exist_ok=True)
-    job.threads(scoring=True)
-    speed = speed_table(job, lambda: job.load_supernet().model)
-    objectives, constraints = goals(job, speed.predict)
-    sizes = sizes_asked_for(job)
-    starts = proposals(job)
-    with (
-        EvaluationStore(run.evaluations) as store,
-        closing(SubnetEvaluator(job, store, manifest["weights"])) as evaluator,
-        bar("searching", recipe.searching.evaluations or 0) as progress,
-    ):
-        base, best = job.structure.parameters(job.structure.base), (0.0, 0)
 
-        def note(evaluation: Evaluation) -> None:
-            nonlocal best
-            parameters = job.structure.parameters(evaluation.architecture)
-            if not sizes or parameters <= max(sizes):
-                best = max(best, (evaluation.values["quality"], parameters))
-            progress.advance(note=f"best quality {best[0]:.3f} at {best[1] / base:.2f} of the parameters")
 
-        budget = recipe.searching.evaluations or 1
-        common: dict[str, Any] = {
-            "constraints": constraints,
-            "population": recipe.searching.population,
-            "seed": recipe.seed,
-            "on_evaluation": note,
-        }
-        aside: dict[str, list[str]] = {}
-
-        def tell(record: dict[str, Any]) -> None:
-            run.log(generation_line(record))
-            for name, found in record.get("predictors", {}).items():
-                for kind in set(found["set_aside"]) - set(aside.get(name, [])):
-                    say(f"predictor {kind} of {name} ranked the newest sub-networks no better than chance: set aside")
-                aside[name] = found["set_aside"]
-
-        known = []
-        if GREEDY in recipe.searching.warm_start:
-            share = int(GREEDY_SHARE * budget)
-            known = greedy_path(job.space, objectives, evaluator.measure, evaluations=share, **common)
-        result = run_search(
-            job.space,
-            objectives,
-            evaluator.measure,
-            algorithm=recipe.searching.algorithm,
-            evaluations=budget,
-            include=uniform_ones(job),
-            warm_start=starts,
-            known=known,
-            first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
-            share=recipe.searching.first_look or 0.0,
-            on_generation=tell,
-            **common,
-        )
-    found = {
-        "inputs": fingerprint(inputs),
-        "weights": manifest["weights"],
-        "base": {name: score.value for name, score in evaluator.base["full"].items()},
-        "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
-        **result.to_dict(),
+def run_searches(
+    job: Job,
+    evaluator: SubnetEvaluator,
+    objectives: list[Objective],
+    constraints: list[Constraint],
+    starts: list[Architecture],
+    progress: SearchProgress,
+) -> SearchResult:
+    """Greedy perturbation first, where the warm start names it, then the recipe's algorithm."""
+    settings = job.recipe.searching
+    budget = settings.evaluations or 1
+    common: dict[str, Any] = {
+        "constraints": constraints,
+        "population": settings.population,
+        "seed": job.recipe.seed,
+        "on_evaluation": progress.evaluated,
     }
-    write_json(run.front, found)
-    run.log(f"searched: {len(result.evaluations)} sub-networks measured")
-    return found
+    known = []
+    if GREEDY in settings.warm_start:
+        share = int(GREEDY_SHARE * budget)
+        known = greedy_path(job.space, objectives, evaluator.measure, evaluations=share, **common)
+    return run_search(
+        job.space,
+        objectives,
+        evaluator.measure,
+        algorithm=settings.algorithm,
+        evaluations=budget,
+        include=uniform_ones(job),
+        warm_start=starts,
+        known=known,
+        first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
+        share=settings.screening or 0.0,
+        on_generation=progress.generation,
+        **common,
+    )
+
+
+class SearchProgress:
+    """Shows how the search goes: the best so far on the bar, each generation in the log, predictors that fail."""
+
+    def __init__(self, job: Job, bar: Bar) -> None:
+        self._job, self._bar = job, bar
+        self._largest = max(sizes_asked_for(job), default=None)
+        self._best = (0.0, 0)
+        self._set_aside: dict[str, list[str]] = {}
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Move the bar by one measured sub-network."""
+        structure = self._job.structure
+        parameters = structure.parameters(evaluation.architecture)
+        if self._largest is None or parameters <= self._largest:
+            self._best = max(self._best, (evaluation.values["quality"], parameters))
+        share = self._best[1] / structure.parameters(structure.base)
+        self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
+
+    def generation(self, record: dict[str, Any]) -> None:
+        """Log a generation; say which predictors were set aside in it."""
+        self._job.run.log(generation_line(record))
+        for name, predictors in record.get("predictors", {}).items():
+            for kind in set(predictors["set_aside"]) - set(self._set_aside.get(name, [])):
+                say(f"predictor {kind} of {name} ranked the newest sub-networks no better than chance: set aside")
+            self._set_aside[name] = predictors["set_aside"]
 
 
 def generation_line(record: dict[str, Any]) -> str:
     """A generation in one line of the log, with how the predictors in use ranked its newcomers beforehand."""
     parts = [f"generation {record['generation']}: {record['evaluations']} measured"]
     if record["full"] < record["new"]:
-        parts.append(f"{record['new'] - record['full']} of {record['new']} ruled out by a first look")
+        parts.append(f"{record['new'] - record['full']} of {record['new']} ruled out by screening")
     parts.append(f"hypervolume {record['hypervolume']:.4f}")
-    for name, found in record.get("predictors", {}).items():
-        if judged := found["newest"].get(found["used"]):
+    for name, predictors in record.get("predictors", {}).items():
+        if judged := predictors["newest"].get(predictors["used"]):
             parts.append(
-                f"{name} by {found['used']}: tau {judged['kendall']:.2f}, rho {judged['spearman']:.2f}, "
+                f"{name} by {predictors['used']}: tau {judged['kendall']:.2f}, rho {judged['spearman']:.2f}, "
                 f"error {judged['mae']:.3g}"
             )
     return ", ".join(parts)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,15 +55,12 @@ def test_push_says_what_it_would_upload(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_speed_table_is_measured_for_a_search_elsewhere(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "speed.json"
-    monkeypatch.setattr(sys, "argv", ["speed_table", str(model), str(file)])
-    runpy.run_module("compressor.speed_table", run_name="__main__")
+    assert run(["speed-table", str(model), str(file)]) == 0
     table = SpeedTable.load(file)
     structure = describe(AutoConfig.from_pretrained(model))
     assert table.fits(structure) and table.predict(structure.base)["decode_tps"] > 0
-    monkeypatch.setattr(sys, "argv", ["speed_table", str(tmp_path / "nowhere"), str(file)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("compressor.speed_table", run_name="__main__")
-    assert stopped.value.code == 2 and "nowhere" in capsys.readouterr().err
+    assert run(["speed-table", str(tmp_path / "nowhere"), str(file)]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from compressor import pipeline
-from compressor.demo import MODEL, TASK_NAMES, TASKS
-from compressor.recipe import BUDGETS, absolute_or_share, byte_count, read_recipe, write_recipe
+from compressor.demo import MODEL, RECIPE, TASK_NAMES
+from compressor.recipe import BUDGETS, absolute_or_share, byte_count, former_names, read_recipe, write_recipe
+from compressor.recipe_reference import reference
 from supernet.common.errors import RequestError
 from tests.support import ROOT
 
@@ -47,7 +47,7 @@ def test_bytes(text: str, count: int) -> None:
 def test_effort_fills_in_what_was_not_said() -> None:
     recipe = read_recipe(None, {"model": "m", "effort": "quick", "searching.evaluations": 99}).resolved()
     assert recipe.searching.evaluations == 99
-    assert recipe.finetuning.tokens == BUDGETS["quick"]["train_tokens"]
+    assert recipe.finetuning.tokens == BUDGETS["quick"].train_tokens
     assert recipe.targets.max_drop == 0.01  # the default target
 
 
@@ -93,10 +93,19 @@ def test_the_recipes_that_come_with_the_project_are_valid(file: Path) -> None:
     assert read_recipe(file, {"model": "m"}).resolved().model == "m"
 
 
-def test_the_demos_recipe_is_what_the_demo_runs() -> None:
-    here = {name: str(path.relative_to(ROOT)) for name, path in (("model", MODEL), ("include_path", TASKS))}
-    given = here | {"tasks": TASK_NAMES, "data": "runs/demo.jsonl"}
-    assert read_recipe(RECIPES / "demo.yaml", {}) == read_recipe(None, given | pipeline.DEMO)
+def test_the_demos_recipe_names_the_bundled_checkpoint_and_tasks() -> None:
+    recipe = read_recipe(RECIPE, {})
+    assert ROOT / recipe.model == MODEL and recipe.tasks == TASK_NAMES
+
+
+def test_the_reference_page_is_fresh_and_names_every_key() -> None:
+    assert (ROOT / "docs" / "recipe.md").read_text() == reference()
+
+
+def test_keys_are_read_under_their_former_names_and_fingerprinted_as_then() -> None:
+    recipe = read_recipe(None, {"model": "m", "searching.first_look": 0.25, "finetuning.move_idle": True})
+    assert recipe.searching.screening == 0.25 and recipe.finetuning.move_inactive
+    assert former_names(recipe.searching.model_dump())["first_look"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""The command line: one file here for each command, which owns its options and what it prints.
+
+Options that set a key of the recipe stand in `options`, once. Every failure is one line. Exit status: 0 done; 2 the
+request is wrong; 1 a fault of ours; 130 interrupted. Progress and messages go to stderr, so that `--json` has stdout to
+itself. Nothing here imports torch before a command runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from compressor.cli.compare import compare
+from compressor.cli.compress import compress
+from compressor.cli.demo import demo
+from compressor.cli.evaluate import evaluate
+from compressor.cli.export import export
+from compressor.cli.finetune import finetune
+from compressor.cli.inspect import inspect
+from compressor.cli.pick import pick
+from compressor.cli.push import push
+from compressor.cli.report import report
+from compressor.cli.search import search
+from compressor.cli.speed_table import speed_table
+from compressor.cli.verify import verify
+from supernet.common.errors import RequestError, VerificationError
+from supernet.common.progress import console
+
+INTERRUPTED = 130
+
+COMMANDS = (
+    demo,
+    inspect,
+    compress,
+    finetune,
+    search,
+    pick,
+    export,
+    compare,
+    report,
+    evaluate,
+    verify,
+    push,
+    speed_table,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a pre-trained checkpoint into smaller, quantized, proven ones.",
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def main() -> None:
+    """The entry point: run a command and turn whatever goes wrong into one line and an exit status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    _quiet_libraries()
+    try:
+        status = app(arguments or ["--help"], standalone_mode=False)
+        if status != INTERRUPTED:  # what typer makes of Ctrl-C
+            return status if isinstance(status, int) else 0
+    except RequestError as error:
+        return _fail(2, str(error))
+    except VerificationError as error:
+        return _fail(1, str(error))
+    except TyperException as error:
+        return _fail(2, error.format_message())
+    except Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, Abort):
+        pass
+    except Exception as error:
+        return _explain(error)
+    return _fail(INTERRUPTED, "interrupted; what was done is kept: run the same command again to resume")
+
+
+def _explain(error: Exception) -> int:
+    """Conditions of the machine are the user's to mend (2); anything else is ours (1)."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _fail(2, f"no disk space left ({error.filename or 'while writing'}); free some and run again to resume")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _fail(2, f"{error.filename}: {(error.strerror or 'not allowed').lower()}")
+    log = Path("compressor-error.log")
+    log.write_text(traceback.format_exc())
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return _fail(1, f"a fault of ours: {type(error).__name__}: {reason} (the traceback is in {log})")
+
+
+def _fail(status: int, line: str) -> int:
+    console.print(f"error: {' '.join(line.split())}", markup=False, soft_wrap=True, style="red")
+    return status
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' chatter off the terminal and idle threads from spinning. Before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Threads that spin while they wait slow a second process on the same cores down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("torchao", "torch.utils._pytree", "datasets", "lm_eval", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,26 @@
+"""`compressor compress MODEL --data SRC --tasks A,B --output RUN`"""
+
+from __future__ import annotations
+
+from compressor.cli.options import RECIPE_OPTIONS, Given, Json, Output, RecipeFile, Redo, recipe_options
+from compressor.cli.output import emit
+from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
+
+
+@recipe_options(*RECIPE_OPTIONS)
+def compress(
+    given: Given,
+    model: ModelUnlessInRecipe = None,
+    output: Output = None,
+    recipe: RecipeFile = None,
+    redo: Redo = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune once, search, slice, heal, quantize, prove, report.
+
+    The whole job. Stopped and run again, it resumes.
+    """
+    asked = recipe_of(recipe, model, given)
+    from compressor import pipeline  # imports torch
+
+    emit(pipeline.compress(asked, required(output), redo=redo), json)

@@ -1,0 +1,22 @@
+"""`compressor demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.offline import stay_offline
+from compressor.cli.options import Json
+from compressor.cli.output import emit
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="the run directory")] = Path("runs/demo"), json: Json = False
+) -> None:
+    """The whole job on a bundled checkpoint: about three minutes."""
+    stay_offline()
+    from compressor import pipeline  # imports torch
+
+    emit(pipeline.demo(output), json)

@@ -1,0 +1,45 @@
+"""Whether a command needs the network: a look-up on the hub can hang for minutes behind a firewall."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+LOCAL_DATASETS = {"json", "csv", "parquet", "text", "arrow"}
+"""What a task file's `dataset_path` names where its data are files."""
+
+
+def stay_offline() -> None:
+    """Ask no network. Call it before any Hugging Face library is imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+def offline_if_local(recipe: Recipe) -> None:
+    """Ask no network where everything that the recipe names lies on this machine."""
+    local = Path(recipe.model).expanduser().is_dir() and recipe.data is not None and Path(recipe.data).exists()
+    if local and tasks_are_local(recipe.tasks, recipe.include_path):
+        stay_offline()
+
+
+def offline_if_run_is_local(run: Path) -> None:
+    """The same for the recipe of a run, before a stage command imports anything."""
+    from compressor.recipe import read_recipe  # here, since pydantic takes longer to import than --help may
+
+    if (run / "recipe.yaml").is_file():
+        offline_if_local(read_recipe(run / "recipe.yaml", {}))
+
+
+def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
+    """Whether every task is a file of `include_path`, and none of those files wants data from the hub."""
+    if include_path is None:
+        return not tasks
+    text = "\n".join(file.read_text() for file in Path(include_path).rglob("*.yaml"))
+    if set(re.findall(r"^dataset_path: *[\"']?([^\s\"']+)", text, re.M)) - LOCAL_DATASETS:
+        return False
+    return all(re.search(rf"^(task|group): *{re.escape(name.partition(':')[0])} *$", text, re.M) for name in tasks)

@@ -1,0 +1,16 @@
+"""`compressor pick RUN --max-params 0.8`"""
+
+from __future__ import annotations
+
+from compressor.cli.offline import offline_if_run_is_local
+from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
+from compressor.cli.output import emit
+
+
+@recipe_options(*TARGETS)
+def pick(run: RunFolder, given: Given, json: Json = False) -> None:
+    """Choose from what was measured, for new targets."""
+    offline_if_run_is_local(run)
+    from compressor import pipeline  # imports torch
+
+    emit(pipeline.pick(pipeline.resume(run, given, replace_targets=True)), json)

@@ -1,0 +1,20 @@
+"""`compressor search RUN`"""
+
+from __future__ import annotations
+
+from compressor.cli.offline import offline_if_run_is_local
+from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
+from compressor.cli.output import emit
+
+
+@recipe_options("tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers")
+def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
+    """Search a fine-tuned run.
+
+    Measured sub-networks are kept and never measured twice.
+    """
+    offline_if_run_is_local(run)
+    from compressor import pipeline  # imports torch
+
+    job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)
+    emit(pipeline.search(job), json)

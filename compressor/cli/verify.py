@@ -1,0 +1,28 @@
+"""`compressor verify PACKAGE`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.options import IncludePath, Json
+from compressor.cli.output import emit
+from supernet.common.progress import say
+
+
+def verify(
+    package: Annotated[Path, typer.Argument(help="a package folder")],
+    scores: Annotated[bool, typer.Option("--scores", help="measure the reported task scores again, too")] = False,
+    include_path: IncludePath = None,
+    json: Json = False,
+) -> None:
+    """Check again, in a fresh process, what a package claims."""
+    from export.verify import TaskFiles  # imports transformers
+    from export.verify import verify as run_verification
+
+    result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
+    if not json:
+        say(f"{package}: verified ({', '.join(f'{k} {v}' for k, v in result.items() if not isinstance(v, dict))})")
+    emit(result, json)
