@@ -12,6 +12,10 @@ import yaml
 
 from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
+from evals.scoring.encoding import Encoder
+from evals.scoring.scorer import NetworkLM, Scorer
+from evals.scoring.tasks import TaskSet
+from evals.speed.table import SpeedTable
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
@@ -25,10 +29,6 @@ from supernet.training.loop import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from evals.scoring.scorer import Scorer
-    from evals.scoring.tasks import TaskSet
-    from evals.speed.table import SpeedTable
 
 STAGES = ("finetune", "search", "export")
 SMALL = 50_000_000
@@ -129,9 +129,6 @@ class Job:
 
     @cached_property
     def tasks(self) -> TaskSet:
-        from evals.scoring.encoding import Encoder
-        from evals.scoring.tasks import TaskSet
-
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
@@ -144,8 +141,6 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
-        from evals.scoring.scorer import NetworkLM, Scorer
-
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
@@ -203,8 +198,6 @@ class Job:
 
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
-        from evals.speed.table import SpeedTable
-
         name = self.recipe.speed_table
         assert name is not None
         try:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from compressor.sizing import draw_near
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import choose, measured
 from compressor.stages.searching import search
+from evals.baselines import Baseline, Cut, PruningContext, baselines
 from export.report.comparison import OURS
+from search.pareto import Target
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -27,9 +29,6 @@ from supernet.common.files import fingerprint
 from supernet.common.versions import versions
 from supernet.slicing import extract
 from supernet.training.data import Blocks
-
-if TYPE_CHECKING:
-    from evals.baselines import Baseline, Cut, PruningContext
 
 TOLERANCE = 0.01
 """Sizes count as the same within this share."""
@@ -71,8 +70,6 @@ class SizeComparison:
 
     @cached_property
     def pruning(self) -> PruningContext:
-        from evals.baselines import PruningContext
-
         return PruningContext(self.base, self.job.structure, self.calibration, self.parameters)
 
 
@@ -108,8 +105,6 @@ def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
 
 def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
-    from search.pareto import Target
-
     job = contest.job
     recipe = job.recipe.model_copy(deep=True)
     recipe.finetuning.tokens = 0
@@ -140,8 +135,6 @@ def published(baseline: Baseline) -> Method:
 
 def methods() -> dict[str, Method]:
     """Ours first, then what it is compared with."""
-    from evals.baselines import baselines
-
     own = [
         Method(OURS, "searched in the fine-tuned super-network", ours, trained=True),
         Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),

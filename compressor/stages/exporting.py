@@ -19,7 +19,11 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
-from export.layouts.table import of_the_uniform_one
+from export.layouts.table import of_the_uniform_one, write_layout
+from export.package import write_package
+from export.package_record import RECORD, read_record, update_record
+from export.quantization.quantize import quantize_packages
+from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import bar, say
@@ -34,9 +38,6 @@ Inputs = dict[str, Any]
 
 def export(job: Job) -> list[dict[str, Any]]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
-    from export.package_record import read_record
-    from export.verify import TaskFiles, verify_all
-
     recipe, run = job.recipe, job.run
     picks = read_picks(job)
     run.packages.mkdir(exist_ok=True)
@@ -107,10 +108,6 @@ def write_packages(
 
     If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
     """
-    from export.layouts.table import write_layout
-    from export.package_record import update_record
-    from export.quantization.quantize import quantize_packages
-
     quantizing = job.recipe.quantizing
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     own = job.run.packages / name
@@ -162,15 +159,11 @@ def write_packages(
 
 def proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
-    from export.package_record import read_record
-
     return made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
 
 
 def made_from(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there and was made from the same inputs."""
-    from export.package_record import RECORD, read_record
-
     return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
 
 
@@ -180,8 +173,6 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     It is cut out of the super-network's files, of which no more than one tensor at a time is in memory. Where nothing
     is healed it stays a `StreamedNetwork`, which never is in memory as a whole.
     """
-    from export.package import write_package
-
     recipe, run = job.recipe, job.run
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     run.subnets.mkdir(exist_ok=True)

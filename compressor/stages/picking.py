@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.job import Job
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from compressor.stages.subnet_scores import held_out_losses
 from export.layouts.table import copies_hold
+from search.objectives import Evaluation
+from search.pareto import Target, contenders
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
-
-if TYPE_CHECKING:
-    from search.objectives import Evaluation
-    from search.pareto import Target
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -24,8 +22,6 @@ def measured(job: Job) -> list[Evaluation]:
 
     Raises `RequestError` where nothing was searched yet, or another super-network was.
     """
-    from search.objectives import Evaluation
-
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
     found = read_json(job.run.front)
@@ -52,8 +48,6 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
 
     Raises ValueError where nothing meets the target.
     """
-    from search.pareto import contenders
-
     found = contenders(evaluations, target)
     if len(found) == 1:
         return found[0]
@@ -81,8 +75,6 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
 
 def pick(job: Job) -> list[dict[str, Any]]:
     """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
-    from search.pareto import Target
-
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
     config = job.checkpoint.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from compressor.job import Job
 from compressor.recipe import former_names
@@ -13,6 +13,7 @@ from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training,
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import GREEDY, proposals, sources
+from evals.speed.table import SpeedTable
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
@@ -24,9 +25,6 @@ from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import Bar, bar, say
 from supernet.slicing import extract, fits_plain_class
-
-if TYPE_CHECKING:
-    from evals.speed.table import SpeedTable
 
 NOT_MEASURED = {"workers", "executor"}
 """Of the recipe's section: who measures, which moves no number."""
@@ -232,8 +230,6 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     Timings do not depend on what the weights are, so the base serves as well as the super-network. A table that the
     recipe names, of another device, takes its place.
     """
-    from evals.speed.table import SpeedTable
-
     job.threads(scoring=True)
     if job.recipe.speed_table is not None:
         job.speed = job.given_speed_table()

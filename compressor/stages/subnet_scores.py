@@ -28,6 +28,7 @@ from compressor.stages.score_keys import (
     scored_tasks,
 )
 from evals.quality import check_base, quality_stderr, relative_quality
+from evals.scoring.scorer import Scorer
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
@@ -41,8 +42,6 @@ from supernet.training.traces import HiddenStates, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from evals.scoring.scorer import Scorer
 
 Measured = list[tuple[ScoreKey, Score, float]]
 """Scores with where they are kept and the seconds that each took."""
