@@ -20,8 +20,8 @@ def _check_siblings() -> None:
     for name in ("export", "evals", "search", "supernet"):
         spec = importlib.util.find_spec(name)
         # A folder that is no package has no origin.
-        found = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
-        origin = next((Path(path).resolve() for path in found if path), None)
+        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+        origin = next((Path(path).resolve() for path in places if path), None)
         if origin != root / name / "__init__.py":
             raise ImportError(
                 f"the package '{name}' of nas-compressor is shadowed by {origin or 'nothing that can be found'}: "

@@ -13,7 +13,7 @@ from export.layouts.installed import check_installed
 from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES
 from search.algorithms import algorithms
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, unknown
 from supernet.importance import IMPORTANCES
 from supernet.ordering import load_ordering
 from supernet.training.accelerator import processes
@@ -56,14 +56,12 @@ def check_names(job: Job) -> None:
     ]
     for key, name, known in named:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
-            raise RequestError(f"{key}: '{name}' is unknown{hint}")
+            raise unknown(key, name, known)
     ordering = finetuning.ordering
     if Path(ordering).suffix == ".safetensors":
         load_ordering(Path(ordering), job.structure)
     elif ordering not in IMPORTANCES:
-        hint = did_you_mean(ordering, IMPORTANCES) or f"; known are {', '.join(IMPORTANCES)}, or a .safetensors file"
-        raise RequestError(f"finetuning.ordering: '{ordering}' is unknown{hint}")
+        raise unknown("finetuning.ordering", ordering, IMPORTANCES, also=", or a .safetensors file")
 
 
 def check_finetuning(job: Job) -> None:

@@ -133,27 +133,27 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> f
     return 2 * size**3 / best
 
 
-def print_inspection(found: dict[str, Any]) -> None:
+def print_inspection(facts: dict[str, Any]) -> None:
     """The facts of `inspect_job` as a few tables on stderr."""
-    total = found["parameters"]
-    say(f"{found['model']} ({found['family']}, {found['dtype']})")
+    total = facts["parameters"]
+    say(f"{facts['model']} ({facts['family']}, {facts['dtype']})")
     model = Table(box=box.SIMPLE)
     model.add_column("part")
     model.add_column("parameters", justify="right")
     model.add_column("share", justify="right")
-    for part, count in found["by_part"].items():
+    for part, count in facts["by_part"].items():
         if count:
             model.add_row(part, f"{count:,}", f"{count / total:.1%}")
     model.add_row("all", f"{total:,}", "100.0%", end_section=True)
     console.print(model)
     console.print(
-        f"{found['layers']} layers of width {found['hidden_size']}, {found['num_attention_heads']} query and "
-        f"{found['num_key_value_heads']} key-value heads, FFN {found['intermediate_size']}"
-        f"{' of ' + str(found['num_experts']) + ' experts' if found['num_experts'] else ''}, "
-        f"vocabulary {found['vocab_size']:,}{' (tied)' if found['tied_embeddings'] else ''}; {size(found['bytes'])} on "
-        f"disk; {size(found['kv_cache_bytes_per_token'])} of KV cache for each token"
+        f"{facts['layers']} layers of width {facts['hidden_size']}, {facts['num_attention_heads']} query and "
+        f"{facts['num_key_value_heads']} key-value heads, FFN {facts['intermediate_size']}"
+        f"{' of ' + str(facts['num_experts']) + ' experts' if facts['num_experts'] else ''}, "
+        f"vocabulary {facts['vocab_size']:,}{' (tied)' if facts['tied_embeddings'] else ''}; {size(facts['bytes'])} on "
+        f"disk; {size(facts['kv_cache_bytes_per_token'])} of KV cache for each token"
     )
-    space = found["space"]
+    space = facts["space"]
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for gene, values in space["genes"].items():
         kind = (gene.partition(".")[0], tuple(values))
@@ -170,23 +170,23 @@ def print_inspection(found: dict[str, Any]) -> None:
         f"10^{math.log10(space['size']):.1f} genomes; the smallest sub-network has {space['smallest_parameters']:,} "
         f"parameters ({space['smallest_share']:.3f} of the base)"
     )
-    say(f"\nto expect of --effort {found['effort']} on {found['device']}")
+    say(f"\nto expect of --effort {facts['effort']} on {facts['device']}")
     cost = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "memory", "petaFLOP", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
         cost.add_column(column, justify="left" if column == "stage" else "right")
-    budget = found["budget"]
+    budget = facts["budget"]
     asked = {
         "fine-tuning": f"{budget['train_tokens']:,} tokens",
         "search": f"{budget['evaluations']} sub-networks",
         "healing": f"{budget['heal_tokens']:,} tokens",
     }
-    for stage, seconds in found["seconds"].items():
-        memory = size(found["memory"][stage]) if seconds else ""
-        on_gpu = found["seconds_on_gpu"][stage]
+    for stage, seconds in facts["seconds"].items():
+        memory = size(facts["memory"][stage]) if seconds else ""
+        on_gpu = facts["seconds_on_gpu"][stage]
         cost.add_row(
-            stage, asked[stage], memory, f"{found['petaflop'][stage]:.3g}", duration(seconds), duration(on_gpu)
+            stage, asked[stage], memory, f"{facts['petaflop'][stage]:.3g}", duration(seconds), duration(on_gpu)
         )
     console.print(cost)
     console.print(
-        f"estimates: a matrix product reaches {found['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
+        f"estimates: a matrix product reaches {facts['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
     )

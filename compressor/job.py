@@ -20,7 +20,7 @@ from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
 from supernet.checkpoint import Checkpoint, open_checkpoint
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.ordering import by_influence
@@ -45,9 +45,7 @@ class Job:
         self.run = run
         self.recipe = recipe
         if redo is not None and redo not in STAGES:
-            raise RequestError(
-                f"--redo {redo}: no such stage{did_you_mean(redo, STAGES)} (stages are {', '.join(STAGES)})"
-            )
+            raise unknown("--redo", redo, STAGES)
         self.redo = redo
         self.weights = weights
         self.speed: SpeedTable | None = None

@@ -43,7 +43,7 @@ from export.verify import verify_all
 from search.pareto import Target
 from search.scores import Score
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, unknown
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 from supernet.training.data import Blocks
@@ -105,9 +105,7 @@ def compare(
     known = methods()
     for name in baselines:
         if name not in known:
-            raise RequestError(
-                f"--baselines: '{name}' is unknown{did_you_mean(name, known)} (known are {', '.join(known)})"
-            )
+            raise unknown("--baselines", name, known)
     if seeds < 1:
         raise RequestError(f"--seeds: {seeds} is not a number of seeds; say 1 or more")
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]

@@ -49,11 +49,11 @@ def export(job: Job) -> list[dict[str, Any]]:
             name = picked["name"]
             wanted = package_inputs(job, name, network_inputs(job, picked["key"], blocks), blocks)
             written += [folder.name for folder in wanted]
-            missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not proved(folder, i)}
+            missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
                 reference = Path(scratch) / f"{name}.safetensors"
                 write_packages(job, picked, blocks, missing, reference)
-                for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # of other inputs, too
+                for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # other inputs' too
                     left.unlink()
                 # A copy of a package that was there already is compared with that package's probe.
                 proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
@@ -128,8 +128,10 @@ def write_packages(
     }
     say(f"packaging {name}")
     if own in missing:
-        made = lineage | {"inputs": fingerprint(missing[own])}
-        write_layout("uneven", network(), architecture, own, entry=entry, lineage=made, reference=reference, **options)
+        own_lineage = lineage | {"inputs": fingerprint(missing[own])}
+        write_layout(
+            "uneven", network(), architecture, own, entry=entry, lineage=own_lineage, reference=reference, **options
+        )
     if schemes:
         blocks_to_do = len(schemes) * len(architecture.kept)
         with bar(f"quantizing {name}", blocks_to_do) as progress:
@@ -148,21 +150,21 @@ def write_packages(
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
-        made = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": name}
+        own_lineage = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": name}
         layout = folder.name.removeprefix(f"{name}-")
-        whole = network()
-        if isinstance(whole, StreamedNetwork):  # other layouts are made of a network in memory
-            whole = whole.built(held_dtype(job), job.device)
+        built = network()
+        if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
+            built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
-        write_layout(layout, whole, architecture, folder, entry=named, lineage=made, **options)
+        write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
 
 
-def proved(folder: Path, inputs: Inputs) -> bool:
+def is_proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
-    return made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
+    return is_made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
 
 
-def made_from(folder: Path, inputs: Inputs) -> bool:
+def is_made_from(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there and was made from the same inputs."""
     return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
 
@@ -184,12 +186,12 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     }
     sliced, healed = run.subnets / f"{name}-sliced", run.subnets / name
     source = cut_inputs(job, picked["key"])
-    if not made_from(sliced, source):
+    if not is_made_from(sliced, source):
         write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
     if not recipe.healing.tokens:
         return cut
     inputs = network_inputs(job, picked["key"], blocks)
-    if made_from(healed, inputs):
+    if is_made_from(healed, inputs):
         return load_healed(cut, healed, held_dtype(job)).to(job.device)
     state = run.subnets / f".{name}-{fingerprint(inputs)}.training.safetensors"
     settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)

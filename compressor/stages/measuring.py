@@ -83,17 +83,17 @@ class PackageMeasurer:
         self.losses: dict[str, float] = {"base": before["base"]["held_out_loss"]} if before else {}
         self.texts: dict[str, dict[str, str]] = {}
         self.scores: dict[str, dict[str, Score]] = {}
-        self._said: dict[str, dict[str, str]] = {}  # of the last time, by name
+        self._earlier_texts: dict[str, dict[str, str]] = {}  # of the last time, by name
         for row in before.get("samples", []):
             for name, text in row["continuations"].items():
-                self._said.setdefault(name, {})[row["prompt"]] = text
+                self._earlier_texts.setdefault(name, {})[row["prompt"]] = text
 
     def measure_base(self, store: EvaluationStore) -> None:
         job = self.job
         self.scores["base"] = report_scores(job, store, self.base, job.structure.base, job.base_fingerprint)
         if "base" not in self.losses:
             self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
-        self.texts["base"] = continuations(job, self.prompts, self.base, self._said.get("base", {}))
+        self.texts["base"] = continuations(job, self.prompts, self.base, self._earlier_texts.get("base", {}))
 
     def measure(self, name: str, store: EvaluationStore) -> None:
         """Measure one package, after the one that it is a copy of, and record it there.
@@ -115,7 +115,7 @@ class PackageMeasurer:
             self.losses[name] = entry["held_out_loss"] if current else held_out_loss(model(), self.text, 1, job.device)
         speed = entry["speed"] if current else self.time(package, record, model).model_dump()
         if entry["layout"] in LOADABLE:
-            kept = self._said.get(name, {}) if current else {}
+            kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
             "tasks": dumped(self.scores[name]),
@@ -153,7 +153,7 @@ class PackageMeasurer:
             "speed": self.speed and self.speed.model_dump(),
         }
         samples = [
-            {"prompt": prompt, "continuations": {name: found[prompt] for name, found in self.texts.items()}}
+            {"prompt": prompt, "continuations": {name: texts[prompt] for name, texts in self.texts.items()}}
             for prompt in self.prompts
         ]
         write_json(self.file, {"base": base, "conditions": self.conditions, "packages": names, "samples": samples})
@@ -219,22 +219,22 @@ def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
     """The openings of a few documents of the user's data, and their token ids [1, length]."""
     assert job.recipe.data is not None
     texts = [plain_text(row) for row in islice(read_rows(job.recipe.data), 400)]
-    found = {}
+    prompts = {}
     for text in [text for text in texts if len(text) > 20][-count:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
         ids = ids[:, : min(24, 1 + ids.shape[1] // 2)]
-        found[job.tokenizer.decode(ids[0], skip_special_tokens=True)] = ids.to(job.device)
-    return found
+        prompts[job.tokenizer.decode(ids[0], skip_special_tokens=True)] = ids.to(job.device)
+    return prompts
 
 
 def continuations(
     job: Job, prompts: Mapping[str, torch.Tensor], network: Callable[[], Any], kept: Mapping[str, str], new: int = 48
 ) -> dict[str, str]:
-    """What a network greedily makes of every prompt's token ids [1, length]; those in `kept` are known already."""
-    found = {}
+    """Greedy continuations of every prompt's token ids [1, length]; those in `kept` are known already."""
+    texts = {}
     for prompt, ids in prompts.items():
         if prompt in kept:
-            found[prompt] = kept[prompt]
+            texts[prompt] = kept[prompt]
             continue
         with torch.no_grad():
             out = network().generate(
@@ -244,5 +244,5 @@ def continuations(
                 do_sample=False,
                 pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
             )
-        found[prompt] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return found
+        texts[prompt] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return texts

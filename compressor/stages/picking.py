@@ -24,12 +24,12 @@ def measured(job: Job) -> list[Evaluation]:
     """
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
-    found = read_json(job.run.front)
-    if found["weights"] != job.run.supernet_weights:
+    front = read_json(job.run.front)
+    if front["weights"] != job.run.supernet_weights:
         raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
-    base_speed = found["base_decode_tps"]
+    base_speed = front["base_decode_tps"]
     evaluations = []
-    for row in found["evaluations"]:
+    for row in front["evaluations"]:
         architecture = Architecture.from_dict(row["architecture"])
         values = row["values"] | {
             "parameters": job.structure.parameters(architecture),
@@ -48,16 +48,16 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
 
     Raises ValueError where nothing meets the target.
     """
-    found = contenders(evaluations, target)
-    if len(found) == 1:
-        return found[0]
-    if 2 * len(found) > len(evaluations):
+    equals = contenders(evaluations, target)
+    if len(equals) == 1:
+        return equals[0]
+    if 2 * len(equals) > len(evaluations):
         say(
-            f"warning: the tasks do not tell {len(found)} of the {len(evaluations)} measured sub-networks apart; more "
+            f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
             "documents (--limit) would. Held-out loss decides"
         )
-    losses = held_out_losses(job, [e.architecture for e in found])
-    return min(zip(losses, range(len(found)), found, strict=True))[2]
+    losses = held_out_losses(job, [e.architecture for e in equals])
+    return min(zip(losses, range(len(equals)), equals, strict=True))[2]
 
 
 def read_picks(job: Job) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def run_searches(
         evaluator.measure,
         algorithm=settings.algorithm,
         evaluations=budget,
-        include=uniform_ones(job),
+        include=uniform_architectures(job),
         warm_start=starts,
         known=known,
         first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
@@ -211,16 +211,16 @@ def check_searching(job: Job) -> None:
         raise RequestError(f"searching.algorithm: {error}") from error
 
 
-def uniform_ones(job: Job) -> list[Architecture]:
+def uniform_architectures(job: Job) -> list[Architecture]:
     """A few architectures within the sizes asked for that the plain layout can hold: every search measures some."""
     sizes = sizes_asked_for(job)
     config = job.checkpoint.config
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
-    found = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
+    uniform = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
     if sizes:
         _, low = smallest_in_training(job)
-        found = [a for a in found if job.structure.parameters(a) >= low] or found[-1:]
-    return found
+        uniform = [a for a in uniform if job.structure.parameters(a) >= low] or uniform[-1:]
+    return uniform
 
 
 def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,32 +16,32 @@ from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
-from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
 GREEDY = "greedy"
 """Greedy perturbation: it measures, so the search itself carries it out."""
 BLOCKS, BATCH = 8, 4
-"""Blocks of training text that proposers look at, and how many at a time."""
+"""Blocks of training text that the methods look at, and how many at a time."""
 
 
 def sources(job: Job) -> dict[str, str]:
     """The warm start's sources by name, with a fingerprint of what each holds. Raises `RequestError` for one that is
-    neither a searched run nor the name of a proposer."""
-    found = {}
+    neither a searched run nor the name of a method."""
+    methods = (GREEDY, *warm_starts())
+    fingerprints = {}
     for name in job.recipe.searching.warm_start:
         front = Run(Path(name)).front
-        if name == GREEDY or name in warm_starts():
-            found[name] = name
+        if name in methods:
+            fingerprints[name] = name
         elif front.is_file():
-            found[name] = hashlib.sha256(front.read_bytes()).hexdigest()[:16]
+            fingerprints[name] = sha256(front)[:16]
         else:
-            known = (GREEDY, *warm_starts())
             raise RequestError(
-                f"--warm-start {name}: neither a run that was searched nor one of {', '.join(known)}"
-                f"{did_you_mean(name, known)}"
+                f"--warm-start {name}: neither a run that was searched nor one of {', '.join(methods)}"
+                f"{did_you_mean(name, methods)}"
             )
-    return found
+    return fingerprints
 
 
 def proposals(job: Job) -> list[Architecture]:
@@ -50,27 +49,27 @@ def proposals(job: Job) -> list[Architecture]:
 
     Raises `RequestError` where an earlier run has nothing to offer.
     """
-    found: list[Architecture] = []
+    architectures: list[Architecture] = []
     for name in sources(job):
         if name in warm_starts():
-            found += spread_over_sizes(job, proposed(job, name))
+            architectures += spread_over_sizes(job, proposed(job, name))
         elif name != GREEDY:
-            found += spread_over_sizes(job, earlier_front(job, Path(name)))
-    return list(dict.fromkeys(found))
+            architectures += spread_over_sizes(job, earlier_front(job, Path(name)))
+    return list(dict.fromkeys(architectures))
 
 
 def earlier_front(job: Job, path: Path) -> list[Architecture]:
     """What is on the front of another run, perhaps of another device, and in this run's space."""
-    searched = read_json(Run(path).front)
-    rows = {row["key"]: Architecture.from_dict(row["architecture"]) for row in searched["evaluations"]}
-    found = [rows[key] for key in searched["front"] if rows[key] in job.space]
-    if not found:
+    front = read_json(Run(path).front)
+    measured = {row["key"]: Architecture.from_dict(row["architecture"]) for row in front["evaluations"]}
+    architectures = [measured[key] for key in front["front"] if measured[key] in job.space]
+    if not architectures:
         raise RequestError(f"--warm-start {path}: nothing on its front is in this run's search space")
-    return found
+    return architectures
 
 
 def proposed(job: Job, name: str) -> list[Architecture]:
-    """What a proposer names, of this run's space; from `search/proposals-NAME.json` where it was asked before."""
+    """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
     manifest = job.run.manifest(job.run.supernet) or {}
     text = data_fingerprint(job.recipe.data or "")
     inputs = [manifest["weights"], job.space.to_dict(), text, job.recipe.targets.model_dump()]
@@ -86,24 +85,24 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         path = warm_starts()[name].propose(supernet, variants, batches)
         path += refined(supernet, variants, batches, path, sizes_asked_for(job))
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
-    found = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
-    return [architecture for architecture in found if architecture in job.space]
+    architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
+    return [architecture for architecture in architectures if architecture in job.space]
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
     """(layer, its sizes) of every architecture of the space that differs from the base in one layer through one gene.
 
-    Genes that change several layers at once have no such variants: proposers leave them whole.
+    Genes that change several layers at once have no such variants: the methods leave them whole.
     """
-    found = {}
+    variants = {}
     whole = [len(gene.values) - 1 for gene in space.genes]
     for position, gene in enumerate(space.genes):
         for value in range(len(gene.values) - 1):
             cut = space.decode([*whole[:position], value, *whole[position + 1 :]])
             changed = [i for i, (a, b) in enumerate(zip(cut.layers, space.base.layers, strict=True)) if a != b]
             if len(changed) == 1 and cut.hidden_size == space.base.hidden_size:
-                found[changed[0], cut.layers[changed[0]]] = gene.name
-    return list(found)
+                variants[changed[0], cut.layers[changed[0]]] = gene.name
+    return list(variants)
 
 
 def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Architecture]:

@@ -18,3 +18,10 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """A hint for a mistyped name: `; did you mean A, B?`, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def unknown(key: str, name: str, known: Iterable[str], also: str = "") -> RequestError:
+    """The error for a name that no table knows: with the nearest names, or else all of them and what `also` says."""
+    names = list(known)
+    hint = did_you_mean(name, names) or f"; known are {', '.join(names)}{also}"
+    return RequestError(f"{key}: '{name}' is unknown{hint}")
