@@ -86,8 +86,8 @@ def finetune(job: Job) -> dict[str, Any]:
         blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: contamination.show(plain_text(row)))
         if contamination.found:
             say(
-                f"warning: {len(contamination.found)} of {contamination.documents} report documents share {RUN} words in a row "
-                f"with the training text, for example {min(contamination.found)}; their scores may be too good"
+                f"warning: {len(contamination.found)} of {contamination.documents} report documents share {RUN} words "
+                f"in a row with the training text, for example {min(contamination.found)}; their scores may be too good"
             )
         # What is not trained needs no more precision than it is computed in.
         model = job.load_base(torch.float32 if recipe.finetuning.parameters == "all" else None)
