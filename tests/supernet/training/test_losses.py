@@ -17,6 +17,7 @@ from supernet.training.data import IGNORED, Batch
 from supernet.training.losses import Loss, cross_entropy, forward_kl
 from supernet.training.traces import HiddenStates, Recorder, trace
 from tests.support import tiny, tiny_families
+from tests.support.tiny_families import assert_close
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
 
@@ -51,9 +52,9 @@ def test_token_losses_by_hand() -> None:
 def test_a_trace_and_its_head_are_the_models_own_logits(network: Any, batch: Batch) -> None:
     logits = network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt]
     seen = trace(network, batch)
-    assert torch.equal(seen.head(seen.hidden), logits)
+    assert_close(seen.head(seen.hidden), logits)
     assert torch.equal(seen.targets, batch.ids[:, 1:][batch.learnt])
-    assert torch.equal(network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt], logits)
+    assert_close(network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt], logits)
 
 
 @pytest.mark.parametrize("family", tiny_families.CONFIGS)
@@ -105,7 +106,8 @@ def test_chunks_change_neither_loss_nor_gradients(
     whole, plain = run()
     chunked, gradients = run(counted)
     assert max(heads) == 3 and sum(heads) >= len(batch.learnt.nonzero())
-    assert chunked == pytest.approx(whole, rel=1e-6)
+    # KL of near distributions is a small difference of large entropies, which a kernel may sum in another order.
+    assert chunked == pytest.approx(whole, rel=1e-6, abs=1e-6)
     assert len(plain) == len(gradients)
     for ours, theirs in zip(gradients, plain, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
