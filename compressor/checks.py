@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
+from compressor.inspection import expected_memory
 from compressor.job import Job
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from export.layouts import gguf_checks, gguf_tokenizer, graphs
@@ -14,6 +17,7 @@ from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES
 from search.algorithms import algorithms
 from supernet.common.errors import RequestError, unknown
+from supernet.common.formatting import size
 from supernet.importance import IMPORTANCES
 from supernet.ordering import load_ordering
 from supernet.training.accelerator import processes
@@ -29,6 +33,7 @@ def check(job: Job) -> None:
     recipe = job.recipe
     check_names(job)
     check_finetuning(job)
+    check_memory(job)
     check_formats(job)
     job.checkpoint.load_tokenizer()
     check_targets(job)
@@ -91,6 +96,23 @@ def check_finetuning(job: Job) -> None:
         )
 
 
+def check_memory(job: Job) -> None:
+    """Refuse training that a GPU has no memory for, by what `inspect` expects of it."""
+    if job.device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(job.device)
+    expected = expected_memory(job)
+    instead = {
+        "fine-tuning": "train adapters (finetuning.parameters: lora), share the layers among several GPUs "
+        "(finetuning.shard), or search the base as it is (--train-tokens 0)",
+        "healing": "leave it out (--heal-tokens 0), or ask for a smaller network",
+    }
+    tokens = {"fine-tuning": job.recipe.finetuning.tokens, "healing": job.recipe.healing.tokens}
+    for stage, advice in instead.items():
+        if tokens[stage] and expected[stage] > free and not job.recipe.finetuning.shard:
+            raise RequestError(f"{stage} takes about {size(expected[stage])}, this GPU has {size(free)} free: {advice}")
+
+
 def check_formats(job: Job) -> None:
     """Refuse a layout or a quantization that this network cannot have."""
     config = job.checkpoint.config
@@ -122,18 +144,18 @@ def check_targets(job: Job) -> None:
     smallest = job.space.smallest()
     least = job.structure.parameters(smallest)
     base = job.structure.parameters(job.structure.base)
-    sizes = parameter_limits(job)
-    for _, size in sizes:
-        if size is not None and size < least:
+    limits = parameter_limits(job)
+    for _, most in limits:
+        if most is not None and most < least:
             raise RequestError(
-                f"--max-params: {size:,} parameters cannot be reached; the smallest sub-network of this space has "
+                f"--max-params: {most:,} parameters cannot be reached; the smallest sub-network of this space has "
                 f"{least:,} ({least / base:.3f} of the base)"
             )
-        if size is not None and size >= base:
-            raise RequestError(f"--max-params: {size:,} parameters are no fewer than the base's {base:,}; ask for less")
-    if len({size for _, size in sizes}) < len(sizes):
+        if most is not None and most >= base:
+            raise RequestError(f"--max-params: {most:,} parameters are no fewer than the base's {base:,}; ask for less")
+    if len({most for _, most in limits}) < len(limits):
         raise RequestError(f"--max-params: {','.join(job.recipe.targets.max_params)} names one size twice")
-    if len(sizes) > 1 and job.recipe.targets.max_drop is not None:
+    if len(limits) > 1 and job.recipe.targets.max_drop is not None:
         raise RequestError(
             "--max-drop asks for the smallest network of a quality, several --max-params for the best one of each "
             "size; give one of the two"

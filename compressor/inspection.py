@@ -85,20 +85,6 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
-    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
-    neurons = max(
-        s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
-        for s in base.layers
-    )
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
-    weight_bytes = total * job.compute_dtype.itemsize
-    training_bytes = 4 * rows * per_token
-    if adapted:
-        training_bytes += weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
-    else:
-        training_bytes += 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
-    healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
-    scoring_bytes = weight_bytes + 4 * recipe.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     return {
         "budget": {
             "train_tokens": recipe.finetuning.tokens,
@@ -106,7 +92,7 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
             "heal_tokens": recipe.healing.tokens,
             "documents_per_task": recipe.searching.limit,
         },
-        "memory": {"fine-tuning": training_bytes, "search": scoring_bytes, "healing": healing_bytes},
+        "memory": expected_memory(job),
         "petaflop": {
             name: flop / 1e15 for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
         },
@@ -117,6 +103,28 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
         },
         "matrix_rate": rate / EFFICIENCY,
     }
+
+
+def expected_memory(job: Job) -> dict[str, float]:
+    """Bytes that each stage is expected to hold at once, from counts of weights, gradients, moments and activations."""
+    recipe, structure = job.recipe, job.structure
+    base = structure.base
+    total = structure.parameters(base)
+    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
+    neurons = max(
+        s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
+        for s in base.layers
+    )
+    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
+    weight_bytes = total * job.compute_dtype.itemsize
+    training_bytes = 4 * rows * per_token
+    if recipe.finetuning.parameters == "lora":
+        training_bytes += weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
+    else:
+        training_bytes += 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
+    healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
+    scoring_bytes = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
+    return {"fine-tuning": training_bytes, "search": scoring_bytes, "healing": healing_bytes}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -23,6 +23,7 @@ from supernet.checkpoint import Checkpoint, open_checkpoint
 from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
+from supernet.device import pass_tokens
 from supernet.ordering import by_influence
 from supernet.training.accelerator import make_accelerator
 from supernet.training.loop import TrainSettings
@@ -88,10 +89,16 @@ class Job:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What networks are computed in: float32 on a CPU, where halves are emulated, else the stored dtype."""
+        """What networks are computed in: float32 on a CPU, where halves are emulated, bfloat16 on a GPU, unless the
+        recipe says otherwise. (Float16 overflows in some networks; float32 is several times slower on a GPU.)"""
         if self.recipe.dtype != "auto":
             return getattr(torch, self.recipe.dtype)
-        return torch.float32 if self.device.type == "cpu" else self.stored_dtype
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens to score in one pass."""
+        return self.recipe.batch_tokens or (4096 if self.device.type == "cpu" else pass_tokens(self.device))
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -139,7 +146,7 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
-        lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.recipe.batch_tokens)
+        lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
             if cores not in self._passes and self.run.passes.is_file():

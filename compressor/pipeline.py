@@ -41,7 +41,7 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
                 raise
             batch = max(1, (job.recipe.finetuning.batch_size or 2) // 2)
             raise RequestError(
-                f"out of memory; put batch_tokens: {max(64, job.recipe.batch_tokens // 2)} and finetuning.batch_size: "
+                f"out of memory; put batch_tokens: {max(64, job.batch_tokens // 2)} and finetuning.batch_size: "
                 f"{batch} into a recipe and run again; what was done is kept"
             ) from error
 

@@ -265,14 +265,14 @@ class Recipe(Section):
     formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
     """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-q8_0` and so on), `onnx`,
     `openvino`."""
-    batch_tokens: int = Field(default=4096, ge=64)
-    """Tokens scored in one pass."""
+    batch_tokens: int | None = Field(default=None, ge=64)
+    """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None
     """A file of `compressor speed-table`, measured on the device to search for where that is not this one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where networks are computed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What networks are computed in; `auto` is float32 on a CPU, the stored dtype elsewhere."""
+    """What networks are computed in; `auto` is float32 on a CPU, bfloat16 on a GPU."""
     seed: int = Field(default=0, ge=0)
     """The seed of everything random."""
 

@@ -27,13 +27,17 @@ def default_ids(config: Any, seed: int = 0) -> Tensor:
 
 
 def stored_network(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network as a package stores it: parameters rounded to `dtype`, computed in float32.
+    """The network as a package stores it: parameters rounded to `dtype`, computed in float32 on the CPU, as the proof
+    computes them.
 
     Returns `model` itself where that changes nothing. Buffers (rotary frequencies) are never stored, so not rounded.
     """
-    if all(p.dtype == torch.float32 and torch.equal(p, p.to(dtype).float()) for p in model.parameters()):
+    if all(
+        p.device.type == "cpu" and p.dtype == torch.float32 and torch.equal(p, p.to(dtype).float())
+        for p in model.parameters()
+    ):
         return model
-    rounded = copy.deepcopy(model)
+    rounded = copy.deepcopy(model).to("cpu")
     for parameter in rounded.parameters():
         parameter.data = parameter.data.to(dtype).to(torch.float32)
     return rounded

@@ -30,9 +30,6 @@ Counts = Mapping[Unit, int]
 ELASTIC: tuple[Unit, ...] = ("query", "kv", "ffn", "experts")
 """The units within a layer that a sub-network has fewer of."""
 
-LOGITS = 2**25
-"""Logits that whoever runs a network's head computes at a time, tokens times vocabulary: 128 MiB in float32."""
-
 CACHE_MODES = "kv_sharing_modes"
 """The configuration value by which transformers (5.23) knows layers without a place of their own in the cache."""
 

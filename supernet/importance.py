@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from supernet.activation import LOGITS, SuperNetwork
+from supernet.activation import SuperNetwork
 from supernet.architecture import TensorSpec
+from supernet.device import logits_at_once
 from supernet.learned_masks import learn_masks
 from supernet.ordering import Scores, UnitSlice, readers, runs, shapes
 
@@ -221,14 +222,18 @@ def _given(scores: Scores) -> Scores:
 
 def _forward(supernet: SuperNetwork, batches: Batches, *, head: bool = False) -> None:
     """Run the decoder over all batches and, where its hooks want that, the head over as many tokens at a time as keep
-    the logits within `LOGITS`."""
+    the logits within `logits_at_once`."""
     model: Any = supernet.model
     decoder = model.get_submodule(supernet.family.layers.rpartition(".")[0])
     output = model.get_output_embeddings()
     with torch.no_grad():
         for ids in batches:
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            for part in states.flatten(0, 1).split(max(1, LOGITS // output.weight.shape[0])) if head else ():
+            for part in (
+                states.flatten(0, 1).split(max(1, logits_at_once(states.device) // output.weight.shape[0]))
+                if head
+                else ()
+            ):
                 output(part)
 
 

@@ -156,6 +156,16 @@ def family_of_standalone(config: Any) -> Family:
     return families()[config.model_type.removeprefix("uneven_")]
 
 
+def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model itself on `device`, its parameters in `dtype`.
+
+    Buffers keep their precision: `model.to(dtype)` would round rotary frequencies too, and give wrong angles.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    return model.to(device)
+
+
 def materialise_buffers(model: nn.Module, device: torch.device) -> None:
     """Fill the buffers that no checkpoint holds (rotary frequencies, Gemma's scale): they are on the meta device.
 

@@ -341,7 +341,7 @@ def external_checkpoint(job: Job, given: str) -> Path:
     include = [job.recipe.include_path] if job.recipe.include_path else []
     encoder = Encoder(tokenizer, model.config)
     tasks = TaskSet.load(job.recipe.tasks, encoder=encoder, include_path=include)
-    scorer = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.recipe.batch_tokens))
+    scorer = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.batch_tokens))
     scores, documents = scorer.score_with_documents("report")
     parameters = list(model.parameters())
     row = Comparison(

@@ -27,7 +27,7 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint
 from supernet.common.versions import versions
-from supernet.slicing import extract
+from supernet.slicing import extract, placed
 from supernet.training.data import Blocks
 
 TOLERANCE = 0.01
@@ -126,7 +126,7 @@ def from_scratch(contest: SizeComparison, seed: int) -> Cut:
     torch.manual_seed(contest.job.recipe.seed + seed)
     fresh: Any = type(network)(network.config)
     fresh.generation_config = copy.deepcopy(network.generation_config)
-    return fresh.to(contest.job.device, contest.job.compute_dtype).eval(), architecture
+    return placed(fresh, contest.job.device, contest.job.compute_dtype).eval(), architecture
 
 
 def published(baseline: Baseline) -> Method:

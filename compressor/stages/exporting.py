@@ -28,6 +28,7 @@ from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import bar, say
 from supernet.common.versions import versions
+from supernet.device import release_cached_memory
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
 from supernet.training.supernet_training import heal
@@ -133,6 +134,7 @@ def write_packages(
             "uneven", network(), architecture, own, entry=entry, lineage=own_lineage, reference=reference, **options
         )
     if schemes:
+        release_cached_memory(job.device)  # the child quantizes on the same device
         blocks_to_do = len(schemes) * len(architecture.kept)
         with bar(f"quantizing {name}", blocks_to_do) as progress:
             quantize_packages(

@@ -18,7 +18,7 @@ from compressor.job import Job
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
-from evals.speed.measured import Speed, device_name, speed_beside
+from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs, llama_cpp
 from export.layouts.gguf_layout import take_stored_weights
 from export.package_record import read_record, update_record
@@ -28,6 +28,7 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
+from supernet.device import device_name
 from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.losses import held_out_loss

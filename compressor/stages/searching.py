@@ -24,6 +24,7 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import Bar, bar, say
+from supernet.device import device_name
 from supernet.slicing import extract, fits_plain_class
 
 NOT_MEASURED = {"workers", "executor"}
@@ -84,7 +85,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),
         "seed": recipe.seed,
-        "device": str(job.device),
+        "device": device_name(job.device),
         "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
     }
 

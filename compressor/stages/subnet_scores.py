@@ -161,6 +161,11 @@ def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:
 def open_workers(job: Job) -> Workers[Request, Measured]:
     """The workers that the recipe asks for. Raises `RequestError` where they cannot be had."""
     settings = job.recipe.searching
+    if job.device.type == "cuda" and settings.executor == "processes" and settings.workers > 1:
+        raise RequestError(
+            "--workers: processes would share one GPU, which makes none of them faster; leave it at 1, or give each "
+            "worker a GPU through Ray (searching.executor: ray)"
+        )
     build = partial(open_scorer, job.run.path.resolve(), job.recipe.model_dump())
     if settings.executor == "processes":
         return Processes(build, settings.workers)

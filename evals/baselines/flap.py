@@ -16,7 +16,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
-from supernet.slicing import extract
+from supernet.slicing import extract, placed
 from supernet.training.traces import trace
 
 BIASES = ("attention_bias", "mlp_bias")
@@ -88,7 +88,7 @@ def with_biases(model: nn.Module) -> nn.Module:
         if getattr(config, name, None) is False:
             setattr(config, name, True)
     parameter = next(model.parameters())
-    biased = AutoModelForCausalLM.from_config(config).to(parameter.device, parameter.dtype).eval()
+    biased = placed(AutoModelForCausalLM.from_config(config), parameter.device, parameter.dtype).eval()
     with torch.no_grad():
         for name, bias in biased.named_parameters():
             if name.endswith(".bias"):

@@ -16,7 +16,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
 from supernet.common.errors import RequestError
 from supernet.families import describe
-from supernet.slicing import extract
+from supernet.slicing import extract, placed
 
 
 def slicegpt(context: PruningContext) -> Cut:
@@ -58,7 +58,7 @@ def untied(model: nn.Module) -> nn.Module:
     config: Any = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     parameter = next(model.parameters())
-    copied: Any = AutoModelForCausalLM.from_config(config).to(parameter.device, parameter.dtype).eval()
+    copied: Any = placed(AutoModelForCausalLM.from_config(config), parameter.device, parameter.dtype).eval()
     copied.load_state_dict(model.state_dict())
     copied.generation_config = copy.deepcopy(model.generation_config)
     return copied

@@ -11,6 +11,7 @@ from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.tasks import TaskSet
 from supernet.common.errors import RequestError, VerificationError
+from supernet.device import prepare
 from supernet.trust import brings_code, check_code, load_tokenizer
 
 
@@ -136,6 +137,7 @@ def load_checkpoint(
     except (OSError, ValueError, ImportError, VerificationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
+    prepare(place)
     return model.to(place), tokenizer
 
 

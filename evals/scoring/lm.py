@@ -24,8 +24,9 @@ from transformers import DynamicCache
 
 from evals.scoring.encoding import Encoder, Generation, Span
 from evals.scoring.tree_attention import SMALLEST_PASS, Layers, Plan, Scored, reading, token_scores, tree_interface
-from supernet.activation import LOGITS
 from supernet.architecture import Architecture
+from supernet.device import cache_bytes as bytes_to_keep
+from supernet.device import logits_at_once, pass_tokens
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class NetworkLM(LM):
         encoder: Encoder,
         *,
         max_tokens: int | None = None,
-        max_logits: int = LOGITS,
-        cache_bytes: int = 2**28,
+        max_logits: int | None = None,
+        cache_bytes: int | None = None,
         workers: int = 1,
     ) -> None:
         super().__init__()
@@ -57,11 +58,11 @@ class NetworkLM(LM):
         self.encoder = encoder
         parameter = next(model.parameters())
         self._device = parameter.device
-        self.max_tokens = max_tokens or (2048 if parameter.device.type == "cpu" else 16384)
+        self.max_tokens = max_tokens or pass_tokens(self._device)
         config: Any = model.config
         vocabulary = getattr(getattr(config, "text_config", None) or config, "vocab_size", 2**16)
-        self.max_rows = max(1, max_logits // vocabulary)
-        self.cache_bytes = cache_bytes
+        self.max_rows = max(1, (max_logits or logits_at_once(self._device)) // vocabulary)
+        self.cache_bytes = bytes_to_keep(self._device) if cache_bytes is None else cache_bytes
         self.workers = workers
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.speed.measured import Times, context_of, device_name, fitting, runtime_of, time_beside
+from evals.speed.measured import Times, context_of, fitting, runtime_of, time_beside
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.files import write_json
+from supernet.device import device_name
 
 if TYPE_CHECKING:
     import torch

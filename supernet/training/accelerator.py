@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from supernet.common.errors import RequestError
+from supernet.device import prepare
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,6 +50,7 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
     if on_cpu and processes() > 1 and not _is_set("ACCELERATE_USE_CPU"):
         raise RequestError("several processes on a CPU need ACCELERATE_USE_CPU=true in the environment")
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+    prepare(accelerator.device)
     if accelerator.num_processes != processes():
         raise RequestError(
             f"{processes()} processes were started but accelerate sees {accelerator.num_processes}; start them with "

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from supernet.activation import LOGITS
+from supernet.device import logits_at_once
 from supernet.training.data import Blocks
 from supernet.training.traces import HiddenStates, trace
 
@@ -143,7 +143,7 @@ def token_losses(
         parts = [weight * TOKEN_LOSSES[name](logits, targets, soft, temperature) for name, weight in weights.items()]
         return torch.stack(parts).sum()
 
-    size = max(1, LOGITS // student.vocabulary)
+    size = max(1, logits_at_once(student.hidden.device) // student.vocabulary)
     columns: list[Any] = [student.hidden.split(size), student.targets.split(size)]
     needed = teacher is not None and set(weights) != {"ce"}
     columns.append(teacher.hidden.split(size) if needed and teacher is not None else [None] * len(columns[0]))

@@ -102,7 +102,7 @@ def test_other_processes_measure_the_same(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_first_look_on_part_of_the_documents(made: Made, tmp_path: Path) -> None:
-    found = made.search(tmp_path / "run", first_look=0.25, evaluations=30)
+    found = made.search(tmp_path / "run", screening=0.25, evaluations=30)
     everything = {row["key"]: row for row in found["evaluations"]}
     partial = {key for key, row in everything.items() if not row["full"]}
     assert partial and not partial & set(found["front"])

@@ -20,7 +20,6 @@ from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.importance import activation
 from supernet.ordering import output_projections
-from supernet.training import losses
 from tests.support.tiny_families import assert_close, tiny_network
 
 SIZES = {
@@ -110,7 +109,7 @@ def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeyp
     model = llama()
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2).shape[0]))
-    monkeypatch.setattr(losses, "LOGITS", 8 * SIZES["vocab_size"])
+    monkeypatch.setattr("supernet.device.LOGITS", 8 * SIZES["vocab_size"])
     supernet = SuperNetwork(model)
     residuals(supernet, IDS)
     moments(supernet, output_projections(supernet), (IDS,))

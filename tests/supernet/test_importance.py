@@ -47,7 +47,7 @@ def supernet() -> SuperNetwork:
 
 def test_no_pass_holds_the_logits_of_all_tokens(supernet: SuperNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = wanda(supernet, BATCHES)
-    monkeypatch.setattr("supernet.importance.LOGITS", 25)  # two tokens of a vocabulary of 11
+    monkeypatch.setattr("supernet.device.LOGITS", 25)  # two tokens of a vocabulary of 11
     tokens: list[int] = []
     hook = supernet.model.lm_head.register_forward_hook(lambda _, __, out: tokens.append(out[..., 0].numel()))
     in_parts = wanda(supernet, BATCHES)

@@ -89,7 +89,7 @@ def test_chunks_change_neither_loss_nor_gradients(
     def run(head: Any = None) -> tuple[float, list[Tensor]]:
         seen = trace(network, batch)
         if head:
-            monkeypatch.setattr(losses, "LOGITS", 3 * seen.vocabulary)
+            monkeypatch.setattr("supernet.device.LOGITS", 3 * seen.vocabulary)
             seen = HiddenStates(**(vars(seen) | {"head": head(seen.head)}))
         loss = Loss(weights)(seen, teacher)
         used = [p for p in network.parameters() if p.requires_grad]

@@ -1,0 +1,70 @@
+"""What a device can hold at once, and settings that a GPU needs before anything is computed on it.
+
+Torch is imported when something is called: tables of timings are read where no network can run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+LOGITS = 2**25
+"""Logits computed at a time on a CPU, tokens times vocabulary: 128 MiB in float32."""
+CACHE_BYTES = 2**28
+"""Bytes of layers' outputs that scoring keeps on a CPU for the next sub-network."""
+SHARE_FOR_LOGITS, SHARE_FOR_CACHE = 1 / 16, 1 / 3
+"""Shares of a GPU's free memory for the same."""
+
+
+def prepare(device: torch.device) -> None:
+    """Call it before computing on a device. On a CPU it does nothing.
+
+    torch (2.11) gives masked attention on Hopper to cuDNN first, which builds a plan for every shape. Scoring and
+    generation meet hundreds of shapes, and a plan takes up to half a second.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Logits to compute at a time, tokens times vocabulary: on a GPU as its free memory allows, in float32."""
+    if device.type != "cuda":
+        return LOGITS
+    return max(LOGITS, int(SHARE_FOR_LOGITS * _free_bytes(device)) // 4)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of layers' outputs that scoring may keep for the next sub-network."""
+    return max(CACHE_BYTES, int(SHARE_FOR_CACHE * _free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens to score in one pass."""
+    return 16384 if device.type == "cuda" else 2048
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for later back to the GPU, before another process starts on it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, with what torch holds for later."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
