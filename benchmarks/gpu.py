@@ -478,7 +478,8 @@ def training(arguments: argparse.Namespace) -> Facts:
         yield "TFLOP/s of a matrix product", rate / 1e12
         yield "peak GiB, and as inspect expects", [peak_gib(), expected_memory(job)["fine-tuning"] / 2**30]
         if torch.cuda.is_available():
-            yield "synchronisations in a step, by place", synchronisations(job, network, blocks)
+            yield "synchronisations in three steps, by place", synchronisations(job, network, blocks)
+            yield from profiled(job, network, blocks)
 
 
 def synchronisations(job: Job, network: Any, blocks: Any) -> dict[str, int]:
@@ -501,6 +502,26 @@ def synchronisations(job: Job, network: Any, blocks: Any) -> dict[str, int]:
             name = f"{Path(warning.filename).name}:{warning.lineno}"
             places[name] = places.get(name, 0) + 1
     return dict(sorted(places.items(), key=lambda pair: -pair[1])[:20])
+
+
+def profiled(job: Job, network: Any, blocks: Any) -> Facts:
+    """What the GPU does in a step, by kernel, and the share of the time that it does anything."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from compressor.stages.finetuning import train_supernet
+
+    both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with tempfile.TemporaryDirectory() as folder, profile(activities=both) as trace:
+        began = time.perf_counter()
+        train_supernet(job, network, blocks, Path(folder) / "state")
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - began
+    events = trace.key_averages()
+    busy = sum(event.self_device_time_total for event in events) / 1e6
+    yield "seconds of three steps and their curve, share of them that the GPU is busy", [taken, busy / taken]
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:18]
+    yield "ms of the GPU by kernel", {e.key[:60]: round(e.self_device_time_total / 1e3, 1) for e in longest}
 
 
 def same_seed(arguments: argparse.Namespace) -> Facts:
@@ -548,7 +569,8 @@ def memory(arguments: argparse.Namespace) -> Facts:
         num_key_value_heads=2 if arguments.tiny else 8,
         vocab_size=128 if arguments.tiny else 32000,
     )
-    network = AutoModelForCausalLM.from_config(config).to(place(), torch.float32)
+    with place():
+        network = AutoModelForCausalLM.from_config(config).to(torch.float32)
     count = sum(p.numel() for p in network.parameters())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=place().type == "cuda")
     ids = torch.randint(0, config.vocab_size, (2, 64 if arguments.tiny else 1024), device=place())
@@ -567,8 +589,8 @@ def whole_job(arguments: argparse.Namespace) -> Facts:
         arguments,
         "job",
         tiny=arguments.tiny,
-        train=2_000 if arguments.tiny else 4_000_000,
-        heal=2_000 if arguments.tiny else 4_000_000,
+        train=2_000 if arguments.tiny else 1_000_000,
+        heal=2_000 if arguments.tiny else 1_500_000,
     )
 
 
@@ -617,7 +639,7 @@ PARTS: dict[str, tuple[float, Callable[[argparse.Namespace], Facts]]] = {
     "logits": (30, logits),
     "same-seed": (45, same_seed),
     "memory": (40, memory),
-    "demo": (90, whole_demo),
+    "demo": (180, whole_demo),
     "heal-and-quantize": (120, heal_and_quantize),
     "job": (400, whole_job),
 }

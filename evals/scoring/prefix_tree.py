@@ -12,7 +12,7 @@ Behind the last attention, only the nodes whose logits are needed matter: `last`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +57,19 @@ class Pack:
         return len(self.tokens)
 
 
-def pack(spans: Sequence[Span], max_tokens: int, max_rows: int | None = None, block: int = 64) -> list[Pack]:
+def pack(
+    spans: Sequence[Span],
+    max_tokens: int,
+    max_rows: int | None = None,
+    block: int = 64,
+    round_up: Callable[[int], int] | None = None,
+) -> list[Pack]:
     """Spans in packs of at most `max_tokens` nodes and `max_rows` rows of logits (a single span may exceed both).
 
-    `block`: nodes that a block may hold before it is cut where the tree branches.
+    `block`: nodes that a block may hold before it is cut where the tree branches. `round_up`: sizes of blocks that it
+    makes equal are computed together, padded to the largest; by default `fine_sizes`.
     """
+    round_up = round_up or fine_sizes
     order = sorted(range(len(spans)), key=lambda i: spans[i].tokens)
     packs: list[Pack] = []
     batch: list[int] = []
@@ -72,17 +80,17 @@ def pack(spans: Sequence[Span], max_tokens: int, max_rows: int | None = None, bl
         shared = _common_prefix(previous, tokens)
         more, more_rows = len(tokens) - shared, min(spans[i].scored, len(tokens) - shared + 1)
         if batch and (nodes + more > max_tokens or (max_rows is not None and rows + more_rows > max_rows)):
-            packs.append(_pack(spans, batch, block))
+            packs.append(_pack(spans, batch, block, round_up))
             batch, nodes, rows = [], 0, 0
             more, more_rows = len(tokens), spans[i].scored
         batch.append(i)
         nodes, rows, previous = nodes + more, rows + more_rows, tokens
     if batch:
-        packs.append(_pack(spans, batch, block))
+        packs.append(_pack(spans, batch, block, round_up))
     return packs
 
 
-def _pack(spans: Sequence[Span], batch: Sequence[int], block: int) -> Pack:
+def _pack(spans: Sequence[Span], batch: Sequence[int], block: int, round_up: Callable[[int], int]) -> Pack:
     """`batch` lists spans in lexicographic order of their tokens: a depth-first walk through the tree."""
     tokens: list[int] = []
     parents: list[int] = []
@@ -112,8 +120,8 @@ def _pack(spans: Sequence[Span], batch: Sequence[int], block: int) -> Pack:
     return Pack(
         np.array(tokens, np.int64),
         positions,
-        _blocks(cuts, end, {node: node for node in range(len(tokens))}),
-        _blocks(cuts, end, row_of),
+        _blocks(cuts, end, {node: node for node in range(len(tokens))}, round_up),
+        _blocks(cuts, end, row_of, round_up),
         np.array(list(row_of), np.int64),
         np.array(at, np.int64),
         np.array(targets, np.int64),
@@ -161,13 +169,15 @@ def _cuts(end: Sequence[int], block: int) -> list[Cut]:
     return cuts
 
 
-def _blocks(cuts: Sequence[Cut], end: Sequence[int], place: Mapping[int, int]) -> tuple[Blocks, ...]:
+def _blocks(
+    cuts: Sequence[Cut], end: Sequence[int], place: Mapping[int, int], round_up: Callable[[int], int]
+) -> tuple[Blocks, ...]:
     """Blocks of like size together. `place`: the nodes that are queries, and where they stand among the queries."""
     alike: dict[tuple[int, int], list[tuple[list[int], Cut]]] = {}
     for cut in cuts:
         queries = [node for node in range(cut[1], cut[2]) if node in place]
         if queries:
-            size = _round_up(len(queries)), _round_up(len(cut[0]) + cut[2] - cut[1])
+            size = round_up(len(queries)), round_up(len(cut[0]) + cut[2] - cut[1])
             alike.setdefault(size, []).append((queries, cut))
     ends = np.array(end, np.int64)
     return tuple(_stack(group, ends, place) for _, group in sorted(alike.items(), key=lambda item: item[0]))
@@ -192,8 +202,14 @@ def _stack(group: Sequence[tuple[list[int], Cut]], end: Ints, place: Mapping[int
     return Blocks(queries, keys, mask, valid)
 
 
-def _round_up(size: int) -> int:
-    """Sizes that may share a stack: the next power of two below 16, then the next multiple of an eighth of one."""
+def coarse_sizes(size: int) -> int:
+    """Few groups with much padding, for a GPU, where every group costs ten launches: powers of two from 64 on."""
+    return max(64, 1 << max(size - 1, 0).bit_length())
+
+
+def fine_sizes(size: int) -> int:
+    """Many groups with little padding, for a CPU: the next power of two below 16, then the next multiple of an eighth
+    of one."""
     if size <= 16:
         return 1 << max(size - 1, 0).bit_length() if size else 0
     step = max(8, 1 << (size.bit_length() - 3))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from evals.scoring.encoding import Span
-from evals.scoring.prefix_tree import Blocks, Pack, pack
+from evals.scoring.prefix_tree import Blocks, Pack, coarse_sizes, fine_sizes, pack
 from supernet.architecture import Architecture
 
 TREE_ATTENTION = "nas_compressor_tree"
@@ -51,11 +51,12 @@ class Plan:
         self.distinct = list(dict.fromkeys(spans))
         number = {span: i for i, span in enumerate(self.distinct)}
         self.index = [number[span] for span in spans]
-        packs = pack(self.distinct, max_tokens, max_rows)
+        round_up = coarse_sizes if device.type == "cuda" else fine_sizes
+        packs = pack(self.distinct, max_tokens, max_rows, round_up=round_up)
         if workers > 1:  # as many passes as keep all workers busy to the end
             rounds = -(-len(packs) // workers)
             even = int(1.05 * sum(map(len, packs)) / (rounds * workers))
-            packs = pack(self.distinct, min(max_tokens, max(even, SMALLEST_PASS)), max_rows)
+            packs = pack(self.distinct, min(max_tokens, max(even, SMALLEST_PASS)), max_rows, round_up=round_up)
         self.packs = [DevicePack(p, device) for p in packs]
         self.longest = max((len(span.tokens) for span in self.distinct), default=0)
 

@@ -1,14 +1,18 @@
 """Speed of standalone networks, measured: reading a prompt and writing new tokens.
 
 Machines drift and are shared, so nothing is timed alone: networks take turns, and other work only ever adds time.
+
+On a GPU, passes are replayed as CUDA graphs: at batch 1 Python takes several times longer to launch a pass than the GPU
+to compute it, so that eager times say nothing about a network's size.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+log = logging.getLogger(__name__)
+
+WARMUP = 3
+"""Passes before a CUDA graph is captured."""
+CUDA_GRAPH = " (CUDA graph)"
 READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
@@ -104,10 +113,11 @@ def compare_speed(
     with torch.inference_mode(), _threads(threads):
         used_threads = torch.get_num_threads()
         ids = {name: _random_ids(model, batch, prompt) for name, model in models.items()}
+        graphs = all(can_capture(model, ids[name]) for name, model in models.items())
         memory = {name: _peak_memory(model, ids[name], new) for name, model in models.items()}
         for turn in range(warmup + repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                first, steps = _run(models[name], ids[name], new)
+                first, *steps = _passes(models[name], ids[name], new - 1, graphs)
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
     result = {}
@@ -117,7 +127,7 @@ def compare_speed(
         rest = statistics.median(rest for _, rest in runs[name])
         total = statistics.median(first + rest for first, rest in runs[name])
         result[name] = Speed(
-            runtime=runtime_of(model),
+            runtime=runtime_of(model) + (CUDA_GRAPH if graphs else ""),
             device=device_name(parameter.device),
             threads=used_threads if parameter.device.type == "cpu" else None,
             dtype=str(parameter.dtype).removeprefix("torch."),
@@ -181,15 +191,18 @@ def time_beside(
     before = prompt + (new - steps) // 2
     with torch.inference_mode():
         ids = _random_ids(reference, batch, prompt)
-        reading = [_in_turns(model, reference, ids, 0)[0] for _ in range(1 + READS * rounds)][1:]
-        writing = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1)[2:]
+        graphs = can_capture(model, ids) and can_capture(reference, ids)
+        reading = [_in_turns(model, reference, ids, 0, graphs)[0] for _ in range(1 + READS * rounds)][1:]
+        writing = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1, graphs)[2:]
     mine, beside = zip(*(_share_and_seconds(pairs) for pairs in (reading, writing)), strict=True)
     return (mine[0] * beside[0], mine[1] * beside[1]), (beside[0], beside[1])
 
 
-def _in_turns(model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int) -> list[tuple[float, float]]:
+def _in_turns(
+    model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int, graphs: bool
+) -> list[tuple[float, float]]:
     """Seconds of each pass of both networks, each pass beside the other's."""
-    passes = _passes(model, ids, steps), _passes(reference, ids, steps)
+    passes = _passes(model, ids, steps, graphs), _passes(reference, ids, steps, graphs)
     pairs = []
     for number in range(1 + steps):
         if number % 2:
@@ -208,30 +221,89 @@ def _share_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, flo
     return float(np.median(timed[:, 0] / timed[:, 1])), float(np.percentile(timed[:, 1], 25))
 
 
-def _run(model: nn.Module, ids: torch.Tensor, new: int) -> tuple[float, list[float]]:
-    """Seconds to the first new token, and of each of the `new - 1` decoding steps after it."""
-    first, *steps = _passes(model, ids, new - 1)
-    return first, steps
-
-
-def _passes(model: nn.Module, ids: torch.Tensor, steps: int) -> Iterator[float]:
+def _passes(model: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False) -> Iterator[float]:
     """Seconds of each pass: over `ids`, then over `steps` greedy tokens one by one, all with one cache."""
-    import torch
 
     # The time of a single thread does not run while other work has its core.
     clock = time.thread_time if _is_single_thread(ids.device) else time.perf_counter
 
-    def now() -> float:
-        if ids.is_cuda:
-            torch.cuda.synchronize(ids.device)
-        return clock()
+    def seconds(work: Callable[[], object]) -> float:
+        began = _now(ids, clock)
+        work()
+        return _now(ids, clock) - began
 
-    cache, token = None, ids
+    if graphs:
+        read, write = _captured_passes(model, ids, steps)
+        yield seconds(read.replay)
+        for _ in range(steps):
+            yield seconds(write.replay)
+        return
+    state: dict[str, Any] = {"past_key_values": None, "input_ids": ids}
+
+    def step() -> None:
+        out = model(**state, use_cache=True, logits_to_keep=1)
+        state["past_key_values"], state["input_ids"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
     for _ in range(1 + steps):
-        began = now()
-        out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        yield now() - began
+        yield seconds(step)
+
+
+def _now(ids: torch.Tensor, clock: Callable[[], float]) -> float:
+    import torch
+
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return clock()
+
+
+def can_capture(model: nn.Module, ids: torch.Tensor) -> bool:
+    """Whether a network's passes can be replayed as CUDA graphs: on a GPU, where its code waits for no result."""
+    if not ids.is_cuda:
+        return False
+    try:
+        _captured_passes(model, ids, 1)
+    except RuntimeError as error:  # torch says why: code that synchronises cannot be captured
+        log.info("no CUDA graph: %s", error)
+        return False
+    return True
+
+
+def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[torch.cuda.CUDAGraph, ...]:
+    """CUDA graphs of reading `ids`, and of one more greedy token; the second may be replayed `steps` times."""
+    import torch
+    from transformers import StaticCache
+
+    config: Any = model.config
+    length = ids.shape[1]
+    cache = StaticCache(config=config, max_cache_len=length + steps + 2 * WARMUP)
+    token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    position = torch.full_like(token, length)
+
+    def read() -> None:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    def write() -> None:
+        out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token.copy_(out.logits[:, -1:].argmax(-1))
+        position.add_(1)
+
+    return tuple(map(_captured, (read, write)))
+
+
+def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of some work, which is warmed up on a stream beside, as torch asks for."""
+    import torch
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARMUP):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
 
 
 def _is_single_thread(device: torch.device) -> bool:
@@ -272,12 +344,12 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
         torch.cuda.synchronize(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
         torch.cuda.reset_peak_memory_stats(ids.device)
-        _run(model, ids, new)
+        list(_passes(model, ids, new - 1))
         return weights + torch.cuda.max_memory_allocated(ids.device) - before
     from torch.profiler import ProfilerActivity, profile
 
     with _native_stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        _run(model, ids, min(new, 4))
+        list(_passes(model, ids, min(new, 4) - 1))
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])

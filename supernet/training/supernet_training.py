@@ -190,4 +190,5 @@ def without_dropout(model: nn.Module, off: bool) -> Iterator[None]:
 
 def _held_out(model: nn.Module, data: Blocks, rows: int, accelerator: Accelerator) -> float:
     """A point of the training curve: of few blocks, since every point costs several passes over them."""
-    return held_out_loss(model, data.part(0, HELD_OUT_BLOCKS), rows, accelerator.device)
+    with accelerator.autocast():
+        return held_out_loss(model, data.part(0, HELD_OUT_BLOCKS), rows, accelerator.device)

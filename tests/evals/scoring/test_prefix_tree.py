@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from evals.scoring.encoding import Span
-from evals.scoring.prefix_tree import Pack, pack
+from evals.scoring.prefix_tree import Pack, coarse_sizes, fine_sizes, pack
 
 
 def seen(packed: Pack, last: bool = False) -> list[set[int]]:
@@ -38,13 +40,16 @@ def random_spans(seed: int, count: int) -> list[Span]:
     return spans
 
 
+@pytest.mark.parametrize("round_up", [fine_sizes, coarse_sizes])
 @pytest.mark.parametrize("block", [1, 4, 64])
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_span_is_read_whole_and_alone(seed: int, max_tokens: int, block: int) -> None:
+def test_every_span_is_read_whole_and_alone(
+    seed: int, max_tokens: int, block: int, round_up: Callable[[int], int]
+) -> None:
     spans = random_spans(seed, 40)
     scored: dict[int, list[int]] = {}
-    for packed in pack(spans, max_tokens, block=block):
+    for packed in pack(spans, max_tokens, block=block, round_up=round_up):
         longest = max(len(spans[i].tokens) for i in packed.owner)
         assert len(packed) <= max(max_tokens, longest)
         visible = seen(packed)
