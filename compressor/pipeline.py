@@ -36,8 +36,11 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
     def run(job: Job) -> Result:
         try:
             return stage(job)
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            # torch on a CPU raises a plain RuntimeError; other RuntimeErrors are no lack of memory.
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(
+                error
+            ):
                 raise
             batch = max(1, (job.recipe.finetuning.batch_size or 2) // 2)
             raise RequestError(

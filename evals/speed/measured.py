@@ -234,9 +234,9 @@ def _passes(model: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = Fals
 
     if graphs:
         read, write = _captured_passes(model, ids, steps)
-        yield seconds(read.replay)
+        yield seconds(read)
         for _ in range(steps):
-            yield seconds(write.replay)
+            yield seconds(write)
         return
     state: dict[str, Any] = {"past_key_values": None, "input_ids": ids}
 
@@ -268,8 +268,8 @@ def can_capture(model: nn.Module, ids: torch.Tensor) -> bool:
     return True
 
 
-def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[torch.cuda.CUDAGraph, ...]:
-    """CUDA graphs of reading `ids`, and of one more greedy token; the second may be replayed `steps` times."""
+def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[Callable[[], None], ...]:
+    """Replays of reading `ids`, and of one more greedy token; the second may be called `steps` times."""
     import torch
     from transformers import StaticCache
 
@@ -290,8 +290,11 @@ def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[t
     return tuple(map(_captured, (read, write)))
 
 
-def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of some work, which is warmed up on a stream beside, as torch asks for."""
+def _captured(work: Callable[[], None]) -> Callable[[], None]:
+    """Some work as a replay of its CUDA graph; it is warmed up on a stream beside, as torch asks for.
+
+    A graph knows addresses only: what the work reads and writes must stay alive as long as its replay does.
+    """
     import torch
 
     beside = torch.cuda.Stream()
@@ -303,7 +306,11 @@ def _captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph
+
+    def replay(alive: Callable[[], None] = work) -> None:
+        graph.replay()
+
+    return replay
 
 
 def _is_single_thread(device: torch.device) -> bool:
