@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from compressor.local_paths import LocalPaths, localized
 from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from evals.scoring.encoding import Encoder
@@ -39,12 +40,23 @@ SMALL = 50_000_000
 class Job:
     """A run with its recipe resolved, and everything that is expensive to open, opened once.
 
-    `weights` False is for looking only: the checkpoint's configuration is enough.
+    `given` is the recipe as the user wrote it, which recipe.yaml, fingerprints and reports hold; `recipe` is the same
+    with everything local named by where it lies (`paths`, the run's own by default). `weights` False is for looking
+    only: the checkpoint's configuration is enough.
     """
 
-    def __init__(self, run: Run, recipe: Recipe, redo: str | None = None, *, weights: bool = True) -> None:
+    def __init__(
+        self,
+        run: Run,
+        recipe: Recipe,
+        redo: str | None = None,
+        *,
+        weights: bool = True,
+        paths: LocalPaths | None = None,
+    ) -> None:
         self.run = run
-        self.recipe = recipe
+        self.given = recipe
+        self.recipe = localized(recipe, run.path, run.local_paths() if paths is None else paths)
         if redo is not None and redo not in STAGES:
             raise unknown("--redo", redo, STAGES)
         self.redo = redo
@@ -194,12 +206,13 @@ class Job:
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
         hidden_size = self.structure.base.hidden_size
-        finetuning, healing = self.recipe.finetuning, self.recipe.healing
-        if finetuning.learning_rate is None:
-            adapters = finetuning.parameters == "lora"
-            finetuning.learning_rate = learning_rate_for(hidden_size, healing=False, adapters=adapters)
-        if healing.learning_rate is None:
-            healing.learning_rate = learning_rate_for(hidden_size, healing=True)
+        for recipe in (self.given, self.recipe):
+            finetuning, healing = recipe.finetuning, recipe.healing
+            if finetuning.learning_rate is None:
+                adapters = finetuning.parameters == "lora"
+                finetuning.learning_rate = learning_rate_for(hidden_size, healing=False, adapters=adapters)
+            if healing.learning_rate is None:
+                healing.learning_rate = learning_rate_for(hidden_size, healing=True)
 
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""

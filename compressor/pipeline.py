@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ from compressor import demo as bundled
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
 from compressor.inputs import data_fingerprint
 from compressor.job import Job
-from compressor.recipe import Recipe, read_recipe, write_recipe
+from compressor.local_paths import remembered
+from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
@@ -61,24 +62,22 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
 
     Raises `RequestError` without leaving anything behind where the request is wrong.
     """
-    recipe = recipe.resolved()
-    job = Job(Run(output), recipe, redo)
+    recipe, run = recipe.resolved(), Run(output)
+    paths = run.local_paths() | remembered(recipe, output)  # what lies here wins over what lay elsewhere
+    job = Job(run, recipe, redo, paths=paths)
     if tasks_needed and not recipe.tasks:
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
-    job.run.check_free()
-    job.run.settle()
+    run.check_free()
+    if run.recipe_file.is_file():
+        run.lock()
+    run.settle()
     check(job)
     job.fill_in()
     check_unchanged(job)
     if recipe.tasks:
         check_searching(job)
     check_speedup(job)
-    provenance = {
-        "versions": versions(),
-        "model": job.base_fingerprint,
-        "data": data_fingerprint(recipe.data or ""),
-    }
-    job.run = Run.create(output, recipe, provenance)
+    job.run = Run.create(output, job.given, provenance(job), paths)
     if recipe.tasks:
         job.tasks.keep(job.run.requests)
     job.run.log(f"started: {recipe.model}")
@@ -110,7 +109,9 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
     run = Run.open(path)
     overrides = {name: value for name, value in given.items() if value is not None}
     recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()
-    job = Job(run, recipe, redo)
+    here = remembered(recipe, path)  # of what is given now; the rest lies where the run knows it
+    paths = here | run.local_paths() | {name: place for name, place in here.items() if is_given(name, overrides)}
+    job = Job(run, recipe, redo, paths=paths)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
         check_formats(job)
@@ -118,13 +119,18 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
         if recipe.tasks:
             check_tasks(job)
             check_searching(job)
-        provenance = {
-            "versions": versions(),
-            "model": job.base_fingerprint,
-            "data": data_fingerprint(recipe.data or ""),
-        }
-        write_recipe(recipe, run.recipe_file, provenance)
+        run.remember(recipe, provenance(job), paths)
     return job
+
+
+def is_given(name: str, overrides: Mapping[str, Any]) -> bool:
+    """Whether one of the options is this name, or a list that holds it."""
+    return any(name == value or (isinstance(value, str) and name in value.split(",")) for value in overrides.values())
+
+
+def provenance(job: Job) -> dict[str, Any]:
+    """What a reader of recipe.yaml may want to know: versions, and fingerprints of model and data."""
+    return {"versions": versions(), "model": job.base_fingerprint, "data": data_fingerprint(job.recipe.data or "")}
 
 
 def compare(

@@ -7,18 +7,25 @@ is done again.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from compressor.local_paths import LocalPath, LocalPaths
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.training.accelerator import is_main
+
+_LOCKED: dict[Path, IO[str]] = {}
+"""Lock files of the runs that this process works in: closing one would give the lock up."""
 
 
 class Run:
@@ -40,6 +47,8 @@ class Run:
         self.packages = path / "packages"
         self.comparison = path / "comparison"
         self.report = path / "report.json"
+        self.paths_file = path / "paths.json"
+        self.lock_file = path / ".lock"
 
     @property
     def writes(self) -> bool:
@@ -47,8 +56,9 @@ class Run:
         return is_main()
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, provenance: dict[str, Any]) -> Run:
-        """The run at `path`, new or continued. Raises `RequestError` where the folder holds something else."""
+    def create(cls, path: Path, recipe: Recipe, provenance: dict[str, Any], paths: LocalPaths | None = None) -> Run:
+        """The run at `path`, new or continued. Raises `RequestError` where the folder holds something else, or another
+        process works in it."""
         run = cls(path)
         run.check_free()
         if run.writes:
@@ -56,8 +66,42 @@ class Run:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RequestError(f"{path}: cannot be made a folder: {error.strerror}") from error
-            write_recipe(recipe, run.recipe_file, provenance)
+            run.lock()
+            run.remember(recipe, provenance, paths or {})
         return run
+
+    def remember(self, recipe: Recipe, provenance: dict[str, Any], paths: LocalPaths) -> None:
+        """Write recipe.yaml, and paths.json with what is new in `paths`."""
+        known = {name: path.model_dump() for name, path in (self.local_paths() | dict(paths)).items()}
+        write_json(self.paths_file, known)  # first: a recipe without its paths would look on the hub
+        write_recipe(recipe, self.recipe_file, provenance)
+
+    def local_paths(self) -> dict[str, LocalPath]:
+        """Where everything local lay that the recipe names; empty for runs of versions that did not keep it."""
+        if not self.paths_file.is_file():
+            return {}
+        return {name: LocalPath.model_validate(path) for name, path in read_json(self.paths_file).items()}
+
+    def lock(self) -> None:
+        """Keep other processes out of this run until this one ends, however it ends.
+
+        Raises `RequestError` that names the process that works here. A process that died holds no lock.
+        """
+        if not self.writes or self.path.resolve() in _LOCKED:
+            return
+        file = self.lock_file.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RequestError(f"{self.path}: {holder} works in this run; wait until it is done, or stop it") from None
+        file.truncate(0)
+        now = datetime.now().isoformat(timespec="seconds", sep=" ")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now},")
+        file.flush()
+        _LOCKED[self.path.resolve()] = file
 
     def check_free(self) -> None:
         """Raises `RequestError` where the folder holds something that is not a run."""
@@ -65,15 +109,17 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--output {self.path}: is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.recipe_file.is_file():
+        held = {self.lock_file, self.paths_file}
+        if self.path.is_dir() and set(self.path.iterdir()) - held and not self.recipe_file.is_file():
             raise RequestError(f"--output {self.path}: the folder holds something else; give a new or an empty folder")
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """An existing run. Raises `RequestError` where there is none."""
+        """An existing run, locked. Raises `RequestError` where there is none, or another process works in it."""
         run = cls(path)
         if not run.recipe_file.is_file():
             raise RequestError(f"{path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+        run.lock()
         run.settle()
         return run
 

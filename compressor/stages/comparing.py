@@ -241,7 +241,7 @@ def write_method_package(
         entry={"name": folder.name, "architecture": row.architecture, "quality": row.quality, "tasks": scores},
         tokenizer=job.tokenizer,
         dtype=job.stored_dtype,
-        lineage=lineage | {"base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint}},
+        lineage=lineage | {"base": {"name": job.given.model, "fingerprint": job.base_fingerprint}},
         probe_ids=blocks.split()[1][:4].ids[:, :32],
     )
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -115,7 +115,7 @@ def write_packages(
     schemes = {scheme: f for scheme in quantizing.schemes if (f := job.run.packages / f"{name}-{scheme}") in missing}
     copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
     lineage = {
-        "base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint},
+        "base": {"name": job.given.model, "fingerprint": job.base_fingerprint},
         "supernet": job.run.supernet_weights,
         "target": picked["target"],
         "versions": versions(),

@@ -49,13 +49,13 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     inputs = {
         "model": job.base_fingerprint,
         "data": data_fingerprint(recipe.data or ""),
-        "finetuning": former_names(recipe.finetuning.model_dump()),
+        "finetuning": former_names(job.given.finetuning.model_dump()),
         "space": space.to_dict(),
         "smallest": least.to_dict(),
         "seed": recipe.seed,
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
-        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": recipe.finetuning.ordering}
+        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.finetuning.ordering}
     if recipe.finetuning.ordering not in IMPORTANCES:
         inputs["ordering_file"] = data_fingerprint(recipe.finetuning.ordering)
     return inputs
@@ -117,7 +117,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "sampler": recipe.finetuning.sampler,
                 "parameters": recipe.finetuning.parameters,
                 "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
-                "data": recipe.data,
+                "data": job.given.data,
                 "hub_dataset": hub_dataset(recipe.data or ""),
                 "blocks": len(blocks),
                 "data_fingerprint": blocks.fingerprint,

@@ -142,13 +142,13 @@ class PackageMeasurer:
         job = self.job
         base = {
             "name": Path(job.recipe.model).name,
-            "path": job.recipe.model,
+            "path": job.given.model,
             "params": job.structure.parameters(job.structure.base),
             "bytes": job.checkpoint.weight_bytes,
             "dtype": str(job.stored_dtype).removeprefix("torch."),
             "architecture": job.structure.base.to_dict(),
             "card": read_base_card(job.checkpoint.path).model_dump(),
-            "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.recipe.model,
+            "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.given.model,
             "tasks": dumped(self.scores["base"]),
             "held_out_loss": self.losses["base"],
             "speed": self.speed and self.speed.model_dump(),

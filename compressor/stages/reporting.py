@@ -42,7 +42,7 @@ def report(job: Job) -> dict[str, Any]:
     data: dict[str, Any] = {
         "schema": 1,
         "versions": versions(),
-        "recipe": recipe.model_dump(mode="json") | {"fingerprints": fingerprints},
+        "recipe": job.given.model_dump(mode="json") | {"fingerprints": fingerprints},
         "base": exported["base"],
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,

@@ -80,7 +80,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
     return {
         "weights": weights,
         "scores": [{name: key.place for name, key in score_keys(job, one).items()} for one in fidelities(job)],
-        "searching": former_names(recipe.searching.model_dump(exclude=NOT_MEASURED)),
+        "searching": former_names(job.given.searching.model_dump(exclude=NOT_MEASURED)),
         "warm_start": sources(job),
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),

@@ -166,7 +166,7 @@ def open_workers(job: Job) -> Workers[Request, Measured]:
             "--workers: processes would share one GPU, which makes none of them faster; leave it at 1, or give each "
             "worker a GPU through Ray (searching.executor: ray)"
         )
-    build = partial(open_scorer, job.run.path.resolve(), job.recipe.model_dump())
+    build = partial(open_scorer, job.run.path.resolve(), job.given.model_dump())
     if settings.executor == "processes":
         return Processes(build, settings.workers)
     try:

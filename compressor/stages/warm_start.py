@@ -30,8 +30,8 @@ def sources(job: Job) -> dict[str, str]:
     neither a searched run nor the name of a method."""
     methods = (GREEDY, *warm_starts())
     fingerprints = {}
-    for name in job.recipe.searching.warm_start:
-        front = Run(Path(name)).front
+    for name, place in zip(job.given.searching.warm_start, job.recipe.searching.warm_start, strict=True):
+        front = Run(Path(place)).front
         if name in methods:
             fingerprints[name] = name
         elif front.is_file():
@@ -50,7 +50,7 @@ def proposals(job: Job) -> list[Architecture]:
     Raises `RequestError` where an earlier run has nothing to offer.
     """
     architectures: list[Architecture] = []
-    for name in sources(job):
+    for name in job.recipe.searching.warm_start:
         if name in warm_starts():
             architectures += spread_over_sizes(job, proposed(job, name))
         elif name != GREEDY:
