@@ -93,7 +93,7 @@ class ElasticLora:
             self._adapters.append(adapter)
             self.trained |= {adapter.entries[0].name: adapter.a, adapter.entries[1].name: adapter.b}
         entries = tuple(entry for adapter in self._adapters for entry in adapter.entries)
-        self.structure = replace(supernet.structure, tensors=entries, _cache={})
+        self.structure = replace(supernet.structure, tensors=entries)
 
     def __enter__(self) -> ElasticLora:
         self.supernet.model.requires_grad_(False)
