@@ -17,6 +17,7 @@ from typing import Any, Literal, TypedDict
 
 Half = Literal["attention", "mlp"]
 Unit = Literal["one", "hidden", "query", "kv", "ffn", "experts"]
+Role = Literal["linear", "matrix", "experts", "embedding", "head", "other"]
 
 HALVES: tuple[Half, Half] = ("attention", "mlp")
 
@@ -188,7 +189,7 @@ class TensorSpec:
     axes: tuple[Axis, ...]
     layer: int | None = None
     half: Half | None = None
-    role: Literal["linear", "matrix", "experts", "embedding", "head", "other"] = "other"
+    role: Role = "other"
 
 
 def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit, int]:
