@@ -33,7 +33,7 @@ from export.package import write_config, write_package
 from export.quantization.quantize import quantize_package
 from export.shards import WeightWriter, weight_bytes
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, LayerSizes
+from supernet.architecture import REMOVED, Architecture, LayerSizes
 from supernet.common.formatting import size
 from supernet.families import describe
 from supernet.importance import magnitude
@@ -103,8 +103,7 @@ def uneven(base: Architecture, first: int = 0) -> Architecture:
     for index, full in enumerate(base.layers):
         half = LayerSizes(full.num_attention_heads // 2, full.num_key_value_heads // 2, full.intermediate_size // 2)
         wide = LayerSizes(full.num_attention_heads, full.num_key_value_heads, full.intermediate_size * 3 // 4)
-        gone = LayerSizes(0, 0, 0)
-        layers.append(gone if index % 8 == 6 else (full, half, wide)[(index + first) % 3])
+        layers.append(REMOVED if index % 8 == 6 else (full, half, wide)[(index + first) % 3])
     return Architecture(base.hidden_size, tuple(layers))
 
 

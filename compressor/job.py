@@ -25,6 +25,7 @@ from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.device import pass_tokens
+from supernet.loading import load_causal_lm
 from supernet.ordering import by_influence
 from supernet.training.accelerator import make_accelerator
 from supernet.training.loop import TrainSettings
@@ -190,17 +191,9 @@ class Job:
 
     def load_supernet(self) -> SuperNetwork:
         """The fine-tuned, ordered super-network of this run. Raises `RequestError` if there is none yet."""
-        from transformers import AutoModelForCausalLM
-
         if self.run.manifest(self.run.supernet) is None:
             raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
-        model = AutoModelForCausalLM.from_pretrained(
-            self.run.supernet,
-            dtype=self.compute_dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=self.recipe.trust_remote_code,
-        )
+        model, _ = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
         return self.supernet_of(model.to(self.device).eval())
 
     def fill_in(self) -> None:

@@ -87,14 +87,12 @@ def _paired(
     whole: Mapping[LayerSizes, float],
 ) -> list[Option]:
     """A layer's options from the degradation of each size of its halves, and of both together where that is known."""
-    base = structure.base
-    nothing = (LayerSizes(0, 0, 0),) * len(base.layers)
-    outer = structure.parameters(Architecture(base.hidden_size, nothing))
+    empty = structure.base.without_layers()
+    outer = structure.parameters(empty)
     rows = {joined(a, m): attention[a] + mlp[m] for a, m in product(attention, mlp)} | dict(whole)
     found = []
     for sizes, degradation in rows.items():
-        alone = (*nothing[:index], sizes, *nothing[index + 1 :])
-        parameters = structure.parameters(Architecture(base.hidden_size, alone)) - outer
+        parameters = structure.parameters(with_layer(empty, index, sizes)) - outer
         found.append(Option(sizes, parameters, degradation))
     return found
 
@@ -126,8 +124,7 @@ def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
     layer by layer (dynamic programming) over sizes rounded to 1/4096 of the base's, keeping what no other dominates.
     """
     whole = structure.parameters(structure.base)
-    nothing = (LayerSizes(0, 0, 0),) * len(layers)
-    outer = structure.parameters(Architecture(structure.base.hidden_size, nothing))
+    outer = structure.parameters(structure.base.without_layers())
     sizes, totals = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []  # of every state: the state before it, and the option taken
     for row in layers:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.space import Genomes, SearchSpace
-from supernet.architecture import Architecture, LayerSizes, StorageFormat, Structure
+from supernet.architecture import REMOVED, Architecture, LayerSizes, StorageFormat, Structure
 
 Direction = Literal["max", "min"]
 Values = NDArray[np.float64]
@@ -182,10 +182,9 @@ class Computer:
     def _add_up(self, compute: Callable[[Architecture], float], genomes: Genomes) -> Values:
         sizes, hidden = self.space.sizes(genomes)
         layers = sizes.shape[1]
-        nothing = LayerSizes(0, 0, 0)
         for width in np.unique(hidden).tolist():
             if width not in self._outer:
-                self._outer[width] = float(compute(Architecture(width, (nothing,) * layers)))
+                self._outer[width] = float(compute(Architecture(width, (REMOVED,) * layers)))
         total = np.array([self._outer[width] for width in hidden.tolist()])
         codes = np.repeat(hidden[:, None], layers, axis=1)
         for column in range(sizes.shape[2]):
@@ -196,7 +195,7 @@ class Computer:
             for position, row in enumerate(first):
                 key = (layer, int(hidden[row]), tuple(sizes[row, layer].tolist()))
                 if key not in self._table:
-                    alone = tuple(LayerSizes(*key[2]) if i == layer else nothing for i in range(layers))
+                    alone = tuple(LayerSizes(*key[2]) if i == layer else REMOVED for i in range(layers))
                     self._table[key] = float(compute(Architecture(key[1], alone))) - self._outer[key[1]]
                 parts[position] = self._table[key]
             total += parts[where]

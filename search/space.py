@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.presets import POLICIES, SIZES, kept_layers, read
-from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.architecture import REMOVED, Architecture, LayerSizes, Structure
 
 Genome = tuple[int, ...]
 Genomes = NDArray[np.int64]
@@ -501,7 +501,7 @@ class SearchSpace:
             sizes = LayerSizes(kv * group, kv, ffn, full.num_experts)
             headless = replace(sizes, num_attention_heads=0)
             present = [sizes if attending[i] else headless for i in range(layers)]
-            rows = tuple(present[i] if i in kept else LayerSizes(0, 0, 0) for i in range(layers))
+            rows = tuple(present[i] if i in kept else REMOVED for i in range(layers))
             shares = [kv / full.num_key_value_heads, ffn / full.intermediate_size, len(kept) / layers]
             yield Architecture(hidden, rows), shares
 

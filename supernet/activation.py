@@ -1,12 +1,12 @@
-"""Activation: any sub-network of a loaded model, as views of its weights, without touching its modelling code.
+"""Activation: any sub-network of a loaded model, as views of its weights, without a change to its modelling code.
 
 A module finds `self.weight` in its instance dictionary before it asks `nn.Module` for the registered parameter. So a
-sub-network is a set of *shadows*: `module.__dict__["weight"]` holds a prefix view of the full parameter, which stays
-registered under its own name, sees the gradients of its views, and is what optimizers, `state_dict` and `to` know.
-The full network has no shadows at all: it is the original model, bit for bit and at no cost. Where a parameter holds
-several things in one (query, key and value), its part is a copy, taken anew by every activation.
+sub-network is a set of *shadows*: `module.__dict__["weight"]` holds a prefix view of the full parameter. The full
+parameter stays registered under its name and gets the gradients of its views; optimizers, `state_dict` and `to` see
+only that one. The full network has no shadows: it is the original model, bit for bit and at no cost. Where a parameter
+is fused (query, key and value in one), its part is a copy, made by every activation.
 
-Prefixes are meaningful once neurons and heads are ordered by importance (`supernet.ordering`).
+Prefixes are useful once neurons and heads are ordered by importance (`supernet.ordering`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.distributed.tensor import DTensor
 from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from supernet.families import Family, describe, family_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 Counts = Mapping[Unit, int]
 """How many of each unit there are, from `unit_counts`."""
 
@@ -31,24 +34,24 @@ ELASTIC: tuple[Unit, ...] = ("query", "kv", "ffn", "experts")
 """The units within a layer that a sub-network has fewer of."""
 
 CACHE_MODES = "kv_sharing_modes"
-"""The configuration value by which transformers (5.23) knows layers without a place of their own in the cache."""
+"""The configuration value that tells transformers (since 5.23) which layers have no place in the key-value cache."""
 
 
-def mixed_cache(config: Any) -> bool:
+def mixed_cache(config: PreTrainedConfig) -> bool:
     """Whether layers of different kinds (`layer_types`) keep different things in a key-value cache."""
     return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
 def mixes_tokens(sizes: LayerSizes, full: LayerSizes) -> bool:
-    """Whether a layer still attends, or has linear attention, and so has something to keep in a cache."""
+    """Whether a layer has attention or linear attention left, and so something to keep in a cache."""
     return not sizes.removed and ("attention" not in sizes.skip or "attention" in full.skip)
 
 
 def slice_parameter(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: Counts) -> Tensor:
-    """The part of a full parameter that the first `kept` of its `counts` units have; of query heads, the first of
-    every key-value group that is kept.
+    """The part of a full parameter that belongs to the first `kept` of its `counts` units; of query heads, the first of
+    every kept key-value group.
 
-    A view, except where what is kept does not lie together (a fused axis, fewer query heads in a group): a copy then.
+    A view where the part is contiguous along its axes, else (a fused axis, fewer query heads in a group) a copy.
     """
     for dimension, axis in enumerate(axes):
         if full.shape[dimension] == axis.size(kept):
@@ -67,39 +70,39 @@ def slice_parameter(full: Tensor, axes: tuple[Axis, ...], counts: Counts, kept: 
     return full
 
 
-def removed_layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stands where a removed layer stood, so that the layers behind it keep their positions."""
+def removed_layer(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """A removed layer: its input. The layers behind it keep their positions."""
     return hidden_states
 
 
-def removed_attention(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Adds exactly zero to the residual, like an attention block that is not there."""
+def removed_attention(hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+    """A removed attention block: zero, added to the residual."""
     return hidden_states.new_zeros(()), None
 
 
-def removed_mlp(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Adds exactly zero to the residual, like an MLP that is not there."""
+def removed_mlp(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """A removed MLP: zero, added to the residual."""
     return hidden_states.new_zeros(())
 
 
 def identity(hidden_states: Tensor) -> Tensor:
-    """Stands where the norm of a removed half-block stood."""
+    """The norm of a removed half-block: its input."""
     return hidden_states
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """A parameter that shrinks: where it sits, and the axes of its full form."""
+class _ElasticParameter:
+    """A parameter that a sub-network has less of: its module, its name there, and the axes of the full parameter."""
 
     module: nn.Module
     attribute: str
     axes: tuple[Axis, ...]
 
     def show(self, counts: Counts, kept: Counts) -> None:
-        """Shadow the parameter by the part that the first `kept` of its `counts` units have."""
+        """Shadow the parameter by the part that belongs to the first `kept` of its `counts` units."""
         full = self.module._parameters[self.attribute]
         assert full is not None
-        if isinstance(full, DTensor):  # this process's part of a sharded one: `remake_views` comes when it is gathered
+        if isinstance(full, DTensor):  # sharded: `remake_views` is called once the whole parameter is gathered
             _shadow(self.module, self.attribute, None)
             return
         part = slice_parameter(full, self.axes, counts, kept)
@@ -107,30 +110,30 @@ class _Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class _Count:
-    """An attribute of a module of one layer that is a multiple of a number of units, and its full value."""
+class _ElasticAttribute:
+    """An attribute of a module that is a multiple of a number of units, and its value in the full network."""
 
     module: nn.Module
     attribute: str
     unit: Unit
-    value: int
+    full: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """A half-block of one layer, by name: its module, the norms that go with it, what stands where it was removed, the
-    units that it has, and its parameters that shrink with them."""
+    """A half-block of one layer: the names of its module and its norms, the function that replaces it where it is
+    removed, its units, and the parameters that depend on them."""
 
     half: Half
     module: str
     norms: tuple[str, ...]
-    stand_in: Callable[..., Any]
+    replacement: Callable[..., object]
     units: tuple[Unit, ...]
-    slots: list[_Slot] = field(default_factory=list)
+    parameters: list[_ElasticParameter] = field(default_factory=list)
 
 
 class _Layer:
-    """A decoder layer, and all of it that sizes change; looked up once, since a search activates thousands of times."""
+    """A decoder layer and everything in it that depends on sizes, looked up once: a search activates thousands."""
 
     def __init__(self, module: nn.Module, family: Family, structure: Structure, full: LayerSizes) -> None:
         self.module = module
@@ -141,58 +144,61 @@ class _Layer:
             _Block("mlp", family.mlp, family.mlp_norms, removed_mlp, ("hidden", "ffn", "experts")),
         )
         self.blocks = {block.half: block for block in halves if block.half not in full.skip}
-        self.attention: Any = module._modules.get(family.attention)
+        self.attention = module._modules.get(family.attention)
         self._has_groups = hasattr(self.attention, "num_key_value_groups")
-        # By name; dense layers among experts lack some. The layer itself, named "", is none of its parts.
-        present: dict[str, Any] = {name: part for name, part in module.named_modules() if name}
-        counts = [(*path.rpartition(".")[::2], unit) for path, unit in family.counts.items()]
-        self._multiples = [
-            _Count(present[name], attribute, unit, getattr(present[name], attribute))
-            for name, attribute, unit in counts
-            if name in present
+        # By name; dense layers among experts lack some. The layer itself, named "", is left out.
+        parts = {name: part for name, part in module.named_modules() if name}
+        attributes = [(*path.rpartition(".")[::2], unit) for path, unit in family.counts.items()]
+        self._attributes = [
+            _ElasticAttribute(parts[name], attribute, unit, getattr(parts[name], attribute))
+            for name, attribute, unit in attributes
+            if name in parts
         ]
-        self._router = present.get(family.router)
+        self._router = parts.get(family.router)
         self._experts_per_token = structure.experts_per_token
-        self._reads_config = present.get(family.reads_config) if "attention" in self.blocks else None
+        self._reads_config = parts.get(family.reads_config) if "attention" in self.blocks else None
         self._query_setting = family.settings["query"]
 
-    def activate(self, sizes: LayerSizes, hidden_size: int, config: Any) -> None:
-        """Leave the layer `sizes` in a residual stream of `hidden_size`; `config` is the full network's."""
+    def activate(self, sizes: LayerSizes, hidden_size: int, config: PreTrainedConfig) -> None:
+        """Reduce the layer to `sizes` in a residual stream of `hidden_size`; `config` is the full network's."""
         full, counts, kept = self.full, self._counts, unit_counts(hidden_size, sizes)
+        # 1. Blocks, norms and parameters.
         for block in self.blocks.values():
-            gone = block.half in sizes.skip
+            removed = block.half in sizes.skip
             whole = all(counts[unit] == kept[unit] for unit in block.units)
-            _shadow(self.module, block.module, block.stand_in if gone else None)
+            _shadow(self.module, block.module, block.replacement if removed else None)
             for norm in block.norms:
-                _shadow(self.module, norm, identity if gone else None)
-            for slot in block.slots:
-                if gone or whole:
-                    _shadow(slot.module, slot.attribute, None)
+                _shadow(self.module, norm, identity if removed else None)
+            for parameter in block.parameters:
+                if removed or whole:
+                    _shadow(parameter.module, parameter.attribute, None)
                 else:
-                    slot.show(counts, kept)
+                    parameter.show(counts, kept)
+        # 2. Sizes that the forward pass reads from attributes or from the configuration.
         if sizes.num_key_value_heads and self._has_groups:
             _shadow(self.attention, "num_key_value_groups", sizes.num_attention_heads // sizes.num_key_value_heads)
-        for count in self._multiples:
-            setattr(count.module, count.attribute, count.value * kept[count.unit] // counts[count.unit])
+        for count in self._attributes:
+            setattr(count.module, count.attribute, count.full * kept[count.unit] // counts[count.unit])
         if self._router is not None:
-            self._router.top_k = min(self._experts_per_token, sizes.num_experts)
+            _shadow(self._router, "top_k", min(self._experts_per_token, sizes.num_experts))
         if self._reads_config is not None:
-            own = config
+            layer_config = config
             if sizes.num_attention_heads not in (0, full.num_attention_heads):
-                own = copy.copy(config)
-                setattr(own, self._query_setting, sizes.num_attention_heads)
-            self._reads_config.config = own
+                layer_config = copy.copy(config)
+                setattr(layer_config, self._query_setting, sizes.num_attention_heads)
+            _shadow(self._reads_config, "config", layer_config)
 
 
 class SuperNetwork:
-    """A Hugging Face causal language model whose sub-networks can be switched on by `Architecture`.
+    """A Hugging Face causal language model whose sub-networks are switched on by `Architecture`.
 
-    `model` is used as it is and stays the owner of all weights; there is no second copy. It must be whole: what another
-    super-network left active in it would be taken for the base. A key-value cache is told which layers have no
-    attention left, or it would not work (`_activate_cache`).
+    `model` is used as it is and owns all weights; there is no second copy. Its full network must be active, since
+    sizes are read from it. Key-value caches work with every sub-network (`_activate_cache`).
     """
 
-    def __init__(self, model: nn.Module, family: Family | None = None, structure: Structure | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: Family | None = None, structure: Structure | None = None
+    ) -> None:
         self.model = model
         self.family = family or family_of(model.config)
         self.structure = structure or describe(model.config)
@@ -204,23 +210,23 @@ class SuperNetwork:
             _Layer(layer, self.family, self.structure, full)
             for layer, full in zip(getattr(self._decoder, self._layers_name), self.base.layers, strict=True)
         ]
-        self._residual: list[_Slot] = []  # those that only the residual width changes
+        self._residual: list[_ElasticParameter] = []  # those that depend on the residual width alone
         for tensor in self.structure.tensors:
             units = {unit for axis in tensor.axes for unit, _ in axis.blocks}
             module_name, _, attribute = tensor.name.rpartition(".")
-            slot = _Slot(model.get_submodule(module_name), attribute, tensor.axes)
+            parameter = _ElasticParameter(model.get_submodule(module_name), attribute, tensor.axes)
             if tensor.layer is not None and tensor.half is not None and units & set(ELASTIC):
-                self._layers[tensor.layer].blocks[tensor.half].slots.append(slot)
+                self._layers[tensor.layer].blocks[tensor.half].parameters.append(parameter)
             elif "hidden" in units:
-                self._residual.append(slot)
+                self._residual.append(parameter)
                 if tensor.role == "embedding" and self.structure.tied:
-                    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-                    self._residual.append(_Slot(head, "weight", tensor.axes))
+                    head = model.get_output_embeddings()
+                    self._residual.append(_ElasticParameter(head, "weight", tensor.axes))
 
     def activate(self, architecture: Architecture) -> None:
-        """Switch `architecture` on; it stays on until the next call. Views follow the grad mode of the caller.
+        """Switch `architecture` on, until the next call. Views follow the grad mode of the caller.
 
-        Raises ValueError where a size exceeds the base's, or the residual width is not the family's to change.
+        Raises ValueError where a size exceeds the base's, or where the family's residual width is fixed and differs.
         """
         if not architecture.fits(self.base):
             raise ValueError("the architecture is larger than the network")
@@ -228,7 +234,7 @@ class SuperNetwork:
             raise ValueError(f"the residual width cannot change: {self.structure.fixed_hidden}")
         narrow = {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}
         for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
-            if narrow or not sizes == before == layer.full:  # what was whole and stays whole has no shadows
+            if narrow or not sizes == before == layer.full:  # a layer that was and stays whole has no shadows
                 layer.activate(sizes, architecture.hidden_size, self.model.config)
         if narrow:
             self._activate_residual(architecture.hidden_size)
@@ -245,28 +251,28 @@ class SuperNetwork:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The base's decoder layers, whatever is active."""
+        """The base's decoder layers, also those that the active sub-network has not."""
         return [layer.module for layer in self._layers]
 
     def remake_views(self, index: int) -> None:
-        """Show the active sub-network in a layer whose parameters are other tensors than when it was activated."""
+        """Activate the current sub-network again in layer `index`, whose parameters have become other tensors."""
         self._layers[index].activate(self.current.layers[index], self.current.hidden_size, self.model.config)
 
     def _activate_residual(self, hidden_size: int) -> None:
         counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)
-        for slot in self._residual:
-            slot.show(counts, kept)
-            if isinstance(slot.module, nn.LayerNorm):
-                slot.module.normalized_shape = (hidden_size,)
+        for parameter in self._residual:
+            parameter.show(counts, kept)
+            if isinstance(parameter.module, nn.LayerNorm):
+                parameter.module.normalized_shape = (hidden_size,)
 
     def _activate_cache(self, architecture: Architecture) -> None:
-        """Leave no place in key-value caches for layers that have nothing to keep there.
+        """Leave out of key-value caches the layers that have nothing to keep there.
 
-        Where all layers are cached alike, those with attention are counted anew. Where they are not (sliding windows
-        beside full attention, linear attention), a layer's place is bound to its kind: there the configuration marks
-        those without, as transformers' own do whose layers share keys and values.
+        Where all layers are cached alike, those with attention get new indices, which count from 0. Where they are not
+        (sliding windows beside full attention, linear attention), a layer's index is bound to its kind; there the
+        configuration marks the layers without an entry, as transformers does for layers that share keys and values.
         """
-        config: Any = self.model.config
+        config = self.model.config
         held = [mixes_tokens(*pair) for pair in zip(architecture.layers, self.base.layers, strict=True)]
         if mixed_cache(config):
             _shadow(config, CACHE_MODES, None if all(held) else [None if holds else "reuse" for holds in held])
@@ -278,8 +284,8 @@ class SuperNetwork:
                 position += 1
 
     @contextmanager
-    def activated(self, architecture: Architecture) -> Iterator[nn.Module]:
-        """`with supernet.activated(a) as model:` and the previous sub-network is back afterwards."""
+    def activated(self, architecture: Architecture) -> Iterator[PreTrainedModel]:
+        """The model with `architecture` active; afterwards the previous sub-network is active again."""
         previous = self.current
         self.activate(architecture)
         try:
@@ -288,9 +294,9 @@ class SuperNetwork:
             self.activate(previous)
 
 
-def _shadow(holder: Any, name: str, value: Any) -> None:
-    """Set or (None) take away an attribute of the instance's own. Where there is one, `setattr` of a module does the
-    same at several times the cost."""
+def _shadow(holder: object, name: str, value: object) -> None:
+    """Set an attribute in the instance's dictionary or, where `value` is None, remove it from there. `setattr` of a
+    module takes several times as long."""
     if value is None:
         holder.__dict__.pop(name, None)
     else:

@@ -1,20 +1,23 @@
-"""One choice of sizes: canonical form, hash, JSON, exact accounting. No torch.
+"""The sizes of a sub-network: canonical form, key, JSON, and exact accounting. Needs no torch.
 
 An `Architecture` says, for every layer of the base model, how many heads and neurons a sub-network keeps.
-A `Structure` lists the base model's tensors by symbolic axes; from the two, parameters, bytes,
-multiply-accumulates and KV-cache bytes follow exactly, without building a network.
+A `Structure` lists the base model's tensors by symbolic axes. From the two, parameters, bytes, multiply-accumulates
+and KV-cache bytes follow exactly, without building a network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, TypedDict
 
 Half = Literal["attention", "mlp"]
 Unit = Literal["one", "hidden", "query", "kv", "ffn", "experts"]
+Role = Literal["linear", "matrix", "experts", "embedding", "head", "other"]
 
 HALVES: tuple[Half, Half] = ("attention", "mlp")
 
@@ -23,8 +26,9 @@ HALVES: tuple[Half, Half] = ("attention", "mlp")
 class LayerSizes:
     """Sizes of one layer, under Hugging Face's names. A removed half-block has size 0.
 
-    `num_experts` is 0 for a dense MLP. Sizes that have no effect are zeroed, so that two descriptions of
-    one network are equal: no key-value heads means no query heads, no neurons means no experts.
+    `num_experts` is 0 for a dense MLP. Sizes that have no effect are set to 0, so that two descriptions of one network
+    are equal: no key-value heads means no query heads, no neurons means no experts. Raises ValueError where a size is
+    negative, or where key-value heads do not divide the query heads.
     """
 
     num_attention_heads: int
@@ -63,12 +67,23 @@ class LayerSizes:
         return not (self.num_key_value_heads or self.intermediate_size)
 
 
+REMOVED = LayerSizes(0, 0, 0)
+"""A removed layer."""
+
+
+class ArchitectureJSON(TypedDict):
+    """An architecture as JSON. Layers have the fields of `LayerSizes`; `num_experts` only where it is not 0."""
+
+    hidden_size: int
+    layers: list[dict[str, int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes of a sub-network: one `LayerSizes` for each layer of the *base*, in order, and the residual width.
+    """Sizes of a sub-network: the residual width, and one `LayerSizes` for each layer of the *base*, in order.
 
-    A layer with both halves removed is a removed layer: there is no separate gene for it, so inert sizes
-    of a removed layer cannot make two architectures out of one.
+    A layer with both halves removed is a removed layer. There is no separate gene for that, so one network has one
+    architecture.
     """
 
     hidden_size: int
@@ -76,25 +91,34 @@ class Architecture:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Indices, in the base, of the layers that are still there."""
+        """Indices, in the base, of the layers that are not removed."""
         return tuple(i for i, layer in enumerate(self.layers) if not layer.removed)
 
-    def is_uniform_in(self, base: Architecture) -> bool:
-        """Whether all kept layers are alike and whole, so that the family's plain class can hold them.
+    def without_layers(self) -> Architecture:
+        """This architecture with every layer removed: embeddings, last norm and head."""
+        return Architecture(self.hidden_size, (REMOVED,) * len(self.layers))
 
-        Layers of a base may differ in kind (linear attention, dense MLPs among experts). Kept ones have all halves that
-        they have in the base; those with attention heads are alike in heads, those with experts in experts and width,
-        and so are the dense ones.
+    def common_layers(self, other: Architecture) -> int:
+        """How many leading layers put out the same in both sub-networks of one base."""
+        if self.hidden_size != other.hidden_size:
+            return 0
+        pairs = enumerate(zip(self.layers, other.layers, strict=True))
+        return next((index for index, (one, two) in pairs if one != two), len(self.layers))
+
+    def is_uniform_in(self, base: Architecture) -> bool:
+        """Whether all kept layers have equal sizes and both halves, so that the family's plain class can hold them.
+
+        Layers of a base may differ in kind (linear attention, dense MLPs among experts). A kept layer must have all
+        halves that it has in the base. Layers with attention heads must have equal heads, those with experts equal
+        experts and widths, and dense ones equal widths.
         """
         kept = [(self.layers[i], base.layers[i]) for i in self.kept]
-        heads = {
-            (mine.num_attention_heads, mine.num_key_value_heads) for mine, full in kept if full.num_key_value_heads
-        }
-        dense = {mine.intermediate_size for mine, full in kept if not full.num_experts}
-        sparse = {(mine.intermediate_size, mine.num_experts) for mine, full in kept if full.num_experts}
+        heads = {(own.num_attention_heads, own.num_key_value_heads) for own, full in kept if full.num_key_value_heads}
+        dense = {own.intermediate_size for own, full in kept if not full.num_experts}
+        sparse = {(own.intermediate_size, own.num_experts) for own, full in kept if full.num_experts}
         return (
             bool(kept)
-            and all(mine.skip == full.skip for mine, full in kept)
+            and all(own.skip == full.skip for own, full in kept)
             and max(len(heads), len(dense), len(sparse)) == 1
         )
 
@@ -104,21 +128,22 @@ class Architecture:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def fits(self, base: Architecture) -> bool:
-        """Whether every size is at most the base's, and an MLP is left no experts only where the base has none."""
+        """Whether every size is at most the base's, and a kept MLP has experts where the base's has them."""
         return (
             self.hidden_size <= base.hidden_size
             and len(self.layers) == len(base.layers)
             and all(
-                mine.num_attention_heads <= full.num_attention_heads
-                and mine.num_key_value_heads <= full.num_key_value_heads
-                and mine.intermediate_size <= full.intermediate_size
-                and mine.num_experts <= full.num_experts
-                and (mine.num_experts > 0 or full.num_experts == 0 or "mlp" in mine.skip)
-                for mine, full in zip(self.layers, base.layers, strict=True)
+                own.num_attention_heads <= full.num_attention_heads
+                and own.num_key_value_heads <= full.num_key_value_heads
+                and own.intermediate_size <= full.intermediate_size
+                and own.num_experts <= full.num_experts
+                and (own.num_experts > 0 or full.num_experts == 0 or "mlp" in own.skip)
+                for own, full in zip(self.layers, base.layers, strict=True)
             )
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ArchitectureJSON:
+        """The architecture as JSON."""
         rows = []
         for layer in self.layers:
             row = {
@@ -133,6 +158,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        """The architecture that `to_dict` wrote. Raises KeyError, TypeError or ValueError where `data` is none."""
         return cls(int(data["hidden_size"]), tuple(LayerSizes(**row) for row in data["layers"]))
 
 
@@ -146,27 +172,28 @@ class Axis:
 
     blocks: tuple[tuple[Unit, int], ...]
 
-    def size(self, count: Mapping[Unit, int]) -> int:
-        return sum([width * count[unit] for unit, width in self.blocks])  # a list: summed faster than a generator
+    def size(self, counts: Mapping[Unit, int]) -> int:
+        """Entries of the dimension where there are `counts` units."""
+        return sum([width * counts[unit] for unit, width in self.blocks])  # a list: summed faster than a generator
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A parameter of the base model: name in the checkpoint, axes, where it belongs, and what it is used for.
+    """A parameter of the base model: its name, axes, layer and half-block, and what it is used for.
 
-    A `linear` weight is that of a linear module within a layer, what quantization works on; `matrix` and `experts`
-    [experts, outputs, inputs] are multiplied with activations too, but stay as they are stored.
+    `linear` weights are those of linear modules within a layer, which quantization rounds. Those of role `matrix` and
+    `experts` [experts, outputs, inputs] are multiplied with activations too, but are never quantized.
     """
 
     name: str
     axes: tuple[Axis, ...]
     layer: int | None = None
     half: Half | None = None
-    role: Literal["linear", "matrix", "experts", "embedding", "head", "other"] = "other"
+    role: Role = "other"
 
 
 def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit, int]:
-    """How many of each unit there are, within one layer or (None) outside the layers."""
+    """How many of each unit there are within one layer or, where `layer` is None, outside the layers."""
     counts: dict[Unit, int] = {"one": 1, "hidden": hidden_size, "query": 0, "kv": 0, "ffn": 0, "experts": 0}
     if layer is not None:
         counts |= {
@@ -183,7 +210,7 @@ class StorageFormat:
     """How many bits a quantized weight takes: `bits` each, and one scale of `scale_bits` for each group of input
     channels (`group_size` -1: one group per output channel). Activations are not stored and do not count.
 
-    `fallback` is how a layer is stored that cannot be quantized so: 8 bits with one scale per output channel, or 16.
+    A layer that cannot be quantized so is stored in `fallback` bits: 8 with one scale per output channel, or 16.
     """
 
     bits: int
@@ -196,10 +223,10 @@ class StorageFormat:
 class Structure:
     """The base model's tensors and what they cost. Sizes are linear in every unit, so counting is exact.
 
-    `dtype_bytes` is the width of an unquantized weight as stored. A tied output head is listed nowhere: its
-    weight is the embedding's. `experts_per_token` is how many experts a router chooses where so many are left;
-    `windows` says for each layer how many tokens its attention reaches, itself among them (0: all).
-    `fixed_hidden` is the reason why the residual width is not elastic, where it is not.
+    `dtype_bytes` is the width of an unquantized weight as stored. A tied output head is not listed: its weight is the
+    embedding's. `experts_per_token` is how many experts a router chooses, or all that are left. `windows` says for each
+    layer how many tokens its attention reaches, the current one included (0: all). `fixed_hidden` is the reason why the
+    residual width is not elastic, or empty.
     """
 
     base: Architecture
@@ -211,11 +238,13 @@ class Structure:
     experts_per_token: int = 0
     windows: tuple[int, ...] = ()
     fixed_hidden: str = ""
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    _sums: dict[Hashable, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def step(self, layer: LayerSizes) -> int:
-        """What the FFN width of `layer`, and the residual width beside it, must be a multiple of: with stacked experts
-        torch multiplies in groups, for which it wants rows of whole multiples of 16 bytes."""
+        """What the FFN width of `layer`, and the residual width with it, must be a multiple of.
+
+        torch's grouped multiplication, which stacked experts use, needs rows of a multiple of 16 bytes.
+        """
         return 16 // self.dtype_bytes if layer.num_experts else 1
 
     def shape(self, tensor: TensorSpec, arch: Architecture) -> tuple[int, ...] | None:
@@ -230,33 +259,33 @@ class Structure:
 
     def parameters(self, arch: Architecture) -> int:
         """Number of parameters; embeddings counted, tied ones once."""
-        return self._sum("parameters", arch, lambda tensor, shape: _product(shape))
+        return self._sum("parameters", arch, lambda tensor, shape: prod(shape))
 
-    def bytes(self, arch: Architecture, scheme: StorageFormat | None = None) -> int:
-        """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers under `scheme`.
+    def bytes(self, arch: Architecture, storage: StorageFormat | None = None) -> int:
+        """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers in `storage`.
 
         Quantized packages keep embeddings, head and norms at 16 bits. A layer whose input width the group size does
-        not divide, or with a width that is no multiple of 32, is stored as the scheme's `fallback`, as export does.
+        not divide, or with a width that is no multiple of 32, is stored in the `fallback`, as export does.
         """
-        if scheme is None:
+        if storage is None:
             return self.dtype_bytes * self.parameters(arch)
 
         def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
             if tensor.role != "linear":
-                return 2 * _product(shape)
+                return 2 * prod(shape)
             outputs, inputs = shape
-            bits, group = scheme.bits, scheme.group_size
+            bits, group = storage.bits, storage.group_size
             if inputs % 32 or outputs % 32 or (group > 0 and inputs % group):
-                if scheme.fallback == 16:
-                    return 2 * _product(shape)
+                if storage.fallback == 16:
+                    return 2 * prod(shape)
                 bits, group = 8, -1
             groups = 1 if group < 0 else inputs // group
-            return -(-outputs * (inputs * bits + groups * scheme.scale_bits) // 8)
+            return -(-outputs * (inputs * bits + groups * storage.scale_bits) // 8)
 
-        return self._sum(("bytes", scheme), arch, cost)
+        return self._sum(("bytes", storage), arch, cost)
 
     def macs(self, arch: Architecture, context: int = 0) -> int:
-        """Multiply-accumulates to compute one token's logits behind `context` earlier tokens.
+        """Multiply-accumulates to compute one token's logits after `context` earlier tokens.
 
         Matrix products only: projections, head, the experts that a router chooses, and attention's scores and weighted
         sum over context + 1 tokens. The state updates of linear attention are not counted.
@@ -264,16 +293,16 @@ class Structure:
 
         def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
             if tensor.role == "experts":
-                return _product(shape[1:]) * min(shape[0], self.experts_per_token)
+                return prod(shape[1:]) * min(shape[0], self.experts_per_token)
             used = tensor.role in ("linear", "matrix", "head") or self._is_tied_head(tensor)
-            return _product(shape) if used else 0
+            return prod(shape) if used else 0
 
         reached = self._reached(context + 1)
         heads = sum(layer.num_attention_heads * tokens for layer, tokens in zip(arch.layers, reached, strict=True))
         return self._sum("macs", arch, cost) + 2 * heads * self.head_dim
 
     def kv_cache_bytes(self, arch: Architecture, tokens: int = 1) -> int:
-        """Bytes of keys and values kept for `tokens` tokens of one sequence, at the stored dtype.
+        """Bytes of keys and values for `tokens` tokens of one sequence, at the stored dtype.
 
         A sliding window keeps those that the next token reaches.
         """
@@ -282,38 +311,30 @@ class Structure:
         return 2 * heads * self.head_dim * self.dtype_bytes
 
     def _reached(self, tokens: int) -> list[int]:
-        """How many of `tokens` tokens each layer's attention reaches from the last one, itself among them."""
+        """How many of `tokens` tokens each layer's attention reaches from the last one, that one included."""
         windows = self.windows or (0,) * len(self.base.layers)
         return [min(tokens, window) if window else tokens for window in windows]
 
     def _is_tied_head(self, tensor: TensorSpec) -> bool:
         return self.tied and tensor.role == "embedding"
 
-    def _sum(self, what: Any, arch: Architecture, cost: Any) -> int:
-        """Sum of `cost(tensor, shape)`, each distinct (layer, sizes) computed once: a predicted search asks often."""
+    def _sum(self, what: Hashable, arch: Architecture, cost: Callable[[TensorSpec, tuple[int, ...]], int]) -> int:
+        """Sum of `cost(tensor, shape)`. Each distinct (layer, sizes) is computed once: a search asks for thousands."""
         total = 0
         for index, layer in [(None, None), *enumerate(arch.layers)]:
-            cache_key = (what, index, layer, arch.hidden_size)
-            if cache_key not in self._cache:
-                self._cache[cache_key] = sum(
+            key = (what, index, layer, arch.hidden_size)
+            if key not in self._sums:
+                self._sums[key] = sum(
                     cost(tensor, shape)
-                    for tensor in self._by_layer().get(index, ())
+                    for tensor in self._by_layer.get(index, ())
                     if (shape := self.shape(tensor, arch)) is not None
                 )
-            total += self._cache[cache_key]
+            total += self._sums[key]
         return total
 
+    @cached_property
     def _by_layer(self) -> dict[int | None, list[TensorSpec]]:
-        if "by_layer" not in self._cache:
-            groups: dict[int | None, list[TensorSpec]] = {}
-            for tensor in self.tensors:
-                groups.setdefault(tensor.layer, []).append(tensor)
-            self._cache["by_layer"] = groups
-        return self._cache["by_layer"]
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+        groups: dict[int | None, list[TensorSpec]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.layer, []).append(tensor)
+        return groups

@@ -1,6 +1,6 @@
 """The base checkpoint: find it, refuse what cannot be compressed (in one line each), load it.
 
-Everything is checked before weights are loaded, from config.json and the safetensors headers.
+The checks need only config.json and the headers of the safetensors files; weights are loaded after them.
 """
 
 from __future__ import annotations
@@ -8,23 +8,31 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
 
 from supernet.architecture import Structure
 from supernet.common.errors import RequestError
 from supernet.common.files import content_fingerprint
-from supernet.families import describe, family_of
+from supernet.families import describe, family_named, family_of
+from supernet.loading import checkpoint_folder, load_causal_lm
+from supernet.uneven import UNEVEN_PREFIX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk that passed all checks. `name` is what the user called it."""
+    """A checkpoint on disk that passed all checks. `name` is the path or hub name that the user gave."""
 
     name: str
     path: Path
-    config: Any
+    config: PreTrainedConfig
     structure: Structure
     trust_remote_code: bool
 
@@ -37,27 +45,15 @@ class Checkpoint:
         config = (self.path / "config.json").read_bytes()
         return content_fingerprint(sorted(self.path.glob("*.safetensors")), config)
 
-    def load_model(self, dtype: Any, device: Any) -> Any:
+    def load_model(self, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
         """The network in evaluation mode. Raises `RequestError` where a weight is missing."""
-        from transformers import AutoModelForCausalLM
-
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.path,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=self.trust_remote_code,
-            output_loading_info=True,
-        )
+        model, info = load_causal_lm(self.path, dtype, self.trust_remote_code)
         if info["missing_keys"]:
             raise RequestError(f"{self.name}: the weights lack {sorted(info['missing_keys'])[0]}; fetch it again")
         return model.to(device).eval()
 
     def check_finite(self) -> None:
-        """Read every weight once, one at a time. Raises `RequestError` naming the first that is not a number."""
-        import torch
-        from safetensors import safe_open
-
+        """Read every weight once, one at a time. Raises `RequestError` naming the first with NaN or infinite values."""
         for file in sorted(self.path.glob("*.safetensors")):
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a dictionary
@@ -66,7 +62,7 @@ class Checkpoint:
                             f"{self.name}: the weight {name} in {file.name} has NaN or infinite values; fetch it again"
                         )
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=self.trust_remote_code)
@@ -75,11 +71,11 @@ class Checkpoint:
 def open_checkpoint(
     name: str, revision: str | None = None, trust_remote_code: bool = False, *, weights: bool = True
 ) -> Checkpoint:
-    """Find a checkpoint by path or hub name and check that it can be compressed. Raises `RequestError`.
+    """The checkpoint at a path or of a hub name. Raises `RequestError` where it cannot be compressed.
 
-    Without `weights`, config.json is enough: for looking at a model that is not here.
+    Without `weights`, only config.json is fetched and checked, to inspect a model without downloading it.
     """
-    path = _locate(name, revision, _PATTERNS if weights else ["*config.json"])
+    path = checkpoint_folder(name, revision, _PATTERNS if weights else ["*config.json"])
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
@@ -92,27 +88,8 @@ def open_checkpoint(
     return Checkpoint(name, path, config, describe(config, trust_remote_code), trust_remote_code)
 
 
-def _locate(name: str, revision: str | None, patterns: list[str]) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise RequestError(f"{name}: is a file; give the folder that holds config.json and the weights")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RequestError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(
-            f"{name}: neither a folder nor a model that can be fetched from the hub ({reason})"
-        ) from error
-
-
-def _read_config(name: str, path: Path, trust_remote_code: bool) -> Any:
+def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration. Raises `RequestError` where it is not that of a network that can be compressed."""
     from transformers import AutoConfig
 
     try:
@@ -127,14 +104,12 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> Any:
     architectures = raw.get("architectures") or []
     if architectures and not any("CausalLM" in entry or "LMHead" in entry for entry in architectures):
         raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
-    if str(raw.get("model_type", "")).startswith("uneven_"):
+    if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):
         raise RequestError(f"{name}: already an uneven package; compress the base it was made from")
     if "model_type" not in raw:
         raise RequestError(f"{name}: config.json does not say its model_type")
     if "auto_map" not in raw:
-        from types import SimpleNamespace
-
-        family_of(SimpleNamespace(model_type=raw["model_type"]))
+        family_named(raw["model_type"])
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -144,7 +119,7 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> Any:
 
 
 def _check_weights(name: str, path: Path) -> None:
-    """Presence and completeness of the safetensors files, from the index and the headers alone."""
+    """Raises `RequestError` where a safetensors file is missing or incomplete by the index and the headers."""
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():

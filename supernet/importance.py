@@ -1,17 +1,17 @@
 """How important each neuron, head, expert and residual channel is, by published criteria; `IMPORTANCES` names them.
 
-One signature: (super-network with its full network active, calibration batches of token ids [batch, length]) ->
-`Scores`. The calibration data is shared, so that criteria can be compared. `block_influence` does the same for layers.
+A criterion is a function of the super-network, with its full network active, and of calibration batches of token ids
+[batch, length]; it gives `Scores`. All criteria read the same calibration data, so they can be compared.
+`block_influence` scores layers.
 
-What activations say of stacked experts: an expert's activation is the weight that the router gives to what it says.
-Its neurons are inside one fused product, where no module reads them: they are ordered by magnitude, together.
+For stacked experts, an expert's activation is the weight that the router gives to its output. The neurons of experts
+are inside one fused product, where no module reads them, so they are ordered by magnitude.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from supernet.activation import SuperNetwork
 from supernet.architecture import TensorSpec
 from supernet.device import logits_at_once
+from supernet.hooks import Hooks
 from supernet.learned_masks import learn_masks
-from supernet.ordering import Scores, UnitSlice, readers, runs, shapes
+from supernet.ordering import Scores, UnitSlice, readers, score_shapes, unit_slices
 
 Batches = Iterable[Tensor]
 """Token ids, [batch, length] each, on the super-network's device."""
@@ -31,16 +32,16 @@ def magnitude(supernet: SuperNetwork, batches: Batches) -> Scores:
     """The L2 norm of all weights that belong to a unit, biases included: for a neuron its rows of gate and up and its
     column of down (Li et al., arXiv 1608.08710, with the coupled weights of Fang et al., arXiv 2301.12900)."""
     squares: Scores = {}
-    for entry in supernet.structure.tensors:
-        weight = supernet.model.get_parameter(entry.name).detach().double()
-        for run in runs(entry, supernet.base):
-            _add(squares, run, _along(weight.square(), run.dimension))
+    for spec in supernet.structure.tensors:
+        weight = supernet.model.get_parameter(spec.name).detach().double()
+        for part in unit_slices(spec, supernet.base):
+            _add(squares, part, _sum_along(weight.square(), part.dimension))
     return _roots(squares)
 
 
 def activation(supernet: SuperNetwork, batches: Batches) -> Scores:
-    """The L2 norm of a unit's activation over all calibration tokens, where linear modules read it: of neurons and
-    heads the output projections, of residual channels all that stands behind a norm (Muralidharan et al., Minitron,
+    """The L2 norm of a unit's activation over all calibration tokens, at the linear modules that read it: the output
+    projections for neurons and heads, every module behind a norm for residual channels (Muralidharan et al., Minitron,
     arXiv 2407.14679, section 2.2)."""
     return _reader_energy(supernet, batches, weighted=False)
 
@@ -58,58 +59,55 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
 
     LLM-Pruner's (Ma et al., arXiv 2305.11627) vector-wise importance, eq. 3 without the second-order term, summed over
     the coupled structures of a group. The absolute value is taken for each batch, since gradients of a converged
-    network cancel over the data. A parameter's gradient is reduced and freed as soon as it is there.
+    network cancel over the data. A parameter's gradient is reduced and freed as soon as it is computed.
     """
-    changes: Scores = {}
+    changes: Scores = {}  # signed, of the current batch
     scores: Scores = {}
-    parameters = {entry.name: supernet.model.get_parameter(entry.name) for entry in supernet.structure.tensors}
-    wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    hooks = []
-    for entry in supernet.structure.tensors:
-        found = list(runs(entry, supernet.base))
-        parameters[entry.name].requires_grad_(bool(found))
+    with ExitStack() as afterwards:
+        # 1. Compute gradients of the parameters that hold units, and reduce each to its units.
+        for spec in supernet.structure.tensors:
+            parameter = supernet.model.get_parameter(spec.name)
+            parts = list(unit_slices(spec, supernet.base))
+            afterwards.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(bool(parts))
 
-        def reduce(parameter: Tensor, found: list[UnitSlice] = found) -> None:
-            assert parameter.grad is not None
-            product = parameter.detach().double() * parameter.grad.double()
-            for run in found:
-                _add(changes, run, _along(product, run.dimension))
-            parameter.grad = None
+            def reduce(parameter: Tensor, parts: list[UnitSlice] = parts) -> None:
+                assert parameter.grad is not None
+                product = parameter.detach().double() * parameter.grad.double()
+                for part in parts:
+                    _add(changes, part, _sum_along(product, part.dimension))
+                parameter.grad = None
 
-        if found:
-            hooks.append(parameters[entry.name].register_post_accumulate_grad_hook(reduce))
-    try:
+            if parts:
+                afterwards.enter_context(Hooks([parameter.register_post_accumulate_grad_hook(reduce)]))
+        # 2. Sum the absolute changes over batches. Rows have equal lengths, so the mean of their losses is the batch's,
+        #    and only one row's logits are in memory.
         with torch.enable_grad():
             for ids in batches:
-                for row in ids.split(1):  # of equal lengths: their mean is the batch's, and one row's logits are enough
+                for row in ids.split(1):
                     (supernet.model(input_ids=row, labels=row, use_cache=False).loss / len(ids)).backward()
                 for units, change in changes.items():
                     scores[units] = scores.get(units, torch.zeros_like(change)) + change.abs()
                 changes.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(wanted[name])
-    return _given(scores)
+    return _not_empty(scores)
 
 
 def learned(supernet: SuperNetwork, batches: Batches) -> Scores:
-    """Scores of masks that were learnt on frozen weights, from Wanda's order on (Lottery Jackpots, `masks`)."""
+    """Scores of masks learnt on frozen weights, starting in Wanda's order (Lottery Jackpots, `learned_masks`)."""
     batches = list(batches)
     first = wanda(supernet, batches)
     learnt: Scores = {}
-    for kinds in (("kv", "ffn"), ("query",), ("hidden",)):  # masks of one kind would hide what those of another do
+    for kinds in (("kv", "ffn"), ("query",), ("hidden",)):  # one after another: masks of one kind hide another's effect
         learnt |= learn_masks(supernet, batches, {units: first[units] for units in first if units[1] in kinds})
     return first | learnt
 
 
 def random(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
-    """Uniform random numbers: what every criterion has to beat."""
+    """Uniform random numbers in [0, 1): the baseline that every criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
     return {
         units: torch.rand(shape, generator=generator, dtype=torch.float64)
-        for units, shape in shapes(supernet.structure).items()
+        for units, shape in score_shapes(supernet.structure).items()
     }
 
 
@@ -125,7 +123,7 @@ IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
 
 def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
     """Importance of each layer: 1 - the mean cosine, over all tokens, of its input and its output (Men et al.,
-    ShortGPT, arXiv 2403.03853, eq. 1). A layer that hardly turns the residual stream can go."""
+    ShortGPT, arXiv 2403.03853, eq. 1). Raises ValueError where there are no batches."""
     layers = list(supernet.model.get_submodule(supernet.family.layers).children())
     cosines, tokens = [0.0] * len(layers), [0] * len(layers)
 
@@ -139,7 +137,7 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
         return hook
 
     hooks = [layer.register_forward_hook(collect(index)) for index, layer in enumerate(layers)]
-    with _removing(hooks):
+    with Hooks(hooks):
         _forward(supernet, batches)
     if not all(tokens):
         raise ValueError("no calibration batch was given")
@@ -147,10 +145,10 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
 
 
 def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> Scores:
-    """For each unit, the root of its squares where it is read, over all tokens and the unit's channels; `weighted`
-    multiplies each channel's by the squares of the weights that it meets."""
+    """For each unit, the root of the sum of its squared activations where it is read, over all tokens and the unit's
+    channels; with `weighted`, each channel's sum times the squares of the weights that it meets."""
     reading = readers(supernet)
-    energy: dict[str, Tensor] = {}
+    energy: dict[str, Tensor] = {}  # by name of the reading weight: sum over tokens of each squared input
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -168,64 +166,66 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
 
         return hook
 
-    modules = {reader.entry.name: reader.module for reader in reading}
+    def weights(name: str) -> Tensor:
+        return supernet.model.get_parameter(name).detach().double().square()
+
+    # 1. Run the network, with hooks on the linear modules and the routers.
+    modules = {reader.spec.name: reader.module for reader in reading}
     hooks = [module.register_forward_pre_hook(collect(name)) for name, module in modules.items()]
-    experts = [entry for entry in supernet.structure.tensors if _reads_experts(entry)]
-    for entry in experts:
-        layer = supernet.model.get_submodule(f"{supernet.family.layers}.{entry.layer}")
+    experts = [spec for spec in supernet.structure.tensors if _projects_experts(spec)]
+    for spec in experts:
+        layer = supernet.model.get_submodule(f"{supernet.family.layers}.{spec.layer}")
         router = layer.get_submodule(supernet.family.router)
-        hooks.append(router.register_forward_hook(collect_routing(entry.name)))
-    with _removing(hooks):
-        _forward(supernet, batches, head=any(reader.entry.role == "head" for reader in reading))
+        hooks.append(router.register_forward_hook(collect_routing(spec.name)))
+    with Hooks(hooks):
+        _forward(supernet, batches, head=any(reader.spec.role == "head" for reader in reading))
+    # 2. Sum over all modules that read a unit.
     squares: Scores = {}
     for reader in reading if energy else ():
-        along = energy[reader.entry.name]
-        if weighted:
-            weight = supernet.model.get_parameter(reader.entry.name).detach().double()
-            along = along * _along(weight.square(), reader.run.dimension)
-        _add(squares, reader.run, along)
-    scores = _roots(_given(squares))
-    for entry in experts:
-        weight = supernet.model.get_parameter(entry.name).detach().double()
-        read = energy[entry.name] * (_along(weight.square(), 0) if weighted else 1)
-        scores[entry.layer, "experts"] = read.sqrt().cpu()
-    if experts:
-        scores = magnitude(supernet, ()) | scores
-    return scores
+        name, dimension = reader.spec.name, reader.inputs.dimension
+        factor = _sum_along(weights(name), dimension) if weighted else 1
+        _add(squares, reader.inputs, energy[name] * factor)
+    scores = _roots(_not_empty(squares))
+    # 3. Experts by their routing, and their neurons by magnitude.
+    for spec in experts:
+        factor = _sum_along(weights(spec.name), 0) if weighted else 1
+        scores[spec.layer, "experts"] = (energy[spec.name] * factor).sqrt().cpu()
+    return magnitude(supernet, ()) | scores if experts else scores
 
 
-def _reads_experts(entry: TensorSpec) -> bool:
+def _projects_experts(spec: TensorSpec) -> bool:
     """Whether a parameter holds the output projections of a layer's experts, [experts, residual channels, neurons]."""
-    return entry.role == "experts" and entry.axes[-1].blocks[0][0] == "ffn"
+    return spec.role == "experts" and spec.axes[-1].blocks[0][0] == "ffn"
 
 
-def _along(values: Tensor, dimension: int) -> Tensor:
-    """Sums of `values` over all dimensions but one."""
+def _sum_along(values: Tensor, dimension: int) -> Tensor:
+    """Sums of `values` over all dimensions but one, [size of that dimension]."""
     others = [d for d in range(values.dim()) if d != dimension]
     return values.sum(others) if others else values
 
 
-def _add(scores: Scores, run: UnitSlice, along: Tensor) -> None:
-    part = run.sums(along).cpu()
-    scores[run.units] = scores[run.units] + part if run.units in scores else part
+def _add(scores: Scores, part: UnitSlice, along: Tensor) -> None:
+    """Add each unit's sum of values [size of the dimension] to its score."""
+    sums = part.sums(along).cpu()
+    scores[part.units] = scores[part.units] + sums if part.units in scores else sums
 
 
 def _roots(squares: Scores) -> Scores:
     return {units: value.sqrt() for units, value in squares.items()}
 
 
-def _given(scores: Scores) -> Scores:
+def _not_empty(scores: Scores) -> Scores:
+    """The scores. Raises ValueError where there are none."""
     if not scores:
         raise ValueError("no calibration batch was given")
     return scores
 
 
 def _forward(supernet: SuperNetwork, batches: Batches, *, head: bool = False) -> None:
-    """Run the decoder over all batches and, where its hooks want that, the head over as many tokens at a time as keep
-    the logits within `logits_at_once`."""
-    model: Any = supernet.model
-    decoder = model.get_submodule(supernet.family.layers.rpartition(".")[0])
-    output = model.get_output_embeddings()
+    """Run the decoder over all batches and, with `head`, the head too, on so few tokens at a time that the logits stay
+    within `logits_at_once`."""
+    decoder = supernet.model.get_submodule(supernet.family.layers.rpartition(".")[0])
+    output = supernet.model.get_output_embeddings()
     with torch.no_grad():
         for ids in batches:
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
@@ -235,12 +235,3 @@ def _forward(supernet: SuperNetwork, batches: Batches, *, head: bool = False) ->
                 else ()
             ):
                 output(part)
-
-
-@contextmanager
-def _removing(hooks: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,7 +1,7 @@
 """Learned masks on frozen weights: which units a network can do without, found by gradient descent.
 
 Lottery Jackpots (Zhang et al., arXiv 2104.08700) for units in place of single weights: every unit has a score, the
-units with the highest scores are kept, the weights never change, and the scores learn what keeps the masked network
+units with the highest scores are kept, the weights never change, and the scores are trained to keep the masked network
 near the full one.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supernet.activation import SuperNetwork
+from supernet.hooks import Hooks, frozen
 from supernet.ordering import Reader, Scores, Units, readers
 
 Masks = dict[Units, Tensor]
@@ -34,11 +35,12 @@ def learn_masks(
     """Scores whose order is an ordering of the units, learnt on calibration batches of token ids [batch, length].
 
     The paper's mask is 1 for the top share of the scores m, and dL/dm = dL/d(mask), straight through.
-    Here L is the KL divergence from the full network to the masked one, the mask multiplies what reads a unit, and the
-    share that is kept is drawn anew for every step, uniformly from `least` to 1, since an ordering has to serve all
-    sizes. Scores begin between 0.99 and 1, in the order of `first` (the paper's 0.99 for what magnitude would prune,
-    1 for the rest), so that neighbours change places easily. `rate` is the peak of a cosine. The paper's limit on how
-    many places change in a step has no meaning for a share that is drawn; the falling rate does its work.
+    Here L is the KL divergence from the full network to the masked one, and the mask multiplies the inputs of the
+    modules that read a unit. The share that is kept is drawn for every step, uniformly from `least` to 1, since an
+    ordering has to serve all sizes. Scores start between 0.99 and 1, in the order of `first` (the paper's 0.99 for what
+    magnitude would prune, 1 for the rest), so that neighbours change places easily. `rate` is the peak of a cosine. The
+    paper's limit on how many places change in a step has no meaning where the share is drawn; the falling rate takes
+    its place. Raises ValueError where there are no batches.
     """
     data = list(batches)
     if not data:
@@ -49,20 +51,20 @@ def learn_masks(
     device = data[0].device
     optimizer = torch.optim.SGD(scores.values(), lr=rate, momentum=momentum)
     generator = torch.Generator().manual_seed(seed)
+    # Masks that are in force; without any, the full network runs.
     masks: Masks = {}
-    wanted = [parameter.requires_grad for parameter in supernet.model.parameters()]
     hooks = [
         reader.module.register_forward_pre_hook(_masking(reader, masks))
         for reader in readers(supernet)
-        if reader.run.units in scores
+        if reader.inputs.units in scores
     ]
-    supernet.model.requires_grad_(False)
-    try:
+    with Hooks(hooks), frozen(supernet.model):
         steps = epochs * len(data)
         for step in range(steps):
+            # 1. Gradients of KL(full network || masked network) with a random share of the units kept.
             ids = data[step % len(data)]
             share = least + (1 - least) * float(torch.rand((), generator=generator))
-            for row in ids.split(1):  # one row's logits, three times, are enough to hold
+            for row in ids.split(1):  # three times one row's logits are in memory
                 masks.clear()
                 with torch.no_grad():
                     full = F.log_softmax(supernet.model(input_ids=row, use_cache=False).logits.float(), -1)
@@ -71,20 +73,16 @@ def learn_masks(
                     masked = F.log_softmax(supernet.model(input_ids=row, use_cache=False).logits.float(), -1)
                     loss = F.kl_div(masked, full, log_target=True, reduction="sum")
                     (loss / ids.numel()).backward()
+            # 2. A step of the scores.
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
             optimizer.zero_grad()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, grad in zip(supernet.model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(grad)
     return {units: score.detach() for units, score in scores.items()}
 
 
 def straight_through(scores: Tensor, share: float) -> Tensor:
-    """The mask of the top `share` of the units, at least one, whose gradient goes to the scores as it is."""
+    """The mask of the top `share` of the units, at least one; its gradient is passed on to the scores unchanged."""
     kept = max(1, round(share * scores.shape[-1]))
     mask = torch.zeros_like(scores).scatter(-1, scores.topk(kept).indices, 1.0)
     return mask + scores - scores.detach()
@@ -97,12 +95,13 @@ def _spread(first: Tensor) -> Tensor:
 
 
 def _masking(reader: Reader, masks: Masks) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
-    run = reader.run
+    """A hook that multiplies the inputs of a module by the mask of its units, where there is one."""
+    units, width = reader.inputs.units, reader.inputs.width
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if run.units not in masks:
+        if units not in masks:
             return None
-        mask = masks[run.units].to(inputs[0].dtype).flatten().repeat_interleave(run.width)
+        mask = masks[units].to(inputs[0].dtype).flatten().repeat_interleave(width)
         return inputs[0] * mask, *inputs[1:]
 
     return hook

@@ -1,9 +1,9 @@
 """Order units by importance, so that the best sub-network of any size is a prefix.
 
-Permuting the neurons of an MLP, the experts of a layer with their router's rows, the key-value groups of an attention
-block with their query heads, the query heads within a group, or the channels of the residual stream changes no
-function: every unit keeps its own weights and only the order of a sum changes. How important a unit is, is for
-`supernet.importance` to say. An ordering is stored with the run and can be used again in another.
+Units are the neurons of an MLP, the experts of a layer with their router's rows, the key-value groups of an attention
+block with their query heads, the query heads within a group, and the channels of the residual stream. Permuting them
+leaves the network's function unchanged: every unit keeps its weights, and only the order of a sum changes.
+`supernet.importance` scores the units. An ordering is stored with the run and can be used again in another.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Order = dict[Units, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class UnitSlice:
-    """Where the units of one kind lie along one dimension of a parameter: as many as `shape` says, of `width` entries
-    each, one behind the other from `start`. Entry `start + width * j + i` is the i-th of unit j."""
+    """Where the units of one kind lie along one dimension of a parameter: `prod(shape)` units of `width` entries each,
+    from `start` on. Entry `start + width * j + i` is the i-th of unit j."""
 
     units: Units
     dimension: int
@@ -51,18 +51,18 @@ class UnitSlice:
         return prod(self.shape) * self.width
 
     def sums(self, along: Tensor) -> Tensor:
-        """Totals of each unit, as `Scores` have them, of values [size of the dimension]."""
+        """The sum over each unit's entries, in the shape that `Scores` have, of values [size of the dimension]."""
         return along.narrow(0, self.start, self.length).view(*self.shape, self.width).sum(-1)
 
 
-def runs(entry: TensorSpec, base: Architecture) -> Iterator[UnitSlice]:
+def unit_slices(spec: TensorSpec, base: Architecture) -> Iterator[UnitSlice]:
     """All units of a full parameter that can be ordered, along each of its dimensions.
 
-    Query heads come before the groups that they move with: both permutations are of the units as they were.
+    Query heads come before the groups that they move with: both permutations are of the units in their first order.
     """
-    sizes = None if entry.layer is None else base.layers[entry.layer]
+    sizes = None if spec.layer is None else base.layers[spec.layer]
     counts = unit_counts(base.hidden_size, sizes)
-    for dimension, axis in enumerate(entry.axes):
+    for dimension, axis in enumerate(spec.axes):
         start = 0
         for unit, width in axis.blocks:
             if unit == "hidden":
@@ -70,45 +70,44 @@ def runs(entry: TensorSpec, base: Architecture) -> Iterator[UnitSlice]:
             elif unit == "query" and counts[unit]:
                 groups, heads = counts["kv"], counts[unit] // counts["kv"]
                 if heads > 1:
-                    yield UnitSlice((entry.layer, unit), dimension, start, (groups, heads), width)
-                yield UnitSlice((entry.layer, "kv"), dimension, start, (groups,), heads * width)
+                    yield UnitSlice((spec.layer, unit), dimension, start, (groups, heads), width)
+                yield UnitSlice((spec.layer, "kv"), dimension, start, (groups,), heads * width)
             elif unit != "one" and counts[unit]:
-                yield UnitSlice((entry.layer, unit), dimension, start, (counts[unit],), width)
+                yield UnitSlice((spec.layer, unit), dimension, start, (counts[unit],), width)
             start += counts[unit] * width
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A linear module whose inputs are units: what they send, it reads."""
+    """A linear module that reads the outputs of units, its weight, and where the weight's inputs are those units."""
 
-    entry: TensorSpec
+    spec: TensorSpec
     module: nn.Module
-    run: UnitSlice
+    inputs: UnitSlice
 
 
 def readers(supernet: SuperNetwork) -> list[Reader]:
     """Every linear module that reads units: for Llama's neurons and heads the output projections of MLP and attention,
-    for residual channels the projections into both, and the head where it has a weight of its own."""
-    found = []
-    for entry in supernet.structure.tensors:
-        name, _, attribute = entry.name.rpartition(".")
+    for residual channels the projections into both, and the head where it is not tied to the embedding."""
+    reading = []
+    for spec in supernet.structure.tensors:
+        name, _, attribute = spec.name.rpartition(".")
         module = supernet.model.get_submodule(name)
         if (
-            entry.role in ("linear", "matrix", "head")
+            spec.role in ("linear", "matrix", "head")
             and attribute == "weight"
             and isinstance(module, nn.Linear | Conv1D)
         ):
-            inputs = 0 if isinstance(module, Conv1D) else 1  # transformers' Conv1D stores its weight transposed
-            found += [Reader(entry, module, run) for run in runs(entry, supernet.base) if run.dimension == inputs]
-    return found
+            dimension = 0 if isinstance(module, Conv1D) else 1  # transformers' Conv1D stores its weight transposed
+            parts = unit_slices(spec, supernet.base)
+            reading += [Reader(spec, module, part) for part in parts if part.dimension == dimension]
+    return reading
 
 
 def output_projections(supernet: SuperNetwork) -> dict[Units, Reader]:
-    """What projects a layer's head groups, `(layer, "kv")`, or its neurons, `(layer, "ffn")`, back to the residual.
-
-    Stacked experts have none: no module of their own reads their neurons.
-    """
-    return {reader.run.units: reader for reader in readers(supernet) if reader.run.units[1] in ("kv", "ffn")}
+    """The modules that project a layer's head groups, `(layer, "kv")`, or its neurons, `(layer, "ffn")`, back to the
+    residual. Stacked experts have none, since no module reads their neurons alone."""
+    return {reader.inputs.units: reader for reader in readers(supernet) if reader.inputs.units[1] in ("kv", "ffn")}
 
 
 def order_by(scores: Scores) -> Order:
@@ -121,34 +120,34 @@ def order_by(scores: Scores) -> Order:
 
 
 def by_influence(influence: Sequence[float]) -> list[int]:
-    """All layers, most important first; of equals the earlier one."""
+    """Indices of all layers, the one of the largest block influence first; of equals the earlier one."""
     return sorted(range(len(influence)), key=lambda layer: -influence[layer])
 
 
-def reordered(entry: TensorSpec, full: Tensor, order: Order, base: Architecture) -> Tensor:
-    """A full parameter with its units permuted: `full` itself where `order` does not concern it."""
-    for run in runs(entry, base):
-        if run.units in order:
-            index = torch.arange(full.shape[run.dimension])
-            within = order[run.units][:, None] * run.width + torch.arange(run.width)
-            index[run.start : run.start + run.length] = run.start + within.flatten()
-            full = full.index_select(run.dimension, index.to(full.device))
+def reordered(spec: TensorSpec, full: Tensor, order: Order, base: Architecture) -> Tensor:
+    """A full parameter with its units permuted, or `full` itself where `order` has none of its units."""
+    for part in unit_slices(spec, base):
+        if part.units in order:
+            index = torch.arange(full.shape[part.dimension])
+            within = order[part.units][:, None] * part.width + torch.arange(part.width)
+            index[part.start : part.start + part.length] = part.start + within.flatten()
+            full = full.index_select(part.dimension, index.to(full.device))
     return full
 
 
 def apply_ordering(supernet: SuperNetwork, order: Order) -> None:
     """Permute the network's units in place by `order` (from `order_by`). The full network's function is unchanged."""
     with torch.no_grad():
-        for entry in supernet.structure.tensors:
-            parameter = supernet.model.get_parameter(entry.name)
-            permuted = reordered(entry, parameter, order, supernet.base)
+        for spec in supernet.structure.tensors:
+            parameter = supernet.model.get_parameter(spec.name)
+            permuted = reordered(spec, parameter, order, supernet.base)
             if permuted is not parameter:
                 parameter.copy_(permuted)
 
 
-def shapes(structure: Structure) -> dict[Units, tuple[int, ...]]:
-    """All sets of units of a network, and the shape of their scores."""
-    return {run.units: run.shape for entry in structure.tensors for run in runs(entry, structure.base)}
+def score_shapes(structure: Structure) -> dict[Units, tuple[int, ...]]:
+    """The shape of the scores of each set of units of a network."""
+    return {part.units: part.shape for spec in structure.tensors for part in unit_slices(spec, structure.base)}
 
 
 def _name(units: Units) -> str:
@@ -157,37 +156,37 @@ def _name(units: Units) -> str:
 
 
 def _in_groups(permutation: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a permutation moves units within the rows of `shape` only."""
+    """Whether a permutation moves units only within the rows of `shape`."""
     size = shape[-1]
     return torch.equal(permutation // size, torch.arange(len(permutation)) // size)
 
 
 def save_ordering(order: Order, influence: Sequence[float], path: Path, criterion: str) -> None:
-    """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons. The metadata name the
-    criterion that it follows, and hold each layer's block influence."""
+    """Write an ordering as safetensors: `3.ffn` is the permutation of layer 3's neurons. The metadata hold the name of
+    the criterion and each layer's block influence."""
     tensors = {_name(units): value.cpu().contiguous() for units, value in order.items()}
     save_file(tensors, path, {"criterion": criterion, "block_influence": json.dumps(list(influence))})
 
 
 def stored_influence(path: Path) -> list[float] | None:
-    """The block influence of each layer that `save_ordering` wrote beside an ordering; None where there is none."""
+    """The block influence of each layer from a file of `save_ordering`; None where it has none."""
     with safe_open(path, "pt") as stored:
         return json.loads((stored.metadata() or {}).get("block_influence", "null"))
 
 
 def load_ordering(path: Path, structure: Structure) -> Order:
-    """An ordering from `save_ordering`. Raises `RequestError` where it is not one of this model's."""
+    """The ordering in a file of `save_ordering`. Raises `RequestError` where it is no ordering of this model."""
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path}: not an ordering ({error})") from error
     order: Order = {}
-    for units, shape in shapes(structure).items():
+    for units, shape in score_shapes(structure).items():
         value = stored.pop(_name(units), None)
         if value is not None:
-            every = torch.arange(prod(shape))
-            if not torch.equal(value.sort().values, every) or not _in_groups(value, shape):
-                raise RequestError(f"{path}: '{_name(units)}' does not order the {len(every)} units of this model")
+            indices = torch.arange(prod(shape))
+            if not torch.equal(value.sort().values, indices) or not _in_groups(value, shape):
+                raise RequestError(f"{path}: '{_name(units)}' does not order the {len(indices)} units of this model")
             order[units] = value
     if stored or not order:
         raise RequestError(f"{path}: an ordering of another model (it names {next(iter(stored), 'nothing')})")

@@ -1,25 +1,28 @@
 """Extraction: cut a sub-network out of the super-network as a standalone model.
 
-A uniform architecture becomes the family's plain class. An uneven one becomes the class written by
-`supernet.uneven`, in memory the very code that a package ships.
+A uniform architecture becomes the family's plain class. An uneven one becomes the class of `supernet.uneven`, the code
+that its package ships.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from supernet.activation import CACHE_MODES, mixed_cache, mixes_tokens, slice_parameter
-from supernet.architecture import Architecture, LayerSizes, Structure, TensorSpec, unit_counts
-from supernet.families import Family, base_architecture, families, family_of, head_dim
-from supernet.uneven import uneven_classes
+from supernet.architecture import Architecture, Half, LayerSizes, Structure, TensorSpec, unit_counts
+from supernet.families import Family, base_architecture, family_of, head_dim
+from supernet.uneven import family_of_standalone, uneven_classes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def renumbered(name: str, family: Family, architecture: Architecture) -> str:
-    """A parameter's name in the standalone model, where the layers that are left count from 0."""
+    """A parameter's name in the standalone model, where the kept layers count from 0."""
     prefix = family.layers + "."
     if not name.startswith(prefix):
         return name
@@ -30,28 +33,29 @@ def renumbered(name: str, family: Family, architecture: Architecture) -> str:
 def sliced(tensor: TensorSpec, full: Tensor, structure: Structure, architecture: Architecture) -> Tensor | None:
     """The part of a full parameter that `architecture` keeps, or None where its half-block is removed.
 
-    A view, except of parameters that hold several things in one (`leading`).
+    A view or, where `slice_parameter` cannot make one, a copy.
     """
     if structure.shape(tensor, architecture) is None:
         return None
-    mine = full_sizes = None
-    if tensor.layer is not None:
-        mine, full_sizes = architecture.layers[tensor.layer], structure.base.layers[tensor.layer]
-    counts, kept = unit_counts(structure.base.hidden_size, full_sizes), unit_counts(architecture.hidden_size, mine)
+    counts, kept = (
+        unit_counts(sizes.hidden_size, None if tensor.layer is None else sizes.layers[tensor.layer])
+        for sizes in (structure.base, architecture)
+    )
     return slice_parameter(full, tensor.axes, counts, kept)
 
 
-def standalone_config(config: Any, architecture: Architecture) -> Any:
-    """The configuration of the extracted model: the family's own where uniform, else the uneven one.
+def standalone_config(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
+    """The configuration of the extracted model: the family's where the architecture is uniform, else the uneven one.
 
-    Kept layers count from 0. Global sizes of an uneven configuration are the base's; `per_layer_config` holds each
-    layer's own.
+    Kept layers count from 0. Global sizes of an uneven configuration are the base's; `per_layer_config` has the sizes
+    of each layer.
     """
+    # 1. What both have in common: the number of layers, the residual width, and lists over layers.
     family, base = family_of(config), base_architecture(config)
     kept = [(architecture.layers[i], base.layers[i]) for i in architecture.kept]
     new = copy.deepcopy(config)
     if not family.attention_resized:
-        # Said outright, since families derive it from the number of heads where it is not given.
+        # Set explicitly, since families derive it from the number of heads where it is not given.
         new.head_dim = head_dim(config)
     for listed in family.layer_lists:
         if getattr(new, listed, None) is not None:
@@ -61,28 +65,30 @@ def standalone_config(config: Any, architecture: Architecture) -> Any:
         new.decoder_sparse_step = 1
     new.num_hidden_layers = len(kept)
     new.hidden_size = architecture.hidden_size
+    # 2. The family's configuration.
     if fits_plain_class(config, architecture):
         for sizes, _ in kept:
             for name, value in _settings(config, family, sizes).items():
                 setattr(new, name, value)
         return new
+    # 3. The uneven configuration.
     config_class, _ = uneven_classes(family)
     values = {k: v for k, v in new.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
     held = [mixes_tokens(*pair) for pair in kept]
     if mixed_cache(new) and not all(held):
         values[CACHE_MODES] = [None if holds else "reuse" for holds in held]
-    own = {}
+    per_layer: dict[int, dict[str, int | list[Half]]] = {}
     for index, (sizes, full) in enumerate(kept):
         skip = [half for half in sizes.skip if half not in full.skip]
-        own[index] = ({"skip": skip} if skip else {}) | _settings(config, family, sizes)
-    return config_class(**values, per_layer_config=own)
+        per_layer[index] = ({"skip": skip} if skip else {}) | _settings(config, family, sizes)
+    return config_class(**values, per_layer_config=per_layer)
 
 
-def fits_plain_class(config: Any, architecture: Architecture) -> bool:
-    """Whether the family's own class can hold it: all layers alike, and head counts that its configuration accepts.
+def fits_plain_class(config: PreTrainedConfig, architecture: Architecture) -> bool:
+    """Whether the family's plain class can hold it: all layers alike, and head counts that its configuration accepts.
 
-    Llama's configuration wants the residual width to be a multiple of the number of heads, even where `head_dim`
-    is given; the rule is applied to all families, since other loaders share it.
+    Llama's configuration requires the residual width to be a multiple of the number of heads, even where `head_dim`
+    is given. The rule is applied to all families, since other loaders have it too.
     """
     base = base_architecture(config)
     if not architecture.is_uniform_in(base):
@@ -94,8 +100,8 @@ def fits_plain_class(config: Any, architecture: Architecture) -> bool:
     return not family_of(config).head_width_follows and architecture.hidden_size % heads.pop() == 0
 
 
-def _settings(config: Any, family: Family, sizes: LayerSizes) -> dict[str, Any]:
-    """A layer's sizes under the names that its family's configuration has for them."""
+def _settings(config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> dict[str, int]:
+    """A layer's sizes under their names in the family's configuration."""
     names, values = family.settings, {}
     if sizes.num_key_value_heads:
         values[names["query"]] = sizes.num_attention_heads
@@ -109,7 +115,7 @@ def _settings(config: Any, family: Family, sizes: LayerSizes) -> dict[str, Any]:
     return values
 
 
-def build_standalone(config: Any) -> nn.Module:
+def build_standalone(config: PreTrainedConfig) -> PreTrainedModel:
     """An empty (meta device) standalone model for a configuration from `standalone_config`."""
     from transformers import AutoModelForCausalLM
 
@@ -121,14 +127,13 @@ def build_standalone(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def extract(model: nn.Module, structure: Structure, architecture: Architecture) -> nn.Module:
-    """A standalone copy of a sub-network, in evaluation mode, with its own contiguous weights.
+def extract(model: PreTrainedModel, structure: Structure, architecture: Architecture) -> PreTrainedModel:
+    """A standalone copy of a sub-network, in evaluation mode, with contiguous weights.
 
     `model` is the (ordered) super-network's model. Its dtype and device are kept.
     """
-    config: Any = model.config
-    family = family_of(config)
-    standalone: Any = build_standalone(standalone_config(config, architecture))
+    family = family_of(model.config)
+    standalone = build_standalone(standalone_config(model.config, architecture))
     weights: dict[str, Tensor] = {}
     for tensor in structure.tensors:
         part = sliced(tensor, model.get_parameter(tensor.name).detach(), structure, architecture)
@@ -138,8 +143,11 @@ def extract(model: nn.Module, structure: Structure, architecture: Architecture) 
     return fill(standalone, weights)
 
 
-def fill(standalone: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """Give an empty (meta device) standalone model its weights, which it keeps; a tied head needs none of its own."""
+def fill(standalone: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The empty (meta device) standalone model with these weights, not copied; a tied head needs none.
+
+    Raises RuntimeError where names are missing or unknown.
+    """
     first = next(iter(weights.values()))
     missing, unexpected = standalone.load_state_dict(weights, strict=False, assign=True)
     tied = {family_of_standalone(standalone.config).head} if standalone.config.tie_word_embeddings else set()
@@ -151,12 +159,7 @@ def fill(standalone: Any, weights: dict[str, Tensor]) -> nn.Module:
     return standalone.eval()
 
 
-def family_of_standalone(config: Any) -> Family:
-    """The family of a configuration from `standalone_config`, plain or uneven."""
-    return families()[config.model_type.removeprefix("uneven_")]
-
-
-def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself on `device`, its parameters in `dtype`.
 
     Buffers keep their precision: `model.to(dtype)` would round rotary frequencies too, and give wrong angles.
@@ -166,10 +169,10 @@ def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
     return model.to(device)
 
 
-def materialise_buffers(model: nn.Module, device: torch.device) -> None:
-    """Fill the buffers that no checkpoint holds (rotary frequencies, Gemma's scale): they are on the meta device.
+def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fill the buffers that are in no checkpoint (rotary frequencies, Gemma's scale) and still on the meta device.
 
-    By transformers' own initialisation, which leaves alone what is marked as initialised: the weights.
+    They are filled by transformers' initialisation, which skips the weights, since those are marked as initialised.
     """
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
@@ -177,6 +180,6 @@ def materialise_buffers(model: nn.Module, device: torch.device) -> None:
             for name, buffer in buffers.items():
                 setattr(module, name, torch.empty_like(buffer, device=device))
             for parameter in module.parameters(recurse=False):
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                parameter._is_hf_initialized = True
             with torch.no_grad():
-                model._init_weights(module)  # type: ignore[operator]
+                model._init_weights(module)

@@ -1,8 +1,8 @@
-"""A sub-network that is never built: cut tensor by tensor out of the super-network's files.
+"""A sub-network that is read tensor by tensor from the super-network's files and never built in memory.
 
-What `supernet.slicing.extract` does in memory, for networks that do not fit there: from the family's table
-(`Structure`) it is known which part of which tensor a sub-network keeps, so each is read, cut and handed on by itself.
-Memory for one tensor is enough to save the sub-network, and for two layers (one is read while another runs) to run it.
+The same as `supernet.slicing.extract`, for networks that do not fit into memory. `Structure` says which part of each
+tensor a sub-network keeps, so tensors are read and cut one by one. Saving the sub-network needs memory for one tensor,
+running it for two layers, of which one is read while the other runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from supernet.architecture import Architecture, Structure
 from supernet.families import family_of
+from supernet.hooks import Hooks
 from supernet.slicing import (
     build_standalone,
     fill,
@@ -31,9 +32,12 @@ from supernet.slicing import (
     standalone_config,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 class WeightFiles:
-    """The tensors of a checkpoint's safetensors files, by name; each is read when it is asked for."""
+    """The tensors of a checkpoint's safetensors files, by name; each is read by `read`."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
@@ -48,19 +52,21 @@ class WeightFiles:
         return iter(self._files)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own. Read, not mapped: pages of a mapped file would count as ours."""
+        """One tensor. It is read and not mapped, since the pages of a mapped file would count as this process's."""
         with safe_open(self._files[name], "pt", backend="pread") as tensors:
             return tensors.get_tensor(name)
 
 
 class StreamedNetwork:
-    """A sub-network of the checkpoint in `folder`, whose `model` has no weights (it is on the meta device).
+    """A sub-network of the checkpoint in `folder`; its `model` is on the meta device and has no weights.
 
-    `weight` reads one parameter of it, by its name in the standalone network, and `logits` runs it. `config` is the
-    checkpoint's. LookupError where the files name their tensors otherwise than transformers names the parameters.
+    `weight` reads one parameter, by its name in the standalone network, and `logits` runs the network. `config` is the
+    checkpoint's. Raises LookupError where tensors in the files have other names than transformers' parameters.
     """
 
-    def __init__(self, folder: Path, config: Any, structure: Structure, architecture: Architecture) -> None:
+    def __init__(
+        self, folder: Path, config: PreTrainedConfig, structure: Structure, architecture: Architecture
+    ) -> None:
         self._files, self._structure, self._architecture = WeightFiles(folder), structure, architecture
         present = set(self._files)
         family = family_of(config)
@@ -73,12 +79,12 @@ class StreamedNetwork:
         absent = [tensor.name for tensor in structure.tensors if tensor.name not in present]
         if absent:
             raise LookupError(f"{folder} holds no tensor named {absent[0]}")
-        model: Any = build_standalone(standalone_config(config, architecture))
+        model = build_standalone(standalone_config(config, architecture))
         model.tie_weights()
         materialise_buffers(model, torch.device("cpu"))
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        self.model: Any = model.eval()
+        self.model: PreTrainedModel = model.eval()
 
     def weight(self, name: str) -> Tensor:
         """One parameter as it is stored, contiguous."""
@@ -87,9 +93,9 @@ class StreamedNetwork:
         assert part is not None
         return part.contiguous()
 
-    def built(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The network with its weights, in memory after all."""
-        network: Any = build_standalone(copy.deepcopy(self.model.config))
+    def built(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The network with its weights, in memory."""
+        network = build_standalone(copy.deepcopy(self.model.config))
         network.generation_config = copy.deepcopy(self.model.generation_config)
         names = [name for name, _ in self.model.named_parameters()]
         return fill(network, {name: self.weight(name).to(device, dtype) for name in names})
@@ -98,52 +104,50 @@ class StreamedNetwork:
     def logits(self, ids: Tensor, dtype: torch.dtype, each: Callable[[str, Tensor], None] | None = None) -> Tensor:
         """Float32 logits [sequences, length, vocabulary] of weights rounded to `dtype`, computed in float32.
 
-        A decoder layer's weights are dropped after its turn and read while the one before it is run; those of every
-        module outside the layers are read and dropped at its turn. `each` is handed all parameters once, as they pass
-        by: the files are read once to be copied and run.
+        A decoder layer's weights are read while the layer before it runs and dropped after its own pass. Those of every
+        module outside the layers are read before its pass and dropped after it. `each` is called once with the name and
+        value of every parameter, so that one reading serves to copy the files and to run the network.
         """
-        given: set[str] = set()
+        # 1. The units that are read at once, layers and modules outside them, and the parameters of each.
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}  # a tied head: the embedding
         layers = list(self.model.get_submodule(self._layers))
         within = {module for layer in layers for module in layer.modules()}
         units = {layer: list(layer.modules()) for layer in layers}
         units |= {module: [module] for module in self.model.modules() if module not in within}
-        absent = {
+        parameters = {
             unit: [(m, key, p) for m in modules for key, p in m._parameters.items() if p is not None]
             for unit, modules in units.items()
         }
-
-        following = dict(pairwise(layers))
-        coming: dict[nn.Module, Future[list[Tensor]]] = {}
+        # 2. Hooks that put the weights in place before a unit's pass and the empty parameters after it.
+        seen: set[str] = set()
+        next_layer = dict(pairwise(layers))
+        pending: dict[nn.Module, Future[list[Tensor]]] = {}
 
         def read(unit: nn.Module) -> list[Tensor]:
-            return [self.weight(names[id(parameter)]) for _, _, parameter in absent[unit]]
+            return [self.weight(names[id(parameter)]) for _, _, parameter in parameters[unit]]
 
-        def fill(unit: nn.Module, _: Any) -> None:
-            values = coming.pop(unit).result() if unit in coming else read(unit)
-            if unit in following:
-                coming[following[unit]] = reader.submit(read, following[unit])
-            for (module, key, parameter), value in zip(absent[unit], values, strict=True):
+        def load(unit: nn.Module, _: object) -> None:
+            values = pending.pop(unit).result() if unit in pending else read(unit)
+            if unit in next_layer:
+                pending[next_layer[unit]] = reader.submit(read, next_layer[unit])
+            for (module, key, parameter), value in zip(parameters[unit], values, strict=True):
                 name = names[id(parameter)]
-                if each is not None and name not in given:
+                if each is not None and name not in seen:
                     each(name, value)
-                    given.add(name)
+                    seen.add(name)
                 module._parameters[key] = nn.Parameter(value.to(dtype).to(torch.float32), requires_grad=False)
 
-        def drop(unit: nn.Module, *_: Any) -> None:
-            for module, key, parameter in absent[unit]:
+        def drop(unit: nn.Module, *_: object) -> None:
+            for module, key, parameter in parameters[unit]:
                 module._parameters[key] = parameter
 
-        hooks = [unit.register_forward_pre_hook(fill) for unit in absent]
-        hooks += [unit.register_forward_hook(drop) for unit in absent]
-        try:
-            with ThreadPoolExecutor(1) as reader:
-                logits = self.model(input_ids=ids, use_cache=False).logits.float()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        hooks = [unit.register_forward_pre_hook(load) for unit in parameters]
+        hooks += [unit.register_forward_hook(drop) for unit in parameters]
+        # 3. The pass, and the parameters of modules that it did not call.
+        with Hooks(hooks), ThreadPoolExecutor(1) as reader:
+            logits = self.model(input_ids=ids, use_cache=False).logits.float()
         if each is not None:
             for name in names.values():
-                if name not in given:  # of a module that these tokens had no use for
+                if name not in seen:
                     each(name, self.weight(name))
         return logits

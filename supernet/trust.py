@@ -1,35 +1,34 @@
-"""Which code that lies in a folder may run: the one file that this version writes, and none other.
+"""Which code in a package's folder may run: the one code file that this version writes, and no other.
 
-`trust_remote_code=True` of transformers trusts a whole folder: whatever file its `auto_map` names, in sub-folders too,
-and `custom_generate/generate.py`. So all of it is looked at before that is said. Needs no torch.
+`trust_remote_code=True` of transformers trusts a whole folder: the files that its `auto_map` names, in sub-folders too,
+and `custom_generate/generate.py`. So the whole folder is checked first. Needs no torch.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from supernet.common.errors import VerificationError
+from supernet.common.files import read_json
+from supernet.families import families
+from supernet.uneven import UNEVEN_PREFIX, auto_map, modeling_file_name, modeling_source
 
-UNEVEN_PREFIX = "uneven_"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_code(folder: Path) -> bool:
-    """Whether the folder needs its own code file, all code in it being what this version writes.
+    """Whether the folder has the code file that this version writes, which it needs; False where it has no code.
 
-    False for a folder without code. Raises `VerificationError` naming the file where there is other code: neither
-    `verify` nor `evaluate` runs that.
+    Raises `VerificationError` naming the file where there is other code. Neither `verify` nor `evaluate` runs that.
     """
-    from supernet.families import families
-    from supernet.uneven import auto_map, modeling_file_name, modeling_source
-
     config = _config(folder)
-    named = config.get("auto_map")
-    if named is None and not brings_code(folder):
+    mapped = config.get("auto_map")
+    if mapped is None and not brings_code(folder):
         return False
     family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
-    if family is None or config["model_type"] == family.model_type or named != auto_map(family):
+    if family is None or config["model_type"] == family.model_type or mapped != auto_map(family):
         raise VerificationError(f"{folder / 'config.json'}: its auto_map is not what this version writes")
     expected = folder / modeling_file_name(family)
     for file in sorted(folder.rglob("*")):
@@ -49,27 +48,27 @@ def brings_code(folder: Path) -> bool:
     return any(folder.rglob("*.py"))
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a package or checkpoint folder, without running any code from it."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a package or checkpoint folder. Runs no code from it."""
     from transformers import AutoConfig, AutoTokenizer
 
     model_type = str(_config(folder).get("model_type"))
     if not model_type.startswith(UNEVEN_PREFIX):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The uneven configuration would lead AutoTokenizer to the code file, which a tokenizer does not need.
+    # With the uneven configuration AutoTokenizer would ask for the code file, which a tokenizer does not need.
     plain = AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX))
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json, empty where there is none: a graph's folder has none."""
+def _config(folder: Path) -> dict[str, object]:
+    """The content of config.json; empty where there is none, as beside a graph. Raises `VerificationError`."""
     file = folder / "config.json"
     if not file.exists():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except ValueError as error:
-        raise VerificationError(f"{file}: not valid JSON ({error})") from None
+        raise VerificationError(str(error)) from None
     if not isinstance(config, dict):
         raise VerificationError(f"{file}: expected a JSON object")
     return config

@@ -82,12 +82,13 @@ def finetune(job: Job) -> dict[str, Any]:
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
-        contamination = Contamination(report_texts(job))
-        blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: contamination.show(plain_text(row)))
-        if contamination.found:
+        overlap = Contamination(report_texts(job))
+        blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: overlap.show(plain_text(row)))
+        contaminated = overlap.contaminated
+        if contaminated:
             say(
-                f"warning: {len(contamination.found)} of {contamination.documents} report documents share {RUN} words "
-                f"in a row with the training text, for example {min(contamination.found)}; their scores may be too good"
+                f"warning: {len(contaminated)} of {overlap.documents} report documents share {RUN} words in a row "
+                f"with the training text, for example {min(contaminated)}; their scores may be too good"
             )
         # What is not trained needs no more precision than it is computed in.
         model = job.load_base(torch.float32 if recipe.finetuning.parameters == "all" else None)
@@ -121,7 +122,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "hub_dataset": hub_dataset(recipe.data or ""),
                 "blocks": len(blocks),
                 "data_fingerprint": blocks.fingerprint,
-                "overlapping_report_documents": len(contamination.found),
+                "overlapping_report_documents": len(contaminated),
             }
             resumable.unlink(missing_ok=True)  # only now: whatever goes wrong before costs no training
     job.accelerator.wait_for_everyone()  # until the manifest is there

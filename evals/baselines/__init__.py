@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, LayerSizes, Structure
+from supernet.architecture import REMOVED, Architecture, LayerSizes, Structure
 from supernet.common.errors import RequestError
 from supernet.ordering import Scores, apply_ordering, order_by
 from supernet.slicing import extract
@@ -29,8 +29,6 @@ TOLERANCE = 0.01
 
 STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
 """Multiples that an FFN width may be cut to: the coarsest that lands within half the tolerance is taken."""
-
-REMOVED = LayerSizes(0, 0, 0)
 
 Cut = tuple[nn.Module, Architecture]
 """A standalone network, and its sizes."""

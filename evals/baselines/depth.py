@@ -12,6 +12,7 @@ from torch import Tensor
 from evals.baselines import Baseline, Cut, PruningContext, alone, ordered_cut, removal, without
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
+from supernet.hooks import Hooks
 from supernet.importance import block_influence, wanda
 from supernet.training.losses import token_losses
 from supernet.training.traces import trace
@@ -30,12 +31,8 @@ def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
 
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(after))
-    try:
-        with torch.no_grad():
-            trace(supernet.model, alone(ids))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with Hooks(hooks), torch.no_grad():
+        trace(supernet.model, alone(ids))
     return stream
 
 

@@ -15,6 +15,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.families import describe
+from supernet.hooks import Hooks
 from supernet.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
 from supernet.slicing import extract, placed
 from supernet.training.traces import trace
@@ -78,7 +79,7 @@ def units_of(architecture: Architecture) -> dict[Units, int]:
 def outgoing(reader: Reader) -> Tensor:
     """A projection's weight as [outputs, inputs], a view."""
     weight = cast(Tensor, reader.module.weight).detach()
-    return weight if reader.run.dimension == 1 else weight.T
+    return weight if reader.inputs.dimension == 1 else weight.T
 
 
 def with_biases(model: nn.Module) -> nn.Module:
@@ -117,13 +118,9 @@ def moments(
         reader.module.register_forward_pre_hook(lambda _, inputs, units=units: collect(units, inputs[0]))
         for units, reader in projections.items()
     ]
-    try:
-        with torch.no_grad():
-            for ids in batches:
-                trace(supernet.model, alone(ids))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with Hooks(hooks), torch.no_grad():
+        for ids in batches:
+            trace(supernet.model, alone(ids))
     means = {units: total / rows[units] for units, total in sums.items()}
     variances = {
         units: (square - rows[units] * means[units].square()) / max(1, rows[units] - 1)

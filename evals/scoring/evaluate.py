@@ -117,11 +117,10 @@ def load_checkpoint(
     import torch
     from transformers import AutoTokenizer
 
-    from supernet.loading import load_network
+    from supernet.loading import checkpoint_folder, load_network
 
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        folder = _fetch(name, revision)
+    wanted = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
+    folder = checkpoint_folder(name, revision, wanted)
     trusted = trust_remote_code or _is_own_code(name, folder)
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
@@ -139,20 +138,6 @@ def load_checkpoint(
         raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
     prepare(place)
     return model.to(place), tokenizer
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RequestError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
-    wanted = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"{name}: neither a folder nor a model that the hub would give ({reason})") from error
 
 
 def _is_own_code(name: str, folder: Path) -> bool:

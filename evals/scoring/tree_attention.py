@@ -192,7 +192,7 @@ class Layers:
                 if self._owner is None and isinstance(child, nn.ModuleList) and len(child) == depth:
                     self._owner = (module, name)
         self._plan: Plan | None = None
-        self._keys: list[Any] = []
+        self._kept_of: tuple[tuple[Any, ...], Architecture] | None = None  # weights and sub-network of the outputs
         self._outputs: list[list[Any]] = []
 
     @contextmanager
@@ -213,8 +213,8 @@ class Layers:
             config: Any = getattr(self._model.config, "text_config", None) or self._model.config
             width = next(self._model.parameters()).element_size() * config.hidden_size
             depth = min(len(own) if last is None else last, budget // (plan.tokens * width))
-            keys = [(self._weights(), architecture.hidden_size), *architecture.layers[:depth]]
-            known = self._forget_all_but_common(plan, keys)
+            weights = self._weights()
+            known = self._keep_common(plan, weights, architecture, depth)
         stand_ins = [
             SharedLayer(layer, i, i < known, self._outputs) if i < depth else layer for i, layer in enumerate(own)
         ]
@@ -225,24 +225,23 @@ class Layers:
         try:
             yield last is not None
             if architecture is not None:
-                self._keys = keys
+                self._kept_of = (weights, architecture)
         finally:
             if previous is None:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = previous
 
-    def _forget_all_but_common(self, plan: Plan, keys: list[Any]) -> int:
-        """Drop what is not true of a network with these `keys`; gives the number of layers that are left."""
+    def _keep_common(self, plan: Plan, weights: tuple[Any, ...], architecture: Architecture, depth: int) -> int:
+        """How many leading layers, at most `depth`, put out what is kept; drops what is kept of the others."""
         if self._plan is not plan:
-            self._plan, self._keys, self._outputs = plan, [], [[] for _ in plan.packs]
-        common = 0
-        while common < min(len(keys), len(self._keys)) and keys[common] == self._keys[common]:
-            common += 1
-        known = max(common - 1, 0)
+            self._plan, self._kept_of, self._outputs = plan, None, [[] for _ in plan.packs]
+        known = 0
+        if self._kept_of is not None and self._kept_of[0] == weights:
+            known = min(depth, architecture.common_layers(self._kept_of[1]), *map(len, self._outputs))
         for outputs in self._outputs:
             del outputs[known:]
-        self._keys = []  # whatever happens next, nothing half-written is believed
+        self._kept_of = None  # until all outputs are complete: a pass that fails leaves some of them unfinished
         return known
 
     def _weights(self) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Unit
 from supernet.common.errors import RequestError
 from supernet.common.progress import bar
+from supernet.hooks import Hooks, frozen
 from supernet.ordering import output_projections
 from supernet.training.data import Batch
 from supernet.training.losses import divergence
@@ -131,9 +132,6 @@ class _Mixture:
         for (layer, half, sizes), alpha in zip(self.choices, self.alphas, strict=True):
             for one in HALVES if half is None else (half,):
                 masks.setdefault((layer, one), []).append((sizes, alpha))
-        trained = [parameter for parameter in self.supernet.model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
         hooks = []
         for (layer, half), mixed in masks.items():
             module: nn.Module = self._projections[layer, UNIT[half]].module
@@ -153,13 +151,8 @@ class _Mixture:
                 return (inputs[0] * mask.repeat_interleave(inputs[0].shape[-1] // full).to(inputs[0]), *inputs[1:])
 
             hooks.append(module.register_forward_pre_hook(scale))
-        try:
+        with Hooks(hooks), frozen(self.supernet.model):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
 
 def _units(sizes: LayerSizes, half: Half) -> int:

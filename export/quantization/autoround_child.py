@@ -43,15 +43,11 @@ def run(job_path: Path) -> None:
 def _quantize(source: Path, target: Path, plan: dict[str, Any], job: dict[str, Any], ids: Tensor) -> None:
     """Leave model*.safetensors and quantization_config.json of one scheme in `target`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    on_cpu = job["device"] == "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=torch.float32 if on_cpu else torch.bfloat16,
-        local_files_only=True,
-        trust_remote_code=check_code(source),
-    )
+    from supernet.loading import load_causal_lm  # imports torch
+
+    dtype = torch.float32 if job["device"] == "cpu" else torch.bfloat16
+    model, _ = load_causal_lm(source, dtype, check_code(source))
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     head = set(linear) - set(job["linear"])
     own_form = SCHEMES[plan["scheme"]].auto_round

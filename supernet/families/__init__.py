@@ -1,9 +1,9 @@
-"""Model families as small tables: which parameter is what. No modelling code is copied.
+"""Model families as small tables: the axes of every parameter. No modelling code is copied.
 
 A `Family` names the axes of every parameter (`"hidden"`, `"query"`, `"kv"`, `"ffn"`, ...) and the modules of a
 decoder layer that form its two half-blocks. From that and the real model on the meta device, `describe` derives the
-`Structure` that accounting, ordering, activation and slicing all work from. One file in this folder is one family, or
-a few that name their parts alike; files are found by themselves.
+`Structure` that accounting, ordering, activation and slicing work from. One file in this folder is one family, or
+several that name their parts alike; `families` finds the files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,24 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, TensorSpec, Unit, unit_counts
+from supernet.architecture import (
+    HALVES,
+    Architecture,
+    Axis,
+    Half,
+    LayerSizes,
+    Role,
+    Structure,
+    TensorSpec,
+    Unit,
+    unit_counts,
+)
 from supernet.common.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Axes = tuple[str | tuple[str, ...], ...]
 """Names of a parameter's axes, slowest first as stored; a tuple of names is one axis of several blocks (fused).
@@ -31,27 +45,28 @@ Class = Literal["Config", "DecoderLayer", "Model", "ForCausalLM"]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Names of one family's parts. Module and parameter names are relative to one decoder layer unless said.
+    """Names of one family's parts. Names of modules and parameters are relative to one decoder layer, but for those in
+    `outer`, `layers`, `embedding` and `head`.
 
-    `layer` and `outer` map parameter names to the names of their axes; `outer` names are absolute. `class_prefix`
-    starts the names of the family's classes (`LlamaForCausalLM`), `class_suffixes` are those that end otherwise than
-    Llama's, and `package` is their folder in transformers where it is not named like the model type.
+    `layer` and `outer` map parameter names to the names of their axes. `class_prefix` starts the names of the family's
+    classes (`LlamaForCausalLM`), `class_suffixes` are the endings that differ from Llama's, and `package` is their
+    folder in transformers where it differs from the model type.
 
-    `attention` and `mlp` are the modules that give what is added to the residual; `attention_norms` and `mlp_norms`
-    disappear together with them: the norms before and behind, and whatever else leads only there.
+    `attention` and `mlp` are the modules whose outputs are added to the residual. `attention_norms` and `mlp_norms` are
+    removed together with them: the norms before and behind, and other modules that serve the half-block alone.
 
     `settings` are the names of sizes in the configuration; without `kv` every query head has its own key and value.
-    `dense_ffn` is that of the FFN width of layers without experts, in families that mix both. `layer_lists` are
-    configuration values with one entry for each layer.
+    `dense_ffn` is the name of the FFN width of layers without experts, in families that have both kinds. `layer_lists`
+    are configuration values with one entry for each layer.
 
     `counts` are attributes of modules that the forward pass reads and that are multiples of a number of units.
-    `reads_config` is a module that reads its number of heads from its configuration as it runs, and `router` one whose
-    `top_k` says how many experts a token is sent to.
+    `reads_config` is a module that reads its number of heads from its configuration in the forward pass. `router` is
+    one whose `top_k` says how many experts a token is sent to.
 
-    `head_width_follows` says that the plain class (or what else loads it) derives a head's width from the number of
-    heads, so that it can only hold all of them; `attention_resized` that even the attention module does, so that the
-    uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, where it
-    is not. `refused` are settings that are not supported, each with the reason.
+    With `head_width_follows`, the plain class (or another loader of it) derives a head's width from the number of
+    heads, so it can hold only the full number. With `attention_resized`, the attention module does so too, and the
+    uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, or
+    empty. `refused` are settings that are not supported, each with the reason.
     """
 
     model_type: str
@@ -85,14 +100,12 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def half(self, name: str) -> Half | None:
-        """The half-block that a parameter of a layer belongs to."""
-        for half, parts in (
-            ("attention", (self.attention, *self.attention_norms)),
-            ("mlp", (self.mlp, *self.mlp_norms)),
-        ):
-            if any(name.startswith(part + ".") for part in parts):
-                return half  # type: ignore[return-value]
-        return None
+        """The half-block that a parameter of a layer belongs to, if any."""
+        parts: dict[Half, tuple[str, ...]] = {
+            "attention": (self.attention, *self.attention_norms),
+            "mlp": (self.mlp, *self.mlp_norms),
+        }
+        return next((half for half in HALVES if any(name.startswith(f"{part}.") for part in parts[half])), None)
 
     def class_name(self, part: Class) -> str:
         """The name of one of the family's classes in transformers."""
@@ -106,52 +119,48 @@ class Family:
 
 @cache
 def families() -> dict[str, Family]:
-    """All known families by Hugging Face `model_type`."""
-    found: dict[str, Family] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
-            found[family.model_type] = family
-    return found
+    """All supported families by Hugging Face `model_type`."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {family.model_type: family for module in modules for family in module.FAMILIES}
 
 
-def family_of(config: Any) -> Family:
-    """The family of a Hugging Face configuration.
+def family_named(model_type: str) -> Family:
+    """The family of a `model_type`. Raises `RequestError` with the supported ones where it is none of them."""
+    if model_type not in families():
+        supported = ", ".join(sorted(families()))
+        raise RequestError(f"the model family '{model_type}' is not supported; supported are: {supported}")
+    return families()[model_type]
 
-    Raises `RequestError` with the supported ones where it is none of them, or uses what its table refuses.
-    """
-    known = families()
-    if config.model_type not in known:
-        raise RequestError(
-            f"the model family '{config.model_type}' is not supported; supported are: {', '.join(sorted(known))}"
-        )
-    family = known[config.model_type]
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a configuration. Raises `RequestError` where there is none, or for a setting that it refuses."""
+    family = family_named(config.model_type)
     for name, reason in family.refused.items():
         if getattr(config, name, None):
             raise RequestError(f"a {config.model_type} model with {name} is not supported: {reason}")
     return family
 
 
-def base_architecture(config: Any) -> Architecture:
-    """The full network's own sizes, read through optimum's normalised configuration where it knows the family.
+def base_architecture(config: PreTrainedConfig) -> Architecture:
+    """The full network's sizes, read through optimum's normalised configuration where optimum knows the family.
 
-    A layer of linear attention has no attention heads in the sense of this project: it is kept or removed whole.
+    A layer of linear attention has 0 attention heads here: it is kept or removed whole.
     """
     from optimum.utils import NormalizedConfigManager
 
     family = family_of(config)
-    read: Any = config
-    layers = "num_hidden_layers"
     try:
-        read = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-        layers = "num_layers"
-    except KeyError:
-        pass  # a family that optimum does not know: Hugging Face's own names are read instead
-    hidden_size, query_heads = read.hidden_size, read.num_attention_heads
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:  # a family that optimum does not know: Hugging Face's names are read instead
+        normalized, depth = config, config.num_hidden_layers
+    else:
+        depth = normalized.num_layers
+    hidden_size, query_heads = normalized.hidden_size, normalized.num_attention_heads
     key_value_heads = getattr(config, family.settings.get("kv", ""), None) or query_heads
     width = getattr(config, family.settings["ffn"], None) or 4 * hidden_size  # what GPT-2 takes for None
     kinds = getattr(config, "layer_types", None) or ()
     sizes = []
-    for index in range(getattr(read, layers)):
+    for index in range(depth):
         attends = index >= len(kinds) or kinds[index] != "linear_attention"
         heads, groups = (query_heads, key_value_heads) if attends else (0, 0)
         if _is_dense(config, family, index):
@@ -162,23 +171,23 @@ def base_architecture(config: Any) -> Architecture:
     return Architecture(hidden_size, tuple(sizes))
 
 
-def _is_dense(config: Any, family: Family, layer: int) -> bool:
+def _is_dense(config: PreTrainedConfig, family: Family, layer: int) -> bool:
     """Whether a layer's MLP has no experts."""
     if "experts" not in family.settings:
         return True
-    every = getattr(config, "decoder_sparse_step", 1)
-    return layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % every != 0
+    step = getattr(config, "decoder_sparse_step", 1)
+    return layer in (getattr(config, "mlp_only_layers", None) or ()) or (layer + 1) % step != 0
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Channels of one attention head, derived where the configuration does not say."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def describe(config: Any, trust_remote_code: bool = False) -> Structure:
-    """The `Structure` of the network that `config` describes, from its parameters on the meta device.
+def describe(config: PreTrainedConfig, trust_remote_code: bool = False) -> Structure:
+    """The `Structure` of the network of a configuration, from its parameters on the meta device.
 
-    Raises LookupError where the family's table and the real model disagree: a mistake in the table.
+    Raises LookupError where the family's table and the real model disagree, which is a mistake in the table.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -199,7 +208,7 @@ def describe(config: Any, trust_remote_code: bool = False) -> Structure:
     )
 
 
-def _windows(config: Any, layers: int) -> tuple[int, ...]:
+def _windows(config: PreTrainedConfig, layers: int) -> tuple[int, ...]:
     """How many tokens each layer's attention reaches, 0 for all of them."""
     window = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
@@ -207,9 +216,9 @@ def _windows(config: Any, layers: int) -> tuple[int, ...]:
 
 
 def _tensor(
-    family: Family, base: Architecture, width: int, model: Any, name: str, shape: tuple[int, ...]
+    family: Family, base: Architecture, width: int, model: PreTrainedModel, name: str, shape: tuple[int, ...]
 ) -> TensorSpec:
-    """One parameter's entry. Raises LookupError where the table does not name it, or its shape does not follow."""
+    """One parameter's entry. Raises LookupError where the table does not name it or gives it another shape."""
     layer, half, rest = None, None, name
     if name.startswith(family.layers + "."):
         number, _, rest = name.removeprefix(family.layers + ".").partition(".")
@@ -227,7 +236,8 @@ def _tensor(
     return TensorSpec(name, axes, layer, half, _role(family, name, axes, layer, model))
 
 
-def _role(family: Family, name: str, axes: tuple[Axis, ...], layer: int | None, model: Any) -> Any:
+def _role(family: Family, name: str, axes: tuple[Axis, ...], layer: int | None, model: PreTrainedModel) -> Role:
+    """What a parameter is used for."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -242,9 +252,10 @@ def _role(family: Family, name: str, axes: tuple[Axis, ...], layer: int | None, 
 
 
 def _axis(names: str | tuple[str, ...], size: int, width: int, base: Architecture) -> Axis:
+    """The axis that a table names, of a dimension of `size` entries and heads of `width` channels."""
     blocks: dict[str, tuple[Unit, int]] = {
         "hidden": ("hidden", 1),
-        # Embeddings have a width of their own where the network projects them to the residual's.
+        # Where embeddings have another width than the residual, the network projects them.
         "embedding": ("hidden", 1) if size == base.hidden_size else ("one", size),
         "ffn": ("ffn", 1),
         "experts": ("experts", 1),

@@ -1,6 +1,6 @@
-"""How many processes train, on what, and in which precision: accelerate, and what is refused rather than ignored.
+"""Processes, device and precision of training, through accelerate. Settings that it would ignore are refused.
 
-Several processes are started with torchrun (on a CPU with ACCELERATE_USE_CPU=true); each holds the whole network, or
+Several processes are started with torchrun (on a CPU with ACCELERATE_USE_CPU=true). Each has the whole network, or
 its part of every layer (`supernet.training.sharding`).
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def processes() -> int:
-    """How many processes this one was started as one of."""
+    """The number of processes that train together, this one included."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -27,7 +27,7 @@ def is_main() -> bool:
 
 
 def make_accelerator(device: str, dtype: str) -> Accelerator:
-    """For a recipe's `device` and `dtype`. Raises `RequestError` for what would silently not be done."""
+    """The accelerator for a recipe's `device` and `dtype`. Raises `RequestError` for settings that would be ignored."""
     import torch
     from accelerate import Accelerator
 
@@ -60,4 +60,5 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
 
 
 def _is_set(name: str) -> bool:
+    """Whether an environment variable is true."""
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")

@@ -1,8 +1,8 @@
 """What of a super-network is trained: all its weights, or elastic low-rank adapters beside frozen ones.
 
-`PARAMETERS` names the choices. Each is a context manager: inside, its `trained` parameters are the only ones that need
-gradients; `frozen()` is the base as it was, which may teach; `finish()` leaves an ordinary super-network with what was
-learnt in its weights, so that search, slicing, healing and packages know of no adapters.
+`PARAMETERS` names the choices. Each is a context manager: within, only its `trained` parameters need gradients.
+`frozen()` is the base before training, which may teach. `finish()` merges what was learnt into the super-network's
+weights, so that search, slicing, healing and packages need to know nothing of adapters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import sqrt
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from supernet.activation import SuperNetwork, slice_parameter
 from supernet.architecture import Axis, Structure, TensorSpec, unit_counts
 from supernet.common.errors import RequestError
+from supernet.hooks import Hooks
 from supernet.training.sharding import shard_like
 
 LORA_SCALE = 2.0
-"""What an adapter's product is multiplied with (alpha / rank): LoNAS's 64 / 32."""
+"""The factor of an adapter's product (alpha / rank), 64 / 32 as in LoNAS."""
 
 
 class Parameters(Protocol):
@@ -31,7 +32,7 @@ class Parameters(Protocol):
 
     supernet: SuperNetwork
     structure: Structure
-    """Of what is trained: names, axes and layers, by which slices that took no part in a step are found."""
+    """Names, axes and layers of what is trained, from which the inactive slices of a step follow."""
     trained: dict[str, nn.Parameter]
 
     def __enter__(self) -> Parameters: ...
@@ -39,14 +40,14 @@ class Parameters(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def frozen(self) -> AbstractContextManager[SuperNetwork]:
-        """The base before any training, whole and without dropout, for as long as the context lasts."""
+        """The base before any training, its full network active and without dropout, within the context."""
 
     def finish(self) -> None:
-        """Put what was learnt into the super-network's own weights."""
+        """Put what was learnt into the super-network's weights."""
 
 
 class AllWeights:
-    """Every weight. The base that teaches is a second network, where a scheme needs one."""
+    """Every weight is trained. Where a scheme needs the base as a teacher, it is a second network."""
 
     def __init__(self, supernet: SuperNetwork, base: SuperNetwork | None = None) -> None:
         self.supernet, self.structure = supernet, supernet.structure
@@ -73,36 +74,35 @@ class ElasticLora:
     LREC-COLING 2024).
 
     A linear layer computes W x + s B A x with A [rank, inputs] and B [outputs, rank]. A sub-network has the columns of
-    A and the rows of B that belong to the units it keeps, as it has those of W, so its adapter is the slice of the full
-    one: s B A can be added to W once, at the end, and every slice of the sum is what was trained. LoNAS also lets a
-    sub-network have a smaller rank. That is left out: two sub-networks of different ranks are no slices of one set of
-    weights, so the search would need the adapters too, and what it scores would not be what ships.
+    A and the rows of B that belong to the units it keeps, as of W, so its adapter is the slice of the full one: s B A
+    can be added to W once, at the end, and every slice of the sum is what was trained. LoNAS also lets a sub-network
+    have a smaller rank. That is left out: sub-networks of different ranks are not slices of one set of weights, so the
+    search would need the adapters too, and would not score the network that ships.
 
-    Memory beside the weights, which are frozen: adapters, their gradients and moments. Without its adapters the network
-    is the base, so the teacher is no second one. Embeddings, norms, biases and the head stay as they are.
+    Memory beside the frozen weights is needed for adapters, their gradients and moments. The teacher is this network
+    without its adapters. Embeddings, norms, biases and the head are not trained.
     """
 
     def __init__(self, supernet: SuperNetwork, rank: int, seed: int) -> None:
         self.supernet = supernet
         self.trained: dict[str, nn.Parameter] = {}
         self._adapters: list[_Adapter] = []
-        self._handles: list[Any] = []
+        self._hooks = Hooks()
         generator = torch.Generator().manual_seed(seed)
-        for entry in adapted(supernet.structure):
-            adapter = _Adapter(supernet, entry, rank, generator)
+        for spec in adapted(supernet.structure):
+            adapter = _Adapter(supernet, spec, rank, generator)
             self._adapters.append(adapter)
-            self.trained |= {adapter.entries[0].name: adapter.a, adapter.entries[1].name: adapter.b}
-        entries = tuple(entry for adapter in self._adapters for entry in adapter.entries)
-        self.structure = replace(supernet.structure, tensors=entries, _cache={})
+            self.trained |= {adapter.specs[0].name: adapter.a, adapter.specs[1].name: adapter.b}
+        specs = tuple(spec for adapter in self._adapters for spec in adapter.specs)
+        self.structure = replace(supernet.structure, tensors=specs)
 
     def __enter__(self) -> ElasticLora:
         self.supernet.model.requires_grad_(False)
-        self._handles = [adapter.module.register_forward_hook(adapter) for adapter in self._adapters]
+        self._hooks = Hooks(adapter.module.register_forward_hook(adapter) for adapter in self._adapters)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         self.supernet.model.requires_grad_(True)
 
     @contextmanager
@@ -128,7 +128,7 @@ class ElasticLora:
 
 
 def adapted(structure: Structure) -> list[TensorSpec]:
-    """The weights that get adapters: those of the linear layers. Raises `RequestError` for stacked experts."""
+    """The weights that get adapters, those of linear layers. Raises `RequestError` for stacked experts."""
     if any(tensor.role == "experts" for tensor in structure.tensors):
         raise RequestError(
             "finetuning.parameters: lora has no adapters for stacked experts, which would be cut but never trained"
@@ -143,20 +143,20 @@ def adapter_parameters(structure: Structure, rank: int) -> int:
 
 
 class _Adapter:
-    """The two factors of one linear layer, and the forward hook that adds what they compute to its output."""
+    """The two factors of one linear layer's adapter, and the forward hook that adds their product to its output."""
 
-    def __init__(self, supernet: SuperNetwork, entry: TensorSpec, rank: int, generator: torch.Generator) -> None:
-        name = entry.name.removesuffix(".weight")
+    def __init__(self, supernet: SuperNetwork, spec: TensorSpec, rank: int, generator: torch.Generator) -> None:
+        name = spec.name.removesuffix(".weight")
         self.supernet = supernet
         self.module = supernet.model.get_submodule(name)
         self.on = True
-        outputs, inputs = entry.axes[::-1] if isinstance(self.module, Conv1D) else entry.axes  # Conv1D is transposed
+        outputs, inputs = spec.axes[::-1] if isinstance(self.module, Conv1D) else spec.axes  # Conv1D is transposed
         within = Axis((("one", rank),))
-        self.entries = (
-            replace(entry, name=f"{name}.lora_A", axes=(within, inputs)),
-            replace(entry, name=f"{name}.lora_B", axes=(outputs, within)),
+        self.specs = (
+            replace(spec, name=f"{name}.lora_A", axes=(within, inputs)),
+            replace(spec, name=f"{name}.lora_B", axes=(outputs, within)),
         )
-        shapes = [supernet.structure.shape(half, supernet.base) for half in self.entries]
+        shapes = [supernet.structure.shape(half, supernet.base) for half in self.specs]
         assert shapes[0] is not None and shapes[1] is not None
         device = self.weight.device
         # B starts at zero, so that the network starts as the base; A as torch starts a linear layer.
@@ -166,7 +166,7 @@ class _Adapter:
 
     @property
     def weight(self) -> Tensor:
-        """The full weight, whatever is active."""
+        """The full weight, also while a sub-network is active."""
         full = self.module._parameters["weight"]
         assert full is not None
         return full
@@ -174,19 +174,19 @@ class _Adapter:
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not self.on:
             return None
-        layer, active = self.entries[0].layer, self.supernet.current
+        layer, active = self.specs[0].layer, self.supernet.current
         assert layer is not None
         base = self.supernet.base
         counts, kept = (unit_counts(a.hidden_size, a.layers[layer]) for a in (base, active))
         (x,) = inputs
         a, b = (
-            slice_parameter(factor, entry.axes, counts, kept).to(x.dtype)
-            for factor, entry in zip((self.a, self.b), self.entries, strict=True)
+            slice_parameter(factor, spec.axes, counts, kept).to(x.dtype)
+            for factor, spec in zip((self.a, self.b), self.specs, strict=True)
         )
         return output + LORA_SCALE * (x @ a.T @ b.T)
 
     def merge(self) -> None:
-        """Add the product to the weight; torch adds in the wider of two precisions and rounds once."""
+        """Add the product to the weight. torch adds in the wider of the two precisions and rounds once."""
         product = LORA_SCALE * (self.b @ self.a)
         full = self.weight
         full.add_(shard_like(product.T if isinstance(self.module, Conv1D) else product, full))

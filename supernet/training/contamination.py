@@ -1,8 +1,8 @@
-"""Does training text hold what the report will ask? Runs of 13 words, as GPT-3's authors looked for them.
+"""Contamination of the training text by report documents: runs of 13 words that both have, as in GPT-3's paper.
 
-A report document overlaps where 13 words in a row of it (all of them, where it is shorter, but 8 at least) occur in
-the training text, case and punctuation aside (Brown et al., arXiv 2005.14165, appendix C). What occurs in more than
-ten training documents is a phrase and not a leak, as there.
+A report document is contaminated where 13 words in a row of it (all words of a shorter one, but at least 8) occur in
+the training text, without regard to case and punctuation (Brown et al., arXiv 2005.14165, appendix C). As there, a run
+that occurs in more than ten training documents is a common phrase and does not count.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 RUN, LEAST, PHRASE = 13, 8, 10
+"""Words of a run, words of the shortest document that is looked for, and training documents that may share a run."""
 
 
 class Contamination:
-    """Shown the training text document by document; `found` are the report documents that occur in it.
+    """Finds report documents in training text, which is shown to it document by document.
 
-    `asked` maps a report document's name to its texts. Memory grows with the report documents, not with the data.
+    `report_documents` are pairs of a name and texts. Memory grows with them and not with the training text.
     """
 
-    def __init__(self, asked: Iterable[tuple[str, Iterable[str]]]) -> None:
+    def __init__(self, report_documents: Iterable[tuple[str, Iterable[str]]]) -> None:
         self._owners: dict[tuple[str, ...], set[str]] = {}
         self.documents = 0
-        for name, texts in asked:
+        for name, texts in report_documents:
             self.documents += 1
             for text in texts:
                 words = words_of(text)
@@ -39,12 +40,13 @@ class Contamination:
         self._seen.update({run for length in self._lengths for run in runs(words, length) if run in self._owners})
 
     @property
-    def found(self) -> set[str]:
+    def contaminated(self) -> set[str]:
         """Names of the report documents that share a run with the training text."""
         return {name for run, count in self._seen.items() if count <= PHRASE for name in self._owners[run]}
 
 
 def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 

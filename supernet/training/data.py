@@ -1,9 +1,9 @@
-"""Training data: documents tokenised and packed into blocks of equal length, on disk, and read back at random.
+"""Training data: documents tokenised and packed into blocks of equal length, in a file, and read in random order.
 
-Documents lie end to end, and none sees another: positions count from 0 in every document (and in every block), which
-transformers' masks take for packed sequences and keep attention within (`find_packed_sequence_indices`), and no
-document's first token is learnt from the one before it. OPT's masks and linear attention do not look at positions: in
-those, a document does see the ones before it in its block.
+Documents follow one another without padding, and none attends to another: positions count from 0 in every document
+(and in every block), by which transformers' masks know packed sequences (`find_packed_sequence_indices`). The first
+token of a document is not learnt from the token before it. OPT's masks and linear attention do not use positions:
+there, a document does see the ones before it in its block.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,8 +21,12 @@ from torch import Tensor
 from supernet.common.errors import RequestError
 from supernet.training.sources import Row, kind_of, read_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 HELD_OUT_BLOCKS = 16
-"""Blocks that are held out at least, where there are twice as many: what held-out losses are measured on."""
+"""The least number of blocks that are held out for held-out losses, where there are twice as many."""
+
 IGNORED = -100
 """Label of a token that is not learnt from, as in transformers."""
 
@@ -46,7 +50,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a network is called with. The mask follows from the positions."""
+        """The arguments of a network's forward pass. The mask follows from the positions."""
         return {"input_ids": self.ids, "position_ids": self.positions}
 
     @property
@@ -60,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed training data. `table` is [blocks, 3, length], int32, mapped from a file: ids, labels, positions."""
+    """Packed training data. `table` [blocks, 3, length], int32, mapped from a file, holds ids, labels and positions."""
 
     table: Tensor
     fingerprint: str
@@ -85,13 +89,13 @@ class Blocks:
         return self.part(0, cut), self.part(cut, len(self))
 
     def part(self, start: int, stop: int) -> Blocks:
-        """Some of the blocks, in order; fingerprint and documents are still those of the whole."""
+        """Some of the blocks, in order; fingerprint and number of documents are those of all blocks."""
         return Blocks(self.table[start:stop], self.fingerprint, self.documents)
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
-        """The `size` blocks of a step. A pure function of (seed, step): resuming needs no saved reader state.
+        """The `size` blocks of a step, a pure function of (seed, step), so that nothing has to be stored to resume.
 
-        Every epoch visits all blocks once in an order of its own.
+        Every epoch visits all blocks once, in another random order.
         """
         positions = range(step * size, (step + 1) * size)
         return self[[int(self._epoch_order(p // len(self), seed)[p % len(self)]) for p in positions]]
@@ -105,8 +109,8 @@ class Blocks:
         return self._order[key]
 
 
-def encode_row(row: Row, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one document, with the marks that separate it from the next."""
+def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one document, with an end mark. Raises `RequestError` that names the source."""
     kind = kind_of(row)
     if kind == "messages":
         return _encode_messages(row["messages"], tokenizer, source)
@@ -116,14 +120,15 @@ def encode_row(row: Row, tokenizer: Any, source: str) -> tuple[list[int], list[i
     return ids, list(ids)
 
 
-def _encode_completion(prompt: Any, completion: Any, tokenizer: Any, source: str) -> tuple[list[int], list[int]]:
-    """A prompt and its completion, learnt from only in the completion. Either may be a list of messages."""
+def _encode_completion(
+    prompt: object, completion: object, tokenizer: PreTrainedTokenizerBase, source: str
+) -> tuple[list[int], list[int]]:
+    """A prompt and its completion, learnt from only in the completion. Both are texts, or both lists of messages."""
     if isinstance(prompt, list) and isinstance(completion, list):
-        ids, labels = _encode_messages([*prompt, *completion], tokenizer, source, first=len(prompt))
-        return ids, labels
+        return _encode_messages([*prompt, *completion], tokenizer, source, first=len(prompt))
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         raise RequestError(f"--data {source}: 'prompt' and 'completion' must both be texts or both lists of messages")
-    # Tokenised apart, as a prompt is when it is answered.
+    # Tokenised apart, as in generation.
     before = tokenizer(prompt, verbose=False).input_ids
     if before and before[-1] == tokenizer.eos_token_id:
         before = before[:-1]
@@ -131,8 +136,8 @@ def _encode_completion(prompt: Any, completion: Any, tokenizer: Any, source: str
     return ids, [IGNORED] * len(before) + ids[len(before) :]
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
-    """The document with an end mark, where the tokenizer marks neither its start nor its end."""
+def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The document, with an end mark where the tokenizer marked neither its start nor its end."""
     starts_marked = bool(ids) and ids[0] == tokenizer.bos_token_id
     ends_marked = bool(ids) and ids[-1] == tokenizer.eos_token_id
     if not starts_marked and not ends_marked and tokenizer.eos_token_id is not None:
@@ -141,12 +146,12 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _encode_messages(
-    messages: list[dict[str, str]], tokenizer: Any, source: str, first: int = 0
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, source: str, first: int = 0
 ) -> tuple[list[int], list[int]]:
-    """A conversation, learnt from only where the assistant speaks (from message `first` on).
+    """A conversation, learnt from only in the assistant's turns from message `first` on.
 
-    The assistant's span in turn k is what the template adds between the prompt for turn k and the conversation
-    including it; this asks nothing of the template but that earlier turns render as prefixes.
+    The tokens of the assistant's turn k are those that the template adds to the prompt for turn k. The template needs
+    only to render earlier turns as prefixes.
     """
     if tokenizer.chat_template is None:
         raise RequestError(f"--data {source}: rows hold 'messages' but the tokenizer has no chat template; give 'text'")
@@ -164,24 +169,25 @@ def _encode_messages(
     return ids, labels
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> list[int]:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool) -> list[int]:
+    """Token ids of messages in the chat template, with `prompt` those of the start of the assistant's turn too."""
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def pack(
     source: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     tokens: int | None = None,
     seen: Callable[[Row], None] | None = None,
 ) -> Blocks:
-    """The source's documents, end to end, in blocks of `length` tokens; the last, incomplete block is left out, and so
-    is a block with nothing to learn from.
+    """The source's documents in blocks of `length` tokens, without the incomplete last block and without blocks that
+    have nothing to learn from.
 
-    Blocks go to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory. Reading
-    stops after `tokens` tokens where given. `seen` is shown every row. Raises `RequestError` if not even two blocks
-    come together.
+    Blocks are written to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory.
+    Reading stops after `tokens` tokens, if given. `seen` is called with every row. Raises `RequestError` for less than
+    two blocks.
     """
     digest = hashlib.sha256()
     pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
@@ -190,6 +196,7 @@ def pack(
         for row in read_rows(source):
             if seen is not None:
                 seen(row)
+            # 1. Append the document to the pending tokens.
             ids, labels = encode_row(row, tokenizer, source)
             if not ids:
                 continue
@@ -198,6 +205,7 @@ def pack(
                 part += values
             documents += 1
             read += len(ids)
+            # 2. Write the blocks that are complete.
             whole = len(pending[0]) // length * length
             for start in range(0, whole, length):
                 block = np.array([part[start : start + length] for part in pending], dtype=np.int32)
@@ -215,13 +223,13 @@ def pack(
                 "with something to learn from"
             )
         file.flush()
-        # Copy on write: torch wants an array that it may write to. The map outlives the file's name.
+        # Copy on write, since torch needs a writable array. The map stays valid after the file is closed.
         table = np.memmap(file, np.int32, mode="c", shape=(blocks, 3, length))
     return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents)
 
 
 def _positions(documents: np.ndarray) -> np.ndarray:
-    """Positions that count from 0 in every document, from the document number of each token of a block."""
+    """Positions that count from 0 in every document, from the document number of each token of a block, [length]."""
     index = np.arange(len(documents))
     starts = np.concatenate(([True], documents[1:] != documents[:-1]))
     return index - np.maximum.accumulate(np.where(starts, index, 0))

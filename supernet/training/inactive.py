@@ -1,8 +1,8 @@
-"""Slices that took no part in a step, and an optimizer step that leaves them where they are.
+"""Inactive slices, which no sub-network of a step used, and an optimizer step that does not change them.
 
 A sub-network's gradient is a full-sized tensor with zeros outside its slice. AdamW would still decay those entries and
-carry them along by their momentum: units that a step did not look at would drift. So their weights and moments are put
-back after the step.
+move them by their momentum, so that units would drift in steps that do not train them. So their weights and moments are
+restored after the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from supernet.activation import slice_parameter
+from supernet.activation import Counts, slice_parameter
 from supernet.architecture import Architecture, Structure, unit_counts
 from supernet.training.sharding import local_shard, own_index
 
@@ -22,50 +22,50 @@ Inactive = Mapping[str, "list[tuple[int, Tensor]] | None"]
 
 
 def inactive_slices(structure: Structure, members: Iterable[Architecture]) -> Inactive:
-    """What none of a step's members used. A parameter that is used whole is not listed.
+    """The slices that none of a step's members used. A parameter that was used whole is not listed.
 
-    A tensor with several elastic dimensions counts as used where each of its indices was used by some member.
+    An entry of a tensor with several elastic dimensions counts as used where each of its indices was used by a member.
     """
     members = list(members)
     if structure.base in members:
         return {}
-    idle: dict[str, list[tuple[int, Tensor]] | None] = {}
+    inactive: dict[str, list[tuple[int, Tensor]] | None] = {}
     for tensor in structure.tensors:
         users = [member for member in members if structure.shape(tensor, member) is not None]
         if not users:
-            idle[tensor.name] = None
+            inactive[tensor.name] = None
             continue
         unused = []
         for dimension, axis in enumerate(tensor.axes):
             full = _counts(structure.base, tensor.layer)
-            every = torch.arange(axis.size(full))
-            used = torch.zeros(len(every), dtype=torch.bool)
+            indices = torch.arange(axis.size(full))
+            used = torch.zeros(len(indices), dtype=torch.bool)
             for member in users:
-                used[slice_parameter(every, (axis,), full, _counts(member, tensor.layer))] = True
+                used[slice_parameter(indices, (axis,), full, _counts(member, tensor.layer))] = True
             if not used.all():
                 unused.append((dimension, (~used).nonzero().flatten()))
         if unused:
-            idle[tensor.name] = unused
-    return idle
+            inactive[tensor.name] = unused
+    return inactive
 
 
-def _counts(architecture: Architecture, layer: int | None) -> dict:
+def _counts(architecture: Architecture, layer: int | None) -> Counts:
     return unit_counts(architecture.hidden_size, None if layer is None else architecture.layers[layer])
 
 
 @contextmanager
 def restore_inactive(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], idle: Inactive
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], inactive: Inactive
 ) -> Iterator[None]:
-    """Put idle slices back to what they were, after the optimizer stepped inside.
+    """Within, the optimizer steps; at the end inactive slices get back the values that they had before.
 
-    A parameter that no member used must have no gradient; optimizers pass those over. Of the optimizer's state, what
-    has the parameter's shape and is a floating-point number is put back too (moments kept in 8 bits are not: there one
-    scale is shared by used and idle entries).
+    A parameter that no member used must have no gradient, since optimizers skip those. Of the optimizer's state,
+    floating-point tensors of the parameter's shape are restored too. Moments in 8 bits are not: active and inactive
+    entries share scales there.
     """
-    kept: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, int, Tensor, Tensor]] = []  # tensor, dimension, indices and their values
     with torch.no_grad():
-        for name, slices in idle.items():
+        for name, slices in inactive.items():
             parameter = parameters.get(name)
             if parameter is None or slices is None:
                 continue

@@ -1,4 +1,4 @@
-"""Optimizers by name. One function makes one from parameter groups and a learning rate; `OPTIMIZERS` names them."""
+"""Optimizers by name: functions of parameter groups and a learning rate; `OPTIMIZERS` names them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from supernet.common.errors import RequestError
 
 Groups = list[dict[str, Any]]
+"""Parameter groups as torch's optimizers take them: `params`, `weight_decay`."""
+
 BETAS = (0.9, 0.95)
 
 
@@ -33,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, float], torch.optim.Optimizer]] = {
 
 
 def check_optimizer(name: str, device: str) -> None:
-    """Refuse an optimizer that cannot run here."""
+    """Raises `RequestError` for an optimizer that cannot run here."""
     if name == "adamw-8bit" and device != "cuda":
         raise RequestError("finetuning.optimizer: adamw-8bit runs on a GPU only; use adamw")
     if name == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:

@@ -1,26 +1,29 @@
-"""Which sub-networks take part in a training step, and where random ones are drawn.
+"""Which sub-networks take part in a training step, and how random ones are drawn.
 
-A sampler answers, for a step, with the members whose gradients are summed before the optimizer moves; `SAMPLERS` names
-them. A draw answers with one random architecture; `DRAWS` names them. Both are pure functions of the random generator
-that they are given and, for the draw that shifts, of what it remembers.
+A sampler gives the members of a step, whose gradients are summed before the optimizer steps; `SAMPLERS` names them. A
+draw gives one random architecture; `DRAWS` names them. Both are pure functions of the random generator and, for
+`ShiftedSizes`, of its memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from supernet.architecture import Architecture, Structure
 
+Memory = dict[str, list[float]]
+"""What a draw remembers from earlier steps; JSON, since it is stored with the training state."""
+
 
 @dataclass(frozen=True)
 class TrainingRange:
-    """The sub-networks that are trained: the ends, what counts as the size of one, and how to draw one.
+    """The sub-networks that are trained: the smallest one, and how to draw others.
 
-    `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters; `cut` is the uniform cut
+    `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters. `cut` is the uniform cut
     (all layers alike) nearest to a number of parameters.
     """
 
@@ -36,25 +39,25 @@ class TrainingRange:
 
     @property
     def sizes(self) -> tuple[float, float]:
-        """Parameters of the smallest and of the largest that are drawn: just under the base, which is not random."""
+        """Parameters of the smallest and the largest sub-network that are drawn, the latter just below the base."""
         return self.structure.parameters(self.least), 0.98 * self.structure.parameters(self.largest)
 
 
 class Draw(Protocol):
-    """A distribution over sub-networks that may learn from how those drawn do."""
+    """A distribution over sub-networks, which may change with the losses of those drawn."""
 
     def __call__(self, rng: np.random.Generator) -> Architecture: ...
 
     def observe(self, architecture: Architecture, gap: float) -> None:
-        """Be told a drawn member's loss in a step (to its teacher or, where it has none, to the data)."""
+        """Take note of a drawn member's loss in a step: to its teacher or, where it has none, to the data."""
 
 
 @dataclass
 class UniformGenes:
-    """Every gene uniformly, as most supernets are trained: sizes pile up in the middle of the range."""
+    """Every gene uniformly, as most super-networks are trained: most sizes are in the middle of the range."""
 
     range: TrainingRange
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     def __call__(self, rng: np.random.Generator) -> Architecture:
         return self.range.uniform(rng)
@@ -65,10 +68,10 @@ class UniformGenes:
 
 @dataclass
 class EvenSizes:
-    """A number of parameters uniformly, then a sub-network of about that size: no size is trained more than another."""
+    """A number of parameters uniformly, then a sub-network of about that size: all sizes are trained equally."""
 
     range: TrainingRange
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     def __call__(self, rng: np.random.Generator) -> Architecture:
         return self.range.near(rng, rng.uniform(*self.range.sizes))
@@ -79,8 +82,8 @@ class EvenSizes:
 
 @dataclass
 class SizesAndCuts(EvenSizes):
-    """Sizes evenly too, but every second sub-network is a uniform cut instead of a random one: few architectures that
-    are trained often, which most good ones of their size are not far from."""
+    """As `EvenSizes`, but half of the sub-networks are uniform cuts. These are few architectures, so each is trained
+    often, and most good architectures are near the cut of their size."""
 
     def __call__(self, rng: np.random.Generator) -> Architecture:
         size = rng.uniform(*self.range.sizes)
@@ -91,14 +94,13 @@ class SizesAndCuts(EvenSizes):
 class ShiftedSizes:
     """Sizes that still learn fast are drawn more often (ShiftNAS, arXiv 2307.08300).
 
-    The paper keeps a distribution over bins of cost and shifts it to where the gradient is still large. Here the sign
-    of an under-trained bin is that its loss still falls: a slow moving average of it lies above a fast one. Bins are
-    drawn in proportion to that fall, a third of the time evenly; a bin not seen often enough counts as the average.
-    `memory` is JSON: it is stored with the training state.
+    The paper keeps a distribution over bins of cost and shifts it to where the gradient is still large. Here a bin is
+    under-trained where its loss still falls: a slow moving average of it is above a fast one. Bins are drawn in
+    proportion to that difference, a third of the time evenly; a bin that was seen too seldom counts as the average.
     """
 
     range: TrainingRange
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     BINS, FAST, SLOW, EVEN, ENOUGH = 8, 0.3, 0.05, 1 / 3, 5
 
@@ -114,8 +116,8 @@ class ShiftedSizes:
     def shares(self) -> np.ndarray:
         """Probability of each bin, smallest sizes first."""
         fall = np.maximum(np.array(self.memory["slow"]) - np.array(self.memory["fast"]), 0.0)
-        known = np.array(self.memory["seen"]) >= self.ENOUGH
-        fall[~known] = fall[known].mean() if known.any() else 1.0
+        seen = np.array(self.memory["seen"]) >= self.ENOUGH
+        fall[~seen] = fall[seen].mean() if seen.any() else 1.0
         if not fall.any():
             return np.full(self.BINS, 1 / self.BINS)
         return self.EVEN / self.BINS + (1 - self.EVEN) * fall / fall.sum()
@@ -127,11 +129,11 @@ class ShiftedSizes:
         self.memory["seen"][at] += 1
         for name, weight in (("fast", self.FAST), ("slow", self.SLOW)):
             average = self.memory[name]
-            # The first observations are averaged evenly, so that the start does not count as zero.
+            # The first observations are averaged evenly, so that the initial zero has no weight.
             average[at] += max(weight, 1 / self.memory["seen"][at]) * (gap - average[at])
 
 
-DRAWS: dict[str, Callable[[TrainingRange, dict[str, Any]], Draw]] = {
+DRAWS: dict[str, Callable[[TrainingRange, Memory], Draw]] = {
     "sizes": EvenSizes,
     "genes": UniformGenes,
     "cuts": SizesAndCuts,
@@ -141,14 +143,14 @@ DRAWS: dict[str, Callable[[TrainingRange, dict[str, Any]], Draw]] = {
 
 @dataclass(frozen=True)
 class Member:
-    """One sub-network of a step, and the part it plays: the largest teaches, the others are taught."""
+    """One sub-network of a step, and its role: the largest teaches, the others are taught."""
 
     architecture: Architecture
     role: Literal["largest", "random", "smallest"]
 
 
 Sampler = Callable[[int, np.random.Generator, TrainingRange, Draw, int], list[Member]]
-"""(step, generator, range, draw, random members) -> members, teacher first."""
+"""(step, generator, range, draw, number of random members) -> members, the teacher first."""
 
 
 def sandwich(step: int, rng: np.random.Generator, range_: TrainingRange, draw: Draw, random: int) -> list[Member]:

@@ -1,16 +1,15 @@
 """Sharded layers: each process keeps its part of every layer's weights, which are whole only while the layer computes.
 
-torch's `fully_shard` (FSDP2; Zhao et al., arXiv 2304.11277) puts the whole parameters in place before a layer runs,
-forward or backward, and this process's parts (`DTensor`, along dimension 0) after it; gradients and moments exist in
-parts only. A sub-network's weights are views of whole ones, so a layer makes them anew each time it was gathered.
-What is outside the layers (embeddings, last norm, head) stays whole in every process.
+torch's `fully_shard` (FSDP2; Zhao et al., arXiv 2304.11277) gathers the whole parameters before a layer's forward or
+backward pass, and puts this process's parts (`DTensor`, along dimension 0) back after it. Gradients and moments exist
+only in parts. A sub-network's weights are views of whole ones, so they are made again each time a layer is gathered.
+Embeddings, last norm and head, which are outside the layers, stay whole in every process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +21,28 @@ from supernet.activation import SuperNetwork
 
 
 def shard(supernet: SuperNetwork) -> None:
-    """Share the weights of a super-network's layers among all processes, for good. Its parameters are others then."""
+    """Share the weights of a super-network's layers among all processes, for good. Its parameters are replaced."""
     for index, layer in enumerate(supernet.layers):
-        fully_shard(layer, reshard_after_forward=True)  # of its own hooks, the one that gathers comes first
+        fully_shard(layer, reshard_after_forward=True)  # registers the hook that gathers, before ours
         layer.register_forward_pre_hook(partial(_remake, supernet, index))
 
 
-def _remake(supernet: SuperNetwork, index: int, *_: Any) -> None:
+def _remake(supernet: SuperNetwork, index: int, *_: object) -> None:
     supernet.remake_views(index)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, for which every process must ask; any other as it is."""
+    """The whole of a sharded tensor, which every process must ask for; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory; any other as it is."""
+    """This process's part of a sharded tensor, in the same memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def own_index(tensor: Tensor, dimension: int, index: Tensor) -> Tensor:
-    """Which of the indices along a dimension lie in this process's part of a tensor, counted from its start."""
+    """Those of the indices along a dimension that lie in this process's part of a tensor, counted from its start."""
     if not isinstance(tensor, DTensor) or dimension > 0:
         return index
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -59,7 +58,7 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The whole ones and the sharded ones, each kind in a list of its own if there are any."""
+    """The whole parameters and the sharded ones, in one list for each kind that there is."""
     kinds: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
         kinds.setdefault(isinstance(parameter, DTensor), []).append(parameter)
@@ -67,7 +66,7 @@ def by_sharding(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
-    """Scale all gradients down to a norm of `largest` together, whole ones and sharded ones."""
+    """Scale the gradients, whole and sharded ones, down to a common norm of at most `largest`."""
     kinds = by_sharding(parameter for parameter in parameters if parameter.grad is not None)
     norms = [full_tensor(torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
     if norms:

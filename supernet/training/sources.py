@@ -1,8 +1,8 @@
-"""Where training text comes from: local files, folders of them, and hub datasets, read through `datasets` as a stream.
+"""Sources of training text: local files, folders of them, and hub datasets, streamed through `datasets`.
 
 A source is a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub dataset written `name`,
-`name:config` or `name:config:split` (`name::split` where it has but one configuration). No source is ever held in
-memory: rows are read one after the other.
+`name:config` or `name:config:split` (`name::split` where it has only one configuration). Rows are read one after the
+other, so sources need not fit into memory.
 
 A row has `text`; or `prompt` and `completion`; or `messages`, a conversation of `role` and `content`.
 """
@@ -22,7 +22,7 @@ KINDS = "'text', 'prompt' and 'completion', or 'messages'"
 
 
 def kind_of(row: Row) -> Literal["messages", "completion", "text"] | None:
-    """Which of the three kinds of text a row holds, if any. Columns that a file gives to other rows only are None."""
+    """Which of the three kinds of text a row holds, if any. Columns that only other rows of a file have are None."""
     if _is_conversation(row.get("messages")):
         return "messages"
     if all(isinstance(row.get(part), str) or _is_conversation(row.get(part)) for part in ("prompt", "completion")):
@@ -30,16 +30,16 @@ def kind_of(row: Row) -> Literal["messages", "completion", "text"] | None:
     return "text" if isinstance(row.get("text"), str) else None
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     return (
         isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and turn.get("role") for turn in value)
     )
 
 
 def plain_text(row: Row) -> str:
-    """All that a row says, in order, without a template."""
+    """All text of a row, in order, without a template."""
     kind = kind_of(row)
-    if kind == "messages":  # a turn may have no content, as one that calls a tool, or content that is not text
+    if kind == "messages":  # a turn that calls a tool may have no content, and other content may not be text
         contents = [turn.get("content") for turn in row["messages"]]
         return "\n".join(content for content in contents if isinstance(content, str))
     if kind == "completion":
@@ -49,7 +49,7 @@ def plain_text(row: Row) -> str:
 
 
 def hub_dataset(source: str) -> str | None:
-    """The name of the hub dataset that a source is, or None where it is of this machine, missing or not."""
+    """The name of the hub dataset that a source names, or None where it names a local file, missing or not."""
     path = Path(source).expanduser()
     if path.exists() or path.suffix in READERS or path.is_absolute() or source[:1] in ".~":
         return None
@@ -78,7 +78,7 @@ def local_files(source: str) -> list[Path] | None:
 
 
 def read_rows(source: str) -> Iterator[Row]:
-    """The rows of a source, in order. Raises `RequestError` for every way in which a source can be unusable."""
+    """The rows of a source, in order. Raises `RequestError` where the source or a row cannot be used."""
     files = local_files(source)
     if files is None:
         name, _, rest = source.partition(":")
@@ -117,7 +117,7 @@ def _file_rows(file: Path) -> Iterator[Row]:
 
 
 def _check_jsonl(file: Path) -> None:
-    """Name the first bad line; `datasets` would say only that generation failed."""
+    """Raises `RequestError` naming the first bad line; `datasets` would say only that generation failed."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

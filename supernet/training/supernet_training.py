@@ -1,12 +1,12 @@
-"""Fine-tune the super-network once, and heal a sub-network after it was cut out: steps for the training loop."""
+"""Fine-tune the super-network once, and heal a sub-network after it was cut out: the steps of the training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,27 +20,92 @@ from supernet.training.data import HELD_OUT_BLOCKS, Batch, Blocks
 from supernet.training.inactive import Inactive, inactive_slices
 from supernet.training.loop import Backward, History, TrainSettings, train
 from supernet.training.losses import Loss, held_out_loss
-from supernet.training.samplers import DRAWS, SAMPLERS, Member, TrainingRange
+from supernet.training.samplers import DRAWS, SAMPLERS, Draw, Member, Memory, TrainingRange
 from supernet.training.traces import HiddenStates, Recorder, trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class ElasticScheme:
-    """Who takes part in a step and what from: the choices of one elastic fine-tuning, by name.
-
-    `strong_teacher` is the share of the steps, from the first, in which the frozen base teaches every member; after
-    them the step's largest member teaches the others.
-    """
+    """The choices of one elastic fine-tuning, by name."""
 
     sampler: str = "sandwich"
+    """Which members take part in a step (`SAMPLERS`)."""
     draw: str = "sizes"
+    """How a random member is drawn (`DRAWS`)."""
     random_members: int = 1
+    """Random members of a step."""
     loss: Loss = Loss({"kl": 1.0})  # noqa: RUF009 - frozen
     strong_teacher: float = 0.0
+    """Share of the steps, from the first, in which the frozen base teaches every member. After them the step's largest
+    member teaches the others."""
 
     @property
     def needs_base(self) -> bool:
         return self.strong_teacher > 0 and self.loss.taught
+
+
+@dataclass
+class ElasticStep:
+    """One step of elastic fine-tuning, as the training loop calls it."""
+
+    parameters: Parameters
+    scheme: ElasticScheme
+    range: TrainingRange
+    draw: Draw
+    settings: TrainSettings
+    accelerator: Accelerator
+    recorder: Recorder | None
+    """Keeps the super-network's states where the loss needs them."""
+    members: list[Member] = field(default_factory=list)
+    """The members of the step `number`."""
+    number: int = -1
+
+    @property
+    def strong_steps(self) -> int:
+        """The number of first steps in which the frozen base teaches."""
+        return round(self.scheme.strong_teacher * self.settings.steps)
+
+    def __call__(self, number: int, batch: Batch, backward: Backward) -> float:
+        """Forward and backward of every member over a part of the batch. Returns the first member's loss."""
+        # 1. The members, the same for all parts of an accumulated batch.
+        if self.number != number:
+            generator = np.random.default_rng([self.settings.seed, number])
+            sampler = SAMPLERS[self.scheme.sampler]
+            self.members = sampler(number, generator, self.range, self.draw, self.scheme.random_members)
+            self.number = number
+        # 2. The frozen base's states, where it teaches.
+        teacher: HiddenStates | None = None
+        if self.scheme.needs_base and number < self.strong_steps:
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                self.parameters.frozen() as base,
+                recording(base, self.scheme.loss) as recorder,
+            ):
+                teacher = trace(base.model, batch, recorder)
+        # 3. One member after another; the largest comes first and teaches the others where the base does not.
+        supernet = self.parameters.supernet
+        losses = []
+        for member in self.members:
+            supernet.activate(member.architecture)
+            with self.accelerator.autocast(), without_dropout(supernet.model, member.role != "largest"):
+                student = trace(supernet.model, batch, self.recorder)
+                loss = self.scheme.loss(student, teacher)
+            if member.role == "largest" and number >= self.strong_steps:
+                teacher = student.detached()
+            if member.role == "random":
+                mean = self.accelerator.reduce(loss.detach(), reduction="mean")
+                self.draw.observe(member.architecture, float(mean))
+            losses.append(float(loss.detach()))
+            backward(loss)
+        return losses[0]
+
+    def inactive(self) -> Inactive:
+        """The slices that no member of the last step used."""
+        return inactive_slices(self.parameters.structure, [member.architecture for member in self.members])
 
 
 def finetune_supernet(
@@ -56,48 +121,12 @@ def finetune_supernet(
 ) -> History:
     """Train the super-network of `parameters` in place; afterwards its full network is active.
 
-    `watched` are the sub-networks whose held-out loss makes the curve, by name.
+    `watched` are the sub-networks, by name, whose held-out losses are the points of the curve.
     """
     supernet = parameters.supernet
     training, held_out = data.split()
-    memory: dict[str, Any] = {}
+    memory: Memory = {}
     draw = DRAWS[scheme.draw](range_, memory)
-    strong_steps = round(scheme.strong_teacher * settings.steps)
-    keeps = scheme.loss.keeps()
-
-    def recording(network: SuperNetwork) -> AbstractContextManager[Recorder | None]:
-        return Recorder(network, **keeps) if any(keeps.values()) else nullcontext()
-
-    members: list[Member] = []
-    drawn_for: int | None = None
-
-    def step(number: int, batch: Batch, backward: Backward) -> float:
-        nonlocal members, drawn_for
-        if drawn_for != number:  # the parts of an accumulated batch have the same members
-            generator = np.random.default_rng([settings.seed, number])
-            members = SAMPLERS[scheme.sampler](number, generator, range_, draw, scheme.random_members)
-            drawn_for = number
-        teacher: HiddenStates | None = None
-        if scheme.needs_base and number < strong_steps:
-            with torch.no_grad(), accelerator.autocast(), parameters.frozen() as base, recording(base) as theirs:
-                teacher = trace(base.model, batch, theirs)
-        shown = 0.0
-        for position, member in enumerate(members):
-            supernet.activate(member.architecture)
-            with accelerator.autocast(), without_dropout(supernet.model, member.role != "largest"):
-                student = trace(supernet.model, batch, recorder)
-                value = scheme.loss(student, teacher)
-            if member.role == "largest" and number >= strong_steps:
-                teacher = student.detached()
-            if member.role == "random":
-                draw.observe(member.architecture, float(accelerator.reduce(value.detach(), reduction="mean")))
-            if position == 0:
-                shown = float(value.detach())
-            backward(value)
-        return shown
-
-    def idle(number: int) -> Inactive:
-        return inactive_slices(parameters.structure, [member.architecture for member in members])
 
     def measure() -> dict[str, float]:
         losses = {}
@@ -106,7 +135,8 @@ def finetune_supernet(
                 losses[name] = _held_out(supernet.model, held_out, settings.batch_size, accelerator)
         return losses
 
-    with parameters, recording(supernet) as recorder:
+    with parameters, recording(supernet, scheme.loss) as recorder:
+        step = ElasticStep(parameters, scheme, range_, draw, settings, accelerator, recorder)
         history = train(
             supernet.model,
             training,
@@ -116,7 +146,7 @@ def finetune_supernet(
             state=state,
             accelerator=accelerator,
             measure=measure if watched else None,
-            idle=idle,
+            inactive=step.inactive,
             memory=memory,
             parameters=parameters.trained,
         )
@@ -125,9 +155,15 @@ def finetune_supernet(
     return history
 
 
+def recording(supernet: SuperNetwork, loss: Loss) -> AbstractContextManager[Recorder | None]:
+    """A recorder of the states that a loss compares; None within where it compares none."""
+    keeps = loss.keeps()
+    return Recorder(supernet, **keeps) if any(keeps.values()) else nullcontext()
+
+
 def heal(
-    model: nn.Module,
-    base: nn.Module,
+    model: PreTrainedModel,
+    base: PreTrainedModel,
     data: Blocks,
     settings: TrainSettings,
     *,
@@ -135,10 +171,10 @@ def heal(
     accelerator: Accelerator,
     loss: Loss = Loss({"kl": 1.0}),  # noqa: B008 - frozen
 ) -> History:
-    """Train a standalone sub-network: by default a short distillation from the frozen base by forward KL.
+    """Train a standalone sub-network in place, by default by a short distillation from the frozen base by forward KL.
 
-    Its weights become float32, as those of a super-network are, whatever they came in: a half's 8 or 11 bits are
-    coarser than most steps, which would be lost. The accelerator says in which precision passes are computed.
+    Its weights are converted to float32 first, as those of a super-network are: most steps are smaller than the 8 or 11
+    bits of half precision and would be lost. The accelerator sets the precision of the passes.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -150,9 +186,9 @@ def heal(
             with torch.no_grad(), accelerator.autocast():
                 teacher = trace(base, batch)
         with accelerator.autocast():
-            value = loss(trace(model, batch), teacher)
-        backward(value)
-        return float(value.detach())
+            step_loss = loss(trace(model, batch), teacher)
+        backward(step_loss)
+        return float(step_loss.detach())
 
     return train(
         model,
@@ -169,26 +205,27 @@ def heal(
 
 @contextmanager
 def without_dropout(model: nn.Module, off: bool) -> Iterator[None]:
-    """Regularise only the largest (BigNAS, section 3.1): smaller members have no capacity to over-fit with.
+    """Within, dropout is off where `off` says so. Only the largest member is regularised (BigNAS, arXiv 2003.11142,
+    section 3.1): smaller ones have no capacity to over-fit with.
 
-    Dropout is put to 0 rather than the model into evaluation mode, which would also switch gradient checkpointing off.
+    Dropout rates are set to 0 instead of evaluation mode, which would also switch gradient checkpointing off.
     """
-    found = []
+    rates = []
     if off:
         for module in model.modules():
             for name, rate in vars(module).items():
                 if name.endswith("dropout") or (name == "p" and isinstance(module, nn.Dropout)):
-                    found += [(module, name, rate)] if isinstance(rate, float) and rate else []
-        for module, name, _ in found:
+                    rates += [(module, name, rate)] if isinstance(rate, float) and rate else []
+        for module, name, _ in rates:
             setattr(module, name, 0.0)
     try:
         yield
     finally:
-        for module, name, rate in found:
+        for module, name, rate in rates:
             setattr(module, name, rate)
 
 
-def _held_out(model: nn.Module, data: Blocks, rows: int, accelerator: Accelerator) -> float:
-    """A point of the training curve: of few blocks, since every point costs several passes over them."""
+def _held_out(model: PreTrainedModel, data: Blocks, rows: int, accelerator: Accelerator) -> float:
+    """The held-out loss of few blocks, for the training curve: every point of it needs several passes."""
     with accelerator.autocast():
         return held_out_loss(model, data.part(0, HELD_OUT_BLOCKS), rows, accelerator.device)

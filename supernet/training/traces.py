@@ -1,15 +1,16 @@
-"""What a forward pass leaves for the losses: hidden states and, where asked for, what layers and attention put out.
+"""What losses read: hidden states of a forward pass and, where recorded, the outputs of layers and attention.
 
-No pass computes logits. A `Trace` carries the last hidden states and the network's own head, so that a loss can go
-through a vocabulary of any size in chunks of tokens (`supernet.training.losses`).
+No pass computes logits. `HiddenStates` hold the last hidden states and the network's head, so that a loss can compute
+logits in chunks of tokens, for a vocabulary of any size (`supernet.training.losses`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,27 @@ from transformers.pytorch_utils import Conv1D
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Axis, unit_counts
-from supernet.families import families
+from supernet.hooks import Hooks
 from supernet.training.data import Batch
+from supernet.uneven import family_of_standalone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Head = Callable[[Tensor], Tensor]
 """Last hidden states [tokens, hidden] -> logits [tokens, vocabulary]."""
+
+LayerOutput = Tensor | tuple[Tensor, ...]
+"""What a decoder layer returns: hidden states [rows, length, hidden], in some families as the first of a tuple."""
 
 
 @dataclass(frozen=True)
 class HiddenStates:
     """One network's pass over a batch.
 
-    `hidden` [tokens, hidden] and `targets` [tokens] are those of the positions that are learnt from. `layers` maps a
-    layer of the base to its output [rows, length, hidden]; `attention` are the queries, keys and values of the last
-    attention block, each [rows, length, channels], before rotation. Both are empty unless a `Recorder` kept them.
+    `hidden` [tokens, hidden] and `targets` [tokens] are those of the positions that are learnt from. `layers` maps the
+    index of a base's layer to its output [rows, length, hidden]. `attention` holds the queries, keys and values of the
+    last attention block, each [rows, length, channels], before rotation. Both are empty unless a `Recorder` kept them.
     """
 
     batch: Batch
@@ -43,7 +51,7 @@ class HiddenStates:
     attention: list[Tensor] = field(default_factory=list)
 
     def detached(self) -> HiddenStates:
-        """The same as a teacher: nothing flows back."""
+        """The same without gradients, for a teacher."""
         return replace(
             self,
             hidden=self.hidden.detach(),
@@ -53,9 +61,9 @@ class HiddenStates:
 
 
 class Recorder:
-    """Keeps, in every pass of a super-network's model, the outputs of its layers or the projections of its attention.
+    """Keeps, from every pass of a super-network's model, the outputs of its layers or the projections of its attention.
 
-    A context manager: its hooks are gone afterwards.
+    A context manager: its hooks are removed at the end.
     """
 
     def __init__(self, supernet: SuperNetwork, *, layers: bool = False, attention: bool = False) -> None:
@@ -63,11 +71,11 @@ class Recorder:
         self.head_dim = supernet.structure.head_dim
         self._supernet = supernet
         self._projected: dict[int, dict[int, list[Tensor]]] = {}
-        self._handles: list[Any] = []
-        modules = dict(supernet.model.named_modules())  # the registered ones, whatever is shadowed
+        handles = []
+        modules = dict(supernet.model.named_modules())  # the registered ones, not those that shadow them
         if layers:
             for index, layer in enumerate(modules[supernet.family.layers].children()):
-                self._handles.append(layer.register_forward_hook(partial(self._keep_layer, index)))
+                handles.append(layer.register_forward_hook(partial(self._keep_layer, index)))
         if attention:
             for position, tensor in enumerate(supernet.structure.tensors):
                 module = modules[tensor.name.rpartition(".")[0]]
@@ -76,14 +84,14 @@ class Recorder:
                 if tensor.half == "attention" and tensor.role == "linear" and units & {"query", "kv"}:
                     assert tensor.layer is not None
                     keep = partial(self._keep_projection, tensor.layer, position, outputs)
-                    self._handles.append(module.register_forward_hook(keep))
+                    handles.append(module.register_forward_hook(keep))
+        self._hooks = Hooks(handles)
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
 
     def clear(self) -> None:
         self.layers.clear()
@@ -91,67 +99,59 @@ class Recorder:
 
     @property
     def attention(self) -> list[Tensor]:
-        """Queries, keys and values of the last layer that has attention, in the order of the family's table (one
-        tensor of all three, head by head, where the family interleaves them)."""
+        """Queries, keys and values of the last layer that has attention, in the order of the family's table. Where the
+        family interleaves them head by head, they are one tensor."""
         last = self._projected[max(self._projected)] if self._projected else {}
         return [part for position in sorted(last) for part in last[position]]
 
-    def _keep_layer(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+    def _keep_layer(self, index: int, _: nn.Module, __: object, output: LayerOutput) -> None:
         self.layers[index] = output[0] if isinstance(output, tuple) else output
 
-    def _keep_projection(self, layer: int, position: int, axis: Axis, _: nn.Module, __: Any, output: Tensor) -> None:
+    def _keep_projection(self, layer: int, position: int, axis: Axis, _: nn.Module, __: object, output: Tensor) -> None:
         counts = unit_counts(0, self._supernet.current.layers[layer])
         widths = [width * counts[unit] for unit, width in axis.blocks]
         self._projected.setdefault(layer, {})[position] = list(output.split(widths, dim=-1))
 
 
 class LayerCache:
-    """Passes over the same batches, one architecture after another, that begin where two in a row begin to differ.
+    """Passes of one architecture after another over the same batches, which start at the first layer that differs.
 
-    Of the last pass over each batch it keeps what the layers put out, [rows, length, hidden] each, and hands that out
-    again for as many leading layers as the next architecture has in common. True as long as nobody moves the weights.
+    The layers' outputs of the last pass over each batch, [rows, length, hidden] each, are kept. The next pass reuses
+    them for the leading layers that both architectures have in common. The weights must not change in between.
     """
 
     def __init__(self, supernet: SuperNetwork) -> None:
         self._supernet = supernet
-        self._kept: dict[int, tuple[Architecture, dict[int, Any]]] = {}
+        self._kept: dict[int, tuple[Architecture, dict[int, LayerOutput]]] = {}  # by number of the batch
 
     def trace(self, number: int, batch: Batch) -> HiddenStates:
-        """As `trace` of the active sub-network, over the batch of this `number`."""
-        now = self._supernet.current
-        before, known = self._kept.pop(number, (now, {}))
-        common = next((i for i, (a, b) in enumerate(zip(now.layers, before.layers, strict=True)) if a != b), None)
-        if now.hidden_size != before.hidden_size:
-            common = 0
-        outputs = {index: output for index, output in known.items() if common is None or index < common}
-        shadowed, handles = [], []
-        for index, layer in enumerate(self._supernet.layers):
-            if index in outputs:
-                layer.__dict__["forward"] = partial(_again, outputs[index])
-                shadowed.append(layer)
-            else:
-                handles.append(layer.register_forward_hook(partial(_keep, outputs, index)))
-        try:
-            found = trace(self._supernet.model, batch)
-        finally:
-            for layer in shadowed:
-                del layer.__dict__["forward"]
-            for handle in handles:
-                handle.remove()
-        self._kept[number] = (now, outputs)
-        return found
+        """The same as `trace` of the active sub-network over `batch`, which always has this `number`."""
+        active = self._supernet.current
+        previous, kept = self._kept.pop(number, (active, {}))
+        common = active.common_layers(previous)
+        outputs = {index: output for index, output in kept.items() if index < common}
+        with ExitStack() as afterwards:
+            for index, layer in enumerate(self._supernet.layers):
+                if index in outputs:
+                    layer.__dict__["forward"] = partial(_reuse, outputs[index])
+                    afterwards.callback(layer.__dict__.pop, "forward")
+                else:
+                    afterwards.enter_context(Hooks([layer.register_forward_hook(partial(_keep, outputs, index))]))
+            states = trace(self._supernet.model, batch)
+        self._kept[number] = (active, outputs)
+        return states
 
 
-def _again(output: Any, *_: Any, **__: Any) -> Any:
+def _reuse(output: LayerOutput, *_: object, **__: object) -> LayerOutput:
     return output
 
 
-def _keep(outputs: dict[int, Any], index: int, _: nn.Module, __: Any, output: Any) -> None:
+def _keep(outputs: dict[int, LayerOutput], index: int, _: nn.Module, __: object, output: LayerOutput) -> None:
     outputs[index] = output
 
 
-class _Passed:
-    """What a decoder returns, as far as a head looks at it: hidden states, and nothing else."""
+class _DecoderOutput:
+    """What a head reads of a decoder's output: the hidden states; everything else is None."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -163,15 +163,15 @@ class _Passed:
         return (self.last_hidden_state,)[index]
 
 
-def decoder_of(model: Any) -> tuple[nn.Module, str]:
-    """Where a model, standalone and uneven too, keeps the decoder that feeds its head: the parent module and a name."""
-    family = families()[model.config.model_type.removeprefix("uneven_")]
-    parent, _, name = family.layers.rpartition(".")[0].rpartition(".")
+def decoder_of(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The module that holds the decoder of a causal language model, plain or uneven, and the decoder's name in it."""
+    decoder = family_of_standalone(model.config).layers.rpartition(".")[0]
+    parent, _, name = decoder.rpartition(".")
     return model.get_submodule(parent), name
 
 
-def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> HiddenStates:
-    """Run a causal language model up to its head, with whatever sub-network is active in it."""
+def trace(model: PreTrainedModel, batch: Batch, recorder: Recorder | None = None) -> HiddenStates:
+    """The states of one pass of a causal language model, or of the active sub-network, up to its head."""
     if recorder is not None:
         recorder.clear()
     parent, name = decoder_of(model)
@@ -188,16 +188,16 @@ def trace(model: Any, batch: Batch, recorder: Recorder | None = None) -> HiddenS
     )
 
 
-def head_of(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Logits [tokens, vocabulary] by the model's own forward pass, which may scale or cap them.
+def head_of(model: PreTrainedModel, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Logits [tokens, vocabulary] of `hidden` [tokens, hidden], by the model's forward pass, which may scale them.
 
-    The decoder is shadowed by a function that returns `hidden`, the way a removed block is shadowed. `weight` is the
-    head's when `hidden` was computed: a sub-network with another residual width may be active by now.
+    The decoder is shadowed by a function that returns `hidden`. `weight` is the head's weight at the time when `hidden`
+    was computed, since a sub-network with another residual width may be active now.
     """
     parent, name = decoder_of(model)
     head = model.get_output_embeddings().__dict__
     active = head.get("weight")
-    parent.__dict__[name] = lambda *args, **kwargs: _Passed(hidden[None])
+    parent.__dict__[name] = lambda *args, **kwargs: _DecoderOutput(hidden[None])
     if weight is not None:
         head["weight"] = weight
     try:

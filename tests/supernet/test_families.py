@@ -25,7 +25,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.families import describe, families
 from supernet.importance import IMPORTANCES
-from supernet.ordering import apply_ordering, order_by, shapes
+from supernet.ordering import apply_ordering, order_by, score_shapes
 from supernet.slicing import extract, fits_plain_class, sliced
 from tests.support import ROOT, tiny
 from tests.support.export_networks import tiny_tokenizer
@@ -68,7 +68,7 @@ def test_ordering_leaves_the_function_unchanged(model: PreTrainedModel, criterio
     before = logits(model)
     supernet = SuperNetwork(model)
     order = order_by(IMPORTANCES[criterion](supernet, [IDS]))
-    assert order.keys() == shapes(supernet.structure).keys()
+    assert order.keys() == score_shapes(supernet.structure).keys()
     assert any(not torch.equal(o, o.sort().values) for o in order.values())
     apply_ordering(supernet, order)
     assert_close(logits(model), before)

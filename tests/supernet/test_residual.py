@@ -76,8 +76,8 @@ def test_fewer_query_heads_are_the_first_of_every_group() -> None:
     gradient = projection._parameters["weight"].grad
     others = [row for row in range(48) if row not in rows]
     assert gradient[rows].abs().sum() > 0 and gradient[others].abs().sum() == 0
-    idle = inactive_slices(supernet.structure, [one_each])
-    assert [(d, i.tolist()) for d, i in idle["model.layers.0.self_attn.q_proj.weight"]] == [(0, others)]
+    inactive = inactive_slices(supernet.structure, [one_each])
+    assert [(d, i.tolist()) for d, i in inactive["model.layers.0.self_attn.q_proj.weight"]] == [(0, others)]
 
 
 def test_gradients_of_a_narrow_residual_reach_its_channels_only() -> None:

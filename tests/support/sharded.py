@@ -26,7 +26,7 @@ from tests.support import tiny
 from tests.support.finetune_helpers import range_of, settings
 
 STEPS = 8
-SCHEME = ElasticScheme("alternate", random_members=2)  # every other step leaves slices idle, and one layer's attention
+SCHEME = ElasticScheme("alternate", random_members=2)  # half of the steps leave slices inactive
 
 
 def train(network: LlamaForCausalLM, blocks: Blocks, parameters: str, sharded: bool, state: Path) -> None:

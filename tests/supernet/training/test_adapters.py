@@ -112,11 +112,11 @@ def test_a_gradient_reaches_only_the_slices_of_the_active_sub_network(network: A
     assert all(reached[f"model.layers.1.self_attn.{part}_proj.lora_A"] is None for part in "qkvo")
     assert all(reached[f"model.layers.2.mlp.{part}_proj.lora_B"].all() for part in ("gate", "up", "down"))
     # And what took no part is what held_still will hold still.
-    idle = inactive_slices(adapters.structure, [SMALL])
-    assert idle["model.layers.1.self_attn.q_proj.lora_B"] is None
-    assert [(d, i.tolist()) for d, i in idle[f"{layer}mlp.down_proj.lora_A"]] == [(1, list(range(32, 64)))]
-    assert [(d, i.tolist()) for d, i in idle[f"{layer}mlp.up_proj.lora_B"]] == [(0, list(range(32, 64)))]
-    assert f"{layer}mlp.up_proj.lora_A" not in idle and "model.layers.2.mlp.up_proj.lora_B" not in idle
+    inactive = inactive_slices(adapters.structure, [SMALL])
+    assert inactive["model.layers.1.self_attn.q_proj.lora_B"] is None
+    assert [(d, i.tolist()) for d, i in inactive[f"{layer}mlp.down_proj.lora_A"]] == [(1, list(range(32, 64)))]
+    assert [(d, i.tolist()) for d, i in inactive[f"{layer}mlp.up_proj.lora_B"]] == [(0, list(range(32, 64)))]
+    assert f"{layer}mlp.up_proj.lora_A" not in inactive and "model.layers.2.mlp.up_proj.lora_B" not in inactive
 
 
 def test_frozen_weights_may_be_halves_and_adapters_stay_whole(network: Any) -> None:

@@ -15,32 +15,32 @@ WORDS = [f"word{number}" for number in range(40)]
 
 
 def test_a_run_of_words_is_found_whatever_the_case_and_punctuation() -> None:
-    overlap = Contamination([("a", [" ".join(WORDS[:20])]), ("b", [" ".join(WORDS[20:])])])
-    overlap.show("Before. " + ", ".join(WORDS[3 : 3 + RUN]).upper() + "! after")
-    assert overlap.found == {"a"} and overlap.documents == 2
+    contamination = Contamination([("a", [" ".join(WORDS[:20])]), ("b", [" ".join(WORDS[20:])])])
+    contamination.show("Before. " + ", ".join(WORDS[3 : 3 + RUN]).upper() + "! after")
+    assert contamination.contaminated == {"a"} and contamination.documents == 2
 
 
 def test_one_word_fewer_is_not_enough() -> None:
-    overlap = Contamination([("a", [" ".join(WORDS[:20])])])
-    overlap.show(" ".join([*WORDS[: RUN - 1], "other", *WORDS[RUN:20]]))
-    assert overlap.found == set()
+    contamination = Contamination([("a", [" ".join(WORDS[:20])])])
+    contamination.show(" ".join([*WORDS[: RUN - 1], "other", *WORDS[RUN:20]]))
+    assert contamination.contaminated == set()
 
 
 def test_a_shorter_document_must_be_there_whole() -> None:
-    overlap = Contamination([("whole", [" ".join(WORDS[:LEAST])]), ("short", ["once upon a time"])])
-    overlap.show("once upon a time " + " ".join(WORDS[: LEAST - 1]))
-    assert overlap.found == set()
-    overlap.show(" ".join(WORDS[:LEAST]))
-    assert overlap.found == {"whole"}
+    contamination = Contamination([("whole", [" ".join(WORDS[:LEAST])]), ("short", ["once upon a time"])])
+    contamination.show("once upon a time " + " ".join(WORDS[: LEAST - 1]))
+    assert contamination.contaminated == set()
+    contamination.show(" ".join(WORDS[:LEAST]))
+    assert contamination.contaminated == {"whole"}
 
 
 def test_what_many_documents_say_is_a_phrase() -> None:
-    overlap = Contamination([("a", [" ".join(WORDS[:RUN])])])
+    contamination = Contamination([("a", [" ".join(WORDS[:RUN])])])
     for _ in range(PHRASE):
-        overlap.show(" ".join(WORDS[:RUN]))
-    assert overlap.found == {"a"}
-    overlap.show(" ".join(WORDS[:RUN]))
-    assert overlap.found == set()
+        contamination.show(" ".join(WORDS[:RUN]))
+    assert contamination.contaminated == {"a"}
+    contamination.show(" ".join(WORDS[:RUN]))
+    assert contamination.contaminated == set()
 
 
 def test_the_user_is_warned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

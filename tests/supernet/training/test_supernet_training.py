@@ -250,15 +250,15 @@ def moved(network: Any, members: list[Architecture], move_idle: bool) -> dict[st
         for architecture in active:
             supernet.activate(architecture)
             CE(trace(network, batch), None).backward()
-        idle = {} if move_idle else inactive_slices(supernet.structure, active)
-        with restore_inactive(optimizer, parameters, idle):
+        inactive = {} if move_idle else inactive_slices(supernet.structure, active)
+        with restore_inactive(optimizer, parameters, inactive):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     supernet.activate(supernet.base)
     return {name: parameters[name].detach() != before[name] for name in parameters}
 
 
-def test_decay_and_momentum_leave_idle_slices_alone(network: Any) -> None:
+def test_decay_and_momentum_leave_inactive_slices_alone(network: Any) -> None:
     at = {True: moved(copy.deepcopy(network), [SMALL], True), False: moved(network, [SMALL], False)}
     gate, query = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
     out, gone = "model.layers.2.self_attn.o_proj.weight", "model.layers.1.self_attn.v_proj.weight"
@@ -271,13 +271,13 @@ def test_decay_and_momentum_leave_idle_slices_alone(network: Any) -> None:
     assert still["model.embed_tokens.weight"].all()
 
 
-def test_what_any_member_of_a_step_used_is_not_idle(network: Any) -> None:
+def test_what_any_member_of_a_step_used_is_not_inactive(network: Any) -> None:
     structure = describe(network.config)
     wide = Architecture(32, (LayerSizes(4, 2, 16), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
-    idle = inactive_slices(structure, [SMALL, wide])
-    assert idle["model.layers.1.self_attn.q_proj.weight"] is None
-    assert [(d, i.tolist()) for d, i in idle["model.layers.0.mlp.down_proj.weight"]] == [(1, list(range(32, 64)))]
-    assert "model.layers.0.self_attn.q_proj.weight" not in idle and "model.layers.2.mlp.up_proj.weight" not in idle
+    inactive = inactive_slices(structure, [SMALL, wide])
+    assert inactive["model.layers.1.self_attn.q_proj.weight"] is None
+    assert [(d, i.tolist()) for d, i in inactive["model.layers.0.mlp.down_proj.weight"]] == [(1, list(range(32, 64)))]
+    assert not {"model.layers.0.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"} & inactive.keys()
     assert inactive_slices(structure, [structure.base]) == {}
 
 
@@ -399,7 +399,7 @@ def test_a_state_that_takes_long_to_write_is_written_seldom(
         written.append(now)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(loop, "_save", save)
+    monkeypatch.setattr(loop.TrainingState, "save", save)
     state = tmp_path / "s.safetensors"
     train(network, blocks, settings(32 * 150), step, what="t", state=state, accelerator=Accelerator(cpu=True))
     assert written == [100, 740, 1380]
