@@ -60,6 +60,7 @@ from evals.scoring.tasks import TaskSet
 from search.algorithms import algorithm
 from search.objectives import Constraint, choose, computed
 from search.run import first_generation
+from search.sampling import uniform_members
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.importance import wanda
@@ -145,7 +146,7 @@ class Bench:
         limits = [Constraint(exact["parameters"], maximum=high, minimum=low)]
         tasks, _ = self.load(self.arguments.tasks.split(",")[0])
         scorer = Scorer(tasks, NetworkLM(self.supernet.model, self.encoder))
-        first = first_generation(space, count, np.random.default_rng(0), space.uniform_members(6, high), limits)
+        first = first_generation(space, count, np.random.default_rng(0), uniform_members(space, 6, high), limits)
         searcher = algorithm("linas")(
             space,
             choose(["quality", "parameters"], exact, {"quality": "max"}),

@@ -15,8 +15,9 @@ from compressor.stages.warm_start import GREEDY, proposals, sources
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
-from search.run import greedy_path
+from search.run import GenerationRecord, greedy_path
 from search.run import search as run_search
+from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -86,7 +87,7 @@ def search(job: Job) -> dict[str, Any]:
         }
         aside: dict[str, list[str]] = {}
 
-        def tell(record: dict[str, Any]) -> None:
+        def tell(record: GenerationRecord) -> None:
             run.log(generation_line(record))
             for name, found in record.get("predictors", {}).items():
                 for kind in set(found["set_aside"]) - set(aside.get(name, [])):
@@ -106,7 +107,7 @@ def search(job: Job) -> dict[str, Any]:
             include=uniform_ones(job),
             warm_start=starts,
             known=known,
-            first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
+            screening=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
             share=recipe.searching.first_look or 0.0,
             on_generation=tell,
             **common,
@@ -123,14 +124,14 @@ def search(job: Job) -> dict[str, Any]:
     return found
 
 
-def generation_line(record: dict[str, Any]) -> str:
+def generation_line(record: GenerationRecord) -> str:
     """A generation in one line of the log, with how the predictors in use ranked its newcomers beforehand."""
     parts = [f"generation {record['generation']}: {record['evaluations']} measured"]
     if record["full"] < record["new"]:
         parts.append(f"{record['new'] - record['full']} of {record['new']} ruled out by a first look")
     parts.append(f"hypervolume {record['hypervolume']:.4f}")
     for name, found in record.get("predictors", {}).items():
-        if judged := found["newest"].get(found["used"]):
+        if judged := found["newest"].get(found["used"] or ""):
             parts.append(
                 f"{name} by {found['used']}: tau {judged['kendall']:.2f}, rho {judged['spearman']:.2f}, "
                 f"error {judged['mae']:.3g}"
@@ -186,7 +187,7 @@ def uniform_ones(job: Job) -> list[Architecture]:
     sizes = sizes_asked_for(job)
     config = job.checkpoint.config
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
-    found = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
+    found = [a for a in uniform_members(job.space, 6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
     if sizes:
         _, low = smallest_in_training(job)
         found = [a for a in found if job.structure.parameters(a) >= low] or found[-1:]
