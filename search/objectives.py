@@ -150,7 +150,7 @@ def choose(names: Sequence[str], known: Mapping[str, Objective], measured: Mappi
     """
     for name in names:
         if name not in known and name not in measured:
-            raise ValueError(f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}")
+            raise ValueError(f"'{name}' cannot be measured; valid objectives are {', '.join([*measured, *known])}")
     chosen = [known[name] if name in known else Objective(name, measured[name]) for name in names]
     check(chosen)
     return chosen

@@ -14,7 +14,7 @@ from search.genes import SIZES
 from supernet.architecture import LayerSizes, Structure
 
 POLICIES = ("first", "alternate", "late-block")
-"""Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""
+"""Which layers a depth gene keeps, of the policies that need no measurement; `importance` is one more."""
 
 RecipeSpace = dict[str, object]
 """A space as a recipe writes it: names of genes, with `*` and ranges for layers, to values."""
@@ -137,7 +137,7 @@ def _experts(count: int, per_token: int) -> list[int]:
 
 
 def _shrunk(count: int, numerator: int, denominator: int) -> int:
-    """A share of `count` layers, different for 3/4, 7/8 and 1 wherever `count` has three values to give."""
+    """A share of `count` layers, different for 3/4, 7/8 and 1 where `count` is at least 3."""
     missing = {4: 2, 8: 1}[denominator]
     return max(1, min(round(count * numerator / denominator), count - missing))
 

@@ -94,7 +94,7 @@ def uniform_members(
 def _uniform_candidates(space: SearchSpace) -> Iterator[tuple[Architecture, list[float]]]:
     """Combinations of a common FFN width, a common number of heads and a depth, each with the shares of the base that
     it keeps of the three."""
-    # 1. Only layers that are alike can stay so; beside them there may be some without heads (linear attention).
+    # 1. Only layers that are alike can be so in a member; some may have no heads (linear attention).
     layers = len(space.base.layers)
     full = max(space.base.layers)
     has_heads = [bool(layer.num_key_value_heads) for layer in space.base.layers]

@@ -138,7 +138,7 @@ class SearchSpace:
         return sizes, hidden
 
     def _kept_by(self, genomes: Genomes) -> NDArray[np.bool_]:
-        """The layers that each genome's `depth` keeps, [n, layers], in memory of its own."""
+        """The layers that each genome's `depth` keeps, [n, layers], as a copy."""
         depths = genomes[:, self.positions["depth"]] if "depth" in self.positions else np.zeros(len(genomes), dtype=int)
         return self.kept[depths]
 

@@ -2,8 +2,8 @@
 several of a kind.
 
 A `Baseline` cuts a copy of the base down to a number of parameters. All are given the same `PruningContext`, so only
-the criterion differs between them. Files of this folder are found by themselves. `docs/baselines.md` names each
-equation, and what was left out.
+the criterion differs between them. Every file of this folder is loaded, so adding a file adds its methods.
+`docs/baselines.md` names each equation, and what was left out.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def outgoing(reader: Reader) -> Tensor:
 
 
 def with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with zero biases wherever the configuration can switch them on: the same function."""
+    """A copy with zero biases where the configuration can switch them on: the same function."""
     config = copy.deepcopy(model.config)
     for name in BIASES:
         if getattr(config, name, None) is False:

@@ -64,7 +64,7 @@ class Subtask:
 
     With `holdout`, few-shot examples are kept out of both splits: where examples are drawn from the scored documents
     themselves, a fixed seeded set of them is set aside and used for every prompt; where they come from elsewhere,
-    scored documents that also stand there are dropped. Without it, prompts are exactly lm-eval's.
+    scored documents that are also there are dropped. Without it, prompts are exactly lm-eval's.
 
     Rendering prompts is most of the work of building a task; `keep` writes them down and `restore` reads them back.
     """
@@ -126,7 +126,7 @@ class Subtask:
         write_text(self._file(folder), json.dumps(self._rendered))
 
     def _file(self, folder: Path) -> Path:
-        """A name that changes with anything that prompts are made of."""
+        """A file name that changes with everything that prompts depend on."""
         sampler = getattr(self.task, "sampler", None)
         code = sorted(self._yaml.parent.glob("*.py")) if self._yaml is not None else []
         parts = [

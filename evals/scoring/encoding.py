@@ -109,7 +109,7 @@ class Encoder:
                     context_ids, continuation_ids = continuation_ids[:1], continuation_ids[1:]
             if not continuation_ids or not context_ids:
                 what = "the text to score" if context_ids else "the context"
-                raise CannotScore(position, f"{what} has no token of its own")
+                raise CannotScore(position, f"{what} has no token")
             result.append((context_ids, continuation_ids))
         return result
 

@@ -174,6 +174,4 @@ def _is_own_code(name: str, folder: Path) -> bool:
     try:
         return check_code(folder)
     except VerificationError as error:
-        raise RequestError(
-            f"{name}: brings code of its own ({error}); say --trust-remote-code if you trust it"
-        ) from error
+        raise RequestError(f"{name}: contains code ({error}); say --trust-remote-code if you trust it") from error

@@ -18,7 +18,7 @@ from supernet.common.errors import RequestError, did_you_mean
 
 
 def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tuple[TaskManager, dict[str, str | None]]:
-    """A task manager that knows all `names` and what they are made of, and {name: metric asked for}.
+    """A task manager that has all `names` in its index, and their parts, and {name: metric asked for}.
 
     lm-eval's own tasks are indexed, which takes seconds, only if a name is not found without. Raises RequestError for
     an unknown name, one that is asked for twice, and a path that is no folder.

@@ -242,7 +242,7 @@ class TaskSet:
         return task.chance(task.documents(split, limit))
 
     def fingerprint(self, name: str, split: Split, limit: int | None = None) -> str:
-        """16 hexadecimal digits that stand for the documents scored and the prompts they are scored with."""
+        """16 hexadecimal digits that identify the documents scored and their prompts."""
         digest = hashlib.sha256()
         for subtask, documents in self.tasks[name].documents(split, limit):
             digest.update(subtask.name.encode())

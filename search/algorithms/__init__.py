@@ -1,4 +1,4 @@
-"""Search algorithms: `ask` names architectures worth measuring, `tell` brings the measurements back.
+"""Search algorithms: `ask` names architectures to measure, `tell` takes their measurements.
 
 No algorithm asks for an architecture twice. All randomness comes from one seeded generator, and nothing
 depends on time or on the order in which measurements arrive, so telling the same results again reproduces the
@@ -91,6 +91,11 @@ class Algorithm(ABC):
         self.values: list[dict[str, float]] = []
         self.report: AlgorithmReport = {}
         """What the last `ask` and `tell` add to the generation's record."""
+        self._prepare()
+
+    def _prepare(self) -> None:  # noqa: B027 - most algorithms need nothing
+        """Called once, when everything that the search was asked for is set. Raises ValueError for what the algorithm
+        cannot do."""
 
     def ask(self, n: int) -> list[Architecture]:
         """Up to `n` architectures that were never asked for; none if there are no more."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ class StepMutation(Mutation):
     """
 
     def _do(
-        self, problem: Problem, X: Genomes, *args: Any, random_state: np.random.Generator, **kwargs: Any
+        self, problem: Problem, X: Genomes, *args: object, random_state: np.random.Generator, **kwargs: object
     ) -> Genomes:
         X = np.array(X, dtype=np.int64)
         chosen = random_state.random(X.shape) < 1 / X.shape[1]
@@ -58,7 +57,7 @@ class Canonical(Repair):
         super().__init__()
         self.space = space
 
-    def _do(self, problem: Problem, X: NDArray[Any], **kwargs: Any) -> Genomes:
+    def _do(self, problem: Problem, X: NDArray[np.float64], **kwargs: object) -> Genomes:
         return self.space.canonicalize(np.around(X).astype(np.int64))
 
 
@@ -97,8 +96,7 @@ def evaluated(problem: Problem, genomes: Genomes, costs: Costs, violations: Cost
 class Evolution(Algorithm):
     """A genetic algorithm of pymoo, started from everything that was measured before its first generation."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
         self._genetic: GeneticAlgorithm | None = None
         self._problem = problem_of(self.space, len(self.objectives), len(self.constraints) + 1)
 
@@ -152,7 +150,7 @@ class NSGA2Search(Evolution):
 
 
 def _by_niche(
-    pop: Population, P: NDArray[np.intp], random_state: np.random.Generator, **kwargs: Any
+    pop: Population, P: NDArray[np.intp], random_state: np.random.Generator, **kwargs: object
 ) -> NDArray[np.intp]:
     """U-NSGA-III's tournament, seeded throughout: pymoo 0.6 draws between equally infeasible ones unseeded."""
     winners = comp_by_rank_and_ref_line_dist(pop, P, random_state=random_state)
@@ -185,10 +183,10 @@ class AGEMOEASearch(Evolution):
 
     name = "age-moea"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare(self) -> None:
         if importlib.util.find_spec("numba") is None:
             raise ValueError("age-moea needs numba; install it with: pip install 'nas-compressor[age-moea]'")
-        super().__init__(*args, **kwargs)
+        super()._prepare()
 
     def _build(self, operators: Operators) -> GeneticAlgorithm:
         from pymoo.algorithms.moo.age import AGEMOEA  # imports numba, which is optional

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,7 @@ class Greedy(Algorithm):
 
     name = "greedy"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
         bounded = [c for c in self.constraints if c.objective.kind == "computed" and c.maximum is not None]
         sized = [o for o in self.objectives if o.kind == "computed" and o.direction == "min"]
         if not (bounded or sized):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -34,7 +33,7 @@ class _Predicted(Problem):
         self.search = search
         self.seen: dict[Genome, tuple[list[float], list[float]]] = {}
 
-    def _evaluate(self, X: Genomes, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _evaluate(self, X: Genomes, out: dict[str, Costs], *args: object, **kwargs: object) -> None:
         rows = X.astype(np.int64)
         costs, violations = self.search._predict(rows)
         out["F"], out["G"] = costs, violations
@@ -58,8 +57,7 @@ class LINAS(Algorithm):
     listed = 10_000
     """Spaces of at most so many genomes are predicted whole: one matrix is quicker than generations."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
         ordinals = len(self.space.genes)
         self.predictors = {o.name: Predictor(ordinals, seed=self.seed) for o in self.measured}
         self._set_aside: dict[str, list[str]] = {o.name: [] for o in self.measured}

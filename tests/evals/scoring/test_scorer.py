@@ -294,7 +294,7 @@ def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, plante
     tiny.byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / planted).parent.mkdir(exist_ok=True)
     (tmp_path / planted).write_text("raise SystemExit('ran')\n")
-    with pytest.raises(RequestError, match="brings code of its own"):
+    with pytest.raises(RequestError, match="contains code"):
         evaluate(tmp_path, ["choice"], include_path=tasks, device="cpu")
 
 
@@ -327,7 +327,7 @@ def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path,
         }
         config = json.loads((folder / place).read_text())
         (folder / place).write_text(json.dumps(config | {"auto_map": named}))
-    with pytest.raises(RequestError, match="brings code of its own"):
+    with pytest.raises(RequestError, match="contains code"):
         evaluate(folder, ["choice"], include_path=tasks, device="cpu")
 
 
@@ -406,7 +406,7 @@ def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) ->
             CHOICE,
             {"question": "why", "choices": [" a", ""], "gold": 0},
             {"target_delimiter": ""},
-            "no token of its own",
+            "has no token",
         ),
         (
             WRITING,
