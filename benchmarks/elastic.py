@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.memory import resident
 from compressor import demo
+from search.sampling import sample_near
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.slicing import extract
@@ -87,7 +88,7 @@ def step(checkpoint: str, elastic: bool, tokens: int) -> None:
 def subnetworks(supernet: SuperNetwork) -> list[Any]:
     space = SearchSpace.preset("fine", supernet.structure)
     full = supernet.structure.parameters(supernet.base)
-    return space.decode_all(space.sample_near(np.random.default_rng(0), [share * full for share in SHARES]))
+    return space.decode_all(sample_near(space, np.random.default_rng(0), [share * full for share in SHARES]))
 
 
 def row(checkpoint: str, rounds: int, tokens: int) -> list[str]:

@@ -271,7 +271,7 @@ def correctness(arguments: argparse.Namespace) -> Facts:
     from evals.scoring.lm import NetworkLM
 
     with open_job(arguments, **{"searching.limit": 4 if arguments.tiny else 10}) as job:
-        spans = job.tasks.questions("search", job.recipe.searching.limit).spans
+        spans = job.tasks.requests("search", job.recipe.searching.limit).spans
         spans = spans[: 20 if arguments.tiny else 200]
         exact_net = job.supernet_of(job.checkpoint.load_model(torch.float32, torch.device("cpu")))
         networks = {dtype: job.supernet_of(job.load_base(dtype)) for dtype in (torch.float32, torch.bfloat16)}
@@ -319,10 +319,10 @@ def scoring(arguments: argparse.Namespace) -> Facts:
     from evals.scoring.lm import NetworkLM
 
     with open_job(arguments) as job:
-        requests = job.tasks.questions("search", job.recipe.searching.limit)
+        requests = job.tasks.requests("search", job.recipe.searching.limit)
         network = job.supernet_of(job.load_base(job.compute_dtype))
         architectures = list(cuts(job).values())[1:]
-        yield "requests, tokens", [len(requests.scored), sum(len(span.tokens) for span in requests.spans)]
+        yield "requests, tokens", [len(requests.loglikelihood), sum(len(span.tokens) for span in requests.spans)]
 
         def candidates(**options: Any) -> tuple[float, int]:
             lm = NetworkLM(network.model, job.tasks.encoder, **options)
@@ -361,7 +361,7 @@ def scoring(arguments: argparse.Namespace) -> Facts:
         for architecture in architectures[:1] * 2:
             network.activate(architecture)
             began = time.perf_counter()
-            hflm.loglikelihood(requests.scored, disable_tqdm=True)
+            hflm.loglikelihood(requests.loglikelihood, disable_tqdm=True)
             synchronize()
             times.append(time.perf_counter() - began)
         yield "HFLM, batch_size=auto: seconds of the first and second candidate", times

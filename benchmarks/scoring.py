@@ -60,6 +60,7 @@ from evals.scoring.tasks import TaskSet
 from search.algorithms import algorithm
 from search.objectives import Constraint, choose, computed
 from search.run import first_generation
+from search.sampling import uniform_members
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.importance import wanda
@@ -145,7 +146,7 @@ class Bench:
         limits = [Constraint(exact["parameters"], maximum=high, minimum=low)]
         tasks, _ = self.load(self.arguments.tasks.split(",")[0])
         scorer = Scorer(tasks, NetworkLM(self.supernet.model, self.encoder))
-        first = first_generation(space, count, np.random.default_rng(0), space.uniform_members(6, high), limits)
+        first = first_generation(space, count, np.random.default_rng(0), uniform_members(space, 6, high), limits)
         searcher = algorithm("linas")(
             space,
             choose(["quality", "parameters"], exact, {"quality": "max"}),
@@ -188,8 +189,8 @@ class Bench:
             tasks = TaskSet.load(
                 [task], encoder=self.encoder, include_path=[self.arguments.include_path], num_fewshot=shots
             )
-            asked = tasks.questions(SPLIT, self.arguments.documents)
-            texts = [instance.args[0] + instance.args[1] for instance in asked.scored]
+            asked = tasks.requests(SPLIT, self.arguments.documents)
+            texts = [instance.args[0] + instance.args[1] for instance in asked.loglikelihood]
             if max(map(len, self.encoder.encode(texts))) <= self.encoder.max_length:
                 break
         self.encoder.forget()
@@ -197,8 +198,8 @@ class Bench:
 
     def samples(self, tasks: TaskSet, task: str) -> dict[str, list[int]]:
         """The scored documents as `simple_evaluate` takes them."""
-        leaves = tasks.documents(SPLIT, self.arguments.documents)[task]
-        return {leaf.name: [document.index for document in documents] for leaf, documents in leaves}
+        subtasks = tasks.documents(SPLIT, self.arguments.documents)[task]
+        return {subtask.name: [document.index for document in documents] for subtask, documents in subtasks}
 
     def evaluate(self, lm: Any, task: str, tasks: TaskSet, shots: int) -> None:
         simple_evaluate(
@@ -214,7 +215,7 @@ class Bench:
         began = self.clock()
         tasks, shots = self.load(task)
         build = self.clock() - began
-        asked = tasks.questions(SPLIT, self.arguments.documents)
+        asked = tasks.requests(SPLIT, self.arguments.documents)
         chosen = self.candidates[:: -(-len(self.candidates) // self.arguments.baseline)]
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         expected: dict[Architecture, list[tuple[float, bool]]] = {}
@@ -235,7 +236,7 @@ class Bench:
         for architecture in chosen[::2]:
             self.activate(architecture)
             with self.timed(seconds["requests"]):
-                expected[architecture] = lm.loglikelihood(asked.scored, disable_tqdm=True)
+                expected[architecture] = lm.loglikelihood(asked.loglikelihood, disable_tqdm=True)
         difference = 0.0
         with peak_memory() as ours, self.one_thread():
             scorer = Scorer(tasks, NetworkLM(self.supernet.model, self.encoder, **self.settings))
@@ -244,7 +245,7 @@ class Bench:
                     self.activate(architecture)
                     answers = scorer.ask(SPLIT, self.arguments.documents, architecture)
                     scorer.scores(SPLIT, self.arguments.documents, answers)
-                for instance, (wanted, _) in zip(asked.scored, expected.get(architecture, ()), strict=False):
+                for instance, (wanted, _) in zip(asked.loglikelihood, expected.get(architecture, ()), strict=False):
                     difference = max(difference, abs(answers[id(instance)][0][0] - wanted))
             kept = sum(output.nbytes for outputs in scorer.lm._layers._outputs for output in outputs)
         return {
@@ -263,10 +264,10 @@ class Bench:
     def ablation(self, task: str) -> dict[str, float]:
         """Mean seconds of neighbouring candidates: as it is, and with one device switched off at a time."""
         tasks, shots = self.load(task)
-        asked = tasks.questions(SPLIT, self.arguments.documents)
-        leaves = tasks.documents(SPLIT, self.arguments.documents)[task]
-        document = {id(i): d.hash for _, documents in leaves for d in documents for i in d.instances}
-        documents = [document[id(instance)] for instance in asked.scored]
+        asked = tasks.requests(SPLIT, self.arguments.documents)
+        subtasks = tasks.documents(SPLIT, self.arguments.documents)[task]
+        document = {id(i): d.hash for _, documents in subtasks for d in documents for i in d.instances}
+        documents = [document[id(instance)] for instance in asked.loglikelihood]
         candidates = self.candidates[:NEIGHBOURS]
 
         def run(

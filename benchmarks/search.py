@@ -42,6 +42,7 @@ from search.algorithms import algorithms
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
 from search.run import SearchResult, greedy_path, search
+from search.sampling import sample_sizes
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.slicing import extract
@@ -277,7 +278,7 @@ def starts(arguments: argparse.Namespace) -> None:
     other_run = arguments.run.with_name(arguments.run.name + "-earlier")
     earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": other_run})
     earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
-    looking = {"first_look": partial(bench.board.measure, fidelity="screening"), "share": FIRST_LOOK}
+    looking = {"screening": partial(bench.board.measure, fidelity="screening"), "share": FIRST_LOOK}
     proposed, beforehand = {}, {"an earlier run": f"{arguments.evaluations} evaluations"}
     for name in warm_starts():
         bench.job.recipe.searching.warm_start = [name]
@@ -361,7 +362,7 @@ def ranks(arguments: argparse.Namespace) -> None:
     bench = open_bench(arguments, "fine")
     job = bench.job
     full = job.structure.parameters(job.structure.base)
-    genomes = job.space.sample_sizes(np.random.default_rng(0), arguments.networks, 0.5 * full, 0.95 * full)
+    genomes = sample_sizes(job.space, np.random.default_rng(0), arguments.networks, 0.5 * full, 0.95 * full)
     architectures = job.space.decode_all(genomes)
     inside = bench.scores(architectures)
     job.threads(scoring=False)

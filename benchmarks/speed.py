@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compressor import demo
 from evals.speed.measured import time_beside
 from evals.speed.table import MIXED, PartTimes, designed, sizes_to_time
+from search.sampling import sample_near
 from search.space import SearchSpace
 from supernet.architecture import Architecture
 from supernet.checkpoint import open_checkpoint
@@ -79,7 +80,7 @@ def main() -> None:
     full = structure.parameters(structure.base)
     shares = rng.uniform(0.4, 1.0, arguments.networks)
     design = designed(structure, 0)
-    unseen = [space.decode(space.sample_near(rng, [share * full])[0].tolist()) for share in shares]
+    unseen = [space.decode(sample_near(space, rng, [share * full])[0].tolist()) for share in shares]
     known: dict[str, Any] = {}
     if arguments.output and arguments.output.is_file():
         known = json.loads(arguments.output.read_text())

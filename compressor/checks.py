@@ -134,8 +134,8 @@ def check_formats(job: Job) -> None:
 
 def check_tasks(job: Job) -> None:
     """Refuse a task without documents, and a document that does not fit the context; no weights are needed."""
-    job.tasks.questions("search", job.recipe.searching.limit)
-    job.tasks.questions("report")
+    job.tasks.requests("search", job.recipe.searching.limit)
+    job.tasks.requests("report")
 
 
 def check_targets(job: Job) -> None:

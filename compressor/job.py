@@ -165,7 +165,7 @@ class Job:
             if cores not in self._passes and self.run.passes.is_file():
                 self._passes = read_json(self.run.passes)
             if cores not in self._passes:
-                lm.tune(self.tasks.questions("search", self.recipe.searching.limit).spans, self.cores)
+                lm.tune(self.tasks.requests("search", self.recipe.searching.limit).spans, self.cores)
                 self._passes[cores] = lm.workers
                 if self.run.search.is_dir():
                     write_json(self.run.passes, self._passes)

@@ -9,6 +9,7 @@ import numpy as np
 from compressor.job import Job
 from compressor.recipe import absolute_or_share, byte_count
 from export.quantization.schemes import SCHEMES
+from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
 from supernet.architecture import Architecture, StorageFormat
 from supernet.common.errors import RequestError
@@ -61,7 +62,7 @@ def training_range(job: Job) -> TrainingRange:
         """Every gene uniformly, drawn again where the sub-network is smaller than what is trained. Of a space that
         holds next to nothing else, one just above the smallest."""
         for _ in range(TRIES):
-            drawn = job.space.decode(job.space.sample(rng)[0].tolist())
+            drawn = job.space.decode(sample(job.space, rng)[0].tolist())
             if job.structure.parameters(drawn) >= low:
                 return drawn
         return draw_near(job, rng, low)
@@ -94,14 +95,14 @@ def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Ar
 def draw_near(job: Job, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:
     """A random sub-network of about this many parameters, of `space` or else of the run's own."""
     space = space or job.space
-    return space.decode(space.sample_near(rng, [parameters])[0].tolist())
+    return space.decode(sample_near(space, rng, [parameters])[0].tolist())
 
 
 def uniform_near(job: Job, parameters: float, space: SearchSpace | None = None) -> Architecture:
     """The uniform cut nearest in size, of `space` or else of the run's own; a random one where there is none."""
     space = space or job.space
     if space not in job.uniform_cuts:
-        job.uniform_cuts[space] = space.uniform_members(12)
+        job.uniform_cuts[space] = uniform_members(space, 12)
     if not job.uniform_cuts[space]:
         return draw_near(job, np.random.default_rng(job.recipe.seed), parameters, space)
     return min(job.uniform_cuts[space], key=lambda a: abs(job.structure.parameters(a) - parameters))

@@ -1,8 +1,8 @@
-"""Is one network better than another on these documents, or is it chance? A paired bootstrap over documents."""
+"""Whether one network is better than another on these documents, or by chance: a paired bootstrap over documents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -23,24 +23,29 @@ Resampled = dict[str, NDArray[np.float64]]
 def resampled(
     tasks: Mapping[str, ScoredTask], documents: DocumentValues, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Resampled:
-    """Every task's score on documents drawn with replacement, within each subtask. The draws depend on the seed and the
-    subtask alone, so that resample i of two networks rests on the same documents, and two tasks' draws are independent.
+    """Every task's score in each resample: documents are drawn with replacement, within each subtask.
+
+    The draws depend on the seed and the subtask alone, so that resample i of two networks rests on the same documents,
+    and two tasks' draws are independent.
     """
-    found: Resampled = {}
-    for name, leaves in documents.items():
+    scores: Resampled = {}
+    for name, values in documents.items():
         task = tasks[name]
         columns = []
-        for leaf, items in zip(task.leaves, leaves, strict=True):
-            rng = np.random.default_rng([seed, crc32(leaf.name.encode()), len(items)])
-            aggregation = leaf.task.aggregation().get(task.metric, mean)
+        for subtask, items in zip(task.subtasks, values, strict=True):
+            rng = np.random.default_rng([seed, crc32(subtask.name.encode()), len(items)])
+            aggregation = subtask.task.aggregation().get(task.metric, mean)
             columns.append(_aggregates(aggregation, items, rng, resamples))
-        sizes = [len(items) for items in leaves]
+        sizes = [len(items) for items in values]
         none = [None] * len(sizes)
-        found[name] = np.array([task.aggregate(list(row), none, sizes)[0] for row in zip(*columns, strict=True)])
-    return found
+        scores[name] = np.array([task.aggregate(list(row), none, sizes)[0] for row in zip(*columns, strict=True)])
+    return scores
 
 
-def _aggregates(aggregation: Any, items: Sequence[Any], rng: np.random.Generator, resamples: int) -> NDArray[Any]:
+def _aggregates(
+    aggregation: Callable[[Sequence[Any]], float], items: Sequence[Any], rng: np.random.Generator, resamples: int
+) -> NDArray[np.float64]:
+    """The aggregate of the items of each resample, [resamples]; not a number where there are none."""
     if not items:
         return np.full(resamples, np.nan)
     draws = (rng.integers(0, len(items), len(items)) for _ in range(resamples))
@@ -55,27 +60,28 @@ def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resample
 
     Not a number where the base itself scores nothing on the documents drawn.
     """
-    found = mean_ratio({name: tasks[name].higher_is_better for name in scores}, scores, base)
-    return np.where(np.isfinite(found), found, np.nan)
+    quality = mean_ratio({name: tasks[name].higher_is_better for name in scores}, scores, base)
+    return np.where(np.isfinite(quality), quality, np.nan)
 
 
 def paired_interval(
-    ours: Sequence[NDArray[Any]], theirs: Sequence[NDArray[Any]], *, seed: int = 0
+    ours: Sequence[NDArray[np.float64]], theirs: Sequence[NDArray[np.float64]], *, seed: int = 0
 ) -> tuple[float, float] | None:
     """Central 95 % of the difference of mean quality, ours less theirs, from each side's `qualities` for every seed.
 
-    Where a side has several seeds they are drawn with replacement too, so that luck in training counts as luck. None
-    where no resample gives both a quality.
+    Where a side has several seeds they are drawn with replacement too, so that chance in training counts as chance.
+    None where no resample gives both a quality.
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    def drawn(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The mean over seeds drawn anew in each resample."""
         stacked = np.stack(rows)
         return np.take_along_axis(stacked, rng.integers(0, len(stacked), stacked.shape), axis=0).mean(0)
 
-    found = drawn(ours) - drawn(theirs)
-    found = found[np.isfinite(found)]
-    if not len(found):
+    differences = drawn(ours) - drawn(theirs)
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
         return None
-    low, high = np.quantile(found, [0.025, 0.975])
+    low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)

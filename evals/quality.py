@@ -1,4 +1,4 @@
-"""Quality: a network's scores on all tasks beside the base's, as one number with its error."""
+"""Quality: a network's scores on all tasks over the base's, as one number with its error."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def relative_quality(scores: Mapping[str, Score], base: Mapping[str, Score]) -> 
     """
     for name, score in base.items():
         check_base(name, score)
-    own, of_base = ({name: np.asarray(row[name].value) for name in base} for row in (scores, base))
-    return float(mean_ratio({name: score.higher_is_better for name, score in base.items()}, own, of_base))
+    values, base_values = ({name: np.asarray(row[name].value) for name in base} for row in (scores, base))
+    return float(mean_ratio({name: score.higher_is_better for name, score in base.items()}, values, base_values))
 
 
 def quality_stderr(scores: Mapping[str, Score], base: Mapping[str, Score]) -> float:
-    """Standard error of `relative_quality` over the choice of documents, the base's scores taken as given."""
+    """Standard error of `relative_quality` over the choice of documents, the base's scores taken as exact."""
     squares = 0.0
-    for name, of_base in base.items():
+    for name, base_score in base.items():
         score = scores[name]
         if score.higher_is_better:
-            squares += (score.uncertainty / of_base.value) ** 2
+            squares += (score.uncertainty / base_score.value) ** 2
         elif score.value:
-            squares += (score.uncertainty * of_base.value / score.value**2) ** 2
+            squares += (score.uncertainty * base_score.value / score.value**2) ** 2
     return math.sqrt(squares) / len(base)
 
 

@@ -1,7 +1,7 @@
-"""The best architecture of every size from the degradation that each choice for a layer is expected to cause. No torch.
+"""The best architecture of every size, from the degradation that each choice for a layer should cause. No torch.
 
 Degradations of single layers are added up, and `assemble` finds the least total for every size by dynamic programming.
-They do not add up exactly where many layers are cut: what comes out is where a search starts, not where it ends.
+They do not add up exactly where many layers are cut, so the result is where a search starts, not where it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Path = list[tuple[int, Architecture]]
 
 @dataclass(frozen=True)
 class Option:
-    """One way to size a layer: its parameters, and the degradation it is thought to do."""
+    """One way to size a layer: its parameters, and the degradation that it is expected to cause."""
 
     sizes: LayerSizes
     parameters: int
@@ -35,15 +35,16 @@ class Option:
 
 
 def options(structure: Structure, degradations: Degradations) -> list[list[Option]]:
-    """Every layer's options: all pairs of an attention and an MLP variant, degradations added, and what degradation is
-    known of the layer's removal."""
-    found = []
+    """Every layer's options: all pairs of an attention and an MLP variant, their degradations added, and the layer's
+    removal where its degradation is given."""
+    layers = []
     for index, full in enumerate(structure.base.layers):
-        known = {sizes: degradation for (layer, sizes), degradation in degradations.items() if layer == index}
-        attention = {full: 0.0} | {s: h for s, h in known.items() if half_of(s, full) == "attention"}
-        mlp = {full: 0.0} | {s: h for s, h in known.items() if half_of(s, full) == "mlp"}
-        found.append(_paired(structure, index, attention, mlp, {s: h for s, h in known.items() if s.removed}))
-    return found
+        of_layer = {sizes: degradation for (layer, sizes), degradation in degradations.items() if layer == index}
+        attention = {full: 0.0} | {s: d for s, d in of_layer.items() if half_of(s, full) == "attention"}
+        mlp = {full: 0.0} | {s: d for s, d in of_layer.items() if half_of(s, full) == "mlp"}
+        both = {s: d for s, d in of_layer.items() if s.removed}
+        layers.append(_paired(structure, index, attention, mlp, both))
+    return layers
 
 
 def options_around(
@@ -55,28 +56,27 @@ def options_around(
     on_layer: Callable[[], None],
 ) -> list[list[Option]]:
     """As `options`, with the degradation of exchanging one half-block, or the layer, of `at` rather than of the base;
-    `before` is the degradation of `at` itself. `on_layer` is called when a layer is done, the last layer first
-    (`Leading`)."""
+    `before` is the degradation of `at` itself. The last layer comes first, so that a cache of leading layers serves
+    (`supernet.training.traces.LayerCache`); `on_layer` is called when a layer is done."""
 
     def more(index: int, sizes: LayerSizes) -> float:
         return 0.0 if sizes == at.layers[index] else degradation(with_layer(at, index, sizes)) - before
 
-    found = []
+    layers = []
     for index, full in reversed(list(enumerate(structure.base.layers))):
         now = at.layers[index]
-        mine = [full, now, *(sizes for layer, sizes in variants if layer == index)]
-        halves: dict[Half | None, dict[LayerSizes, float]] = {"attention": {}, "mlp": {}, None: {}}
-        for sizes in mine:
+        attention, mlp, both = dict[LayerSizes, float](), dict[LayerSizes, float](), dict[LayerSizes, float]()
+        for sizes in [full, now, *(sizes for layer, sizes in variants if layer == index)]:
             half = None if sizes.removed else half_of(sizes, full)
             if half == "attention" or sizes in (full, now):
-                halves["attention"][sizes] = more(index, joined(sizes, now))
+                attention[sizes] = more(index, joined(sizes, now))
             if half == "mlp" or sizes in (full, now):
-                halves["mlp"][sizes] = more(index, joined(now, sizes))
+                mlp[sizes] = more(index, joined(now, sizes))
             if half is None and sizes != now:
-                halves[None][sizes] = more(index, sizes)
-        found.append(_paired(structure, index, halves["attention"], halves["mlp"], halves[None]))
+                both[sizes] = more(index, sizes)
+        layers.append(_paired(structure, index, attention, mlp, both))
         on_layer()
-    return found[::-1]
+    return layers[::-1]
 
 
 def _paired(
@@ -84,17 +84,16 @@ def _paired(
     index: int,
     attention: Mapping[LayerSizes, float],
     mlp: Mapping[LayerSizes, float],
-    whole: Mapping[LayerSizes, float],
+    both: Mapping[LayerSizes, float],
 ) -> list[Option]:
-    """A layer's options from the degradation of each size of its halves, and of both together where that is known."""
+    """A layer's options from the degradation of each size of its halves, and of both at once where that is given."""
     empty = structure.base.without_layers()
     outer = structure.parameters(empty)
-    rows = {joined(a, m): attention[a] + mlp[m] for a, m in product(attention, mlp)} | dict(whole)
-    found = []
-    for sizes, degradation in rows.items():
-        parameters = structure.parameters(with_layer(empty, index, sizes)) - outer
-        found.append(Option(sizes, parameters, degradation))
-    return found
+    rows = {joined(a, m): attention[a] + mlp[m] for a, m in product(attention, mlp)} | dict(both)
+    return [
+        Option(sizes, structure.parameters(with_layer(empty, index, sizes)) - outer, degradation)
+        for sizes, degradation in rows.items()
+    ]
 
 
 def with_layer(architecture: Architecture, index: int, sizes: LayerSizes) -> Architecture:
@@ -120,13 +119,17 @@ def joined(attention: LayerSizes, mlp: LayerSizes) -> LayerSizes:
 
 
 def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
-    """For every size, the architecture of least total degradation: a knapsack with one option from each layer, solved
-    layer by layer (dynamic programming) over sizes rounded to 1/4096 of the base's, keeping what no other dominates.
+    """For every size, the architecture of least total degradation.
+
+    A knapsack with one option from each layer, solved layer by layer (dynamic programming) over sizes rounded to 1/4096
+    of the base's, keeping what no other dominates.
     """
     whole = structure.parameters(structure.base)
     outer = structure.parameters(structure.base.without_layers())
+    # 1. Add layer after layer. A state is a size with its least total degradation; `steps` has, for every layer and
+    #    state, the state before it and the option taken.
     sizes, totals = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of every state: the state before it, and the option taken
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
     for row in layers:
         grown = (sizes[:, None] + np.array([o.parameters for o in row])).ravel()
         totals_grown = (totals[:, None] + np.array([o.degradation for o in row])).ravel()
@@ -136,7 +139,8 @@ def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
         best = best[np.r_[True, totals_grown[best][1:] < np.minimum.accumulate(totals_grown[best])[:-1]]]
         sizes, totals = grown[best], totals_grown[best]
         steps.append((best // len(row), best % len(row)))
-    found = []
+    # 2. Walk back from every last state.
+    path = []
     for state in range(len(sizes)):
         chosen, at = [], state
         for row, (before, taken) in zip(reversed(layers), reversed(steps), strict=True):
@@ -144,5 +148,5 @@ def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
             at = int(before[at])
         if any(sizes.num_key_value_heads for sizes in chosen):  # a network keeps attention somewhere
             architecture = Architecture(structure.base.hidden_size, tuple(reversed(chosen)))
-            found.append((outer + int(sizes[state]), architecture))
-    return found
+            path.append((outer + int(sizes[state]), architecture))
+    return path

@@ -1,6 +1,6 @@
-"""Two fidelities: a first look on part of the documents, and all of them for what can still matter.
+"""Two fidelities: screening on part of the documents, and all of them for what can still matter.
 
-A first look is off by a bias (the part is easier or harder than the whole) and by noise. Both are learnt from the
+A screening is off by a bias (the part is easier or harder than the whole) and by noise. Both are learnt from the
 sub-networks that have been measured both ways, so nothing has to be known about the documents.
 """
 
@@ -15,50 +15,51 @@ from search.objectives import Constraint, Evaluation, Objective
 from search.pareto import costs, violations
 
 FEWEST_PAIRS = 8
-"""Fewest sub-networks measured both ways from which the noise of a first look can be told."""
+"""Fewest sub-networks measured both ways from which the noise of a screening can be told."""
 DEVIATIONS = 2.0
-"""Standard deviations of that noise within which a first look rules nothing out."""
+"""Standard deviations of that noise within which a screening rules nothing out."""
 
 Values = Mapping[str, float]
 
 
 @dataclass
-class Screening:
-    """What first looks and full measurements have said so far, and what they rule out."""
+class ScreeningFilter:
+    """What screenings and full measurements have shown so far, and what they rule out."""
 
     objectives: Sequence[Objective]
     constraints: Sequence[Constraint]
     _pairs: list[tuple[Values, Values]] = field(default_factory=list)
 
-    def learn(self, first: Values, full: Values) -> None:
+    def learn(self, screened: Values, full: Values) -> None:
         """Take the two measurements of one sub-network."""
-        self._pairs.append((first, full))
+        self._pairs.append((screened, full))
 
-    def corrected(self, first: Values) -> dict[str, float]:
-        """The full measurement that a first look foretells: itself plus the median difference seen so far."""
-        return {name: value + self._differences(name)[0] for name, value in first.items()}
+    def corrected(self, screened: Values) -> dict[str, float]:
+        """The full measurement that a screening predicts: itself plus the median difference seen so far."""
+        return {name: value + self._difference(name)[0] for name, value in screened.items()}
 
-    def rules_out(self, expected: Evaluation, full: Sequence[Evaluation]) -> bool:
-        """Whether a sub-network can no longer matter, given what its first look foretells (`corrected`, completed
-        with all that is computed): even where it turns out better by `DEVIATIONS` it misses a constraint, or is
-        dominated by one of `full` that misses none.
+    def rules_out(self, predicted: Evaluation, full: Sequence[Evaluation]) -> bool:
+        """Whether a sub-network can no longer matter, given what its screening predicts (`corrected`, completed with
+        all that is computed): even where it turns out better by `DEVIATIONS` it misses a constraint, or is dominated
+        by one of `full` that misses none.
         """
         if len(self._pairs) < FEWEST_PAIRS:
             return False
-        hopeful = Evaluation(expected.architecture, dict(expected.values))
+        values = dict(predicted.values)
         watched = {o.name: o for o in (*self.objectives, *(c.objective for c in self.constraints))}
         for objective in watched.values():
             if objective.kind == "measured":
-                slack = DEVIATIONS * self._differences(objective.name)[1]
-                hopeful.values[objective.name] += slack if objective.direction == "max" else -slack  # type: ignore[index]
+                slack = DEVIATIONS * self._difference(objective.name)[1]
+                values[objective.name] += slack if objective.direction == "max" else -slack
+        hopeful = Evaluation(predicted.architecture, values)
         if (violations([hopeful], self.constraints) > 0).any():
             return True
         feasible = ~(violations(full, self.constraints) > 0).any(axis=1)
-        others, mine = costs(full, self.objectives)[feasible], costs([hopeful], self.objectives)[0]
-        return bool(((others <= mine).all(axis=1) & (others < mine).any(axis=1)).any())
+        others, candidate = costs(full, self.objectives)[feasible], costs([hopeful], self.objectives)[0]
+        return bool(((others <= candidate).all(axis=1) & (others < candidate).any(axis=1)).any())
 
-    def _differences(self, name: str) -> tuple[float, float]:
-        """Median and standard deviation of full measurement less first look; zeros where nothing is known."""
-        found = np.array([full[name] - first[name] for first, full in self._pairs])
-        found = found[np.isfinite(found)]
-        return (float(np.median(found)), float(found.std())) if len(found) else (0.0, 0.0)
+    def _difference(self, name: str) -> tuple[float, float]:
+        """Median and standard deviation of full measurement less screening; zeros where nothing is known."""
+        differences = np.array([full[name] - screened[name] for screened, full in self._pairs])
+        differences = differences[np.isfinite(differences)]
+        return (float(np.median(differences)), float(differences.std())) if len(differences) else (0.0, 0.0)

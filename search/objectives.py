@@ -1,7 +1,7 @@
 """What a search optimises: measured objectives, computed objectives, and hard bounds on either.
 
-Sizes follow exactly from the architecture and are never predicted; neither is speed, which a function handed
-in computes from layer timings. Only what an evaluation measures needs a predictor.
+Sizes follow exactly from the architecture and are never predicted; neither is speed, which a function handed in
+computes from layer timings. Only what an evaluation measures needs a predictor.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.space import Genomes, SearchSpace
-from supernet.architecture import REMOVED, Architecture, LayerSizes, StorageFormat, Structure
+from supernet.architecture import REMOVED, Architecture, ArchitectureJSON, LayerSizes, StorageFormat, Structure
 
 Direction = Literal["max", "min"]
 Values = NDArray[np.float64]
+Number = TypeVar("Number", float, Values)
 
 SPEEDS: dict[str, Direction] = {"decode_tps": "max", "prefill_tps": "max", "latency": "min"}
 
@@ -32,9 +33,8 @@ def number(value: float) -> str:
 class Objective:
     """One number of an architecture and which way is better.
 
-    `compute` gives it exactly; without it the number comes from evaluations. `additive` says that it is a sum
-    over layers plus a part that depends on the hidden size alone, which lets a predicted search add up table
-    entries.
+    `compute` gives it exactly; without it the number comes from evaluations. `additive`: it is a sum over layers plus a
+    part that depends on the hidden size alone, so a search on predictions can add up table entries.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Objective:
     def kind(self) -> Literal["measured", "computed"]:
         return "measured" if self.compute is None else "computed"
 
-    def cost(self, values: Any) -> Any:
+    def cost(self, values: Number) -> Number:
         """`values` turned so that less is better."""
         return -values if self.direction == "max" else values
 
@@ -66,7 +66,7 @@ class Constraint:
             raise ValueError(f"no value is {self}: the bounds contradict each other")
 
     def violation(self, values: Values) -> Values:
-        """How far values miss the bounds, as a share of the bound; 0 where they hold."""
+        """How far values [n] miss the bounds, as a share of the bound, [n]; 0 where they hold."""
         missed = np.zeros(len(values))
         if self.maximum is not None:
             missed = np.maximum(missed, (values - self.maximum) / max(abs(self.maximum), 1e-12))
@@ -81,11 +81,23 @@ class Constraint:
         return f"{self.objective.name} {' and '.join(bounds)}"
 
 
+class EvaluationRecord(TypedDict):
+    """An evaluation as front.json holds it; a value that is not finite is None."""
+
+    key: str
+    architecture: ArchitectureJSON
+    values: dict[str, float | None]
+    generation: int
+    index: int
+    full: bool
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured sub-network: every objective's and constraint's number, and whatever else was measured.
+    """One measured sub-network: every objective's and constraint's number, and all else that was measured.
 
-    `full` is False for one that was scored on part of the documents only; such a one is never on the front.
+    `full` is False for one that was scored on part of the documents only, whose values are predictions; such a one is
+    never on the front. `index` counts a search's evaluations in the order in which they were asked for.
     """
 
     architecture: Architecture
@@ -94,7 +106,7 @@ class Evaluation:
     index: int = 0
     full: bool = True
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EvaluationRecord:
         return {
             "key": self.architecture.key,
             "architecture": self.architecture.to_dict(),
@@ -114,9 +126,9 @@ def computed(
 ) -> dict[str, Objective]:
     """The objectives that need no evaluation, by name.
 
-    `parameters`; `bytes` as stored, under `scheme` where one is given; `macs` for one token behind `context`
-    others; `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps` (tokens per
-    second), `latency`.
+    `parameters`; `bytes` as stored, under `scheme` where one is given; `macs` (multiply-accumulates) for one token
+    behind `context` others; `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps`
+    (tokens per second), `latency` (seconds). Raises ValueError for an unknown name in `speed`.
     """
     objectives = [
         Objective("parameters", "min", structure.parameters, additive=True),
@@ -134,18 +146,18 @@ def computed(
 def choose(names: Sequence[str], known: Mapping[str, Objective], measured: Mapping[str, Direction]) -> list[Objective]:
     """Two to four objectives by name: of `known` (see `computed`), or of what evaluations will measure.
 
-    ValueError, with what would be valid, for a name that nobody computes or measures.
+    Raises ValueError, with what would be valid, for a name that is neither.
     """
     for name in names:
         if name not in known and name not in measured:
-            raise ValueError(f"nobody can measure '{name}'; valid objectives are {', '.join([*measured, *known])}")
+            raise ValueError(f"'{name}' cannot be measured; valid objectives are {', '.join([*measured, *known])}")
     chosen = [known[name] if name in known else Objective(name, measured[name]) for name in names]
     check(chosen)
     return chosen
 
 
 def check(objectives: Sequence[Objective]) -> None:
-    """ValueError unless these are two to four different objectives, at least one of them measured."""
+    """Raises ValueError unless these are two to four different objectives, at least one of them measured."""
     names = [objective.name for objective in objectives]
     if not 2 <= len(names) <= 4:
         raise ValueError(f"a search takes two to four objectives, not {len(names)}")
@@ -157,7 +169,11 @@ def check(objectives: Sequence[Objective]) -> None:
 
 @dataclass
 class Computer:
-    """A computed objective of whole matrices of genomes: exact, and fast through tables of layers' parts."""
+    """A computed objective of whole matrices of genomes: exact, and fast through tables of layers' parts.
+
+    `_table`: (layer, residual width, the layer's sizes) to the part that the layer adds; `_outer`: residual width to
+    the part outside the layers; `_whole`: architecture to value, where the objective is not additive.
+    """
 
     space: SearchSpace
     objective: Objective
@@ -166,29 +182,31 @@ class Computer:
     _whole: dict[Architecture, float] = field(default_factory=dict)
 
     def __call__(self, genomes: Genomes) -> Values:
-        """The objective of each row, [n]."""
+        """The objective of each row, [n]. Raises ValueError for a measured objective."""
         compute = self.objective.compute
         if compute is None:
             raise ValueError(f"{self.objective.name} is measured, not computed")
         if self.objective.additive:
             return self._add_up(compute, genomes)
-        found = []
-        for architecture in self.space.decode_all(genomes):
+        architectures = self.space.decode_all(genomes)
+        for architecture in architectures:
             if architecture not in self._whole:
                 self._whole[architecture] = float(compute(architecture))
-            found.append(self._whole[architecture])
-        return np.array(found)
+        return np.array([self._whole[architecture] for architecture in architectures])
 
     def _add_up(self, compute: Callable[[Architecture], float], genomes: Genomes) -> Values:
+        # 1. What lies outside the layers, for each residual width.
         sizes, hidden = self.space.sizes(genomes)
         layers = sizes.shape[1]
         for width in np.unique(hidden).tolist():
             if width not in self._outer:
                 self._outer[width] = float(compute(Architecture(width, (REMOVED,) * layers)))
         total = np.array([self._outer[width] for width in hidden.tolist()])
+        # 2. One number for each combination of sizes that a layer has.
         codes = np.repeat(hidden[:, None], layers, axis=1)
         for column in range(sizes.shape[2]):
             codes = codes * (int(sizes[:, :, column].max()) + 1) + sizes[:, :, column]
+        # 3. The part of each combination once, from a network of that layer alone.
         for layer in range(layers):
             _, first, where = np.unique(codes[:, layer], return_index=True, return_inverse=True)
             parts = np.empty(len(first))

@@ -1,4 +1,4 @@
-"""The Pareto front of what was measured, how good it is, and what to pick from it. Less is better."""
+"""The Pareto front of what was measured, its hypervolume, and what to pick from it. Less is better."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Costs = NDArray[np.float64]
 
 
 def costs(evaluations: Sequence[Evaluation], objectives: Sequence[Objective]) -> Costs:
-    """The objectives of evaluations, less is better."""
+    """The objectives of evaluations, less is better, [n, objectives]."""
     rows = [[objective.cost(e.values[objective.name]) for objective in objectives] for e in evaluations]
     return np.array(rows, dtype=float).reshape(len(rows), len(objectives))
 
@@ -47,11 +47,8 @@ def hypervolume(values: Costs, reference: Sequence[float] | Costs) -> float:
 
 
 def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
-    """`n` rows, or all, each the farthest from those chosen before it and from `occupied`, in units of the
-    ranges.
-
-    Where nothing is occupied the extremes of the first objective come first.
-    """
+    """Indices of `n` rows, or of all, each the farthest from those chosen before it and from `occupied`, distances in
+    units of the columns' ranges. Where nothing is occupied, the row of the least first objective comes first."""
     if len(values) <= n:
         return list(range(len(values)))
     everything = values if occupied is None else np.vstack([values, occupied])
@@ -72,7 +69,7 @@ def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
 
 
 def knee(values: Costs) -> int:
-    """The row of the least sum of objectives, each scaled to the range of the rows given."""
+    """The index of the row of the least sum of objectives, each scaled to the range of the rows given."""
     low, high = values.min(0), values.max(0)
     return int(np.argmin(((values - low) / np.where(high > low, high - low, 1.0)).sum(1)))
 
@@ -80,9 +77,8 @@ def knee(values: Costs) -> int:
 def front(
     evaluations: Iterable[Evaluation], objectives: Sequence[Objective], constraints: Sequence[Constraint] = ()
 ) -> list[Evaluation]:
-    """The fully measured evaluations that meet the constraints and that none other dominates, by the first
-    objective, best first.
-    """
+    """The fully measured evaluations that meet the constraints and that none other dominates, by the first objective,
+    best first."""
     full = [e for e in evaluations if e.full]
     feasible = ~(violations(full, constraints) > 0).any(axis=1)
     values = costs(full, objectives)
@@ -94,9 +90,7 @@ def front(
 
 @dataclass(frozen=True)
 class Target:
-    """What the user asked for. Sizes are absolute (the caller resolves shares); speed-up is against the
-    base.
-    """
+    """What the user asked for. Sizes are absolute (the caller resolves shares); the speed-up is over the base."""
 
     max_params: int | None = None
     max_bytes: int | None = None
@@ -104,9 +98,7 @@ class Target:
     max_drop: float | None = None
 
     def bounds(self) -> list[tuple[str, float, bool]]:
-        """The sizes asked for: name in `Evaluation.values`, bound, and whether the value must be at most the
-        bound.
-        """
+        """The bounds asked for: name in `Evaluation.values`, bound, and whether the value must be at most the bound."""
         wanted = [
             ("parameters", self.max_params, True),
             ("bytes", self.max_bytes, True),
@@ -128,7 +120,7 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     the sizes asked for, all whose quality is within two standard errors (`quality_stderr`) of the best: the idea of the
     one-standard-error rule (Breiman et al. 1984, section 3.4.3), with one more because the best of many noisy values
     owes some of its lead to luck. Values need `quality`, `parameters`, and `bytes` or `speedup` (decode speed over the
-    base's) where the target names them. ValueError, naming the nearest, where none meets it.
+    base's) where the target names them. Raises ValueError, naming the nearest, where none meets it.
     """
     candidates = [e for e in evaluations if e.full]
     if not candidates:
@@ -137,6 +129,7 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
         raise ValueError("a target needs at least one of max_params, max_bytes, min_speedup and max_drop")
 
     def misses(evaluation: Evaluation) -> float:
+        """By how much, as a sum of shares of the bounds; 0 where the target is met."""
         total = 0.0
         for name, bound, upper in target.bounds():
             value = evaluation.values[name]
@@ -149,8 +142,8 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     if not meeting:
         nearest = min(candidates, key=lambda e: (misses(e), e.architecture.key))
         names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
-        has = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
-        raise ValueError(f"no measured architecture has {target}; the nearest has {has}")
+        values = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
+        raise ValueError(f"no measured architecture has {target}; the nearest has {values}")
     if target.max_drop is not None:
         return [min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))]
     meeting.sort(key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))

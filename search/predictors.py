@@ -1,6 +1,5 @@
-"""Predictors of what evaluations measure, from few samples: ridge, support vectors, boosting, a Gaussian
-process, and a stack of them. Cross-validation chooses; one that ranked the newest measurements no better than
-chance is set aside.
+"""Predictors of what evaluations measure, from few samples: ridge, support vectors, boosting, a Gaussian process, and a
+stack of them. Cross-validation chooses; one that ranked the newest measurements no better than chance is set aside.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ unchecked = config_context(assume_finite=True, skip_parameter_validation=True)
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
+Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+"""Rows to train on and rows held out, for each fold."""
 
-NAMES = ("ridge", "svr", "boosting", "gp", "stack")
+KINDS = ("ridge", "svr", "boosting", "gp", "stack")
 FEWEST = 8
 """Fewest samples that anything is trained on."""
 JUDGED = 4
@@ -42,8 +43,8 @@ CHANCE = 0.2
 class Report:
     """How well predictions rank and match measurements: Kendall's tau-b, Spearman's rho, mean absolute error.
 
-    `chance` is the probability that a random ranking has at least this tau. Correlations are 0 and `chance` 1
-    where either side is constant.
+    `chance` is the probability that a random ranking has at least this tau. Correlations are 0 and `chance` 1 where
+    either side is constant. `mae` is in the objective's units, `n` the number of samples.
     """
 
     kendall: float
@@ -59,7 +60,7 @@ class Report:
 
 
 def report(y_true: Vector, y_pred: Vector) -> Report:
-    """Compare predictions with measurements, [n] each."""
+    """How well predictions match measurements, [n] each."""
     y_true, y_pred = np.asarray(y_true, dtype=float), np.asarray(y_pred, dtype=float)
     mae = float(np.abs(y_true - y_pred).mean()) if len(y_true) else float("nan")
     if len(y_true) < 2 or np.ptp(y_true) == 0 or np.ptp(y_pred) == 0:
@@ -70,49 +71,49 @@ def report(y_true: Vector, y_pred: Vector) -> Report:
 
 @dataclass
 class Model:
-    """A trained regressor with its own scaling of targets. `predict` gives means, and deviations where it
-    knows them.
-    """
+    """A trained regressor, as functions of features [n, features]: means [n], and standard deviations [n] where it has
+    them, both of standardised targets."""
 
-    name: str
     mean: Callable[[Matrix], Vector]
     deviation: Callable[[Matrix], Vector] | None = None
 
 
+Fit = Callable[[Matrix, Vector, int], Model]
+"""Trains on features [n, features] and targets [n], given how many features are ordinal."""
+
+
 def _ridge(x: Matrix, y: Vector, ordinals: int, alpha: float) -> Model:
-    return Model("ridge", Ridge(alpha=alpha).fit(x, y).predict)
+    return Model(Ridge(alpha=alpha).fit(x, y).predict)
 
 
 def _svr(x: Matrix, y: Vector, ordinals: int, c: float, gamma: float) -> Model:
     spread = max(float(x.var(axis=0).sum()), 1e-12)
-    return Model("svr", SVR(C=c, gamma=gamma / spread, epsilon=0.02).fit(x, y).predict)
+    return Model(SVR(C=c, gamma=gamma / spread, epsilon=0.02).fit(x, y).predict)
 
 
 def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Model:
     trees = GradientBoostingRegressor(
         n_estimators=60, max_depth=3, learning_rate=0.15, subsample=0.7, min_samples_leaf=2, random_state=seed
     ).fit(x[:, :ordinals], y)
-    return Model("boosting", lambda z: trees.predict(z[:, :ordinals]))
+    return Model(lambda z: trees.predict(z[:, :ordinals]))
 
 
 def _kernel(x: Matrix, y: Vector, ordinals: int, most: int = 120) -> ConstantKernel:
-    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of some
-    rows.
-    """
+    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of at most `most`
+    rows."""
     rows = np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)
     scale = max(float(np.sqrt(x[:, :ordinals].var(axis=0).sum())), 1e-3)
     kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(scale, (scale / 20, scale * 50), nu=2.5) + WhiteKernel(
         1e-2, (1e-6, 1.0)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound that is hit is an answer, not a fault
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a hyperparameter may end at its bound
         return GaussianProcessRegressor(kernel).fit(x[rows, :ordinals], y[rows]).kernel_
 
 
 def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Model:
     process = GaussianProcessRegressor(kernel, optimizer=None).fit(x[:, :ordinals], y)
     return Model(
-        "gp",
         lambda z: process.predict(z[:, :ordinals]),
         lambda z: process.predict(z[:, :ordinals], return_std=True)[1],
     )
@@ -122,8 +123,8 @@ def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Model:
 class Predictor:
     """All kinds of predictors of one measured objective, and which of them is in use.
 
-    `ordinals` is the number of leading features that are ordinal: trees and the Gaussian process see those
-    only, the one-hot codes serve the linear and kernel models.
+    `ordinals` is the number of leading features that are ordinal: trees and the Gaussian process see those only, the
+    one-hot codes serve the linear and kernel models.
     """
 
     ordinals: int
@@ -135,36 +136,39 @@ class Predictor:
     _scale: float = 1.0
 
     def newest(self, x: Matrix, y: Vector) -> dict[str, Report]:
-        """How each trained kind ranks measurements that it has not seen, before it is trained on them."""
+        """How each trained kind ranks measurements [n] at features [n, features] that it was not trained on."""
         return {name: report(y, self._predict(model, x)) for name, model in self.models.items()}
 
     @unchecked
     def fit(self, x: Matrix, y: Vector, set_aside: Collection[str] = ()) -> None:
         """Train every kind on features [n, features] and measurements [n], and choose one.
 
-        Five-fold cross-validation gives each kind's out-of-fold predictions; the highest Kendall tau is
-        chosen, the lower error among equals, from those not `set_aside`. None is chosen if all are, or with
-        fewer than 8 samples.
+        Five-fold cross-validation gives each kind's out-of-fold predictions; the highest Kendall tau is chosen, the
+        lower error among equals, from those not `set_aside`. None is chosen if all are, or with fewer than 8 samples.
         """
         self.models, self.scores, self.chosen = {}, {}, None
         if len(x) < FEWEST or np.ptp(y) == 0:
             return
+        # 1. Each kind with the hyperparameters of the least out-of-fold error, trained on everything.
         self._offset, self._scale = float(y.mean()), float(y.std())
         z = (y - self._offset) / self._scale
         folds = list(KFold(5, shuffle=True, random_state=self.seed).split(x))
         outside: dict[str, Vector] = {}
         for name, candidates in self._candidates(x, z).items():
-            found = [(_out_of_fold(fit, x, z, self.ordinals, folds), fit) for fit in candidates]
-            outside[name], best = min(found, key=lambda pair: float(np.abs(pair[0] - z).mean()))
+            tried = [(_out_of_fold(fit, x, z, self.ordinals, folds), fit) for fit in candidates]
+            outside[name], best = min(tried, key=lambda pair: float(np.abs(pair[0] - z).mean()))
             self.models[name] = best(x, z, self.ordinals)
+        # 2. A stack of all kinds.
         weights, outside["stack"] = _stack(np.column_stack(list(outside.values())), z, folds)
         self.models["stack"] = _weighted(list(self.models.values()), weights)
+        # 3. The kind that ranks best.
         self.scores = {name: report(y, p * self._scale + self._offset) for name, p in outside.items()}
         eligible = [name for name in self.models if name not in set_aside]
         if eligible:
             self.chosen = min(eligible, key=lambda name: (-self.scores[name].kendall, self.scores[name].mae))
 
-    def _candidates(self, x: Matrix, z: Vector) -> Mapping[str, list[Callable[[Matrix, Vector, int], Model]]]:
+    def _candidates(self, x: Matrix, z: Vector) -> Mapping[str, list[Fit]]:
+        """For each kind, how to train it with each of its hyperparameters."""
         kernel = _kernel(x, z, self.ordinals)
         return {
             "ridge": [partial(_ridge, alpha=alpha) for alpha in (0.1, 1.0, 10.0, 100.0)],
@@ -174,28 +178,23 @@ class Predictor:
         }
 
     def predict(self, x: Matrix) -> Vector:
-        """Predictions of the chosen kind, [n]. ValueError where none is in use."""
+        """Predictions of the chosen kind, [n], in the objective's units. Raises ValueError where none is in use."""
         if self.chosen is None:
             raise ValueError("no predictor is in use")
         return self._predict(self.models[self.chosen], x)
 
     def deviation(self, x: Matrix) -> Vector | None:
-        """The Gaussian process's standard deviations, [n], in the objective's units; None where it is not
-        trained.
-        """
-        known = self.models["gp"].deviation if "gp" in self.models else None
-        return None if known is None else known(x) * self._scale
+        """The Gaussian process's standard deviations, [n], in the objective's units; None where it is not trained."""
+        deviation = self.models["gp"].deviation if "gp" in self.models else None
+        return None if deviation is None else deviation(x) * self._scale
 
     @unchecked
     def _predict(self, model: Model, x: Matrix) -> Vector:
         return model.mean(x) * self._scale + self._offset
 
 
-Fit = Callable[[Matrix, Vector, int], Model]
-Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
-
-
 def _out_of_fold(fit: Fit, x: Matrix, y: Vector, ordinals: int, folds: Folds) -> Vector:
+    """Predictions for every row, [n], from models trained without it."""
     predicted = np.empty(len(y))
     for inside, outside in folds:
         predicted[outside] = fit(x[inside], y[inside], ordinals).mean(x[outside])
@@ -203,9 +202,8 @@ def _out_of_fold(fit: Fit, x: Matrix, y: Vector, ordinals: int, folds: Folds) ->
 
 
 def _stack(predictions: Matrix, y: Vector, folds: Folds) -> tuple[Vector, Vector]:
-    """Non-negative weights of the models' out-of-fold predictions, and the stack's own out-of-fold
-    predictions.
-    """
+    """Non-negative weights of the models, [models], from their out-of-fold predictions [n, models] (Breiman 1996,
+    stacked regressions), and the stack's out-of-fold predictions, [n]."""
     outside = np.empty(len(y))
     for rows, held_out in folds:
         outside[held_out] = predictions[held_out] @ nnls(predictions[rows], y[rows])[0]
@@ -213,5 +211,6 @@ def _stack(predictions: Matrix, y: Vector, folds: Folds) -> tuple[Vector, Vector
 
 
 def _weighted(models: list[Model], weights: Vector) -> Model:
+    """The weighted sum of models."""
     used = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight > 0]
-    return Model("stack", lambda x: sum((w * m.mean(x) for m, w in used), np.zeros(len(x))))
+    return Model(lambda x: sum((w * m.mean(x) for m, w in used), np.zeros(len(x))))

@@ -1,6 +1,6 @@
 """Search spaces as recipes write them: by name, or gene by gene.
 
-A written space maps names of genes to values; `read` makes the genes of it that a `SearchSpace` is built from.
+`read_space` makes of them the genes that a `SearchSpace` is built from.
 """
 
 from __future__ import annotations
@@ -8,23 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
+from search.genes import SIZES
 from supernet.architecture import LayerSizes, Structure
 
 POLICIES = ("first", "alternate", "late-block")
-"""Which layers a depth gene keeps, where nothing has to be measured to know; beside them there is `importance`."""
+"""Which layers a depth gene keeps, of the policies that need no measurement; `importance` is one more."""
 
-SIZES: dict[str, Callable[[LayerSizes], int]] = {
-    "kv": lambda layer: layer.num_key_value_heads,
-    "ffn": lambda layer: layer.intermediate_size,
-    "experts": lambda layer: layer.num_experts,
-    "heads": lambda layer: layer.num_attention_heads // max(layer.num_key_value_heads, 1),
-}
-"""A layer's sizes under the names of genes; `heads` is query heads for each key-value head."""
-
-Written = dict[str, Any]
-"""Names of genes, with `*` and ranges for layers, to values."""
+RecipeSpace = dict[str, object]
+"""A space as a recipe writes it: names of genes, with `*` and ranges for layers, to values."""
+WriteDepth = Callable[[Iterable[int]], object]
+"""Writes a `depth` gene of these values, under the policy or order that was asked for."""
 
 
 def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -33,16 +28,16 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
     `first` keeps the first (DyNAS-T's rule for BERT and ViT), `alternate` removes evenly spaced ones
     (AutoDistil), `late-block` removes one block that ends just before the last sixteenth of the layers, at
     least one (the late-middle block of the depth-pruning papers). `importance` keeps the first `depth` of
-    `order`, which lists all layers, most important first.
+    `order`, which lists all layers, most important first. Raises ValueError for any other policy.
     """
-    gone = layers - depth
+    count = layers - depth  # to remove
     if policy == "first":
         removed: Iterable[int] = range(depth, layers)
     elif policy == "alternate":
-        removed = {int((i + 0.5) * layers / gone) for i in range(gone)}
+        removed = {int((i + 0.5) * layers / count) for i in range(count)}
     elif policy == "late-block":
-        end = max(layers - max(1, layers // 16), gone)
-        removed = range(end - gone, end)
+        end = max(layers - max(1, layers // 16), count)
+        removed = range(end - count, end)
     elif policy == "importance" and order is not None:
         removed = set(order[depth:])
     else:
@@ -51,12 +46,13 @@ def kept_layers(policy: str, layers: int, depth: int, order: Sequence[int] | Non
 
 
 def widths(base: int, step: int | None = None, unit: int = 1) -> tuple[int, ...]:
-    """FFN widths from `step` to `base`, in steps that hardware and quantization groups like.
+    """FFN widths from `step` to `base`, in steps that suit hardware and quantization groups.
 
     Without `step`: multiples of the largest of 128, 64 and 32 that divides `base` into at least 8 parts,
     thinned to about 12 values. A base that 32 does not divide gets the multiples of 32 below it and itself; one
-    below 64 gets about 8 values, multiples of `unit`. A remainder of less than half a step is not worth a value of
-    its own.
+    below 64 gets about 8 values, multiples of `unit`. A last step of less than half is left out.
+
+    Raises ValueError for a `step` that neither divides the base nor is a multiple of 32.
     """
     if step is None:
         if base < 64:
@@ -67,19 +63,19 @@ def widths(base: int, step: int | None = None, unit: int = 1) -> tuple[int, ...]
             coarse = math.ceil(parts / 12)
             step = block * next((c for c in range(coarse, parts // 8 + 1) if parts % c == 0), coarse)
     elif not isinstance(step, int) or not 0 < step <= base or (base % step and step % 32):
-        fitting = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
+        divisors = [d for d in range(1, base + 1) if base % d == 0 and base // d <= 64]
         raise ValueError(
             f"a step of {step} does not divide the FFN width {base}; valid are its divisors "
-            f"({', '.join(map(str, fitting))}) and multiples of 32 below it"
+            f"({', '.join(map(str, divisors))}) and multiples of 32 below it"
         )
     below = [w for w in range(step, base, step) if base - w >= step / 2]
     return (*below, base)
 
 
-def _fine(structure: Structure, step: int | None, depth: Callable[..., Any]) -> Written:
+def _fine(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Heads and FFN width of each layer, 0 included, at a step of the FFN width that suits hardware and quantization
     groups, and the number of experts."""
-    genes: Written = {}
+    genes: RecipeSpace = {}
     for i, layer in enumerate(structure.base.layers):
         if layer.num_key_value_heads:
             genes[f"kv.{i}"] = list(range(layer.num_key_value_heads + 1))
@@ -89,20 +85,20 @@ def _fine(structure: Structure, step: int | None, depth: Callable[..., Any]) -> 
     return genes
 
 
-def _llama_nas(structure: Structure, step: int | None, depth: Callable[..., Any]) -> Written:
+def _llama_nas(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Three depths and two FFN widths for each layer: {24, 28, 32} and {5504, 11008} on Llama-2-7B, in proportion
     elsewhere (LLaMA-NAS, section 3)."""
     count = len(structure.base.layers)
-    genes: Written = {"depth": depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count])}
+    genes: RecipeSpace = {"depth": depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count])}
     for i, layer in enumerate(structure.base.layers):
         genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step, structure.step(layer))
     return genes
 
 
-def _instatune(structure: Structure, step: int | None, depth: Callable[..., Any]) -> Written:
+def _instatune(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Depths from three quarters up, half to all heads, half to all of the FFN, for each layer."""
     count = len(structure.base.layers)
-    genes: Written = {"depth": depth(range(_shrunk(count, 3, 4), count + 1))}
+    genes: RecipeSpace = {"depth": depth(range(_shrunk(count, 3, 4), count + 1))}
     for i, layer in enumerate(structure.base.layers):
         if kv := layer.num_key_value_heads:
             genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
@@ -110,12 +106,12 @@ def _instatune(structure: Structure, step: int | None, depth: Callable[..., Any]
     return genes
 
 
-def _any_layers(structure: Structure, step: int | None, depth: Callable[..., Any]) -> Written:
+def _any_layers(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Any subset of layers."""
     return {f"layer.{i}": [0, 1] for i in range(len(structure.base.layers))}
 
 
-def _uniform(structure: Structure, step: int | None, depth: Callable[..., Any]) -> Written:
+def _uniform(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Depth, one FFN width and one number of heads for all layers."""
     layers = structure.base.layers
     return {
@@ -125,15 +121,14 @@ def _uniform(structure: Structure, step: int | None, depth: Callable[..., Any]) 
     }
 
 
-PRESETS: dict[str, Callable[[Structure, int | None, Callable[..., Any]], Written]] = {
+PRESETS: dict[str, Callable[[Structure, int | None, WriteDepth], RecipeSpace]] = {
     "llama-nas": _llama_nas,
     "instatune": _instatune,
     "depth": _any_layers,
     "uniform": _uniform,
     "fine": _fine,
 }
-"""Named spaces. Each is given the structure, a step of the FFN width (None: its own choice), and what writes a `depth`
-gene of these values under the policy or order that was asked for."""
+"""Named spaces, from the structure, a step of the FFN width (None: the space chooses) and what writes a depth gene."""
 
 
 def _experts(count: int, per_token: int) -> list[int]:
@@ -142,7 +137,7 @@ def _experts(count: int, per_token: int) -> list[int]:
 
 
 def _shrunk(count: int, numerator: int, denominator: int) -> int:
-    """A share of `count` layers, different for 3/4, 7/8 and 1 wherever `count` has three values to give."""
+    """A share of `count` layers, different for 3/4, 7/8 and 1 where `count` is at least 3."""
     missing = {4: 2, 8: 1}[denominator]
     return max(1, min(round(count * numerator / denominator), count - missing))
 
@@ -155,20 +150,19 @@ def _shares(base: int, shares: Sequence[float], step: int | None, least: int) ->
     return sorted({max(unit, round(base * share / unit) * unit) for share in shares} - {base} | {base})
 
 
-def _depth(values: Iterable[int], policy: str, order: Sequence[int] | None) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"values": sorted(set(values)), "policy": policy}
-    if order is not None:
-        chosen["order"] = list(order)
-    return chosen
+def _depth(values: Iterable[int], policy: object, order: Sequence[int] | None) -> dict[str, object]:
+    """A depth gene as `_read_depth` reads it."""
+    gene: dict[str, object] = {"values": sorted(set(values)), "policy": policy}
+    return gene if order is None else gene | {"order": list(order)}
 
 
-def read(
-    data: Mapping[str, Any], structure: Structure, measured_order: Sequence[int] | None = None
+def read_space(
+    data: Mapping[str, object], structure: Structure, measured_order: Sequence[int] | None = None
 ) -> tuple[dict[str, tuple[int, ...]], list[tuple[int, ...]] | None]:
-    """Values of each gene of a written space, and the layers that each value of `depth` keeps (None without `depth`).
+    """Values of each gene of a space in a recipe, and the layers that each value of `depth` keeps (None without it).
 
-    `SearchSpace.from_dict` says what can be written. ValueError, with what would be valid, for what cannot be read;
-    whether the original can be cut to the values is for `SearchSpace` to say.
+    `SearchSpace.from_dict` says what can be written. Raises ValueError, with what would be valid, for what cannot be
+    read; whether the base can be cut to the values is for `search.genes.check_genes` to say.
     """
     if not isinstance(data, Mapping):
         raise ValueError("a search space is a mapping from gene names to values")
@@ -186,8 +180,8 @@ def read(
     return genes, kept
 
 
-def _over_preset(data: Mapping[str, Any], structure: Structure) -> Written:
-    """The lines of a written space put over those of the named space that it starts from."""
+def _over_preset(data: Mapping[str, Any], structure: Structure) -> RecipeSpace:
+    """The lines of a recipe's space put over those of the named space that it starts from."""
     name, step, order = data["preset"], data.get("step"), data.get("order")
     if name not in PRESETS:
         raise ValueError(f"unknown search space '{name}'; valid are {', '.join(PRESETS)}")
@@ -200,7 +194,8 @@ def _over_preset(data: Mapping[str, Any], structure: Structure) -> Written:
     return genes | {gene: values for gene, values in data.items() if gene not in ("preset", "step", "policy", "order")}
 
 
-def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) -> list[tuple[int, ...]]:
+def _read_depth(values: object, layers: int, measured_order: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """The layers that each value of a depth gene keeps."""
     if not isinstance(values, Mapping):
         values = {"values": values}
     unknown = set(values) - {"values", "policy", "order", "keep"}
@@ -223,15 +218,16 @@ def _read_depth(values: Any, layers: int, measured_order: Sequence[int] | None) 
     depths = values.get("values")
     if not isinstance(depths, Sequence) or not all(isinstance(d, int) and 1 <= d <= layers for d in depths):
         raise ValueError(f"depth: {depths} are not all whole numbers from 1 to {layers}")
-    return [kept_layers(policy, layers, depth, order) for depth in depths]
+    return [kept_layers(str(policy), layers, depth, order) for depth in depths]
 
 
-def _whole_numbers(values: Any) -> bool:
+def _whole_numbers(values: object) -> TypeGuard[Sequence[int]]:
+    """Whether it is a list of whole numbers."""
     return isinstance(values, Sequence) and all(isinstance(value, int) for value in values)
 
 
 def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
-    """The genes that a name of a written space stands for; `*` is all layers that have such a size."""
+    """The genes that a name in a recipe stands for; `*` is all layers that have such a size."""
     kind, _, where = name.partition(".")
     layers = len(base)
     if where == "*":
@@ -243,7 +239,7 @@ def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
     return [name]
 
 
-def _read_values(name: str, values: Any, structure: Structure) -> tuple[int, ...]:
+def _read_values(name: str, values: object, structure: Structure) -> tuple[int, ...]:
     if isinstance(values, Mapping):
         kind, _, index = name.partition(".")
         if kind != "ffn" or set(values) - {"step", "min"}:

@@ -1,4 +1,4 @@
-"""The search loop: ask an algorithm, have its architectures measured wherever that is, tell it, report."""
+"""The search loop: an algorithm asks for architectures, they are measured and told to it, generation by generation."""
 
 from __future__ import annotations
 
@@ -6,29 +6,69 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
+from search.algorithms import Algorithm, AlgorithmReport
 from search.algorithms import algorithm as algorithm_named
 from search.algorithms.greedy import Greedy
-from search.multi_fidelity import Screening
-from search.objectives import Constraint, Evaluation, Objective, check, number
+from search.multi_fidelity import ScreeningFilter
+from search.objectives import Constraint, Evaluation, EvaluationRecord, Objective, check, number
 from search.pareto import Costs, costs, front, hypervolume, violations
+from search.sampling import sample_sizes
 from search.space import SearchSpace
 from supernet.architecture import Architecture
 
 Measure = Callable[[list[Architecture]], Iterable[tuple[Architecture, Mapping[str, float]]]]
 """Measures architectures, in any order, each yielded as soon as it is known, with its values by name.
 
-One that was measured before comes from the store, at once; so does all of an interrupted search, when it is
-run again.
+One that was measured before comes from the store, at once; so does all of an interrupted search, when it is run again.
 """
+OnEvaluation = Callable[[Evaluation], None]
+
+
+class Seconds(TypedDict):
+    """Seconds of a generation: measuring, and everything else."""
+
+    evaluation: float
+    overhead: float
+
+
+class GenerationRecord(AlgorithmReport):
+    """How one generation went, as front.json holds it."""
+
+    generation: int
+    evaluations: int
+    """So far, screened ones too."""
+    new: int
+    full: int
+    """Of the new ones, those measured on all documents."""
+    hypervolume: float
+    """Of everything measured in full so far; `search` says in which unit."""
+    front: int
+    """Architectures on the front so far."""
+    seconds: Seconds
+
+
+class SearchRecord(TypedDict):
+    """A whole search as front.json holds it."""
+
+    algorithm: str
+    seed: int
+    space: dict[str, object]
+    objectives: list[dict[str, str]]
+    constraints: list[str]
+    reference: list[float]
+    evaluations: list[EvaluationRecord]
+    front: list[str]
+    gene_counts: dict[str, dict[int, int]]
+    generations: list[GenerationRecord]
 
 
 @dataclass
 class SearchResult:
-    """All that a search measured, and how it went: one record of plain JSON types for each generation."""
+    """All that a search measured, and how it went."""
 
     space: SearchSpace
     objectives: tuple[Objective, ...]
@@ -36,8 +76,9 @@ class SearchResult:
     algorithm: str
     seed: int
     evaluations: list[Evaluation] = field(default_factory=list)
-    generations: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[GenerationRecord] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
+    """The hypervolume's reference point, in the objectives' units."""
 
     @property
     def front(self) -> list[Evaluation]:
@@ -54,7 +95,8 @@ class SearchResult:
                     counts[gene.name][gene.values[index]] += 1
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> SearchRecord:
+        """The search in plain JSON types."""
         return {
             "algorithm": self.algorithm,
             "seed": self.seed,
@@ -82,31 +124,30 @@ def search(
     include: Iterable[Architecture] = (),
     warm_start: Iterable[Architecture] = (),
     known: Iterable[Evaluation] = (),
-    first_look: Measure | None = None,
+    screening: Measure | None = None,
     share: float = 0.25,
     reference: Sequence[float] | None = None,
-    on_evaluation: Callable[[Evaluation], None] | None = None,
-    on_generation: Callable[[dict[str, Any]], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    on_generation: Callable[[GenerationRecord], None] | None = None,
 ) -> SearchResult:
     """Search `space` with a budget of `evaluations` measured architectures.
 
-    The first generation is the base, the smallest, `include` (such as `space.uniform_members(8)`),
-    `warm_start`, and random architectures spread over all sizes within the constraints, `population` in all;
-    then `algorithm` decides. `known` are evaluations of an earlier phase of the same search: they count towards
-    the budget and the front, and are not asked for again. `on_evaluation` is called the moment each full
-    measurement arrives, `on_generation` with each generation's record.
+    The first generation is the base, the smallest, `include` (such as `uniform_members(space, 8)`), `warm_start`, and
+    random architectures spread over all sizes within the constraints, `population` in all; then `algorithm` decides.
+    `known` are evaluations of an earlier phase of the same search: they count towards the budget and the front, and
+    are not asked for again. `on_evaluation` is called the moment each full measurement arrives, `on_generation` with
+    each generation's record.
 
-    `first_look` measures on a `share` of the documents. After the first generation it goes first, and only what can
-    still matter is measured in full (see `FirstLooks`); the rest is told to the algorithm as foretold, and is never on
-    the front. The budget is then counted in documents: a first look costs `share` of an evaluation.
+    `screening` measures on a `share` of the documents. After the first generation it goes first, and only what can
+    still matter is measured in full (see `ScreeningFilter`); for the rest the algorithm is told the prediction, which
+    is never on the front. The budget is then counted in documents: a screening costs `share` of an evaluation.
 
-    The same arguments and measurements give the same search; so an interrupted one is resumed by running it
-    again with a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in
-    the objectives' own units; by default the worst of each objective in the first generation. Hypervolumes
-    are in units of the box between the reference and the best of each objective in the first generation, and
-    can exceed 1.
+    The same arguments and measurements give the same search; so an interrupted one is resumed by running it again with
+    a `measure` that knows what was measured. `reference` is the hypervolume's reference point, in the objectives'
+    units; by default the worst of each objective in the first generation. Hypervolumes are in units of the box between
+    the reference and the best of each objective in the first generation, and can exceed 1.
 
-    ValueError for a request that cannot be met; what `measure` raises passes through.
+    Raises ValueError for a request that cannot be met; what `measure` raises passes through.
     """
     check(objectives)
     check_constraints(space, constraints)
@@ -114,7 +155,6 @@ def search(
         raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
     rng = np.random.default_rng(seed)
     initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
-    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed, list(known))
     searcher = algorithm_named(algorithm)(
         space,
         objectives,
@@ -124,62 +164,100 @@ def search(
         constraints=constraints,
         initial=initial[:evaluations],
     )
+    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed, list(known))
     searcher.tell([(e.architecture, e.values) for e in result.evaluations])
-    looks = Screening(objectives, constraints)
-    spent = float(len(result.evaluations))
-    scale: tuple[Costs, Costs] | None = None
-    began = time.perf_counter()
-    while True:
-        generation = len(result.generations)
-        looking = first_look if generation else None  # the first generation teaches what a first look is worth
-        room = int((evaluations - spent) / (1 + share if looking else 1))
-        asked = searcher.ask(min(population if generation else len(initial), room)) if room else []
-        if not asked:
-            break
-        asking = dict(searcher.report)
-        measuring = time.perf_counter()
-        places = {architecture: index for index, architecture in enumerate(asked, len(result.evaluations))}
-        foretold: dict[Architecture, Evaluation] = {}
-        firsts: dict[Architecture, Mapping[str, float]] = {}
-        if looking is not None:
-            firsts = dict(looking(asked))
-            for architecture in asked:
-                values = searcher.complete(architecture, looks.corrected(firsts[architecture]))
-                expected = Evaluation(architecture, values, generation, places[architecture], full=False)
-                if looks.rules_out(expected, [e for e in result.evaluations if e.full]):
-                    foretold[architecture] = expected
-        wanted = [a for a in asked if a not in foretold]
-        found = _measured(wanted, measure, searcher.complete, generation, places, on_evaluation)
-        if first_look is not None:
-            firsts = firsts or dict(first_look(wanted))
-            for architecture in wanted:
-                looks.learn(firsts[architecture], found[architecture].values)
-        measured = time.perf_counter()
-        spent += len(wanted) + (share * len(asked) if looking else 0)
-        fresh = [(found | foretold)[architecture] for architecture in asked]
-        result.evaluations += fresh
-        searcher.report = {}
-        searcher.tell([(e.architecture, e.values) for e in fresh])
-        if scale is None:
-            scale = _scale(result, reference)
-            result.reference = [float(o.cost(v)) for o, v in zip(objectives, scale[1], strict=True)]
-        record = {
-            "generation": generation,
-            "evaluations": len(result.evaluations),
-            "new": len(fresh),
-            "full": len(wanted),
-            "hypervolume": _hypervolume(result, *scale),
-            "front": len(result.front),
-            **asking,
-            **searcher.report,
-            "seconds": {"evaluation": measured - measuring, "overhead": 0.0},
-        }
-        record["seconds"]["overhead"] = time.perf_counter() - began - (measured - measuring)
-        began = time.perf_counter()
-        result.generations.append(record)
+    generations = _Generations(result, searcher, measure, screening, share, reference, on_evaluation)
+    while asked := generations.ask(population if result.generations else len(initial)):
+        record = generations.run(asked)
         if on_generation is not None:
             on_generation(record)
     return result
+
+
+@dataclass
+class _Generations:
+    """Runs one generation after another of a search, and adds them to its result."""
+
+    result: SearchResult
+    searcher: Algorithm
+    measure: Measure
+    screening: Measure | None
+    share: float
+    reference: Sequence[float] | None
+    on_evaluation: OnEvaluation | None
+
+    def __post_init__(self) -> None:
+        self.filter = ScreeningFilter(self.result.objectives, self.result.constraints)
+        self.spent = float(len(self.result.evaluations))
+        self.box: tuple[Costs, Costs] | None = None
+        self.began = time.perf_counter()
+
+    @property
+    def screens(self) -> bool:
+        """Whether the coming generation is screened: not the first, which teaches what a screening is worth."""
+        return self.screening is not None and bool(self.result.generations)
+
+    def ask(self, n: int) -> list[Architecture]:
+        """The next generation: up to `n` architectures, as many as the budget still pays for."""
+        affordable = int((self.searcher.evaluations - self.spent) / (1 + self.share if self.screens else 1))
+        return self.searcher.ask(min(n, affordable)) if affordable else []
+
+    def run(self, asked: list[Architecture]) -> GenerationRecord:
+        """Measure a generation, tell the algorithm, and record it."""
+        result, searcher = self.result, self.searcher
+        ask_report = searcher.report
+        measuring = time.perf_counter()
+        new = self._evaluate(asked)
+        seconds = time.perf_counter() - measuring
+        result.evaluations += new
+        searcher.report = {}
+        searcher.tell([(e.architecture, e.values) for e in new])
+        if self.box is None:
+            self.box = _box(result, self.reference)
+            result.reference = [float(o.cost(v)) for o, v in zip(result.objectives, self.box[1], strict=True)]
+        record: GenerationRecord = {
+            "generation": len(result.generations),
+            "evaluations": len(result.evaluations),
+            "new": len(new),
+            "full": sum(e.full for e in new),
+            "hypervolume": _hypervolume(result, *self.box),
+            "front": len(result.front),
+            **ask_report,
+            **searcher.report,
+            "seconds": {"evaluation": seconds, "overhead": 0.0},
+        }
+        record["seconds"]["overhead"] = time.perf_counter() - self.began - seconds
+        self.began = time.perf_counter()
+        result.generations.append(record)
+        return record
+
+    def _evaluate(self, asked: list[Architecture]) -> list[Evaluation]:
+        """An evaluation of each architecture asked for: measured in full, or predicted where the screening rules it
+        out."""
+        generation = len(self.result.generations)
+        places = {architecture: index for index, architecture in enumerate(asked, len(self.result.evaluations))}
+        screens = self.screens
+        # 1. Screen all of them.
+        screened: dict[Architecture, Mapping[str, float]] = {}
+        predicted: dict[Architecture, Evaluation] = {}
+        if self.screening is not None and screens:
+            screened = dict(self.screening(asked))
+            in_full = [e for e in self.result.evaluations if e.full]
+            for architecture in asked:
+                values = self.searcher.complete(architecture, self.filter.corrected(screened[architecture]))
+                expected = Evaluation(architecture, values, generation, places[architecture], full=False)
+                if self.filter.rules_out(expected, in_full):
+                    predicted[architecture] = expected
+        # 2. Measure in full what can still matter.
+        remaining = [a for a in asked if a not in predicted]
+        measured = _measured(remaining, self.measure, self.searcher.complete, generation, places, self.on_evaluation)
+        # 3. Learn by how much screenings are off.
+        if self.screening is not None:
+            screened = screened or dict(self.screening(remaining))
+            for architecture in remaining:
+                self.filter.learn(screened[architecture], measured[architecture].values)
+        self.spent += len(remaining) + (self.share * len(asked) if screens else 0)
+        return [(measured | predicted)[architecture] for architecture in asked]
 
 
 def greedy_path(
@@ -191,19 +269,19 @@ def greedy_path(
     population: int = 50,
     seed: int = 0,
     constraints: Sequence[Constraint] = (),
-    on_evaluation: Callable[[Evaluation], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> list[Evaluation]:
     """Up to `evaluations` of greedy perturbation alone, from the base down: a warm start for `search` (`known`)."""
     searcher = Greedy(
         space, objectives, population=population, evaluations=evaluations, seed=seed, constraints=constraints
     )
-    found: list[Evaluation] = []
-    while len(found) < evaluations and (asked := searcher.ask(min(population, evaluations - len(found)))):
-        places = {architecture: index for index, architecture in enumerate(asked, len(found))}
-        fresh = _measured(asked, measure, searcher.complete, 0, places, on_evaluation)
-        found += [fresh[architecture] for architecture in asked]
-        searcher.tell([(e.architecture, e.values) for e in found[-len(asked) :]])
-    return found
+    path: list[Evaluation] = []
+    while len(path) < evaluations and (asked := searcher.ask(min(population, evaluations - len(path)))):
+        places = {architecture: index for index, architecture in enumerate(asked, len(path))}
+        measured = _measured(asked, measure, searcher.complete, 0, places, on_evaluation)
+        path += [measured[architecture] for architecture in asked]
+        searcher.tell([(e.architecture, e.values) for e in path[-len(asked) :]])
+    return path
 
 
 def first_generation(
@@ -216,10 +294,9 @@ def first_generation(
     """The base, the smallest, all of `include`, and architectures spread over the sizes that constraints on
     `parameters` leave, up to `n` in all; more only where `include` needs it.
 
-    ValueError where `include` holds something that the space does not.
+    Raises ValueError where `include` holds something that the space does not.
     """
-    included = list(include)
-    chosen = dict.fromkeys([space.base, space.smallest(), *included])
+    chosen = dict.fromkeys([space.base, space.smallest(), *include])
     for architecture in chosen:
         space.encode(architecture)
     sized = [c for c in constraints if c.objective.name == "parameters"]
@@ -229,12 +306,12 @@ def first_generation(
         missing = n - len(chosen)
         if missing <= 0:
             break
-        chosen |= dict.fromkeys(space.decode_all(space.sample_sizes(rng, missing, least, most)))
+        chosen |= dict.fromkeys(space.decode_all(sample_sizes(space, rng, missing, least, most)))
     return list(chosen)
 
 
 def check_constraints(space: SearchSpace, constraints: Sequence[Constraint]) -> None:
-    """ValueError, naming what is within reach, for a computed bound that neither end of the space meets."""
+    """Raises ValueError, naming what is within reach, for a computed bound that neither end of the space meets."""
     for constraint in constraints:
         objective = constraint.objective
         if objective.compute is None:
@@ -253,22 +330,24 @@ def _measured(
     complete: Callable[[Architecture, Mapping[str, float]], dict[str, float]],
     generation: int,
     places: Mapping[Architecture, int],
-    on_evaluation: Callable[[Evaluation], None] | None,
+    on_evaluation: OnEvaluation | None,
 ) -> dict[Architecture, Evaluation]:
-    """A full evaluation of everything asked for, whatever the order in which they arrive."""
-    found: dict[Architecture, Evaluation] = {}
+    """A full evaluation of everything asked for, in the order in which they arrive."""
+    evaluations: dict[Architecture, Evaluation] = {}
     for architecture, values in measure(asked):
-        if architecture not in asked or architecture in found:
+        if architecture not in asked or architecture in evaluations:
             raise ValueError(f"architecture {architecture.key} was measured but not asked for")
-        found[architecture] = Evaluation(architecture, complete(architecture, values), generation, places[architecture])
+        evaluation = Evaluation(architecture, complete(architecture, values), generation, places[architecture])
+        evaluations[architecture] = evaluation
         if on_evaluation is not None:
-            on_evaluation(found[architecture])
-    if len(found) < len(asked):
-        raise RuntimeError(f"{len(asked) - len(found)} of {len(asked)} architectures came back without a measurement")
-    return found
+            on_evaluation(evaluation)
+    missing = len(asked) - len(evaluations)
+    if missing:
+        raise RuntimeError(f"{missing} of {len(asked)} architectures came back without a measurement")
+    return evaluations
 
 
-def _scale(result: SearchResult, reference: Sequence[float] | None) -> tuple[Costs, Costs]:
+def _box(result: SearchResult, reference: Sequence[float] | None) -> tuple[Costs, Costs]:
     """Best and worst of each objective in the first generation, less is better; the worst may be given."""
     values = costs(result.evaluations, result.objectives)
     values = values[np.isfinite(values).all(axis=1)]
@@ -281,9 +360,10 @@ def _scale(result: SearchResult, reference: Sequence[float] | None) -> tuple[Cos
 
 
 def _hypervolume(result: SearchResult, best: Costs, worst: Costs) -> float:
+    """Hypervolume of what was measured in full and is feasible, in units of the box from `best` to `worst`."""
     full = [e for e in result.evaluations if e.full]
     values = costs(full, result.objectives)
     feasible = ~(violations(full, result.constraints) > 0).any(axis=1)
     values = values[np.isfinite(values).all(axis=1) & feasible]
-    box = np.where(worst > best, worst - best, 1.0)
-    return hypervolume((values - best) / box, (worst - best) / box)
+    size = np.where(worst > best, worst - best, 1.0)
+    return hypervolume((values - best) / size, (worst - best) / size)

@@ -13,7 +13,7 @@ Split = Literal["search", "report", "all"]
 
 
 class Score(BaseModel):
-    """What one task, or held-out text, says about one network."""
+    """The score of one network on one task, or on held-out text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -41,7 +41,7 @@ class Score(BaseModel):
 
     @property
     def near_chance(self) -> bool:
-        """Whether the score is within two known standard errors of chance, so that it tells nothing."""
+        """Whether the score is within two known standard errors of chance, and so cannot be told from guessing."""
         return self.stderr is not None and self.stamp == "near chance"
 
     @property
@@ -55,7 +55,7 @@ class Score(BaseModel):
     def uncertainty(self) -> float:
         """The standard error over documents, estimated where lm-eval gives none.
 
-        lm-eval knows none for one document in each part of a group, and 0 where all documents agree. That is too few
+        lm-eval gives none for one document in each part of a group, and 0 where all documents agree. That is too few
         documents and not certainty: a score between 0 and 1 then has the error of a share, with one more document that
         succeeded and one that failed (Laplace). Nothing is known of other scores: 0.
         """

@@ -1,8 +1,7 @@
-"""The evaluation store: every measured sub-network, in SQLite, the moment it is measured.
+"""The evaluation store: every measured sub-network, in SQLite, as soon as it is measured.
 
-One file that is whole after a kill at any moment: each evaluation is a transaction of its own under SQLite's
-rollback journal with full synchronisation. (A write-ahead log would be quicker, but a copy of the file alone
-would miss rows.)
+The file is whole after a kill at any moment: each evaluation is one transaction under SQLite's rollback journal with
+full synchronisation. (A write-ahead log would be quicker, but a copy of the file alone would miss rows.)
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class StoredRow(NamedTuple):
 
 
 class EvaluationStore:
-    """`evaluations.db`. Opening an existing one resumes; ValueError for a file that is damaged or something
-    else's.
+    """`evaluations.db`. Opening an existing one resumes. Raises ValueError for a file that is damaged, or that another
+    program made.
 
     Usable from several threads, and from several processes that wait for one another's writes.
     """
@@ -76,6 +75,7 @@ class EvaluationStore:
             raise
 
     def _open(self) -> None:
+        """Make the tables of a new file, or check that an old one is ours and whole."""
         try:
             self._connection.execute("PRAGMA synchronous = FULL")
             with self._transaction():
@@ -99,6 +99,7 @@ class EvaluationStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        """Within, everything is written when the block ends, or nothing where it raises."""
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -111,7 +112,7 @@ class EvaluationStore:
     def put(self, architecture: Architecture, weights: str, key: ScoreKey, score: Score, seconds: float) -> None:
         """Record the score of an architecture with these weights; it is on disk when this returns.
 
-        Recorded again, the first record stays. ValueError for a score that is not a number.
+        Recorded again, the first record stays. Raises ValueError for a score that is not a number.
         """
         if math.isnan(score.value):
             raise ValueError(f"the score of {architecture.key} on {key.name} is not a number")

@@ -1,8 +1,9 @@
-"""Measure in several processes at once, on this machine or, through Ray, on many.
+"""Measure in several processes at once: on this machine (`Processes`), or on many through Ray (`RayWorkers`).
 
 A worker builds its measuring function once and is then handed one item at a time. A worker that dies (out of memory,
-a lost machine) costs the one item it had: another worker takes its place, and the item is tried again. An item
-that every try is lost on is an error that names it; so is an exception that the function raises, which is no death.
+a lost machine) costs one try of the item that it had: another worker takes its place, and the item is tried again. An
+item that is lost `TRIES` times is an error that names it. An exception that the function raises is raised here; the
+worker lives on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ Result = TypeVar("Result")
 Build = Callable[[], Callable[[Item], Result]]
 """Makes a worker's function. Runs in the worker, so it must be picklable: a module's function, or a `partial`."""
 
+Worker = Any
+"""A worker as its kind holds it: a `_Process`, or a Ray actor."""
+Outcome = tuple[bool, Any]
+"""Whether the worker lives, and the function's result or the exception that it raised (None of a dead worker)."""
+
 TRIES = 3
 """Deaths of workers on one item after which it is taken to be the item's fault."""
 
@@ -34,78 +40,83 @@ class WorkersLost(RuntimeError):
 
 
 class Workers(ABC, Generic[Item, Result]):
-    """`n` workers. A context manager: leaving it ends them."""
+    """`n` workers. A context manager: leaving it ends them.
+
+    A kind of worker has four methods: `_start` a worker, `_submit` an item to it, `_wait` for results, `_stop` it.
+    """
 
     def __init__(self, build: Build[Item, Result], n: int) -> None:
         self.build = build
         self.n = n
-        self._idle: list[Any] = []
+        self._waiting: list[Worker] = []
 
     def map(self, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-        """Each item with its result, as they arrive. Items next to one another go to the same worker where they can,
+        """Each item with its result, as they arrive. Items next to one another go to the same worker where possible,
         since neighbours may share work.
 
         Raises what the function raised, and `WorkersLost`.
         """
+        # 1. A queue of neighbouring items for each worker.
         n = min(self.n, len(items))
-        lanes = [deque(range(i * len(items) // n, (i + 1) * len(items) // n)) for i in range(n)]
+        queues = [deque(range(i * len(items) // n, (i + 1) * len(items) // n)) for i in range(n)]
         lost = [0] * len(items)
-        busy: dict[Any, tuple[int, deque[int]]] = {}
+        busy: dict[Worker, tuple[int, deque[int]]] = {}
 
-        def start(worker: Any, lane: deque[int]) -> None:
-            if not lane:  # the end of the longest lane is the farthest from being reached
-                longest = max(lanes, key=len)
-                number = longest.pop() if longest else None
-            else:
-                number = lane.popleft()
-            if number is None:
-                self._idle.append(worker)
-            else:
-                busy[worker] = number, lane
-                self._send(worker, items[number])
+        def submit_next(worker: Worker, queue: deque[int]) -> None:
+            """From its own queue or else the end of the longest, which is the farthest from being reached."""
+            source = queue or max(queues, key=len)
+            if not source:
+                self._waiting.append(worker)
+                return
+            number = source.popleft() if source is queue else source.pop()
+            busy[worker] = number, queue
+            self._submit(worker, items[number])
 
         try:
-            for lane in lanes:
-                start(self._idle.pop() if self._idle else self._hire(), lane)
+            # 2. Start with one item each.
+            for queue in queues:
+                submit_next(self._waiting.pop() if self._waiting else self._start(), queue)
             while busy:
-                for worker, (alive, answer) in self._answers(list(busy)):
-                    number, lane = busy.pop(worker)
+                for worker, (alive, result) in self._wait(list(busy)):
+                    number, queue = busy.pop(worker)
+                    # 3. A result: the worker goes on with the next item.
                     if alive:
-                        start(worker, lane)
-                        if isinstance(answer, Exception):
-                            raise answer
-                        yield items[number], answer
+                        submit_next(worker, queue)
+                        if isinstance(result, Exception):
+                            raise result
+                        yield items[number], result
                         continue
+                    # 4. A death: another worker takes its place. The item goes to the longest queue, so to another
+                    #    machine where there is one: what killed the worker may be the machine.
                     lost[number] += 1
                     if lost[number] == TRIES:
                         raise WorkersLost(f"{TRIES} workers died measuring {items[number]}")
-                    # Elsewhere first, where there is an elsewhere: what killed one worker may be the machine.
-                    max(lanes, key=len).append(number)
-                    start(self._hire(), lane)
+                    max(queues, key=len).append(number)
+                    submit_next(self._start(), queue)
         finally:
-            for worker in busy:  # left early: what they are at is no longer wanted
-                self._dismiss(worker)
+            for worker in busy:  # left early: their results are no longer wanted
+                self._stop(worker)
 
     @abstractmethod
-    def _hire(self) -> Any:
-        """A new worker, building its function."""
+    def _start(self) -> Worker:
+        """A new worker, which builds its function."""
 
     @abstractmethod
-    def _send(self, worker: Any, item: Item) -> None:
-        """Give an idle worker something to do."""
+    def _submit(self, worker: Worker, item: Item) -> None:
+        """Give a waiting worker an item."""
 
     @abstractmethod
-    def _answers(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any]]]:
-        """Wait, then what at least one worker has to say: whether it lives, and its result or exception."""
+    def _wait(self, busy: list[Worker]) -> list[tuple[Worker, Outcome]]:
+        """Wait until at least one worker is done or dead; each of these with its outcome."""
 
     @abstractmethod
-    def _dismiss(self, worker: Any) -> None:
-        """End a worker, whatever it is doing."""
+    def _stop(self, worker: Worker) -> None:
+        """End a worker, in the midst of its work or not."""
 
     def close(self) -> None:
         """End all workers."""
-        while self._idle:
-            self._dismiss(self._idle.pop())
+        while self._waiting:
+            self._stop(self._waiting.pop())
 
     def __enter__(self) -> Workers[Item, Result]:
         return self
@@ -120,45 +131,45 @@ class _Process:
     """A local worker: a process and our end of the pipe to it."""
 
     def __init__(self, build: Build[Any, Any]) -> None:
-        # A forked copy of a process that has threads, or a GPU open, hangs sooner or later.
+        # A forked copy of a process that has threads, or a GPU open, can hang.
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(build, theirs), daemon=True)
+        self.connection, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(build, far_end), daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        far_end.close()  # so that the end of the process is the end of the pipe
 
 
 class Processes(Workers[Item, Result]):
     """Workers that are processes of this machine."""
 
-    def _hire(self) -> _Process:
+    def _start(self) -> _Process:
         return _Process(self.build)
 
-    def _send(self, worker: _Process, item: Item) -> None:
-        with suppress(BrokenPipeError):  # already dead: `_answers` will find the pipe closed
+    def _submit(self, worker: _Process, item: Item) -> None:
+        with suppress(BrokenPipeError):  # already dead: `_wait` will find the pipe closed
             worker.connection.send(item)
 
-    def _answers(self, busy: list[_Process]) -> list[tuple[_Process, tuple[bool, Any]]]:
+    def _wait(self, busy: list[_Process]) -> list[tuple[_Process, Outcome]]:
         ready = wait([worker.connection for worker in busy])
-        found = []
+        outcomes: list[tuple[_Process, Outcome]] = []
         for worker in busy:
             if worker.connection in ready:
                 try:
-                    found.append((worker, (True, worker.connection.recv())))
+                    outcomes.append((worker, (True, worker.connection.recv())))
                 except (EOFError, ConnectionResetError):
-                    self._dismiss(worker)
-                    found.append((worker, (False, None)))
-        return found
+                    self._stop(worker)
+                    outcomes.append((worker, (False, None)))
+        return outcomes
 
-    def _dismiss(self, worker: _Process) -> None:
-        worker.process.kill()  # nothing it holds is worth a goodbye: results are recorded here
+    def _stop(self, worker: _Process) -> None:
+        worker.process.kill()  # it holds nothing that is needed: results are recorded here
         worker.process.join()
         worker.connection.close()
 
 
 def _serve(build: Build[Any, Any], connection: Connection) -> None:
-    """A local worker's life: ends with the pipe, so with whoever holds its other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours to handle
+    """What a local worker runs, until the pipe is closed or the process at its other end dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; the parent handles it
     server = _Server(build)
     while True:
         try:
@@ -169,7 +180,8 @@ def _serve(build: Build[Any, Any], connection: Connection) -> None:
 
 
 class _Server:
-    """Builds the function for the first item, so that a fault in building is answered like any other."""
+    """Runs the function within a worker. It is built for the first item, so that a fault in building is answered like
+    any other."""
 
     def __init__(self, build: Build[Any, Any]) -> None:
         self._build = build
@@ -184,14 +196,14 @@ class _Server:
         except Exception as error:
             try:
                 ForkingPickler.loads(ForkingPickler.dumps(error))  # what the pipe will do
-            except Exception:  # an exception whose constructor takes something else than it was given
+            except Exception:  # its constructor takes other arguments than it keeps
                 return RuntimeError(f"{type(error).__name__}: {error}")
             return error
 
 
 class RayWorkers(Workers[Item, Result]):
     """Workers that are Ray actors, each with `gpus` GPUs: on the cluster that RAY_ADDRESS names, or else on this
-    machine. All machines must see the files that `build` reads under the same paths.
+    machine. All machines must see the files that `build` reads under the same paths. Raises ValueError without Ray.
     """
 
     def __init__(self, build: Build[Item, Result], n: int, gpus: int = 0) -> None:
@@ -204,21 +216,21 @@ class RayWorkers(Workers[Item, Result]):
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         self._actor = ray.remote(_Server).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
-        self._asked: dict[Any, Any] = {}
+        self._pending: dict[Any, Worker] = {}  # Ray's references to results that are to come
 
-    def _hire(self) -> Any:
+    def _start(self) -> Worker:
         return self._actor.remote(self.build)
 
-    def _send(self, worker: Any, item: Item) -> None:
-        self._asked[worker.answer.remote(item)] = worker
+    def _submit(self, worker: Worker, item: Item) -> None:
+        self._pending[worker.answer.remote(item)] = worker
 
-    def _answers(self, busy: list[Any]) -> list[tuple[Any, tuple[bool, Any]]]:
-        (ready,), _ = self._ray.wait([ref for ref, worker in self._asked.items() if worker in busy], num_returns=1)
-        worker = self._asked.pop(ready)
+    def _wait(self, busy: list[Worker]) -> list[tuple[Worker, Outcome]]:
+        (ready,), _ = self._ray.wait([ref for ref, worker in self._pending.items() if worker in busy], num_returns=1)
+        worker = self._pending.pop(ready)
         try:
             return [(worker, (True, self._ray.get(ready)))]
         except self._ray.exceptions.RayError:  # `answer` returns what the function raises: only deaths come this way
             return [(worker, (False, None))]
 
-    def _dismiss(self, worker: Any) -> None:
+    def _stop(self, worker: Worker) -> None:
         self._ray.kill(worker)

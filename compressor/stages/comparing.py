@@ -209,7 +209,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
             size=comparison.size,
             seed=seed,
             path=f"comparison/{name}",
-            architecture=cut[1].to_dict(),
+            architecture=dict(cut[1].to_dict()),
             params=params,
             bytes=0,
             tokens=tokens,

@@ -194,9 +194,9 @@ def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
     """
     if not job.recipe.tasks:
         return
-    for leaves in job.tasks.questions("report").documents.values():
-        for leaf, documents in leaves:
+    for subtasks in job.tasks.requests("report").documents.values():
+        for subtask, documents in subtasks:
             for document in documents:
                 columns = [value if isinstance(value, list) else [value] for value in document.doc.values()]
                 texts = [text for column in columns for text in column if isinstance(text, str)]
-                yield f"{leaf.name} {document.index}", texts
+                yield f"{subtask.name} {document.index}", texts

@@ -61,7 +61,7 @@ def document_limit(job: Job, fidelity: Fidelity) -> int | None:
     limit, share = job.recipe.searching.limit, job.recipe.searching.screening
     if fidelity == "full" or share is None:
         return limit
-    sizes = [sum(subtask.size("search") for subtask in task.leaves) for task in job.tasks.tasks.values()]
+    sizes = [sum(subtask.size("search") for subtask in task.subtasks) for task in job.tasks.tasks.values()]
     return math.ceil(share * min(limit or max(sizes), max(sizes)))
 
 

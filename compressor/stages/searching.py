@@ -17,8 +17,9 @@ from evals.speed.table import SpeedTable
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
-from search.run import SearchResult, greedy_path
+from search.run import GenerationRecord, SearchResult, greedy_path
 from search.run import search as run_search
+from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -120,7 +121,7 @@ def run_searches(
         include=uniform_architectures(job),
         warm_start=starts,
         known=known,
-        first_look=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
+        screening=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
         share=settings.screening or 0.0,
         on_generation=progress.generation,
         **common,
@@ -145,7 +146,7 @@ class SearchProgress:
         share = self._best[1] / structure.parameters(structure.base)
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
 
-    def generation(self, record: dict[str, Any]) -> None:
+    def generation(self, record: GenerationRecord) -> None:
         """Log a generation; say which predictors were set aside in it."""
         self._job.run.log(generation_line(record))
         for name, predictors in record.get("predictors", {}).items():
@@ -154,14 +155,14 @@ class SearchProgress:
             self._set_aside[name] = predictors["set_aside"]
 
 
-def generation_line(record: dict[str, Any]) -> str:
+def generation_line(record: GenerationRecord) -> str:
     """A generation in one line of the log, with how the predictors in use ranked its newcomers beforehand."""
     parts = [f"generation {record['generation']}: {record['evaluations']} measured"]
     if record["full"] < record["new"]:
         parts.append(f"{record['new'] - record['full']} of {record['new']} ruled out by screening")
     parts.append(f"hypervolume {record['hypervolume']:.4f}")
     for name, predictors in record.get("predictors", {}).items():
-        if judged := predictors["newest"].get(predictors["used"]):
+        if judged := predictors["newest"].get(predictors["used"] or ""):
             parts.append(
                 f"{name} by {predictors['used']}: tau {judged['kendall']:.2f}, rho {judged['spearman']:.2f}, "
                 f"error {judged['mae']:.3g}"
@@ -217,7 +218,7 @@ def uniform_architectures(job: Job) -> list[Architecture]:
     sizes = sizes_asked_for(job)
     config = job.checkpoint.config
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
-    uniform = [a for a in job.space.uniform_members(6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
+    uniform = [a for a in uniform_members(job.space, 6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
     if sizes:
         _, low = smallest_in_training(job)
         uniform = [a for a in uniform if job.structure.parameters(a) >= low] or uniform[-1:]

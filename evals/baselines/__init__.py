@@ -1,8 +1,9 @@
-"""Published pruning criteria behind one interface, each from its paper's definition. One file here is one method.
+"""Published pruning criteria behind one interface, each from its paper's definition. One file here is one method, or
+several of a kind.
 
-A `Baseline` cuts a copy of the base down to a number of parameters. All are given the same `PruningContext`, so what
-differs between them is the criterion alone; files are found by themselves. `docs/baselines.md` has the equations, and
-what was left out of each.
+A `Baseline` cuts a copy of the base down to a number of parameters. All are given the same `PruningContext`, so only
+the criterion differs between them. Every file of this folder is loaded, so adding a file adds its methods.
+`docs/baselines.md` names each equation, and what was left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,14 @@ from supernet.ordering import Scores, apply_ordering, order_by
 from supernet.slicing import extract
 from supernet.training.data import Batch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOLERANCE = 0.01
-"""How far from the size asked for a method may land, as a share of it."""
+"""How far from the size asked for a method's result may be, as a share of it."""
 
 STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
-"""Multiples that an FFN width may be cut to: the coarsest that lands within half the tolerance is taken."""
+"""Multiples that an FFN width may be cut to: the coarsest that comes within half the tolerance is taken."""
 
 Cut = tuple[nn.Module, Architecture]
 """A standalone network, and its sizes."""
@@ -36,13 +41,15 @@ Cut = tuple[nn.Module, Architecture]
 
 @dataclass(frozen=True)
 class PruningContext:
-    """What every method is given, and all that it may use: the base (which it must not change), calibration token ids
-    [batch, length], and the number of parameters to reach."""
+    """What every method is given, and all that it may use."""
 
-    model: nn.Module
+    model: PreTrainedModel
+    """The base, which a method must not change."""
     structure: Structure
     calibration: tuple[Tensor, ...]
+    """Batches of token ids, [rows, length] each."""
     parameters: int
+    """The number to reach."""
 
     def supernet(self) -> SuperNetwork:
         """A copy of the base, free to be permuted and cut."""
@@ -51,46 +58,45 @@ class PruningContext:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method by its name on the command line, the paper that defines it, and what it does.
-
-    `cut` raises RequestError where the method cannot reach the size, or does not suit the family.
-    """
+    """A method by its name on the command line, and the paper that defines it."""
 
     name: str
     paper: str
     cut: Callable[[PruningContext], Cut]
+    """Cuts the base to the size. Raises RequestError where the method cannot reach it, or does not suit the family."""
 
 
 @cache
 def baselines() -> dict[str, Baseline]:
     """All published methods by name, in the order of the files."""
-    found: dict[str, Baseline] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for baseline in importlib.import_module(f"{__name__}.{module.name}").BASELINES:
-            found[baseline.name] = baseline
-    return found
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {baseline.name: baseline for module in modules for baseline in module.BASELINES}
 
 
-def alone(ids: Tensor) -> Batch:
-    """Token ids [rows, length] as a batch whose rows are a document each, learnt from whole."""
+def as_batch(ids: Tensor) -> Batch:
+    """Token ids [rows, length] as a batch in which each row is one document and every token a target."""
     return Batch(ids, ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
 
 
 def ordered_cut(context: PruningContext, scores: Scores, architecture: Architecture) -> Cut:
-    """The sub-network of the base that keeps the units of the highest scores."""
+    """The sub-network of the base of this architecture that keeps the units of the highest scores."""
     supernet = context.supernet()
     apply_ordering(supernet, order_by(scores))
     return extract(supernet.model, context.structure, architecture), architecture
 
 
 def without(architecture: Architecture, layers: Collection[int]) -> Architecture:
+    """`architecture` with these layers removed."""
     kept = (REMOVED if index in layers else sizes for index, sizes in enumerate(architecture.layers))
     return replace(architecture, layers=tuple(kept))
 
 
 def removal(context: PruningContext, removals: Iterable[Collection[int]]) -> Architecture:
-    """The last of `removals` (sets of layers, each larger than the one before) that keeps at least the parameters asked
-    for; what whole layers are too coarse for is then taken from the FFN width of the others."""
+    """The base without as many layers as the size asks for, its remaining layers narrowed to meet it exactly.
+
+    `removals` are sets of layers, each larger than the one before; the last that keeps at least the parameters is
+    taken.
+    """
     chosen = context.structure.base
     for removed in removals:
         smaller = without(context.structure.base, removed)
@@ -101,7 +107,8 @@ def removal(context: PruningContext, removals: Iterable[Collection[int]]) -> Arc
 
 
 def narrowed(context: PruningContext, architecture: Architecture) -> Architecture:
-    """`architecture` with the FFN of every layer that is left at the same width, so that the size is met."""
+    """`architecture` with the FFN of every remaining layer at the same width, so that the size is met. Raises
+    RequestError where no width meets it."""
     if context.structure.parameters(architecture) <= context.parameters * (1 + TOLERANCE / 2):
         return architecture
     return closest(
@@ -111,35 +118,31 @@ def narrowed(context: PruningContext, architecture: Architecture) -> Architectur
 
 def uniform_width(context: PruningContext) -> Architecture:
     """The architecture of the size asked for whose layers all keep the same share of their neurons and, as nearly as
-    whole groups allow, the same share of their key-value groups."""
+    whole groups allow, the same share of their key-value groups. Raises RequestError where there is none."""
     base = context.structure.base
-    found = []
     most = max(layer.num_key_value_heads for layer in base.layers)
+    full = max(layer.intermediate_size for layer in base.layers)
+    candidates = []
     for groups in range(1, most + 1):
         try:
-            one = closest(context, partial(_uniform, base, groups), "uniform width")
+            candidate = closest(context, partial(with_ffn, with_groups(base, groups)), "uniform width")
         except RequestError:
             continue
-        full = max(layer.intermediate_size for layer in base.layers)
-        width = max(layer.intermediate_size for layer in one.layers)
-        found.append((abs(groups / most - width / full), -groups, one))
-    if not found:
+        width = max(layer.intermediate_size for layer in candidate.layers)
+        candidates.append((abs(groups / most - width / full), -groups, candidate))
+    if not candidates:
         raise RequestError(f"{context.parameters:,} parameters cannot be reached by uniform width")
-    return min(found, key=lambda item: item[:2])[2]
-
-
-def _uniform(base: Architecture, groups: int, width: int) -> Architecture:
-    return with_groups(with_ffn(base, width), groups)
+    return min(candidates, key=lambda candidate: candidate[:2])[2]
 
 
 def with_ffn(architecture: Architecture, width: int) -> Architecture:
-    """Every MLP at most `width` neurons wide."""
+    """`architecture` with every MLP at most `width` neurons wide."""
     layers = (replace(layer, intermediate_size=min(width, layer.intermediate_size)) for layer in architecture.layers)
     return replace(architecture, layers=tuple(layers))
 
 
 def with_groups(architecture: Architecture, groups: int) -> Architecture:
-    """Every attention block with at most `groups` key-value heads, each with as many query heads as it had."""
+    """`architecture` with at most `groups` key-value heads in every layer, each with as many query heads as before."""
 
     def cut(layer: LayerSizes) -> LayerSizes:
         if layer.num_key_value_heads <= groups:
@@ -151,7 +154,8 @@ def with_groups(architecture: Architecture, groups: int) -> Architecture:
 
 
 def closest(context: PruningContext, sized: Callable[[int], Architecture], what: str) -> Architecture:
-    """The FFN width, at the coarsest step that lands close enough, whose network comes closest to the size."""
+    """The architecture closest to the size, of those that `sized` gives for FFN widths at the coarsest step that comes
+    close enough. Raises RequestError, naming `what`, where none is within the tolerance."""
     full = max(layer.intermediate_size for layer in context.structure.base.layers)
     best = None
     least = max(context.structure.step(layer) for layer in context.structure.base.layers)

@@ -1,4 +1,13 @@
-"""Whole layers removed: by block influence, as a block by angular distance, and by the loss that follows."""
+"""Whole layers removed, by four criteria.
+
+- `shortgpt`: least block influence, 1 - E[cos(x, y)] of a layer's input and output. Men et al., ShortGPT,
+  arXiv 2403.03853, eq. 1.
+- `late-block`: the consecutive layers of least angular distance. Gromov et al., The Unreasonable Ineffectiveness of the
+  Deeper Layers, arXiv 2403.17887, eq. 3.
+- `sleb`: the layer of least calibration loss without it, measured again after each. Song et al., SLEB,
+  arXiv 2402.09025.
+- `minitron-depth`: the same, measured once. Muralidharan et al., arXiv 2407.14679.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.baselines import Baseline, Cut, PruningContext, alone, ordered_cut, removal, without
+from evals.baselines import Baseline, Cut, PruningContext, as_batch, ordered_cut, removal, without
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.hooks import Hooks
@@ -32,43 +41,44 @@ def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(after))
     with Hooks(hooks), torch.no_grad():
-        trace(supernet.model, alone(ids))
+        trace(supernet.model, as_batch(ids))
     return stream
 
 
 def angular_distance(inputs: Tensor, outputs: Tensor) -> Tensor:
     """arccos(cos(x, y)) / pi of residuals [..., hidden] -> [...], 0 for parallel and 1 for opposite ones.
 
-    Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887, eq. 3.
+    Gromov et al., arXiv 2403.17887, eq. 3.
     """
     cosine = F.cosine_similarity(inputs.double(), outputs.double(), dim=-1)
     return torch.arccos(cosine.clamp(-1, 1)) / math.pi
 
 
 def shortgpt(context: PruningContext) -> Cut:
-    """The layers of the least block influence, measured once on the whole network."""
+    """The base without the layers of the least block influence, measured once on the whole network (eq. 1)."""
     influence = block_influence(context.supernet(), context.calibration)
     order = sorted(range(len(influence)), key=influence.__getitem__)
     return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
 
 
 def late_block(context: PruningContext) -> Cut:
-    """The n consecutive layers across which the last token's residual turns least."""
+    """The base without the n consecutive layers that turn the last token's residual least (eq. 3)."""
     supernet = context.supernet()
     depth = len(context.structure.base.layers)
-    ends = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in context.calibration]
-    last = torch.cat(ends, dim=1)  # [depth + 1, sequences, hidden]
+    last_tokens = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in context.calibration]
+    last = torch.cat(last_tokens, dim=1)  # [depth + 1, sequences, hidden]
 
     def block(n: int) -> range:
-        turns = [float(angular_distance(last[start], last[start + n]).mean()) for start in range(depth - n + 1)]
-        start = min(range(len(turns)), key=turns.__getitem__)
+        """The n layers of the least mean distance."""
+        distances = [float(angular_distance(last[start], last[start + n]).mean()) for start in range(depth - n + 1)]
+        start = min(range(len(distances)), key=distances.__getitem__)
         return range(start, start + n)
 
     return _cut(context, removal(context, (block(n) for n in range(1, depth))))
 
 
 def sleb(context: PruningContext) -> Cut:
-    """One layer at a time, always the one without which the calibration loss is least."""
+    """The base without one layer after another, always the one without which the calibration loss is least."""
     supernet = context.supernet()
 
     def greedily() -> Iterator[set[int]]:
@@ -83,7 +93,7 @@ def sleb(context: PruningContext) -> Cut:
 
 
 def one_shot_loss(context: PruningContext) -> Cut:
-    """The layers without each of which, alone, the calibration loss is least: Minitron's criterion for depth."""
+    """The base without the layers without each of which, alone, the calibration loss is least."""
     supernet = context.supernet()
     depth = len(context.structure.base.layers)
     order = sorted(range(depth), key=lambda index: loss_without(context, supernet, {index}))
@@ -95,14 +105,14 @@ def loss_without(context: PruningContext, supernet: SuperNetwork, removed: set[i
     total, count = 0.0, 0
     with torch.no_grad(), supernet.activated(without(context.structure.base, removed)) as model:
         for ids in context.calibration:
-            found = trace(model, alone(ids))
-            total += float(token_losses({"ce": 1.0}, found, None, 1.0))
-            count += len(found.targets)
+            states = trace(model, as_batch(ids))
+            total += float(token_losses({"ce": 1.0}, states, None, 1.0))
+            count += len(states.targets)
     return total / count
 
 
 def _cut(context: PruningContext, architecture: Architecture) -> Cut:
-    """Only where the FFN had to be narrowed too does the order of neurons matter."""
+    """The cut to this architecture; where the FFN is narrowed too, the neurons of the highest `wanda` scores stay."""
     return ordered_cut(context, wanda(context.supernet(), context.calibration), architecture)
 
 

@@ -1,24 +1,31 @@
-"""FLAP: remove what fluctuates least around its mean, and give its mean back as a bias."""
+"""FLAP: remove the units that fluctuate least around their mean, and add their mean as a bias.
+
+An et al., Fluctuation-based Adaptive Structured Pruning, arXiv 2312.11983: the weighted fluctuation metric (WIFV),
+standardised within each half-block, over all layers, with the bias compensation of eq. 4.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from evals.baselines import TOLERANCE, Baseline, Cut, PruningContext, alone
+from evals.baselines import TOLERANCE, Baseline, Cut, PruningContext, as_batch
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.hooks import Hooks
 from supernet.ordering import Reader, Scores, Units, apply_ordering, order_by, output_projections
 from supernet.slicing import extract, placed
 from supernet.training.traces import trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BIASES = ("attention_bias", "mlp_bias")
 """Switches of Hugging Face configurations that give the projections out of the half-blocks a bias."""
@@ -27,17 +34,18 @@ BIASES = ("attention_bias", "mlp_bias")
 def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
     """Var(x_j) * ||W[:, j]||^2 of each input channel: `variance` [inputs], `weight` [outputs, inputs] -> [inputs].
 
-    An et al., FLAP, arXiv 2312.11983, the weighted fluctuation metric (WIFV) summed over output channels.
+    The weighted fluctuation metric (WIFV) of the paper, summed over output channels.
     """
     return variance.double() * weight.double().square().sum(0)
 
 
 def flap(context: PruningContext) -> Cut:
-    """Units of all layers and both kinds compete: standardised within their own half-block, the lowest go first.
+    """The base without the units of the lowest scores, standardised within each half-block, over all layers and kinds.
 
     A unit is a neuron or a key-value group with its query heads; the removed units' mean contribution is added to the
-    bias of the projection that read them, where the family's classes have one.
+    bias of the projection that reads them, where the family's classes have one.
     """
+    # 1. A copy with biases, and the projection out of each half-block.
     model = with_biases(context.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
@@ -47,9 +55,11 @@ def flap(context: PruningContext) -> Cut:
             f"flap: not every half-block of {supernet.family.model_type} ends in one linear layer; leave it out of "
             "--baselines"
         )
+    # 2. Scores, and the architecture that they leave.
     means, variances = moments(supernet, projections, context.calibration)
     scores = unit_scores(units_of(supernet.base), variances, projections)
-    architecture = competed(context.parameters, structure, scores)
+    architecture = remaining(context.parameters, structure, scores)
+    # 3. Compensate for what goes, then cut it.
     order, kept = order_by(scores), units_of(architecture)
     for units, reader in projections.items():
         compensate(reader, means[units], order[units][kept.get(units, 0) :], len(order[units]))
@@ -60,7 +70,7 @@ def flap(context: PruningContext) -> Cut:
 def unit_scores(
     counts: Mapping[Units, int], variances: Mapping[Units, Tensor], projections: Mapping[Units, Reader]
 ) -> Scores:
-    """The fluctuation of every unit, summed over its channels; on the CPU like every criterion's scores."""
+    """The fluctuation of every unit, summed over its channels; on the CPU, as the scores of every criterion."""
     scores: Scores = {}
     for units, count in counts.items():
         channels = fluctuation(variances[units], outgoing(projections[units]))
@@ -82,9 +92,9 @@ def outgoing(reader: Reader) -> Tensor:
     return weight if reader.inputs.dimension == 1 else weight.T
 
 
-def with_biases(model: nn.Module) -> nn.Module:
-    """A copy with zero biases wherever the configuration can switch them on: the same function."""
-    config: Any = copy.deepcopy(model.config)
+def with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with zero biases where the configuration can switch them on: the same function."""
+    config = copy.deepcopy(model.config)
     for name in BIASES:
         if getattr(config, name, None) is False:
             setattr(config, name, True)
@@ -102,7 +112,7 @@ def with_biases(model: nn.Module) -> nn.Module:
 def moments(
     supernet: SuperNetwork, projections: Mapping[Units, Reader], batches: Iterable[Tensor]
 ) -> tuple[dict[Units, Tensor], dict[Units, Tensor]]:
-    """Mean and variance, over all calibration tokens, of every input channel of the projections."""
+    """Mean and variance, over all calibration tokens, of every input channel of the projections, [inputs] each."""
     rows: dict[Units, int] = {}
     sums: dict[Units, Tensor] = {}
     squares: dict[Units, Tensor] = {}
@@ -120,7 +130,7 @@ def moments(
     ]
     with Hooks(hooks), torch.no_grad():
         for ids in batches:
-            trace(supernet.model, alone(ids))
+            trace(supernet.model, as_batch(ids))
     means = {units: total / rows[units] for units, total in sums.items()}
     variances = {
         units: (square - rows[units] * means[units].square()) / max(1, rows[units] - 1)
@@ -129,8 +139,8 @@ def moments(
     return means, variances
 
 
-def competed(parameters: int, structure: Any, scores: Scores) -> Architecture:
-    """Remove units by rising standardised score until the network has the size asked for."""
+def remaining(parameters: int, structure: Structure, scores: Scores) -> Architecture:
+    """The architecture of so many parameters that is left when units go by rising standardised score."""
     standard = {key: (value - value.mean()) / value.std(correction=0).clamp_min(1e-12) for key, value in scores.items()}
     ranked = sorted((float(score), key, unit) for key, value in standard.items() for unit, score in enumerate(value))
     counts = {key: len(value) for key, value in scores.items()}
@@ -148,14 +158,17 @@ def competed(parameters: int, structure: Any, scores: Scores) -> Architecture:
         counts[key] -= 1
         size = structure.parameters(sizes())
         if size < parameters * (1 - TOLERANCE / 2):
-            counts[key] += 1  # too large a unit for what is still to go: a later, smaller one will do
+            counts[key] += 1  # the unit is too large for what is still to go: a later, smaller one may do
         elif size <= parameters * (1 + TOLERANCE / 2):
             break
     return sizes()
 
 
 def compensate(reader: Reader, mean: Tensor, removed: Tensor, units: int) -> None:
-    """bias += W[:, removed] mean[removed] (FLAP, eq. 4), where the projection has a bias; `mean` [inputs]."""
+    """bias += W[:, removed] mean[removed] (eq. 4), where the projection has a bias.
+
+    `mean` [inputs], `removed` the indices of the removed ones of its `units`.
+    """
     bias = reader.module.bias
     if not isinstance(bias, Tensor) or not len(removed):
         return

@@ -1,27 +1,38 @@
-"""SliceGPT: rotate the residual stream onto its principal components and delete the least of them."""
+"""SliceGPT: rotate the residual stream onto its principal components and delete the least of them.
+
+Ashkboos et al., SliceGPT, arXiv 2401.15024: theorem 1 (an RMSNorm network computes the same in a rotated residual
+stream) and section 3.3 (the rotation from principal components), with one rotation for all layers. The published one
+of each block would need a matrix on every residual path, for which no family's class has a place.
+"""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from evals.baselines import Baseline, Cut, PruningContext, narrowed
+from evals.baselines import TOLERANCE, Baseline, Cut, PruningContext, narrowed
 from evals.baselines.depth import residuals
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, Structure
+from supernet.architecture import Architecture, Structure, TensorSpec
 from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.slicing import extract, placed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def slicegpt(context: PruningContext) -> Cut:
-    """One rotation for all layers: the published one of each block would need a matrix on every residual path, for
-    which no family's class has a place."""
+    """The base with its residual stream rotated, and as many components deleted as the size asks for.
+
+    Raises RequestError where the rotated network is not the same function.
+    """
+    # 1. Only families whose norms are read by known weights.
     model = untied(context.model)
     structure = describe(model.config)
     supernet = SuperNetwork(model, structure=structure)
@@ -33,6 +44,7 @@ def slicegpt(context: PruningContext) -> Cut:
     touched = {name for norm, names in readers.items() for name in (norm, *names)}
     if structure.fixed_hidden or not touched <= {tensor.name for tensor in structure.tensors}:
         raise refusal
+    # 2. Rotate, and prove that nothing changed.
     probe = context.calibration[0][:1]
     rotation = principal_components(covariance(supernet, context.calibration))
     with torch.no_grad():
@@ -42,9 +54,10 @@ def slicegpt(context: PruningContext) -> Cut:
         after = model(input_ids=probe, use_cache=False).logits
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise refusal
-    mine = replace(context, model=model, structure=structure)
-    architecture = narrowed(mine, replace(structure.base, hidden_size=width(mine)))
-    small: Any = extract(model, structure, architecture)
+    # 3. Delete the last components.
+    rotated = replace(context, model=model, structure=structure)
+    architecture = narrowed(rotated, replace(structure.base, hidden_size=width(rotated)))
+    small = extract(model, structure, architecture)
     scale = (structure.base.hidden_size / architecture.hidden_size) ** 0.5
     with torch.no_grad():
         for tensor in structure.tensors:
@@ -53,9 +66,9 @@ def slicegpt(context: PruningContext) -> Cut:
     return small, architecture
 
 
-def untied(model: nn.Module) -> nn.Module:
-    """A copy whose head is its own: the final norm and the rotation act on it and on the embedding differently."""
-    config: Any = copy.deepcopy(model.config)
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose head is not tied: the final norm and the rotation act differently on head and embedding."""
+    config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     parameter = next(model.parameters())
     copied: Any = placed(AutoModelForCausalLM.from_config(config), parameter.device, parameter.dtype).eval()
@@ -65,10 +78,8 @@ def untied(model: nn.Module) -> nn.Module:
 
 
 def covariance(supernet: SuperNetwork, batches: tuple[Tensor, ...]) -> Tensor:
-    """Sum over tokens and layers of x x^T, with x the residual as the norms see it: scaled to unit mean square.
-
-    Ashkboos et al., SliceGPT, arXiv 2401.15024, section 3.3 and appendix A, with the sum taken over blocks too.
-    """
+    """Sum over tokens and layers of x x^T, [hidden, hidden], with x the residual as the norms see it: scaled to unit
+    mean square (section 3.3 and appendix A, with the sum taken over blocks too)."""
     hidden = supernet.base.hidden_size
     total = torch.zeros(hidden, hidden, dtype=torch.float64)
     for ids in batches:
@@ -85,7 +96,8 @@ def principal_components(matrix: Tensor) -> Tensor:
     return vectors[:, torch.argsort(values, descending=True)]
 
 
-def is_norm(tensor: Any) -> bool:
+def is_norm(tensor: TensorSpec) -> bool:
+    """Whether it is the weight of a norm of the residual stream."""
     return len(tensor.axes) == 1 and tensor.axes[0].blocks == (("hidden", 1),) and tensor.name.endswith("norm.weight")
 
 
@@ -116,25 +128,25 @@ def fold_norms(supernet: SuperNetwork, readers: dict[str, list[str]]) -> None:
 
 
 def rotate(supernet: SuperNetwork, structure: Structure, rotation: Tensor) -> None:
-    """Turn every weight's residual dimension by `rotation` Q: x Q in place of x, everywhere."""
+    """Rotate every weight's residual dimension by `rotation` Q: x Q in place of x (theorem 1)."""
     with torch.no_grad():
         for tensor in structure.tensors:
             parameter = supernet.model.get_parameter(tensor.name)
-            turn = rotation.to(parameter.device)
+            on_device = rotation.to(parameter.device)
             for dimension, axis in enumerate(tensor.axes):
                 if axis.blocks == (("hidden", 1),) and not is_norm(tensor):
-                    turned = torch.tensordot(parameter.double(), turn, dims=([dimension], [0]))
-                    parameter.copy_(turned.movedim(-1, dimension))
+                    rotated = torch.tensordot(parameter.double(), on_device, dims=([dimension], [0]))
+                    parameter.copy_(rotated.movedim(-1, dimension))
 
 
 def width(context: PruningContext) -> int:
-    """The smallest residual width, in whole multiples that the family's class accepts, of at least the size."""
+    """The smallest residual width of at least the size, in multiples that the family's class accepts."""
     base: Architecture = context.structure.base
     step = base.layers[0].num_attention_heads
     hidden = base.hidden_size
     while hidden > step:
         smaller = replace(base, hidden_size=hidden - step)
-        if context.structure.parameters(smaller) < context.parameters * 0.995:
+        if context.structure.parameters(smaller) < context.parameters * (1 - TOLERANCE / 2):
             break
         hidden -= step
     return hidden

@@ -1,25 +1,27 @@
-"""Uniform width: every layer keeps the same share of neurons and head groups, chosen by one criterion of importance."""
+"""Uniform width: every layer keeps the same share of neurons and head groups, those of the highest importance.
+
+- `magnitude`: the L2 norm of a group's weights, as in Li et al., Pruning Filters for Efficient ConvNets,
+  arXiv 1608.08710.
+- `wanda`: |W| times the norm of the input, summed over a unit's outgoing weights. Sun et al., arXiv 2306.11695, eq. 1.
+- `taylor`: first-order loss change of a coupled group. Ma et al., LLM-Pruner, arXiv 2305.11627.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from evals.baselines import Baseline, Cut, PruningContext, ordered_cut, uniform_width
 from supernet.importance import IMPORTANCES
 
 
-def cut(context: PruningContext, criterion: str) -> Cut:
+def cut(criterion: str, context: PruningContext) -> Cut:
+    """The base at a uniform width, cut by one of `supernet.importance.IMPORTANCES`."""
     scores = IMPORTANCES[criterion](context.supernet(), context.calibration)
     return ordered_cut(context, scores, uniform_width(context))
 
 
-def by(criterion: str) -> Callable[[PruningContext], Cut]:
-    return partial(cut, criterion=criterion)
-
-
 BASELINES = (
-    Baseline("magnitude", "the group's L2 norm, as in Li et al., arXiv 1608.08710", by("magnitude")),
-    Baseline("wanda", "Sun et al., arXiv 2306.11695", by("wanda")),
-    Baseline("taylor", "Ma et al. (LLM-Pruner), arXiv 2305.11627", by("taylor")),
+    Baseline("magnitude", "the group's L2 norm, as in Li et al., arXiv 1608.08710", partial(cut, "magnitude")),
+    Baseline("wanda", "Sun et al., arXiv 2306.11695", partial(cut, "wanda")),
+    Baseline("taylor", "Ma et al. (LLM-Pruner), arXiv 2305.11627", partial(cut, "taylor")),
 )

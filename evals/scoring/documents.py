@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ SEARCH_DIGITS = "02468ace"
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 
-def doc_hash(doc: Any) -> str:
+Doc = Mapping[str, object]
+"""A document as lm-eval's data set gives it."""
+
+
+def doc_hash(doc: Doc) -> str:
     """lm-eval's `doc_hash` of a document, as `lm_eval.evaluator.evaluate` computes it."""
     return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
@@ -36,15 +40,15 @@ class Document:
     """One document of a task, its place in the task's test split, and its requests with their prompts."""
 
     index: int
-    doc: Any
+    doc: Doc
     hash: str
     instances: tuple[Instance, ...]
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are rendered. `chat`: under the tokenizer's chat template, few-shot examples as turns of their own
-    if `multiturn`."""
+    """How prompts are rendered. `chat`: under the tokenizer's chat template, each few-shot example as a turn if
+    `multiturn`."""
 
     chat: bool = False
     system: str | None = None
@@ -52,15 +56,15 @@ class Prompting:
 
 
 _Rendered = tuple[str, list[Any], int]
-"""A request as it is written down: its type, its arguments, and which of its document's it is."""
+"""A request as it is written to disk: its type, its arguments, and which of its document's it is."""
 
 
 class Subtask:
-    """One lm-eval task that has documents of its own, with its documents split and their requests built on demand.
+    """One lm-eval task that has documents (a group has none), split, with their requests built on demand.
 
     With `holdout`, few-shot examples are kept out of both splits: where examples are drawn from the scored documents
     themselves, a fixed seeded set of them is set aside and used for every prompt; where they come from elsewhere,
-    scored documents that also stand there are dropped. Without it, prompts are exactly lm-eval's.
+    scored documents that are also there are dropped. Without it, prompts are exactly lm-eval's.
 
     Rendering prompts is most of the work of building a task; `keep` writes them down and `restore` reads them back.
     """
@@ -89,6 +93,7 @@ class Subtask:
         _remember_rendering(task)
 
     def size(self, split: Split) -> int:
+        """Number of documents."""
         return len(self._indices[split])
 
     def documents(self, split: Split, limit: int | None = None) -> list[Document]:
@@ -121,7 +126,7 @@ class Subtask:
         write_text(self._file(folder), json.dumps(self._rendered))
 
     def _file(self, folder: Path) -> Path:
-        """A name that changes with anything that prompts are made of."""
+        """A file name that changes with everything that prompts depend on."""
         sampler = getattr(self.task, "sampler", None)
         code = sorted(self._yaml.parent.glob("*.py")) if self._yaml is not None else []
         parts = [
@@ -148,7 +153,9 @@ class Subtask:
             levels.append((len(set(target)) if isinstance(target, list) else 1) / choices)
         return sum(levels) / len(levels)
 
-    def _set_examples_aside(self, docs: list[Any], hashes: list[str]) -> set[str]:
+    def _set_examples_aside(self, docs: list[Doc], hashes: list[str]) -> set[str]:
+        """Hashes of the documents that are not scored because they are, or may become, few-shot examples. Raises
+        RequestError where there are too few documents for that."""
         sampler = getattr(self.task, "sampler", None)
         pool = list(sampler.df) if sampler is not None else []
         pool_hashes = [doc_hash(doc) for doc in pool]
@@ -166,22 +173,22 @@ class Subtask:
         self.task.sampler = FirstNSampler(examples)
         return {doc_hash(doc) for doc in examples}
 
-    def _requests(self, doc: Any, index: int) -> tuple[Instance, ...]:
-        """As `lm_eval.api.task.Task.build_all_requests` builds them."""
-        how, task = self._prompting, self.task
+    def _requests(self, doc: Doc, index: int) -> tuple[Instance, ...]:
+        """A document's requests, as `lm_eval.api.task.Task.build_all_requests` builds them."""
+        prompting, task = self._prompting, self.task
         metadata = (task.config["task"], index, task.config.repeats)
         if index in self._rendered:
             return tuple(
                 Instance(request_type=kind, doc=doc, arguments=tuple(arguments), idx=i, metadata=metadata)
                 for kind, arguments, i in self._rendered[index]
             )
-        template = self._encoder.chat if how.chat else None
+        template = self._encoder.chat if prompting.chat else None
         context = task.fewshot_context(
             doc,
             num_fewshot=self.shots,
-            system_instruction=how.system,
-            apply_chat_template=how.chat,
-            fewshot_as_multiturn=how.multiturn,
+            system_instruction=prompting.system,
+            apply_chat_template=prompting.chat,
+            fewshot_as_multiturn=prompting.multiturn,
             chat_template=template,
             gen_prefix=task.doc_to_prefix(doc),
         )
@@ -189,29 +196,30 @@ class Subtask:
             doc=doc,
             ctx=context,
             metadata=metadata,
-            apply_chat_template=how.chat,
+            apply_chat_template=prompting.chat,
             chat_template=template,
         )
         return tuple(requests) if isinstance(requests, list) else (requests,)
 
 
 def _remember_rendering(task: Task) -> None:
-    """Let a task render each document's target and choices once: lm-eval renders the templates anew at every score,
-    which takes longer than scoring a small network. Documents are kept, so their identity is a key."""
+    """Let a task render each document's text, target and choices once. lm-eval 0.4.13 renders the templates anew at
+    every score, which takes longer than scoring a small network."""
     for method in ("doc_to_target", "doc_to_choice", "doc_to_text"):
         render = getattr(task, method, None)
         if render is not None:
-            setattr(task, method, _Remember(render))
+            setattr(task, method, _rendered_once(render))
 
 
-class _Remember:
-    def __init__(self, render: Any) -> None:
-        self._render = render
-        self._known: dict[int, tuple[Any, Any]] = {}
+def _rendered_once(render: Callable[..., object]) -> Callable[..., object]:
+    """`render`, remembering what it gives for a document alone. Documents are kept, so that their identity is a key."""
+    rendered: dict[int, tuple[Doc, object]] = {}
 
-    def __call__(self, doc: Any, *args: Any, **kwargs: Any) -> Any:
+    def remembered(doc: Doc, *args: object, **kwargs: object) -> object:
         if args or kwargs:
-            return self._render(doc, *args, **kwargs)
-        if id(doc) not in self._known:
-            self._known[id(doc)] = (doc, self._render(doc))
-        return self._known[id(doc)][1]
+            return render(doc, *args, **kwargs)
+        if id(doc) not in rendered:
+            rendered[id(doc)] = (doc, render(doc))
+        return rendered[id(doc)][1]
+
+    return remembered

@@ -1,22 +1,29 @@
 """Text to tokens exactly as lm-eval's HFLM does it. No torch.
 
-Everything that a network is asked becomes a `Span` (score the last tokens of a sequence) or a prompt to continue.
-The rules - where a beginning-of-sequence token goes, how a context and its continuation are cut apart, what is
-truncated, how a long document rolls through the window - are those of `lm_eval.models.huggingface.HFLM` and
-`lm_eval.api.model.TemplateLM` 0.4.13; they decide scores, so they are followed to the letter.
+Every request becomes a `Span` (score the last tokens of a sequence) or a prompt to continue. The rules (where a
+beginning-of-sequence token goes, how a context and its continuation are cut apart, what is truncated, how a long
+document rolls through the window) are those of `lm_eval.models.huggingface.HFLM` and `lm_eval.api.model.TemplateLM`
+0.4.13. They decide scores, so they are followed exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 from lm_eval.models.utils import configure_pad_token, handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+GenerateArguments = dict[str, Any]
+"""Arguments of transformers' `generate` by name."""
+
 
 class CannotScore(ValueError):
-    """lm-eval itself has no answer for the request at `position`. The message says why, naming no task or document."""
+    """lm-eval itself cannot score the request at `position`. The message says why, without task or document."""
 
     def __init__(self, position: int, message: str) -> None:
         super().__init__(message)
@@ -31,57 +38,65 @@ class Span(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """How to continue a prompt: at most `new` tokens, up to the first of `until`, `arguments` as for `generate`."""
+    """How to continue a prompt: at most `new` tokens, up to the first string of `until`, with `arguments` of
+    transformers' `generate`."""
 
     new: int
     until: list[str]
-    arguments: dict[str, Any]
+    arguments: GenerateArguments
 
 
 class Encoder:
-    """A tokenizer and a context length, and what HFLM makes of text with them.
+    """Turns text into tokens for a network, as HFLM does.
 
     `max_length` is the network's context in tokens; without it, it is read from `config` and tokenizer as HFLM does.
     A tokenizer without a pad token is given one, as by HFLM.
     """
 
-    def __init__(self, tokenizer: Any, config: Any = None, max_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None, max_length: int | None = None
+    ) -> None:
         self.tokenizer = configure_pad_token(tokenizer, model_config=config)
         self.max_length = max_length or resolve_max_length(config, tokenizer)
         self.eot_token_id: int = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
         self.prefix_token_id: int = bos if bos is not None else tokenizer.eos_token_id
-        self._known: dict[tuple[str, bool], list[int]] = {}
+        self._encoded: dict[tuple[str, bool], list[int]] = {}  # by text, and whether special tokens are added
 
     def encode(self, texts: Iterable[str], special: bool = True, prefix: str | None = "") -> list[list[int]]:
-        """Token ids of each text; each distinct text is encoded once. `special`: as the tokenizer itself adds them,
-        unless the text already begins with `prefix` (the prefix token's text; None: never)."""
+        """Token ids of each text; each distinct text is encoded once.
+
+        `special`: with the special tokens that the tokenizer adds, unless the text already begins with `prefix` (by
+        default the prefix token's text; None: with them in any case)."""
         if special and prefix == "":
             prefix = self.tokenizer.decode(self.prefix_token_id)
         keys = [(text, special and (prefix is None or not text.startswith(prefix))) for text in texts]
         for add in (True, False):
-            new = list(dict.fromkeys(text for text, adds in keys if adds is add and (text, add) not in self._known))
+            new = list(dict.fromkeys(text for text, adds in keys if adds is add and (text, add) not in self._encoded))
             if new:
                 ids = self.tokenizer(new, add_special_tokens=add, verbose=False)["input_ids"]
-                self._known.update(zip(((text, add) for text in new), ids, strict=True))
-        return [self._known[key] for key in keys]
+                self._encoded.update(zip(((text, add) for text in new), ids, strict=True))
+        return [self._encoded[key] for key in keys]
 
     def forget(self) -> None:
         """Drop the texts remembered so far."""
-        self._known.clear()
+        self._encoded.clear()
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(context, continuation) in tokens. Trailing spaces of a context belong to its continuation.
+        """Each (context, continuation) in tokens. Trailing spaces of a context belong to its continuation.
 
         Raises `CannotScore` where nothing is left to score or to condition on.
         """
+        # 1. Move trailing spaces; an empty context becomes None.
         moved = []
         for context, continuation in pairs:
             stripped = context.rstrip()
             moved.append((stripped, context[len(stripped) :] + continuation) if context else (None, continuation))
+        # 2. Encode contexts, and contexts with their continuations, which are what lies behind.
         wholes = iter(self.encode(left + right for left, right in moved if left is not None))
         contexts = iter(self.encode(left for left, right in moved if left is not None))
         bare = iter(self.encode((right for left, right in moved if left is None), special=False))
+        # 3. Where there is no context, the prefix token takes its place, unless the continuation begins with it.
         result = []
         for position, (left, _) in enumerate(moved):
             if left is not None:
@@ -94,7 +109,7 @@ class Encoder:
                     context_ids, continuation_ids = continuation_ids[:1], continuation_ids[1:]
             if not continuation_ids or not context_ids:
                 what = "the text to score" if context_ids else "the context"
-                raise CannotScore(position, f"{what} has no token of its own")
+                raise CannotScore(position, f"{what} has no token")
             result.append((context_ids, continuation_ids))
         return result
 
@@ -121,9 +136,9 @@ class Encoder:
             result.append([self._span(*make_disjoint_window(window)) for window in windows])
         return result
 
-    def generation(self, settings: dict[str, Any]) -> Generation:
-        """A task's `generation_kwargs` as HFLM reads them: 256 new tokens unless said, the end of text always stops."""
-        arguments: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
+    def generation(self, settings: GenerateArguments) -> Generation:
+        """A task's `generation_kwargs` as HFLM reads them: 256 new tokens by default, the end of text always stops."""
+        arguments: GenerateArguments = dict(normalize_gen_kwargs(settings, 256))
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(arguments.pop("until", None), eos=end)
         return Generation(arguments.pop("max_gen_toks"), until, arguments)
@@ -142,7 +157,6 @@ class Encoder:
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages under the tokenizer's chat template; without the system's where the template refuses it."""
-        import jinja2
 
         def render(messages: list[dict[str, str]]) -> str:
             return self.tokenizer.apply_chat_template(

@@ -1,25 +1,39 @@
-"""Score any checkpoint - ours or not, quantized or not - and say so in lm-eval's result format."""
+"""Score any checkpoint, ours or not, quantized or not, and give lm-eval's result format."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import lm_eval
+import torch
+import transformers
+from lm_eval.api.metrics import mean
+from lm_eval.evaluator_utils import _collect_results, aggregate_groups
+from transformers import AutoTokenizer
 
 from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
+from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Answers, Scorer, raw_metrics, standard_error
 from evals.scoring.tasks import TaskSet
 from supernet.common.errors import RequestError, VerificationError
+from supernet.common.processes import available_cores
 from supernet.device import prepare
+from supernet.loading import checkpoint_folder, load_network
 from supernet.trust import brings_code, check_code, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def evaluate(
-    path_or_model: Any,
+    path_or_model: str | Path | PreTrainedModel,
     tasks: Sequence[str],
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     include_path: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -30,23 +44,14 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Score a checkpoint by path or hub name, or a model in memory with its `tokenizer`, on whole tasks.
+    """Scores of a checkpoint by path or hub name, or of a model in memory with its `tokenizer`, on whole tasks.
 
     All documents count (`limit`: so many of each task), few-shot examples are lm-eval's own; so the numbers compare
     with other people's. Returns lm-eval's results (`results`, `groups`, `configs`, `versions`, `n-shot`,
     `higher_is_better`, `n-samples`, `config`), and in `scores` each task's chosen metric with its value, standard
     error, number of documents and chance level. Raises RequestError for a request that cannot be met.
     """
-    import lm_eval
-    import torch
-    import transformers
-    from lm_eval.api.metrics import mean
-    from lm_eval.evaluator_utils import _collect_results, aggregate_groups
-
-    from evals.scoring.lm import NetworkLM
-    from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Scorer, raw_metrics, standard_error
-    from supernet.common.processes import available_cores
-
+    # 1. The network and its tasks.
     began = time.time()
     if isinstance(path_or_model, (str, Path)):
         name = str(path_or_model)
@@ -64,42 +69,20 @@ def evaluate(
         prompting=prompting,
         holdout=False,
     )
+
+    # 2. Its answers to all requests.
     lm = NetworkLM(model.eval(), encoder)
-    lm.tune(task_set.questions("all", limit).spans, available_cores())
+    lm.tune(task_set.requests("all", limit).spans, available_cores())
     scorer = Scorer(task_set, lm)
     answers = scorer.ask("all", limit)
-    collected: dict[str, Any] = {}
-    for leaves in task_set.questions("all", limit).documents.values():
-        for leaf, documents in leaves:
-            if documents:
-                raw = raw_metrics(leaf, documents, answers)
-                collected[leaf.name] = {"task": leaf.task, "raw_metrics": raw, "logged_samples": []}
-    accumulated = _collect_results(collected, task_set.groups, bootstrap_iters=0)
-    for task_name, row in collected.items():
-        for (metric, filter_name), items in row["raw_metrics"].items():
-            error = standard_error(row["task"].aggregation().get(metric, mean), items, everywhere=False)
-            if error is not None:
-                accumulated.metrics[task_name][f"{metric}_stderr,{filter_name}"] = error
-    results: dict[str, Any] = dict(aggregate_groups(accumulated)._to_eval_results())
-    parameter = next(model.parameters())
-    scores = scorer.scores("all", limit, answers)
-    return results | {
-        "config": {
-            "model": "hf",
-            "model_args": {"pretrained": name, "revision": revision or "main", "trust_remote_code": trust_remote_code},
-            "model_num_parameters": sum(p.numel() for p in model.parameters()),
-            "model_dtype": str(parameter.dtype),
-            "device": str(parameter.device),
-            "limit": limit,
-            "max_length": encoder.max_length,
-            "bootstrap_iters": BOOTSTRAP_ITERATIONS,
-            "chat_template": prompting.chat,
-            "system_instruction": prompting.system,
-            "fewshot_as_multiturn": prompting.multiturn,
-        },
+
+    # 3. lm-eval's results and our scores from them.
+    source = {"pretrained": name, "revision": revision or "main", "trust_remote_code": trust_remote_code}
+    return _harness_results(task_set, limit, answers) | {
+        "config": {"model": "hf", "model_args": source, **_settings(lm, limit, prompting)},
         "scores": {
             task: score.model_dump(exclude={"split"}) | {"near_chance": score.near_chance}
-            for task, score in scores.items()
+            for task, score in scorer.scores("all", limit, answers).items()
         },
         "date": began,
         "total_evaluation_time_seconds": time.time() - began,
@@ -109,18 +92,48 @@ def evaluate(
     }
 
 
+def _harness_results(task_set: TaskSet, limit: int | None, answers: Answers) -> dict[str, Any]:
+    """What lm-eval 0.4.13 reports of the answers: every metric of every task and group, with standard errors."""
+    collected = {}
+    for subtasks in task_set.requests("all", limit).documents.values():
+        for subtask, documents in subtasks:
+            if documents:
+                metrics = raw_metrics(subtask, documents, answers)
+                collected[subtask.name] = {"task": subtask.task, "raw_metrics": metrics, "logged_samples": []}
+    accumulated = _collect_results(collected, task_set.groups, bootstrap_iters=0)
+    for name, row in collected.items():
+        for (metric, filter_name), items in row["raw_metrics"].items():
+            error = standard_error(row["task"].aggregation().get(metric, mean), items, everywhere=False)
+            if error is not None:
+                accumulated.metrics[name][f"{metric}_stderr,{filter_name}"] = error
+    return dict(aggregate_groups(accumulated)._to_eval_results())
+
+
+def _settings(lm: NetworkLM, limit: int | None, prompting: Prompting) -> dict[str, object]:
+    """What was scored and how, under lm-eval's names."""
+    parameter = next(lm.model.parameters())
+    return {
+        "model_num_parameters": sum(p.numel() for p in lm.model.parameters()),
+        "model_dtype": str(parameter.dtype),
+        "device": str(parameter.device),
+        "limit": limit,
+        "max_length": lm.max_length,
+        "bootstrap_iters": BOOTSTRAP_ITERATIONS,
+        "chat_template": prompting.chat,
+        "system_instruction": prompting.system,
+        "fewshot_as_multiturn": prompting.multiturn,
+    }
+
+
 def load_checkpoint(
     name: str, device: str, dtype: str, revision: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or a hub repository. Code files are run only if they are exactly what this
-    version writes, or with `trust_remote_code`."""
-    import torch
-    from transformers import AutoTokenizer
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or a hub repository.
 
-    from supernet.loading import checkpoint_folder, load_network
-
-    wanted = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"]
-    folder = checkpoint_folder(name, revision, wanted)
+    Code files are run only if they are exactly what this version writes, or with `trust_remote_code`. Raises
+    RequestError for a checkpoint that cannot be had, loaded or trusted, and for a GPU that is not there.
+    """
+    folder = checkpoint_folder(name, revision, ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"])
     trusted = trust_remote_code or _is_own_code(name, folder)
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
@@ -147,6 +160,4 @@ def _is_own_code(name: str, folder: Path) -> bool:
     try:
         return check_code(folder)
     except VerificationError as error:
-        raise RequestError(
-            f"{name}: brings code of its own ({error}); say --trust-remote-code if you trust it"
-        ) from error
+        raise RequestError(f"{name}: contains code ({error}); say --trust-remote-code if you trust it") from error

@@ -1,13 +1,16 @@
 """Many token sequences as one: every distinct prefix once, no padding. No torch.
 
-The sequences of a batch form a tree whose nodes are tokens. A network reads the nodes as one sequence of as many
-tokens, each at its own position (its depth), and attention lets a node see its ancestors and itself. What sequences
-share - a few-shot preamble, a question's text before its answers, the beginning of a minimal pair - is computed once.
+The sequences of a batch form a tree whose nodes are tokens. A network reads the nodes as one sequence, each at the
+position of its depth, and attention lets a node see its ancestors and itself. What sequences share (a few-shot
+preamble, a question before its answers, the beginning of a minimal pair) is computed once.
 
 Attention over the whole tree would cost the square of its size, so nodes are cut into *blocks*: runs of consecutive
 nodes that have their outside ancestors in common. A block's queries see those ancestors and, under a mask, the block.
 
-Behind the last attention, only the nodes whose logits are needed matter: `last` are the blocks with those queries.
+After the last attention, only the nodes whose logits are needed matter: `last` are the blocks with those queries.
+
+Two spans `a b c` and `a b d`, where c and d are scored, are the tree a - b with one row of logits, at b, and two
+targets.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks of like size, padded with 0: `queries` [b, q], places among the nodes that ask; `keys` [b, k], nodes;
-    `mask` [b, q, k], true where a query sees a key; `valid` [b, q], false where a query is padding. A padded query
-    sees key 0, to stay finite."""
+    """Blocks of like size, padded with 0.
+
+    `queries` [b, q]: positions among the nodes that are queries. `keys` [b, k]: nodes. `mask` [b, q, k]: true where a
+    query sees a key. `valid` [b, q]: false where a query is padding; it sees key 0, so that softmax stays finite.
+    """
 
     queries: Ints
     keys: Ints
@@ -37,10 +42,10 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One forward pass over a tree of n nodes, and how to read the scores of its spans from it.
+    """One forward pass over a tree of n nodes, and where the scores of its spans are in its logits.
 
     `tokens`, `positions` [n]. `rows` [r]: the nodes whose logits are needed. Scored token j is `targets[j]` at logits
-    row `at[j]` and belongs to span `owner[j]`, a position in the list of spans that was packed. In `blocks` all nodes
+    row `at[j]` and belongs to span `owner[j]`, an index into the list of spans that was packed. In `blocks` all nodes
     are queries, in `last` only the rows.
     """
 
@@ -91,7 +96,9 @@ def pack(
 
 
 def _pack(spans: Sequence[Span], batch: Sequence[int], block: int, round_up: Callable[[int], int]) -> Pack:
-    """`batch` lists spans in lexicographic order of their tokens: a depth-first walk through the tree."""
+    """A pack of the spans at the indices `batch`, which are in lexicographic order of their tokens: a depth-first walk
+    through the tree."""
+    # 1. The tree: a node for each token that the span before it does not share; rows and targets of what is scored.
     tokens: list[int] = []
     parents: list[int] = []
     path: list[int] = []  # nodes of the previous sequence, from the root
@@ -101,20 +108,22 @@ def _pack(spans: Sequence[Span], batch: Sequence[int], block: int, round_up: Cal
     targets: list[int] = []
     owner: list[int] = []
     for i in batch:
-        read = spans[i].tokens[:-1]
-        del path[_common_prefix(previous, read) :]
-        for token in read[len(path) :]:
+        inputs = spans[i].tokens[:-1]
+        del path[_common_prefix(previous, inputs) :]
+        for token in inputs[len(path) :]:
             parents.append(path[-1] if path else -1)
             path.append(len(tokens))
             tokens.append(token)
-        previous = read
+        previous = inputs
         scored = spans[i].scored
         at += [row_of.setdefault(node, len(row_of)) for node in path[len(path) - scored :]]
         targets += spans[i].tokens[-scored:]
         owner += [i] * scored
+    # 2. Positions: the depth of each node.
     positions = np.zeros(len(tokens), np.int64)
     for node, parent in enumerate(parents):
         positions[node] = positions[parent] + 1 if parent >= 0 else 0
+    # 3. Blocks, with all nodes as queries and with the rows only.
     end = _ends(parents)
     cuts = _cuts(end, block)
     return Pack(
@@ -143,12 +152,13 @@ def _ends(parents: Sequence[int]) -> list[int]:
 
 
 def _cuts(end: Sequence[int], block: int) -> list[Cut]:
-    """Cut nodes into blocks of at most `block` where the tree branches."""
+    """The nodes cut into blocks of at most `block` where the tree branches."""
     cuts: list[Cut] = []
-    todo: list[Cut] = [([], 0, len(end))]  # sibling subtrees
+    todo: list[Cut] = [([], 0, len(end))]  # runs of sibling subtrees
     while todo:
         ancestors, start, stop = todo.pop()
         while start < stop:
+            # 1. As many whole subtrees as fit are one block.
             last = start
             while last < stop and (end[last] - start <= block):
                 last = end[last]
@@ -156,7 +166,8 @@ def _cuts(end: Sequence[int], block: int) -> list[Cut]:
                 cuts.append((ancestors, start, last))
                 start = last
                 continue
-            above = ancestors  # a large subtree: its unbranched top is cut evenly, its branches are done in turn
+            # 2. A subtree that does not fit: its unbranched top is cut evenly, its branches are done later.
+            above = ancestors
             chain = start
             while chain < end[start] and end[chain] == end[start]:
                 chain += 1
@@ -172,7 +183,7 @@ def _cuts(end: Sequence[int], block: int) -> list[Cut]:
 def _blocks(
     cuts: Sequence[Cut], end: Sequence[int], place: Mapping[int, int], round_up: Callable[[int], int]
 ) -> tuple[Blocks, ...]:
-    """Blocks of like size together. `place`: the nodes that are queries, and where they stand among the queries."""
+    """Blocks of like size together. `place`: the nodes that are queries, and their positions among the queries."""
     alike: dict[tuple[int, int], list[tuple[list[int], Cut]]] = {}
     for cut in cuts:
         queries = [node for node in range(cut[1], cut[2]) if node in place]
@@ -184,20 +195,22 @@ def _blocks(
 
 
 def _stack(group: Sequence[tuple[list[int], Cut]], end: Ints, place: Mapping[int, int]) -> Blocks:
+    """One `Blocks` of several blocks, each given by the nodes that are its queries and its cut."""
     width = max(len(queries) for queries, _ in group)
     reach = max(len(ancestors) + stop - start for _, (ancestors, start, stop) in group)
     queries = np.zeros((len(group), width), np.int64)
     keys = np.zeros((len(group), reach), np.int64)
     mask = np.zeros((len(group), width, reach), np.bool_)
     valid = np.zeros((len(group), width), np.bool_)
-    for b, (asking, (ancestors, start, stop)) in enumerate(group):
-        size, outside, nodes, own = len(asking), len(ancestors), np.array(asking), np.arange(start, stop)
-        queries[b, :size] = [place[node] for node in asking]
+    for b, (query_nodes, (ancestors, start, stop)) in enumerate(group):
+        nodes, inside = np.array(query_nodes)[:, None], np.arange(start, stop)
+        size, outside, total = len(query_nodes), len(ancestors), len(ancestors) + stop - start
+        queries[b, :size] = [place[node] for node in query_nodes]
         valid[b, :size] = True
         keys[b, :outside] = ancestors
-        keys[b, outside : outside + len(own)] = own
+        keys[b, outside:total] = inside
         mask[b, :size, :outside] = True
-        mask[b, :size, outside : outside + len(own)] = (own <= nodes[:, None]) & (nodes[:, None] < end[own])
+        mask[b, :size, outside:total] = (inside <= nodes) & (nodes < end[inside])  # keys whose subtree holds the query
         mask[b, size:, 0] = True
     return Blocks(queries, keys, mask, valid)
 
@@ -217,6 +230,7 @@ def fine_sizes(size: int) -> int:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
     length = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -1,8 +1,8 @@
 """Scores of any causal network on lm-eval tasks: lm-eval's numbers, many times faster.
 
 `NetworkLM` is an lm-eval `LM` over a module that is already in memory: a super-network with a sub-network active, an
-extracted one, a quantized reload. `Scorer` asks it for the documents of a `TaskSet` and lets lm-eval's own filters,
-metrics and aggregation turn the answers into scores.
+extracted one, a quantized reload. `Scorer` gives it the requests of a `TaskSet`, and turns its answers into scores with
+lm-eval's own filters, metrics and aggregation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr
 
 from evals.scoring.documents import Document, Split, Subtask
 from evals.scoring.lm import NetworkLM
-from evals.scoring.tasks import ScoredTask, TaskSet
+from evals.scoring.tasks import ScoredTask, SubtaskDocuments, TaskSet
 from evals.scoring.tree_attention import Plan
 from search.scores import Score
 from supernet.architecture import Architecture
@@ -35,8 +35,8 @@ RawMetrics = dict[tuple[str, str], list[Any]]
 
 
 class Scorer:
-    """Scores the network behind `lm` on `tasks`. Prompts and tokens are made once; whoever activates sub-networks
-    between calls of `score` pays for the network's work only."""
+    """Scores the network behind `lm` on `tasks`. Prompts and tokens are made once, so scoring one sub-network after
+    another costs the network's work only."""
 
     def __init__(self, tasks: TaskSet, lm: NetworkLM) -> None:
         self.tasks = tasks
@@ -46,7 +46,7 @@ class Scorer:
     def score(
         self, split: Split, limit: int | None = None, *, architecture: Architecture | None = None
     ) -> dict[str, Score]:
-        """Score the network as it stands, `limit` documents of each task (None: all of the split).
+        """Each task's score of the network as it is now, on `limit` documents of each (None: all of the split).
 
         `architecture`, where the network is a super-network: what is active. Leading layers that are equal to those
         of the call before are then not computed again.
@@ -54,23 +54,23 @@ class Scorer:
         return self.scores(split, limit, self.ask(split, limit, architecture))
 
     def score_with_documents(self, split: Split, limit: int | None = None) -> tuple[dict[str, Score], DocumentValues]:
-        """As `score`, with every document's own value."""
+        """As `score`, and every document's value."""
         answers = self.ask(split, limit)
         return self.scores(split, limit, answers), self.document_values(split, limit, answers)
 
     def ask(self, split: Split, limit: int | None = None, architecture: Architecture | None = None) -> Answers:
         """The network's answers to all requests of the documents; the arguments are those of `score`."""
-        questions = self.tasks.questions(split, limit)
+        requests = self.tasks.requests(split, limit)
         if (split, limit) not in self._plans:
-            self._plans[split, limit] = self.lm.plan(questions.spans)
+            self._plans[split, limit] = self.lm.plan(requests.spans)
         answers: Answers = {}
         scores = iter(self.lm.answer(self._plans[split, limit], architecture))
-        for instance in questions.scored:
+        for instance in requests.loglikelihood:
             answers[id(instance)] = [next(scores)] * (instance.repeats or 1)
-        for instance, windows in zip(questions.rolled, questions.windows, strict=True):
+        for instance, windows in zip(requests.rolling, requests.windows, strict=True):
             total = sum(next(scores)[0] for _ in range(windows))
             answers[id(instance)] = [total] * (instance.repeats or 1)
-        repeated = [instance for instance in questions.written for _ in range(instance.repeats or 1)]
+        repeated = [instance for instance in requests.generation for _ in range(instance.repeats or 1)]
         for instance, text in zip(repeated, self.lm.generate_until(repeated) if repeated else [], strict=True):
             answers.setdefault(id(instance), []).append(text)
         return answers
@@ -78,38 +78,38 @@ class Scorer:
     def scores(
         self, split: Split, limit: int | None, answers: Answers, tasks: Mapping[str, ScoredTask] | None = None
     ) -> dict[str, Score]:
-        """What the answers to the documents' requests are worth, by the metric of each task or those of `tasks`, which
+        """Scores from the answers to the documents' requests, by the metric of each task, or by those of `tasks`, which
         may name one task several times (`TaskSet.by_metric`)."""
         tasks = tasks or self.tasks.tasks
-        documents = self.tasks.questions(split, limit).documents
+        documents = self.tasks.requests(split, limit).documents
         values = self.document_values(split, limit, answers, tasks)
         return {name: score_of(task, documents[task.name], values[name], split) for name, task in tasks.items()}
 
     def document_values(
         self, split: Split, limit: int | None, answers: Answers, tasks: Mapping[str, ScoredTask] | None = None
     ) -> DocumentValues:
-        """lm-eval's intermediate value of each document, by task, for each of its subtasks in order: what an
-        aggregation adds up."""
-        documents = self.tasks.questions(split, limit).documents
+        """lm-eval's intermediate value of each document, which an aggregation adds up: by task, for each of its
+        subtasks in order."""
+        documents = self.tasks.requests(split, limit).documents
         return {
             name: [
-                raw_metrics(leaf, docs, answers, only_filter=task.filter)[task.metric, task.filter] if docs else []
-                for leaf, docs in documents[task.name]
+                raw_metrics(subtask, docs, answers, only_filter=task.filter)[task.metric, task.filter] if docs else []
+                for subtask, docs in documents[task.name]
             ]
             for name, task in (tasks or self.tasks.tasks).items()
         }
 
 
 def score_of(
-    task: ScoredTask, documents: Sequence[tuple[Subtask, list[Document]]], values: Sequence[list[Any]], split: Split
+    task: ScoredTask, documents: Sequence[SubtaskDocuments], values: Sequence[list[Any]], split: Split
 ) -> Score:
     """A task's score from its documents' values, with lm-eval's standard error.
 
     Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
     """
     aggregated = [
-        _aggregated(leaf.task.aggregation().get(task.metric, _mean), items) if items else (math.nan, None)
-        for (leaf, _), items in zip(documents, values, strict=True)
+        _aggregated(subtask.task.aggregation().get(task.metric, _mean), items) if items else (math.nan, None)
+        for (subtask, _), items in zip(documents, values, strict=True)
     ]
     sizes = [len(items) for items in values]
     value, stderr = task.aggregate([value for value, _ in aggregated], [error for _, error in aggregated], sizes)
@@ -125,7 +125,7 @@ def score_of(
 
 
 def raw_metrics(
-    leaf: Subtask, documents: Sequence[Document], answers: Answers, only_filter: str | None = None
+    subtask: Subtask, documents: Sequence[Document], answers: Answers, only_filter: str | None = None
 ) -> RawMetrics:
     """lm-eval's metrics of each document, from the answers to its requests."""
     instances = [instance for document in documents for instance in document.instances]
@@ -133,14 +133,14 @@ def raw_metrics(
     try:
         for instance in instances:
             instance.resps = list(answers[id(instance)])
-        for ensemble in leaf.task._filters:
+        for ensemble in subtask.task._filters:
             if only_filter is not None and ensemble.name != only_filter:
                 continue
             ensemble.apply(instances)
             for document in documents:
                 ordered = sorted(document.instances, key=lambda instance: instance.idx)
                 responses = [instance.filtered_resps[ensemble.name] for instance in ordered]
-                for metric, value in leaf.task.process_results(document.doc, responses).items():
+                for metric, value in subtask.task.process_results(document.doc, responses).items():
                     raw[metric, ensemble.name].append(value)
     finally:
         for instance in instances:
@@ -164,7 +164,7 @@ def standard_error(
 
 
 def _aggregated(aggregation: Callable[[Sequence[Any]], float], items: Sequence[Any]) -> tuple[float, float | None]:
-    """An aggregate and its standard error. Where lm-eval's perplexities overflow, beyond 709 nats a word, infinity."""
+    """An aggregate and its standard error. Infinity where lm-eval's perplexities overflow, beyond 709 nats a word."""
     try:
         return float(aggregation(items)), standard_error(aggregation, items)
     except OverflowError:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lm_eval.api.group import Group
@@ -17,11 +16,13 @@ from lm_eval.tasks._index import Entry, Kind
 from evals.scoring.documents import FEWSHOT_SEED
 from supernet.common.errors import RequestError, did_you_mean
 
-PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 
+def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tuple[TaskManager, dict[str, str | None]]:
+    """A task manager that has all `names` in its index, and their parts, and {name: metric asked for}.
 
-def _index(names: Sequence[str], include_path: Sequence[str | Path]) -> tuple[TaskManager, dict[str, str | None]]:
-    """A task manager that knows all `names` and what they are made of, and {name: metric asked for}."""
+    lm-eval's own tasks are indexed, which takes seconds, only if a name is not found without. Raises RequestError for
+    an unknown name, one that is asked for twice, and a path that is no folder.
+    """
     paths = [Path(path) for path in include_path]
     for path in paths:
         if not path.is_dir():
@@ -68,29 +69,31 @@ def _complete(name: str, index: dict[str, Entry]) -> bool:
     return True
 
 
-def _build(manager: TaskManager, name: str) -> Task | Group | list[Task]:
+def build(manager: TaskManager, name: str) -> Task | Group | list[Task]:
+    """The task or group of this name, or the tasks of a tag. Raises RequestError where its file or data is faulty."""
     entry = manager.task_index[name]
     try:
         return manager._load_spec(name)
     except RequestError:
         raise
-    except Exception as error:  # a task file is somebody else's program: whatever it raises is about that file
+    except Exception as error:  # a task file is foreign code: what it raises is about that file
         reason = " ".join(str(error).split()) or type(error).__name__
         where = f" ({entry.yaml_path})" if entry.yaml_path else ""
         raise RequestError(f"task {name}{where} cannot be built: {reason[:300]}") from error
 
 
-def _scored(item: Task | Group | list[Task]) -> Iterable[Task | Group]:
-    """What gets a score of its own: tasks, and groups that say how to add up."""
+def scored_items(item: Task | Group | list[Task]) -> Iterable[Task | Group]:
+    """What gets one score each: tasks, and groups that say how to aggregate."""
     if isinstance(item, list):
         return item
     if isinstance(item, Group) and not item.has_aggregation:
-        return [scored for child in item for scored in _scored(child)]
+        return [scored for child in item for scored in scored_items(child)]
     return [item]
 
 
-def _prepare(task: Task, num_fewshot: int | None) -> None:
-    """Few-shot settings as `lm_eval.evaluator.simple_evaluate` makes them."""
+def prepare(task: Task, num_fewshot: int | None) -> None:
+    """Set the number of few-shot examples and their seed as `lm_eval.evaluator.simple_evaluate` does. Raises
+    RequestError for a task that cannot be scored here."""
     if getattr(task, "MULTIMODAL", False):
         raise RequestError(f"task {task.task_name} needs images or sound: only text tasks can be scored")
     if getattr(task, "UNSAFE_CODE", False):
@@ -102,8 +105,8 @@ def _prepare(task: Task, num_fewshot: int | None) -> None:
 
 
 @contextmanager
-def _lm_eval_seeds() -> Any:
-    """The global seeds that simple_evaluate sets, for tasks that shuffle while they load; restored afterwards."""
+def lm_eval_seeds() -> Iterator[None]:
+    """Within, the global seeds that simple_evaluate sets, for tasks that shuffle while they load."""
     states = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(1234)

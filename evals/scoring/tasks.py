@@ -12,22 +12,26 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
+from lm_eval.config.group import AggMetricConfig
 
 from evals.scoring.documents import Document, Prompting, Split, Subtask
-from evals.scoring.encoding import CannotScore, Encoder, Span
-from evals.scoring.task_loading import PREFERRED_METRICS, _build, _index, _lm_eval_seeds, _prepare, _scored
+from evals.scoring.encoding import CannotScore, Encoder
+from evals.scoring.task_loading import build, index_tasks, lm_eval_seeds, prepare, scored_items
 from supernet.common.errors import RequestError
 
+PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
 CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+
+
+SubtaskDocuments = tuple[Subtask, list[Document]]
 
 
 @dataclass(eq=False)
@@ -37,7 +41,7 @@ class ScoredTask:
     name: str
     metric: str
     filter: str
-    leaves: list[Subtask]
+    subtasks: list[Subtask]
     higher_is_better: bool
     group: Group | None = None
 
@@ -52,37 +56,40 @@ class ScoredTask:
         return self.group is None or bool(self._aggregate().weight_by_size)
 
     def limits(self, split: Split, limit: int | None) -> list[int | None]:
-        """Each leaf's share of `limit` documents."""
+        """Each subtask's share of `limit` documents; None for all."""
         if limit is None:
-            return [None] * len(self.leaves)
-        sizes = [leaf.size(split) for leaf in self.leaves]
+            return [None] * len(self.subtasks)
+        sizes = [subtask.size(split) for subtask in self.subtasks]
         return list(spread(limit, sizes, sizes if self.weighted else [1] * len(sizes)))
 
-    def documents(self, split: Split, limit: int | None = None) -> list[tuple[Subtask, list[Document]]]:
+    def documents(self, split: Split, limit: int | None = None) -> list[SubtaskDocuments]:
+        """The documents by subtask; `limit` is for all of them together."""
         shares = self.limits(split, limit)
-        return [(leaf, leaf.documents(split, share)) for leaf, share in zip(self.leaves, shares, strict=True)]
+        return [
+            (subtask, subtask.documents(split, share)) for subtask, share in zip(self.subtasks, shares, strict=True)
+        ]
 
     def aggregate(
         self, values: Sequence[float], stderrs: Sequence[float | None], sizes: Sequence[int]
     ) -> tuple[float, float | None]:
-        """Value and standard error from the leaves', as lm-eval's group adds them up."""
+        """Value and standard error from those of the subtasks, as lm-eval's group aggregates them."""
         if self.group is None:
             return values[0], stderrs[0]
         only = dataclasses.replace(self.group, aggregate_metric_list=[self._aggregate()])
         error_key = f"{self.metric}_stderr,{self.filter}"
-        rows: dict[str, Any] = {
-            leaf.name: {self.key: value, error_key: "N/A" if error is None else error, "sample_len": size}
-            for leaf, value, error, size in zip(self.leaves, values, stderrs, sizes, strict=True)
+        rows = {
+            subtask.name: {self.key: value, error_key: "N/A" if error is None else error, "sample_len": size}
+            for subtask, value, error, size in zip(self.subtasks, values, stderrs, sizes, strict=True)
         }
-        result: Any = only.aggregate(rows)
+        result = only.aggregate(rows)
         error = result[error_key]
         return float(result[self.key]), None if error == "N/A" else float(error)
 
-    def chance(self, documents: Sequence[tuple[Subtask, list[Document]]]) -> float | None:
-        """The metric's level under uniform guessing, or None where there is no such thing."""
+    def chance(self, documents: Sequence[SubtaskDocuments]) -> float | None:
+        """What uniform guessing scores on the documents, or None where that has no meaning."""
         if self.metric not in CHOICE_METRICS:
             return None
-        levels = [(leaf.chance(docs), len(docs)) for leaf, docs in documents if docs]
+        levels = [(subtask.chance(docs), len(docs)) for subtask, docs in documents if docs]
         total = 0.0
         for level, size in levels:
             if level is None:
@@ -90,49 +97,57 @@ class ScoredTask:
             total += level * (size if self.weighted else 1)
         return total / sum(size if self.weighted else 1 for _, size in levels) if levels else None
 
-    def _aggregate(self) -> Any:
+    def _aggregate(self) -> AggMetricConfig:
+        """How the group aggregates the metric."""
         assert self.group is not None and self.group.aggregate_metric_list
         return next(entry for entry in self.group.aggregate_metric_list if entry.metric == self.metric)
 
 
 class EncodedRequests:
-    """All requests of some documents, in tokens.
+    """All requests of some documents, by lm-eval's kinds of requests (`loglikelihood`, `loglikelihood_rolling`,
+    `generate_until`), and in tokens.
 
-    `spans`: one for each request of `scored`, then `windows[i]` for each of `rolled`; `written` are to be generated.
-    Raises RequestError naming a document that lm-eval itself cannot score.
+    `spans`: one for each request of `loglikelihood`, then `windows[i]` for each of `rolling`; those of `generation`
+    are continued. Raises RequestError naming a document that lm-eval itself cannot score.
     """
 
-    def __init__(self, documents: dict[str, list[tuple[Subtask, list[Document]]]], encoder: Encoder) -> None:
+    def __init__(self, documents: dict[str, list[SubtaskDocuments]], encoder: Encoder) -> None:
         self.documents = documents
-        asked: dict[str, list[tuple[Subtask, Document, Instance]]] = defaultdict(list)
-        for leaves in documents.values():
-            for leaf, docs in leaves:
+        requests: dict[str, list[_Request]] = defaultdict(list)
+        for subtasks in documents.values():
+            for subtask, docs in subtasks:
                 for document in docs:
                     for instance in document.instances:
-                        asked[instance.request_type].append((leaf, document, instance))
-        self.scored = [instance for _, _, instance in asked["loglikelihood"]]
-        self.rolled = [instance for _, _, instance in asked["loglikelihood_rolling"]]
-        self.written = [instance for _, _, instance in asked["generate_until"]]
-        pairs = [(str(instance.args[0]), str(instance.args[1])) for instance in self.scored]
-        self.spans: list[Span] = _blame(asked["loglikelihood"], lambda: encoder.spans(pairs))
-        rolling = encoder.rolling(instance.args[0] for instance in self.rolled)
+                        requests[instance.request_type].append((subtask, document, instance))
+        self.loglikelihood = [instance for _, _, instance in requests["loglikelihood"]]
+        self.rolling = [instance for _, _, instance in requests["loglikelihood_rolling"]]
+        self.generation = [instance for _, _, instance in requests["generate_until"]]
+        pairs = [(str(instance.args[0]), str(instance.args[1])) for instance in self.loglikelihood]
+        with _naming_the_document(requests["loglikelihood"]):
+            self.spans = encoder.spans(pairs)
+        rolling = encoder.rolling(instance.args[0] for instance in self.rolling)
         self.windows = [len(windows) for windows in rolling]
         self.spans += [span for windows in rolling for span in windows]
-        for row in asked["generate_until"]:
-            text, settings = row[2].args
-            _blame([row], partial(encoder.prompts, [text], encoder.generation(settings).new))
+        for request in requests["generate_until"]:
+            text, settings = request[2].args
+            with _naming_the_document([request]):
+                encoder.prompts([text], encoder.generation(settings).new)
         encoder.forget()
 
 
-def _blame(asked: Sequence[tuple[Subtask, Document, Instance]], encode: Callable[[], Any]) -> Any:
-    """Run `encode`; where it finds a request that lm-eval cannot score, name the task and the document."""
+_Request = tuple[Subtask, Document, Instance]
+
+
+@contextmanager
+def _naming_the_document(requests: Sequence[_Request]) -> Iterator[None]:
+    """Within, encoding a request that lm-eval cannot score raises RequestError with its task and document."""
     try:
-        return encode()
+        yield
     except CannotScore as error:
-        leaf, document, _ = asked[error.position]
+        subtask, document, _ = requests[error.position]
         raise RequestError(
-            f"task {leaf.name}, document {document.index}: {error}; leave the task out, or use fewer few-shot examples "
-            "or a network with a longer context"
+            f"task {subtask.name}, document {document.index}: {error}; leave the task out, or use fewer few-shot "
+            "examples or a network with a longer context"
         ) from error
 
 
@@ -143,7 +158,7 @@ class TaskSet:
     tasks: dict[str, ScoredTask]
     encoder: Encoder
     groups: dict[str, Group] = field(default_factory=dict)
-    _questions: dict[tuple[Split, int | None], EncodedRequests] = field(default_factory=dict, repr=False)
+    _requests: dict[tuple[Split, int | None], EncodedRequests] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -161,48 +176,50 @@ class TaskSet:
 
         lm-eval's own tasks are indexed (seconds) only if a name is not found in `include_path`. `num_fewshot`
         overrides the tasks' own number of examples, except where a task says 0. Tags become their tasks. `kept`: the
-        folder of prompts that `keep` wrote before. Raises
-        RequestError for an unknown task or metric, a task that needs images, sound or code execution, a task whose
-        data cannot be had, and a task asked for twice.
+        folder of prompts that `keep` wrote before.
+
+        Raises RequestError for an unknown task or metric, a task that needs images, sound or code execution, a task
+        whose data cannot be had, and a task asked for twice.
         """
         if not names:
             raise RequestError("no task was given: name at least one with --tasks")
-        index, wanted = _index(names, include_path)
-        with _lm_eval_seeds():
-            built = {name: _build(index, name) for name in wanted}
-        leaves: dict[str, Subtask] = {}
+        # 1. lm-eval's own tasks and groups.
+        manager, wanted = index_tasks(names, include_path)
+        with lm_eval_seeds():
+            built = {name: build(manager, name) for name in wanted}
+        # 2. A subtask for each of them that has documents, and the metric that counts.
+        subtasks: dict[str, Subtask] = {}
         tasks: dict[str, ScoredTask] = {}
         groups: dict[str, Group] = {}
         for name, metric in wanted.items():
-            for item in _scored(built[name]):
+            for item in scored_items(built[name]):
                 if isinstance(item, Group):
                     groups |= {group.name: group for group in [item, *item.get_all_groups()]}
                 members = item.get_all_tasks() if isinstance(item, Group) else [item]
                 for task in members:
-                    if task.task_name in leaves:
+                    if task.task_name in subtasks:
                         raise RequestError(f"task {task.task_name} is asked for twice: name it, or its group, once")
-                    _prepare(task, num_fewshot)
-                    entry = index.task_index.get(task.task_name)
-                    leaf = Subtask(task, encoder, prompting, holdout, entry.yaml_path if entry else None)
-                    leaves[task.task_name] = leaf
+                    prepare(task, num_fewshot)
+                    entry = manager.task_index.get(task.task_name)
+                    subtask = Subtask(task, encoder, prompting, holdout, entry.yaml_path if entry else None)
+                    subtasks[task.task_name] = subtask
                     if kept is not None:
-                        leaf.restore(kept)
-                scored = _choose_metric(item, [leaves[task.task_name] for task in members], metric)
+                        subtask.restore(kept)
+                scored = _choose_metric(item, [subtasks[task.task_name] for task in members], metric)
                 tasks[scored.name] = scored
         return cls(tasks, encoder, groups)
 
     def keep(self, folder: Path) -> None:
-        """Write down the prompts rendered so far, so that `load` with `kept=folder` need not render them again."""
+        """Write the prompts rendered so far, so that `load` with `kept=folder` need not render them again."""
         for task in self.tasks.values():
-            for leaf in task.leaves:
-                leaf.keep(folder)
+            for subtask in task.subtasks:
+                subtask.keep(folder)
 
-    def documents(self, split: Split, limit: int | None = None) -> dict[str, list[tuple[Subtask, list[Document]]]]:
-        """Each task's documents by leaf. Raises RequestError where a task has none in this split."""
+    def documents(self, split: Split, limit: int | None = None) -> dict[str, list[SubtaskDocuments]]:
+        """Each task's documents by subtask. Raises RequestError where a task has none in this split."""
         chosen = {name: task.documents(split, limit) for name, task in self.tasks.items()}
-        for name, leaves in chosen.items():
-            empty = [leaf.name for leaf, docs in leaves if not docs]
-            if len(empty) == len(leaves):
+        for name, subtasks in chosen.items():
+            if not any(docs for _, docs in subtasks):
                 where = "" if split == "all" else f" in the {split} split"
                 raise RequestError(f"task {name} has no document{where}; leave it out or give it more documents")
         return chosen
@@ -210,13 +227,14 @@ class TaskSet:
     def by_metric(self, name: str, metric: str) -> ScoredTask:
         """A task of the set under another of its metrics. Raises RequestError for a metric that it does not have."""
         task = self.tasks[name]
-        return _choose_metric(task.group or task.leaves[0].task, task.leaves, metric)
+        return _choose_metric(task.group or task.subtasks[0].task, task.subtasks, metric)
 
-    def questions(self, split: Split, limit: int | None = None) -> EncodedRequests:
-        """The requests of the split's documents, encoded once. Raises RequestError as `documents` and `Questions`."""
-        if (split, limit) not in self._questions:
-            self._questions[split, limit] = EncodedRequests(self.documents(split, limit), self.encoder)
-        return self._questions[split, limit]
+    def requests(self, split: Split, limit: int | None = None) -> EncodedRequests:
+        """The requests of the split's documents, encoded once. Raises RequestError as `documents` and
+        `EncodedRequests` do."""
+        if (split, limit) not in self._requests:
+            self._requests[split, limit] = EncodedRequests(self.documents(split, limit), self.encoder)
+        return self._requests[split, limit]
 
     def chance(self, name: str, split: Split = "report", limit: int | None = None) -> float | None:
         """The task's score under uniform guessing among the choices, or None if it is not multiple choice."""
@@ -224,10 +242,10 @@ class TaskSet:
         return task.chance(task.documents(split, limit))
 
     def fingerprint(self, name: str, split: Split, limit: int | None = None) -> str:
-        """16 hexadecimal digits that stand for the documents scored and the prompts they are scored with."""
+        """16 hexadecimal digits that identify the documents scored and their prompts."""
         digest = hashlib.sha256()
-        for leaf, documents in self.tasks[name].documents(split, limit):
-            digest.update(leaf.name.encode())
+        for subtask, documents in self.tasks[name].documents(split, limit):
+            digest.update(subtask.name.encode())
             for document in documents:
                 requests = [[instance.request_type, instance.args] for instance in document.instances]
                 digest.update(document.hash.encode())
@@ -236,10 +254,12 @@ class TaskSet:
 
 
 def spread(limit: int, sizes: Sequence[int], weights: Sequence[int]) -> list[int]:
-    """`limit` documents over tasks of `sizes` documents, in proportion to `weights`, none beyond its size.
+    """How many of `limit` documents each task gives, of those with `sizes` documents, in proportion to `weights`.
 
-    Largest remainders first, ties in order. Every task that has documents gets one, even if that exceeds `limit`.
+    No task gives more than it has. Largest remainders first, ties in order. Every task that has documents gives one,
+    even if that exceeds `limit`.
     """
+    # 1. Quotas, exact: what small tasks cannot give goes to the others.
     quotas = [0.0] * len(sizes)
     left, unfilled = min(limit, sum(sizes)), [i for i, size in enumerate(sizes) if size]
     while unfilled:
@@ -249,6 +269,7 @@ def spread(limit: int, sizes: Sequence[int], weights: Sequence[int]) -> list[int
             quotas[i] = sizes[i] if filled else unit * weights[i]
         left -= sum(sizes[i] for i in filled)
         unfilled = [i for i in unfilled if i not in filled] if filled else []
+    # 2. Whole numbers.
     shares = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - quotas[i], i))
     for i in by_remainder[: min(limit, sum(sizes)) - sum(shares)]:
@@ -256,14 +277,18 @@ def spread(limit: int, sizes: Sequence[int], weights: Sequence[int]) -> list[int
     return [max(share, 1) if size else 0 for share, size in zip(shares, sizes, strict=True)]
 
 
-def _choose_metric(item: Task | Group, leaves: list[Subtask], wanted: str | None) -> ScoredTask:
+def _choose_metric(item: Task | Group, subtasks: list[Subtask], wanted: str | None) -> ScoredTask:
+    """A task or group with the metric that counts: `wanted` (METRIC or METRIC,FILTER), or else the first of
+    `PREFERRED_METRICS` that it has, or else its first. Raises RequestError for one that it does not have."""
+    # 1. What there is.
     name = item.name if isinstance(item, Group) else item.task_name
-    first = leaves[0].task
+    first = subtasks[0].task
     filters = [ensemble.name for ensemble in first._filters]
     if isinstance(item, Group):
         metrics = [entry.metric for entry in item.aggregate_metric_list or []]
     else:
         metrics = list(item.aggregation())
+    # 2. What is wanted.
     metric, _, asked_filter = (wanted or "").partition(",")
     if wanted is None:
         metric = next((m for m in PREFERRED_METRICS if m in metrics), metrics[0])
@@ -271,9 +296,10 @@ def _choose_metric(item: Task | Group, leaves: list[Subtask], wanted: str | None
         raise RequestError(f"task {name} has no metric '{metric}'; it has {', '.join(metrics)}")
     if asked_filter and asked_filter not in filters:
         raise RequestError(f"task {name} has no filter '{asked_filter}'; it has {', '.join(filters)}")
+    # 3. A group may restrict the filters of its metric.
     if isinstance(item, Group):
-        entry: Any = next(e for e in item.aggregate_metric_list or [] if e.metric == metric)
+        entry = next(e for e in item.aggregate_metric_list or [] if e.metric == metric)
         filters = [f for f in entry.filter_list or filters if f in filters] or filters
     higher = bool(first.higher_is_better().get(metric, True))
     group = item if isinstance(item, Group) else None
-    return ScoredTask(name, metric, asked_filter or filters[0], leaves, higher, group)
+    return ScoredTask(name, metric, asked_filter or filters[0], subtasks, higher, group)

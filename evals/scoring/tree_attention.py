@@ -1,10 +1,11 @@
 """Reading a tree of tokens with a network's own modelling code: what sequences share is computed once.
 
 - The tokens of all requests form trees (`evals.scoring.prefix_tree`), and the network reads a tree as one sequence,
-  without padding; only attention knows the tree.
-- Logits are computed where a token is scored, and nowhere else; the last layer that attends reads keys and values
-  from all tokens and computes the rest of itself, and of what follows, for those same tokens only.
-- Where consecutive calls activate sub-networks with equal leading layers, those layers are not computed again.
+  without padding. Its attention is exchanged for one that follows the tree (`tree_interface`); all else stays.
+- Logits are computed only where a token is scored. The last layer that attends takes keys and values from all tokens,
+  but computes its outputs, and all that follows, for the scored ones only (`LastLayer`).
+- Where consecutive calls activate sub-networks with equal leading layers, those layers are not computed again
+  (`Layers`, `SharedLayer`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -23,27 +26,36 @@ from evals.scoring.encoding import Span
 from evals.scoring.prefix_tree import Blocks, Pack, coarse_sizes, fine_sizes, pack
 from supernet.architecture import Architecture
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TREE_ATTENTION = "nas_compressor_tree"
 SMALLEST_PASS = 256
 """Tokens below which a pass is not cut further for the sake of more workers."""
 
 Scored = tuple[Tensor, Tensor, Tensor]
-"""Of scored tokens: the span each belongs to, its log-probability, and whether it is not the first choice."""
+"""Of scored tokens, [n] each: the span that it belongs to, its log-probability in nats, and whether it is not the
+network's first choice."""
 
 
 def token_scores(logits: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` at rows `at` of `logits` [r, vocabulary]; where they are not the first choice."""
+    """Log-probabilities of `targets` [n] at the rows `at` [n] of `logits` [r, vocabulary], and where they are not the
+    first choice, [n]. Overwrites `logits`."""
     logits = logits.float()
     scores, top = logits[at, targets], logits.amax(-1)
     missed = scores != top[at]
-    ties = (~missed).nonzero()[:, 0]  # of equal logits the first one is chosen; argmax is too slow for all rows
+    ties = (~missed).nonzero()[:, 0]  # of equal logits the first is chosen; argmax of all rows would be slow
     missed[ties] = logits[at[ties]].argmax(-1) != targets[ties]
-    total = logits.sub_(top[:, None]).exp_().sum(-1)  # in place: nobody else holds these logits
+    total = logits.sub_(top[:, None]).exp_().sum(-1)  # in place: the largest tensor of a pass
     return scores - (top + total.log())[at], missed
 
 
 class Plan:
-    """Spans in the form that a network reads: the distinct ones, packed, on the network's device."""
+    """Spans in the form that a network reads: the distinct ones, packed, on the network's device.
+
+    `index`: for each span that was given, its number in `distinct`. With several `workers`, packs are made smaller, so
+    that there are as many of equal size as keep all workers busy to the end.
+    """
 
     def __init__(
         self, spans: Sequence[Span], max_tokens: int, max_rows: int, device: torch.device, workers: int = 1
@@ -53,7 +65,7 @@ class Plan:
         self.index = [number[span] for span in spans]
         round_up = coarse_sizes if device.type == "cuda" else fine_sizes
         packs = pack(self.distinct, max_tokens, max_rows, round_up=round_up)
-        if workers > 1:  # as many passes as keep all workers busy to the end
+        if workers > 1:
             rounds = -(-len(packs) // workers)
             even = int(1.05 * sum(map(len, packs)) / (rounds * workers))
             packs = pack(self.distinct, min(max_tokens, max(even, SMALLEST_PASS)), max_rows, round_up=round_up)
@@ -70,7 +82,7 @@ class DevicePack:
     """A `Pack` as tensors: tokens and positions [1, n]; the blocks' indices; rows, at, targets and owner."""
 
     def __init__(self, source: Pack, device: torch.device) -> None:
-        def put(array: Any) -> Tensor:
+        def put(array: NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         self.tokens, self.positions = put(source.tokens)[None], put(source.positions)[None]
@@ -80,9 +92,10 @@ class DevicePack:
 
 
 class DeviceBlocks:
-    """`queries` [b, q], `keys` [b, k], `mask` [b, 1, q, k]; `places`: where the valid outputs, `valid`, belong."""
+    """`Blocks` as tensors: `queries` [b, q], `keys` [b, k], and the mask. Of the b * q outputs those at `valid` (None:
+    all) are real, and belong to the queries `places`."""
 
-    def __init__(self, source: Blocks, put: Callable[[Any], Tensor]) -> None:
+    def __init__(self, source: Blocks, put: Callable[[NDArray[np.generic]], Tensor]) -> None:
         valid = source.valid.reshape(-1)
         self.queries, self.keys = put(source.queries), put(source.keys)
         self.places = put(source.queries.reshape(-1)[valid])
@@ -91,21 +104,23 @@ class DeviceBlocks:
         self._additive: dict[torch.dtype, Tensor] = {}
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Zero where a query sees a key, minus infinity elsewhere."""
+        """[b, 1, q, k]: zero where a query sees a key, minus infinity elsewhere."""
         if dtype not in self._additive:
             zero = torch.zeros((), dtype=dtype, device=self._mask.device)
             self._additive[dtype] = torch.where(self._mask, zero, torch.full_like(zero, -torch.inf))
         return self._additive[dtype]
 
     def forget_mask(self) -> None:
-        """Until it is asked for again: four bytes for each pair add up over a plan, and making them takes no time."""
+        """Free the masks until they are asked for again: four bytes for each pair add up over a plan, and making them
+        is quick."""
         self._additive.clear()
 
 
 class Reading(threading.local):
-    """What this thread reads: a pack, its number in the plan, and each configuration's own attention by `id`.
+    """What this thread reads: a pack, its number in the plan, and the original attention of each configuration by `id`.
 
-    `capturing`: the layer at work is to give its keys and values away; `captured`: they are in place of its own.
+    `capturing`: attention raises its keys and values as `_KeysAndValues`; `captured`: it uses these instead of the ones
+    it is given. `LastLayer` sets both.
     """
 
     pack: DevicePack
@@ -119,25 +134,31 @@ reading = Reading()
 
 
 class _KeysAndValues(Exception):
-    """Not an error: the way out of a layer that is not to be finished, with its keys and values [1, kv heads, n, d]."""
+    """Not an error: leaves a layer as soon as its keys and values, [1, kv heads, n, d] each, are computed."""
 
 
 def _tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The network's own attention, block by block. `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]."""
+    """The network's own attention, block by block, as transformers' attention interface: [1, n, heads, d].
+
+    `query` [1, heads, n, d], `key` and `value` [1, kv heads, n, d]. In the last layer, the n queries are those of the
+    rows.
+    """
+    # 1. The last layer: give keys and values of all nodes, then use them with the queries of the rows.
     if reading.capturing:
         raise _KeysAndValues(key, value)
     blocks = reading.pack.blocks
-    if reading.captured is not None:  # the queries are those of the rows
+    if reading.captured is not None:
         (key, value), blocks = reading.captured, reading.pack.last
-    config: Any = module.config
-    name = reading.implementations[id(config)]
+    # 2. The attention that the network would use, such as sdpa or its class's eager one.
+    name = reading.implementations[id(module.config)]
     if name in AttentionInterface._global_mapping:
         attend: Callable[..., Any] = AttentionInterface._global_mapping[name]
     else:
         attend = sys.modules[type(module).__module__].eager_attention_forward
     kwargs.pop("is_causal", None)
+    # 3. Each block's queries with the keys that they may see; results to the places of the queries.
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [n, heads, d]
     result = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
 
@@ -162,20 +183,20 @@ AttentionInterface.register(TREE_ATTENTION, _tree_attention)
 
 
 @contextmanager
-def tree_interface(model: nn.Module) -> Iterator[dict[int, str]]:
-    """Route the network's attention through `_tree_attention`; gives {id of a configuration: its own way}.
+def tree_interface(model: PreTrainedModel) -> Iterator[dict[int, str]]:
+    """Within, the network's attention is `_tree_attention`; gives {id of a configuration: its original attention}.
 
-    Layers of an uneven network have configurations of their own, so all that modules hold are switched.
+    Each layer of an uneven network has a configuration, so all that modules hold are switched.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    own = {key: getattr(config, "_attn_implementation", None) or "eager" for key, config in configs.items()}
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    originals = {key: getattr(config, "_attn_implementation", None) or "eager" for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = TREE_ATTENTION
     try:
-        yield own
+        yield originals
     finally:
         for key, config in configs.items():
-            config._attn_implementation_internal = own[key]
+            config._attn_implementation_internal = originals[key]
 
 
 class Layers:
@@ -250,9 +271,9 @@ class Layers:
 
 
 class SharedLayer:
-    """Stands for a layer: gives its output from before where that is `known`, and keeps it where it is not."""
+    """Stands in for a layer: its output of the call before where that is `known`, else a new one, which is kept."""
 
-    def __init__(self, layer: Any, position: int, known: bool, outputs: list[list[Any]]) -> None:
+    def __init__(self, layer: nn.Module, position: int, known: bool, outputs: list[list[Any]]) -> None:
         self._layer, self._position, self._known, self._outputs = layer, position, known, outputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -266,31 +287,33 @@ class SharedLayer:
 
 
 class LastLayer:
-    """Stands for the last layer that attends. Given all n nodes, it gives the r rows whose logits are needed: behind
-    its keys and values, nothing of the other nodes is looked at again."""
+    """Stands in for the last layer that attends. Given all n nodes, it gives only the r rows whose logits are needed:
+    after its keys and values, nothing depends on the other nodes."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        source = reading.pack
-        count = source.tokens.shape[1]
+        pack = reading.pack
+        count = pack.tokens.shape[1]
 
         def rows(value: Any) -> Any:
             """What is [1, n, ...], as hidden states and rotary angles are, for the rows only."""
             if isinstance(value, tuple):
                 return tuple(map(rows, value))
             if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == count:
-                return value[:, source.rows]
+                return value[:, pack.rows]
             return value
 
+        # 1. Run the layer as far as its keys and values of all nodes.
         reading.capturing = True
         try:
             return rows(self._layer(*args, **kwargs))  # a layer without attention runs through
-        except _KeysAndValues as found:
-            reading.captured = found.args
+        except _KeysAndValues as keys_and_values:
+            reading.captured = keys_and_values.args
         finally:
             reading.capturing = False
+        # 2. Run it again for the rows, whose attention uses these.
         try:
             return self._layer(*rows(args), **{key: rows(value) for key, value in kwargs.items()})
         finally:

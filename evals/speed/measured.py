@@ -1,6 +1,7 @@
-"""Speed of standalone networks, measured: reading a prompt and writing new tokens.
+"""Speed of standalone networks, measured: reading a prompt and generating new tokens.
 
-Machines drift and are shared, so nothing is timed alone: networks take turns, and other work only ever adds time.
+A machine's speed drifts and other work on it only ever adds time, so networks are timed in turn, never alone. torch is
+imported only where something is measured: reports and saved speed tables are read without it.
 
 On a GPU, passes are replayed as CUDA graphs: at batch 1 Python takes several times longer to launch a pass than the GPU
 to compute it, so that eager times say nothing about a network's size.
@@ -14,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +25,7 @@ from supernet.device import device_name
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +36,15 @@ READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
 
-Times = tuple[float, float]
-"""Two numbers: of reading the prompt, and of one decoding step."""
+class Times(NamedTuple):
+    """Seconds to read the prompt, and of one decoding step."""
+
+    prefill: float
+    decode: float
 
 
 class Speed(BaseModel):
-    """Measured speed, and in what: numbers of different runtimes say nothing about each other."""
+    """Measured speed, and where and at what it was measured: numbers of different runtimes do not compare."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -76,11 +81,13 @@ class Speed(BaseModel):
 
     @property
     def where(self) -> str:
+        """Runtime, device, threads and dtype in words."""
         threads = "" if self.threads is None else f", {self.threads} thread{'s' * (self.threads != 1)}"
         return f"{self.runtime}, {self.device}{threads}, {self.dtype}"
 
     @property
     def workload(self) -> str:
+        """Batch, prompt and new tokens in words."""
         return f"batch {self.batch}, prompt of {self.prompt}, {self.new} new tokens"
 
     def comparable(self, other: Speed) -> bool:
@@ -90,7 +97,7 @@ class Speed(BaseModel):
 
 
 def compare_speed(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, PreTrainedModel],
     *,
     batch: int = 1,
     prompt: int = 128,
@@ -99,13 +106,14 @@ def compare_speed(
     warmup: int = 1,
     threads: int | None = None,
 ) -> dict[str, Speed]:
-    """Time several networks in turn, round by round, so that what slows the machine down slows all of them alike.
+    """The speed of several networks, timed in turn, so that what slows the machine down slows all of them alike.
 
-    `prompt` and `new` are cut to what the shortest of the networks' contexts holds. `threads`: torch's for the time
-    of measuring (None: as they are).
+    `prompt` and `new` are cut to what the shortest of the networks' contexts holds. `threads`: torch's while measuring
+    (None: as they are). Times are medians of `repeats` runs after `warmup` others.
     """
     import torch
 
+    # 1. The same work for all of them.
     context = min(context_of(model, prompt + new) for model in models.values())
     prompt, new = fitting(prompt, new, context)
     names = list(models)
@@ -115,18 +123,20 @@ def compare_speed(
         ids = {name: _random_ids(model, batch, prompt) for name, model in models.items()}
         graphs = all(can_capture(model, ids[name]) for name, model in models.items())
         memory = {name: _peak_memory(model, ids[name], new) for name, model in models.items()}
+        # 2. Runs in turn; each round begins with another network.
         for turn in range(warmup + repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 first, *steps = _passes(models[name], ids[name], new - 1, graphs)
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
-    result = {}
+    # 3. Medians.
+    speeds = {}
     for name, model in models.items():
         parameter = next(model.parameters())
         first = statistics.median(first for first, _ in runs[name])
         rest = statistics.median(rest for _, rest in runs[name])
         total = statistics.median(first + rest for first, rest in runs[name])
-        result[name] = Speed(
+        speeds[name] = Speed(
             runtime=runtime_of(model) + (CUDA_GRAPH if graphs else ""),
             device=device_name(parameter.device),
             threads=used_threads if parameter.device.type == "cpu" else None,
@@ -145,21 +155,23 @@ def compare_speed(
             prefill_spread=_spread_of([first for first, _ in runs[name]]),
             decode_spread=_spread_of([rest for _, rest in runs[name]]),
         )
-    return result
+    return speeds
 
 
-def speed_beside(model: nn.Module, base: nn.Module, known: Speed | None = None, **workload: Any) -> tuple[Speed, Speed]:
-    """Speed of a network that takes turns with the base, and the base's: many are timed with two in memory.
+def speed_beside(
+    model: PreTrainedModel, base: PreTrainedModel, known: Speed | None = None, **workload: int
+) -> tuple[Speed, Speed]:
+    """Speed of a network timed in turn with the base, and the base's. Many networks can be timed with two in memory.
 
-    `known` is the base's speed beside an earlier network. Machines drift, so `model` is then stated as its share in
-    the base here, times `known`, which is returned.
+    `known` is the base's speed beside an earlier network. A machine's speed drifts, so each number of `model` is then
+    its ratio to the base's number here, times `known`, which is returned. `workload` is for `compare_speed`.
     """
-    found, beside = compare_speed({"model": model, "base": base}, **workload).values()
+    speed, base_speed = compare_speed({"model": model, "base": base}, **workload).values()
     if known is None:
-        return found, beside
+        return speed, base_speed
     timed = ("prefill_tps", "decode_tps", "throughput_tps", "ttft_ms", "latency_ms")
-    drift = {name: getattr(known, name) / getattr(beside, name) for name in timed}
-    return found.model_copy(update={name: getattr(found, name) * drift[name] for name in timed}), known
+    drift = {name: getattr(known, name) / getattr(base_speed, name) for name in timed}
+    return speed.model_copy(update={name: getattr(speed, name) * drift[name] for name in timed}), known
 
 
 def _spread_of(times: Sequence[float]) -> float:
@@ -168,8 +180,8 @@ def _spread_of(times: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def runtime_of(model: Any) -> str:
-    """What the network runs in. compressed-tensors are unpacked when transformers first uses them on a CPU."""
+def runtime_of(model: PreTrainedModel) -> str:
+    """What the network runs in. transformers unpacks compressed-tensors when it first uses them on a CPU."""
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is None:
         return "transformers"
@@ -177,13 +189,13 @@ def runtime_of(model: Any) -> str:
 
 
 def time_beside(
-    model: nn.Module, reference: nn.Module, *, batch: int, prompt: int, new: int, rounds: int
+    model: PreTrainedModel, reference: PreTrainedModel, *, batch: int, prompt: int, new: int, rounds: int
 ) -> tuple[Times, Times]:
-    """Seconds of `model` and of `reference`: to read `prompt` tokens, and of one more token half-way through writing
+    """Times of `model` and of `reference`: to read `prompt` tokens, and of one more token half-way through generating
     `new`, in `rounds` rounds.
 
-    They take turns pass by pass, and `model`'s time is the median of its share in the pass beside it: a machine's speed
-    drifts within a second by more than what is to be told apart.
+    They take turns pass by pass, and `model`'s time is its median ratio to the pass beside it, times the reference's
+    seconds: a machine's speed drifts within a second by more than the differences that are to be measured.
     """
     import torch
 
@@ -192,30 +204,30 @@ def time_beside(
     with torch.inference_mode():
         ids = _random_ids(reference, batch, prompt)
         graphs = can_capture(model, ids) and can_capture(reference, ids)
-        reading = [_in_turns(model, reference, ids, 0, graphs)[0] for _ in range(1 + READS * rounds)][1:]
-        writing = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1, graphs)[2:]
-    mine, beside = zip(*(_share_and_seconds(pairs) for pairs in (reading, writing)), strict=True)
-    return (mine[0] * beside[0], mine[1] * beside[1]), (beside[0], beside[1])
+        prefill = [_in_turns(model, reference, ids, 0, graphs)[0] for _ in range(1 + READS * rounds)][1:]
+        decode = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1, graphs)[2:]
+    ratios, seconds = zip(*(_ratio_and_seconds(pairs) for pairs in (prefill, decode)), strict=True)
+    return Times(ratios[0] * seconds[0], ratios[1] * seconds[1]), Times(*seconds)
 
 
 def _in_turns(
     model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int, graphs: bool
 ) -> list[tuple[float, float]]:
-    """Seconds of each pass of both networks, each pass beside the other's."""
+    """Seconds of each pass of `model` and of `reference`, one beside the other, each going first in turn."""
     passes = _passes(model, ids, steps, graphs), _passes(reference, ids, steps, graphs)
     pairs = []
     for number in range(1 + steps):
         if number % 2:
-            second = next(passes[1])
-            first = next(passes[0])
+            of_reference = next(passes[1])
+            of_model = next(passes[0])
         else:
-            first, second = next(passes[0]), next(passes[1])
-        pairs.append((first, second))
+            of_model, of_reference = next(passes[0]), next(passes[1])
+        pairs.append((of_model, of_reference))
     return pairs
 
 
-def _share_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The median share of the first in the second, and the second's lower quartile, since other work on the machine
+def _ratio_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The median ratio of the first to the second, and the second's lower quartile, since other work on the machine
     only ever adds time."""
     timed = np.array(pairs)
     return float(np.median(timed[:, 0] / timed[:, 1])), float(np.percentile(timed[:, 1], 25))
@@ -224,7 +236,7 @@ def _share_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, flo
 def _passes(model: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False) -> Iterator[float]:
     """Seconds of each pass: over `ids`, then over `steps` greedy tokens one by one, all with one cache."""
 
-    # The time of a single thread does not run while other work has its core.
+    # The clock of a single thread stands still while other work has its core.
     clock = time.thread_time if _is_single_thread(ids.device) else time.perf_counter
 
     def seconds(work: Callable[[], object]) -> float:
@@ -273,7 +285,7 @@ def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[C
     import torch
     from transformers import StaticCache
 
-    config: Any = model.config
+    config = model.config
     length = ids.shape[1]
     cache = StaticCache(config=config, max_cache_len=length + steps + 2 * WARMUP)
     token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
@@ -319,21 +331,24 @@ def _is_single_thread(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
-def _text_config(model: Any) -> Any:
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return getattr(model.config, "text_config", None) or model.config
 
 
-def context_of(model: Any, wanted: int) -> int:
+def context_of(model: PreTrainedModel, wanted: int) -> int:
+    """Tokens that the network's context holds; `wanted` where its configuration does not say."""
     return getattr(_text_config(model), "max_position_embeddings", None) or wanted
 
 
 def fitting(prompt: int, new: int, context: int) -> tuple[int, int]:
-    """Prompt and new tokens that a context holds, at least 2 of them new: the first comes with the prompt."""
+    """Prompt and new tokens, cut to what a context of so many tokens holds: the prompt to half of it, at least 2 new
+    ones, since the first comes with the prompt."""
     prompt = max(1, min(prompt, context // 2))
     return prompt, max(2, min(new, context - prompt))
 
 
-def _random_ids(model: Any, batch: int, length: int) -> torch.Tensor:
+def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    """Random token ids [batch, length], always the same ones, on the network's device."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -342,7 +357,7 @@ def _random_ids(model: Any, batch: int, length: int) -> torch.Tensor:
 
 
 def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
-    """Bytes of the weights, and of what a run holds beside them at its highest (on a CPU: of its first steps)."""
+    """Bytes of the weights and the most that a run holds beside them (on a CPU: of its first steps)."""
     import torch
 
     tensors = [*model.parameters(), *model.buffers()]
@@ -365,7 +380,7 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
 
 @contextmanager
 def _native_stderr_closed() -> Iterator[None]:
-    """The profiler of torch 2.13 announces itself on the process's stderr, past Python."""
+    """Within, nothing is written to the process's stderr: torch 2.13's profiler does, past Python."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -379,6 +394,7 @@ def _native_stderr_closed() -> Iterator[None]:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
+    """Within, torch uses so many threads (None: as many as before)."""
     import torch
 
     before = torch.get_num_threads()

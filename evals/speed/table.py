@@ -1,6 +1,6 @@
 """Speed of architectures that were never timed, as the sum of their parts' times on one device.
 
-Nothing here needs torch until something is measured: a saved `SpeedTable` predicts for its device on any machine.
+torch is imported only where something is measured: a saved `SpeedTable` predicts for its device on any machine.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from supernet.device import device_name
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 SCHEMA = 1
 MLP_SIZES = 8
-"""Widths of an MLP that are timed, beside 0; what lies between is interpolated. Likewise heads of attention."""
+"""Widths of an MLP that are timed, beside 0; between them is interpolated."""
 ATTENTION_SIZES = 4
+"""Likewise, numbers of heads of attention."""
 MIXED = 16
 """Random architectures that are timed along with the designed ones."""
 HELD_OUT = 6
@@ -37,8 +38,8 @@ SMOOTHING = 2.0
 
 @dataclass(frozen=True)
 class PartTimes:
-    """Seconds of a network's parts: `fixed` (embedding, head, all that is outside the layers), and attention and MLP
-    at some sizes, ascending from 0 (a removed half-block), between which timings are interpolated.
+    """Seconds of a network's parts: `fixed` (embedding, head, and so on), and `attention` and `mlp` at some
+    sizes, ascending from 0 (a removed half-block), between which timings are interpolated.
 
     The size of an attention block is the number of its query and key-value heads together, that of an MLP its width,
     times its experts where it has any. Where the residual width is not the base's, a half-block counts as many heads
@@ -52,7 +53,7 @@ class PartTimes:
     mlp: list[float]
 
     def seconds(self, architecture: Architecture, hidden_size: int) -> float:
-        """The architecture's time. `hidden_size`: the base's."""
+        """The architecture's time, in seconds. `hidden_size`: the base's."""
         width = architecture.hidden_size / hidden_size
         return self.fixed + sum(
             float(np.interp(_attention_size(layer) * width, self.attention_sizes, self.attention))
@@ -69,9 +70,11 @@ class PartTimes:
         mlp_sizes: Sequence[int],
         hidden_size: int,
     ) -> PartTimes:
-        """Least squares of relative errors over the parts' times, none negative, with a pull towards smoothness."""
-        from scipy.optimize import nnls
+        """Parts' times from whole networks' `seconds` [networks]: least squares of relative errors, none negative, with
+        a pull towards straight lines between neighbouring sizes."""
+        from scipy.optimize import nnls  # slow to import, and not needed to predict
 
+        # 1. A row for each network: how often it has each part, over its seconds, so that errors are relative.
         attention, mlp = np.array(attention_sizes[1:], float), np.array(mlp_sizes[1:], float)
         rows = []
         for architecture in architectures:
@@ -80,16 +83,18 @@ class PartTimes:
             of_mlp = sum(_shares(_mlp_size(layer) * width, mlp) for layer in architecture.layers)
             rows.append(np.concatenate([[1.0], of_attention, of_mlp]))
         matrix = np.array(rows) / seconds[:, None]
-        unit = float(np.linalg.norm(matrix, axis=0).mean()) * SMOOTHING
-        straight = []
+        # 2. A row for each three neighbouring sizes: how far the middle one lies from the straight line.
+        weight = float(np.linalg.norm(matrix, axis=0).mean()) * SMOOTHING
+        bends = []
         for start, sizes in ((1, attention), (1 + len(attention), mlp)):
             for i in range(1, len(sizes) - 1):
                 before, after = sizes[i] - sizes[i - 1], sizes[i + 1] - sizes[i]
                 row = np.zeros(matrix.shape[1])
                 row[start + i - 1 : start + i + 2] = np.array([after, -before - after, before]) / (before + after)
-                straight.append(unit * row)
-        wanted = np.concatenate([np.ones(len(rows)), np.zeros(len(straight))])
-        solution, _ = nnls(np.vstack([matrix, *straight]), wanted)
+                bends.append(weight * row)
+        # 3. Solve.
+        targets = np.concatenate([np.ones(len(rows)), np.zeros(len(bends))])
+        solution, _ = nnls(np.vstack([matrix, *bends]), targets)
         split = 1 + len(attention)
         return cls(
             float(solution[0]),
@@ -102,9 +107,9 @@ class PartTimes:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """speed.json: what each part of the network takes on one device, so that an architecture's speed is a sum.
+    """speed.json: the time of each part of the network on one device, so that an architecture's speed is a sum.
 
-    `prefill`: reading `prompt` tokens; `decode`: one more token half-way through writing `new`; both for `batch`
+    `prefill`: reading `prompt` tokens; `decode`: one more token half-way through generating `new`; both for `batch`
     sequences. `check`: median relative errors on random architectures that were left out for that purpose.
     """
 
@@ -122,8 +127,8 @@ class SpeedTable:
     vocab_size: int | None = None
 
     def predict(self, architecture: Architecture) -> dict[str, float]:
-        """`prefill_tps` and `decode_tps`, tokens per second over the whole batch, and seconds of `latency`: reading
-        the prompt and writing `new` tokens."""
+        """`prefill_tps` and `decode_tps`, tokens per second over the whole batch, and `latency`, seconds to read the
+        prompt and generate `new` tokens."""
         prefill = self.prefill.seconds(architecture, self.hidden_size)
         decode = self.decode.seconds(architecture, self.hidden_size)
         return {
@@ -133,11 +138,12 @@ class SpeedTable:
         }
 
     def save(self, path: Path) -> None:
+        """Write speed.json."""
         write_json(path, {"schema": SCHEMA, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> SpeedTable:
-        """Raises ValueError for a file that is not a speed table of this schema."""
+        """The table of a speed.json. Raises ValueError for a file that is not a speed table of this schema."""
         try:
             values = json.loads(path.read_text())
             if values.pop("schema", None) != SCHEMA:
@@ -150,7 +156,7 @@ class SpeedTable:
     @classmethod
     def measure(
         cls,
-        build: Callable[[Architecture], nn.Module],
+        build: Callable[[Architecture], PreTrainedModel],
         structure: Structure,
         *,
         batch: int = 1,
@@ -160,13 +166,14 @@ class SpeedTable:
         seed: int = 0,
         on_step: Callable[[], None] = lambda: None,
     ) -> SpeedTable:
-        """Time a designed set of sub-networks, each in turns with the base, and solve for the parts.
+        """The table from timing a designed set of sub-networks, each in turn with the base, and solving for the parts.
 
         `build` gives a standalone network for an architecture, on the device to measure. Two networks are in memory
         at a time. `on_step` is called after each of `steps(structure)` networks.
         """
         import torch
 
+        # 1. Time every network beside the base.
         base = structure.base
         sizes = sizes_to_time(structure)
         design = designed(structure, seed)
@@ -178,16 +185,17 @@ class SpeedTable:
                 time_beside(build(architecture), reference, batch=batch, prompt=prompt, new=new, rounds=rounds)
             )
             on_step()
-        # The machine's speed drifts; the base, timed beside every network, tells by how much.
+        # 2. The machine's speed drifts; the base, timed beside every network, tells by how much.
         timed = np.array(pairs)  # [networks, itself or the base, prefill or decode]
         seconds = timed[:, 0] / timed[:, 1] * np.median(timed[:, 1], axis=0)
+        # 3. Fit without the last ones to state the error, then with all.
         fitted, held_out = range(len(design) - HELD_OUT), range(len(design) - HELD_OUT, len(design))
         times: list[PartTimes] = []
         errors = {}
         for column, name in enumerate(("prefill", "decode")):
-            known = PartTimes.fit([design[i] for i in fitted], seconds[fitted, column], *sizes, base.hidden_size)
-            guesses = np.array([known.seconds(design[i], base.hidden_size) for i in held_out])
-            errors[f"{name}_median_error"] = float(np.median(np.abs(guesses / seconds[held_out, column] - 1)))
+            without = PartTimes.fit([design[i] for i in fitted], seconds[fitted, column], *sizes, base.hidden_size)
+            predicted = np.array([without.seconds(design[i], base.hidden_size) for i in held_out])
+            errors[f"{name}_median_error"] = float(np.median(np.abs(predicted / seconds[held_out, column] - 1)))
             times.append(PartTimes.fit(design, seconds[:, column], *sizes, base.hidden_size))
         parameter = next(reference.parameters())
         return cls(
@@ -214,7 +222,7 @@ class SpeedTable:
         return (self.device, self.threads, self.dtype) == now
 
     def fits(self, structure: Structure) -> bool:
-        """Whether it was measured on a network of these sizes, of whatever depth: it holds times of single layers."""
+        """Whether it was measured on a network of these sizes, of any depth: the times are of single layers."""
         sizes = sizes_to_time(structure)
         return (
             self.hidden_size == structure.base.hidden_size
@@ -224,7 +232,7 @@ class SpeedTable:
 
     @staticmethod
     def steps(structure: Structure) -> int:
-        """Networks that `measure` times."""
+        """Number of networks that `measure` times."""
         return len(designed(structure, 0))
 
 
@@ -237,7 +245,7 @@ def _mlp_size(layer: LayerSizes) -> int:
 
 
 def _shares(size: float, sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much of the timing at each of `sizes` makes up the one at `size`, by linear interpolation from 0 at 0."""
+    """By which weights [sizes] the timings at `sizes` make up the one at `size`: linear interpolation from 0 at 0."""
     grid = np.concatenate([[0.0], sizes])
     return np.array([np.interp(size, grid, row) for row in np.eye(len(grid))[1:]])
 
@@ -260,8 +268,8 @@ def _spread(largest: int, count: int, unit: int) -> list[int]:
 
 
 def designed(structure: Structure, seed: int) -> list[Architecture]:
-    """Networks whose times tell the parts apart: each size in all layers at once, halves removed, fewer layers, and
-    random mixtures last."""
+    """Networks from whose times the parts' times follow: each size in all layers at once, halves removed, fewer layers,
+    and random mixtures last."""
     base, depth = structure.base, len(structure.base.layers)
     rng = np.random.default_rng(seed)
     ratios = [layer.num_attention_heads // max(layer.num_key_value_heads, 1) for layer in base.layers]
@@ -276,15 +284,17 @@ def designed(structure: Structure, seed: int) -> list[Architecture]:
     def network(rows: Sequence[tuple[int, int]]) -> Architecture:
         return Architecture(base.hidden_size, tuple(sized(i, *row) for i, row in enumerate(rows)))
 
+    # 1. Each size in all layers at once.
     full = (groups[-1], widths[-1])
     design = [network([full] * depth)]
     design += [network([(groups[-1], width)] * depth) for width in widths[:-1]]
     design += [network([(group, widths[-1])] * depth) for group in groups[1:-1]]
-    # A cache needs one block of attention; the others may go.
+    # 2. No attention but in one layer, which a cache needs; fewer layers.
     first = next(i for i, layer in enumerate(base.layers) if layer.num_key_value_heads)
     design.append(network([full if i == first else (0, widths[-1]) for i in range(depth)]))
     for count in {max(first + 1, depth // 4), max(first + 1, depth // 2), max(first + 1, 3 * depth // 4)}:
         design.append(network([full] * count + [(0, 0)] * (depth - count)))
+    # 3. Random mixtures.
     for _ in range(MIXED):
         present = rng.uniform(0.6, 1.0)
         rows = []

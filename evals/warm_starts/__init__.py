@@ -1,6 +1,6 @@
-"""Where a search may start: architectures found with the network's own outputs or gradients instead of task scores.
+"""Where a search may start: architectures proposed from the network's outputs or gradients instead of task scores.
 
-One file here is one method. It says how much each size of a half-block degrades the network, all else being whole;
+One file here is one method. It estimates how much each size of a half-block degrades the network with all else whole;
 `search.knapsack` assembles the best combination for every size from that.
 """
 
@@ -22,18 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A method by name. `propose` takes a super-network, the variants of its layers and some text, and returns
-    architectures, each the best that it knows of its size."""
+    """A method by name."""
 
     name: str
     propose: Callable[[SuperNetwork, Variants, Sequence[Batch]], Path]
+    """From a super-network, the variants of its layers and some text: architectures, the best that it finds of each
+    size."""
 
 
 @cache
 def warm_starts() -> dict[str, WarmStart]:
     """Every method of this folder by its name."""
-    found: dict[str, WarmStart] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for method in importlib.import_module(f"{__name__}.{module.name}").WARM_STARTS:
-            found[method.name] = method
-    return found
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {method.name: method for module in modules for method in module.WARM_STARTS}

@@ -1,4 +1,4 @@
-"""Block-wise proposals: every block replaced alone, the best combinations assembled, and measured around again."""
+"""Block-wise proposals: replace every block alone, assemble the best combinations, and measure around them again."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from supernet.training.losses import divergence
 from supernet.training.traces import LayerCache
 
 ROUNDS = 2
-"""How often at most `refined` measures around what it has found."""
+"""How often at most `refined` measures around an architecture."""
 
 
 def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]) -> Path:
-    """Replace one block at a time and see how far the predictions move (Puzzle, arXiv 2411.19146, section 4.2; the
-    block library of BossNAS, arXiv 2103.12424, with the pre-trained network as teacher); assemble for every size.
+    """The best architecture of every size, from how far the predictions move when one block at a time is replaced
+    (Puzzle, arXiv 2411.19146, section 4.2; the block library of BossNAS, arXiv 2103.12424, with the pre-trained network
+    as teacher).
 
     The degradation of a variant is KL(whole network || network with the one block replaced), in nats per token on
     `batches`. One pass over the batches for each variant.
     """
     degradation, degradations = degradation_in(supernet, batches), {}
     with bar("measuring every block", len(variants)) as progress:
-        for layer, sizes in sorted(variants, key=lambda variant: -variant[0]):  # the last first: `Leading`
+        for layer, sizes in sorted(variants, key=lambda variant: -variant[0]):  # the last first, for `LayerCache`
             degradations[layer, sizes] = degradation(with_layer(supernet.base, layer, sizes))
             progress.advance()
     return assemble(supernet.structure, options(supernet.structure, degradations))
@@ -37,13 +38,14 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
 def refined(
     supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], path: Path, sizes: Sequence[int]
 ) -> Path:
-    """For each of `sizes`, the last of `path` within it, bettered by measuring around it.
+    """For each of `sizes`, the last of `path` within it, improved by measuring around it.
 
-    Degradations of single blocks do not add up where many are cut. So each block of the architecture found is exchanged
+    Degradations of single blocks do not add up where many are cut. So each block of that architecture is exchanged
     alone, for a smaller or a larger one, and the best of the size is assembled from the differences; at most twice, and
     only as long as KL(whole || architecture) falls. One pass over the batches for each variant and round.
     """
-    structure, found = supernet.structure, []
+    structure = supernet.structure
+    improved = []
     degradation = degradation_in(supernet, batches)
     starts = [(size, within[-1]) for size in sizes if (within := [a for p, a in path if p <= size])]
     with bar("measuring around them", ROUNDS * len(starts) * len(supernet.base.layers)) as progress:
@@ -55,14 +57,14 @@ def refined(
                 if not better or (now := degradation(better[-1])) >= least:
                     break
                 best, least = better[-1], now
-            found.append((structure.parameters(best), best))
-    return found
+            improved.append((structure.parameters(best), best))
+    return improved
 
 
 def degradation_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
     """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture.
 
-    It is quick where what it is asked about has leading layers in common with what it was asked before.
+    It is quick for an architecture that has leading layers in common with the one before it.
     """
     passes = LayerCache(supernet)
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Search algorithms: `ask` names architectures worth measuring, `tell` brings the measurements back.
+"""Search algorithms: `ask` names architectures to measure, `tell` takes their measurements.
 
 No algorithm asks for an architecture twice. All randomness comes from one seeded generator, and nothing
 depends on time or on the order in which measurements arrive, so telling the same results again reproduces the
 same asks: a search is resumed by replaying it.
 
-One file defines one kind of algorithm and lists what it defines in `ALGORITHMS`; adding a file adds them.
+One file defines one kind of algorithm and lists it in `ALGORITHMS`; adding a file adds its algorithms.
 """
 
 from __future__ import annotations
@@ -15,24 +15,49 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from search.objectives import Computer, Constraint, Objective, check
 from search.pareto import Costs
+from search.sampling import sample, sample_tilted
 from search.space import ENUMERABLE, Genome, Genomes, SearchSpace
 from supernet.architecture import Architecture
 
 Result = tuple[Architecture, Mapping[str, float]]
+"""A measured architecture and its values by name."""
+
+
+class ChosenPredictor(TypedDict):
+    """Which kind predicts an objective, and how cross-validation judged each kind (`predictors.Report`)."""
+
+    chosen: str | None
+    cross_validation: dict[str, dict[str, float]]
+
+
+class JudgedPredictor(TypedDict):
+    """How the kinds of predictors of an objective ranked the newest measurements before they were trained on them."""
+
+    used: str | None
+    newest: dict[str, dict[str, float]]
+    set_aside: list[str]
+
+
+class AlgorithmReport(TypedDict, total=False):
+    """What an algorithm adds to a generation's record; `chosen` and `predictors` are by objective."""
+
+    mode: Literal["predicted", "evolved"]
+    chosen: dict[str, ChosenPredictor]
+    predictors: dict[str, JudgedPredictor]
 
 
 class Algorithm(ABC):
     """A search over `space` for the front of `objectives` within `constraints`.
 
-    `initial` is asked for first, whatever the algorithm. `population` is the usual number of architectures in
-    one generation, `evaluations` how many will be measured in all. ValueError for objectives that cannot be
+    `initial` is asked for first by every algorithm. `population` is the usual number of architectures in one
+    generation, `evaluations` how many will be measured in all. Raises ValueError for objectives that cannot be
     searched.
     """
 
@@ -64,8 +89,13 @@ class Algorithm(ABC):
         self._queue: deque[Genome] = deque(dict.fromkeys(space.encode(a) for a in initial))
         self.genomes: list[Genome] = []
         self.values: list[dict[str, float]] = []
-        self.report: dict[str, Any] = {}
-        """What the last `ask` and `tell` have to say for the generation's record; plain JSON types."""
+        self.report: AlgorithmReport = {}
+        """What the last `ask` and `tell` add to the generation's record."""
+        self._prepare()
+
+    def _prepare(self) -> None:  # noqa: B027 - most algorithms need nothing
+        """Called once, when everything that the search was asked for is set. Raises ValueError for what the algorithm
+        cannot do."""
 
     def ask(self, n: int) -> list[Architecture]:
         """Up to `n` architectures that were never asked for; none if there are no more."""
@@ -78,8 +108,8 @@ class Algorithm(ABC):
         return self.space.decode_all(np.array(chosen)) if chosen else []
 
     def tell(self, results: Sequence[Result]) -> None:
-        """Take measurements in the order in which they were asked for; what is computed may be missing. What was never
-        asked for, being known from elsewhere, will not be asked for either.
+        """Take measurements in the order in which they were asked for; what is computed may be missing. Architectures
+        that were never asked for, being known from before, will not be asked for either.
         """
         watched = [o.name for o in self.measured] + list(self._computers)
         for architecture, values in results:
@@ -91,7 +121,7 @@ class Algorithm(ABC):
             self._learn(len(results))
 
     def complete(self, architecture: Architecture, values: Mapping[str, float]) -> dict[str, float]:
-        """`values` and all that is computed, by name. ValueError where something measured is missing."""
+        """`values` and all that is computed, by name. Raises ValueError where something measured is missing."""
         missing = [o.name for o in self.measured if o.name not in values]
         if missing:
             raise ValueError(
@@ -114,27 +144,27 @@ class Algorithm(ABC):
         Those that meet the constraints that need no measurement come first.
         """
         taken = self._asked | set(avoid)
-        found: dict[Genome, float] = {}
+        candidates: dict[Genome, float] = {}
         for _ in range(50):
-            if sum(not missed for missed in found.values()) >= n:
+            if sum(not violation for violation in candidates.values()) >= n:
                 break
-            rows = self.space.sample(self.rng, 2 * n)
+            rows = sample(self.space, self.rng, 2 * n)
             if self.constraints:
                 # Uniform genomes have middling sizes; bounds may lie anywhere.
-                rows = np.vstack([rows, self.space.sample_tilted(self.rng, 2 * n)])
-            found |= self._missing(g for g in map(tuple, rows.tolist()) if g not in taken)
-        if len(found) < n and self.space.size <= ENUMERABLE:
+                rows = np.vstack([rows, sample_tilted(self.space, self.rng, 2 * n)])
+            candidates |= self._violations(g for g in map(tuple, rows.tolist()) if g not in taken)
+        if len(candidates) < n and self.space.size <= ENUMERABLE:
             left = [g for g in (self.space.encode(a) for a in self.space.architectures()) if g not in taken]
-            found |= self._missing(left[i] for i in self.rng.permutation(len(left)))
-        return sorted(found, key=lambda genome: found[genome])[:n]
+            candidates |= self._violations(left[i] for i in self.rng.permutation(len(left)))
+        return sorted(candidates, key=lambda genome: candidates[genome])[:n]
 
-    def _missing(self, genomes: Iterable[Genome]) -> dict[Genome, float]:
+    def _violations(self, genomes: Iterable[Genome]) -> dict[Genome, float]:
         """By how much each genome misses the constraints that need no measurement."""
         rows = list(genomes)
         return dict(zip(rows, self._exact_violation(np.array(rows)).tolist(), strict=True)) if rows else {}
 
     def _exact_violation(self, genomes: Genomes) -> NDArray[np.float64]:
-        """The sum of what each row violates of the constraints that are computed, [n]."""
+        """By how much each row misses the constraints that are computed, summed, [n]."""
         total = np.zeros(len(genomes))
         for constraint in self.constraints:
             if constraint.objective.name in self._computers:
@@ -142,13 +172,14 @@ class Algorithm(ABC):
         return total
 
     def _costs(self) -> tuple[Costs, Costs]:
-        """Objectives, less is better, [n, objectives], and violations, [n, constraints + 1], of all measured.
+        """Objectives (less is better), [n, objectives], and violations, [n, constraints + 1], of all measured.
 
-        The last violation marks measurements that are not finite; their objectives stand at the worst seen.
+        The last violation marks measurements that are not finite; their objectives are set to the worst seen.
         """
         return self._arrange({name: np.array([v[name] for v in self.values]) for name in self.values[0]})
 
     def _arrange(self, columns: Mapping[str, NDArray[np.float64]]) -> tuple[Costs, Costs]:
+        """As `_costs`, of values [n] by name."""
         costs = np.column_stack([o.cost(columns[o.name]) for o in self.objectives]).astype(float)
         missed = [c.violation(columns[c.objective.name]) for c in self.constraints]
         failed = ~np.isfinite(np.column_stack([*columns.values()])).all(axis=1)
@@ -162,15 +193,12 @@ class Algorithm(ABC):
 @cache
 def algorithms() -> dict[str, type[Algorithm]]:
     """All algorithms by name, in the order of the files."""
-    found: dict[str, type[Algorithm]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for one in importlib.import_module(f"{__name__}.{module.name}").ALGORITHMS:
-            found[one.name] = one
-    return found
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return {kind.name: kind for module in modules for kind in module.ALGORITHMS}
 
 
 def algorithm(name: str) -> type[Algorithm]:
-    """An algorithm by name. ValueError, with the known names, for any other."""
+    """An algorithm by name. Raises ValueError, with the valid names, for any other."""
     known = algorithms()
     if name not in known:
         raise ValueError(f"unknown search algorithm '{name}'; valid are {', '.join(known)}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pymoo.algorithms.base.genetic import GeneticAlgorithm
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.algorithms.moo.unsga3 import UNSGA3, comp_by_rank_and_ref_line_dist
+from pymoo.core.crossover import Crossover
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
@@ -28,16 +28,19 @@ from search.algorithms import Algorithm
 from search.pareto import Costs
 from search.space import Genome, Genomes, SearchSpace
 
+Operators = dict[str, Crossover | Mutation | Repair | DuplicateElimination | bool]
+"""pymoo's operators by the names of its arguments."""
+
 
 class StepMutation(Mutation):
     """Each gene, with probability 1 / genes, moves one step or is drawn anew, with even chances.
 
-    Polynomial mutation with rounding, as in DyNAS-T, never flips a gene of two values: at its usual eta of 20
-    a move of more than half the range has a probability of 1e-6.
+    Polynomial mutation with rounding, as in DyNAS-T, never flips a gene of two values: at its usual eta of 20 a move of
+    more than half the range has a probability of 1e-6.
     """
 
     def _do(
-        self, problem: Problem, X: Genomes, *args: Any, random_state: np.random.Generator, **kwargs: Any
+        self, problem: Problem, X: Genomes, *args: object, random_state: np.random.Generator, **kwargs: object
     ) -> Genomes:
         X = np.array(X, dtype=np.int64)
         chosen = random_state.random(X.shape) < 1 / X.shape[1]
@@ -54,7 +57,7 @@ class Canonical(Repair):
         super().__init__()
         self.space = space
 
-    def _do(self, problem: Problem, X: NDArray[Any], **kwargs: Any) -> Genomes:
+    def _do(self, problem: Problem, X: NDArray[np.float64], **kwargs: object) -> Genomes:
         return self.space.canonicalize(np.around(X).astype(np.int64))
 
 
@@ -78,11 +81,13 @@ class Unwanted(DuplicateElimination):
 
 
 def problem_of(space: SearchSpace, objectives: int, constraints: int) -> Problem:
+    """pymoo's problem over the genomes of a space, with so many objectives and constraints."""
     upper = space.upper
     return Problem(n_var=len(upper), n_obj=objectives, n_ieq_constr=constraints, xl=np.zeros(len(upper)), xu=upper)
 
 
 def evaluated(problem: Problem, genomes: Genomes, costs: Costs, violations: Costs) -> Population:
+    """pymoo's population of measured genomes."""
     population = Population.new("X", genomes)
     Evaluator().eval(StaticProblem(problem, F=costs, G=violations), population)
     return population
@@ -91,13 +96,12 @@ def evaluated(problem: Problem, genomes: Genomes, costs: Costs, violations: Cost
 class Evolution(Algorithm):
     """A genetic algorithm of pymoo, started from everything that was measured before its first generation."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
         self._genetic: GeneticAlgorithm | None = None
         self._problem = problem_of(self.space, len(self.objectives), len(self.constraints) + 1)
 
     @abstractmethod
-    def _build(self, operators: dict[str, Any]) -> GeneticAlgorithm:
+    def _build(self, operators: Operators) -> GeneticAlgorithm:
         """The pymoo algorithm, with our operators."""
 
     def _propose(self, n: int) -> list[Genome]:
@@ -119,13 +123,15 @@ class Evolution(Algorithm):
             self._advance(new)
 
     def _advance(self, new: int) -> None:
+        """Give the genetic algorithm the last `new` measurements as its generation."""
         assert self._genetic is not None
         costs, violations = self._costs()
         rows = np.array(self.genomes[-new:])
         self._genetic.tell(infills=evaluated(self._problem, rows, costs[-new:], violations[-new:]))
 
 
-def operators(space: SearchSpace, unwanted: DuplicateElimination | bool) -> dict[str, Any]:
+def operators(space: SearchSpace, unwanted: DuplicateElimination | bool) -> Operators:
+    """Crossover, mutation, repair and removal of `unwanted` rows, as pymoo's algorithms take them."""
     return {
         "crossover": SBX(prob=0.9, eta=15),
         "mutation": StepMutation(),
@@ -139,14 +145,14 @@ class NSGA2Search(Evolution):
 
     name = "nsga2"
 
-    def _build(self, operators: dict[str, Any]) -> GeneticAlgorithm:
+    def _build(self, operators: Operators) -> GeneticAlgorithm:
         return NSGA2(pop_size=self.population, **operators)
 
 
 def _by_niche(
-    pop: Population, P: NDArray[np.intp], random_state: np.random.Generator, **kwargs: Any
+    pop: Population, P: NDArray[np.intp], random_state: np.random.Generator, **kwargs: object
 ) -> NDArray[np.intp]:
-    """U-NSGA-III's tournament, seeded throughout: pymoo draws between equally infeasible ones unseeded."""
+    """U-NSGA-III's tournament, seeded throughout: pymoo 0.6 draws between equally infeasible ones unseeded."""
     winners = comp_by_rank_and_ref_line_dist(pop, P, random_state=random_state)
     for i, (a, b) in enumerate(P):
         if pop[a].CV[0] == pop[b].CV[0] > 0:
@@ -159,7 +165,7 @@ class UNSGA3Search(Evolution):
 
     name = "unsga3"
 
-    def _build(self, operators: dict[str, Any]) -> GeneticAlgorithm:
+    def _build(self, operators: Operators) -> GeneticAlgorithm:
         count, partitions = len(self.objectives), 1
         directions = get_reference_directions("das-dennis", count, n_partitions=partitions)
         while len(directions) < self.population:
@@ -173,16 +179,16 @@ class UNSGA3Search(Evolution):
 
 
 class AGEMOEASearch(Evolution):
-    """AGE-MOEA (Panichella 2019). pymoo's needs numba."""
+    """AGE-MOEA (Panichella 2019). pymoo 0.6's needs numba."""
 
     name = "age-moea"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare(self) -> None:
         if importlib.util.find_spec("numba") is None:
             raise ValueError("age-moea needs numba; install it with: pip install 'nas-compressor[age-moea]'")
-        super().__init__(*args, **kwargs)
+        super()._prepare()
 
-    def _build(self, operators: dict[str, Any]) -> GeneticAlgorithm:
+    def _build(self, operators: Operators) -> GeneticAlgorithm:
         from pymoo.algorithms.moo.age import AGEMOEA  # imports numba, which is optional
 
         return AGEMOEA(pop_size=self.population, **operators)

@@ -1,10 +1,9 @@
-"""LINAS: a generation measured, predictors trained on it, the next one taken from a search on predictions."""
+"""LINAS: measure a generation, train predictors on it, take the next one from a search on predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -15,11 +14,12 @@ from search.algorithms import Algorithm
 from search.algorithms.evolution import Unwanted, evaluated, operators, problem_of
 from search.pareto import Costs, non_dominated, ranks, spread
 from search.predictors import JUDGED, Predictor, Report
+from search.sampling import sample_tilted
 from search.space import Genome, Genomes
 
 
 class _Predicted(Problem):
-    """Predicted and computed objectives of genomes; remembers all that it was asked for."""
+    """Predicted and computed objectives of genomes. `seen`: costs and violations of every genome asked for."""
 
     def __init__(self, search: LINAS) -> None:
         upper = search.space.upper
@@ -33,7 +33,7 @@ class _Predicted(Problem):
         self.search = search
         self.seen: dict[Genome, tuple[list[float], list[float]]] = {}
 
-    def _evaluate(self, X: Genomes, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _evaluate(self, X: Genomes, out: dict[str, Costs], *args: object, **kwargs: object) -> None:
         rows = X.astype(np.int64)
         costs, violations = self.search._predict(rows)
         out["F"], out["G"] = costs, violations
@@ -43,13 +43,12 @@ class _Predicted(Problem):
 
 
 class LINAS(Algorithm):
-    """LINAS (Cummings et al., arXiv 2205.10358): measure a generation, train predictors on all measurements,
-    search with NSGA-II on predictions, and take the next generation from what that search saw.
+    """LINAS (Cummings et al., arXiv 2205.10358): measure a generation, train predictors on all measurements, search
+    with NSGA-II on predictions, and take the next generation from what that search saw.
 
-    Differences from the published algorithm: sizes and speed are computed, not predicted; the next generation
-    is the non-dominated *unmeasured* candidates, spread over what the measured front leaves open; and while a
-    measured objective has no predictor that ranks better than chance, generations are NSGA-II's offspring of
-    the measured.
+    Differences from the published algorithm: sizes and speed are computed, not predicted; the next generation is the
+    non-dominated *unmeasured* candidates, spread over what the measured front leaves open; and while a measured
+    objective has no predictor that ranks better than chance, generations are NSGA-II's offspring of the measured.
     """
 
     name = "linas"
@@ -58,8 +57,7 @@ class LINAS(Algorithm):
     listed = 10_000
     """Spaces of at most so many genomes are predicted whole: one matrix is quicker than generations."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _prepare(self) -> None:
         ordinals = len(self.space.genes)
         self.predictors = {o.name: Predictor(ordinals, seed=self.seed) for o in self.measured}
         self._set_aside: dict[str, list[str]] = {o.name: [] for o in self.measured}
@@ -73,16 +71,16 @@ class LINAS(Algorithm):
             target = np.array([v[name] for v in self.values[-new:]])
             usable = np.isfinite(target)
             self._newest[name] = predictor.newest(features[usable], target[usable]) if usable.any() else {}
-            for kind, found in self._newest[name].items():
+            for kind, report in self._newest[name].items():
                 aside = self._set_aside[name]
-                if found.useful and kind in aside and found.n >= JUDGED:
+                if report.useful and kind in aside and report.n >= JUDGED:
                     aside.remove(kind)
-                elif not found.useful and kind not in aside:
+                elif not report.useful and kind not in aside:
                     aside.append(kind)
         self.report["predictors"] = {
             name: {
                 "used": self.predictors[name].chosen,
-                "newest": {kind: asdict(found) for kind, found in newest.items()},
+                "newest": {kind: asdict(report) for kind, report in newest.items()},
                 "set_aside": list(self._set_aside[name]),
             }
             for name, newest in self._newest.items()
@@ -99,7 +97,7 @@ class LINAS(Algorithm):
         self.report["chosen"] = {
             name: {
                 "chosen": predictor.chosen,
-                "cross_validation": {kind: asdict(found) for kind, found in predictor.scores.items()},
+                "cross_validation": {kind: asdict(report) for kind, report in predictor.scores.items()},
             }
             for name, predictor in self.predictors.items()
         }
@@ -111,6 +109,7 @@ class LINAS(Algorithm):
         return chosen + self._fresh(n - len(chosen), chosen)
 
     def _predict(self, rows: Genomes) -> tuple[Costs, Costs]:
+        """Costs and violations of genomes, predicted where they are measured, computed where they are computed."""
         features = self.space.features(rows)
         columns = {name: predictor.predict(features) for name, predictor in self.predictors.items()}
         columns |= {name: computer(rows) for name, computer in self._computers.items()}
@@ -118,15 +117,14 @@ class LINAS(Algorithm):
         return costs, violations[:, :-1]  # predictions are always finite
 
     def _inner_search(self) -> dict[Genome, tuple[list[float], list[float]]]:
-        """Candidates with their predicted costs and violations: all that an NSGA-II on predictions came
-        across, or the whole of a small space.
-        """
+        """Candidates with their predicted costs and violations: all that an NSGA-II on predictions came across, or the
+        whole of a small space."""
         problem = _Predicted(self)
         if self.space.size <= self.listed:
             problem.evaluate(self.space.all_genomes(), return_values_of=["F"])
             return problem.seen
         best = [self.genomes[i] for i in self._ranked()[: self.inner_population // 2]]
-        start = np.vstack([np.array(best), self.space.sample_tilted(self.rng, self.inner_population - len(best))])
+        start = np.vstack([np.array(best), sample_tilted(self.space, self.rng, self.inner_population - len(best))])
         genetic = NSGA2(
             pop_size=self.inner_population, sampling=np.unique(start, axis=0), **operators(self.space, True)
         )
@@ -145,17 +143,18 @@ class LINAS(Algorithm):
         return order + [int(rest[i]) for i in np.argsort(missed[rest], kind="stable")]
 
     def _select(self, n: int, seen: Mapping[Genome, tuple[list[float], list[float]]]) -> list[Genome]:
-        """The next generation: unmeasured candidates front by front, the last front thinned to what is far
-        apart and far from the measured front; where too few are feasible, the least infeasible ones.
-        """
+        """The next generation: unmeasured candidates front by front, the last front thinned to what is far apart and
+        far from the measured front; where too few are feasible, the least infeasible ones."""
         candidates = [g for g in seen if g not in self._asked]
         if not candidates:
             return []
+        # 1. Candidates as predicted, and the measured front.
         costs = np.array([seen[g][0] for g in candidates])
         missed = np.array([sum(v for v in seen[g][1] if v > 0) for g in candidates])
         measured, violations = self._costs()
         measured = measured[(violations <= 0).all(axis=1)]
         measured = measured[non_dominated(measured)]
+        # 2. Feasible candidates, front by front.
         feasible = np.flatnonzero(missed <= 0)
         chosen: list[int] = []
         for front in ranks(costs[feasible]):
@@ -164,6 +163,7 @@ class LINAS(Algorithm):
             chosen += [int(rows[i]) for i in spread(costs[rows], n - len(chosen), occupied)]
             if len(chosen) >= n:
                 break
+        # 3. What misses the constraints least, for what is left.
         infeasible = np.flatnonzero(missed > 0)
         chosen += [int(i) for i in infeasible[np.argsort(missed[infeasible], kind="stable")][: n - len(chosen)]]
         return [candidates[i] for i in chosen]

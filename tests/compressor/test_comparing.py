@@ -40,7 +40,7 @@ class Task:
 
     def __init__(self, aggregation: Any = mean, name: str = "coin") -> None:
         task = SimpleNamespace(aggregation=lambda: {"acc": aggregation})
-        self.leaves = [SimpleNamespace(name=name, task=task)]
+        self.subtasks = [SimpleNamespace(name=name, task=task)]
 
     @staticmethod
     def aggregate(values: list[float], _: Any, __: Any) -> tuple[float, None]:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
-from evals.baselines.flap import compensate, competed, fluctuation, moments, unit_scores, with_biases
+from evals.baselines.flap import compensate, fluctuation, moments, remaining, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
 from supernet.activation import SuperNetwork
 from supernet.architecture import LayerSizes
@@ -160,7 +160,7 @@ def test_flap_lets_units_of_all_layers_compete_by_standardised_score() -> None:
         scores[layer, "ffn"] = torch.full((32,), 100.0 ** (layer + 1))
     scores[0, "ffn"][[3, 7]] = 0.0
     scores[1, "ffn"][[5]] = 0.0
-    found = competed(structure.parameters(structure.base) - 3 * 3 * 32, structure, scores)
+    found = remaining(structure.parameters(structure.base) - 3 * 3 * 32, structure, scores)
     assert [layer.intermediate_size for layer in found.layers] == [30, 31]
     assert [layer.num_key_value_heads for layer in found.layers] == [2, 2]
 

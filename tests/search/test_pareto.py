@@ -169,7 +169,7 @@ def test_objectives_by_name() -> None:
     [
         (
             ["quality", "flops"],
-            "nobody can measure 'flops'; valid objectives are quality, loss, parameters, bytes",
+            "'flops' cannot be measured; valid objectives are quality, loss, parameters, bytes",
         ),
         (["quality"], "two to four objectives, not 1"),
         (["quality", "loss", "parameters", "bytes", "macs"], "two to four objectives, not 5"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.predictors import FEWEST, NAMES, Predictor, report
+from search.predictors import FEWEST, KINDS, Predictor, report
 
 
 def smooth(rng: np.random.Generator, n: int, genes: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     predictor = Predictor(ordinals=6)
     predictor.fit(x, 100 + 50 * y)
     newest = predictor.newest(new_x, 100 + 50 * new_y)
-    assert tuple(newest) == tuple(predictor.scores) == NAMES
+    assert tuple(newest) == tuple(predictor.scores) == KINDS
     assert all(found.kendall > 0.7 and found.useful for found in newest.values())
     assert predictor.scores[predictor.chosen].kendall == max(s.kendall for s in predictor.scores.values())
     assert newest[predictor.chosen].kendall > 0.85
@@ -52,9 +52,9 @@ def test_what_is_set_aside_is_not_chosen() -> None:
     predictor.fit(x, y)
     first = predictor.chosen
     predictor.fit(x, y, set_aside=[first])
-    assert predictor.chosen in set(NAMES) - {first}
-    predictor.fit(x, y, set_aside=NAMES)
-    assert predictor.chosen is None and tuple(predictor.scores) == NAMES
+    assert predictor.chosen in set(KINDS) - {first}
+    predictor.fit(x, y, set_aside=KINDS)
+    assert predictor.chosen is None and tuple(predictor.scores) == KINDS
     with pytest.raises(ValueError, match="no predictor"):
         predictor.predict(x)
 

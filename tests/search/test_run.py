@@ -20,6 +20,7 @@ from search.algorithms.linas import LINAS
 from search.objectives import Constraint, Evaluation, Objective, choose, computed
 from search.pareto import costs, front, hypervolume, non_dominated
 from search.run import first_generation, greedy_path, search
+from search.sampling import sample, uniform_members
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes, Structure
 from tests.support import ROOT
@@ -168,7 +169,7 @@ def test_different_seeds_differ() -> None:
 
 def test_the_first_generation() -> None:
     space = SearchSpace.preset("fine", PROSE)
-    uniform, wish = space.uniform_members(4), space.decode(space.sample(np.random.default_rng(9))[0])
+    uniform, wish = uniform_members(space, 4), space.decode(sample(space, np.random.default_rng(9))[0])
     bench = Bench(PROSE)
     search(
         space,
@@ -437,7 +438,7 @@ def first_look(asked: Sequence[Architecture]) -> Iterator[tuple[Architecture, di
 def test_a_first_look_spares_what_cannot_matter(name: str) -> None:
     space, objectives, bench = small_space(), objectives_of(SMALL), Bench(SMALL)
     result = search(
-        space, objectives, bench, algorithm=name, evaluations=60, population=15, first_look=first_look, share=0.25
+        space, objectives, bench, algorithm=name, evaluations=60, population=15, screening=first_look, share=0.25
     )
     partial = [e for e in result.evaluations if not e.full]
     full = [e for e in result.evaluations if e.full]

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search.genes import Gene
 from search.objectives import Computer, computed
 from search.presets import PRESETS, kept_layers, widths
-from search.space import Gene, SearchSpace
+from search.sampling import sample_near, sample_sizes, sample_tilted, uniform_members
+from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 from tests.support.search_helpers import LLAMA_2_7B, SMALL, llama
@@ -52,7 +54,7 @@ def test_genomes_and_architectures_match(name: str) -> None:
     space = SPACES[name]
     rng = np.random.default_rng(1)
     genomes = rng.integers(0, space.upper + 1, size=(300, len(space.genes)))
-    genomes = np.vstack([genomes, 0 * space.upper, space.upper, space.sample_tilted(rng, 100)])
+    genomes = np.vstack([genomes, 0 * space.upper, space.upper, sample_tilted(space, rng, 100)])
     canonical = space.canonicalize(genomes)
     architectures = space.decode_all(genomes)
     assert space.decode_all(canonical) == architectures
@@ -68,7 +70,7 @@ def test_genomes_and_architectures_match(name: str) -> None:
 @pytest.mark.parametrize("name", SPACES)
 def test_tables_add_up_to_the_exact_sizes(name: str) -> None:
     space = SPACES[name]
-    genomes = space.sample_tilted(np.random.default_rng(2), 60)
+    genomes = sample_tilted(space, np.random.default_rng(2), 60)
     for objective in computed(space.structure, context=7).values():
         assert objective.compute is not None
         expected = [objective.compute(a) for a in space.decode_all(genomes)]
@@ -245,24 +247,24 @@ def test_samples_meet_sizes() -> None:
     space = SPACES["fine"]
     rng = np.random.default_rng(3)
     low, high = (PROSE.parameters(a) for a in (space.smallest(), space.base))
-    found = [PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 20))]
+    found = [PROSE.parameters(a) for a in space.decode_all(sample_sizes(space, rng, 20))]
     share = (high - low) / 20
     assert all(abs(p - (low + (i + 0.5) * share)) < 1.5 * share for i, p in enumerate(found))
-    near = space.decode_all(space.sample_near(rng, np.full(5, 0.9 * high)))
+    near = space.decode_all(sample_near(space, rng, np.full(5, 0.9 * high)))
     assert all(abs(PROSE.parameters(a) / high - 0.9) < 0.03 for a in near) and len(set(near)) == 5
-    bounded = [PROSE.parameters(a) for a in space.decode_all(space.sample_sizes(rng, 5, 0.5 * high, 0.6 * high))]
+    bounded = [PROSE.parameters(a) for a in space.decode_all(sample_sizes(space, rng, 5, 0.5 * high, 0.6 * high))]
     assert all(0.47 * high < p < 0.63 * high for p in bounded)
 
 
 @pytest.mark.parametrize("name", ["fine", "llama-nas", "uniform", "depth", "instatune"])
 def test_uniform_members(name: str) -> None:
     space = SPACES[name]
-    members = space.uniform_members(6)
+    members = uniform_members(space, 6)
     assert 3 <= len(members) <= 6 and len(set(members)) == len(members)
     assert all(m.is_uniform_in(space.base) and m in space for m in members)
     sizes = [PROSE.parameters(m) for m in members]
     assert sizes == sorted(sizes)
-    assert all(PROSE.parameters(m) <= 6_000_000 for m in space.uniform_members(6, 6_000_000))
+    assert all(PROSE.parameters(m) <= 6_000_000 for m in uniform_members(space, 6, 6_000_000))
 
 
 def test_genomes_are_checked() -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from compressor.cli import run
 from export.package import write_package
 from search.presets import PRESETS
+from search.sampling import sample, uniform_members
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
@@ -201,11 +202,11 @@ def test_every_preset_suits_every_family(model: PreTrainedModel, preset: str) ->
     headless = {f"kv.{i}" for i, layer in enumerate(structure.base.layers) if not layer.num_key_value_heads}
     names = {gene.name for gene in space.genes}
     assert not names & headless and (preset != "fine" or sparse <= names)
-    for architecture in space.decode_all(space.sample(np.random.default_rng(0), 3)):
+    for architecture in space.decode_all(sample(space, np.random.default_rng(0), 3)):
         assert space.decode(space.encode(architecture)) == architecture
         standalone = extract(model, structure, architecture)
         assert structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
-    members = space.uniform_members(6)
+    members = uniform_members(space, 6)
     assert all(member.is_uniform_in(structure.base) for member in members)
     assert members or preset != "uniform"
 

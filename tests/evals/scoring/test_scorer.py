@@ -97,7 +97,7 @@ def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
     ours = NetworkLM(llama, task_set.encoder)
     # A batch of one: in HFLM, what a document's generation stops at depends on the rest of its batch.
     theirs = hflm(llama, batch=1 if task == "writing" else 4)
-    assert_same_answers(ours, theirs, requests(task_set.tasks[task].leaves))
+    assert_same_answers(ours, theirs, requests(task_set.tasks[task].subtasks))
     assert ours._as_tree is (None if task == "writing" else True)
 
 
@@ -114,14 +114,14 @@ def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
 def test_answers_equal_hflm_in_other_networks(config: Any, tasks: Path) -> None:
     model = network(config)
     task_set = load(model, tasks, *ALL[1:4], "rolling")
-    asked = [request for name in task_set.tasks for request in requests(task_set.tasks[name].leaves)]
+    asked = [request for name in task_set.tasks for request in requests(task_set.tasks[name].subtasks)]
     assert_same_answers(NetworkLM(model, task_set.encoder), hflm(model), asked)
 
 
 @pytest.mark.parametrize(("max_tokens", "workers"), [(1, 1), (40, 1), (100_000, 1), (400, 3)])
 def test_budgets_change_nothing(llama: Any, tasks: Path, max_tokens: int, workers: int) -> None:
     task_set = load(llama, tasks, "choice_long", "rolling")
-    asked = requests(task_set.tasks["choice_long"].leaves) + requests(task_set.tasks["rolling"].leaves)
+    asked = requests(task_set.tasks["choice_long"].subtasks) + requests(task_set.tasks["rolling"].subtasks)
     ours = NetworkLM(llama, task_set.encoder, max_tokens=max_tokens, max_logits=max_tokens * 100, workers=workers)
     assert_same_answers(ours, hflm(llama), asked)
 
@@ -138,14 +138,14 @@ def test_a_network_that_is_no_tree_reader_is_found_out(llama: Any, tasks: Path) 
     attention.forward = absolute
     task_set = load(llama, tasks, "choice_long")
     ours = NetworkLM(llama, task_set.encoder)
-    assert_same_answers(ours, hflm(llama), requests(task_set.tasks["choice_long"].leaves))
+    assert_same_answers(ours, hflm(llama), requests(task_set.tasks["choice_long"].subtasks))
     assert ours._as_tree is False
 
 
 def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
     task_set = load(llama, tasks, "few_shot")
     ours = NetworkLM(llama, task_set.encoder)
-    pairs = [request.args for request in requests(task_set.tasks["few_shot"].leaves)]
+    pairs = [request.args for request in requests(task_set.tasks["few_shot"].subtasks)]
     spans = task_set.encoder.spans(pairs)
     distinct = {span.tokens[:i] for span in spans for i in range(1, len(span.tokens))}
     assert ours.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
@@ -154,7 +154,7 @@ def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
 def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: Path) -> None:
     task_set = load(llama, tasks, "few_shot")
     ours = NetworkLM(llama, task_set.encoder)
-    asked = requests(task_set.tasks["few_shot"].leaves)
+    asked = requests(task_set.tasks["few_shot"].subtasks)
     ours.loglikelihood(asked)  # the first call looks whether the network reads trees
     sizes: list[int] = []
     for layer in llama.model.layers:
@@ -177,7 +177,7 @@ def test_passes_run_as_is_fastest(
     clock = iter(readings)
     monkeypatch.setattr(network_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     try:
-        ours.tune(task_set.questions("all").spans, cores=2)
+        ours.tune(task_set.requests("all").spans, cores=2)
         assert ours.workers == workers and ours.workers * torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -294,7 +294,7 @@ def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, plante
     tiny.byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / planted).parent.mkdir(exist_ok=True)
     (tmp_path / planted).write_text("raise SystemExit('ran')\n")
-    with pytest.raises(RequestError, match="brings code of its own"):
+    with pytest.raises(RequestError, match="contains code"):
         evaluate(tmp_path, ["choice"], include_path=tasks, device="cpu")
 
 
@@ -327,7 +327,7 @@ def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path,
         }
         config = json.loads((folder / place).read_text())
         (folder / place).write_text(json.dumps(config | {"auto_map": named}))
-    with pytest.raises(RequestError, match="brings code of its own"):
+    with pytest.raises(RequestError, match="contains code"):
         evaluate(folder, ["choice"], include_path=tasks, device="cpu")
 
 
@@ -356,7 +356,7 @@ def test_sub_networks_score_as_their_extracted_selves(llama: Any, tasks: Path, c
     task_set = load(llama, tasks, *names, holdout=False)
     ours = NetworkLM(llama, task_set.encoder, max_tokens=300, cache_bytes=cache_bytes, workers=workers)
     scorer = Scorer(task_set, ours)
-    asked = [request for name in names for request in requests(task_set.tasks[name].leaves)]
+    asked = [request for name in names for request in requests(task_set.tasks[name].subtasks)]
     for architecture in architectures():
         with supernet.activated(architecture):
             answers = scorer.ask("all", architecture=architecture)
@@ -406,7 +406,7 @@ def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) ->
             CHOICE,
             {"question": "why", "choices": [" a", ""], "gold": 0},
             {"target_delimiter": ""},
-            "no token of its own",
+            "has no token",
         ),
         (
             WRITING,
@@ -424,7 +424,7 @@ def test_a_document_that_lm_eval_cannot_score_is_named(
     task_set = load(llama, tmp_path, "odd")
     document = 0 if kind is WRITING else 3
     with pytest.raises(RequestError, match=rf"task odd, document {document}: .*{reason}"):
-        task_set.questions("all")
+        task_set.requests("all")
 
 
 def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) -> None:
@@ -432,12 +432,12 @@ def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) 
     kwargs = {"until": ["e"], "max_gen_toks": 10, "do_sample": False, "num_beams": 2}
     write_task(tmp_path, "beams", questions(4), **WRITING | {"generation_kwargs": kwargs})
     task_set = load(llama, tmp_path, "beams")
-    asked = requests(task_set.tasks["beams"].leaves)
+    asked = requests(task_set.tasks["beams"].subtasks)
     assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
     llama.generation_config.repetition_penalty = 1.7
     write_task(tmp_path / "greedy", "greedy", questions(4), **WRITING)
     task_set = load(llama, tmp_path / "greedy", "greedy")
-    asked = requests(task_set.tasks["greedy"].leaves)
+    asked = requests(task_set.tasks["greedy"].subtasks)
     assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
 
 
@@ -458,7 +458,7 @@ def test_answers_under_a_chat_template_equal_hflm(
     encoder = Encoder(tokenizer, llama.config)
     prompting = Prompting(chat=True, system=None if longest is None else "be brief")
     task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting)
-    asked = requests(task_set.tasks["talk"].leaves)
+    asked = requests(task_set.tasks["talk"].subtasks)
     prompts = [encoder.encode([request.args[0]])[0] for request in asked]
     assert any(len(prompt) > encoder.max_length for prompt in prompts) == (longest is not None)
     assert all(request.args[0].endswith("a:") for request in asked)
@@ -530,7 +530,7 @@ def test_real_tasks_equal_hflm(checkpoint: str, monkeypatch: pytest.MonkeyPatch)
     ours, theirs = NetworkLM(model, encoder), hflm(model, tokenizer)
     truncated = 0
     for name, limit in names.items():
-        documents = [d for leaf in task_set.tasks[name].leaves for d in leaf.documents("report", limit)]
+        documents = [d for leaf in task_set.tasks[name].subtasks for d in leaf.documents("report", limit)]
         asked = [instance for document in documents for instance in document.instances]
         if name == "gsm8k_local":
             theirs = hflm(model, tokenizer, batch=1)

@@ -68,7 +68,7 @@ def test_a_groups_limit_is_spread_over_its_tasks(tmp_path: Path) -> None:
     for name, even in (("by_size", False), ("alike", True)):
         task_set = load(tmp_path, name)
         task = task_set.tasks[name]
-        sizes = [leaf.size("search") for leaf in task.leaves]
+        sizes = [leaf.size("search") for leaf in task.subtasks]
         shares = task.limits("search", 10)
         assert sum(x or 0 for x in shares) == 10
         assert shares == ([5, 5] if even else [round(10 * sizes[0] / sum(sizes)), round(10 * sizes[1] / sum(sizes))])
@@ -183,7 +183,7 @@ def test_number_of_examples_can_be_chosen_except_where_a_task_says_none(tmp_path
     for name, own in (("two", 2), ("none", 0)):
         write_task(tmp_path, name, questions(8), shots=questions(5, 9), num_fewshot=own, **CHOICE)
     task_set = load(tmp_path, "two", "none", num_fewshot=1)
-    assert [task.leaves[0].shots for task in task_set.tasks.values()] == [1, 0]
+    assert [task.subtasks[0].shots for task in task_set.tasks.values()] == [1, 0]
 
 
 def test_fingerprint_stands_for_documents_and_prompts(tmp_path: Path) -> None:
