@@ -7,11 +7,11 @@ import re
 import numpy as np
 
 from compressor.job import Job
-from compressor.recipe import absolute_or_share, byte_count
 from export.quantization.schemes import SCHEMES
 from search.space import SearchSpace
 from supernet.architecture import Architecture, StorageFormat
 from supernet.common.errors import RequestError
+from supernet.common.formatting import parse_bytes, parse_parameters
 from supernet.training.samplers import TrainingRange
 
 TRIES = 64
@@ -27,7 +27,7 @@ def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
     limits = []
     for size in wanted:
         try:
-            limits.append(absolute_or_share(size, base))
+            limits.append(parse_parameters(size, base))
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
     if len(wanted) == 1:
@@ -42,7 +42,7 @@ def sizes_asked_for(job: Job) -> list[int]:
 
 def byte_limit(job: Job) -> int | None:
     """The bytes of `--max-bytes`."""
-    return None if job.recipe.targets.max_bytes is None else byte_count(job.recipe.targets.max_bytes)
+    return None if job.recipe.targets.max_bytes is None else parse_bytes(job.recipe.targets.max_bytes)
 
 
 def smallest_storage(job: Job) -> StorageFormat | None:

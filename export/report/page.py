@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from export.report.table import measured_in, metric_name, notes, runtimes
 from export.report.verdict import change, verdict
 from supernet.architecture import Architecture
 from supernet.common.files import write_json, write_text
-from supernet.common.formatting import count, duration, percent, rate, size
+from supernet.common.formatting import count, duration, parse_parameters, percent, rate, size
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -215,14 +215,12 @@ def _plots(report: Report) -> dict[str, Markup]:
 
 
 def _size_limits(report: Report) -> list[float]:
-    """The sizes that were asked for, as shares of the base: `0.67`, `67%` and `450M` are read as the command does."""
-    asked = (report.search.targets.get("max_params") if report.search else None) or []
+    """The sizes that were asked for, as shares of the base."""
+    sizes = (report.search.targets.get("max_params") if report.search else None) or []
     limits = []
-    for size_asked in asked if isinstance(asked, list) else [asked]:
-        match = re.fullmatch(r"([\d.]+)\s*([%kMGB]?)", str(size_asked))
-        if match:
-            number = float(match[1]) * {"": 1, "%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2]]
-            limits.append(number if number <= 1 else number / report.base.params)
+    for text in sizes if isinstance(sizes, list) else [sizes]:
+        with suppress(ValueError):  # a report that was edited by hand
+            limits.append(parse_parameters(str(text), report.base.params) / report.base.params)
     return limits
 
 

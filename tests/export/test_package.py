@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path, monkeypatch: pyte
         if process == 222:
             raise PermissionError  # of another user, and alive
 
-    monkeypatch.setattr(packages.os, "kill", kill)
+    monkeypatch.setattr(os, "kill", kill)
     for name in (".p.partial-111", ".p.old-111", ".p.partial-222", ".p.partial-333", ".p-int8.partial-111"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard-0.safetensors").write_bytes(b"gigabytes")
@@ -255,7 +256,7 @@ def test_code_is_trusted_only_as_this_version_writes_it(tmp_path: Path) -> None:
     code.write_text(code.read_text() + "\nimport os\n")
     # Even where the hash list was brought in line with the edit.
     record = json.loads((package / "compression.json").read_text())
-    record["files"][code.name] = {"sha256": packages.sha256(code), "bytes": code.stat().st_size}
+    record["files"][code.name] = file_record(code)
     (package / "compression.json").write_text(json.dumps(record))
     with pytest.raises(VerificationError, match=r"modeling_uneven_llama\.py: the code file differs"):
         check_files(package)
