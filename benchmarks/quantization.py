@@ -26,7 +26,9 @@ from torch import Tensor
 
 from compressor import demo
 from compressor.stages.measuring import load_package
-from export.layouts import gguf_layout, graphs, llama_cpp
+from export.layouts import graphs
+from export.layouts.gguf import runtime as llama_cpp
+from export.layouts.gguf.layout import take_stored_weights
 from export.layouts.table import write_layout
 from export.package_record import read_record
 from export.quantization.quantize import pack_texts, quantize_packages
@@ -144,7 +146,7 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
         began = time.monotonic()
         package = write(layout, folder / layout)
         seconds = time.monotonic() - began
-        stored = gguf_layout.take_stored_weights(copy.deepcopy(network), package)
+        stored = take_stored_weights(copy.deepcopy(network), package)
         row(layout, package, seconds, logits_of(stored))
     began = time.monotonic()
     package = write("onnx", folder / "onnx")

@@ -109,7 +109,7 @@ def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None 
     record = read_record(package)
     layout = record["entry"]["layout"]
     if layout == "gguf":
-        from export.layouts.llama_cpp import check_gguf
+        from export.layouts.gguf.runtime import check_gguf
 
         return check_gguf(package, record)
     if layout in ("onnx", "openvino"):

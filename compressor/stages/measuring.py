@@ -19,8 +19,9 @@ from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
 from evals.speed.measured import Speed, device_name, speed_beside
-from export.layouts import graphs, llama_cpp
-from export.layouts.gguf_layout import take_stored_weights
+from export.layouts import graphs
+from export.layouts.gguf import runtime as llama_cpp
+from export.layouts.gguf.layout import take_stored_weights
 from export.package_record import read_record, update_record
 from export.report.card import read_base_card
 from search.scores import Score

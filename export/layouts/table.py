@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.layouts import gguf_checks
+from export.layouts.gguf import checks as gguf_checks
 from export.layouts.installed import check_installed
 from export.package import write_package
 from export.package_record import PackageInfo
@@ -52,7 +52,7 @@ def write_padded(model: nn.Module, architecture: Architecture, destination: Path
 
 def write_gguf(model: nn.Module, architecture: Architecture, destination: Path, **options: Any) -> PackageInfo:
     """One file for llama.cpp, weights and tokenizer; `gguf_type` is f32, f16 (default), bf16, q8_0 or q4_0."""
-    from export.layouts.gguf_layout import write
+    from export.layouts.gguf.layout import write
 
     return write(model, architecture, destination, **options)
 

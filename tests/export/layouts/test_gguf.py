@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.checks import check_formats
-from export.layouts.gguf_checks import check_family
-from export.layouts.gguf_families import DECI, FAMILIES, Stored
-from export.layouts.gguf_layout import TYPES, take_stored_weights
-from export.layouts.llama_cpp import LlamaCpp, check_gguf, measure_speed
+from export.layouts.gguf.checks import check_family
+from export.layouts.gguf.families import DECI, FAMILIES, Stored
+from export.layouts.gguf.layout import TYPES, take_stored_weights
+from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
 from export.layouts.table import copies_hold, of_the_uniform_one, write_layout
 from export.package_record import PackageInfo, check_files, read_record
 from export.verify import verify

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from export.layouts.gguf_tokenizer import sample_texts, tokenizer_kind
-from export.layouts.llama_cpp import check_gguf
+from export.layouts.gguf.runtime import check_gguf
+from export.layouts.gguf.tokenizer import sample_texts, tokenizer_kind
 from export.layouts.table import write_layout
 from export.package_record import PackageInfo, read_record
 from supernet.common.errors import RequestError, VerificationError
@@ -132,7 +132,7 @@ def test_composed_text_is_compared(tmp_path: Path) -> None:
 
 def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("export.layouts.gguf_tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
+    monkeypatch.setattr("export.layouts.gguf.tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
     info = write(tmp_path / "p", tiny_tokenizer(["in 2024 and 1999 "] * 50), ["it was 1999"])
     with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
         check_gguf(info.path, read_record(info.path))

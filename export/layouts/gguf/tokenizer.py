@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp stores it.
 
 Written where llama.cpp knows its kind, and refused by name otherwise: it knows pre-tokenizers by name only, not by
-their rules. Whether both agree is checked by `export.layouts.llama_cpp.check_gguf`, which asks llama.cpp itself.
+their rules. Whether both agree is checked by `export.layouts.gguf.runtime.check_gguf`, which asks llama.cpp itself.
 
 llama.cpp does not compose characters (NFC), which the tokenizers of Qwen and GPT-NeoX do first: they agree on text that
 is composed already, as nearly all text is, and are compared on such text.

@@ -4,7 +4,7 @@ Networks that the plain class holds go under the family's own architecture name.
 sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp mis-executes a `deci` layer with
 attention and no FFN, so such a layer gets a narrow FFN of zeros, which adds nothing.
 
-What a family's parameters are called and how their values change stands in `export.layouts.gguf_families`.
+What a family's parameters are called and how their values change stands in `export.layouts.gguf.families`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.layouts.gguf_checks import check_network, table_of
-from export.layouts.gguf_families import GGUFFamily, Header
-from export.layouts.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
+from export.layouts.gguf.checks import check_network, table_of
+from export.layouts.gguf.families import GGUFFamily, Header
+from export.layouts.gguf.tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
 from export.package import check_destination, staged
 from export.package_record import CARD, PackageInfo, path_in_run, read_package, write_record
 from export.shards import weight_bytes
@@ -302,8 +302,8 @@ def _rotary_factors(config: Any, rope: Mapping[str, Any]) -> dict[str, Tensor]:
 def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
     """Give a standalone network (of the same architecture) the values that a gguf package's file holds for it.
 
-    Scores are computed with these in transformers; `export.layouts.llama_cpp.check_gguf` proves that llama.cpp computes
-    the same from the file.
+    Scores are computed with these in transformers; that llama.cpp computes the same from the file is proved by
+    `export.layouts.gguf.runtime.check_gguf`.
     """
     import torch
     from gguf import GGUFReader, quants

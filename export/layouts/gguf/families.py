@@ -2,7 +2,7 @@
 
 A `Stored` names the tensors that a parameter becomes, and the `Change` of its values on the way, which can be undone.
 What llama.cpp takes for granted though a configuration may say otherwise stands in `assumed`:
-`export.layouts.gguf_checks` refuses what differs, so that a file is written only where llama.cpp computes what
+`export.layouts.gguf.checks` refuses what differs, so that a file is written only where llama.cpp computes what
 transformers does.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from export.layouts.gguf_families import FAMILIES, GGUFFamily
+from export.layouts.gguf.families import FAMILIES, GGUFFamily
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.families import families, head_dim

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.speed.measured import Speed
-from export.layouts.gguf_layout import QUANTIZED
+from export.layouts.gguf.layout import QUANTIZED
 from export.layouts.installed import check_installed
 from supernet.common.errors import VerificationError
 from supernet.common.versions import versions
