@@ -211,7 +211,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
             size=comparison.size,
             seed=seed,
             path=f"comparison/{name}",
-            architecture=cut[1].to_dict(),
+            architecture=cut[1],
             params=params,
             bytes=0,
             tokens=tokens,
@@ -240,7 +240,7 @@ def write_method_package(
         network,
         architecture,
         folder,
-        entry={"name": folder.name, "architecture": row.architecture, "quality": row.quality, "tasks": scores},
+        entry={"name": folder.name, "architecture": architecture.to_dict(), "quality": row.quality, "tasks": scores},
         tokenizer=job.tokenizer,
         dtype=job.stored_dtype,
         lineage=lineage | {"base": {"name": job.recipe.model, "fingerprint": job.base_fingerprint}},
@@ -304,7 +304,7 @@ def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocumen
 def prove(job: Job, rows: Sequence[Path]) -> None:
     """Reload in a fresh process every package that was not proved yet."""
     folders = sorted({job.run.path / FinishedRow.read(row).row.path for row in rows})
-    unproved = [folder for folder in folders if not read_record(folder)["entry"].get("verified")]
+    unproved = [folder for folder in folders if not read_record(folder).entry.verified]
     if unproved:
         verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
 

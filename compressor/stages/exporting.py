@@ -63,7 +63,7 @@ def export(job: Job) -> list[dict[str, Any]]:
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
             verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
     run.log(f"exported: {', '.join(written)}")
-    return [read_record(run.packages / name)["entry"] for name in written]
+    return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
 
 
 def cut_inputs(job: Job, architecture: str) -> Inputs:
@@ -164,14 +164,14 @@ def proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
     from export.package_record import read_record
 
-    return made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
+    return made_from(folder, inputs) and bool(read_record(folder).entry.verified)
 
 
 def made_from(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there and was made from the same inputs."""
     from export.package_record import RECORD, read_record
 
-    return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
+    return (folder / RECORD).is_file() and read_record(folder).lineage.inputs == fingerprint(inputs)
 
 
 def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any]) -> Any:

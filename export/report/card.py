@@ -51,7 +51,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     """
     package = report.package(package_name)
     alone = report.model_copy(update={"packages": [package]})
-    siblings = [row for row in report.packages if row.sizes == package.sizes]
+    siblings = [row for row in report.packages if row.architecture == package.architecture]
     compared = [
         table for table in summarize(report.comparison) if any(o.ours and o.params == package.params for o in table)
     ]
@@ -71,7 +71,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         metric=lambda task: metric_name(report, task),
         measured_in=measured_in,
         notes=notes(report.model_copy(update={"packages": siblings})),
-        picture=picture(package.sizes, report.base.sizes),
+        picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
         checks=list(flattened(package.verified)),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",

@@ -106,8 +106,8 @@ def _pictures(report: Report) -> list[tuple[str, Architecture, Markup]]:
     """Names of the packages that share an architecture, the architecture, and its picture."""
     named: dict[Architecture, list[str]] = {}
     for package in report.packages:
-        named.setdefault(package.sizes, []).append(package.name)
-    base = report.base.sizes
+        named.setdefault(package.architecture, []).append(package.name)
+    base = report.base.architecture
     return [(", ".join(names), sizes, architecture_picture(sizes, base)) for sizes, names in named.items()]
 
 
@@ -121,14 +121,14 @@ def _dots(report: Report, against_speed: bool) -> list[Dot]:
     names: dict[str, list[str]] = {}
     for package in report.packages:
         if package.quantization is None:
-            names.setdefault(package.sizes.key, []).append(package.name)
+            names.setdefault(package.architecture.key, []).append(package.name)
     front = {candidate.key for candidate in report.front}
     dots = []
     crowded = _crowded(report)
     for one in _candidates(report):
         if against_speed and one.decode_tps is None:
             continue
-        chosen = names.get(one.sizes.key)
+        chosen = names.get(one.architecture.key)
         on_front = one.key in front or (isinstance(one, Point) and one.on_front)
         dots.append(
             Dot(
@@ -149,7 +149,7 @@ def _dots(report: Report, against_speed: bool) -> list[Dot]:
 
 def _crowded(report: Report) -> bool:
     """Whether the sizes of every measured sub-network would make the page heavy; then only the front's are told."""
-    return len(_candidates(report)) * len(report.base.sizes.layers) > 20_000
+    return len(_candidates(report)) * len(report.base.architecture.layers) > 20_000
 
 
 def _hover(one: Candidate, report: Report, scores: bool, sizes: bool) -> str:
@@ -163,7 +163,7 @@ def _hover(one: Candidate, report: Report, scores: bool, sizes: bool) -> str:
         text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in one.tasks.items()]
         text += [f"{name} {value:.4g}" for name, value in one.further.items()]
     if sizes:
-        text.append(sizes_text(one.sizes))
+        text.append(sizes_text(one.architecture))
     return "\n".join(text)
 
 
@@ -228,8 +228,8 @@ def _usage(report: Report) -> list[tuple[str, Markup]]:
     """A map for every size that the front varies."""
     if not report.front:
         return []
-    architectures = [candidate.sizes for candidate in report.front]
-    everything = [*architectures, report.base.sizes]
+    architectures = [candidate.architecture for candidate in report.front]
+    everything = [*architectures, report.base.architecture]
     maps = []
     for name, attribute in (
         ("FFN width", "intermediate_size"),
@@ -244,7 +244,7 @@ def _usage(report: Report) -> list[tuple[str, Markup]]:
 def _declared(report: Report, attribute: str) -> list[int]:
     """Values of the genes of this size, together with the base's own."""
     kind = {"intermediate_size": "ffn", "num_key_value_heads": "kv", "num_experts": "experts"}[attribute]
-    values = {getattr(layer, attribute) for layer in report.base.sizes.layers}
+    values = {getattr(layer, attribute) for layer in report.base.architecture.layers}
     for gene in report.search.space.genes if report.search else []:
         if gene.name.partition(".")[0] == kind:
             values |= {value for value in gene.values if isinstance(value, int)}

@@ -96,7 +96,7 @@ def _unquantized(report: Report, package: Package) -> Package | None:
     """The package that `package` was quantized from, where the report has it; None for an unquantized one."""
     if package.quantization is None:
         return None
-    same = [p for p in report.packages if p.quantization is None and p.sizes == package.sizes]
+    same = [p for p in report.packages if p.quantization is None and p.architecture == package.architecture]
     return next((p for p in same if p.layout == package.layout), same[0] if same else None)
 
 

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from export.package import write_package
 from export.package_record import update_record
 from export.push import push
 from supernet.common.errors import RequestError, VerificationError
 from tests.support import ROOT
-from tests.support.export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import EVEN, write_tiny
 
 TOKEN = "hf_" + "neverPrintThis" * 2
 
@@ -167,16 +165,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages") / "best"
-    write_package(
-        cut(tiny_llama(), EVEN),
-        folder,
-        tokenizer=tiny_tokenizer(),
-        entry={"name": "best", "architecture": EVEN.to_dict()},
-        dtype=torch.float32,
-        card="---\nlicense: mit\n---\n# A card\n",
-        max_shard_bytes=200_000,
-    )
-    return folder
+    return write_tiny(folder, EVEN, card="---\nlicense: mit\n---\n# A card\n", max_shard_bytes=200_000).folder
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,28 +21,21 @@ from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
 from export.layouts.gguf.layout import TYPES, take_stored_weights
 from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
-from export.layouts.table import copies_hold, of_the_uniform_one, write_layout
-from export.package_record import PackageInfo, check_files, read_record
+from export.layouts.table import copies_hold, of_the_uniform_one
+from export.package_record import check_files
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe, families
 from supernet.slicing import extract
 from tests.support import tiny
-from tests.support.export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 from tests.support.tiny_families import CONFIGS, LLAMA3_ROPE
 
 gguf = pytest.importorskip("gguf")
 
 
-def write(destination: Path, architecture: Architecture, model: Any = None, **options: Any) -> PackageInfo:
-    values: dict[str, Any] = {
-        "tokenizer": tiny_tokenizer(),
-        "entry": {"name": "best", "architecture": architecture.to_dict()},
-        "probe_ids": probe_ids(),
-        "gguf_type": "f32",
-    }
-    return write_layout("gguf", model or cut(tiny_llama(), architecture), architecture, destination, **values | options)
+write = partial(write_tiny, layout="gguf", gguf_type="f32")
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -56,10 +50,10 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     model = tiny_llama(num_hidden_layers=5 if name == "awkward" else 4)
     architecture = {"even": EVEN, "uneven": UNEVEN, "awkward": AWKWARD}[name]
-    info = write(tmp_path / "p", architecture, cut(model, architecture), texts=TEXTS)
-    assert (info.layout, info.quantization) == ("gguf", None)
-    check_files(info.path)
-    result = check_gguf(info.path, read_record(info.path))
+    package = write(tmp_path / "p", architecture, cut(model, architecture), texts=TEXTS)
+    assert (package.entry.layout, package.entry.quantization) == ("gguf", None)
+    check_files(package.folder)
+    result = check_gguf(package)
     assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
     assert result["tokenizer_equal"] == 200 + len(TEXTS) and result["greedy_equal"] > 0
 
@@ -86,10 +80,6 @@ def tiny_member(family: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
-
-
-def check(package: PackageInfo) -> dict[str, Any]:
-    return check_gguf(package.path, read_record(package.path))
 
 
 # What llama.cpp takes for granted, where the tiny configuration says otherwise.
@@ -131,15 +121,15 @@ def test_every_family_is_written_or_refused(family: str, tmp_path: Path) -> None
     cut_down = Architecture(96, (*map(thinner, structure.base.layers[:3]), LayerSizes(0, 0, 0)))
     for gguf_type, architecture in (("f32", structure.base), ("f32", cut_down), ("q8_0", structure.base)):
         network = extract(model, structure, architecture)
-        info = write(tmp_path / f"{gguf_type}-{architecture.key}", architecture, network, gguf_type=gguf_type)
-        result = check(info)
+        package = write(tmp_path / f"{gguf_type}-{architecture.key}", architecture, network, gguf_type=gguf_type)
+        result = check_gguf(package)
         if gguf_type == "f32":
             assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-2
             assert result["greedy_equal"] > 0
         else:
             assert result["mean_abs_logprob_difference"] <= 0.03
-            assert measure_speed(info.path, prompt=1, new=2, threads=1, repeats=1).decode_tps > 0
-        stored = take_stored_weights(copy.deepcopy(network), info.path)
+            assert measure_speed(package, prompt=1, new=2, threads=1, repeats=1).decode_tps > 0
+        stored = take_stored_weights(copy.deepcopy(network), package.folder)
         for name, parameter in stored.named_parameters():
             original = network.get_parameter(name)
             assert (parameter - original).norm() <= {"f32": 1e-6, "q8_0": 0.01}[gguf_type] * original.norm()
@@ -184,9 +174,9 @@ def test_windows_and_rotary_embeddings(family: str, changes: dict[str, Any], con
     """`context` is as far as llama.cpp computes what transformers does."""
     pytest.importorskip("xllamacpp")
     model = tiny_member(family, **HELD.get(family, {}) | changes)
-    result = check(info := write(tmp_path / "p", describe(model.config).base, model))
+    result = check_gguf(write(tmp_path / "p", describe(model.config).base, model))
     assert result["max_abs_logprob_difference"] <= result["tolerance"]
-    header = gguf.GGUFReader(info.path / "model-f32.gguf").fields
+    header = gguf.GGUFReader(tmp_path / "p" / "model-f32.gguf").fields
     (length,) = (field.contents() for name, field in header.items() if name.endswith(".context_length"))
     assert length == context
 
@@ -294,7 +284,7 @@ def test_linear_attention_may_miss_any_layer(tmp_path: Path) -> None:
     model = tiny_member("qwen3_5_text", **HELD["qwen3_5_text"])
     structure = describe(model.config)
     rest = Architecture(96, (LayerSizes(0, 0, 0), *structure.base.layers[1:]))
-    result = check(write(tmp_path / "p", rest, extract(model, structure, rest)))
+    result = check_gguf(write(tmp_path / "p", rest, extract(model, structure, rest)))
     assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
 
 
@@ -311,8 +301,7 @@ def test_a_layer_that_is_missing_moves_the_others(tmp_path: Path) -> None:
 def test_the_report_of_other_layouts(family: str, tmp_path: Path) -> None:
     """Stacked experts and a router that stays exact; matrices that are stored transposed."""
     model = tiny_member(family)
-    info = write(tmp_path / "p", describe(model.config).base, model, gguf_type="q4_0")
-    report = read_record(info.path)["entry"]["quantization_report"]
+    report = write(tmp_path / "p", describe(model.config).base, model, gguf_type="q4_0").entry.quantization_report
     layers = [f"blk.{i}" for i in range(4)]
     if family == "mixtral":  # four experts of 56 neurons
         expected = {f"{layer}.ffn_gate_inp": "f32" for layer in layers} | {"token_embd": "q8_0", "output": "q8_0"}
@@ -321,9 +310,9 @@ def test_the_report_of_other_layouts(family: str, tmp_path: Path) -> None:
     else:
         expected = {f"{layer}.ffn_down": "f16" for layer in layers} | {"token_embd": "q8_0", "position_embd": "q8_0"}
         four, rare, exact = 4 * 96 * 96 + 56 * 96, 56 * 96, 0
-    assert report["exceptions"] == expected
+    assert report.exceptions == expected
     bits = (4.5 * four + 16 * rare + 32 * exact) / (four + rare + exact)
-    assert report["bits_per_weight"] == pytest.approx(bits)
+    assert report.bits_per_weight == pytest.approx(bits)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gpt2", "starcoder2", "gpt_neox"])
@@ -336,8 +325,7 @@ def test_gelu_is_all_that_is_less_exact(family: str, tmp_path: Path) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(last):
                 parameter.zero_()
-    info = write(tmp_path / "p", describe(model.config).base, model)
-    assert check(info)["max_abs_logprob_difference"] < 1e-5
+    assert check_gguf(write(tmp_path / "p", describe(model.config).base, model))["max_abs_logprob_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama-rope-biases-tied", "llama-mha", "mistral", "qwen2"])
@@ -348,7 +336,7 @@ def test_uneven_families(family: str, tmp_path: Path) -> None:
     heads = (6, 6) if family == "llama-mha" else (4, 2)
     sizes = [LayerSizes(6, structure.base.layers[0].num_key_value_heads, 56), LayerSizes(*heads, 40)]
     uneven = Architecture(96, (sizes[0], sizes[1], LayerSizes(0, 0, 24), sizes[0]))
-    result = check(write(tmp_path / "p", uneven, extract(model, structure, uneven)))
+    result = check_gguf(write(tmp_path / "p", uneven, extract(model, structure, uneven)))
     assert result["max_abs_logprob_difference"] <= result["tolerance"] < 1e-3
 
 
@@ -358,18 +346,18 @@ def test_types(gguf_type: str, tmp_path: Path) -> None:
     # Rows of 80 are no multiple of 32.
     layers = (LayerSizes(4, 2, 96), LayerSizes(2, 1, 80), LayerSizes(0, 0, 96), LayerSizes(4, 2, 32))
     architecture = Architecture(64, layers)
-    info = write(tmp_path / "p", architecture, cut(tiny_llama(head_dim=32), architecture), gguf_type=gguf_type)
-    result = check_gguf(info.path, read_record(info.path))
-    report = read_record(info.path)["entry"].get("quantization_report")
+    network = cut(tiny_llama(head_dim=32), architecture)
+    package = write(tmp_path / "p", architecture, network, gguf_type=gguf_type)
+    result, report = check_gguf(package), package.entry.quantization_report
     if gguf_type in ("q8_0", "q4_0"):
         assert result["mean_abs_logprob_difference"] <= result["bound"]
         expected = {"blk.1.ffn_down": "f16"}
         if gguf_type == "q4_0":
             expected |= {"token_embd": "q8_0", "output": "q8_0"}
-        assert info.quantization == report["scheme"] == gguf_type and report["exceptions"] == expected
+        assert package.entry.quantization == report.scheme == gguf_type and report.exceptions == expected
         bits, rare = {"q8_0": (8.5, 16), "q4_0": (4.5, 16)}[gguf_type]
-        total = sum(p.numel() for n, p in cut(tiny_llama(head_dim=32), architecture).named_parameters() if "proj" in n)
-        assert report["bits_per_weight"] == pytest.approx((bits * (total - 64 * 80) + rare * 64 * 80) / total)
+        total = sum(p.numel() for n, p in network.named_parameters() if "proj" in n)
+        assert report.bits_per_weight == pytest.approx((bits * (total - 64 * 80) + rare * 64 * 80) / total)
     else:
         assert result["max_abs_logprob_difference"] <= result["tolerance"] and report is None
 
@@ -380,40 +368,40 @@ def test_the_files_weights_can_be_scored_and_its_speed_measured(gguf_type: str, 
     pytest.importorskip("xllamacpp")
     model = tiny_llama(num_hidden_layers=5)
     network = cut(model, AWKWARD)
-    info = write(tmp_path / "p", AWKWARD, network, gguf_type=gguf_type)
-    stored = take_stored_weights(copy.deepcopy(network), info.path)
+    package = write(tmp_path / "p", AWKWARD, network, gguf_type=gguf_type)
+    stored = take_stored_weights(copy.deepcopy(network), package.folder)
     for name, parameter in stored.named_parameters():
         original = network.get_parameter(name)
         error = (parameter - original).norm() / original.norm()
         assert error <= {"f32": 0, "q8_0": 0.01, "q4_0": 0.15}[gguf_type]
     ids = probe_ids()
     mine = stored(input_ids=ids[:1]).logits[0].log_softmax(-1)
-    runtime = LlamaCpp(info.path / f"model-{gguf_type}.gguf", 64)
+    runtime = LlamaCpp(package.folder / f"model-{gguf_type}.gguf", 64)
     for position in (3, 11, 23):
         theirs = runtime.log_probabilities(ids[0, : position + 1].tolist(), 5)
         for token, value in theirs.items():
             assert abs(mine[position, token] - value) <= (1e-3 if gguf_type == "f32" else 0.05)
-    speed = measure_speed(info.path, prompt=16, new=8, threads=1, repeats=1)
-    assert speed["runtime"] == "llama.cpp" and speed["dtype"] == gguf_type
-    assert speed["prefill_tps"] > 0 and speed.decode_tps > 0
+    speed = measure_speed(package, prompt=16, new=8, threads=1, repeats=1)
+    assert speed.runtime == "llama.cpp" and speed.dtype == gguf_type
+    assert speed.prefill_tps > 0 and speed.decode_tps > 0
 
 
 def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     good = write(tmp_path / "good", UNEVEN)
-    assert verify(good.path, record=True)["greedy_equal"] == 12
+    assert verify(good.folder, record=True)["greedy_equal"] == 12
     as_it_is = {**DECI.layer, "self_attn.q_proj.weight": Stored(("attn_q.weight",))}
     monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], uneven=replace(DECI, layer=as_it_is)))
     bad = write(tmp_path / "bad", UNEVEN)
     with pytest.raises(VerificationError, match="log-probabilities differ by up to"):
-        verify(bad.path)
+        verify(bad.folder)
 
 
 def test_the_file_is_the_whole_package(tmp_path: Path) -> None:
-    info = write(tmp_path / "p", EVEN, gguf_type="f16", card="# A card\n")
-    assert {p.name for p in info.path.iterdir()} == {"model-f16.gguf", "compression.json", "README.md"}
-    assert info.bytes == (info.path / "model-f16.gguf").stat().st_size
-    assert 0 < info.bytes - 2 * info.params < 60_000
+    entry = write(tmp_path / "p", EVEN, gguf_type="f16", card="# A card\n").entry
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {"model-f16.gguf", "compression.json", "README.md"}
+    assert entry.file == "model-f16.gguf" and entry.bytes == (tmp_path / "p" / entry.file).stat().st_size
+    assert 0 < entry.bytes - 2 * entry.params < 60_000
 
 
 def test_what_llama_cpp_does_not_know_leaves_nothing(tmp_path: Path) -> None:
@@ -434,8 +422,7 @@ def test_what_llama_cpp_does_not_know_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rope", [LINEAR, LLAMA3_ROPE], ids=lambda rope: str(rope["rope_type"]))
 def test_scaled_rotary_embeddings(rope: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    info = write(tmp_path / "p", UNEVEN, cut(tiny_llama(rope_parameters=rope), UNEVEN))
-    result = check_gguf(info.path, read_record(info.path))
+    result = check_gguf(write(tmp_path / "p", UNEVEN, cut(tiny_llama(rope_parameters=rope), UNEVEN)))
     assert result["max_abs_logprob_difference"] <= result["tolerance"]
 
 
@@ -457,8 +444,8 @@ def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
     uneven = Architecture(structure.base.hidden_size, tuple(layers))
     network = extract(model, structure, uneven)
     for gguf_type in ("f32", "q8_0"):
-        info = write(tmp_path / gguf_type, uneven, network, tokenizer=base, gguf_type=gguf_type, texts=texts)
-        result = check_gguf(info.path, read_record(info.path))
+        options = {"tokenizer": base, "gguf_type": gguf_type, "texts": texts}
+        result = check_gguf(write(tmp_path / gguf_type, uneven, network, **options))
         assert result["tokenizer_equal"] == 400
         if gguf_type == "f32":
             assert result["max_abs_logprob_difference"] <= result["tolerance"] and result["greedy_equal"] == 12

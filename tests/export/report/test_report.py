@@ -96,7 +96,7 @@ def test_a_missing_key_is_named_in_one_line(path: tuple[Any, ...], named: str) -
 def test_an_unknown_key_is_named_with_the_nearest() -> None:
     data = minimal_report()
     data["packages"][0]["sped"] = 1
-    with pytest.raises(ValueError, match=r"packages\[0\]\.sped is not a key of the report; did you mean .*speed"):
+    with pytest.raises(ValueError, match=r"packages\[0\]\.sped is an unknown key; did you mean .*speed"):
         validate_report(data)
 
 
