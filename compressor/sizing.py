@@ -50,7 +50,7 @@ def smallest_storage(job: Job) -> StorageFormat | None:
     if not job.recipe.quantizing.schemes:
         return None
     smallest = min((SCHEMES[name] for name in job.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
-    return smallest.sizes(job.recipe.quantizing.group_size)
+    return smallest.storage_format(job.recipe.quantizing.group_size)
 
 
 def training_range(job: Job) -> TrainingRange:

@@ -1,10 +1,10 @@
 """INT8 and INT4 packages: neural-compressor's AutoRound, in compressed-tensors or auto-round's own form.
 
-The work runs in a child process (`export.quantization.autoround_child`): auto-round writes to stdout and
-stderr, changes global state, and leaves files where it runs. One child makes all schemes asked for, since starting it
-takes longer than quantizing a small network. Of what AutoRound writes, only the weights and the quantization
-configuration are used; everything else is copied from the unquantized package. Without calibration data none of that is
-needed: weights are rounded to nearest, tensor by tensor (`export.quantization.round_to_nearest`). What the schemes are:
+AutoRound runs in a child process (`export.quantization.autoround_child`), because it writes to stdout and stderr,
+changes global state, and leaves files where it runs. One child makes all schemes asked for, since starting it takes
+longer than quantizing a small network. Of AutoRound's output, only weights and quantization configuration are used;
+everything else is copied from the unquantized package. Without calibration data there is no child: weights are
+rounded to nearest, tensor by tensor (`export.quantization.round_to_nearest`). The schemes are in
 `export.quantization.schemes`. Scales are bfloat16 in compressed-tensors, float16 in auto-round's form.
 """
 
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.package import check_destination, package_draft
 from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record
-from export.quantization.round_to_nearest import round_files
-from export.quantization.schemes import SCHEMES, SchemeName
+from export.quantization.autoround_child import AutoRoundJob
+from export.quantization.round_to_nearest import QuantizationConfig, round_files
+from export.quantization.schemes import SCHEMES, LinearLayers, SchemeName, SchemePlan
 from export.shards import weight_bytes, weight_files
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, sha256, write_json
@@ -53,20 +53,8 @@ Progress = Callable[[int, int, str], None]
 """Called with blocks done, blocks in all, and what is being quantized."""
 
 
-@dataclass(frozen=True)
-class LinearLayers:
-    """Linear layers of a network by module name: those inside its blocks with output and input width, and others.
-
-    `blocks` is the name of the list of blocks.
-    """
-
-    widths: dict[str, tuple[int, int]]
-    outside: list[str]
-    blocks: str
-
-
 def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> LinearLayers:
-    """Of the network of a configuration, plain or uneven.
+    """The linear layers of the network of a configuration, plain or uneven.
 
     Raises `RequestError` where most weights are in modules of other kinds: compressed-tensors knows linear layers.
     """
@@ -84,30 +72,20 @@ def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
 
 
 def linear_layers_of(source: Path) -> LinearLayers:
-    """Of the network in a package. Raises `RequestError` as `linear_layers` does."""
+    """The linear layers of the network in a package. Raises `RequestError` as `linear_layers` does."""
     trusted = check_code(source)
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trusted)
     return linear_layers(config, trusted)
 
 
-@dataclass(frozen=True)
-class SchemePlan:
-    """How one scheme is applied to a network. `group_size` -1: one scale for each output channel."""
+def plan_scheme(widths: Mapping[str, tuple[int, int]], scheme: SchemeName, group_size: int | None = None) -> SchemePlan:
+    """The group size of a scheme, and the layers that are left out of it.
 
-    scheme: SchemeName
-    group_size: int
-    left_out: list[str]
-    """Layers that are not under the scheme."""
+    Layers with a width that is no multiple of 32 are left out. At 4 bits and without `group_size`, which is the user's,
+    the group size is the largest of 128, 64, 32 that divides the input width of every other layer.
 
-
-def plan_groups(
-    widths: Mapping[str, tuple[int, int]], scheme: SchemeName, group_size: int | None = None
-) -> tuple[int, list[str]]:
-    """The group size (-1: one scale for each output channel) and the layers that are left out of the scheme.
-
-    At 4 bits without a group size of the user's: the largest of 128, 64, 32 that divides the input width of every layer
-    that is not left out. Layers with a width that is no multiple of 32 are. Raises `RequestError` for a group size of
-    the user's that does not divide a width, or has no meaning for the scheme, and where none would be left in.
+    Raises `RequestError` where the user's group size does not divide a width or has no meaning for the scheme, and
+    where all layers would be left out.
     """
     left_out = [name for name, pair in widths.items() if any(width % AUTOROUND_STEP for width in pair)]
     form = SCHEMES[scheme]
@@ -118,7 +96,7 @@ def plan_groups(
             f"{scheme} needs widths that are multiples of {AUTOROUND_STEP}, and no layer has; ask for int8"
         )
     if form.bits == 8:
-        return -1, [] if form.dynamic else left_out
+        return SchemePlan(scheme, -1, [] if form.dynamic else left_out)
     inputs = sorted({columns for _, columns in widths.values()})
     if group_size is not None:
         valid = [g for g in GROUP_SIZES if not any(width % g for width in inputs)]
@@ -128,9 +106,10 @@ def plan_groups(
             raise RequestError(f"group size {group_size} does not divide the width {bad[0]}; {choice}")
         if group_size % AUTOROUND_STEP:
             raise RequestError(f"group size {group_size} is not a multiple of {AUTOROUND_STEP}")
-        return group_size, left_out
-    inside = {columns for name, (_, columns) in widths.items() if name not in left_out}
-    return next((g for g in GROUP_SIZES if not any(width % g for width in inside)), GROUP_SIZES[-1]), left_out
+    else:
+        under = {columns for name, (_, columns) in widths.items() if name not in left_out}
+        group_size = next((g for g in GROUP_SIZES if not any(width % g for width in under)), GROUP_SIZES[-1])
+    return SchemePlan(scheme, group_size, left_out)
 
 
 def quantize_package(source: Path, destination: Path, scheme: SchemeName, **options: Any) -> PackageRecord:
@@ -155,10 +134,10 @@ def quantize_packages(
     `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
     for each block; 0 rounds to nearest with scales chosen on the calibration data. Without calibration data, weights
     are rounded to nearest and nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is
-    the user's wish for int4. The child's output is appended to `log`.
+    the user's, for int4. The child's output is appended to `log`.
 
     Raises `RequestError` (a group size that does not divide, a destination that holds something else, no disk space)
-    before anything is computed, and RuntimeError with the child's last words where it fails.
+    before anything is computed, and RuntimeError with the last line that the child printed where it fails.
     """
     # 1. Refuse what cannot be done.
     record = read_record(source)
@@ -169,48 +148,38 @@ def quantize_packages(
         raise RequestError(f"unknown quantization '{unknown[0]}'; known are: {', '.join(SCHEMES)}")
     if calibration is None and iterations:
         raise RequestError("tuning needs calibration data: give some, or ask for 0 iterations")
+    linear = linear_layers_of(source)
     for destination in destinations.values():
         check_destination(destination, weight_bytes(source))
     # 2. Plan every scheme.
-    linear = linear_layers_of(source)
     plans = [
-        SchemePlan(scheme, *plan_groups(linear.widths, scheme, group_size if SCHEMES[scheme].bits < 8 else None))
-        for scheme in destinations
+        plan_scheme(linear.widths, scheme, group_size if SCHEMES[scheme].bits < 8 else None) for scheme in destinations
     ]
     assemble = functools.partial(_assemble, record, destinations, linear, iterations)
-    # 3. Without data: round to nearest, here.
+    # 3. Without data: round to nearest in this process.
     if calibration is None:
         packages = []
         for number, plan in enumerate(plans):
             if progress is not None:
                 progress(number, len(plans), plan.scheme)
-            rounded = functools.partial(
-                round_files,
-                source,
-                scheme=plan.scheme,
-                group_size=plan.group_size,
-                linear=list(linear.widths),
-                left_out=plan.left_out,
-                ignored=linear.outside,
-                blocks=linear.blocks,
-            )
-            packages.append(assemble(plan, rounded, ["compressed-tensors"]))
+            write_weights = functools.partial(round_files, source, plan, linear)
+            packages.append(assemble(plan, write_weights, ["compressed-tensors"]))
         return packages
-    # 4. With data: tune the rounding in a child process, then take over what it wrote.
+    # 4. With data: tune the rounding in a child process, then make packages of what it wrote.
     if not isinstance(calibration, Tensor):
         calibration = pack_texts(source, calibration)
     with tempfile.TemporaryDirectory(prefix="compressor-quantize-") as folder:
         scratch = Path(folder)
         save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
-        job = {
-            "source": str(source.resolve()),
-            "iterations": iterations,
-            "seed": seed,
-            "device": device,
-            "linear": list(linear.widths),
-            "schemes": [asdict(plan) for plan in plans],
-        }
-        write_json(scratch / "job.json", job)
+        job = AutoRoundJob(
+            source=str(source.resolve()),
+            iterations=iterations,
+            seed=seed,
+            device=device,
+            linear=list(linear.widths),
+            schemes=plans,
+        )
+        write_json(scratch / "job.json", job.model_dump())
         output = _run_child(scratch, source, len(record.entry.architecture.kept), len(plans), progress)
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
@@ -218,10 +187,10 @@ def quantize_packages(
         if not (scratch / "done").exists():
             raise RuntimeError(f"quantization of {source} failed: {last_line(output)}")
         tools = ["neural-compressor", "auto-round", "compressed-tensors"]
-        return [assemble(plan, functools.partial(_taken_over, scratch / plan.scheme), tools) for plan in plans]
+        return [assemble(plan, functools.partial(_move_weights, scratch / plan.scheme), tools) for plan in plans]
 
 
-def _taken_over(raw: Path, target: Path) -> dict[str, Any]:
+def _move_weights(raw: Path, target: Path) -> QuantizationConfig:
     """Move the child's weights to `target`, which may be on another disk. Returns the quantization configuration."""
     for file in [*weight_files(raw), *raw.glob("*.index.json")]:
         shutil.move(file, target / file.name)
@@ -229,7 +198,7 @@ def _taken_over(raw: Path, target: Path) -> dict[str, Any]:
 
 
 def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
-    """Token ids [sequences, length] of texts joined end to end; no longer than the network's context."""
+    """Token ids [sequences, length] of texts joined end to end, where `length` is at most the network's context."""
     tokenizer = load_tokenizer(source)
     context = read_json(source / "config.json").get("max_position_embeddings") or length
     ids = [token for text in texts for token in tokenizer(text, verbose=False).input_ids]
@@ -264,13 +233,16 @@ def _run_child(scratch: Path, source: Path, blocks: int, schemes: int, progress:
 
 
 def _position(output: str, blocks: int, schemes: int) -> tuple[int, int, str]:
-    """Blocks done so far, read off auto-round's own progress bar: a change of its wording costs only this display."""
+    """Blocks done, blocks in all and the scheme at work, read off the progress bar that auto-round 0.16 prints.
+
+    Another version may word its bar otherwise: then only this display is wrong.
+    """
     _, *started = re.split(r"^== (\S+)$", output, flags=re.MULTILINE)
     if not started:
         return 0, blocks * schemes, "starting"
     scheme, printed = started[-2:]
-    bars = re.findall(r"Quantizing[^\r\n]*?(\d+)/\d+ \[", printed)
-    done = int(bars[-1]) if bars else 0
+    counts = re.findall(r"Quantizing[^\r\n]*?(\d+)/\d+ \[", printed)
+    done = int(counts[-1]) if counts else 0
     return (len(started) // 2 - 1) * blocks + done, blocks * schemes, scheme
 
 
@@ -280,7 +252,7 @@ def _assemble(
     linear: LinearLayers,
     iterations: int,
     plan: SchemePlan,
-    write_weights: Callable[[Path], dict[str, Any]],
+    write_weights: Callable[[Path], QuantizationConfig],
     tools: Sequence[str],
 ) -> PackageRecord:
     """The quantized package: `write_weights` puts its weights into a folder and returns their configuration, and the

@@ -20,7 +20,7 @@ from export.quantization.quantize import (
     linear_layers,
     linear_layers_of,
     pack_texts,
-    plan_groups,
+    plan_scheme,
     quantize_package,
     quantize_packages,
 )
@@ -149,7 +149,7 @@ def test_what_it_costs_is_what_is_on_disk(
     assert report.bits_per_parameter == 8 * entry.bytes / entry.params
     others = 16 * (entry.params - total)
     assert 0 < 8 * entry.bytes - bits - others < 8 * 8192  # the file's header
-    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.sizes())
+    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.storage_format())
     assert 0 < entry.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
     left = {"model.embed_tokens", "lm_head"}
     assert set(report.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
@@ -241,6 +241,10 @@ def test_networks_without_linear_layers_are_refused() -> None:
 
 
 def test_group_sizes() -> None:
+    def plan_groups(*arguments: Any) -> tuple[int, list[str]]:
+        plan = plan_scheme(*arguments)
+        return plan.group_size, plan.left_out
+
     widths = {"a": (256, 128), "b": (64, 384), "c": (96, 256)}
     assert plan_groups(widths, "int4") == (128, [])
     assert plan_groups(widths | {"d": (64, 192)}, "int4") == (64, [])

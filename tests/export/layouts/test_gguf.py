@@ -194,7 +194,7 @@ def test_windows_and_rotary_embeddings(family: str, changes: dict[str, Any], con
         ),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "leave out rotary positions in every fourth layer"),
         ("olmo2", {"tie_word_embeddings": True}, "a weight of its own as their output head"),
-        ("olmo2", {"head_dim": 32}, "query heads as wide as the residual"),
+        ("olmo2", {"head_dim": 32}, "query heads that are together as wide as the residual"),
         ("qwen3_moe", {"norm_topk_prob": False}, "shares of the chosen experts add up to 1"),
         ("gemma2", {"query_pre_attn_scalar": 10}, "have a query_pre_attn_scalar of 16 at this depth"),
         # The depth of the largest model: there, and there only, the scale is not the width of a head.
