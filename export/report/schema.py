@@ -1,7 +1,7 @@
 """The report's data: what `report.json` holds, key by key.
 
-The pipeline assembles the dictionary from what the stages left on disk; this module types it. What can be said about it
-is in `verdict`, its table in `table`, the page in `page`, a package's card in `card`.
+The pipeline assembles the dictionary from what the stages left on disk; the models here type it. `verdict` makes
+sentences of it, `table` a table, `page` the HTML page, and `card` a package's model card.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from search.scores import Score
 SCHEMA = 1
 
 
-def _finite_or_none(value: Any) -> Any:
+def _finite_or_none(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -38,11 +38,11 @@ def _all_finite(tasks: dict[str, Score]) -> dict[str, Score]:
 
 
 Scores = Annotated[dict[str, Score], AfterValidator(_all_finite)]
-"""{task: its score}."""
+"""Scores by task, all of them finite."""
 
 
 class BaseCard(Model):
-    """What the base's own model card states and a derived card carries over; every key as on the hub."""
+    """What the base's model card states and the packages' cards repeat; every key as on the hub."""
 
     license: str | None = None
     license_name: str | None = None
@@ -58,7 +58,7 @@ class Base(Model):
     path: str
     """Path or hub name, as the user gave it."""
     hub_id: str | None = None
-    """Its name on the hub, where it was loaded from there; only then can a card link to it."""
+    """Its name on the hub, if it was loaded from there; only then can a card link to it."""
     params: int
     """Embeddings counted, tied ones once."""
     bytes: int
@@ -68,7 +68,7 @@ class Base(Model):
     tasks: Scores
     """Scores on the report split."""
     held_out_loss: float | None = None
-    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
+    """Nats per token on some of the user's text that was not trained on; None if it was not measured."""
     speed: Speed | None = None
     quality: float = 1.0
     """1.0 by definition."""
@@ -105,32 +105,34 @@ class Candidate(Model):
     tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
     """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
     further: dict[str, float] = Field(default_factory=dict)
-    """Whatever else the search measured, such as `held_out_loss`."""
+    """Other measurements of the search, such as `held_out_loss`."""
 
 
 class Point(Candidate):
-    """A candidate with where it came from."""
+    """A candidate with its place in the search."""
 
     generation: int
     on_front: bool
     full: bool = True
-    """False where only part of the documents were looked at: scores are then what these foretold."""
+    """False if only part of the documents were scored: scores are then what these predict."""
 
 
 class PredictorScore(Model):
-    """How well a predictor foretold the newest measurements before it was trained on them."""
+    """How well a predictor predicted the newest measurements before it was trained on them."""
 
     name: str
     kendall: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
-    """Rank correlation tau; None (or not a number) where all measurements are equal."""
+    """Rank correlation tau; None if all measurements are equal."""
     spearman: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
     mae: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
     """Mean absolute error, in the objective's unit."""
     used: bool
-    """False where it ranked no better than chance and was set aside."""
+    """False if it ranked no better than chance and was set aside."""
 
 
 class Generation(Model):
+    """One generation of the search."""
+
     generation: int
     evaluations: int
     """Measured so far, this generation included."""
@@ -142,23 +144,29 @@ class Generation(Model):
 
 
 class Gene(Model):
+    """One choice of the search space: a size of one layer, or of all."""
+
     name: str
     values: list[Any]
 
 
 class Space(Model):
+    """The search space; without a name where it was spelled out."""
+
     name: str | None = None
     genes: list[Gene]
 
 
 class Search(Model):
+    """What the search measured."""
+
     algorithm: str
     evaluations: int
     generations: list[Generation]
     points: list[Point]
     """Every measured sub-network."""
     space: Space
-    targets: dict[str, Any] = Field(default_factory=dict)
+    targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 
 
@@ -174,6 +182,8 @@ class CurvePoint(Model):
 
 
 class Finetune(Model):
+    """The fine-tuning of the super-network."""
+
     curve: list[CurvePoint]
     tokens: int
     seconds: float
@@ -184,9 +194,11 @@ class Finetune(Model):
 
 
 class Sample(Model):
+    """One prompt of the user's data and how each network continues it."""
+
     prompt: str
     continuations: dict[str, str]
-    """Greedy continuation by `base` and by package name."""
+    """Greedy continuations, by package name and `base`."""
 
 
 class Difference(Model):
@@ -194,13 +206,13 @@ class Difference(Model):
 
     value: float
     low: float
-    """The central 95 % of the resamples begins here,"""
+    """Lower end of the central 95 % of the resamples."""
     high: float
-    """and ends here."""
+    """Upper end of it."""
 
     @property
     def meaning(self) -> Literal["better", "worse", "unclear"]:
-        """`better`: ours, beyond what the choice of documents explains."""
+        """`better`: ours is better by more than the choice of documents explains."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
 
 
@@ -211,24 +223,24 @@ class Comparison(Model):
     about: str
     """The paper that defines it, or what it is."""
     size: str | None
-    """As asked for, such as `0.67`; None for a checkpoint from elsewhere."""
+    """As asked for, such as `0.67`; None for an external checkpoint."""
     seed: int | None
     path: str
     architecture: JSONArchitecture | None = None
     params: int
     bytes: int | None = None
     tokens: int | None = None
-    """Read in healing; None where that is not known."""
+    """Read in healing; None if that is not known."""
     quality: float
     """On the report split, as for packages."""
     quality_stderr: float | None = None
     """One standard error over documents, bootstrapped."""
     quality_before_healing: float | None = None
-    """As published: cut, not trained."""
+    """As published: cut, but not trained."""
     tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
     speed: Speed | None = None
     base_speed: Speed | None = None
-    """The base's, measured in turn with this one's."""
+    """The base's, measured alternately with this one's."""
     ours_minus_this: Difference | None = None
     """Over all seeds of this method and size; None for ours."""
 
@@ -250,7 +262,7 @@ class Report(Model):
     search: Search | None = None
     finetune: Finetune | None = None
     hub_dataset: str | None = None
-    """Name of what was fine-tuned or healed on, where it was loaded from the hub."""
+    """Name of the data set that was fine-tuned or healed on, if it was loaded from the hub."""
     samples: list[Sample] = Field(default_factory=list)
 
     @property
@@ -264,7 +276,7 @@ class Report(Model):
         return [self.base, *self.packages]
 
     def package(self, name: str) -> Package:
-        """The package called `name`. KeyError where there is none."""
+        """The package called `name`. Raises KeyError where there is none."""
         for package in self.packages:
             if package.name == name:
                 return package

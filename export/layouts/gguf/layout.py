@@ -100,23 +100,27 @@ def write(
         matrices = _write_file(file, network, architecture, header, tokenizer, gguf_type)
         draft.probe = probe
         draft.lineage["gguf"] = {"type": gguf_type, **versions(("gguf",))}
-        draft.entry |= {
-            "layout": "gguf",
-            "file": file.name,
-            "quantization": gguf_type if gguf_type in QUANTIZED else None,
-            "params": params,
-        }
+        draft.entry |= {"layout": "gguf", "file": file.name, "quantization": None, "params": params}
         if gguf_type in QUANTIZED:
-            in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
-            draft.entry["quantization_report"] = {
-                "scheme": gguf_type,
-                "group_size": BLOCK,
-                "iterations": 0,
-                "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
-                "bits_per_parameter": 8 * weight_bytes(draft.folder) / params,
-                "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
-            }
+            bits_per_parameter = 8 * weight_bytes(draft.folder) / params
+            report = _quantization_report(matrices, gguf_type, bits_per_parameter)
+            draft.entry |= {"quantization": gguf_type, "quantization_report": report}
     return read_record(destination)
+
+
+def _quantization_report(
+    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits_per_parameter: float
+) -> dict[str, object]:
+    """The fields of a `QuantizationReport`, from every matrix's type and number of weights."""
+    in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
+    return {
+        "scheme": gguf_type,
+        "group_size": BLOCK,
+        "iterations": 0,
+        "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
+        "bits_per_parameter": bits_per_parameter,
+        "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
+    }
 
 
 def _as_held(network: PreTrainedModel, gguf_type: str) -> PreTrainedModel:

@@ -183,14 +183,14 @@ def test_verdict_says_what_was_lost() -> None:
     assert "takes 2.68 MB on disk instead of 4.00 MB" in said
     assert "generates tokens 1.40 times as fast (transformers, cpu, 1 thread, float32)" in said
     assert said.count("It loses more than noise explains on grammar (0.9 → 0.8).") == 1
-    assert "How much of the loss is noise is not known for words (1.5 → 1.6)." in said
+    assert "It is not known how much of the loss is noise on words (1.5 → 1.6)." in said
     assert "measured by 3 tasks" in said
     assert "Compressed INT4 takes 600 kB on disk (15.0 % of the base)" in said
     assert "Quantization loses" not in said
     assert "The base itself only guesses on coin" in said
     data = minimal_report()
     data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
-    assert "No loss stands out from the noise" in " ".join(verdict(validate_report(data)))
+    assert "No loss is larger than the noise of measuring" in " ".join(verdict(validate_report(data)))
     data["packages"][0] |= {"tasks": {"grammar": score(0.51, 0.01)}, "quality": 0.57}
     said = " ".join(verdict(validate_report(data)))
     assert "fallen to chance on grammar, which the base solves" in said and "heavy loss" in said
@@ -210,9 +210,9 @@ def test_verdict_says_what_tasks_do_not_show() -> None:
     data["base"]["held_out_loss"] = 1.5
     data["packages"][0]["held_out_loss"] = 1.62
     said = " ".join(verdict(validate_report(data)))
-    assert "its loss is 1.62 nats per token, the base's 1.5." in said and "half as sure" not in said
+    assert "its loss is 1.62 nats per token, the base's 1.5." in said and "half the probability" not in said
     data["packages"][0]["held_out_loss"] = 19.3
-    assert "less than half as sure of the next token" in " ".join(verdict(validate_report(data)))
+    assert "less than half the probability that the base gives it" in " ".join(verdict(validate_report(data)))
 
 
 def test_a_speed_measured_elsewhere_is_not_compared() -> None:
@@ -293,7 +293,7 @@ def test_full_page() -> None:
 def test_every_measured_point_is_drawn() -> None:
     page = render_html(validate_report(full_report()))
     front = page.split("<h2>Pareto front</h2>")[1].split("</svg>")[0]
-    assert "generation 2 (a first look only)" in front and "kl_to_base 0.25" in front
+    assert "generation 2 (screening only)" in front and "kl_to_base 0.25" in front
     assert [front.count(f'<circle class="{kind}"') for kind in ("point", "front", "chosen", "base")] == [1, 1, 1, 1]
     assert re.findall("asked for: at most ([0-9.]+ %)", front) == ["67 %", "80 %"]  # 50 % lies outside
 
