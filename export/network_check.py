@@ -19,6 +19,8 @@ from torch import Tensor
 from export.package_record import PackageRecord
 from export.probe import (
     NEW_TOKENS,
+    compare_padded,
+    largest,
     load_reference,
     logits_of,
     next_log_probabilities,
@@ -64,13 +66,8 @@ class NetworkCheck:
     """The checks of one package, in order. Each returns its claims, or raises `VerificationError`."""
 
     def __init__(self, package: PackageRecord, reference: Path | None, tasks: TaskFiles | None) -> None:
-        self.folder, self.entry, self.lineage, self.probe = (
-            package.folder,
-            package.entry,
-            package.lineage,
-            package.probe,
-        )
-        self.reference, self.tasks = reference, tasks
+        self.folder, self.entry, self.probe = package.folder, package.entry, package.probe
+        self.documents, self.reference, self.tasks = package.lineage.task_documents, reference, tasks
         self.trusted = check_code(self.folder)
         quantization = self.entry.quantization
         if quantization is not None and quantization not in SCHEMES:
@@ -112,6 +109,9 @@ class NetworkCheck:
 
     def fail(self, message: str) -> VerificationError:
         return VerificationError(f"{self.folder}: {message}")
+
+    def largest(self, difference: Tensor, allowed: float, message: str) -> float:
+        return largest(difference, allowed, f"{self.folder}: {message}")
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -170,16 +170,14 @@ class NetworkCheck:
         claims: Claims = {OWN: computed.tolist()}
         if self.probe.quantized_next_logprob is not None:
             before = torch.tensor(self.probe.quantized_next_logprob, dtype=torch.float64)
-            difference = (computed - before).abs().max().item()
-            if not difference <= allowed:
-                raise self.fail(f"log-probabilities differ by up to {difference:.3g} from those at export")
-            claims["max_abs_logprob_difference_from_export"] = difference
+            claims["max_abs_logprob_difference_from_export"] = self.largest(
+                computed - before, allowed, "log-probabilities differ by up to {largest} from those at export"
+            )
         return claims
 
     def full_logits(self, logits: Tensor, full: Tensor) -> Claims:
-        difference, allowed = (logits - full).abs().max().item(), TOLERANCE * self.probe.max_abs_logit
-        if not difference <= allowed:
-            raise self.fail(f"logits differ by up to {difference:.3g}, allowed are {allowed:.3g}")
+        allowed = TOLERANCE * self.probe.max_abs_logit
+        difference = self.largest(logits - full, allowed, "logits differ by up to {largest}, allowed are {allowed}")
         return {
             "compared_with": "full logits of the network in memory",
             "max_abs_logit_difference": difference,
@@ -191,9 +189,9 @@ class NetworkCheck:
         allowed = 2 * TOLERANCE * self.probe.max_abs_logit + 1e-7
         top = logits.double().log_softmax(-1).gather(-1, torch.tensor(self.probe.top_ids))
         expected_top = torch.tensor(self.probe.top_logprob, dtype=torch.float64)
-        difference = max((computed - expected).abs().max().item(), (top - expected_top).abs().max().item())
-        if not difference <= allowed:
-            raise self.fail(f"log-probabilities differ by up to {difference:.3g}, allowed are {allowed:.3g}")
+        differences = torch.cat([(computed - expected).flatten(), (top - expected_top).flatten()])
+        message = "log-probabilities differ by up to {largest}, allowed are {allowed}"
+        difference = self.largest(differences, allowed, message)
         return {
             "compared_with": "the package's probe",
             "max_abs_logprob_difference": difference,
@@ -203,15 +201,10 @@ class NetworkCheck:
     def padding(self, model: PreTrainedModel, logits: Tensor) -> Claims:
         """Sequences of different lengths, padded on the left, against each one alone."""
         padded, mask, kept = shorter_rows(self.ids, model.config.pad_token_id or 0)
-        length = self.ids.shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             batch = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        allowed = self.slack(logits)
-        for row, keep in enumerate(kept):
-            difference = (batch[row, length - keep :] - logits[row, :keep]).abs().max().item()
-            if not difference <= allowed:
-                raise self.fail(f"a left-padded batch differs by {difference:.3g} from single sequences")
+        compare_padded(self.folder, batch, logits, kept, self.slack(logits))
         return {"padding_equal": True}
 
     def cache(self, model: PreTrainedModel) -> Claims:
@@ -272,7 +265,7 @@ class NetworkCheck:
         include = [tasks.include_path] if tasks.include_path else []
         names = [f"{name}:{score.metric}" for name, score in recorded.items()]
         task_set = TaskSet.load(names, encoder=encoder, include_path=include)
-        for name, documents in self.lineage.task_documents.items():
+        for name, documents in self.documents.items():
             if task_set.fingerprint(name, recorded[name].split) != documents:
                 raise self.fail(f"the documents of task {name} at hand are not those that the report scored")
         # 2. Score them.
@@ -292,7 +285,6 @@ class NetworkCheck:
         """Saved by transformers and loaded again, quantized ones still quantized: the same logits."""
         if (read_json(saved / "config.json").get("quantization_config") is None) != (self.scheme is None):
             raise self.fail("saved again, its configuration says otherwise whether it is quantized")
-        difference = (logits_of(self.load(saved), self.ids) - logits).abs().max().item()
-        if not difference <= self.slack(logits):
-            raise self.fail(f"saved and loaded again, its logits differ by {difference:.3g}")
+        again = logits_of(self.load(saved), self.ids)
+        self.largest(again - logits, self.slack(logits), "saved and loaded again, its logits differ by {largest}")
         return {"save_and_reload_equal": True}

@@ -101,6 +101,22 @@ def compare_greedy(runtime: str, ids: Sequence[int], expected: Greedy, tie: floa
     return len(ids)
 
 
+def largest(difference: Tensor, allowed: float, message: str) -> float:
+    """The largest |difference|. Raises `VerificationError` where it is more than `allowed`, or not a number; `message`
+    says so with `{largest}` and `{allowed}` for the two."""
+    value = difference.abs().max().item()
+    if not value <= allowed:
+        raise VerificationError(message.replace("{largest}", f"{value:.3g}").replace("{allowed}", f"{allowed:.3g}"))
+    return value
+
+
+def compare_padded(package: Path, batch: Tensor, logits: Tensor, kept: Sequence[int], allowed: float) -> None:
+    """Raises `VerificationError` where the logits of a left-padded batch (`shorter_rows`) are not those of `logits`."""
+    message = f"{package}: a left-padded batch differs by {{largest}} from single sequences"
+    for row, keep in enumerate(kept):
+        largest(batch[row, logits.shape[1] - keep :] - logits[row, :keep], allowed, message)
+
+
 def shorter_rows(ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor, list[int]]:
     """The sequences cut to different lengths and padded on the left, their mask, and how much is left of each."""
     count, length = ids.shape

@@ -28,8 +28,10 @@ from export.package import check_destination, package_draft, write_tokenizer
 from export.package_record import PackageRecord, read_record
 from export.probe import (
     compare_greedy,
+    compare_padded,
     default_ids,
     greedy,
+    largest,
     logits_of,
     make_probe,
     next_log_probabilities,
@@ -256,19 +258,11 @@ def check_graph(package: PackageRecord) -> dict[str, object]:
     # 2. Log-probabilities. A logit's tolerance moves one by at most twice as much.
     allowed = 2 * TOLERANCE * probe.max_abs_logit
     expected = torch.tensor(probe.next_logprob, dtype=torch.float64)
-    difference = (next_log_probabilities(logits, ids) - expected).abs().max().item()
-    if not difference <= allowed:
-        raise VerificationError(
-            f"{folder}: log-probabilities differ by up to {difference:.3g}, allowed are {allowed:.3g}"
-        )
-    # 3. Padding.
-    for row, keep in enumerate(kept):
-        apart = (batch[row, ids.shape[1] - keep :] - logits[row, :keep]).abs().max().item()
-        if not apart <= TOLERANCE * probe.max_abs_logit:
-            raise VerificationError(f"{folder}: a left-padded batch differs by {apart:.3g} from single sequences")
-    # 4. Generation.
+    message = f"{folder}: log-probabilities differ by up to {{largest}}, allowed are {{allowed}}"
+    difference = largest(next_log_probabilities(logits, ids) - expected, allowed, message)
+    # 3. Padding, generation and the tokenizer.
+    compare_padded(folder, batch, logits, kept, TOLERANCE * probe.max_abs_logit)
     compare_greedy(f"{folder}: {layout}", continuation, probe.greedy, allowed)
-    # 5. The tokenizer.
     fault = tokenizer_fault(load_tokenizer(folder), probe)
     if fault is not None:
         raise VerificationError(f"{folder}: {fault}")
