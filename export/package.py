@@ -181,7 +181,7 @@ def write_package(
     A model may also be streamed, from the files that it is cut out of to those of the package.
 
     `tokenizer` is a tokenizer or the folder of the base's tokenizer files. `entry` holds `name`, `architecture` (as a
-    dict) and whatever else is known of a `PackageEntry`. Weights are stored in `dtype`, the base's. `probe_ids`
+    dict) and, where known, more of a `PackageEntry`. Weights are stored in `dtype`, the base's. `probe_ids`
     [sequences, length] are token ids to compare on (held-out text is best; random ids otherwise); with `reference`, the
     full logits on them go to that safetensors file, for `verify`. The logits are those of `expected` where the package
     must equal another network than the one it holds (a padded one).

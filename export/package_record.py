@@ -115,7 +115,7 @@ class Greedy(Model):
 
 
 class Probe(Model):
-    """What the network says about a few token sequences, to compare with wherever the package is loaded.
+    """What the network says about a few token sequences, to compare with when the package is loaded elsewhere.
 
     Lists are [sequences, positions] and, for the top tokens, [sequences, positions, top].
     """
@@ -178,7 +178,7 @@ def read_record(package: Path) -> PackageRecord:
 
 
 def _read(package: Path) -> dict[str, Any]:
-    """compression.json as it stands."""
+    """compression.json as it is on disk. Raises `RequestError` where there is none."""
     file = package / RECORD
     if not package.is_dir():
         raise RequestError(f"{package}: no such folder")
@@ -194,6 +194,7 @@ def _read(package: Path) -> dict[str, Any]:
 
 
 def _validated(package: Path, data: dict[str, Any]) -> PackageRecord:
+    """The record in `data`. Raises `VerificationError` that names the wrong key."""
     try:
         return PackageRecord.model_validate({**data, "folder": package})
     except ValidationError as error:

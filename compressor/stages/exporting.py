@@ -19,7 +19,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
-from export.layouts.table import of_the_uniform_one
+from export.layouts.table import needs_uniform
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import bar, say
@@ -95,7 +95,7 @@ def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict
     for layout in recipe.formats:
         if layout in ("uneven", "uniform"):
             continue
-        if of_the_uniform_one(layout, job.checkpoint.config) == name.endswith("-uniform"):
+        if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 

@@ -77,11 +77,11 @@ def write_layout(
     return LAYOUTS[layout](model, architecture, destination, **options)
 
 
-def of_the_uniform_one(layout: str, config: PreTrainedConfig) -> bool:
-    """Whether a layout is written of the best sub-network whose layers are alike: it holds no other of this family."""
+def needs_uniform(layout: str, config: PreTrainedConfig) -> bool:
+    """Whether a layout holds networks of this family only if their layers are alike."""
     return layout.startswith("gguf") and not gguf_checks.holds_uneven(config)
 
 
 def copies_hold(architecture: Architecture, config: PreTrainedConfig, layouts: Iterable[str]) -> bool:
-    """Whether all of `layouts` that are written of the uniform package can hold an architecture of this base's."""
-    return not any(of_the_uniform_one(layout, config) for layout in layouts) or gguf_checks.holds(config, architecture)
+    """Whether those of `layouts` that are written of a uniform network can hold this architecture of the base."""
+    return not any(needs_uniform(layout, config) for layout in layouts) or gguf_checks.holds(config, architecture)

@@ -91,7 +91,8 @@ def _text_loss(package: Package, base: Base) -> list[str]:
     ]
     if package.held_out_loss > base.held_out_loss + math.log(2):
         sentences.append(
-            "So it gives the next token less than half the probability that the base gives it, whatever the tasks show."
+            "So it gives the next token less than half the probability that the base gives it, "
+            "also where tasks show no loss."
         )
     return sentences
 

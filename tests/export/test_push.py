@@ -77,18 +77,16 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if not self.known():
                 return None
-            if found := re.match(r"/api/models/(.+?)/(?:tree|revision)/main", self.path):
-                names = hub.repos[found[1]]
-                rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in names.items()]
-                if "/revision/" in self.path:
-                    siblings = [{"rfilename": n} for n in names]
-                    return self.answer({"id": found[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
-                return self.answer(rows)
-            found = re.match(r"/api/models/([^?]+)", self.path)
-            if found and found[1] in hub.repos:
-                siblings = [{"rfilename": n} for n in hub.repos[found[1]]]
-                return self.answer({"id": found[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
-            return self.answer({"error": "not found"}, 404)
+            matched = re.match(r"/api/models/([^?]+?)(/(?:tree|revision)/main)?(?:\?|$)", self.path)
+            if not matched or matched[1] not in hub.repos:
+                return self.answer({"error": "not found"}, 404)
+            files = hub.repos[matched[1]]
+            if "/tree/" in (matched[2] or ""):
+                return self.answer(
+                    [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+                )
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer({"id": matched[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
 
         def do_PUT(self) -> None:
             content, oid = self.body(), self.path.rpartition("/")[2]

@@ -253,21 +253,19 @@ def test_group_sizes() -> None:
     assert plan_groups(widths | {"d": (64, 172)}, "int8") == (-1, ["d"])
     assert plan_groups(widths | {"d": (64, 172)}, "int8-dynamic") == (-1, [])
     assert plan_groups(widths, "int4", 32) == (32, [])
-    with pytest.raises(RequestError, match=r"256 does not divide the width 128; valid sizes here are 128, 64, 32"):
-        plan_groups(widths, "int4", 256)
-    with pytest.raises(RequestError, match=r"128 does not divide the width 192; valid sizes here are 64, 32"):
-        plan_groups(widths | {"d": (64, 192)}, "int4", 128)
-    with pytest.raises(RequestError, match=r"32 does not divide the width 172; no group size divides them all"):
-        plan_groups(widths | {"d": (64, 172)}, "int4", 32)
-    with pytest.raises(RequestError, match="not a multiple of 32"):
-        plan_groups(widths, "int4", 16)
-    with pytest.raises(RequestError, match=r"multiples of 32, and no layer has; ask for int8"):
-        plan_groups({"d": (48, 64), "e": (64, 48)}, "int4")
     assert plan_groups(widths | {"d": (64, 172)}, "int8-auto-round") == (-1, ["d"])
-    with pytest.raises(RequestError, match=r"int8-auto-round needs widths that are multiples of 32, and no layer has"):
-        plan_groups({"d": (48, 64)}, "int8-auto-round")
-    with pytest.raises(RequestError, match="one scale for each channel"):
-        plan_groups(widths, "int8", 64)
+    odd = {"d": (48, 64), "e": (64, 48)}
+    for layers, scheme, group_size, reason in (
+        (widths, "int4", 256, "256 does not divide the width 128; valid sizes here are 128, 64, 32"),
+        (widths | {"d": (64, 192)}, "int4", 128, "128 does not divide the width 192; valid sizes here are 64, 32"),
+        (widths | {"d": (64, 172)}, "int4", 32, "32 does not divide the width 172; no group size divides them all"),
+        (widths, "int4", 16, "not a multiple of 32"),
+        (odd, "int4", None, "multiples of 32, and no layer has; ask for int8"),
+        (odd, "int8-auto-round", None, "int8-auto-round needs widths that are multiples of 32, and no layer has"),
+        (widths, "int8", 64, "one scale for each channel"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            plan_groups(layers, scheme, group_size)
 
 
 def test_rounding_by_hand() -> None:
@@ -296,14 +294,15 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(quantize, "_run_child", never)
     ids = probe_ids()
-    with pytest.raises(RequestError, match="64 does not divide the width"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=ids, iterations=1, group_size=64)
-    with pytest.raises(RequestError, match="unknown quantization 'int3'"):
-        quantize_package(source, tmp_path / "p", "int3", calibration=ids, iterations=1)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="needs calibration data"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=None, iterations=1)
-    with pytest.raises(RequestError, match="holds no text"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=[""], iterations=1)
+    for scheme, calibration, group_size, reason in (
+        ("int4", ids, 64, "64 does not divide the width"),
+        ("int3", ids, None, "unknown quantization 'int3'"),
+        ("int4", None, None, "needs calibration data"),
+        ("int4", [""], None, "holds no text"),
+    ):
+        options = {"calibration": calibration, "group_size": group_size}
+        with pytest.raises(RequestError, match=reason):
+            quantize_package(source, tmp_path / "p", scheme, iterations=1, **options)  # type: ignore[arg-type]
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "thesis.txt").touch()
     with pytest.raises(RequestError, match="holds something else"):

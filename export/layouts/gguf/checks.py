@@ -70,7 +70,7 @@ def check_family(config: PreTrainedConfig, parameters: Collection[str]) -> None:
             raise RequestError(f"{networks} need {parameter}, which this one lacks")
     own_head = families()[family.model_type].head in parameters
     if family.head != "either" and (family.head == "own") != own_head:
-        head = "a weight of its own" if family.head == "own" else "the embedding"
+        head = "a separate weight" if family.head == "own" else "the embedding"
         raise RequestError(f"{networks} have {head} as their output head; this one does not")
     # 2. The activation.
     names = ("hidden_activation", "activation_function", "hidden_act")

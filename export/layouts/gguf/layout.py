@@ -4,7 +4,7 @@ Networks that the plain class holds go under the family's own architecture name.
 sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp computes a `deci` layer that has
 attention and no FFN wrongly, so such a layer gets a narrow FFN of zeros, which adds nothing.
 
-What a family's parameters are called and how their values change stands in `export.layouts.gguf.families`.
+What a family's parameters are called and how their values change is in `export.layouts.gguf.families`.
 """
 
 from __future__ import annotations
@@ -146,10 +146,11 @@ def _write_file(
     tokenizer: PreTrainedTokenizerBase,
     gguf_type: str,
 ) -> dict[str, tuple[str, int]]:
-    """Returns, for each matrix of the network by its name in the file, its type and how many weights it has."""
+    """Write the file. Returns the type and the number of weights of each matrix, by its name in the file."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants  # an optional dependency
 
     config, family = model.config, table_of(model.config)
+    # 1. The header.
     writer = GGUFWriter(file, family.name)
     for key, value in header.items():
         if "." in key:
@@ -157,6 +158,7 @@ def _write_file(
         else:
             getattr(writer, f"add_{key}")(value)
     write_tokenizer(writer, tokenizer, config.vocab_size)
+    # 2. The tensors.
     matrices: dict[str, tuple[str, int]] = {}
 
     def add(name: str, values: Tensor, kind: str) -> None:
@@ -174,6 +176,7 @@ def _write_file(
             add(final, values, kind)
     for final, values in _stand_ins(config, family, architecture).items():
         add(final, values, _type_of(final, tuple(values.shape), gguf_type))
+    # 3. Write both.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -215,7 +218,7 @@ def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
 
 
 def _stand_ins(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
-    """Tensors that llama.cpp wants of an uneven network though their half-block is removed: they add nothing."""
+    """Tensors that llama.cpp requires of an uneven network though their half-block is removed: they add nothing."""
     hidden, width = config.hidden_size, head_dim(config)
     tensors: dict[str, Tensor] = {}
 

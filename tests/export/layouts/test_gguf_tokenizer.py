@@ -17,6 +17,7 @@ from supernet.common.errors import RequestError, VerificationError
 from tests.support.export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 
 pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -24,34 +25,27 @@ SPLIT = (
 )
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), BYTES])
 WITH_MARKS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-ONE_DIGIT = Regex(SPLIT.replace("{1,3}", ""))
+
+
+def isolated(pattern: str) -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES])
+
+
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS])
 RULES: dict[str, tuple[Any, Any, bool]] = {  # pre-tokenizer, normalizer, whole words
     "gpt2": (WORDS, None, False),
     "gpt_neox": (WORDS, normalizers.NFC(), False),
-    "starcoder2, granite": (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
-        None,
-        False,
-    ),
-    "olmo2": (LLAMA3, None, False),
-    "llama 3, smollm3": (LLAMA3, None, True),
-    "qwen": (
-        pre_tokenizers.Sequence([pre_tokenizers.Split(ONE_DIGIT, "isolated"), BYTES]),
-        normalizers.NFC(),
-        False,
-    ),
+    "starcoder2, granite": (DIGITS, None, False),
+    "olmo2": (isolated(SPLIT), None, False),
+    "llama 3, smollm3": (isolated(SPLIT), None, True),
+    "qwen": (isolated(SPLIT.replace("{1,3}", "")), normalizers.NFC(), False),
+    "qwen3.5, composed": (isolated(WITH_MARKS), normalizers.NFC(), False),
+    "qwen3.5": (isolated(WITH_MARKS), None, False),
 }
-RULES["qwen3.5, composed"] = (
-    pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WITH_MARKS), "isolated"), BYTES]),
-    normalizers.NFC(),
-    False,
-)
-RULES["qwen3.5"] = (RULES["qwen3.5, composed"][0], None, False)
 UNDERLINE = normalizers.Replace(" ", "▁")
 UNDERLINED = normalizers.Sequence([normalizers.Prepend("▁"), UNDERLINE])
 TEXTS = [*sample_texts(), "the Brownies and Brownies"]
@@ -87,7 +81,6 @@ def trained(pre: Any, first: list[str], **options: Any) -> tuple[dict[str, int],
 
 @pytest.mark.parametrize("name", RULES)
 def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     pre, normalizer, whole_words = RULES[name]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary, merges = trained(pre, ["<s>", "</s>"], initial_alphabet=alphabet)
@@ -100,7 +93,6 @@ def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama, phi3, mixtral", "gemma"])
 def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     vocabulary, merges = trained(spaces, first, limit_alphabet=60)  # what is left out takes the bytes
@@ -127,7 +119,6 @@ def test_composed_text_is_compared(tmp_path: Path) -> None:
 
 
 def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xllamacpp")
     monkeypatch.setattr("export.layouts.gguf.tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
     package = write(tmp_path / "p", tiny_tokenizer(["in 2024 and 1999 "] * 50), ["it was 1999"])
     with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
