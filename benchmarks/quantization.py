@@ -26,7 +26,9 @@ from torch import Tensor
 
 from compressor import demo
 from compressor.stages.measuring import load_package
-from export.layouts import gguf_layout, graphs, llama_cpp
+from export.layouts import graphs
+from export.layouts.gguf import runtime as llama_cpp
+from export.layouts.gguf.layout import take_stored_weights
 from export.layouts.table import write_layout
 from export.package_record import read_record
 from export.quantization.quantize import pack_texts, quantize_packages
@@ -101,20 +103,17 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
     def row(what: str, package: Path, seconds: float, logits: Callable[[Tensor], Tensor]) -> None:
         record = read_record(package)
         found = bits_per_byte(logits, length, tokenizer, held_out)
-        report, speed = record["entry"].get("quantization_report"), ""
+        entry, report, speed = record.entry, record.entry.quantization_report, ""
         work = {"prompt": 128, "new": 128, "threads": 1}
-        if record["entry"]["layout"] in ("gguf", "onnx"):
-            timed = (
-                llama_cpp.measure_speed(package, **work)
-                if record["entry"]["layout"] == "gguf"
-                else graphs.measure_speed(package, record, **work)
-            )
+        if entry.layout in ("gguf", "onnx"):
+            runtime = llama_cpp if entry.layout == "gguf" else graphs
+            timed = runtime.measure_speed(record, **work)
             speed = f"{timed.prefill_tps:,.0f} / {timed.decode_tps:,.0f} ({timed.runtime})"
         cells = [
             what,
-            f"{record['entry']['bytes']:,}",
-            f"{record['entry']['bytes'] / float32:.3f}",
-            f"{report['bits_per_weight']:.2f}" if report else "",
+            f"{entry.bytes:,}",
+            f"{entry.bytes / float32:.3f}",
+            f"{report.bits_per_weight:.2f}" if report else "",
             f"{found:.4f}",
             f"{100 * (found / reference - 1):+.2f} %",
             speed,
@@ -139,17 +138,17 @@ def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: 
                 whole, {scheme: folder / f"{scheme}-{how}"}, calibration=data, iterations=iterations
             )
             seconds = time.monotonic() - began
-            row(f"{scheme}, {how}", made[0].package.path, seconds, logits_of(load(made[0].package.path)))
+            row(f"{scheme}, {how}", made[0].folder, seconds, logits_of(load(made[0].folder)))
     for layout in ("gguf-f32", "gguf", "gguf-q8_0", "gguf-q4_0"):
         began = time.monotonic()
         package = write(layout, folder / layout)
         seconds = time.monotonic() - began
-        stored = gguf_layout.take_stored_weights(copy.deepcopy(network), package)
+        stored = take_stored_weights(copy.deepcopy(network), package)
         row(layout, package, seconds, logits_of(stored))
     began = time.monotonic()
     package = write("onnx", folder / "onnx")
     seconds = time.monotonic() - began
-    graph = graphs.Graph(package, "onnx", **read_record(package)["entry"]["cache"])
+    graph = graphs.Graph(read_record(package))
     row("onnx", package, seconds, lambda ids: graph(ids)[0])
 
 

@@ -11,7 +11,9 @@ import torch
 from compressor.inspection import expected_memory
 from compressor.job import Job
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
-from export.layouts import gguf_checks, gguf_tokenizer, graphs
+from export.layouts import graphs
+from export.layouts.gguf import checks as gguf_checks
+from export.layouts.gguf import tokenizer as gguf_tokenizer
 from export.layouts.installed import check_installed
 from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES

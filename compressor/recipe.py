@@ -6,7 +6,6 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +24,7 @@ from pydantic import (
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import write_text
+from supernet.common.formatting import parse_bytes, parse_parameters
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
@@ -114,9 +114,9 @@ class Targets(Section):
     @model_validator(mode="after")
     def _readable(self) -> Targets:
         for size in self.max_params:
-            absolute_or_share(size, 1_000_000)
+            parse_parameters(size, 1_000_000)
         if self.max_bytes is not None:
-            byte_count(self.max_bytes)
+            parse_bytes(self.max_bytes)
         return self
 
     @property
@@ -365,31 +365,3 @@ def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:
     provenance = yaml.safe_dump({"provenance": extra}, sort_keys=False)
     commented = "".join(f"# {line}\n" for line in provenance.splitlines())
     write_text(path, text + "\n# Written for the reader; not part of the recipe:\n" + commented)
-
-
-_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def absolute_or_share(size: str, base: int) -> int:
-    """Parameters meant by `0.67`, `67%` (shares of `base`), `450M` or `450000`. Raises ValueError otherwise."""
-    text = size.strip().lower()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        share = float(match[1]) / 100
-    elif re.fullmatch(r"\d*\.\d+|1", text):
-        share = float(text)
-    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text):
-        return int(float(match[1]) * _SUFFIX[match[2]])
-    else:
-        raise ValueError(f"'{size}' is not a size; write a share (0.67 or 67%) or a number of parameters (450M)")
-    if not 0 < share <= 1:
-        raise ValueError(f"'{size}' is not a share between 0 and 1; write for example 0.67, 67% or 450M")
-    return int(share * base)
-
-
-def byte_count(size: str) -> int:
-    """Bytes meant by `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())
-    if not match or match[2] not in _BYTES:
-        raise ValueError(f"'{size}' is not a size in bytes; write for example 2GiB or 500MB")
-    return int(float(match[1]) * _BYTES[match[2]])

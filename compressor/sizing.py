@@ -7,12 +7,12 @@ import re
 import numpy as np
 
 from compressor.job import Job
-from compressor.recipe import absolute_or_share, byte_count
 from export.quantization.schemes import SCHEMES
 from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
 from supernet.architecture import Architecture, StorageFormat
 from supernet.common.errors import RequestError
+from supernet.common.formatting import parse_bytes, parse_parameters
 from supernet.training.samplers import TrainingRange
 
 TRIES = 64
@@ -28,7 +28,7 @@ def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
     limits = []
     for size in wanted:
         try:
-            limits.append(absolute_or_share(size, base))
+            limits.append(parse_parameters(size, base))
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
     if len(wanted) == 1:
@@ -43,7 +43,7 @@ def sizes_asked_for(job: Job) -> list[int]:
 
 def byte_limit(job: Job) -> int | None:
     """The bytes of `--max-bytes`."""
-    return None if job.recipe.targets.max_bytes is None else byte_count(job.recipe.targets.max_bytes)
+    return None if job.recipe.targets.max_bytes is None else parse_bytes(job.recipe.targets.max_bytes)
 
 
 def smallest_storage(job: Job) -> StorageFormat | None:
@@ -51,7 +51,7 @@ def smallest_storage(job: Job) -> StorageFormat | None:
     if not job.recipe.quantizing.schemes:
         return None
     smallest = min((SCHEMES[name] for name in job.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
-    return smallest.sizes(job.recipe.quantizing.group_size)
+    return smallest.storage_format(job.recipe.quantizing.group_size)
 
 
 def training_range(job: Job) -> TrainingRange:

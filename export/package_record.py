@@ -1,14 +1,21 @@
-"""`compression.json`: what a package says of itself, and a hash of every other file in it. Readable without torch."""
+"""`compression.json`: what a package is, how it was made, a probe of its outputs, and a hash of every other file.
+
+Reading and checking it needs no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from export.shards import file_record, weight_bytes
-from supernet.architecture import Architecture
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+
+from evals.speed.measured import Speed
+from export.models import JSONArchitecture, Model, first_error
+from export.quantization.schemes import SchemeName
+from export.shards import FileRecord
+from search.scores import Score
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json, sha256, write_json
 from supernet.common.versions import versions
@@ -16,138 +23,244 @@ from supernet.trust import check_code
 
 SCHEMA = 1
 RECORD = "compression.json"
-SECTIONS = ("entry", "lineage", "probe", "files")
-ENTRY = ("name", "layout", "quantization", "architecture", "params", "bytes")
-"""What the entry of every package has; reports and layouts add to it."""
-
 CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
+Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
+Quantization = Literal[SchemeName, "q8_0", "q4_0"]
 
-@dataclass(frozen=True)
-class PackageInfo:
-    """What a package says of itself. `bytes` are those of its weights on disk; `files` maps names to their hashes."""
 
-    path: Path
+class QuantizationReport(Model):
+    """What the quantizer did to a package."""
+
+    scheme: Quantization
+    group_size: int
+    """Input channels that share a scale; -1: all of an output channel's."""
+    iterations: int
+    """Rounds of tuning; 0: rounded to nearest."""
+    bits_per_weight: float
+    """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
+    bits_per_parameter: float
+    """Stored bits of the whole file for each parameter, embeddings counted."""
+    exceptions: dict[str, str] = Field(default_factory=dict)
+    """Linear layers and embeddings that are not under the scheme, and what became of each."""
+
+
+class GraphCache(Model):
+    """The key-value cache that a graph takes and gives."""
+
+    key_value_heads: list[int]
+    """Of every layer with attention."""
+    head_dim: int
+
+
+class PackageEntry(Model):
+    """What a package is, and what was measured and proved of it so far.
+
+    Keys that another version of this tool wrote are kept.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
     name: str
-    layout: str
-    quantization: str | None
-    architecture: Architecture
+    """Folder name: `best`, `best-0.67`, `best-int4` and so on."""
+    path: str
+    """The folder as seen from the run directory."""
+    layout: Layout
+    quantization: Quantization | None = None
+    architecture: JSONArchitecture
     params: int
     bytes: int
-    files: dict[str, str]
-    verified: dict[str, Any] | None
+    """Of the weight files as they are on disk."""
+    quality: float | None = None
+    """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
+    tasks: dict[str, Score] = Field(default_factory=dict)
+    """Scores on the report split."""
+    held_out_loss: float | None = None
+    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
+    speed: Speed | None = None
+    verified: dict[str, object] | None = None
+    """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
+    `bound`), nested where that helps."""
+    quantization_report: QuantizationReport | None = None
+    """None for an unquantized package."""
+    file: str | None = None
+    """The one file of a gguf package."""
+    cache: GraphCache | None = None
+    """What a graph caches; None where there is no graph."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `VerificationError` that names the file where it is missing or broken."""
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise VerificationError(f"{path}: the file is missing") from None
-    except ValueError as error:
-        raise VerificationError(str(error)) from None
-    if not isinstance(value, dict):
-        raise VerificationError(f"{path}: expected a JSON object")
-    return value
+class Lineage(Model):
+    """What a package was made from. Stages and layouts add keys: `base`, `supernet`, `target`, `quantized_from`, …"""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: str | None = None
+    """Fingerprint of all that the package depends on."""
+    copy_of: str | None = None
+    """Name of the package that this one holds in another layout."""
+    task_documents: dict[str, str] = Field(default_factory=dict)
+    """Fingerprint of the documents of each task that was scored."""
+    base_speed: Speed | None = None
+    """The base's speed, beside which the package's was measured."""
 
 
-def read_record(package: Path) -> dict[str, Any]:
-    """compression.json. Raises `RequestError` where the folder is no package."""
+class Greedy(Model):
+    """A greedy continuation of one prompt, in token ids."""
+
+    prompt: list[int]
+    ids: list[int]
+    lead: list[float]
+    """By how much (nats) each token was ahead of the next best."""
+
+
+class Probe(Model):
+    """What the network says about a few token sequences, to compare with when the package is loaded elsewhere.
+
+    Lists are [sequences, positions] and, for the top tokens, [sequences, positions, top].
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    ids: list[list[int]]
+    next_logprob: list[list[float]]
+    """log p(token t+1 | tokens up to t), one position less than `ids`; for a quantized package those of the
+    unquantized one."""
+    top_ids: list[list[list[int]]]
+    top_logprob: list[list[list[float]]]
+    max_abs_logit: float
+    text: str
+    text_ids: list[int]
+    text_decoded: str
+    tokenization: list[tuple[str, list[int]]] = Field(default_factory=list)
+    """Texts and their token ids, where another runtime has its own tokenizer."""
+    composed: bool = False
+    """Whether the texts were composed (NFC) first."""
+    greedy: Greedy | None = None
+    exact_to: str | None = None
+    """The number format that a gguf file is as exact as; None: its own."""
+    quantized_next_logprob: list[list[float]] | None = None
+    """What a quantized package itself said when it was first verified: later checks are exact."""
+
+
+class PackageRecord(Model):
+    """`compression.json` of the package in `folder`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    folder: Path
+    """Where it was read; not in the file."""
+    schema_: Literal[1] = Field(alias="schema")
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Of Python and of the packages that matter, when the package was written."""
+    entry: PackageEntry
+    lineage: Lineage
+    probe: Probe
+    files: dict[str, FileRecord]
+    """Every other file, by its path in the folder."""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"names a file outside the package, {name}")
+        return files
+
+
+def read_record(package: Path) -> PackageRecord:
+    """What the package in this folder says of itself.
+
+    Raises `RequestError` where the folder is no package, and `VerificationError` that names the wrong key where its
+    record is broken.
+    """
+    return _validated(package, _read(package))
+
+
+def _read(package: Path) -> dict[str, Any]:
+    """compression.json as it is on disk. Raises `RequestError` where there is none."""
+    file = package / RECORD
     if not package.is_dir():
         raise RequestError(f"{package}: no such folder")
-    if not (package / RECORD).exists():
+    if not file.exists():
         raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
-    record = read_object(package / RECORD)
-    file = package / RECORD
-    if record.get("schema") != SCHEMA or not all(isinstance(record.get(name), dict) for name in SECTIONS):
-        raise VerificationError(f"{file}: not of schema {SCHEMA}, or a section is missing")
-    if absent := [key for key in ENTRY if key not in record["entry"]]:
-        raise VerificationError(f"{file}: its entry lacks {', '.join(absent)}")
-    for name, recorded in record["files"].items():
-        if not isinstance(recorded, dict) or set(recorded) != {"sha256", "bytes"}:
-            raise VerificationError(f"{file}: what it says of the file {name} is not a hash and a size")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise VerificationError(f"{file}: names a file outside the package, {name}")
-    return record
+    try:
+        data = read_json(file)
+    except ValueError as error:
+        raise VerificationError(str(error)) from None
+    if not isinstance(data, dict):
+        raise VerificationError(f"{file}: expected a JSON object")
+    return data
 
 
-def read_package(package: Path) -> PackageInfo:
-    """What the package in this folder is, from its files alone."""
-    record = read_record(package)
-    entry = record["entry"]
-    return PackageInfo(
-        path=package,
-        name=entry["name"],
-        layout=entry["layout"],
-        quantization=entry["quantization"],
-        architecture=Architecture.from_dict(entry["architecture"]),
-        params=entry["params"],
-        bytes=weight_bytes(package),
-        files={name: file["sha256"] for name, file in record["files"].items()},
-        verified=entry.get("verified"),
-    )
-
-
-def update_record(package: Path, **sections: Mapping[str, Any]) -> None:
-    """Add to sections of compression.json: `update_record(package, entry={"quality": 0.98})`."""
-    record = read_record(package)
-    for name, values in sections.items():
-        record[name] |= values
-    write_json(package / RECORD, record)
-
-
-def write_card(package: Path, text: str) -> None:
-    """Write the model card and record its hash."""
-    record = read_record(package)
-    (package / CARD).write_text(text, encoding="utf-8")
-    record["files"][CARD] = file_record(package / CARD)
-    write_json(package / RECORD, record)
-
-
-def check_files(package: Path) -> None:
-    """Every recorded file is there and unchanged, and nothing was slipped in that a loader would run or read.
-
-    Raises `VerificationError` that names the file.
-    """
-    record = read_record(package)
-    for name, recorded in record["files"].items():
-        file = package / name
-        if not file.is_file():
-            raise VerificationError(f"{file}: the file is missing")
-        if file.stat().st_size != recorded["bytes"]:
-            raise VerificationError(f"{file}: {file.stat().st_size} bytes where {recorded['bytes']} were written")
-        if sha256(file) != recorded["sha256"]:
-            raise VerificationError(f"{file}: its content is not what was written (SHA-256 differs)")
-    for file in sorted(package.rglob("*")):
-        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf", ".onnx", ".xml"}
-        if file.is_file() and loadable and file.relative_to(package).as_posix() not in record["files"]:
-            raise VerificationError(f"{file}: the file was not part of the package when it was written")
-    check_code(package)
-
-
-def path_in_run(destination: Path) -> str:
-    """The path that a package's entry holds: seen from the run directory, and telling nothing of this machine."""
-    return f"{destination.parent.name}/{destination.name}"
+def _validated(package: Path, data: dict[str, Any]) -> PackageRecord:
+    """The record in `data`. Raises `VerificationError` that names the wrong key."""
+    try:
+        return PackageRecord.model_validate({**data, "folder": package})
+    except ValidationError as error:
+        raise VerificationError(f"{package / RECORD}: {first_error(error)}") from None
 
 
 def write_record(
     folder: Path,
     *,
-    entry: Mapping[str, Any],
-    lineage: Mapping[str, Any],
-    probe: Mapping[str, Any],
-    fingerprints: Mapping[str, dict[str, Any]] | None = None,
+    entry: Mapping[str, object],
+    lineage: Mapping[str, object],
+    probe: Probe,
+    hashed: Mapping[str, FileRecord],
 ) -> None:
-    """Write compression.json over the files that are in the folder now; `fingerprints` are those known already."""
-    known = fingerprints or {}
-    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
-    record = {
+    """Write compression.json over the files that are in the folder now; those in `hashed` are not hashed again."""
+    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.name != RECORD)
+    files = {name: hashed.get(name) or FileRecord.of(folder / name) for name in names}
+    data = {
         "schema": SCHEMA,
         "versions": versions(),
         "entry": {**entry, "verified": None},
         "lineage": dict(lineage),
-        "probe": dict(probe),
-        "files": {name: known.get(name) or file_record(folder / name) for name in files},
+        "probe": probe.model_dump(exclude_unset=True),
+        "files": {name: record.model_dump() for name, record in files.items()},
     }
-    write_json(folder / RECORD, record)
+    _validated(folder, data)
+    write_json(folder / RECORD, data)
+
+
+def update_record(package: Path, **sections: Mapping[str, object]) -> None:
+    """Add to sections of compression.json: `update_record(package, entry={"quality": 0.98})`.
+
+    The rest stays as it is, with keys of other versions. Raises as `read_record` does.
+    """
+    data = _read(package)
+    _validated(package, data)
+    for name, values in sections.items():
+        data[name] |= values
+    _validated(package, data)
+    write_json(package / RECORD, data)
+
+
+def write_card(package: Path, text: str) -> None:
+    """Write the model card and record its hash. Raises as `read_record` does."""
+    read_record(package)
+    (package / CARD).write_text(text, encoding="utf-8")
+    update_record(package, files={CARD: FileRecord.of(package / CARD).model_dump()})
+
+
+def check_files(package: Path) -> PackageRecord:
+    """The package's record, where every recorded file is there and unchanged, and no other that a loader would read.
+
+    Raises `VerificationError` that names the file that is not so.
+    """
+    record = read_record(package)
+    for name, recorded in record.files.items():
+        file = package / name
+        if not file.is_file():
+            raise VerificationError(f"{file}: the file is missing")
+        if file.stat().st_size != recorded.bytes:
+            raise VerificationError(f"{file}: {file.stat().st_size} bytes where {recorded.bytes} were written")
+        if sha256(file) != recorded.sha256:
+            raise VerificationError(f"{file}: its content is not what was written (SHA-256 differs)")
+    for file in sorted(package.rglob("*")):
+        loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf", ".onnx", ".xml"}
+        if file.is_file() and loadable and file.relative_to(package).as_posix() not in record.files:
+            raise VerificationError(f"{file}: the file was not part of the package when it was written")
+    check_code(package)
+    return record

@@ -1,57 +1,63 @@
 """Upload a verified package to the hub.
 
 `huggingface_hub` does the work: one commit, files that are there already are not sent again, so a broken upload is
-resumed by running the command again. No token is ever read, kept or printed here.
+resumed by running the command again. This module never reads, keeps or prints a token.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from export.package_record import RECORD, check_files, read_package, read_record
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from export.package_record import RECORD, check_files, read_record
 from export.shards import WEIGHT_FILES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import size
 from supernet.common.progress import say
 
 REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json"]
-"""What an earlier package may have left in the repository and this one does not bring."""
+"""Files of an earlier package that are deleted from the repository where this one has none of the name."""
 
 
-def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> dict[str, Any]:
+def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> dict[str, object]:
     """Upload the package's recorded files (and nothing else of the folder) to `repo_id`, in one commit.
 
-    Returns `repo`, `url`, `private`, `bytes`, `files` (name and bytes each), and `commit`, None in a dry run: that
-    checks the package, lists the files, and asks no server.
+    Returns `repo`, `url`, `private`, `bytes`, `files` (name and bytes each), and `commit`. A dry run checks the package
+    and lists the files, but asks no server: `url` and `commit` are None.
 
     Raises `RequestError` where the package is not verified, nobody is logged in, the hub refuses, or the repository
     holds something else, and `VerificationError` where the files are not what was written.
     """
     _check_name(repo_id)
-    info = read_package(package)
-    if not info.verified:
+    record = read_record(package)
+    if not record.entry.verified:
         raise RequestError(f"{package}: not verified, and so not to be published; export it again")
     check_files(package)
-    names = [RECORD, *read_record(package)["files"]]
-    files = [{"name": name, "bytes": (package / name).stat().st_size} for name in names]
-    total = sum(file["bytes"] for file in files)
-    for file in files:
-        say(f"{size(file['bytes']):>10}  {file['name']}")
-    done: dict[str, Any] = {"repo": repo_id, "private": private, "files": files, "bytes": total}
+    sizes = {name: (package / name).stat().st_size for name in (RECORD, *record.files)}
+    total = sum(sizes.values())
+    for name, bytes_ in sizes.items():
+        say(f"{size(bytes_):>10}  {name}")
+    url = commit = None
     if dry_run:
         say(f"{size(total):>10}  in all would go to {repo_id}; nothing was uploaded")
-        return done | {"url": None, "commit": None}
-    say(f"uploading {size(total)} to {repo_id}")
-    url, commit = _upload(package, repo_id, names, private)
-    say(f"{url} is at commit {commit}")
-    return done | {"url": url, "commit": commit}
+    else:
+        say(f"uploading {size(total)} to {repo_id}")
+        url, commit = _upload(package, repo_id, list(sizes), private)
+        say(f"{url} is at commit {commit}")
+    return {
+        "repo": repo_id,
+        "private": private,
+        "files": [{"name": name, "bytes": bytes_} for name, bytes_ in sizes.items()],
+        "bytes": total,
+        "url": url,
+        "commit": commit,
+    }
 
 
 def _check_name(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -60,16 +66,13 @@ def _check_name(repo_id: str) -> None:
 
 def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tuple[str, str]:
     """Create the repository where there is none, and commit the files. Returns its address and the commit."""
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     if get_token() is None:
         raise RequestError(
             "not logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that may write; "
             "--dry-run needs neither"
         )
     api = HfApi()
-    # The HTTP library's own base of all errors: which library that is has changed with huggingface_hub's versions.
+    # The base of all errors of the HTTP library, which is requests or httpx depending on huggingface_hub's version.
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -91,7 +94,7 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
         reason = str(error) or type(error).__name__
         hint = "run the command again to resume"
         raise RequestError(f"cannot reach the hub at {api.endpoint}: {reason}; {hint}") from None
-    except RuntimeError as error:  # how huggingface_hub wraps what happens to one file
+    except RuntimeError as error:  # huggingface_hub wraps the failure of one file so
         cause = error.__cause__
         if not isinstance(cause, transport_error):
             raise
@@ -99,11 +102,12 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
     return str(repo), commit.oid
 
 
-def _refusal(repo_id: str, error: Any) -> str:
+def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
+    """What the hub answered, and what to do about it, in one line."""
     status = error.response.status_code if error.response is not None else None
-    said = (error.server_message or str(error).strip().splitlines()[0]).rstrip(".")
+    reason = (error.server_message or str(error).strip().splitlines()[0]).rstrip(".")
     if status == 401:
-        return f"the hub does not know the token: {said}; run `hf auth login` again, or renew HF_TOKEN"
+        return f"the hub does not know the token: {reason}; run `hf auth login` again, or renew HF_TOKEN"
     if status == 403:
-        return f"the token may not write to {repo_id}: {said}; use one with write access to that namespace"
-    return f"the hub refused the upload to {repo_id} (status {status}): {said}"
+        return f"the token may not write to {repo_id}: {reason}; use one with write access to that namespace"
+    return f"the hub refused the upload to {repo_id} (status {status}): {reason}"

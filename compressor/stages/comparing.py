@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
 from compressor.job import Job
-from compressor.recipe import absolute_or_share
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.measuring import load_package
@@ -45,6 +44,7 @@ from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, unknown
 from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.formatting import parse_parameters
 from supernet.common.progress import say
 from supernet.training.data import Blocks
 from supernet.training.supernet_training import heal
@@ -149,7 +149,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
         picked = [Architecture.from_dict(row["architecture"]) for row in own]
         labels = job.recipe.targets.max_params
-        limits = [absolute_or_share(label, full) for label in labels]
+        limits = [parse_parameters(label, full) for label in labels]
         near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(picked, limits, strict=False)]
         if len(labels) != len(picked) or not all(near):  # a size says what was picked, not only what was asked for
             labels = [f"{job.structure.parameters(a) / full:.2f}" for a in picked]
@@ -158,7 +158,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     chosen = []
     for size in asked:
         try:
-            limit = absolute_or_share(size, full)
+            limit = parse_parameters(size, full)
             best = choose(job, evaluations, Target(max_params=limit)).architecture
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
@@ -209,7 +209,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
             size=comparison.size,
             seed=seed,
             path=f"comparison/{name}",
-            architecture=dict(cut[1].to_dict()),
+            architecture=cut[1],
             params=params,
             bytes=0,
             tokens=tokens,
@@ -238,7 +238,7 @@ def write_method_package(
         network,
         architecture,
         folder,
-        entry={"name": folder.name, "architecture": row.architecture, "quality": row.quality, "tasks": scores},
+        entry={"name": folder.name, "architecture": architecture.to_dict(), "quality": row.quality, "tasks": scores},
         tokenizer=job.tokenizer,
         dtype=job.stored_dtype,
         lineage=lineage | {"base": {"name": job.given.model, "fingerprint": job.base_fingerprint}},
@@ -302,7 +302,7 @@ def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocumen
 def prove(job: Job, rows: Sequence[Path]) -> None:
     """Reload in a fresh process every package that was not proved yet."""
     folders = sorted({job.run.path / FinishedRow.read(row).row.path for row in rows})
-    unproved = [folder for folder in folders if not read_record(folder)["entry"].get("verified")]
+    unproved = [folder for folder in folders if not read_record(folder).entry.verified]
     if unproved:
         verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
 

@@ -19,7 +19,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
-from export.layouts.table import of_the_uniform_one, write_layout
+from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, read_record, update_record
 from export.quantization.quantize import quantize_packages
@@ -65,7 +65,7 @@ def export(job: Job) -> list[dict[str, Any]]:
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
             verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
     run.log(f"exported: {', '.join(written)}")
-    return [read_record(run.packages / name)["entry"] for name in written]
+    return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
 
 
 def cut_inputs(job: Job, architecture: str) -> Inputs:
@@ -97,7 +97,7 @@ def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict
     for layout in recipe.formats:
         if layout in ("uneven", "uniform"):
             continue
-        if of_the_uniform_one(layout, job.checkpoint.config) == name.endswith("-uniform"):
+        if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
@@ -163,12 +163,12 @@ def write_packages(
 
 def is_proved(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there, proved, and was made from the same inputs."""
-    return is_made_from(folder, inputs) and bool(read_record(folder)["entry"].get("verified"))
+    return is_made_from(folder, inputs) and bool(read_record(folder).entry.verified)
 
 
 def is_made_from(folder: Path, inputs: Inputs) -> bool:
     """Whether this package is there and was made from the same inputs."""
-    return (folder / RECORD).is_file() and read_record(folder)["lineage"].get("inputs") == fingerprint(inputs)
+    return (folder / RECORD).is_file() and read_record(folder).lineage.inputs == fingerprint(inputs)
 
 
 def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any]) -> Any:

@@ -19,9 +19,10 @@ from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
 from evals.speed.measured import Speed, speed_beside
-from export.layouts import graphs, llama_cpp
-from export.layouts.gguf_layout import take_stored_weights
-from export.package_record import read_record, update_record
+from export.layouts import graphs
+from export.layouts.gguf import runtime as llama_cpp
+from export.layouts.gguf.layout import take_stored_weights
+from export.package_record import PackageRecord, read_record, update_record
 from export.report.card import read_base_card
 from search.scores import Score
 from search.store import EvaluationStore
@@ -105,35 +106,36 @@ class PackageMeasurer:
         """
         job, package = self.job, self.job.run.packages / name
         record = read_record(package)
-        entry, lineage = record["entry"], record["lineage"]
-        model = cache(partial(scored_network, job, package, record))  # loaded when, and if, it is needed
-        current = self.speed is not None and lineage.get("base_speed") == self.speed.model_dump()
-        if entry["layout"] in ("onnx", "openvino"):
-            self.scores[name], self.losses[name] = self.scores[lineage["copy_of"]], self.losses[lineage["copy_of"]]
+        entry, lineage = record.entry, record.lineage
+        model = cache(partial(scored_network, job, record))  # loaded when, and if, it is needed
+        current = self.speed is not None and lineage.base_speed == self.speed
+        if entry.layout in ("onnx", "openvino"):
+            original = lineage.copy_of or ""
+            self.scores[name], self.losses[name] = self.scores[original], self.losses[original]
         else:
-            architecture = Architecture.from_dict(entry["architecture"])
-            self.scores[name] = report_scores(job, store, model, architecture, weights_fingerprint(package))
-            self.losses[name] = entry["held_out_loss"] if current else held_out_loss(model(), self.text, 1, job.device)
-        speed = entry["speed"] if current else self.time(package, record, model).model_dump()
-        if entry["layout"] in LOADABLE:
+            self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
+            loss = entry.held_out_loss if current else None
+            self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
+        speed = (entry.speed if current else None) or self.time(record, model)
+        if entry.layout in LOADABLE:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
             "tasks": dumped(self.scores[name]),
             "quality": relative_quality(self.scores[name], self.scores["base"]),
             "held_out_loss": self.losses[name],
-            "speed": speed,
+            "speed": speed.model_dump(),
         }
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
         update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
 
-    def time(self, package: Path, record: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Speed:
+    def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
         self.job.threads(scoring=True)
-        if record["entry"]["layout"] not in LOADABLE:
+        if record.entry.layout not in LOADABLE:
             assert self.speed is not None  # a package of a pick's own layout comes first
-            return speed_in_its_runtime(package, record, self.speed)
+            return speed_in_its_runtime(record, self.speed)
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
@@ -167,15 +169,15 @@ def unread_text(job: Job) -> Blocks:
     return held_out.part(0, HELD_OUT_BLOCKS)
 
 
-def scored_network(job: Job, package: Path, record: dict[str, Any]) -> Any:
+def scored_network(job: Job, record: PackageRecord) -> Any:
     """What a package's scores are computed with: the package; for a gguf file, what it is a copy of, with its weights.
 
     That the file's own runtime computes the same is for the proof to say.
     """
-    if record["entry"]["layout"] != "gguf":
-        return load_package(package, job.compute_dtype, job.device)
-    original = job.run.packages / record["lineage"]["copy_of"]
-    return take_stored_weights(load_package(original, job.compute_dtype, job.device), package)
+    if record.entry.layout != "gguf":
+        return load_package(record.folder, job.compute_dtype, job.device)
+    original = job.run.packages / (record.lineage.copy_of or "")
+    return take_stored_weights(load_package(original, job.compute_dtype, job.device), record.folder)
 
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -188,12 +190,12 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def speed_in_its_runtime(package: Path, record: dict[str, Any], like: Speed) -> Speed:
+def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
     work = {"prompt": like.prompt, "new": like.new, "threads": like.threads or 1}
-    if record["entry"]["layout"] == "gguf":
-        return llama_cpp.measure_speed(package, **work)
-    return graphs.measure_speed(package, record, **work)
+    if record.entry.layout == "gguf":
+        return llama_cpp.measure_speed(record, **work)
+    return graphs.measure_speed(record, **work)
 
 
 def report_scores(

@@ -31,7 +31,7 @@ def report(job: Job) -> dict[str, Any]:
     if not base_file.is_file():
         raise RequestError(f"{run.path}: nothing was exported yet; run compressor export")
     exported = read_json(base_file)
-    packages = [read_record(run.packages / name)["entry"] for name in exported["packages"]]
+    packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported["packages"]]
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
         "model": job.base_fingerprint,
@@ -56,8 +56,8 @@ def report(job: Job) -> dict[str, Any]:
         data["hub_dataset"] = finetune.get("hub_dataset")
     checked = validate_report(data)
     page = write_report(checked, run.path)
-    for entry in packages:
-        write_card(run.packages / entry["name"], render_card(checked, entry["name"]))
+    for package in checked.packages:
+        write_card(run.packages / package.name, render_card(checked, package.name))
     console.print(terminal_table(checked))
     for line in [*footnotes(checked), "", *verdict(checked)]:
         say(line)

@@ -1,4 +1,4 @@
-"""What each layout needs beside the project's own dependencies, and whether it is installed."""
+"""The optional dependencies of each layout, and whether they are installed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
 }
-"""Modules that writing and proving a layout takes, the runtime last: the extra of its name."""
+"""Modules that writing and proving a layout needs, the runtime last; the project's extra has the layout's name."""
+
 EXPORTERS = "5.23"
 """The oldest transformers whose exporters write graphs that its `ExportedModel` runs."""
 
 
 def check_installed(layout: str) -> None:
-    """Raises `RequestError` where what writing and proving the layout takes is not installed."""
+    """Raises `RequestError` where something is not installed that writing and proving the layout needs."""
     extra = layout.partition("-")[0]
     if not all(map(importlib.util.find_spec, EXTRAS.get(extra, ()))):
         raise RequestError(f"--format {layout} needs the extra: pip install 'nas-compressor[{extra}]'")

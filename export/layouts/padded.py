@@ -1,25 +1,29 @@
 """The padded layout: an uneven network made uniform by zeros and repeated key-value heads, its function unchanged.
 
 A padded neuron has zero input and output weights; a padded head reads zeros and its output is multiplied by zeros; a
-removed half-block is one whose output projection is all zeros. Layers whose query heads share key-value heads less
-widely than others' get their key-value heads repeated. The result loads in the family's plain class everywhere, and
-gives back part of the saving: it is a compatibility copy.
+removed half-block is one whose output projection is all zeros. In layers where fewer query heads share a key-value head
+than in others, key-value heads are repeated. The result loads in the family's plain class everywhere, but loses part of
+the saving: it is a copy for compatibility.
 """
 
 from __future__ import annotations
 
 import copy
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import AutoConfig
 
 from supernet.activation import CACHE_MODES
 from supernet.architecture import Architecture, Axis, LayerSizes, unit_counts
 from supernet.common.errors import RequestError
 from supernet.families import Family, describe
 from supernet.slicing import build_standalone, family_of_standalone, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def padded_sizes(architecture: Architecture, base_heads: int, all_heads: bool = False) -> LayerSizes:
@@ -34,22 +38,24 @@ def padded_sizes(architecture: Architecture, base_heads: int, all_heads: bool = 
     heads = base_heads if all_heads else max((layer.num_attention_heads for layer in attending), default=share)
     while heads != base_heads and (architecture.hidden_size % heads or heads % share):
         heads += 1
-    width = max((layer.intermediate_size for layer in kept), default=0) or 8  # what grouped products of experts want
+    width = max((layer.intermediate_size for layer in kept), default=0) or 8  # grouped products of experts need 8
     return LayerSizes(heads, heads // share, width, max((layer.num_experts for layer in kept), default=0))
 
 
-def pad(model: nn.Module, architecture: Architecture) -> nn.Module:
+def pad(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
     """A plain-class copy of an uneven model (from `extract`) with identical logits.
 
     Raises `RequestError` where padding would change the function: experts that were removed, norms over all heads
     together, layers of two kinds.
     """
-    config: Any = model.config
+    config = model.config
     family = family_of_standalone(config)
     _check(config, family, architecture)
+    # 1. An empty network of the plain class.
     target = padded_sizes(architecture, config.num_attention_heads, family.head_width_follows)
     plain = _plain_config(config, family, architecture, target)
-    padded: Any = build_standalone(plain)
+    padded: PreTrainedModel = build_standalone(plain)
+    # 2. Its weights: zeros around those of the uneven network.
     source = {name: value.detach() for name, value in model.named_parameters()}
     like = next(iter(source.values()))
     weights = {}
@@ -66,7 +72,8 @@ def pad(model: nn.Module, architecture: Architecture) -> nn.Module:
     return fill(padded, weights)
 
 
-def _check(config: Any, family: Family, architecture: Architecture) -> None:
+def _check(config: PreTrainedConfig, family: Family, architecture: Architecture) -> None:
+    """Refuse networks whose function padding would change, as `pad` says."""
     kind = family.model_type
     kept = [architecture.layers[i] for i in architecture.kept]
     if family.dense_ffn and len({bool(layer.num_experts) for layer in kept if layer.intermediate_size}) > 1:
@@ -85,9 +92,10 @@ def _check(config: Any, family: Family, architecture: Architecture) -> None:
             )
 
 
-def _plain_config(config: Any, family: Family, architecture: Architecture, target: LayerSizes) -> Any:
-    from transformers import AutoConfig
-
+def _plain_config(
+    config: PreTrainedConfig, family: Family, architecture: Architecture, target: LayerSizes
+) -> PreTrainedConfig:
+    """The configuration of the family's plain class with the target's sizes in every layer."""
     dropped = ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", CACHE_MODES)
     values = {k: v for k, v in config.to_dict().items() if k not in dropped}
     sizes = {"query": target.num_attention_heads, "kv": target.num_key_value_heads, "ffn": target.intermediate_size}
@@ -98,11 +106,11 @@ def _plain_config(config: Any, family: Family, architecture: Architecture, targe
 
 def _padded(source: Tensor, axes: tuple[Axis, ...], sizes: LayerSizes, target: LayerSizes, hidden_size: int) -> Tensor:
     """One parameter of the padded network: the source's entries first in every block of every axis, zeros behind."""
-    mine, all_ = unit_counts(hidden_size, sizes), unit_counts(hidden_size, target)
+    kept, wanted = unit_counts(hidden_size, sizes), unit_counts(hidden_size, target)
     for dimension, axis in enumerate(axes):
         parts, start = [], 0
         for unit, width in axis.blocks:
-            length = width * mine[unit]
+            length = width * kept[unit]
             part = source.narrow(dimension, start, length)
             start += length
             if unit == "kv" and length:
@@ -111,7 +119,7 @@ def _padded(source: Tensor, axes: tuple[Axis, ...], sizes: LayerSizes, target: L
                 part = part.unflatten(dimension, (-1, width)).repeat_interleave(repeats, dimension)
                 part = part.flatten(dimension, dimension + 1)
             missing = list(part.shape)
-            missing[dimension] = width * all_[unit] - part.shape[dimension]
+            missing[dimension] = width * wanted[unit] - part.shape[dimension]
             parts += [part, part.new_zeros(missing)]
         source = torch.cat(parts, dimension)
     return source.contiguous()

@@ -1,20 +1,22 @@
 """Weights rounded to nearest, as compressed-tensors and auto-round store them: tensor by tensor, without data or model.
 
-This is what the data-free packages hold, and in tuned ones the layers that AutoRound leaves out.
+Data-free packages hold such weights, and so do the layers of tuned ones that AutoRound leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from export.quantization.schemes import SCHEMES, SchemeName
+from export.quantization.schemes import SCHEMES, LinearLayers, SchemePlan
 from export.shards import WeightWriter
 from supernet.streaming import WeightFiles
+
+QuantizationConfig = dict[str, Any]
+"""`quantization_config` of a config.json."""
 
 _NO_ACTIVATIONS = {"input_activations": None, "output_activations": None}
 _DYNAMIC = {
@@ -41,17 +43,17 @@ def round_to_nearest(
 ) -> tuple[Tensor, Tensor]:
     """Codes [out, in] (int8) and scales [out, groups] of a linear layer's weight [out, in].
 
-    `group_size` input channels share a scale; -1: all of them. Weights are rounded against the scale as it is stored.
+    `group_size` input channels share a scale; -1: all of them. Codes are computed with the scale as it is stored.
     """
     rows, columns = weight.shape
     groups = weight.float().unflatten(1, (-1, columns if group_size < 0 else group_size))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     lowest = -(2 ** (bits - 1))
     if bits < 8:
-        # Codes reach one step further below zero than above: the scale's sign puts the largest weight there.
+        # Codes reach one step further below zero than above: the scale's sign puts the largest weight on that side.
         scale = (torch.where(-low > high, low, high) / lowest).to(scale_dtype)
     else:
-        # A step is worth less than what the scale's own rounding could clip: it is rounded up instead.
+        # Rounding the scale down would clip the largest weight, which costs more than larger steps: it is rounded up.
         scale = (torch.maximum(-low, high) / 127 * (1 + torch.finfo(scale_dtype).eps / 2)).to(scale_dtype)
     step = scale.float()
     codes = (groups / torch.where(step == 0, 1.0, step)).round_().clamp_(lowest, -lowest - 1)
@@ -60,6 +62,7 @@ def round_to_nearest(
 
 def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
     """A linear layer's tensors as `pack-quantized` names and stores them: codes in words of 32 bits."""
+    # compressed-tensors takes seconds to import.
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes, scale = round_to_nearest(weight, bits, group_size)
@@ -71,8 +74,8 @@ def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
 
 
 def packed_by_auto_round(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
-    """The same as auto-round's own form has them, which is GPTQ's: unsigned codes [in, out] in words of 32 bits down
-    the inputs, zero points (less one) along the outputs, float16 scales [groups, out]."""
+    """A linear layer's tensors in auto-round's own form, which is GPTQ's: unsigned codes [in, out] in words of 32 bits
+    down the inputs, zero points (less one) along the outputs, float16 scales [groups, out]."""
     codes, scale = round_to_nearest(weight, bits, group_size, torch.float16)
     zero = 2 ** (bits - 1)
     zeros = torch.full(scale.shape, zero - 1, dtype=torch.int32)
@@ -90,67 +93,58 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return (codes.unflatten(0, (-1, count)) << shifts[:, None]).sum(1, dtype=torch.int32)
 
 
-def round_files(
-    source: Path,
-    target: Path,
-    *,
-    scheme: SchemeName,
-    group_size: int,
-    linear: Sequence[str],
-    left_out: Sequence[str],
-    ignored: Sequence[str],
-    blocks: str,
-) -> dict[str, Any]:
-    """Write `source`'s weights to `target`, the layers named in `linear` rounded, but for those in `left_out`: to 8
-    bits, or (auto-round's own form) not at all.
+def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Path) -> QuantizationConfig:
+    """Write `source`'s weights to `target` with the linear layers inside blocks rounded; returns their configuration.
 
-    Returns the quantization configuration, by which linear layers in `ignored` are as they were; `blocks` is the name
-    of the list of blocks. Memory for a few tensors and shards is enough.
+    Layers that the plan leaves out are rounded to 8 bits, or (in auto-round's own form) not at all. Needs memory for a
+    few tensors and shards.
     """
-    files, form = WeightFiles(source), SCHEMES[scheme]
+    # 1. The weights, tensor by tensor.
+    files, form, left_out = WeightFiles(source), SCHEMES[plan.scheme], plan.left_out
     with WeightWriter(target) as weights:
         for name in files:
             tensor = files.read(name)
             module, _, part = name.rpartition(".")
-            if module not in linear or (form.auto_round and module in left_out):
+            if module not in linear.widths or (form.auto_round and module in left_out):
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
                 continue
             if part != "weight":
                 stored = {part: tensor.to(torch.float16 if form.auto_round else torch.bfloat16)}
             elif form.auto_round:
-                stored = packed_by_auto_round(tensor, form.bits, group_size)
+                stored = packed_by_auto_round(tensor, form.bits, plan.group_size)
             elif form.dynamic:
                 codes, scale = round_to_nearest(tensor, 8, -1)
                 stored = {"weight": codes, "weight_scale": scale}
             else:
-                stored = packed(tensor, 8, -1) if module in left_out else packed(tensor, form.bits, group_size)
+                stored = packed(tensor, 8, -1) if module in left_out else packed(tensor, form.bits, plan.group_size)
             for suffix, value in stored.items():
                 weights.add(f"{module}.{suffix}", value)
+    # 2. The configuration.
     if form.auto_round:
         return {
             "quant_method": "auto-round",
             "packing_format": "auto_round:auto_gptq",
             "bits": form.bits,
-            "group_size": group_size,
+            "group_size": plan.group_size,
             "sym": True,
             "data_type": "int",
-            "block_name_to_quantize": blocks,
+            "block_name_to_quantize": linear.blocks,
             "extra_config": {name: {"bits": 16, "data_type": "fp"} for name in left_out},
         }
     groups = {"group_0": CHANNEL_GROUP}
     if form.dynamic:
         groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
     elif form.bits == 4:
-        four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": group_size}
+        four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": plan.group_size}
         groups = {"group_0": {**CHANNEL_GROUP, "weights": four_bits}}
         if left_out:
-            groups["group_0"]["targets"] = [name for name in linear if name not in left_out]
+            groups["group_0"]["targets"] = [name for name in linear.widths if name not in left_out]
             groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
-    return configuration(groups, ignored=list(ignored))
+    return configuration(groups, ignored=linear.outside)
 
 
-def configuration(groups: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
-    """`quantization_config` of a compressed-tensors checkpoint whose groups share one format."""
+def configuration(groups: dict[str, dict[str, Any]], ignored: list[str]) -> QuantizationConfig:
+    """The quantization configuration of a compressed-tensors checkpoint whose groups share one format."""
     return {
         "quant_method": "compressed-tensors",
         "format": groups["group_0"]["format"],

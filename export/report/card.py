@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -21,7 +20,7 @@ UNEVEN_TRANSFORMERS = "5.15"
 
 
 def read_base_card(folder: Path) -> BaseCard:
-    """What the base's README.md (in its local folder) states about license, language and data; empty without one."""
+    """What README.md in the base's local folder states about license, language and data; empty without one."""
     readme = folder / "README.md"
     if not readme.is_file():
         return BaseCard()
@@ -45,13 +44,13 @@ def read_base_card(folder: Path) -> BaseCard:
 
 
 def render_card(report: Report, package_name: str, repo_id: str | None = None) -> str:
-    """README.md of one package of the report. `repo_id` is its name on the hub, where that is known already.
+    """README.md of one package of the report. `repo_id` is its name on the hub, if that is known already.
 
-    KeyError where the report has no such package.
+    Raises KeyError where the report has no such package.
     """
     package = report.package(package_name)
     alone = report.model_copy(update={"packages": [package]})
-    siblings = [row for row in report.packages if row.sizes == package.sizes]
+    siblings = [row for row in report.packages if row.architecture == package.architecture]
     compared = [
         table for table in summarize(report.comparison) if any(o.ours and o.params == package.params for o in table)
     ]
@@ -71,7 +70,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         metric=lambda task: metric_name(report, task),
         measured_in=measured_in,
         notes=notes(report.model_copy(update={"packages": siblings})),
-        picture=picture(package.sizes, report.base.sizes),
+        picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
         checks=list(flattened(package.verified)),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
@@ -89,14 +88,14 @@ def _literal(text: str) -> str:
 
 
 def _shown(report: Report, package: Package, siblings: list[Package]) -> set[str]:
-    """Whose continuations the card shows: the base's and the package's, or its siblings' where it has none."""
+    """Names of those whose continuations the card shows: base and package, or its siblings if it has none."""
     if any(package.name in sample.continuations for sample in report.samples):
         return {"base", package.name}
     return {"base", *(row.name for row in siblings)}
 
 
 def card_data(report: Report, package: Package) -> ModelCardData:
-    """The card's metadata. What nobody stated, such as the license of a base without a card, is left out."""
+    """The card's metadata. What is not known, such as the license of a base without a card, is left out."""
     base = report.base
     tags = ["nas-compressor", "neural-architecture-search", "pruned"]
     in_transformers = package.layout in ("uneven", "uniform", "padded")
@@ -124,12 +123,12 @@ def card_data(report: Report, package: Package) -> ModelCardData:
 
 
 def quantized_form(package: Package) -> str:
-    """The form of a quantized package that transformers loads; also the name of what it needs to be installed."""
+    """The form of a quantized package that transformers loads; also the name of the package that it needs."""
     return "auto-round" if (package.quantization or "").endswith("auto-round") else "compressed-tensors"
 
 
 def _license_link(base: Base) -> str | None:
-    """The base's license link; where it names a file of the base's repository, that file's address."""
+    """The base's license link; if it names a file of the base's repository, that file's address."""
     link = base.card.license_link
     if link and base.hub_id and "://" not in link:
         return f"https://huggingface.co/{base.hub_id}/blob/main/{link}"
@@ -138,11 +137,11 @@ def _license_link(base: Base) -> str | None:
 
 def eval_results(package: Package) -> list[EvalResult]:
     """Every number that the report has for the package, as entries of the hub's model-index."""
-    found: list[EvalResult] = []
+    results: list[EvalResult] = []
 
     def add(dataset: str, description: str, metric: str, value: float | None, name: str | None = None) -> None:
         if value is not None:
-            found.append(
+            results.append(
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=dataset,
@@ -169,11 +168,11 @@ def eval_results(package: Package) -> list[EvalResult]:
         work = ("speed", speed.workload)
         add(*work, "prefill_tps", speed.prefill_tps, f"prefill tokens per second ({speed.where})")
         add(*work, "decode_tps", speed.decode_tps, f"decode tokens per second ({speed.where})")
-    return found
+    return results
 
 
-def inline(text: Any) -> str:
-    """Text as it stands, in one line of Markdown: nothing in it is markup, also not within a table."""
+def inline(text: object) -> str:
+    """Text escaped into one line of Markdown: nothing in it is markup, also not within a table."""
     line = re.sub(r"\s+", " ", str(text))
     line = re.sub(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -187,25 +186,26 @@ def fenced(text: str, language: str = "text") -> str:
 
 
 def picture(architecture: Architecture, base: Architecture) -> str:
-    """The sizes of every layer as text: `█` is kept, `░` is gone."""
+    """The sizes of every layer as text: `█` is kept, `░` is removed."""
     rows = [f"layer  {'KV heads':<26}FFN width"]
-    heads_most = max(layer.num_key_value_heads for layer in base.layers)
-    width_most = max(layer.intermediate_size for layer in base.layers)
-    for index, (mine, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
-        heads = _bar(mine.num_key_value_heads, full.num_key_value_heads, heads_most, 12)
-        width = _bar(mine.intermediate_size, full.intermediate_size, width_most, 24)
-        experts = f"  {mine.num_experts} of {full.num_experts} experts" if full.num_experts else ""
+    most_heads = max(layer.num_key_value_heads for layer in base.layers)
+    most_neurons = max(layer.intermediate_size for layer in base.layers)
+    for index, (layer, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
+        heads = _bar(layer.num_key_value_heads, full.num_key_value_heads, most_heads, 12)
+        width = _bar(layer.intermediate_size, full.intermediate_size, most_neurons, 24)
+        experts = f"  {layer.num_experts} of {full.num_experts} experts" if full.num_experts else ""
         rows.append(f"{index:>5}  {heads:<26}{width}{experts}".rstrip())
     return "\n".join(rows)
 
 
-def _bar(kept: int, whole: int, most: int, cells: int) -> str:
-    if not whole:
+def _bar(kept: int, full: int, most: int, cells: int) -> str:
+    """A bar `cells` wide for the largest size `most`: what is kept of `full`, and the two numbers."""
+    if not full:
         return " " * cells
-    outline = max(1, round(cells * whole / most))
-    # At least one cell says that something is left, and at least one that something is gone.
-    filled = 0 if not kept else outline if kept == whole else min(max(1, round(cells * kept / most)), outline - 1)
-    return f"{'█' * filled}{'░' * (outline - filled)}{' ' * (cells - outline)} {kept} of {whole}"
+    outline = max(1, round(cells * full / most))
+    # At least one cell shows that something is left, and at least one that something is removed.
+    filled = 0 if not kept else outline if kept == full else min(max(1, round(cells * kept / most)), outline - 1)
+    return f"{'█' * filled}{'░' * (outline - filled)}{' ' * (cells - outline)} {kept} of {full}"
 
 
 TEMPLATES.filters |= {"inline": inline, "fenced": fenced}

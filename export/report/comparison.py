@@ -1,4 +1,4 @@
-"""How ours stands beside the alternatives: the rows of a comparison put together by method and size, and shown."""
+"""Ours compared with other methods: the rows of a comparison summarized by method and size, and shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Meaning = Literal["better", "worse", "unclear"]
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method at one size, over its seeds. Qualities are means over seeds; `meaning` is what can be said of ours."""
+    """One method at one size, over its seeds. Qualities are means over seeds; `meaning` says whether ours is better."""
 
     method: str
     about: str
@@ -38,7 +38,7 @@ class MethodSummary:
     """One standard error of the mean: over documents, and over seeds where there are several."""
     before_healing: float | None
     tasks: Mapping[str, Score]
-    """Means over seeds, with standard errors like that of the quality; without a task that any seed has no score of."""
+    """Means over seeds, with standard errors like that of the quality; only tasks that every seed has a score of."""
     decode_tps: float | None
     base_decode_tps: float | None
     difference: tuple[float, float, float] | None
@@ -51,13 +51,19 @@ class MethodSummary:
 
     @property
     def verdict(self) -> str:
-        """What the difference says, in words."""
+        """What the difference means, in words."""
         return {"better": "ours is better", "worse": "better than ours", "unclear": "no clear difference", None: ""}[
             self.meaning
         ]
 
     @property
+    def speedup(self) -> float | None:
+        """Decode speed as a multiple of the base's; None if it was not measured."""
+        return self.decode_tps / self.base_decode_tps if self.decode_tps and self.base_decode_tps else None
+
+    @property
     def difference_text(self) -> str:
+        """The difference in points with its central 95 %, as in `+5.0 (+3.0, +7.0)`; empty for ours."""
         if self.difference is None:
             return ""
         value, low, high = (100 * number for number in self.difference)
@@ -65,25 +71,26 @@ class MethodSummary:
 
 
 def summarize(rows: Sequence[Comparison]) -> list[list[MethodSummary]]:
-    """For every size, largest first, all methods by falling quality: what wins stands first, whoever made it.
+    """For every size, largest first, all methods in order of quality, best first.
 
-    A checkpoint from elsewhere stands at the size of ours that is nearest to it.
+    An external checkpoint is listed at the size of ours that is nearest to it.
     """
     groups: dict[tuple[str, str | None], list[Comparison]] = {}
     for row in rows:
         groups.setdefault((row.method, row.size), []).append(row)
-    found = [_standing(group) for group in groups.values()]
-    sizes = {one.size: one.params for one in found if one.ours}
+    methods = [_summarized(group) for group in groups.values()]
+    sizes = {method.size: method.params for method in methods if method.ours}
     if not sizes:
         return []
     tables: dict[str | None, list[MethodSummary]] = {size: [] for size in sorted(sizes, key=lambda s: -sizes[s])}
-    for one in found:
-        at = one.size if one.size in sizes else min(sizes, key=lambda size: abs(sizes[size] - one.params))
-        tables[at].append(one)
-    return [sorted(table, key=lambda one: -one.quality) for table in tables.values()]
+    for method in methods:
+        nearest = min(sizes, key=lambda size: abs(sizes[size] - method.params))
+        tables[method.size if method.size in sizes else nearest].append(method)
+    return [sorted(table, key=lambda method: -method.quality) for table in tables.values()]
 
 
-def _standing(group: Sequence[Comparison]) -> MethodSummary:
+def _summarized(group: Sequence[Comparison]) -> MethodSummary:
+    """One method at one size, from its row of every seed."""
     first = min(group, key=lambda row: row.seed or 0)
     quality, stderr = _mean([(row.quality, row.quality_stderr or 0.0) for row in group])
     before = [row.quality_before_healing for row in group if row.quality_before_healing is not None]
@@ -108,10 +115,10 @@ def _standing(group: Sequence[Comparison]) -> MethodSummary:
 
 
 def _mean_score(scores: Sequence[Score]) -> Score:
-    """What one task said over seeds. One whose metric has no standard error over documents is left without any."""
+    """One task's mean over seeds; without a standard error where the metric has none over documents."""
     value, stderr = _mean([(score.value, score.stderr or 0.0) for score in scores])
-    none = any(score.stderr is None for score in scores)
-    return scores[0].model_copy(update={"value": value, "stderr": None if none else stderr})
+    unknown = any(score.stderr is None for score in scores)
+    return scores[0].model_copy(update={"value": value, "stderr": None if unknown else stderr})
 
 
 def _mean(seeds: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -123,27 +130,29 @@ def _mean(seeds: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def summary(table: Sequence[MethodSummary]) -> str:
-    """One size's result in a sentence. A method that wins is named as winning."""
-    mine = next(one for one in table if one.ours)
-    others = [one for one in table if not one.ours]
+    """One size's result in a sentence. Methods that are better than ours are named."""
+    ours = next(method for method in table if method.ours)
+    others = [method for method in table if not method.ours]
     if not others:
-        return f"At {mine.size} nothing was compared with ours yet."
-    ahead = [one for one in others if one.quality > mine.quality]
-    clear = [one.method for one in ahead if one.meaning == "worse"]
-    beaten = sum(one.meaning == "better" for one in others)
-    quality = f"quality {percent(mine.quality)} at {count(mine.params)} parameters"
-    if clear:
-        start = f"At {mine.size} {' and '.join(clear)} beat ours ({quality}) beyond what the documents' choice explains"
+        return f"At {ours.size} nothing was compared with ours yet."
+    ahead = [method for method in others if method.quality > ours.quality]
+    better = [method.method for method in ahead if method.meaning == "worse"]
+    beaten = sum(method.meaning == "better" for method in others)
+    quality = f"quality {percent(ours.quality)} at {count(ours.params)} parameters"
+    if better:
+        names = " and ".join(better)
+        start = f"At {ours.size} {names} beat ours ({quality}) by more than the choice of documents explains"
     elif ahead:
-        names = ", ".join(one.method for one in ahead)
-        start = f"At {mine.size} ours ({quality}) is not told apart from the best ({names})"
+        names = ", ".join(method.method for method in ahead)
+        start = f"At {ours.size} ours ({quality}) is not clearly different from the best ({names})"
     else:
-        start = f"At {mine.size} ours is best ({quality})"
+        start = f"At {ours.size} ours is best ({quality})"
     return f"{start}; it is better than {beaten} of {len(others)} others."
 
 
 def terminal_table(tables: Sequence[Sequence[MethodSummary]]) -> Table:
-    """All sizes in one table, best first in each; it fits 80 columns. A star: more than the choice of documents."""
+    """All sizes in one table, best first in each; it fits 80 columns. A star marks what is more than the choice of
+    documents explains."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("method", no_wrap=True)
     headings = (
@@ -155,51 +164,53 @@ def terminal_table(tables: Sequence[Sequence[MethodSummary]]) -> Table:
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, standing in enumerate(tables):
+    for number, methods in enumerate(tables):
         if number:
             table.add_section()
-        for one in standing:
-            faster = one.decode_tps / one.base_decode_tps if one.decode_tps and one.base_decode_tps else None
-            clear, lost = one.meaning in ("better", "worse"), one.meaning == "worse"
+        for method in methods:
+            clear, lost = method.meaning in ("better", "worse"), method.meaning == "worse"
+            difference = f"{method.difference_text} *" if clear else method.difference_text
             table.add_row(
-                Text(one.method, style="bold" if one.ours else ""),
-                count(one.params),
-                "" if one.before_healing is None else percent(one.before_healing),
-                f"{100 * one.quality:.1f} ± {100 * one.stderr:.1f}",
-                Text(f"{one.difference_text} *" if clear else one.difference_text, style="yellow" if lost else ""),
-                "" if faster is None else f"{faster:.2f}",
+                Text(method.method, style="bold" if method.ours else ""),
+                count(method.params),
+                "" if method.before_healing is None else percent(method.before_healing),
+                f"{100 * method.quality:.1f} ± {100 * method.stderr:.1f}",
+                Text(difference, style="yellow" if lost else ""),
+                "" if method.speedup is None else f"{method.speedup:.2f}",
             )
     return table
 
 
-def plots(tables: Sequence[Sequence[MethodSummary]], base_params: int) -> dict[str, Markup]:
+def comparison_plots(tables: Sequence[Sequence[MethodSummary]], base_params: int) -> dict[str, Markup]:
     """Quality against size and against measured speed, the base at (1, 1); bars are one standard error."""
-    everyone = [one for table in tables for one in table]
-    if not everyone:
+    methods = [method for table in tables for method in table]
+    if not methods:
         return {}
-    leaders = {(table[0].method, table[0].size) for table in tables}
+    best = {(table[0].method, table[0].size) for table in tables}
 
-    def dot(one: MethodSummary, x: float) -> Dot:
-        named = one.ours or (one.method, one.size) in leaders
-        title = f"{one.method}: quality {percent(one.quality)} ± {100 * one.stderr:.1f}, {count(one.params)} parameters"
-        return Dot(x, one.quality, title, "chosen" if one.ours else "front", one.method if named else "", one.stderr)
+    def dot(method: MethodSummary, x: float) -> Dot:
+        named = method.ours or (method.method, method.size) in best
+        quality = f"quality {percent(method.quality)} ± {100 * method.stderr:.1f}"
+        title = f"{method.method}: {quality}, {count(method.params)} parameters"
+        kind: Literal["chosen", "front"] = "chosen" if method.ours else "front"
+        return Dot(x, method.quality, title, kind, method.method if named else "", method.stderr)
 
     base = Dot(1.0, 1.0, f"base: {count(base_params)} parameters", "base", "base")
-    found = {
+    plots = {
         "compared_size": scatter(
-            [base, *(dot(one, one.params / base_params) for one in everyone)],
+            [base, *(dot(method, method.params / base_params) for method in methods)],
             "parameters, share of the base's",
             "quality on the report split",
             less_is_better=True,
             x_is_share=True,
         )
     }
-    timed = [(one, one.decode_tps / one.base_decode_tps) for one in everyone if one.decode_tps and one.base_decode_tps]
+    timed = [(method, method.speedup) for method in methods if method.speedup is not None]
     if timed:
-        found["compared_speed"] = scatter(
-            [base, *(dot(one, faster) for one, faster in timed)],
+        plots["compared_speed"] = scatter(
+            [base, *(dot(method, speedup) for method, speedup in timed)],
             "decode speed, multiple of the base's",
             "quality on the report split",
             less_is_better=False,
         )
-    return found
+    return plots

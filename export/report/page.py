@@ -1,11 +1,11 @@
-"""The report as one HTML page without external resources, and the writing of it beside `report.json`."""
+"""The report as one HTML page without external resources, written beside `report.json`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from export.report.comparison import plots as comparison_plots
-from export.report.comparison import summarize, summary
+from export.report.comparison import comparison_plots, summarize, summary
 from export.report.plots import (
     Dot,
     Line,
@@ -24,12 +23,12 @@ from export.report.plots import (
     sizes_text,
     usage_map,
 )
-from export.report.schema import Candidate, Package, Point, Report
+from export.report.schema import Candidate, Generation, Package, Point, Report
 from export.report.table import measured_in, metric_name, notes, runtimes
 from export.report.verdict import change, verdict
 from supernet.architecture import Architecture
 from supernet.common.files import write_json, write_text
-from supernet.common.formatting import count, duration, percent, rate, size
+from supernet.common.formatting import count, duration, parse_parameters, percent, rate, size
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -84,11 +83,12 @@ def render_html(report: Report) -> str:
     )
 
 
-def _plain(data: Any) -> Any:
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data as JSON holds it, which YAML can write."""
     return json.loads(json.dumps(data, default=str))
 
 
-def flattened(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Nested keys as `outer: inner`, and their values; lists become comma-separated."""
     for key, value in data.items():
         name = f"{prefix}{key}"
@@ -106,36 +106,37 @@ def _pictures(report: Report) -> list[tuple[str, Architecture, Markup]]:
     """Names of the packages that share an architecture, the architecture, and its picture."""
     named: dict[Architecture, list[str]] = {}
     for package in report.packages:
-        named.setdefault(package.sizes, []).append(package.name)
-    base = report.base.sizes
+        named.setdefault(package.architecture, []).append(package.name)
+    base = report.base.architecture
     return [(", ".join(names), sizes, architecture_picture(sizes, base)) for sizes, names in named.items()]
 
 
 def _candidates(report: Report) -> list[Candidate]:
-    if report.search is None:
-        return list(report.front)
-    return [*report.search.points]
+    """All measured sub-networks; without a search only those of the front."""
+    return [*(report.search.points if report.search else report.front)]
 
 
 def _dots(report: Report, against_speed: bool) -> list[Dot]:
+    """A dot for every measured sub-network: quality against its share of parameters, or against its speed."""
     names: dict[str, list[str]] = {}
     for package in report.packages:
         if package.quantization is None:
-            names.setdefault(package.sizes.key, []).append(package.name)
+            names.setdefault(package.architecture.key, []).append(package.name)
     front = {candidate.key for candidate in report.front}
     dots = []
     crowded = _crowded(report)
-    for one in _candidates(report):
-        if against_speed and one.decode_tps is None:
+    for candidate in _candidates(report):
+        x = candidate.decode_tps if against_speed else candidate.params / report.base.params
+        if x is None:
             continue
-        chosen = names.get(one.sizes.key)
-        on_front = one.key in front or (isinstance(one, Point) and one.on_front)
+        chosen = names.get(candidate.architecture.key)
+        on_front = candidate.key in front or (isinstance(candidate, Point) and candidate.on_front)
         dots.append(
             Dot(
-                x=one.decode_tps if against_speed and one.decode_tps is not None else one.params / report.base.params,
-                y=one.quality,
+                x=x,
+                y=candidate.quality,
                 title=_hover(
-                    one,
+                    candidate,
                     report,
                     scores=not (crowded and against_speed),
                     sizes=not against_speed and (on_front or bool(chosen) or not crowded),
@@ -148,22 +149,22 @@ def _dots(report: Report, against_speed: bool) -> list[Dot]:
 
 
 def _crowded(report: Report) -> bool:
-    """Whether the sizes of every measured sub-network would make the page heavy; then only the front's are told."""
-    return len(_candidates(report)) * len(report.base.sizes.layers) > 20_000
+    """Whether the sizes of all measured sub-networks would make the page too large; then only the front's are shown."""
+    return len(_candidates(report)) * len(report.base.architecture.layers) > 20_000
 
 
-def _hover(one: Candidate, report: Report, scores: bool, sizes: bool) -> str:
-    """What a measured sub-network is, and where wanted its score on every task and its sizes."""
-    text = [f"quality {one.quality:.4g}, {percent(one.params / report.base.params)} of the parameters"]
-    if one.decode_tps is not None:
-        text[0] += f", {rate(one.decode_tps)} tokens/s"
-    if isinstance(one, Point):
-        text[0] += f", generation {one.generation}" + ("" if one.full else " (a first look only)")
+def _hover(candidate: Candidate, report: Report, scores: bool, sizes: bool) -> str:
+    """What a measured sub-network is, with its score on every task and its sizes if asked for."""
+    text = [f"quality {candidate.quality:.4g}, {percent(candidate.params / report.base.params)} of the parameters"]
+    if candidate.decode_tps is not None:
+        text[0] += f", {rate(candidate.decode_tps)} tokens/s"
+    if isinstance(candidate, Point):
+        text[0] += f", generation {candidate.generation}" + ("" if candidate.full else " (screening only)")
     if scores:
-        text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in one.tasks.items()]
-        text += [f"{name} {value:.4g}" for name, value in one.further.items()]
+        text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in candidate.tasks.items()]
+        text += [f"{name} {value:.4g}" for name, value in candidate.further.items()]
     if sizes:
-        text.append(sizes_text(one.sizes))
+        text.append(sizes_text(candidate.architecture))
     return "\n".join(text)
 
 
@@ -185,53 +186,60 @@ def _plots(report: Report) -> dict[str, Markup]:
             dots, "decode tokens per second, from speed.json", "quality on the search split", less_is_better=False
         )
     if report.search and len(report.search.generations) > 1:
-        generations = report.search.generations
-        plots["hypervolume"] = lines(
-            [Line("hypervolume", [(g.evaluations, g.hypervolume) for g in generations])],
-            "measured sub-networks",
-            "hypervolume",
-        )
-        judged = [(g.generation, g.predictor) for g in generations if g.predictor]
-        curves = [
-            Line(name, [(at, value) for at, p in judged if (value := getattr(p, key)) is not None], colour)
-            for colour, (name, key) in enumerate((("Kendall tau", "kendall"), ("Spearman rho", "spearman")), start=1)
-        ]
-        if curves := [curve for curve in curves if curve.points]:
-            plots["predictor"] = lines(curves, "generation", "rank correlation")
-        errors = [(at, p.mae) for at, p in judged if p.mae is not None]
-        if errors:
-            plots["predictor_error"] = lines([Line("error", errors)], "generation", "mean absolute error", height=160)
-    if report.finetune and report.finetune.curve:
+        plots |= _search_plots(report.search.generations)
+    if report.finetune:
         curve = report.finetune.curve
-        trained = [
-            Line(
-                f"{name} network", [(p.tokens, value) for p in curve if (value := getattr(p, name)) is not None], colour
-            )
-            for colour, name in enumerate(("largest", "middle", "smallest"), start=1)
-        ]
-        if trained := [line for line in trained if line.points]:
-            plots["training"] = lines(trained, "training tokens", "loss")
+        losses = _named_lines(
+            (f"{name} network", [(point.tokens, getattr(point, name)) for point in curve])
+            for name in ("largest", "middle", "smallest")
+        )
+        if losses:
+            plots["training"] = lines(losses, "training tokens", "loss")
     return plots | comparison_plots(summarize(report.comparison), report.base.params)
 
 
+def _search_plots(generations: Sequence[Generation]) -> dict[str, Markup]:
+    """How the front grew, and how well the predictor ranked, generation by generation."""
+    hypervolume = [(generation.evaluations, generation.hypervolume) for generation in generations]
+    plots = {"hypervolume": lines([Line("hypervolume", hypervolume)], "measured sub-networks", "hypervolume")}
+    predictors = [(generation.generation, generation.predictor) for generation in generations if generation.predictor]
+    correlations = _named_lines(
+        (name, [(number, getattr(predictor, key)) for number, predictor in predictors])
+        for name, key in (("Kendall tau", "kendall"), ("Spearman rho", "spearman"))
+    )
+    if correlations:
+        plots["predictor"] = lines(correlations, "generation", "rank correlation")
+    errors = [(number, predictor.mae) for number, predictor in predictors if predictor.mae is not None]
+    if errors:
+        plots["predictor_error"] = lines([Line("error", errors)], "generation", "mean absolute error", height=160)
+    return plots
+
+
+def _named_lines(curves: Iterable[tuple[str, Sequence[tuple[int, float | None]]]]) -> list[Line]:
+    """A line of another colour for every named curve. Points without a value and curves without points are left out."""
+    named = [
+        Line(name, [(x, y) for x, y in points if y is not None], colour)
+        for colour, (name, points) in enumerate(curves, start=1)
+    ]
+    return [line for line in named if line.points]
+
+
 def _size_limits(report: Report) -> list[float]:
-    """The sizes that were asked for, as shares of the base: `0.67`, `67%` and `450M` are read as the command does."""
-    asked = (report.search.targets.get("max_params") if report.search else None) or []
+    """The sizes that were asked for, as shares of the base."""
+    sizes = (report.search.targets.get("max_params") if report.search else None) or []
     limits = []
-    for size_asked in asked if isinstance(asked, list) else [asked]:
-        match = re.fullmatch(r"([\d.]+)\s*([%kMGB]?)", str(size_asked))
-        if match:
-            number = float(match[1]) * {"": 1, "%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[2]]
-            limits.append(number if number <= 1 else number / report.base.params)
+    for text in sizes if isinstance(sizes, list) else [sizes]:
+        with suppress(ValueError):  # a report that was edited by hand
+            limits.append(parse_parameters(str(text), report.base.params) / report.base.params)
     return limits
 
 
 def _usage(report: Report) -> list[tuple[str, Markup]]:
-    """A map for every size that the front varies."""
+    """Name and usage map of every size that varies on the front."""
     if not report.front:
         return []
-    architectures = [candidate.sizes for candidate in report.front]
-    everything = [*architectures, report.base.sizes]
+    architectures = [candidate.architecture for candidate in report.front]
+    everything = [*architectures, report.base.architecture]
     maps = []
     for name, attribute in (
         ("FFN width", "intermediate_size"),
@@ -244,9 +252,9 @@ def _usage(report: Report) -> list[tuple[str, Markup]]:
 
 
 def _declared(report: Report, attribute: str) -> list[int]:
-    """Values of the genes of this size, together with the base's own."""
+    """Values of the genes of this size, and the base's."""
     kind = {"intermediate_size": "ffn", "num_key_value_heads": "kv", "num_experts": "experts"}[attribute]
-    values = {getattr(layer, attribute) for layer in report.base.sizes.layers}
+    values = {getattr(layer, attribute) for layer in report.base.architecture.layers}
     for gene in report.search.space.genes if report.search else []:
         if gene.name.partition(".")[0] == kind:
             values |= {value for value in gene.values if isinstance(value, int)}
@@ -254,7 +262,7 @@ def _declared(report: Report, attribute: str) -> list[int]:
 
 
 def _space_size(report: Report) -> str | Markup:
-    """Number of genomes in the search space, as a power of ten where it is large; empty where it is unknown."""
+    """Number of genomes in the search space, as a power of ten if it is large; empty if it is unknown."""
     if report.search is None or not report.search.space.genes:
         return ""
     genomes = math.prod(len(gene.values) for gene in report.search.space.genes)

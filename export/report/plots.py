@@ -1,7 +1,7 @@
 """The pictures of a report as inline SVG.
 
-Every function returns markup that needs nothing from outside: colours are CSS classes of the page, so that light and
-dark mode both work, and what a reader can hover is a `<title>`. All text that comes from outside is escaped.
+Every function returns markup without external resources: colours are CSS classes of the page, so that light and dark
+mode both work, and what shows on hover is a `<title>`. All text that comes from outside is escaped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def runs(values: Iterable[int]) -> str:
 
 
 def sizes_text(architecture: Architecture) -> str:
-    """One line that tells an architecture: FFN widths and key-value heads of every layer of the base, 0 where gone."""
+    """An architecture in one line: FFN widths and key-value heads of every layer of the base, 0 where removed."""
     text = (
         f"FFN {runs(layer.intermediate_size for layer in architecture.layers)}; "
         f"KV heads {runs(layer.num_key_value_heads for layer in architecture.layers)}"
@@ -93,11 +93,12 @@ def scatter(
     x_is_share: bool = False,
     height: int = 340,
 ) -> Markup:
-    """Dots with a staircase along those that no other beats on both axes. The y axis is a share, such as quality, and
+    """Dots, with a staircase along those that are dominated by no other. The y axis is a share, such as quality, and
     more of it is better.
 
     `limits` are vertical lines: the sizes that were asked for. Emphasised dots are drawn last, so that none is hidden.
     """
+    # 1. Axes, and the sizes that were asked for.
     ends = [dot.y + sign * dot.error for dot in dots for sign in (-1, 1)]
     x, y, parts = _frame([dot.x for dot in dots], ends, x_label, y_label, height, x_is_share, True)
     parts += [
@@ -107,6 +108,7 @@ def scatter(
         for limit in limits
         if x.low <= limit <= x.high
     ]
+    # 2. The staircase.
     stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind != "base"], less_is_better)
     corners = [
         stairs[0],
@@ -115,6 +117,7 @@ def scatter(
     parts.append(
         Markup('<polyline class="stairs" points="{}"/>').format(" ".join(f"{x(a)},{y(b)}" for a, b in corners))
     )
+    # 3. The dots.
     order = ("point", "front", "base", "chosen")
     for dot in sorted(dots, key=lambda dot: order.index(dot.kind)):
         if dot.error:
@@ -131,28 +134,22 @@ def scatter(
         )
         if dot.label:
             near_edge = float(x(dot.x)) > WIDTH - 120
-            parts.append(
-                Markup('<text class="label" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-                    float(x(dot.x)) + (-11 if near_edge else 11),
-                    float(y(dot.y)) + 4,
-                    "end" if near_edge else "start",
-                    dot.label,
-                )
-            )
+            left, anchor = float(x(dot.x)) + (-11 if near_edge else 11), "end" if near_edge else "start"
+            parts.append(_text(left, float(y(dot.y)) + 4, dot.label, anchor, "label"))
     return _svg(parts, height, f"{y_label} against {x_label}")
 
 
 def undominated(points: Iterable[tuple[float, float]], less_is_better: bool) -> list[tuple[float, float]]:
-    """The points that no other beats, in order of x: more y is better, and less (or more) x."""
-    found: list[tuple[float, float]] = []
+    """The points that no other dominates, in order of x: more y is better, and less (or more) x."""
+    front: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (p[0] if less_is_better else -p[0], -p[1])):
-        if not found or point[1] > found[-1][1]:
-            found.append(point)
-    return sorted(found)
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return sorted(front)
 
 
 def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 240) -> Markup:
-    """Curves with a dot at every value; the legend stands on top where there are several."""
+    """Curves with a dot at every value, and a legend on top if there are several."""
     values = [point for curve in curves for point in curve.points]
     x, y, parts = _frame([v[0] for v in values], [v[1] for v in values], x_label, y_label, height)
     for curve in curves:
@@ -178,7 +175,7 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 240)
 
 
 def architecture_picture(architecture: Architecture, base: Architecture) -> Markup:
-    """Layers from left to right: attention groups above, FFN width below, the base as outline behind."""
+    """Layers from left to right: key-value heads above, FFN width below, the base as outline behind."""
     depth = len(base.layers)
     step = (WIDTH - LEFT - RIGHT) / depth
     bar = min(step * 0.72, 44)
@@ -188,19 +185,20 @@ def architecture_picture(architecture: Architecture, base: Architecture) -> Mark
     ]
     parts: list[Markup] = []
     for name, attribute, top, height in panels:
+        # 1. The panel's scale and name.
         most = max(getattr(layer, attribute) for layer in base.layers) or 1
         bottom = top + height
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, top + 10, most))
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">0</text>').format(LEFT - 8, bottom))
+        parts += [_text(LEFT - 8, top + 10, most, "end"), _text(LEFT - 8, bottom, 0, "end")]
         parts.append(
             Markup(
                 '<text class="panel" transform="translate({},{}) rotate(-90)" text-anchor="middle">{}</text>'
             ).format(12, top + height / 2, name)
         )
-        for index, (mine, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
+        # 2. A bar for every layer in the outline of the base's, cut between key-value heads, and a cross where removed.
+        for index, (layer, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
             left = LEFT + index * step + (step - bar) / 2
-            kept, whole = getattr(mine, attribute), getattr(full, attribute)
-            parts.append(Markup("<g><title>{}</title>").format(layer_text(index, mine, full)))
+            kept, whole = getattr(layer, attribute), getattr(full, attribute)
+            parts.append(Markup("<g><title>{}</title>").format(layer_text(index, layer, full)))
             for css, amount in (("outline", whole), ("bar", kept)):
                 if amount:
                     tall = height * amount / most
@@ -217,52 +215,42 @@ def architecture_picture(architecture: Architecture, base: Architecture) -> Mark
                     for group in range(1, kept)
                 ]
             if whole and not kept:
-                parts.append(
-                    Markup('<text class="gone" x="{:.1f}" y="{:.1f}" text-anchor="middle">✕</text>').format(
-                        left + bar / 2, bottom - 5
-                    )
-                )
+                parts.append(_text(f"{left + bar / 2:.1f}", f"{bottom - 5:.1f}", "✕", css="gone"))
             parts.append(Markup("</g>"))
+    # 3. The layers' numbers.
     bottom = TOP + 70 + 26 + 110
     every = max(1, math.ceil(depth / 32))
-    parts += [
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            LEFT + (index + 0.5) * step, bottom + 16, index
-        )
-        for index in range(0, depth, every)
-    ]
-    parts.append(
-        Markup('<text x="{}" y="{}" text-anchor="middle">layer of the base</text>').format(
-            (LEFT + WIDTH) / 2, bottom + 34
-        )
-    )
+    parts += [_text(f"{LEFT + (index + 0.5) * step:.1f}", bottom + 16, index) for index in range(0, depth, every)]
+    parts.append(_text((LEFT + WIDTH) / 2, bottom + 34, "layer of the base"))
     return _svg(parts, bottom + 42, "sizes of every layer")
 
 
-def layer_text(index: int, mine: LayerSizes, full: LayerSizes) -> str:
+def layer_text(index: int, layer: LayerSizes, full: LayerSizes) -> str:
     """What is left of one layer, in words."""
-    if mine.removed:
+    if layer.removed:
         return f"layer {index}: removed"
-    attention = (
-        f"{mine.num_key_value_heads} of {full.num_key_value_heads} KV heads "
-        f"({mine.num_attention_heads} of {full.num_attention_heads} query heads)"
-        if mine.num_key_value_heads
-        else "attention removed"
-    )
-    mlp = f"FFN width {mine.intermediate_size} of {full.intermediate_size}" if mine.intermediate_size else "FFN removed"
-    experts = f", {mine.num_experts} of {full.num_experts} experts" if mine.num_experts else ""
+    attention, mlp, experts = "attention removed", "FFN removed", ""
+    if layer.num_key_value_heads:
+        attention = (
+            f"{layer.num_key_value_heads} of {full.num_key_value_heads} KV heads "
+            f"({layer.num_attention_heads} of {full.num_attention_heads} query heads)"
+        )
+    if layer.intermediate_size:
+        mlp = f"FFN width {layer.intermediate_size} of {full.intermediate_size}"
+    if layer.num_experts:
+        experts = f", {layer.num_experts} of {full.num_experts} experts"
     return f"layer {index}: {attention}, {mlp}{experts}"
 
 
 def usage_map(architectures: Sequence[Architecture], attribute: str, declared: Iterable[int] = ()) -> Markup:
     """How often each value of one size appears in `architectures`: a row for each layer, a column for each value.
 
-    `declared` are values of the search space that may not appear at all. The darker the cell, the more often; the
-    number is the percentage. Neighbouring values share a column where there are many.
+    `declared` are values of the search space, which need not appear. The darker the cell, the more often; the number is
+    the percentage. Neighbouring values share a column if there are many.
     """
+    # 1. Columns; removed blocks have their own.
     values = sorted({getattr(layer, attribute) for arch in architectures for layer in arch.layers} | set(declared))
     together = math.ceil(len(values) / MOST_COLUMNS)
-    # A column of its own for what is gone.
     gone, rest = values[: values[0] == 0], values[values[0] == 0 :]
     columns = [gone] * bool(gone) + [rest[i : i + together] for i in range(0, len(rest), together)]
     names = ["gone" if column == [0] else " to ".join(map(str, sorted({column[0], column[-1]}))) for column in columns]
@@ -274,41 +262,33 @@ def usage_map(architectures: Sequence[Architecture], attribute: str, declared: I
     for index, column in enumerate(columns):
         if index % every == 0:
             heading = "gone" if column == [0] else column[0]
-            parts.append(
-                Markup('<text x="{:.1f}" y="11" text-anchor="middle">{}</text>').format(
-                    LEFT + (index + 0.5) * width, heading
-                )
-            )
+            parts.append(_text(f"{LEFT + (index + 0.5) * width:.1f}", 11, heading))
+    # 2. A row for each layer; numbers are drawn last, above the cells.
     texts: list[Markup] = []
     parts.append(Markup('<g stroke-width="{}">').format(height - 1))
     for row in range(depth):
         times = Counter(getattr(arch.layers[row], attribute) for arch in architectures)
         middle = 18 + (row + 0.5) * height
         if height > 10 or row % 2 == 0:
-            texts.append(
-                Markup('<text x="{}" y="{:.0f}" text-anchor="end">{}</text>').format(LEFT - 8, middle + 4, row)
-            )
+            texts.append(_text(LEFT - 8, f"{middle + 4:.0f}", row, "end"))
         parts.append(Markup('<path class="row" d="M{} {:g}h{:.0f}"/>').format(LEFT, middle, width * len(columns)))
         for index, column in enumerate(columns):
-            here = sum(times[value] for value in column)
-            if not here:
+            count = sum(times[value] for value in column)
+            if not count:
                 continue
-            share = here / len(architectures)
+            share = count / len(architectures)
             parts.append(
                 Markup('<path class="cell" opacity="{:.2f}" d="M{:.1f} {:g}h{:.1f}"><title>{}</title></path>').format(
                     0.08 + 0.92 * share,
                     LEFT + index * width + 0.5,
                     middle,
                     width - 1,
-                    f"layer {row}: {names[index]} in {here} of {len(architectures)}",
+                    f"layer {row}: {names[index]} in {count} of {len(architectures)}",
                 )
             )
             if height > 10 and width >= 26:
-                texts.append(
-                    Markup('<text class="{}" x="{:.1f}" y="{:.0f}" text-anchor="middle">{:.0f}</text>').format(
-                        "on-dark" if share > 0.6 else "on-light", LEFT + (index + 0.5) * width, middle + 4, 100 * share
-                    )
-                )
+                centre, css = f"{LEFT + (index + 0.5) * width:.1f}", "on-dark" if share > 0.6 else "on-light"
+                texts.append(_text(centre, f"{middle + 4:.0f}", f"{100 * share:.0f}", css=css))
     parts.append(Markup("</g>"))
     return _svg([*parts, *texts], 18 + depth * height + 4, "how often each value appears on the front")
 
@@ -322,7 +302,7 @@ def _frame(
     x_is_share: bool = False,
     y_is_share: bool = False,
 ) -> tuple[_Axis, _Axis, list[Markup]]:
-    """Both axes with their ticks; between whole numbers on the x axis there are none."""
+    """Both axes, and the markup of their ticks and labels; an x axis of whole numbers has ticks at these only."""
     x = _Axis(*_padded(xs), LEFT, WIDTH - RIGHT)
     y = _Axis(*_padded(ys), height - BOTTOM, TOP)
     parts = []
@@ -330,34 +310,29 @@ def _frame(
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick))
         )
-        parts.append(
-            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                LEFT - 6, float(y(tick)) + 4, _tick_text(tick, y_is_share)
-            )
-        )
+        parts.append(_text(LEFT - 6, f"{float(y(tick)) + 4:.1f}", _tick_text(tick, y_is_share), "end"))
     whole = all(float(value).is_integer() for value in xs)
     for tick in ticks(x.low, x.high, 7):
         if whole and not math.isclose(tick, round(tick), abs_tol=1e-9):
             continue
-        parts.append(
-            Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                x(tick), height - BOTTOM + 17, _tick_text(tick, x_is_share)
-            )
-        )
+        parts.append(_text(x(tick), height - BOTTOM + 17, _tick_text(tick, x_is_share)))
     parts.append(
         Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
             LEFT, WIDTH - RIGHT, height - BOTTOM, height - BOTTOM
         )
     )
-    parts.append(
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format((LEFT + WIDTH) / 2, height - 6, x_label)
-    )
+    parts.append(_text((LEFT + WIDTH) / 2, height - 6, x_label))
     parts.append(
         Markup('<text transform="translate(12,{}) rotate(-90)" text-anchor="middle">{}</text>').format(
             (TOP + height - BOTTOM) / 2, y_label
         )
     )
     return x, y, parts
+
+
+def _text(x: float | str, y: float | str, content: object, anchor: str = "middle", css: str = "") -> Markup:
+    kind = Markup(' class="{}"').format(css) if css else ""
+    return Markup('<text{} x="{}" y="{}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, content)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

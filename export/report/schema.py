@@ -1,7 +1,7 @@
 """The report's data: what `report.json` holds, key by key.
 
-The pipeline assembles the dictionary from what the stages left on disk; this module types it. What can be said about it
-is in `verdict`, its table in `table`, the page in `page`, a package's card in `card`.
+The pipeline assembles the dictionary from what the stages left on disk; the models here type it. `verdict` makes
+sentences of it, `table` a table, `page` the HTML page, and `card` a package's model card.
 """
 
 from __future__ import annotations
@@ -9,36 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
 from evals.speed.measured import Speed
-from export.quantization.schemes import SchemeName
+from export.models import JSONArchitecture, Model, first_error
+from export.package_record import PackageEntry
 from search.scores import Score
-from supernet.architecture import Architecture
-from supernet.common.errors import did_you_mean
 
 SCHEMA = 1
 
-Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
-Quantization = SchemeName | Literal["q8_0", "q4_0"]
 
-
-def _is_architecture(data: dict[str, Any]) -> dict[str, Any]:
-    try:
-        Architecture.from_dict(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not an architecture ({error})") from error
-    return data
-
-
-ArchitectureDict = Annotated[dict[str, Any], AfterValidator(_is_architecture)]
-"""`Architecture.to_dict()`."""
-
-
-def _finite_or_none(value: Any) -> Any:
+def _finite_or_none(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -55,107 +38,51 @@ def _all_finite(tasks: dict[str, Score]) -> dict[str, Score]:
 
 
 Scores = Annotated[dict[str, Score], AfterValidator(_all_finite)]
-"""{task: its score}."""
+"""Scores by task, all of them finite."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class BaseCard(_Model):
-    """What the base's own model card states and a derived card carries over; every key as on the hub."""
+class BaseCard(Model):
+    """What the base's model card states and the packages' cards repeat; every key as on the hub."""
 
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
-    language: list[str] = []
-    datasets: list[str] = []
+    language: list[str] = Field(default_factory=list)
+    datasets: list[str] = Field(default_factory=list)
 
 
-class Base(_Model):
+class Base(Model):
     """The checkpoint that was compressed."""
 
     name: str
     path: str
     """Path or hub name, as the user gave it."""
     hub_id: str | None = None
-    """Its name on the hub, where it was loaded from there; only then can a card link to it."""
+    """Its name on the hub, if it was loaded from there; only then can a card link to it."""
     params: int
     """Embeddings counted, tied ones once."""
     bytes: int
     """Of the safetensors files."""
     dtype: str
-    architecture: ArchitectureDict
+    architecture: JSONArchitecture
     tasks: Scores
     """Scores on the report split."""
     held_out_loss: float | None = None
-    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
+    """Nats per token on some of the user's text that was not trained on; None if it was not measured."""
     speed: Speed | None = None
     quality: float = 1.0
     """1.0 by definition."""
     card: BaseCard = BaseCard()
 
-    @cached_property
-    def sizes(self) -> Architecture:
-        return Architecture.from_dict(self.architecture)
 
+class Package(PackageEntry):
+    """One folder that was written, reloaded, measured and checked."""
 
-class QuantizationReport(_Model):
-    """What the quantizer really did to a package."""
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    scheme: Quantization
-    group_size: int
-    """Input channels that share a scale; -1: all of an output channel's."""
-    iterations: int
-    """Rounds of tuning; 0: rounded to nearest."""
-    bits_per_weight: float
-    """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
-    bits_per_parameter: float
-    """Stored bits of the whole file for each parameter, embeddings counted."""
-    exceptions: dict[str, str] = {}
-    """Linear layers and embeddings that are not under the scheme, and what became of each."""
-
-
-class GraphCache(_Model):
-    """The key-value cache that a graph takes and gives."""
-
-    key_value_heads: list[int]
-    """Of every layer with attention."""
-    head_dim: int
-
-
-class Package(_Model):
-    """One folder that was written, reloaded and checked."""
-
-    name: str
-    """Folder name: `best`, `best-0.67`, `best-int4` and so on."""
-    path: str
-    layout: Layout
-    quantization: Quantization | None = None
-    architecture: ArchitectureDict
-    params: int
-    bytes: int
-    """Of the weight files as they are on disk."""
     quality: float
-    """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
     tasks: Scores
-    """Scores on the report split."""
-    held_out_loss: float | None = None
-    """As the base's."""
-    speed: Speed | None = None
-    verified: dict[str, Any]
-    """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
-    `bound`), nested where that helps."""
-    quantization_report: QuantizationReport | None = None
-    """What quantization really did; None for an unquantized package."""
-    file: str | None = None
-    """The one file of a gguf package."""
-    cache: GraphCache | None = None
-    """What a graph caches; None where there is no graph."""
-
-    @cached_property
-    def sizes(self) -> Architecture:
-        return Architecture.from_dict(self.architecture)
+    verified: dict[str, object]
 
     @property
     def label(self) -> str:
@@ -165,49 +92,47 @@ class Package(_Model):
         return re.sub("-(?!round)", " ", label)
 
 
-class Candidate(_Model):
+class Candidate(Model):
     """A measured sub-network of the search. Its scores are those of the search split, before healing."""
 
     key: str
     """`Architecture.key`."""
-    architecture: ArchitectureDict
+    architecture: JSONArchitecture
     params: int
     quality: float
     decode_tps: float | None = None
     """Computed from speed.json."""
-    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = {}
+    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
     """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
-    further: dict[str, float] = {}
-    """Whatever else the search measured, such as `held_out_loss`."""
-
-    @cached_property
-    def sizes(self) -> Architecture:
-        return Architecture.from_dict(self.architecture)
+    further: dict[str, float] = Field(default_factory=dict)
+    """Other measurements of the search, such as `held_out_loss`."""
 
 
 class Point(Candidate):
-    """A candidate with where it came from."""
+    """A candidate with its place in the search."""
 
     generation: int
     on_front: bool
     full: bool = True
-    """False where only part of the documents were looked at: scores are then what these foretold."""
+    """False if only part of the documents were scored: scores are then what these predict."""
 
 
-class PredictorScore(_Model):
-    """How well a predictor foretold the newest measurements before it was trained on them."""
+class PredictorScore(Model):
+    """How well a predictor predicted the newest measurements before it was trained on them."""
 
     name: str
     kendall: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
-    """Rank correlation tau; None (or not a number) where all measurements are equal."""
+    """Rank correlation tau; None if all measurements are equal."""
     spearman: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
     mae: Annotated[float | None, BeforeValidator(_finite_or_none)] = None
     """Mean absolute error, in the objective's unit."""
     used: bool
-    """False where it ranked no better than chance and was set aside."""
+    """False if it ranked no better than chance and was set aside."""
 
 
-class Generation(_Model):
+class Generation(Model):
+    """One generation of the search."""
+
     generation: int
     evaluations: int
     """Measured so far, this generation included."""
@@ -218,28 +143,34 @@ class Generation(_Model):
     seconds_other: float
 
 
-class Gene(_Model):
+class Gene(Model):
+    """One choice of the search space: a size of one layer, or of all."""
+
     name: str
     values: list[Any]
 
 
-class Space(_Model):
+class Space(Model):
+    """The search space; without a name where it was spelled out."""
+
     name: str | None = None
     genes: list[Gene]
 
 
-class Search(_Model):
+class Search(Model):
+    """What the search measured."""
+
     algorithm: str
     evaluations: int
     generations: list[Generation]
     points: list[Point]
     """Every measured sub-network."""
     space: Space
-    targets: dict[str, Any] = {}
+    targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 
 
-class CurvePoint(_Model):
+class CurvePoint(Model):
     """Held-out losses at one step, nats per token."""
 
     step: int
@@ -250,7 +181,9 @@ class CurvePoint(_Model):
     smallest: float | None = None
 
 
-class Finetune(_Model):
+class Finetune(Model):
+    """The fine-tuning of the super-network."""
+
     curve: list[CurvePoint]
     tokens: int
     seconds: float
@@ -260,57 +193,59 @@ class Finetune(_Model):
     """The user's data, as given."""
 
 
-class Sample(_Model):
+class Sample(Model):
+    """One prompt of the user's data and how each network continues it."""
+
     prompt: str
     continuations: dict[str, str]
-    """Greedy continuation by `base` and by package name."""
+    """Greedy continuations, by package name and `base`."""
 
 
-class Difference(_Model):
+class Difference(Model):
     """Quality of ours minus another's over the same documents, by paired bootstrap."""
 
     value: float
     low: float
-    """The central 95 % of the resamples begins here,"""
+    """Lower end of the central 95 % of the resamples."""
     high: float
-    """and ends here."""
+    """Upper end of it."""
 
     @property
     def meaning(self) -> Literal["better", "worse", "unclear"]:
-        """`better`: ours, beyond what the choice of documents explains."""
+        """`better`: ours is better by more than the choice of documents explains."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
 
 
-class Comparison(_Model):
+class Comparison(Model):
     """One method at one size and seed, healed and scored as ours."""
 
     method: str
     about: str
     """The paper that defines it, or what it is."""
     size: str | None
-    """As asked for, such as `0.67`; None for a checkpoint from elsewhere."""
+    """As asked for, such as `0.67`; None for an external checkpoint."""
     seed: int | None
     path: str
-    architecture: ArchitectureDict | None = None
+    architecture: JSONArchitecture | None = None
     params: int
     bytes: int | None = None
     tokens: int | None = None
-    """Read in healing; None where that is not known."""
+    """Read in healing; None if that is not known."""
     quality: float
     """On the report split, as for packages."""
     quality_stderr: float | None = None
     """One standard error over documents, bootstrapped."""
     quality_before_healing: float | None = None
-    """As published: cut, not trained."""
-    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = {}
+    """As published: cut, but not trained."""
+    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
     speed: Speed | None = None
     base_speed: Speed | None = None
-    """The base's, measured in turn with this one's."""
+    """The base's, measured alternately with this one's."""
     ours_minus_this: Difference | None = None
     """Over all seeds of this method and size; None for ours."""
 
 
-class Report(_Model):
+class Report(Model):
     """`report.json`."""
 
     schema_: int = Field(SCHEMA, alias="schema")
@@ -323,12 +258,12 @@ class Report(_Model):
     front: list[Candidate]
     """The Pareto front of fully measured sub-networks."""
     packages: list[Package]
-    comparison: list[Comparison] = []
+    comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None
     hub_dataset: str | None = None
-    """Name of what was fine-tuned or healed on, where it was loaded from the hub."""
-    samples: list[Sample] = []
+    """Name of the data set that was fine-tuned or healed on, if it was loaded from the hub."""
+    samples: list[Sample] = Field(default_factory=list)
 
     @property
     def tasks(self) -> list[str]:
@@ -341,7 +276,7 @@ class Report(_Model):
         return [self.base, *self.packages]
 
     def package(self, name: str) -> Package:
-        """The package called `name`. KeyError where there is none."""
+        """The package called `name`. Raises KeyError where there is none."""
         for package in self.packages:
             if package.name == name:
                 return package
@@ -349,26 +284,17 @@ class Report(_Model):
 
 
 def validate_report(data: Mapping[str, Any]) -> Report:
-    """The typed report. ValueError with one line that names the first wrong key, as in `report.json: base.params is
-    missing`."""
+    """The typed report. Raises ValueError with one line that names the first wrong key, as in `report.json: base.params
+    is missing`."""
     try:
         return Report.model_validate(data)
     except ValidationError as error:
-        first, *others = error.errors(include_url=False)
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        more = f" (and {len(others)} more)" if others else ""
-        if first["type"] == "missing":
-            said = "is missing"
-        elif first["type"] == "extra_forbidden":
-            known = {str(f.alias or n) for m in _models() for n, f in m.model_fields.items()}
-            said = f"is not a key of the report{did_you_mean(str(first['loc'][-1]), known)}"
-        else:
-            said = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
-        raise ValueError(f"report.json: {where} {said}{more}") from None
+        keys = {field.alias or name for model in _models() for name, field in model.model_fields.items()}
+        raise ValueError(f"report.json: {first_error(error, keys)}") from None
 
 
-def _models() -> Iterator[type[_Model]]:
-    waiting = [_Model]
+def _models() -> Iterator[type[Model]]:
+    waiting = [Model]
     while waiting:
         model = waiting.pop()
         waiting += model.__subclasses__()

@@ -1,4 +1,4 @@
-"""The report's table in a terminal, and what must be read below any table of it."""
+"""The report's table in a terminal, and the notes below every table of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from supernet.common.formatting import count, percent, rate, size
 def terminal_table(report: Report) -> Table:
     """Base and packages: parameters and bytes with their share, scores on the report split, speed and its runtime.
 
-    Cells hold two or three short lines, so that four tasks fit in 80 columns; runtimes are numbered, and what the
-    numbers mean is in `footnotes`, to be printed below.
+    Cells hold two or three short lines, so that four tasks fit in 80 columns; runtimes are numbered, and `footnotes`,
+    to be printed below, says what the numbers mean.
     """
     padding = 1 if len(report.tasks) < 4 else 0
     table = Table(box=box.SIMPLE, padding=(0, padding), collapse_padding=True)
@@ -66,33 +66,34 @@ _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def measured_in(row: Base | Package) -> str:
     """What a row's speed was measured in; a star refers to the note on decompressed weights. Empty: not measured."""
-    said = row.speed.where if row.speed else ""
-    return f"{said} *" if isinstance(row, Package) and decompressed_at_load(row) else said
+    where = row.speed.where if row.speed else ""
+    return f"{where} *" if isinstance(row, Package) and decompressed_at_load(row) else where
 
 
 def runtimes(report: Report) -> list[str]:
+    """Everything that speed was measured in, in the order of the rows."""
     return list(dict.fromkeys(measured_in(row) for row in report.rows if row.speed))
 
 
 def footnotes(report: Report) -> list[str]:
-    """What must be read below the terminal table: the runtimes by their marks, and what the numbers are."""
+    """Lines below the terminal table: the runtimes by their marks, and what the numbers are."""
     return [*(f"{mark} {where}" for where, mark in _marks(report).items()), *notes(report)]
 
 
 def notes(report: Report) -> list[str]:
     """What the numbers of the table are."""
     speeds = [row.speed for row in report.rows if row.speed]
-    said = ["Scores on documents that the search never saw, ± one standard error."]
+    lines = ["Scores on documents that the search never saw, ± one standard error."]
     if speeds:
-        said.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
+        lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
     if any(decompressed_at_load(package) for package in report.packages):
-        said.append(f"* {DECOMPRESSED}")
+        lines.append(f"* {DECOMPRESSED}")
     stamps = {score.stamp for row in report.rows for score in row.tasks.values()}
     if "near chance" in stamps:
-        said.append("near chance: within two standard errors of what guessing scores.")
+        lines.append("near chance: within two standard errors of what guessing scores.")
     if "below chance" in stamps:
-        said.append("below chance: worse than guessing by more than two standard errors.")
-    return said
+        lines.append("below chance: worse than guessing by more than two standard errors.")
+    return lines
 
 
 def metric_name(report: Report, task: str) -> str:
@@ -111,7 +112,8 @@ def _score_cell(score: Score | None) -> Text:
 
 
 def decompressed_at_load(package: Package) -> bool:
-    """Whether the measured speed is that of floats: plain transformers on a CPU unpacks compressed-tensors at load."""
+    """Whether the measured speed is that of floats: plain transformers unpacks compressed-tensors when it loads them on
+    a CPU."""
     speed = package.speed
     if speed is None or package.quantization is None:
         return False

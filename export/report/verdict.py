@@ -1,4 +1,4 @@
-"""What can be said about a report in plain sentences, and whether a difference of scores is more than noise."""
+"""A report in plain sentences, and whether a difference of scores is more than noise."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from search.scores import Score
 from supernet.common.formatting import count, percent, size
 
 HEAVY = 0.9
-"""Quality below which a loss is called heavy: once, where it happens."""
+"""Quality below which a loss is called heavy; it is said once, of the package in which it happens."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A score beside the base's. `delta` is positive where the score is better, whichever way the metric goes."""
+    """How a score differs from the base's. `delta` is positive if the score is better, also where lower is better."""
 
     delta: float
     stderr: float | None
@@ -46,94 +46,100 @@ def change(base: Score, score: Score) -> Change:
 
 
 def verdict(report: Report) -> list[str]:
-    """The result in a few plain sentences: how much smaller, how fast, what it costs, and whether that is noise."""
+    """The result in a few sentences: how much smaller, how fast, how much quality is lost, and if that may be noise."""
     if not report.packages:
         return [f"No package of {report.base.name} has been written yet."]
     base = report.base
-    said: list[str] = []
+    sentences: list[str] = []
     for package in report.packages:
         plain = _unquantized(report, package)
         if plain is None:
-            said += _size_sentences(package, base, first=not said)
-            said += _losses("It loses", base.tasks, package.tasks, say_none=True)
-            said += _text_loss(package, base)
+            sentences += _size_sentences(package, base, first=not sentences)
+            sentences += _losses("It loses", base.tasks, package.tasks, say_none=True)
+            sentences += _text_loss(package, base)
         else:
-            said.append(
+            sentences.append(
                 f"{_sentence(package.label)} takes {size(package.bytes)} on disk "
                 f"({percent(package.bytes / base.bytes)} of the base) and keeps {percent(package.quality)} "
                 "of the quality."
             )
-            said += _losses("Quantization loses", plain.tasks, package.tasks, say_none=False)
+            sentences += _losses("Quantization loses", plain.tasks, package.tasks, say_none=False)
         before, solver = (base, "the base") if plain is None else (plain, "the unquantized network")
         fallen = [t for t, s in package.tasks.items() if s.stamp and t in before.tasks and not before.tasks[t].stamp]
         if fallen:
-            said.append(f"It has fallen to chance on {_listed(fallen)}, which {solver} solves.")
+            sentences.append(f"It has fallen to chance on {_listed(fallen)}, which {solver} solves.")
         if package.quality < HEAVY <= before.quality:
-            said.append(
+            sentences.append(
                 "That is a heavy loss: a larger size, more training, more healing or a search on more documents may "
                 "keep more."
             )
     blind = [task for task, score in base.tasks.items() if score.stamp]
     if blind:
-        said.append(f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality.")
-    return said
+        sentences.append(
+            f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality."
+        )
+    return sentences
 
 
 def _text_loss(package: Package, base: Base) -> list[str]:
-    """What happened to the prediction of text, which tasks of few choices may not show."""
+    """How the loss on text changed, which tasks of few choices may not show."""
     if package.held_out_loss is None or base.held_out_loss is None:
         return []
-    said = [
+    sentences = [
         f"On text that was not trained on, its loss is {package.held_out_loss:.3g} nats per token, the base's "
         f"{base.held_out_loss:.3g}."
     ]
     if package.held_out_loss > base.held_out_loss + math.log(2):
-        said.append("So it is less than half as sure of the next token as the base is, whatever the tasks say.")
-    return said
+        sentences.append(
+            "So it gives the next token less than half the probability that the base gives it, "
+            "also where tasks show no loss."
+        )
+    return sentences
 
 
 def _unquantized(report: Report, package: Package) -> Package | None:
-    """The package that `package` was quantized from, where the report has it; None for an unquantized one."""
+    """The package that `package` was quantized from, if the report has it; None for an unquantized one."""
     if package.quantization is None:
         return None
-    same = [p for p in report.packages if p.quantization is None and p.sizes == package.sizes]
+    same = [p for p in report.packages if p.quantization is None and p.architecture == package.architecture]
     return next((p for p in same if p.layout == package.layout), same[0] if same else None)
 
 
 def _size_sentences(package: Package, base: Base, first: bool) -> list[str]:
+    """Size, quality and speed of an unquantized package against the base's."""
     quality = f"{percent(package.quality)} of its quality"
     if first:
         tasks = len(package.tasks)
         quality += f", measured by {tasks} task{'s' * (tasks != 1)} on documents that the search never saw"
-    said = [
+    sentences = [
         f"{_sentence(package.label)} has {percent(package.params / base.params)} of the parameters of {base.name} "
         f"({count(package.params)} of {count(base.params)}), takes {size(package.bytes)} on disk instead of "
         f"{size(base.bytes)}, and keeps {quality}."
     ]
     if package.speed and base.speed and package.speed.comparable(base.speed):
         ratio = package.speed.decode_tps / base.speed.decode_tps
-        said.append(
+        sentences.append(
             f"It generates tokens {ratio:.2f} times as fast ({base.speed.where})."
             if ratio >= 1.02
             else f"It is not faster: {ratio:.2f} times the base's tokens per second ({base.speed.where})."
         )
-    return said
+    return sentences
 
 
 def _losses(opening: str, before: Mapping[str, Score], after: Mapping[str, Score], say_none: bool) -> list[str]:
-    """On which tasks a loss is beyond noise, and for which that cannot be said."""
+    """On which tasks a loss is more than noise, and for which that is not known."""
     changes = {task: change(score, after[task]) for task, score in before.items() if task in after}
-    figures = {task: f"{task} ({before[task].value:.3g} → {after[task].value:.3g})" for task in changes}
-    worse = [figures[task] for task, it in changes.items() if it.meaning == "worse"]
-    unknown = [figures[task] for task, it in changes.items() if it.meaning == "unknown" and it.delta < 0]
-    said = []
+    shown = {task: f"{task} ({before[task].value:.3g} → {after[task].value:.3g})" for task in changes}
+    worse = [shown[task] for task, it in changes.items() if it.meaning == "worse"]
+    unknown = [shown[task] for task, it in changes.items() if it.meaning == "unknown" and it.delta < 0]
+    sentences = []
     if worse:
-        said.append(f"{opening} more than noise explains on {_listed(worse)}.")
+        sentences.append(f"{opening} more than noise explains on {_listed(worse)}.")
     elif say_none and any(it.stderr is not None for it in changes.values()):
-        said.append("No loss stands out from the noise of measuring (two standard errors).")
+        sentences.append("No loss is larger than the noise of measuring (two standard errors).")
     if unknown and say_none:
-        said.append(f"How much of the loss is noise is not known for {_listed(unknown)}.")
-    return said
+        sentences.append(f"It is not known how much of the loss is noise on {_listed(unknown)}.")
+    return sentences
 
 
 def _sentence(text: str) -> str:

@@ -1,6 +1,11 @@
-"""Numbers as people read them: counts, bytes, shares, rates and times."""
+"""Numbers as people read and write them: counts, bytes, shares, rates and times."""
 
 from __future__ import annotations
+
+import re
+
+_PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def count(number: float) -> str:
@@ -44,3 +49,27 @@ def duration(seconds: float) -> str:
 def _three_digits(number: float) -> str:
     magnitude = abs(number)
     return f"{number:.2f}" if magnitude < 9.995 else f"{number:.1f}" if magnitude < 99.95 else f"{number:.0f}"
+
+
+def parse_parameters(size: str, base: int) -> int:
+    """The number of parameters in `0.67`, `67%` (shares of `base`), `450M` or `450000`. Raises ValueError otherwise."""
+    text = size.strip().lower()
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        share = float(match[1]) / 100
+    elif re.fullmatch(r"\d*\.\d+|1", text):
+        share = float(text)
+    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text):
+        return int(float(match[1]) * _PARAMETERS[match[2]])
+    else:
+        raise ValueError(f"'{size}' is not a size; write a share (0.67 or 67%) or a number of parameters (450M)")
+    if not 0 < share <= 1:
+        raise ValueError(f"'{size}' is not a share between 0 and 1; write for example 0.67, 67% or 450M")
+    return int(share * base)
+
+
+def parse_bytes(size: str) -> int:
+    """The number of bytes in `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())
+    if not match or match[2] not in _BYTES:
+        raise ValueError(f"'{size}' is not a size in bytes; write for example 2GiB or 500MB")
+    return int(float(match[1]) * _BYTES[match[2]])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from compressor.demo import MODEL, RECIPE, TASK_NAMES
-from compressor.recipe import BUDGETS, absolute_or_share, byte_count, former_names, read_recipe, write_recipe
+from compressor.recipe import BUDGETS, former_names, read_recipe, write_recipe
 from compressor.recipe_reference import reference
 from supernet.common.errors import RequestError
+from supernet.common.formatting import parse_bytes, parse_parameters
 from tests.support import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -28,20 +29,20 @@ RECIPES = ROOT / "recipes"
     ],
 )
 def test_sizes(text: str, parameters: int) -> None:
-    assert absolute_or_share(text, 1000) == parameters
+    assert parse_parameters(text, 1000) == parameters
 
 
 @pytest.mark.parametrize("text", ["", "two", "1.5", "0%", "120%", "-3", "5MiB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a"):
-        absolute_or_share(text, 1000)
+        parse_parameters(text, 1000)
 
 
 @pytest.mark.parametrize(
     ("text", "count"), [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072)]
 )
 def test_bytes(text: str, count: int) -> None:
-    assert byte_count(text) == count
+    assert parse_bytes(text) == count
 
 
 def test_effort_fills_in_what_was_not_said() -> None:

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from export.package import write_package
 from export.package_record import update_record
 from export.push import push
 from supernet.common.errors import RequestError, VerificationError
 from tests.support import ROOT
-from tests.support.export_networks import EVEN, cut, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import EVEN, write_tiny
 
 TOKEN = "hf_" + "neverPrintThis" * 2
 
@@ -79,18 +77,16 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if not self.known():
                 return None
-            if found := re.match(r"/api/models/(.+?)/(?:tree|revision)/main", self.path):
-                names = hub.repos[found[1]]
-                rows = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in names.items()]
-                if "/revision/" in self.path:
-                    siblings = [{"rfilename": n} for n in names]
-                    return self.answer({"id": found[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
-                return self.answer(rows)
-            found = re.match(r"/api/models/([^?]+)", self.path)
-            if found and found[1] in hub.repos:
-                siblings = [{"rfilename": n} for n in hub.repos[found[1]]]
-                return self.answer({"id": found[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
-            return self.answer({"error": "not found"}, 404)
+            matched = re.match(r"/api/models/([^?]+?)(/(?:tree|revision)/main)?(?:\?|$)", self.path)
+            if not matched or matched[1] not in hub.repos:
+                return self.answer({"error": "not found"}, 404)
+            files = hub.repos[matched[1]]
+            if "/tree/" in (matched[2] or ""):
+                return self.answer(
+                    [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+                )
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer({"id": matched[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
 
         def do_PUT(self) -> None:
             content, oid = self.body(), self.path.rpartition("/")[2]
@@ -167,16 +163,7 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages") / "best"
-    write_package(
-        cut(tiny_llama(), EVEN),
-        folder,
-        tokenizer=tiny_tokenizer(),
-        entry={"name": "best", "architecture": EVEN.to_dict()},
-        dtype=torch.float32,
-        card="---\nlicense: mit\n---\n# A card\n",
-        max_shard_bytes=200_000,
-    )
-    return folder
+    return write_tiny(folder, EVEN, card="---\nlicense: mit\n---\n# A card\n", max_shard_bytes=200_000).folder
 
 
 @pytest.fixture

@@ -14,15 +14,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.package import write_package
-from export.package_record import check_files, read_package
+from export.package_record import PackageRecord, check_files, read_record
 from export.quantization import quantize
 from export.quantization.quantize import (
-    Quantized,
     linear_layers,
     linear_layers_of,
     pack_texts,
-    plan_groups,
+    plan_scheme,
     quantize_package,
     quantize_packages,
 )
@@ -34,7 +32,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import sha256
 from supernet.families import describe
-from tests.support.export_networks import TEXTS, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import TEXTS, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 from tests.support.tiny_families import CONFIGS
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
@@ -47,25 +45,22 @@ ODD = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packages")
-    write_package(
-        cut(tiny_llama(head_dim=HEAD_DIM), ARCHITECTURE),
+    return write_tiny(
         folder / "best",
-        tokenizer=tiny_tokenizer(),
+        ARCHITECTURE,
+        cut(tiny_llama(head_dim=HEAD_DIM), ARCHITECTURE),
         entry={"name": "best", "architecture": ARCHITECTURE.to_dict(), "quality": 0.9},
-        dtype=torch.float32,
-        probe_ids=probe_ids(),
         reference=folder / "reference.safetensors",
         lineage={"base": "tiny"},
         card="# About the unquantized package\n",
-    )
-    return folder / "best"
+    ).folder
 
 
 @pytest.fixture(scope="module")
-def quantized(source: Path) -> dict[str, Quantized]:
+def quantized(source: Path) -> dict[str, PackageRecord]:
     """All schemes, tuned for two iterations in one child process, and verified in another."""
     seen: list[tuple[int, int, str]] = []
-    made = quantize_packages(
+    packages = quantize_packages(
         source,
         {scheme: source.with_name(f"best-{scheme}") for scheme in SCHEMES},
         calibration=probe_ids(length=32),
@@ -75,11 +70,11 @@ def quantized(source: Path) -> dict[str, Quantized]:
         progress=lambda *position: seen.append(position),
     )
     reference = source.with_name("reference.safetensors")
-    verify_all([(q.package.path, reference) for q in made], record=True)
+    verify_all([(package.folder, reference) for package in packages], record=True)
     assert seen[-1][1] == 4 * len(SCHEMES) and all(0 <= done <= total for done, total, _ in seen)
     assert [position[0] for position in seen] == sorted(position[0] for position in seen)
     assert "AutoRound" in source.with_name("log.txt").read_text()
-    return {q.scheme: q for q in made}
+    return {scheme: read_record(package.folder) for scheme, package in zip(SCHEMES, packages, strict=True)}
 
 
 def dequantized(tensors: dict[str, Tensor], module: str, bits: int) -> tuple[Tensor, Tensor]:
@@ -109,11 +104,11 @@ def fields(words: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_stored_weights_are_the_originals_within_a_step(
-    source: Path, quantized: dict[str, Quantized], scheme: SchemeName
+    source: Path, quantized: dict[str, PackageRecord], scheme: SchemeName
 ) -> None:
-    made, form = quantized[scheme], SCHEMES[scheme]
+    form = SCHEMES[scheme]
     original = load_file(source / "model.safetensors")
-    stored = load_file(made.package.path / "model.safetensors")
+    stored = load_file(quantized[scheme].folder / "model.safetensors")
     for module in linear_layers_of(source).widths:
         if form.auto_round and module in ODD:
             assert torch.equal(stored[f"{module}.weight"], original[f"{module}.weight"].to(torch.bfloat16))
@@ -131,8 +126,11 @@ def test_stored_weights_are_the_originals_within_a_step(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Quantized], scheme: SchemeName) -> None:
-    made, form = quantized[scheme], SCHEMES[scheme]
+def test_what_it_costs_is_what_is_on_disk(
+    source: Path, quantized: dict[str, PackageRecord], scheme: SchemeName
+) -> None:
+    entry, form = quantized[scheme].entry, SCHEMES[scheme]
+    report = entry.quantization_report
     widths = linear_layers_of(source).widths
     total = sum(rows * columns for rows, columns in widths.values())
     bits = 0
@@ -145,43 +143,40 @@ def test_what_it_costs_is_what_is_on_disk(source: Path, quantized: dict[str, Qua
         groups = rows * (columns // 32 if low else 1)
         shape = 0 if form.dynamic or form.auto_round else 2 * 64
         bits += codes + groups * (16 + form.bits * form.auto_round) + shape
-    assert made.bits_per_weight == pytest.approx(bits / total)
-    assert made.group_size == (32 if form.bits == 4 else -1)
-    assert made.bytes == made.package.bytes == weight_bytes(made.package.path)
-    others = 16 * (made.package.params - total)
-    assert 0 < 8 * made.bytes - bits - others < 8 * 8192  # the file's header
-    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.sizes())
-    assert 0 < made.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
+    assert report.bits_per_weight == pytest.approx(bits / total)
+    assert (report.scheme, report.group_size, report.iterations) == (scheme, 32 if form.bits == 4 else -1, 2)
+    assert entry.bytes == weight_bytes(quantized[scheme].folder)
+    assert report.bits_per_parameter == 8 * entry.bytes / entry.params
+    others = 16 * (entry.params - total)
+    assert 0 < 8 * entry.bytes - bits - others < 8 * 8192  # the file's header
+    counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.storage_format())
+    assert 0 < entry.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
     left = {"model.embed_tokens", "lm_head"}
-    assert set(made.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
-    entry = json.loads((made.package.path / "compression.json").read_text())["entry"]
-    assert entry["quantization_report"]["exceptions"] == made.exceptions
-    assert entry["quantization_report"]["bits_per_weight"] == made.bits_per_weight
+    assert set(report.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_package_is_whole_and_proved(source: Path, quantized: dict[str, Quantized], scheme: str) -> None:
-    path = quantized[scheme].package.path
-    check_files(path)
-    info, base = read_package(path), read_package(source)
-    assert (info.name, info.layout, info.params) == (f"best-{scheme}", "uneven", base.params)
-    assert info.architecture == ARCHITECTURE
-    assert info.quantization == scheme and info.verified is not None
-    assert info.verified["mean_abs_logprob_difference"] <= info.verified["bound"]
+def test_the_package_is_whole_and_proved(source: Path, quantized: dict[str, PackageRecord], scheme: str) -> None:
+    path = quantized[scheme].folder
+    record = check_files(path)
+    entry = record.entry
+    assert (entry.name, entry.layout, entry.params) == (f"best-{scheme}", "uneven", read_record(source).entry.params)
+    assert (entry.architecture, entry.quantization, entry.quality) == (ARCHITECTURE, scheme, None)
+    assert entry.verified["mean_abs_logprob_difference"] <= entry.verified["bound"]
     for claim in ("padding_equal", "cached_equals_uncached", "tokenizer_equal", "save_and_reload_equal"):
-        assert info.verified[claim] is True
+        assert entry.verified[claim] is True
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "modeling_uneven_llama.py"):
         assert (path / name).read_bytes() == (source / name).read_bytes()
     assert not (path / "README.md").exists()  # the other package's card
-    record = json.loads((path / "compression.json").read_text())
-    assert record["lineage"]["base"] == "tiny" and "quality" not in record["entry"]
-    assert record["lineage"]["quantized_from"]["record_sha256"] == sha256(source / "compression.json")
+    lineage = record.lineage.model_dump()
+    assert lineage["base"] == "tiny"
+    assert lineage["quantized_from"]["record_sha256"] == sha256(source / "compression.json")
     again = check(path)
     assert again["max_abs_logprob_difference_from_export"] <= 1e-4
 
 
-def test_misread_scales_are_found(quantized: dict[str, Quantized], tmp_path: Path) -> None:
-    package = shutil.copytree(quantized["int4"].package.path, tmp_path / "package")
+def test_misread_scales_are_found(quantized: dict[str, PackageRecord], tmp_path: Path) -> None:
+    package = shutil.copytree(quantized["int4"].folder, tmp_path / "package")
     weights = load_file(package / "model.safetensors")
     weights["model.layers.0.self_attn.v_proj.weight_scale"] *= 2
     save_file(weights, package / "model.safetensors", {"format": "pt"})
@@ -189,9 +184,9 @@ def test_misread_scales_are_found(quantized: dict[str, Quantized], tmp_path: Pat
         check(package)
 
 
-def test_the_configuration_names_what_is_where(quantized: dict[str, Quantized]) -> None:
+def test_the_configuration_names_what_is_where(quantized: dict[str, PackageRecord]) -> None:
     for scheme, groups in (("int8", 1), ("int8-dynamic", 1), ("int4", 2)):
-        config = json.loads((quantized[scheme].package.path / "config.json").read_text())
+        config = json.loads((quantized[scheme].folder / "config.json").read_text())
         written: dict[str, Any] = config["quantization_config"]
         assert written["quant_method"] == "compressed-tensors" and written["ignore"] == ["lm_head"]
         assert len(written["config_groups"]) == groups and config["dtype"] == "bfloat16"
@@ -199,25 +194,31 @@ def test_the_configuration_names_what_is_where(quantized: dict[str, Quantized]) 
     assert sorted(written["config_groups"]["group_1"]["targets"]) == sorted(ODD)
 
 
-def test_the_same_seed_gives_the_same_weights(source: Path, quantized: dict[str, Quantized], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(
+    source: Path, quantized: dict[str, PackageRecord], tmp_path: Path
+) -> None:
     """Also when the scheme is made alone, and not after two others in one process."""
-    made = quantize_package(source, tmp_path / "p", "int4", calibration=probe_ids(length=32), iterations=2, seed=1)
-    assert made.package.files["model.safetensors"] == quantized["int4"].package.files["model.safetensors"]
+    alone = quantize_package(source, tmp_path / "p", "int4", calibration=probe_ids(length=32), iterations=2, seed=1)
+    assert alone.files["model.safetensors"] == quantized["int4"].files["model.safetensors"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_without_data_weights_are_rounded_to_nearest(
-    source: Path, quantized: dict[str, Quantized], scheme: SchemeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    quantized: dict[str, PackageRecord],
+    scheme: SchemeName,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*args: object) -> str:
         raise AssertionError("a child process was started where none is needed")
 
     monkeypatch.setattr(quantize, "_run_child", never)
-    made = quantize_package(source, tmp_path / "p", scheme, calibration=None, iterations=0)
-    stored = load_file(made.package.path / "model.safetensors")
-    tuned = load_file(quantized[scheme].package.path / "model.safetensors")
+    quantize_package(source, tmp_path / "p", scheme, calibration=None, iterations=0)
+    stored = load_file(tmp_path / "p" / "model.safetensors")
+    tuned = load_file(quantized[scheme].folder / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in stored.items()} == {n: (t.shape, t.dtype) for n, t in tuned.items()}
-    assert check(made.package.path)["mean_abs_logprob_difference"] <= SCHEMES[scheme].bound / 2
+    assert check(tmp_path / "p")["mean_abs_logprob_difference"] <= SCHEMES[scheme].bound / 2
     original = load_file(source / "model.safetensors")
     for module in linear_layers_of(source).widths:
         if SCHEMES[scheme].auto_round and module in ODD:
@@ -240,6 +241,10 @@ def test_networks_without_linear_layers_are_refused() -> None:
 
 
 def test_group_sizes() -> None:
+    def plan_groups(*arguments: Any) -> tuple[int, list[str]]:
+        plan = plan_scheme(*arguments)
+        return plan.group_size, plan.left_out
+
     widths = {"a": (256, 128), "b": (64, 384), "c": (96, 256)}
     assert plan_groups(widths, "int4") == (128, [])
     assert plan_groups(widths | {"d": (64, 192)}, "int4") == (64, [])
@@ -248,21 +253,19 @@ def test_group_sizes() -> None:
     assert plan_groups(widths | {"d": (64, 172)}, "int8") == (-1, ["d"])
     assert plan_groups(widths | {"d": (64, 172)}, "int8-dynamic") == (-1, [])
     assert plan_groups(widths, "int4", 32) == (32, [])
-    with pytest.raises(RequestError, match=r"256 does not divide the width 128; valid sizes here are 128, 64, 32"):
-        plan_groups(widths, "int4", 256)
-    with pytest.raises(RequestError, match=r"128 does not divide the width 192; valid sizes here are 64, 32"):
-        plan_groups(widths | {"d": (64, 192)}, "int4", 128)
-    with pytest.raises(RequestError, match=r"32 does not divide the width 172; no group size divides them all"):
-        plan_groups(widths | {"d": (64, 172)}, "int4", 32)
-    with pytest.raises(RequestError, match="not a multiple of 32"):
-        plan_groups(widths, "int4", 16)
-    with pytest.raises(RequestError, match=r"multiples of 32, and no layer has; ask for int8"):
-        plan_groups({"d": (48, 64), "e": (64, 48)}, "int4")
     assert plan_groups(widths | {"d": (64, 172)}, "int8-auto-round") == (-1, ["d"])
-    with pytest.raises(RequestError, match=r"int8-auto-round needs widths that are multiples of 32, and no layer has"):
-        plan_groups({"d": (48, 64)}, "int8-auto-round")
-    with pytest.raises(RequestError, match="one scale for each channel"):
-        plan_groups(widths, "int8", 64)
+    odd = {"d": (48, 64), "e": (64, 48)}
+    for layers, scheme, group_size, reason in (
+        (widths, "int4", 256, "256 does not divide the width 128; valid sizes here are 128, 64, 32"),
+        (widths | {"d": (64, 192)}, "int4", 128, "128 does not divide the width 192; valid sizes here are 64, 32"),
+        (widths | {"d": (64, 172)}, "int4", 32, "32 does not divide the width 172; no group size divides them all"),
+        (widths, "int4", 16, "not a multiple of 32"),
+        (odd, "int4", None, "multiples of 32, and no layer has; ask for int8"),
+        (odd, "int8-auto-round", None, "int8-auto-round needs widths that are multiples of 32, and no layer has"),
+        (widths, "int8", 64, "one scale for each channel"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            plan_groups(layers, scheme, group_size)
 
 
 def test_rounding_by_hand() -> None:
@@ -291,14 +294,15 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(quantize, "_run_child", never)
     ids = probe_ids()
-    with pytest.raises(RequestError, match="64 does not divide the width"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=ids, iterations=1, group_size=64)
-    with pytest.raises(RequestError, match="unknown quantization 'int3'"):
-        quantize_package(source, tmp_path / "p", "int3", calibration=ids, iterations=1)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="needs calibration data"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=None, iterations=1)
-    with pytest.raises(RequestError, match="holds no text"):
-        quantize_package(source, tmp_path / "p", "int4", calibration=[""], iterations=1)
+    for scheme, calibration, group_size, reason in (
+        ("int4", ids, 64, "64 does not divide the width"),
+        ("int3", ids, None, "unknown quantization 'int3'"),
+        ("int4", None, None, "needs calibration data"),
+        ("int4", [""], None, "holds no text"),
+    ):
+        options = {"calibration": calibration, "group_size": group_size}
+        with pytest.raises(RequestError, match=reason):
+            quantize_package(source, tmp_path / "p", scheme, iterations=1, **options)  # type: ignore[arg-type]
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "thesis.txt").touch()
     with pytest.raises(RequestError, match="holds something else"):
@@ -308,24 +312,16 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
 def test_a_network_of_odd_widths_is_int8_throughout(tmp_path: Path) -> None:
     model = tiny_llama(hidden_size=40, intermediate_size=56, head_dim=10, num_hidden_layers=2)
     architecture = Architecture(40, (LayerSizes(4, 2, 56), LayerSizes(4, 2, 40)))
-    entry = {"name": "best", "architecture": architecture.to_dict()}
-    write_package(
-        cut(model, architecture),
-        tmp_path / "best",
-        tokenizer=tiny_tokenizer(),
-        entry=entry,
-        dtype=torch.float32,
-        probe_ids=probe_ids(),
-    )
-    made = quantize_package(tmp_path / "best", tmp_path / "int8", "int8", calibration=probe_ids(), iterations=1)
-    assert len([what for what in made.exceptions.values() if "INT8" in what]) == 14 and made.bits_per_weight < 9
-    result = check(made.package.path)
-    assert result["mean_abs_logprob_difference"] <= 0.05
+    write_tiny(tmp_path / "best", architecture, cut(model, architecture))
+    package = quantize_package(tmp_path / "best", tmp_path / "int8", "int8", calibration=probe_ids(), iterations=1)
+    report = package.entry.quantization_report
+    assert len([what for what in report.exceptions.values() if "INT8" in what]) == 14 and report.bits_per_weight < 9
+    assert check(package.folder)["mean_abs_logprob_difference"] <= 0.05
 
 
-def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, Quantized], tmp_path: Path) -> None:
+def test_a_quantized_package_is_not_quantized_again(quantized: dict[str, PackageRecord], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="already quantized"):
-        quantize_package(quantized["int8"].package.path, tmp_path / "p", "int4", calibration=probe_ids(), iterations=0)
+        quantize_package(quantized["int8"].folder, tmp_path / "p", "int4", calibration=probe_ids(), iterations=0)
 
 
 def test_a_failing_child_says_why(source: Path, tmp_path: Path) -> None:
@@ -359,27 +355,21 @@ def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
     ids = AutoTokenizer.from_pretrained(base)(texts[-1]).input_ids[:96]
     dtype = torch.bfloat16 if checkpoint == "prose-7m" else torch.float32
     source, reference = tmp_path / "base", tmp_path / "reference.safetensors"
-    write_package(
-        model,
-        source,
-        tokenizer=base,
-        entry={"name": checkpoint, "architecture": base_architecture(model.config).to_dict()},
-        dtype=dtype,
-        probe_ids=torch.tensor(ids).view(3, 32),
-        reference=reference,
-    )
-    made = quantize_packages(
+    options = {"tokenizer": base, "dtype": dtype, "probe_ids": torch.tensor(ids).view(3, 32), "reference": reference}
+    write_tiny(source, base_architecture(model.config), model, **options)
+    quantized = quantize_packages(
         source,
         {scheme: tmp_path / scheme for scheme in ("int8", "int4")},
         calibration=pack_texts(source, texts, 128)[:8],
         iterations=0,
     )
-    results = verify_all([(source, reference), *((q.package.path, reference) for q in made)])
+    results = verify_all([(source, reference), *((package.folder, reference) for package in quantized)])
     assert results[0]["max_abs_logit_difference"] <= results[0]["tolerance"]
     for result, limit in zip(results[1:], (0.05, 0.3), strict=True):
         assert result["mean_abs_logprob_difference"] < limit
-    fallen = [name for name, what in made[1].exceptions.items() if "INT8" in what]
+    int8, int4 = (package.entry for package in quantized)
+    fallen = [name for name, what in int4.quantization_report.exceptions.items() if "INT8" in what]
     assert len(fallen) == (15 if checkpoint == "stories260K" else 0)
     if not fallen:
-        assert made[0].bytes < 0.32 * 4 * made[0].package.params
-        assert made[1].bytes < 0.23 * 4 * made[1].package.params
+        assert int8.bytes < 0.32 * 4 * int8.params
+        assert int4.bytes < 0.23 * 4 * int4.params

@@ -177,11 +177,11 @@ def test_saved_packages_reload_as_they_were(model: PreTrainedModel, tmp_path: Pa
     for name, chosen in (("uneven", architecture), ("uniform", uniform)):
         standalone = extract(model, supernet.structure, chosen)
         entry = {"name": name, "architecture": chosen.to_dict()}
-        info = write_package(
+        package = write_package(
             standalone, tmp_path / name, tokenizer=tiny_tokenizer(), entry=entry, dtype=torch.float32, probe_ids=IDS
         )
-        assert info.layout == name
-        reloaded = AutoModelForCausalLM.from_pretrained(info.path, trust_remote_code=name == "uneven").eval()
+        assert package.entry.layout == name
+        reloaded = AutoModelForCausalLM.from_pretrained(package.folder, trust_remote_code=name == "uneven").eval()
         assert_close(logits(reloaded), logits(standalone))
     model.save_pretrained(tmp_path / "base")
     assert stored_names(tmp_path / "uniform") == stored_names(tmp_path / "base")

@@ -46,11 +46,11 @@ def test_a_narrower_residual_is_exact_or_refused(name: str, tmp_path: Path) -> N
         assert supernet.structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
         if number == 0:
             entry = {"name": "narrow", "architecture": architecture.to_dict()}
-            info = write_package(
+            write_package(
                 standalone, tmp_path / "narrow", tokenizer=tiny_tokenizer(), entry=entry, dtype=torch.float32,
                 probe_ids=IDS,
             )  # fmt: skip
-            reloaded = AutoModelForCausalLM.from_pretrained(info.path, trust_remote_code=True).eval()
+            reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", trust_remote_code=True).eval()
             assert_close(logits(reloaded), logits(standalone))
     assert torch.equal(logits(model), before)
 

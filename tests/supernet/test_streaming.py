@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.package import write_package
-from export.package_record import check_files, read_record
+from export.package_record import check_files
 from export.verify import check
 from supernet.families import describe
 from supernet.slicing import extract
@@ -52,7 +52,7 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
     streamed = StreamedNetwork(tmp_path / "base", model.config, structure, UNEVEN)
     found = {}
     for name, network in (("built", cut(model.float(), UNEVEN)), ("streamed", streamed)):
-        info = write_package(
+        package = write_package(
             network,
             tmp_path / name,
             tokenizer=tiny_tokenizer(),
@@ -62,21 +62,21 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
             reference=tmp_path / f"{name}.safetensors",
             max_shard_bytes=60_000,
         )
-        check_files(info.path)
-        found[name] = info
-    assert found["built"].bytes == pytest.approx(found["streamed"].bytes, abs=200)  # headers
-    for name, tensor in weights_of(found["built"].path).items():
-        assert torch.equal(weights_of(found["streamed"].path)[name], tensor)
+        check_files(package.folder)
+        found[name] = package
+    assert found["built"].entry.bytes == pytest.approx(found["streamed"].entry.bytes, abs=200)  # headers
+    for name, tensor in weights_of(found["built"].folder).items():
+        assert torch.equal(weights_of(found["streamed"].folder)[name], tensor)
     others = [
-        {name: digest for name, digest in info.files.items() if "safetensors" not in name} for info in found.values()
+        {name: file for name, file in package.files.items() if "safetensors" not in name} for package in found.values()
     ]
     assert others[0] == others[1] and len(others[0]) > 5
     built, other = (load_file(tmp_path / f"{name}.safetensors")["logits"] for name in found)
     assert_close(other, built)
     # Not only the same: the streamed one is proved, by logits that no built network had a part in.
-    result = check(found["streamed"].path, tmp_path / "streamed.safetensors")
+    result = check(found["streamed"].folder, tmp_path / "streamed.safetensors")
     assert result["max_abs_logit_difference"] <= result["tolerance"]
-    assert read_record(found["streamed"].path)["entry"]["params"] == structure.parameters(UNEVEN)
+    assert found["streamed"].entry.params == structure.parameters(UNEVEN)
 
 
 def test_one_layer_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

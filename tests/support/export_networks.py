@@ -1,12 +1,21 @@
-"""Tiny networks and a tiny tokenizer for the tests of packages."""
+"""Tiny networks, a tiny tokenizer and tiny packages of them for the tests of packages."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from export.layouts.table import write_layout
+from export.package_record import RECORD, PackageRecord
+from export.shards import FileRecord
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 from supernet.slicing import extract
@@ -69,3 +78,35 @@ def cut(model: nn.Module, architecture: Architecture) -> nn.Module:
 
 def probe_ids(vocabulary: int = 320, length: int = 24) -> Tensor:
     return torch.randint(vocabulary, (3, length), generator=torch.Generator().manual_seed(5))
+
+
+def write_tiny(
+    destination: Path,
+    architecture: Architecture,
+    network: nn.Module | None = None,
+    layout: str = "uneven",
+    **options: Any,
+) -> PackageRecord:
+    """A package of `network`, or of a tiny Llama cut to `architecture`; `options` are the layout's."""
+    values = {
+        "tokenizer": tiny_tokenizer(),
+        "entry": {"name": destination.name, "architecture": architecture.to_dict()},
+        "dtype": torch.float32,
+        "probe_ids": probe_ids(),
+    }
+    network = network or cut(tiny_llama(), architecture)
+    return write_layout(layout, network, architecture, destination, **values | options)
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[Any]:
+    """The content of a JSON file, written back as the block leaves it; the package's record knows nothing of it."""
+    content = json.loads(file.read_text())
+    yield content
+    file.write_text(json.dumps(content))
+
+
+def record_anew(package: Path, name: str) -> None:
+    """Bring the recorded hash of a file in line with its content: only the content can give an edit away."""
+    with edited(package / RECORD) as record:
+        record["files"][name] = FileRecord.of(package / name).model_dump()

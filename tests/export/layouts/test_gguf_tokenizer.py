@@ -10,14 +10,14 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from export.layouts.gguf_tokenizer import sample_texts, tokenizer_kind
-from export.layouts.llama_cpp import check_gguf
-from export.layouts.table import write_layout
-from export.package_record import PackageInfo, read_record
+from export.layouts.gguf.runtime import check_gguf
+from export.layouts.gguf.tokenizer import sample_texts, tokenizer_kind
+from export.package_record import PackageRecord
 from supernet.common.errors import RequestError, VerificationError
-from tests.support.export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 
 pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -25,43 +25,36 @@ SPLIT = (
 )
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), BYTES])
 WITH_MARKS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-ONE_DIGIT = Regex(SPLIT.replace("{1,3}", ""))
+
+
+def isolated(pattern: str) -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES])
+
+
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS])
 RULES: dict[str, tuple[Any, Any, bool]] = {  # pre-tokenizer, normalizer, whole words
     "gpt2": (WORDS, None, False),
     "gpt_neox": (WORDS, normalizers.NFC(), False),
-    "starcoder2, granite": (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
-        None,
-        False,
-    ),
-    "olmo2": (LLAMA3, None, False),
-    "llama 3, smollm3": (LLAMA3, None, True),
-    "qwen": (
-        pre_tokenizers.Sequence([pre_tokenizers.Split(ONE_DIGIT, "isolated"), BYTES]),
-        normalizers.NFC(),
-        False,
-    ),
+    "starcoder2, granite": (DIGITS, None, False),
+    "olmo2": (isolated(SPLIT), None, False),
+    "llama 3, smollm3": (isolated(SPLIT), None, True),
+    "qwen": (isolated(SPLIT.replace("{1,3}", "")), normalizers.NFC(), False),
+    "qwen3.5, composed": (isolated(WITH_MARKS), normalizers.NFC(), False),
+    "qwen3.5": (isolated(WITH_MARKS), None, False),
 }
-RULES["qwen3.5, composed"] = (
-    pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WITH_MARKS), "isolated"), BYTES]),
-    normalizers.NFC(),
-    False,
-)
-RULES["qwen3.5"] = (RULES["qwen3.5, composed"][0], None, False)
 UNDERLINE = normalizers.Replace(" ", "▁")
 UNDERLINED = normalizers.Sequence([normalizers.Prepend("▁"), UNDERLINE])
 TEXTS = [*sample_texts(), "the Brownies and Brownies"]
 
 
-def write(destination: Path, tokenizer: Any, texts: list[str]) -> PackageInfo:
+def write(destination: Path, tokenizer: Any, texts: list[str]) -> PackageRecord:
     model = cut(tiny_llama(vocab_size=max(320, len(tokenizer) + 3)), EVEN)
-    options = {"tokenizer": tokenizer, "entry": {"name": "best", "architecture": EVEN.to_dict()}, "texts": texts}
-    return write_layout("gguf-f32", model, EVEN, destination, probe_ids=probe_ids()[:1], **options)
+    options = {"tokenizer": tokenizer, "texts": texts, "probe_ids": probe_ids()[:1]}
+    return write_tiny(destination, EVEN, model, layout="gguf-f32", **options)
 
 
 def tokenizer_of(model: Any, pre: Any, normalizer: Any) -> PreTrainedTokenizerFast:
@@ -88,21 +81,18 @@ def trained(pre: Any, first: list[str], **options: Any) -> tuple[dict[str, int],
 
 @pytest.mark.parametrize("name", RULES)
 def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     pre, normalizer, whole_words = RULES[name]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary, merges = trained(pre, ["<s>", "</s>"], initial_alphabet=alphabet)
     vocabulary["ĠBrownies"] = len(vocabulary)  # which no merge leads to
     tokenizer = tokenizer_of(models.BPE(vocabulary, merges, ignore_merges=whole_words), pre, normalizer)
     assert (vocabulary["ĠBrownies"] in tokenizer(TEXTS[-1]).input_ids) == whole_words
-    info = write(tmp_path / "p", tokenizer, TEXTS)
-    result = check_gguf(info.path, read_record(info.path))
+    result = check_gguf(write(tmp_path / "p", tokenizer, TEXTS))
     assert result["tokenizer_equal"] == 401 and ("tokenized" in result) == (normalizer is not None)
 
 
 @pytest.mark.parametrize("name", ["llama, phi3, mixtral", "gemma"])
 def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp")
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
     vocabulary, merges = trained(spaces, first, limit_alphabet=60)  # what is left out takes the bytes
@@ -115,27 +105,24 @@ def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
     tokenizer.unk_token = "<unk>"
     ids = tokenizer(TEXTS[-1]).input_ids
     assert tokenizer.convert_ids_to_tokens(ids[:1])[0].startswith("▁") == (name != "gemma")
-    info = write(tmp_path / "p", tokenizer, TEXTS)
-    assert check_gguf(info.path, read_record(info.path))["tokenizer_equal"] == 401
+    assert check_gguf(write(tmp_path / "p", tokenizer, TEXTS))["tokenizer_equal"] == 401
 
 
 def test_composed_text_is_compared(tmp_path: Path) -> None:
     """llama.cpp does not compose characters: where the tokenizer does, both agree on text that is composed."""
     tokenizer, text = tiny_tokenizer(), "cafe\u0301"
-    record = read_record(write(tmp_path / "raw", tokenizer, [text]).path)
-    assert record["probe"]["tokenization"][-1] == [text, tokenizer(text).input_ids]
+    probe = write(tmp_path / "raw", tokenizer, [text]).probe
+    assert probe.tokenization[-1] == (text, tokenizer(text).input_ids) and not probe.composed
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    record = read_record(write(tmp_path / "composed", tokenizer, [text]).path)
-    assert record["probe"]["tokenization"][-1] == ["caf\u00e9", tokenizer(text).input_ids]
-    assert record["probe"]["composed"]
+    probe = write(tmp_path / "composed", tokenizer, [text]).probe
+    assert probe.tokenization[-1] == ("caf\u00e9", tokenizer(text).input_ids) and probe.composed
 
 
 def test_another_tokenization_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xllamacpp")
-    monkeypatch.setattr("export.layouts.gguf_tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
-    info = write(tmp_path / "p", tiny_tokenizer(["in 2024 and 1999 "] * 50), ["it was 1999"])
+    monkeypatch.setattr("export.layouts.gguf.tokenizer.tokenizer_kind", lambda described: ("gpt2", "smollm"))
+    package = write(tmp_path / "p", tiny_tokenizer(["in 2024 and 1999 "] * 50), ["it was 1999"])
     with pytest.raises(VerificationError, match=r"llama\.cpp tokenizes"):
-        check_gguf(info.path, read_record(info.path))
+        check_gguf(package)
 
 
 def test_kinds_of_tokenizers() -> None:

@@ -15,36 +15,25 @@ import torch
 from export.layouts import graphs
 from export.layouts.graphs import FAMILIES, REFUSED, Graph, check_family, check_graph, measure_speed
 from export.layouts.installed import EXTRAS
-from export.layouts.table import write_layout
-from export.package_record import PackageInfo, check_files, read_record
+from export.package_record import PackageRecord, check_files, read_record
 from export.verify import verify
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe, families
 from supernet.slicing import extract
 from supernet.trust import load_tokenizer
-from tests.support.export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 from tests.support.tiny_families import assert_close, tiny_network
 
 KEY_VALUE_HEADS, HEAD_DIM = [2, 1, 2], 16
 
 
-def write(layout: str, destination: Path, **options: Any) -> PackageInfo:
-    values: dict[str, Any] = {
-        "tokenizer": tiny_tokenizer(),
-        "entry": {"name": "best", "architecture": UNEVEN.to_dict()},
-        "dtype": torch.bfloat16,
-        "probe_ids": probe_ids(),
-    }
-    network = cut(tiny_llama(), UNEVEN)
-    return write_layout(layout, network, UNEVEN, destination, **values | options)
-
-
 @pytest.fixture(scope="module", params=["onnx", "openvino"])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackageInfo:
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackageRecord:
     for module in EXTRAS[request.param]:
         pytest.importorskip(module)
-    return write(request.param, tmp_path_factory.mktemp("packages") / request.param, card="# A card\n")
+    folder = tmp_path_factory.mktemp("packages") / request.param
+    return write_tiny(folder, UNEVEN, layout=request.param, dtype=torch.bfloat16, card="# A card\n")
 
 
 @pytest.mark.parametrize(("number", "family"), enumerate(sorted({*FAMILIES, *REFUSED})))
@@ -61,14 +50,13 @@ def test_every_family(number: int, family: str, tmp_path: Path) -> None:
     network = extract(model, structure, architecture)
     layouts = ("onnx", "openvino") if "COMPRESSOR_ALL_GRAPHS" in os.environ else (("onnx", "openvino")[number % 2],)
     for layout in layouts:
-        options = {"tokenizer": tiny_tokenizer(), "entry": {"name": "p", "architecture": architecture.to_dict()}}
+        options = {"layout": layout, "probe_ids": None}  # random ids: its vocabulary is not the tests'
         if family in REFUSED:
             with pytest.raises(RequestError, match=f"--format {layout} does not hold {family} networks: "):
-                write_layout(layout, network, architecture, tmp_path / layout, dtype=torch.float32, **options)
+                write_tiny(tmp_path / layout, architecture, network, **options)
             continue
-        made = write_layout(layout, network, architecture, tmp_path / layout, dtype=torch.float32, **options)
-        found = check_graph(made.path, read_record(made.path))
-        assert found["max_abs_logprob_difference"] <= found["tolerance"] < 1e-3
+        claims = check_graph(write_tiny(tmp_path / layout, architecture, network, **options))
+        assert claims["max_abs_logprob_difference"] <= claims["tolerance"] < 1e-3
 
 
 def test_every_family_of_the_project_is_known() -> None:
@@ -85,21 +73,23 @@ def as_stored() -> Any:
     return network
 
 
-def test_a_fresh_process_proves_it(written: PackageInfo) -> None:
-    check_files(written.path)
+def test_a_fresh_process_proves_it(written: PackageRecord) -> None:
+    folder, entry = written.folder, written.entry
+    check_files(folder)
     graph = {"onnx": {"model.onnx", "model.onnx.data"}, "openvino": {"openvino_model.xml", "openvino_model.bin"}}
-    files = {"export.json", "compression.json", "README.md"} | graph[written.layout]
-    assert {f.name for f in written.path.iterdir() if not f.name.startswith(("tokenizer", "chat"))} == files
-    assert written.bytes > 4 * written.params and written.quantization is None
-    found = verify(written.path, record=True)
-    assert found["max_abs_logprob_difference"] <= found["tolerance"] < 1e-3
-    assert found["padding_equal"] and found["cached_generation_equal"] and found["tokenizer_equal"]
-    assert found["runtime"].startswith({"onnx": "onnxruntime (1.", "openvino": "openvino (20"}[written.layout])
-    assert load_tokenizer(written.path)("Anna gave").input_ids == tiny_tokenizer()("Anna gave").input_ids
+    files = {"export.json", "compression.json", "README.md"} | graph[entry.layout]
+    assert {f.name for f in folder.iterdir() if not f.name.startswith(("tokenizer", "chat"))} == files
+    assert entry.bytes > 4 * entry.params and entry.quantization is None
+    assert (entry.cache.key_value_heads, entry.cache.head_dim) == (KEY_VALUE_HEADS, HEAD_DIM)
+    claims = verify(folder, record=True)
+    assert claims["max_abs_logprob_difference"] <= claims["tolerance"] < 1e-3
+    assert claims["padding_equal"] and claims["cached_generation_equal"] and claims["tokenizer_equal"]
+    assert claims["runtime"].startswith({"onnx": "onnxruntime (1.", "openvino": "openvino (20"}[entry.layout])
+    assert load_tokenizer(folder)("Anna gave").input_ids == tiny_tokenizer()("Anna gave").input_ids
 
 
-def test_any_batch_and_length(written: PackageInfo) -> None:
-    network, graph = as_stored(), Graph(written.path, written.layout, KEY_VALUE_HEADS, HEAD_DIM)
+def test_any_batch_and_length(written: PackageRecord) -> None:
+    network, graph = as_stored(), Graph(written)
     for batch, length in ((1, 1), (1, 7), (5, 2), (3, 40)):
         ids = torch.randint(320, (batch, length), generator=torch.Generator().manual_seed(length))
         with torch.no_grad():
@@ -109,13 +99,13 @@ def test_any_batch_and_length(written: PackageInfo) -> None:
         assert_close(torch.cat([first, second], 1), expected)
 
 
-def test_onnx_runtime_runs_it_by_names(tmp_path: Path, written: PackageInfo) -> None:
+def test_onnx_runtime_runs_it_by_names(tmp_path: Path, written: PackageRecord) -> None:
     """Without transformers: what another program would do."""
-    if written.layout != "onnx":
+    if written.entry.layout != "onnx":
         pytest.skip("of the onnx layout")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(written.path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(written.folder / "model.onnx", providers=["CPUExecutionProvider"])
     ids = probe_ids()
     feed = {
         "input_ids": ids.numpy(),
@@ -131,13 +121,13 @@ def test_onnx_runtime_runs_it_by_names(tmp_path: Path, written: PackageInfo) -> 
         assert_close(torch.from_numpy(logits), as_stored()(input_ids=ids).logits)
 
 
-def test_its_speed_is_measured_in_its_runtime(written: PackageInfo) -> None:
-    speed = measure_speed(written.path, read_record(written.path), prompt=8, new=4, threads=1, repeats=1)
-    assert speed.runtime == EXTRAS[written.layout][-1] and speed.prefill_tps > 0 and speed.decode_tps > 0
+def test_its_speed_is_measured_in_its_runtime(written: PackageRecord) -> None:
+    speed = measure_speed(written, prompt=8, new=4, threads=1, repeats=1)
+    assert speed.runtime == EXTRAS[written.entry.layout][-1] and speed.prefill_tps > 0 and speed.decode_tps > 0
 
 
-def test_other_weights_are_found(tmp_path: Path, written: PackageInfo) -> None:
-    package = shutil.copytree(written.path, tmp_path / "package")
+def test_other_weights_are_found(tmp_path: Path, written: PackageRecord) -> None:
+    package = shutil.copytree(written.folder, tmp_path / "package")
     (file,) = [*package.glob("*.data"), *package.glob("*.bin")]
     content = bytearray(file.read_bytes())
     floats = np.frombuffer(content, np.float32, len(content) // 8)
@@ -147,7 +137,7 @@ def test_other_weights_are_found(tmp_path: Path, written: PackageInfo) -> None:
         check_files(package)
     # OpenVINO keeps sizes between the weights, and may not even start.
     with pytest.raises(VerificationError, match=r"log-probabilities differ by up to|openvino does not run it"):
-        check_graph(package, read_record(package))
+        check_graph(read_record(package))
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,5 +153,5 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path: Path, monkeypa
     assert "\n" not in str(refused.value)
     monkeypatch.setitem(EXTRAS, "onnx", ("no_such_module",))
     with pytest.raises(RequestError, match=r"--format onnx needs the extra: pip install 'nas-compressor\[onnx\]'"):
-        write("onnx", tmp_path / "p")
+        write_tiny(tmp_path / "p", UNEVEN, layout="onnx")
     assert not list(tmp_path.iterdir())

@@ -12,13 +12,12 @@ import torch
 
 from export.layouts import padded as padding
 from export.layouts.padded import pad, padded_sizes
-from export.layouts.table import write_layout
 from export.verify import check
 from supernet import families
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.slicing import extract
-from tests.support.export_networks import UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import UNEVEN, cut, probe_ids, tiny_llama, write_tiny
 from tests.support.tiny_families import CONFIGS, IDS, assert_close, logits, random_architecture, tiny_network
 
 
@@ -86,20 +85,11 @@ def test_narrow_key_value_heads_are_repeated() -> None:
 def test_a_padded_package_equals_the_uneven_network(tmp_path: Path) -> None:
     network = cut(tiny_llama(), UNEVEN)
     entry = {"name": "best", "architecture": UNEVEN.to_dict(), "params": sum(p.numel() for p in network.parameters())}
-    info = write_layout(
-        "padded",
-        network,
-        UNEVEN,
-        tmp_path / "best-padded",
-        tokenizer=tiny_tokenizer(),
-        entry=entry,
-        dtype=torch.bfloat16,
-        probe_ids=probe_ids(),
-        reference=tmp_path / "reference.safetensors",
-    )
-    assert info.layout == "padded" and info.architecture == UNEVEN and info.params > entry["params"]
-    assert not list(info.path.glob("*.py"))
-    result = check(info.path, tmp_path / "reference.safetensors")
+    options = {"entry": entry, "dtype": torch.bfloat16, "reference": tmp_path / "reference.safetensors"}
+    package = write_tiny(tmp_path / "best-padded", UNEVEN, network, layout="padded", **options)
+    assert (package.entry.layout, package.entry.architecture) == ("padded", UNEVEN)
+    assert package.entry.params > entry["params"] and not list(package.folder.glob("*.py"))
+    result = check(package.folder, tmp_path / "reference.safetensors")
     assert result["max_abs_logit_difference"] <= result["tolerance"] and not result["remote_code"]
 
 

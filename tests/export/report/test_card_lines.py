@@ -7,13 +7,11 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 
 from export.layouts.installed import EXTRAS
-from export.layouts.table import write_layout
 from export.package_record import read_record
 from export.quantization.quantize import quantize_package
-from tests.support.export_networks import EVEN, UNEVEN, cut, tiny_llama, tiny_tokenizer
+from tests.support.export_networks import EVEN, UNEVEN, cut, tiny_llama, write_tiny
 from tests.support.report_helpers import card_of, code_block, minimal_report
 
 PROMPT = "Anna gave the red ball"
@@ -28,22 +26,16 @@ def test_the_cards_lines_load_the_package_and_write(
     for module in EXTRAS.get(layout.partition("-")[0], ()):
         pytest.importorskip(module)
     architecture = EVEN if layout == "uniform" else UNEVEN
-    options = {
-        "tokenizer": tiny_tokenizer(),
-        "entry": {"name": "best", "architecture": architecture.to_dict()},
-        "dtype": torch.float32,
-    }
     quantized = layout.startswith("int")
     network = cut(tiny_llama(head_dim=32, max_position_embeddings=256), architecture)
     folder = tmp_path / "path/to/best"
     written = tmp_path / "source" if quantized else folder
-    write_layout("uneven" if quantized else layout, network, architecture, written, **options)
+    write_tiny(written, architecture, network, layout="uneven" if quantized else layout)
     if quantized:
         quantize_package(written, folder, layout, calibration=None, iterations=0)  # type: ignore[arg-type]
-    entry = read_record(folder)["entry"]
+    entry = read_record(folder).entry
     data = minimal_report()
-    kept = {key: value for key, value in entry.items() if key not in ("verified", "path", "name")}
-    data["packages"][0] |= kept
+    data["packages"][0] |= entry.model_dump(exclude_unset=True, exclude={"verified", "path", "name"})
     data["base"]["architecture"] = {"hidden_size": 64, "layers": EVEN.to_dict()["layers"]}
     data["samples"] = [{"prompt": PROMPT, "continuations": {"base": "?"}}]
     monkeypatch.chdir(tmp_path)
@@ -53,4 +45,4 @@ def test_the_cards_lines_load_the_package_and_write(
     assert len(printed.getvalue()) > 20
     if not layout.startswith("gguf"):  # llama.cpp's answer is without the prompt
         assert printed.getvalue().startswith(PROMPT)
-    assert entry["layout"] == ("uneven" if quantized else layout.partition("-")[0])
+    assert entry.layout == ("uneven" if quantized else layout.partition("-")[0])

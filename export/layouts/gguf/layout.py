@@ -1,10 +1,10 @@
 """The gguf layout: one file for llama.cpp, weights and tokenizer, written with the `gguf` package.
 
 Networks that the plain class holds go under the family's own architecture name. Uneven ones go under `deci`, whose
-sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp mis-executes a `deci` layer with
-attention and no FFN, so such a layer gets a narrow FFN of zeros, which adds nothing.
+sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp computes a `deci` layer that has
+attention and no FFN wrongly, so such a layer gets a narrow FFN of zeros, which adds nothing.
 
-What a family's parameters are called and how their values change stands in `export.layouts.gguf_families`.
+What a family's parameters are called and how their values change is in `export.layouts.gguf.families`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.layouts.gguf_checks import check_network, table_of
-from export.layouts.gguf_families import GGUFFamily, Header
-from export.layouts.gguf_tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
-from export.package import check_destination, staged
-from export.package_record import CARD, PackageInfo, path_in_run, read_package, write_record
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.layouts.gguf.checks import check_network, table_of
+from export.layouts.gguf.families import GGUFFamily, Header
+from export.layouts.gguf.tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
+from export.package import check_destination, package_draft
+from export.package_record import PackageRecord, read_record
+from export.probe import default_ids, greedy, logits_of, make_probe, stored_network
 from export.shards import weight_bytes
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.common.versions import versions
 from supernet.families import head_dim
+from supernet.trust import load_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 QUANTIZED = ("q8_0", "q4_0")
@@ -39,100 +45,93 @@ BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 
 def write(
-    model: nn.Module,
+    model: PreTrainedModel,
     architecture: Architecture,
     destination: Path,
     *,
-    tokenizer: Any,
-    entry: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | Path,
+    entry: Mapping[str, object],
     gguf_type: str = "f16",
-    dtype: Any = None,
-    lineage: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    lineage: Mapping[str, object] | None = None,
     probe_ids: Tensor | None = None,
     texts: Sequence[str] = (),
     card: str | None = None,
     reference: Path | None = None,
-) -> PackageInfo:
-    """Write a standalone model as `model-TYPE.gguf` with compression.json beside it.
+) -> PackageRecord:
+    """Write a standalone model as `model-TYPE.gguf` with compression.json beside it; returns the package's record.
 
     Weights whose rows are no multiple of 32 stay f16 in the quantized types, and so are listed; embeddings and head
     are never below 8 bits. `texts` are compared between the two tokenizers besides fixed ones. `dtype` is the base's:
-    weights are rounded to it first, so that the file holds what the other packages hold.
+    weights are rounded to it first, so that the file holds what the other packages hold. `reference` is not used.
 
     Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
     """
-    import torch
-
-    from export import probe as probes
-
+    # 1. Refuse what llama.cpp cannot compute, before anything is computed or written.
     if gguf_type not in TYPES:
         raise RequestError(f"unknown gguf type '{gguf_type}'; known are: {', '.join(TYPES)}")
-    config: Any = model.config
+    config = model.config
     check_network(config, dict(model.named_parameters()))
     params = sum(p.numel() for p in model.parameters())
     needed = params * (4 if gguf_type == "f32" else 2) + 2**24
     check_destination(destination, needed)
     if isinstance(tokenizer, Path):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        tokenizer = load_tokenizer(tokenizer)
     check_tokenizer(tokenizer)
-    network = probes.stored_network(model, dtype or torch.float32)
+    # 2. What transformers says of the weights as the file holds them.
+    network = stored_network(model, dtype)
     family = table_of(config)
-    header = _header(config, family, architecture)
+    header = {**_header(config, family, architecture), "name": str(entry["name"])}
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
-    ids = (probe_ids if probe_ids is not None else probes.default_ids(config))[:, :context]
+    ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
     held = _as_held(network, gguf_type)
-    logits = probes.logits_of(held, ids)
-    with staged(destination, needed) as folder:
-        file = folder / f"model-{gguf_type}.gguf"
-        header["name"] = str(entry["name"])
+    probe = make_probe(
+        logits_of(held, ids),
+        ids,
+        tokenizer,
+        tokenization=tokenization(tokenizer, [*sample_texts(), *texts]),
+        composed=composes(tokenizer),
+        greedy=greedy(held, ids, context),
+        exact_to="f16" if family.half_activation and gguf_type == "f32" else gguf_type,
+    )
+    # 3. The file, and what it costs.
+    with package_draft(destination, needed, entry=entry, lineage=lineage, card=card) as draft:
+        file = draft.folder / f"model-{gguf_type}.gguf"
         matrices = _write_file(file, network, architecture, header, tokenizer, gguf_type)
-        if card is not None:
-            (folder / CARD).write_text(card, encoding="utf-8")
-        probe = probes.make_probe(logits, ids, tokenizer)
-        probe["tokenization"] = tokenization(tokenizer, [*sample_texts(), *texts])
-        probe["composed"] = composes(tokenizer)
-        prompt = ids[:1, : max(1, ids.shape[1] // 2)]
-        probe["greedy"] = probes.greedy(held, prompt, min(12, context - prompt.shape[1]))
-        probe["exact_to"] = "f16" if family.half_activation and gguf_type == "f32" else gguf_type
-        own = {
-            **entry,
-            "path": path_in_run(destination),
-            "layout": "gguf",
-            "file": file.name,
-            "quantization": gguf_type if gguf_type in QUANTIZED else None,
-            "architecture": architecture.to_dict(),
-            "params": params,
-            "bytes": weight_bytes(folder),
-        }
+        draft.probe = probe
+        draft.lineage["gguf"] = {"type": gguf_type, **versions(("gguf",))}
+        draft.entry |= {"layout": "gguf", "file": file.name, "quantization": None, "params": params}
         if gguf_type in QUANTIZED:
-            in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
-            own["quantization_report"] = {
-                "scheme": gguf_type,
-                "group_size": BLOCK,
-                "iterations": 0,
-                "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
-                "bits_per_parameter": 8 * weight_bytes(folder) / params,
-                "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
-            }
-        origin = {**(lineage or {}), "gguf": {"type": gguf_type, **versions(("gguf",))}}
-        write_record(folder, entry=own, lineage=origin, probe=probe)
-    return read_package(destination)
+            bits_per_parameter = 8 * weight_bytes(draft.folder) / params
+            report = _quantization_report(matrices, gguf_type, bits_per_parameter)
+            draft.entry |= {"quantization": gguf_type, "quantization_report": report}
+    return read_record(destination)
 
 
-def _as_held(network: nn.Module, gguf_type: str) -> nn.Module:
+def _quantization_report(
+    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits_per_parameter: float
+) -> dict[str, object]:
+    """The fields of a `QuantizationReport`, from every matrix's type and number of weights."""
+    in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
+    return {
+        "scheme": gguf_type,
+        "group_size": BLOCK,
+        "iterations": 0,
+        "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
+        "bits_per_parameter": bits_per_parameter,
+        "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
+    }
+
+
+def _as_held(network: PreTrainedModel, gguf_type: str) -> PreTrainedModel:
     """The network with its weights rounded as a file of an exact type holds them; as it is for a quantized type.
 
     Returns `network` itself where that changes nothing.
     """
-    import torch
-
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(gguf_type)
     if dtype is None:
         return network
-    config: Any = network.config
-    held, family = copy.deepcopy(network), table_of(config)
+    held, family = copy.deepcopy(network), table_of(network.config)
     for name, parameter in held.named_parameters():
         if parameter.dim() > 1 and not family.stored(name).exact:
             parameter.data = parameter.data.to(dtype).float()
@@ -140,14 +139,18 @@ def _as_held(network: nn.Module, gguf_type: str) -> nn.Module:
 
 
 def _write_file(
-    file: Path, model: nn.Module, architecture: Architecture, header: Header, tokenizer: Any, gguf_type: str
+    file: Path,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    header: Header,
+    tokenizer: PreTrainedTokenizerBase,
+    gguf_type: str,
 ) -> dict[str, tuple[str, int]]:
-    """Returns, for each matrix of the network by its name in the file, its type and how many weights it has."""
-    import numpy as np
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
+    """Write the file. Returns the type and the number of weights of each matrix, by its name in the file."""
+    from gguf import GGMLQuantizationType, GGUFWriter, quants  # an optional dependency
 
-    config: Any = model.config
-    family = table_of(config)
+    config, family = model.config, table_of(model.config)
+    # 1. The header.
     writer = GGUFWriter(file, family.name)
     for key, value in header.items():
         if "." in key:
@@ -155,6 +158,7 @@ def _write_file(
         else:
             getattr(writer, f"add_{key}")(value)
     write_tokenizer(writer, tokenizer, config.vocab_size)
+    # 2. The tensors.
     matrices: dict[str, tuple[str, int]] = {}
 
     def add(name: str, values: Tensor, kind: str) -> None:
@@ -172,6 +176,7 @@ def _write_file(
             add(final, values, kind)
     for final, values in _stand_ins(config, family, architecture).items():
         add(final, values, _type_of(final, tuple(values.shape), gguf_type))
+    # 3. Write both.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -179,7 +184,7 @@ def _write_file(
     return matrices
 
 
-def _header(config: Any, family: GGUFFamily, architecture: Architecture) -> Header:
+def _header(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> Header:
     """The header but for the tokenizer, by the writer's methods (without `add_`)."""
     sizes = _sizes(family, architecture)
     lists = {
@@ -212,12 +217,10 @@ def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
     return sizes
 
 
-def _stand_ins(config: Any, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
-    """Tensors that llama.cpp wants of an uneven network though their half-block is removed: they add nothing."""
-    import torch
-
+def _stand_ins(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
+    """Tensors that llama.cpp requires of an uneven network though their half-block is removed: they add nothing."""
     hidden, width = config.hidden_size, head_dim(config)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def half_block(layer: int, norm: str, inward: Sequence[str], outward: str, between: int) -> dict[str, Tensor]:
         return {
@@ -229,10 +232,10 @@ def _stand_ins(config: Any, family: GGUFFamily, architecture: Architecture) -> d
     if family.listed:
         for index, layer in enumerate(architecture.layers[i] for i in architecture.kept):
             if "mlp" in layer.skip:
-                found |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", BLOCK)
+                tensors |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", BLOCK)
             if "attention" in layer.skip and not index:
-                found |= half_block(index, "attn_norm", ("attn_q", "attn_k", "attn_v"), "attn_output", width)
-    return found
+                tensors |= half_block(index, "attn_norm", ("attn_q", "attn_k", "attn_v"), "attn_output", width)
+    return tensors
 
 
 def _type_of(name: str, shape: tuple[int, ...], gguf_type: str) -> str:
@@ -246,7 +249,7 @@ def _type_of(name: str, shape: tuple[int, ...], gguf_type: str) -> str:
     return gguf_type
 
 
-def _context(config: Any, rope: Mapping[str, Any]) -> int:
+def _context(config: PreTrainedConfig, rope: Mapping[str, Any]) -> int:
     """Positions for which the file computes what transformers does.
 
     Where the family has no layers with windows in llama.cpp, those within a window; with `longrope`, those that
@@ -258,33 +261,31 @@ def _context(config: Any, rope: Mapping[str, Any]) -> int:
     return min(limit for limit in limits if limit)
 
 
-def _rotary(config: Any, rope: Mapping[str, Any]) -> Header:
+def _rotary(config: PreTrainedConfig, rope: Mapping[str, Any]) -> Header:
     """Rotary base, width and scaling; nothing for learned positions."""
-    from gguf import RopeScalingType
+    from gguf import RopeScalingType  # an optional dependency
 
     if not rope:
         return {}
-    found: Header = {
+    header: Header = {
         "rope_freq_base": float(rope["rope_theta"]),
         "rope_dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
     }
     kind = rope.get("rope_type")
     if kind == "linear":
-        found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
+        header |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
     if kind == "longrope":
         original = rope["original_max_position_embeddings"]
         factor = rope.get("factor") or config.max_position_embeddings / original
         attention = rope.get("attention_factor")
         if attention is None:  # LongRoPE (Ding et al. 2024), as transformers computes it
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        found |= {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": attention}
-    return found
+        header |= {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": attention}
+    return header
 
 
-def _rotary_factors(config: Any, rope: Mapping[str, Any]) -> dict[str, Tensor]:
+def _rotary_factors(config: PreTrainedConfig, rope: Mapping[str, Any]) -> dict[str, Tensor]:
     """What each frequency is divided by, where the scaling differs by frequency."""
-    import torch
-
     kind = rope.get("rope_type")
     if kind == "longrope":
         return {f"rope_factors_{length}": torch.tensor(rope[f"{length}_factor"]) for length in ("short", "long")}
@@ -299,18 +300,23 @@ def _rotary_factors(config: Any, rope: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"rope_freqs": (1 / ((1 - smooth) / factor + smooth)).float()}
 
 
-def take_stored_weights(network: nn.Module, package: Path) -> nn.Module:
-    """Give a standalone network (of the same architecture) the values that a gguf package's file holds for it.
+def weight_file(package: Path) -> tuple[Path, str]:
+    """The one file of a gguf package, and its type."""
+    (file,) = package.glob("*.gguf")
+    return file, file.stem.rpartition("-")[2]
 
-    Scores are computed with these in transformers; `export.layouts.llama_cpp.check_gguf` proves that llama.cpp computes
-    the same from the file.
+
+def take_stored_weights(network: PreTrainedModel, package: Path) -> PreTrainedModel:
+    """`network` with the values that the file of a gguf package of the same architecture holds for it.
+
+    Scores are computed with these in transformers; that llama.cpp computes the same from the file is proved by
+    `export.layouts.gguf.runtime.check_gguf`.
     """
     import torch
-    from gguf import GGUFReader, quants
+    from gguf import GGUFReader, quants  # an optional dependency
 
-    (file,) = package.glob("*.gguf")
-    config: Any = network.config
-    family = table_of(config)
+    file, _ = weight_file(package)
+    config, family = network.config, table_of(network.config)
     held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -1,19 +1,22 @@
-"""What llama.cpp cannot compute is refused before anything is written, in one line that says what it is."""
+"""Refusals of what llama.cpp cannot compute, before anything is written, each in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING
 
-from export.layouts.gguf_families import FAMILIES, GGUFFamily
+from export.layouts.gguf.families import FAMILIES, GGUFFamily
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.families import families, head_dim
 from supernet.slicing import standalone_config
 from supernet.trust import UNEVEN_PREFIX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def table_of(config: Any) -> GGUFFamily:
+
+def table_of(config: PreTrainedConfig) -> GGUFFamily:
     """The table for a network, plain or uneven. Raises `RequestError` where there is none."""
     plain = config.model_type.removeprefix(UNEVEN_PREFIX)
     if plain not in FAMILIES:
@@ -24,20 +27,22 @@ def table_of(config: Any) -> GGUFFamily:
     if family.uneven is not None:
         return family.uneven
     if plain == config.model_type:
-        raise RequestError(f"llama.cpp's {family.name} networks have query heads as wide as the residual, all together")
+        raise RequestError(
+            f"llama.cpp's {family.name} networks have query heads that are together as wide as the residual"
+        )
     raise RequestError(
         f"llama.cpp has no architecture for uneven {plain} networks; let one whose layers are alike be picked "
         "(--format uniform,gguf), or use --format padded"
     )
 
 
-def holds_uneven(config: Any) -> bool:
+def holds_uneven(config: PreTrainedConfig) -> bool:
     """Whether networks of this (plain) family may have layers that differ in size."""
     return FAMILIES[config.model_type].uneven is not None
 
 
-def holds(config: Any, architecture: Architecture) -> bool:
-    """Whether a sub-network whose layers are alike has a place in llama.cpp; `config` is the base's."""
+def holds(config: PreTrainedConfig, architecture: Architecture) -> bool:
+    """Whether llama.cpp computes a sub-network whose layers are alike; `config` is the base's."""
     plain = standalone_config(config, architecture)
     try:
         return all(table_of(plain).assumed_of_layers(plain).values())
@@ -45,49 +50,54 @@ def holds(config: Any, architecture: Architecture) -> bool:
         return False
 
 
-def _is_square(config: Any) -> bool:
-    """Whether the query heads are as wide as the residual, all together."""
+def _is_square(config: PreTrainedConfig) -> bool:
+    """Whether all query heads together are as wide as the residual."""
     return bool(head_dim(config) * config.num_attention_heads == config.hidden_size)
 
 
-def check_family(config: Any, parameters: Collection[str]) -> None:
-    """Refuse a family, a parameter or a setting that llama.cpp has no place for: what no choice of sizes changes.
+def check_family(config: PreTrainedConfig, parameters: Collection[str]) -> None:
+    """Refuse a family, a parameter or a setting that llama.cpp does not know: what no choice of sizes changes.
 
-    `parameters` are the names of the network's own. Raises `RequestError` that says what llama.cpp cannot do.
+    `parameters` are the names of the network's parameters. Raises `RequestError` that says what llama.cpp cannot do.
     """
     family = table_of(config)
-    known = families()[family.model_type]
-    theirs = f"llama.cpp's {family.name} networks"
+    networks = f"llama.cpp's {family.name} networks"
+    # 1. Parameters.
     for parameter in parameters:
         family.stored(parameter)
     if not family.listed:
         for parameter in family.missing(parameters, config.num_hidden_layers):
-            raise RequestError(f"{theirs} need {parameter}, which this network has not")
-    if family.head != "either" and (family.head == "own") != (known.head in parameters):
-        head = "a weight of its own" if family.head == "own" else "the embedding"
-        raise RequestError(f"{theirs} have {head} as their output head; this one has not")
+            raise RequestError(f"{networks} need {parameter}, which this one lacks")
+    own_head = families()[family.model_type].head in parameters
+    if family.head != "either" and (family.head == "own") != own_head:
+        head = "a separate weight" if family.head == "own" else "the embedding"
+        raise RequestError(f"{networks} have {head} as their output head; this one does not")
+    # 2. The activation.
     names = ("hidden_activation", "activation_function", "hidden_act")
     activation = next(value for name in names if (value := getattr(config, name, None)))
     if activation not in family.activations:
-        raise RequestError(f"{theirs} have no activation '{activation}'; known are: {', '.join(family.activations)}")
+        raise RequestError(f"{networks} have no activation '{activation}'; known are: {', '.join(family.activations)}")
+    # 3. Rotary embeddings.
     rope = family.rope(config)
     kind = rope.get("rope_type", "default")
     if kind not in family.rotary:
         raise RequestError(
-            f"{theirs} have no rotary embeddings of type '{kind}'; known are: {', '.join(family.rotary)}"
+            f"{networks} have no rotary embeddings of type '{kind}'; known are: {', '.join(family.rotary)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not family.partial:
-        raise RequestError(f"{theirs} rotate whole heads; this one rotates a part of each")
+        raise RequestError(f"{networks} rotate whole heads; this one rotates a part of each")
+    # 4. What else llama.cpp takes for granted.
     for statement, holds in family.assumed(config).items():
         if not holds:
-            raise RequestError(f"{theirs} {statement}; this one does not")
+            raise RequestError(f"{networks} {statement}; this one does not")
 
 
-def check_network(config: Any, parameters: Collection[str]) -> None:
+def check_network(config: PreTrainedConfig, parameters: Collection[str]) -> None:
     """Refuse a cut-out network that llama.cpp does not compute. Raises `RequestError` as `check_family` does."""
     check_family(config, parameters)
     family = table_of(config)
-    theirs = f"llama.cpp's {family.name} networks"
     for statement, holds in family.assumed_of_layers(config).items():
         if not holds:
-            raise RequestError(f"{theirs} {statement}; with the layers that are left this one does not")
+            raise RequestError(
+                f"llama.cpp's {family.name} networks {statement}; with the layers that are left this one does not"
+            )

@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp stores it.
 
-Written where llama.cpp knows its kind, and refused by name otherwise: it knows pre-tokenizers by name only, not by
-their rules. Whether both agree is checked by `export.layouts.llama_cpp.check_gguf`, which asks llama.cpp itself.
+llama.cpp knows pre-tokenizers by name only, not by their rules: a tokenizer whose kind has no name there is refused.
+Whether both agree is checked by `export.layouts.gguf.runtime.check_gguf`, which asks llama.cpp itself.
 
 llama.cpp does not compose characters (NFC), which the tokenizers of Qwen and GPT-NeoX do first: they agree on text that
 is composed already, as nearly all text is, and are compared on such text.
@@ -13,9 +13,16 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supernet.common.errors import RequestError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
+
+Described = Mapping[str, Any]
+"""tokenizer.json, or a part of it."""
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -29,11 +36,12 @@ _QWEN3_5_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
 )
 
 
-def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Add the tokenizer to the header; `vocabulary` is the number of rows that the embedding has."""
-    from gguf import TokenType
+    from gguf import TokenType  # an optional dependency
 
     kind, pre, described = check_tokenizer(tokenizer)
+    # 1. Every token and its type; rows of the embedding that have no token get a name.
     model = described["model"]
     tokens = [f"[unused {i}]" for i in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
@@ -44,6 +52,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     for added in described["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    # 2. Merges: as they are, or as the scores that lead to them.
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
@@ -58,6 +67,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     else:
         writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_token_types(types)
+    # 3. Special tokens, and which of them are added to a text.
     for add, number in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -73,8 +83,11 @@ def write_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def check_tokenizer(tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
-    """What `tokenizer_kind` says of a tokenizer, and its description. Raises `RequestError` as that does."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, Described]:
+    """llama.cpp's names for a tokenizer and its pre-tokenizer, and its tokenizer.json.
+
+    Raises `RequestError` for a tokenizer that llama.cpp does not know.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError("the gguf layout needs a tokenizer.json; this tokenizer has none")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -84,21 +97,20 @@ def check_tokenizer(tokenizer: Any) -> tuple[str, str, dict[str, Any]]:
     return kind, pre, described
 
 
-def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
-    """llama.cpp's names for a tokenizer (tokenizer.json as a dictionary) and its pre-tokenizer.
+def tokenizer_kind(described: Described) -> tuple[str, str]:
+    """llama.cpp's names for a tokenizer, given its tokenizer.json, and its pre-tokenizer.
 
-    Raises `RequestError` that names the part which llama.cpp has no name for.
+    Raises `RequestError` that says which part llama.cpp has no name for.
     """
     model, pre = described["model"], described.get("pre_tokenizer")
     if model["type"] != "BPE":
         raise RequestError(f"llama.cpp knows no tokenizer of type {model['type']} for these networks (gguf needs BPE)")
     steps = _normalizers(described)
     kinds = [step["type"] for step in steps]
-    parts = (pre or {}).get("pretokenizers", [pre] if pre else [])
-    found = [_part(part) for part in parts]
+    rules = [_rule(step) for step in (pre or {}).get("pretokenizers", [pre] if pre else [])]
     if model.get("byte_fallback"):
         underlined = steps in ([_UNDERLINE_FIRST, _UNDERLINE_SPACES], [_UNDERLINE_SPACES])
-        if underlined and found in ([], [" "]):  # Gemma's splits at spaces, of which none are left
+        if underlined and rules in ([], [" "]):  # Gemma's splits at spaces, of which none are left
             return "llama", "default"
         raise RequestError(
             f"llama.cpp knows no byte-fallback tokenizer with the normalizer {kinds} and the pre-tokenizer "
@@ -112,51 +124,51 @@ def tokenizer_kind(described: Mapping[str, Any]) -> tuple[str, str]:
         (_QWEN2_SPLIT, "bytes"): "qwen2",
         (_QWEN3_5_SPLIT, "bytes"): "qwen35",
     }
-    name = names.get(tuple(found))
+    name = names.get(tuple(rules))
     if name is None or kinds not in ([], ["NFC"]):
-        rules = ", ".join(found) or "none"
-        raise RequestError(f"llama.cpp has no name for the pre-tokenizer ({rules}; normalizer {', '.join(kinds)})")
+        described_rules = f"{', '.join(rules) or 'none'}; normalizer {', '.join(kinds)}"
+        raise RequestError(f"llama.cpp has no name for the pre-tokenizer ({described_rules})")
     if whole_words and name != "llama-bpe":
         raise RequestError(f"llama.cpp's pre-tokenizer {name} knows no tokenizer with ignore_merges")
     return "gpt2", name
 
 
-def _normalizers(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _normalizers(described: Described) -> list[Described]:
     """The steps that text goes through before it is split."""
     first = described.get("normalizer")
     return first.get("normalizers", [first]) if first else []
 
 
-def _part(part: Mapping[str, Any]) -> str:
-    """One step of a pre-tokenizer, reduced to what tells it from others."""
-    kind = part["type"]
-    if kind == "ByteLevel" and not part.get("add_prefix_space"):
-        return "bytes+words" if part.get("use_regex", True) else "bytes"
-    if kind == "Digits" and part.get("individual_digits"):
+def _rule(step: Described) -> str:
+    """One step of a pre-tokenizer, reduced to what distinguishes it from others."""
+    kind = step["type"]
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return "bytes+words" if step.get("use_regex", True) else "bytes"
+    if kind == "Digits" and step.get("individual_digits"):
         return "digits"
-    if kind == "Split" and not part.get("invert"):
-        if part.get("behavior") == "Isolated":
-            return str(part["pattern"].get("Regex"))
-        if part.get("behavior") == "MergedWithPrevious":
-            return str(part["pattern"].get("String"))
+    if kind == "Split" and not step.get("invert"):
+        if step.get("behavior") == "Isolated":
+            return str(step["pattern"].get("Regex"))
+        if step.get("behavior") == "MergedWithPrevious":
+            return str(step["pattern"].get("String"))
     return kind
 
 
-def composes(tokenizer: Any) -> bool:
+def composes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer composes characters (NFC) before it splits text."""
     steps = _normalizers(json.loads(tokenizer.backend_tokenizer.to_str()))
     return any(step["type"] == "NFC" for step in steps)
 
 
-def tokenization(tokenizer: Any, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
-    """What a tokenizer makes of texts, composed first where it composes them itself."""
+def tokenization(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
+    """Texts and their token ids. Texts are composed first where the tokenizer composes them itself."""
     if composes(tokenizer):
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
 
 
 def sample_texts(count: int = 200) -> list[str]:
-    """Texts on which tokenizers part: words, digits, contractions, accents, other scripts, code, and spaces between,
+    """Texts on which tokenizers differ: words, digits, contractions, accents, other scripts, code, and spaces between,
     before and behind them. Seeded."""
     rng = random.Random(0)
     words = ["the", "quick", "brown", "Fox", "jumped", "over", "LAZY", "dogs", "didn't", "we've", "I'll", "Anna's"]

@@ -1,9 +1,8 @@
 """How llama.cpp stores each family: one table for each. Nothing else in the gguf layout knows a family by name.
 
 A `Stored` names the tensors that a parameter becomes, and the `Change` of its values on the way, which can be undone.
-What llama.cpp takes for granted though a configuration may say otherwise stands in `assumed`:
-`export.layouts.gguf_checks` refuses what differs, so that a file is written only where llama.cpp computes what
-transformers does.
+`assumed` holds what llama.cpp takes for granted though a configuration may say otherwise: `export.layouts.gguf.checks`
+refuses what differs, so that a file is written only where llama.cpp computes what transformers does.
 """
 
 from __future__ import annotations
@@ -12,36 +11,39 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
 from supernet.common.errors import RequestError
 from supernet.families import families, head_dim
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """How a parameter's values are laid out otherwise in the file, and back; both are given the configuration."""
+    """How a parameter's values are laid out in the file, and back; both functions also get the configuration."""
 
-    to_file: Callable[[Tensor, Any], Tensor]
-    from_file: Callable[[Tensor, Any], Tensor]
+    to_file: Callable[[Tensor, PreTrainedConfig], Tensor]
+    from_file: Callable[[Tensor, PreTrainedConfig], Tensor]
 
 
-def _neighbours(values: Tensor, config: Any) -> Tensor:
+def _neighbours(values: Tensor, config: PreTrainedConfig) -> Tensor:
     """Rows of a query or key projection, from halves of a head that rotate together to neighbours that do."""
     return values.unflatten(0, (-1, 2, head_dim(config) // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _halves(values: Tensor, config: Any) -> Tensor:
+def _halves(values: Tensor, config: PreTrainedConfig) -> Tensor:
     return values.unflatten(0, (-1, head_dim(config) // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _by_kind(values: Tensor, config: Any) -> Tensor:
+def _by_kind(values: Tensor, config: PreTrainedConfig) -> Tensor:
     """Rows of a fused projection, from query, key, value of each head to all queries, all keys, all values."""
     return values.unflatten(0, (-1, 3, head_dim(config))).transpose(0, 1).flatten(0, 2)
 
 
-def _by_head(values: Tensor, config: Any) -> Tensor:
+def _by_head(values: Tensor, config: PreTrainedConfig) -> Tensor:
     return values.unflatten(0, (3, -1, head_dim(config))).transpose(0, 1).flatten(0, 2)
 
 
@@ -56,24 +58,22 @@ TRANSPOSED = Change(lambda values, config: values.T, lambda values, config: valu
 class Stored:
     """The tensors that one parameter becomes: with several names it is split evenly along its last axis but one.
 
-    `exact` ones stay float32 in files of every type: a router, which with rounded activations may decide between
-    experts otherwise, and convolutions, which llama.cpp computes in no other.
+    `exact` ones stay float32 in files of every type: a router, which may choose other experts when it is rounded, and
+    convolutions, which llama.cpp computes in float32 only.
     """
 
     names: tuple[str, ...]
     change: Change = SAME
     exact: bool = False
 
-    def to_file(self, values: Tensor, config: Any) -> dict[str, Tensor]:
+    def to_file(self, values: Tensor, config: PreTrainedConfig) -> dict[str, Tensor]:
         """The tensors by name."""
         changed = self.change.to_file(values, config)
         split = changed.chunk(len(self.names), -2) if len(self.names) > 1 else [changed]
         return dict(zip(self.names, split, strict=True))
 
-    def from_file(self, tensors: Mapping[str, Tensor], config: Any) -> Tensor:
-        """The parameter's values, from tensors among which are its own."""
-        import torch
-
+    def from_file(self, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> Tensor:
+        """The parameter's values, from tensors by name; others may be among them."""
         own = [tensors[name] for name in self.names]
         return self.change.from_file(torch.cat(own, -2) if len(own) > 1 else own[0], config)
 
@@ -89,8 +89,8 @@ BOTH = ("weight", "bias")
 
 
 def parts(names: Mapping[str, str], kinds: Collection[str] = ("weight",), change: Change = SAME) -> dict[str, Stored]:
-    """Parameters of modules that are stored alike, from the modules' names here and in the file."""
-    return {f"{mine}.{kind}": Stored((f"{its}.{kind}",), change) for mine, its in names.items() for kind in kinds}
+    """Parameters of modules that are stored alike, from the modules' names in transformers and in the file."""
+    return {f"{ours}.{kind}": Stored((f"{gguf}.{kind}",), change) for ours, gguf in names.items() for kind in kinds}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +100,16 @@ class GGUFFamily:
     `name` is the architecture in the file. `layer` (names within a decoder layer, as in `supernet.families`) and
     `outer` (absolute names) are the parameters that must be there, `optional` those of a layer that need not be.
 
-    `header` says what stands in the header besides what every family has, or in place of it. `rope` finds the rotary
+    `header` gives what the header has besides what every family has, or in place of it. `rope` finds the rotary
     embeddings in the configuration, and `rotary` names the types that the architecture computes; `partial`: it may
-    rotate a part of each head's channels. `head` says whether the output head is the embedding or a weight of its own,
-    `square` that the query heads are as wide as the residual, all together, and `activations` what it computes.
+    rotate a part of each head's channels. `head` says whether the output head is the embedding or has its own weight,
+    `square` that all query heads together are as wide as the residual, and `activations` which ones it computes.
     `listed`: sizes are lists over the layers, and parameters of removed half-blocks may be missing.
 
-    `assumed` and `assumed_of_layers` are what llama.cpp takes for granted, worded to follow "networks", and whether it
+    `assumed` and `assumed_of_layers` map what llama.cpp takes for granted, worded to follow "networks", to whether it
     holds: the first what no choice of sizes changes, the other what depends on the layers that are left.
 
-    `uneven` is the table, where there is one, for networks that this one cannot hold by their sizes.
+    `uneven` is the table for networks whose sizes this one cannot hold, where there is one.
     """
 
     model_type: str
@@ -117,39 +117,39 @@ class GGUFFamily:
     layer: Parts
     outer: Parts
     optional: Parts = field(default_factory=dict)
-    header: Callable[[Any], Header] = lambda config: {"layer_norm_rms_eps": config.rms_norm_eps}
-    rope: Callable[[Any], Mapping[str, Any]] = lambda config: config.rope_parameters
+    header: Callable[[PreTrainedConfig], Header] = lambda config: {"layer_norm_rms_eps": config.rms_norm_eps}
+    rope: Callable[[PreTrainedConfig], Mapping[str, Any]] = lambda config: config.rope_parameters
     rotary: tuple[str, ...] = ("default", "linear")
     partial: bool = False
     head: Literal["either", "tied", "own"] = "either"
     square: bool = False
     listed: bool = False
     activations: tuple[str, ...] = ("silu", "swish")
-    assumed: Callable[[Any], Mapping[str, bool]] = lambda config: {}
-    assumed_of_layers: Callable[[Any], Mapping[str, bool]] = lambda config: {}
+    assumed: Callable[[PreTrainedConfig], Mapping[str, bool]] = lambda config: {}
+    assumed_of_layers: Callable[[PreTrainedConfig], Mapping[str, bool]] = lambda config: {}
     uneven: GGUFFamily | None = None
 
     @property
     def half_activation(self) -> bool:
-        """Whether llama.cpp computes the activation in half precision whatever the file's type: GELU is a table."""
+        """Whether llama.cpp computes the activation in half precision in files of every type: GELU is a table."""
         return any("gelu" in name for name in self.activations)
 
     def stored(self, parameter: str) -> Stored:
-        """How a parameter is stored, its names complete. Raises `RequestError` where there is no place for it."""
+        """How a parameter is stored, its names complete. Raises `RequestError` where the file cannot hold it."""
         prefix = families()[self.model_type].layers + "."
         number, _, rest = parameter.removeprefix(prefix).partition(".")
         inside = parameter.startswith(prefix)
-        found = {**self.layer, **self.optional}.get(rest) if inside else self.outer.get(parameter)
-        if found is None:
+        stored = {**self.layer, **self.optional}.get(rest) if inside else self.outer.get(parameter)
+        if stored is None:
             raise RequestError(f"llama.cpp's {self.name} networks have no {parameter}")
-        return replace(found, names=tuple(f"blk.{number}.{name}" for name in found.names)) if inside else found
+        return replace(stored, names=tuple(f"blk.{number}.{name}" for name in stored.names)) if inside else stored
 
     def missing(self, parameters: Collection[str], layers: int) -> Iterable[str]:
-        """Parameters that llama.cpp wants of a network with so many layers, and that are not there."""
-        known = families()[self.model_type]
-        wanted = [name for name in self.outer if name != known.head]
-        wanted += [f"{known.layers}.{i}.{name}" for i in range(layers) for name in self.layer]
-        return (name for name in wanted if name not in parameters)
+        """Parameters that llama.cpp requires of a network with so many layers, and that are not there."""
+        family = families()[self.model_type]
+        required = [name for name in self.outer if name != family.head]
+        required += [f"{family.layers}.{i}.{name}" for i in range(layers) for name in self.layer]
+        return (name for name in required if name not in parameters)
 
 
 # --- Llama and those whose modules are named like its ---------------------------------------------------------------
@@ -266,22 +266,20 @@ QWEN3_MOE = GGUFFamily(
 
 
 def _value_heads(heads: int, groups: int, width: int, values: Tensor) -> Tensor:
-    """The last `heads * width` rows, from heads that share a group next to each other to groups in turn.
+    """`values` with its last `heads * width` rows reordered: from group after group to one head of each group in turn.
 
-    With heads / groups for groups, that is undone.
+    With heads / groups for `groups`, that is undone.
     """
-    import torch
-
-    others, own = values.split([values.shape[0] - heads * width, heads * width])
-    return torch.cat([others, own.unflatten(0, (groups, -1, width)).transpose(0, 1).flatten(0, 2)])
+    others, last = values.split([values.shape[0] - heads * width, heads * width])
+    return torch.cat([others, last.unflatten(0, (groups, -1, width)).transpose(0, 1).flatten(0, 2)])
 
 
-def _tiled(values: Tensor, config: Any, width: int = 0) -> Tensor:
+def _tiled(values: Tensor, config: PreTrainedConfig, width: int = 0) -> Tensor:
     heads, groups = config.linear_num_value_heads, config.linear_num_key_heads
     return _value_heads(heads, groups, width or config.linear_value_head_dim, values)
 
 
-def _grouped(values: Tensor, config: Any, width: int = 0) -> Tensor:
+def _grouped(values: Tensor, config: PreTrainedConfig, width: int = 0) -> Tensor:
     heads, groups = config.linear_num_value_heads, config.linear_num_key_heads
     return _value_heads(heads, heads // groups, width or config.linear_value_head_dim, values)
 
@@ -293,7 +291,7 @@ TILED_COLUMNS = Change(
 TILED_HEADS = Change(
     lambda values, config: _tiled(values, config, 1), lambda values, config: _grouped(values, config, 1)
 )
-# What a state keeps of itself in a step is exp(-exp(A) * step); llama.cpp is given -exp(A).
+# A state decays by exp(-exp(A) * step) in a step; llama.cpp reads -exp(A).
 DECAY = Change(
     lambda values, config: -_tiled(values, config, 1).exp(), lambda values, config: _grouped((-values).log(), config, 1)
 )
@@ -303,7 +301,7 @@ CONVOLUTION = Change(
 )
 
 
-def _qwen3_5_header(config: Any) -> Header:
+def _qwen3_5_header(config: PreTrainedConfig) -> Header:
     pairs = int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
     return {
         "layer_norm_rms_eps": config.rms_norm_eps,
@@ -340,7 +338,7 @@ QWEN3_5 = GGUFFamily(
         "have keys and values of the same width in linear attention": (
             config.linear_key_head_dim == config.linear_value_head_dim
         ),
-        # They normalize its queries and keys by the same constant, where transformers has one of its own.
+        # llama.cpp normalizes its queries and keys with the same constant; transformers has another one for them.
         "have a rms_norm_eps of at most 1e-6": config.rms_norm_eps <= 1e-6,
     },
 )
@@ -348,18 +346,18 @@ QWEN3_5 = GGUFFamily(
 # --- Gemma -----------------------------------------------------------------------------------------------------------
 
 
-def _full_every(config: Any) -> int | None:
+def _full_every(config: PreTrainedConfig) -> int | None:
     """The period p, where every p-th layer attends to everything and all others to a window; None without such a p."""
     full = [kind == "full_attention" for kind in config.layer_types]
     period = full.index(True) + 1 if True in full else len(full) + 1
     return period if all(is_full == ((i + 1) % period == 0) for i, is_full in enumerate(full)) else None
 
 
-def _gemma2_header(config: Any) -> Header:
+def _gemma2_header(config: PreTrainedConfig) -> Header:
     period, window, context = _full_every(config), config.sliding_window, config.max_position_embeddings
     if period is None:  # other layers than llama.cpp's have windows: within one, all layers are alike
         context = min(window, context)
-    elif period == 1:  # llama.cpp wants a layer with a window
+    elif period == 1:  # llama.cpp requires a layer with a window
         window = context
     return {
         "layer_norm_rms_eps": config.rms_norm_eps,
@@ -371,11 +369,11 @@ def _gemma2_header(config: Any) -> Header:
     }
 
 
-def _gemma_scale(config: Any, largest: int) -> dict[str, bool]:
-    """What queries are scaled by, which llama.cpp tells from the number of layers: the largest model has its own."""
+def _gemma_scale(config: PreTrainedConfig, largest: int) -> dict[str, bool]:
+    """What queries are scaled by, which llama.cpp infers from the number of layers: the largest model differs."""
     wide = config.num_hidden_layers == largest
-    wanted = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
-    return {f"have a query_pre_attn_scalar of {wanted} at this depth": config.query_pre_attn_scalar == wanted}
+    scalar = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
+    return {f"have a query_pre_attn_scalar of {scalar} at this depth": config.query_pre_attn_scalar == scalar}
 
 
 GEMMA2 = GGUFFamily(
@@ -416,7 +414,7 @@ GEMMA3 = replace(
     },
     assumed_of_layers=lambda config: {
         **_gemma_scale(config, largest=62),
-        # Layers with windows have rotary positions of their own, so those must be the right ones.
+        # Layers with windows have other rotary positions, so the right layers must have them.
         "have windows in all layers but every second, third and so on": (_full_every(config) or 1) > 1,
     },
 )
