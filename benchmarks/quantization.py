@@ -89,7 +89,8 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
     def write(layout: str, name: str) -> Path:
         entry = {"name": name, "architecture": architecture.to_dict()}
         options = {"entry": entry, "tokenizer": job.tokenizer, "dtype": job.checkpoint.config.dtype}
-        return write_layout(layout, network, architecture, folder / name, **options).path
+        write_layout(layout, network, architecture, folder / name, **options)
+        return folder / name
 
     whole = write("uneven", "whole")
     calibration = pack_texts(whole, texts[:-HELD_OUT], 256)[: arguments.samples]
