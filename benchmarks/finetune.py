@@ -1,43 +1,37 @@
 """Which sampler, draw and loss fine-tune a super-network best? Held-out loss of four sub-networks, the same tokens.
 
     python -m benchmarks.finetune [--checkpoint DIR --data FILE] [--tokens 40000] [--results FILE] [--only "A;B"]
-        [--seeds 0,1]
 
 One choice is changed at a time, from the default. Beside them stand the base sliced without training, each size sliced
 first and then trained alone, and the base trained plainly (next-token cross-entropy). The sizes are uniform cuts, the
-same for all; a column holds the mean loss of twelve random sub-networks between the ends, the same for all too, since
-what makes the uniform cuts better need not make these better. Of several seeds, mean and standard deviation; what they
-are compared with, each size alone, is trained with seed 0 only, so its own spread is in no number. Every trial is a
-line of the results file as soon as it is done, and is not done again. Without a checkpoint: the bundled one on
-generated text.
+same for all; so are twelve random sub-networks, whose mean loss has a column, since what makes uniform cuts better need
+not make these better. Of several `--seeds`, mean and standard deviation; each size alone is trained with seed 0 only.
+Every trial is a line of the results file as soon as it is done, and is not done again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import TypedDict
 
 import numpy as np
 import torch
 
-from compressor import demo
+from benchmarks.common import make_parser, mean_spread, print_header, print_row
+from benchmarks.jobs import subnet_loss, temporary_job
 from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
-from compressor.recipe import Finetuning, Recipe
-from compressor.run import Run
+from compressor.recipe import Finetuning
 from compressor.sizing import draw_near, training_range, uniform_near
 from compressor.stages.finetuning import order_supernet, train_supernet
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture
 from supernet.common.files import fingerprint
 from supernet.slicing import extract
-from supernet.training.data import Blocks
 from supernet.training.losses import Loss, held_out_loss
 from supernet.training.supernet_training import heal
 
@@ -48,7 +42,10 @@ BATCH = 4
 RANDOM = 12
 """Random sub-networks whose mean loss is measured too."""
 
-TRIALS: dict[str, dict[str, Any]] = {
+Changes = Mapping[str, str | float | dict[str, float]]
+"""Changes of `finetuning` in the recipe. `rate` is the learning rate times the width."""
+
+TRIALS: dict[str, Changes] = {
     "default": {},
     # who takes part
     "sampler alternate": {"sampler": "alternate"},
@@ -87,39 +84,48 @@ TRIALS: dict[str, dict[str, Any]] = {
     "InstaTune, in place": {"sampler": "joint", "draw": "genes", "strong_teacher": 0.0},
     "BigNAS": {"random_members": 2, "draw": "genes", "loss": "kl", "strong_teacher": 0.0, "tail_share": 0.25},
 }
-"""Changes of `finetuning` in the recipe, by the name of a row. `rate` is the learning rate times the width."""
+"""Changes of the default by the name of a row."""
 
 
-class Bench:
-    """One checkpoint, its data, the sub-networks that are compared, and the results so far."""
+class Row(TypedDict, total=False):
+    """A line of the results file, as far as the table reads it."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoint, self.data, self.tokens = arguments.checkpoint, arguments.data, arguments.tokens
-        if self.data is None:
-            self.data = str(self.folder / "text.jsonl")
-            demo.training_text(Path(self.data), n_documents=6000, seed=1)
-        self.file = Path(arguments.results)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.done: dict[str, dict[str, Any]] = {}
-        if self.file.is_file():
-            self.done = {row["key"]: row for row in map(json.loads, self.file.read_text().splitlines())}
-        job = self.job({}, 0)
-        job.threads(scoring=False)
-        self.blocks: Blocks = training_blocks(job, self.tokens)
-        self.full = job.structure.parameters(job.structure.base)
-        self.sizes: dict[float, Architecture] = {1.0: job.structure.base}
-        self.sizes |= {size: uniform_near(job, size * self.full) for size in ALONE if size < 1}
-        self.structure = job.structure
-        self.inputs = {"base": job.base_fingerprint, "data": data_fingerprint(self.data)}
-        low, high = training_range(job).sizes
+    losses: list[float]  # of all sizes; `loss` where a trial is of one
+    loss: float
+    random: float
+    passes: int
+    training: float
+
+
+class Trials:
+    """The trials, each a change of the recipe of `base`; the sub-networks that are compared; the results so far."""
+
+    def __init__(self, base: Job, tokens: int, results: Path) -> None:
+        assert base.recipe.data is not None
+        self.base, self.tokens, self.results = base, tokens, results
+        results.parent.mkdir(parents=True, exist_ok=True)
+        lines = results.read_text().splitlines() if results.is_file() else []
+        self.done: dict[str, Row] = {row["key"]: row for row in map(json.loads, lines)}
+        base.threads(scoring=False)
+        self.blocks = training_blocks(base, tokens)
+        self.held_out = self.blocks.split()[1]
+        self.structure = base.structure
+        self.full = self.structure.parameters(self.structure.base)
+        self.sizes = {1.0: self.structure.base}
+        self.sizes |= {size: uniform_near(base, size * self.full) for size in ALONE if size < 1}
+        low, high = training_range(base).sizes
         rng = np.random.default_rng(1)
-        self.random = [draw_near(job, rng, size) for size in np.linspace(low, high, RANDOM)]
+        self.random = [draw_near(base, rng, size) for size in np.linspace(low, high, RANDOM)]
+        self.inputs = {"model": Path(base.recipe.model).name, "base": base.base_fingerprint}
+        self.inputs["data"] = data_fingerprint(base.recipe.data)
 
-    def job(self, changes: dict[str, Any], seed: int) -> Job:
-        section = Finetuning(tokens=self.tokens, batch_size=BATCH, **changes)
-        recipe = Recipe(model=self.checkpoint, data=self.data, finetuning=section, seed=seed, device="cpu")
-        job = Job(Run(self.folder), recipe.resolved())
+    def job(self, changes: Changes, seed: int) -> Job:
+        """A job whose recipe is the default with these changes."""
+        own = {name: value for name, value in changes.items() if name != "rate"}
+        if isinstance(rate := changes.get("rate"), float):
+            own["learning_rate"] = rate / self.structure.base.hidden_size
+        section = Finetuning.model_validate({"tokens": self.tokens, "batch_size": BATCH} | own)
+        job = Job(self.base.run, self.base.recipe.model_copy(update={"finetuning": section, "seed": seed}))
         job.fill_in()
         return job
 
@@ -128,121 +134,94 @@ class Bench:
         order_supernet(job, supernet, self.blocks)
         return supernet
 
-    def held_out(self, network: Any) -> float:
-        network.eval()
-        return held_out_loss(network, self.blocks.split()[1], 8, torch.device("cpu"))
-
     def state(self) -> Path:
-        """Where a trial would keep what makes it resumable: a new place, as trials are done again from their start."""
-        return Path(tempfile.mkdtemp(dir=self.folder)) / "state.safetensors"
+        """Where a trial keeps what could resume it: always a new place, as trials are done again from their start."""
+        return Path(tempfile.mkdtemp(dir=self.base.run.path)) / "state.safetensors"
 
-    def once(self, facts: dict[str, Any], trial: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once(self, facts: dict[str, object], trial: Callable[[], Row]) -> Row:
         """The row of a trial, measured unless a row of the same facts is there."""
-        facts |= {"model": Path(self.checkpoint).name, **self.inputs, "tokens": self.tokens, "batch": BATCH}
+        facts |= self.inputs | {"tokens": self.tokens, "batch": BATCH}
         key = fingerprint(facts)
         if key not in self.done:
             began = time.monotonic()
-            row = {"key": key, **facts, **trial(), "seconds": time.monotonic() - began}
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.done[key] = row
+            line = json.dumps({"key": key, **facts, **trial(), "seconds": time.monotonic() - began})
+            with self.results.open("a") as file:
+                file.write(line + "\n")
+            self.done[key] = json.loads(line)
         return self.done[key]
 
-    def elastic(self, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+    def losses(self, supernet: SuperNetwork) -> Row:
+        """Held-out loss of each size, and the mean of the random sub-networks."""
+        losses = [subnet_loss(supernet, size, self.held_out) for size in self.sizes.values()]
+        return {"losses": losses, "random": mean(subnet_loss(supernet, drawn, self.held_out) for drawn in self.random)}
+
+    def untrained(self) -> Row:
+        return {**self.losses(self.supernet(self.job({}, 0))), "passes": 0, "training": 0.0}
+
+    def elastic(self, changes: Changes, seed: int) -> Row:
         """A super-network fine-tuned with these changes of the default, and the loss of each size cut out of it."""
-        if "rate" in changes:
-            own = {name: value for name, value in changes.items() if name != "rate"}
-            changes = own | {"learning_rate": changes["rate"] / self.structure.base.hidden_size}
         job = self.job(changes, seed)
 
-        def trial() -> dict[str, Any]:
+        def trial() -> Row:
             supernet = self.supernet(job)
             history = train_supernet(job, supernet, self.blocks, self.state())
-            return self.losses(supernet) | {"passes": history.passes, "training": history.seconds}
+            return {**self.losses(supernet), "passes": history.passes, "training": history.seconds}
 
         section = job.recipe.finetuning.model_dump()
         return self.once({"what": "elastic", "section": section, "seed": seed}, trial)
 
-    def untrained(self) -> dict[str, Any]:
-        def trial() -> dict[str, Any]:
-            return self.losses(self.supernet(self.job({}, 0))) | {"passes": 0, "training": 0.0}
-
-        return self.once({"what": "untrained"}, trial)
-
-    def losses(self, supernet: SuperNetwork) -> dict[str, Any]:
-        """Held-out loss of each size, and the mean of the random sub-networks."""
-
-        def loss(architecture: Architecture) -> float:
-            with torch.no_grad(), supernet.activated(architecture) as network:
-                return self.held_out(network)
-
-        return {"losses": [loss(size) for size in self.sizes.values()], "random": mean(map(loss, self.random))}
-
-    def alone(self, size: float, seed: int) -> dict[str, Any]:
+    def alone(self, size: float, seed: int) -> Row:
         """One size sliced first, then trained alone with next-token cross-entropy."""
-        rate = ALONE[size]
-        job = self.job({"learning_rate": rate / self.structure.base.hidden_size}, seed)
+        job = self.job({"rate": ALONE[size]}, seed)
 
-        def trial() -> dict[str, Any]:
-            supernet = self.supernet(job)
-            network = extract(supernet.model, self.structure, self.sizes[size])
+        def trial() -> Row:
+            network = extract(self.supernet(job).model, self.structure, self.sizes[size])
             settings = job.train_settings(job.recipe.finetuning, self.blocks.length, seed)
-            options: dict[str, Any] = {"state": self.state(), "accelerator": job.accelerator}
-            history = heal(network, network, self.blocks, settings, loss=Loss({"ce": 1.0}), **options)
-            return {"loss": self.held_out(network), "passes": history.passes, "training": history.seconds}
+            plain, state = Loss({"ce": 1.0}), self.state()
+            history = heal(
+                network, network, self.blocks, settings, loss=plain, state=state, accelerator=job.accelerator
+            )
+            loss = held_out_loss(network.eval(), self.held_out, 8, torch.device("cpu"))
+            return {"loss": loss, "passes": history.passes, "training": history.seconds}
 
-        return self.once({"what": "alone", "size": size, "rate": rate, "seed": seed}, trial)
+        return self.once({"what": "alone", "size": size, "rate": ALONE[size], "seed": seed}, trial)
 
 
-def line(name: str, rows: list[dict[str, Any]], reference: list[float], tokens: int) -> str:
+def print_trial(name: str, rows: Sequence[Row], reference: Sequence[float], tokens: int) -> None:
     """A row of the table: means over seeds, with standard deviations where there are several."""
-
-    def cell(values: list[float], best: float | None = None) -> str:
-        more = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{mean(values):.3f}{more}" + (f" ({mean(values) / best - 1:+.1%})" if best else "")
-
-    by_size = list(zip(*(row["losses"] for row in rows), strict=True))
-    cells = [cell(list(losses), best) for losses, best in zip(by_size, reference, strict=True)]
+    by_size = zip(reference, *(row["losses"] for row in rows), strict=True)
+    cells = [f"{mean_spread(losses)} ({mean(losses) / best - 1:+.1%})" for best, *losses in by_size]
     excess = [mean(loss / best - 1 for loss, best in zip(row["losses"], reference, strict=True)) for row in rows]
-    spread = f" ± {stdev(excess):.1%}" if len(rows) > 1 else ""
-    cells += [f"{mean(excess):+.1%}{spread}", cell([row["random"] for row in rows]) if "random" in rows[0] else ""]
+    random = mean_spread([row["random"] for row in rows]) if "random" in rows[0] else ""
     spent = [f"{tokens:,}", f"{mean(row['training'] for row in rows):.0f}", f"{rows[0]['passes']:,}"]
-    return "| " + " | ".join([name, *cells, *spent]) + " |"
+    print_row(name, *cells, mean_spread(excess, "+.1%"), random, *spent)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--data", help="training text; default: generated")
-    parser.add_argument("--tokens", type=int, default=40_000)
-    parser.add_argument("--results", default="runs/finetune.jsonl")
-    parser.add_argument("--only", default=";".join(TRIALS), help="names of rows, separated by semicolons")
-    parser.add_argument("--seeds", default="0")
-    arguments = parser.parse_args()
+    only = (";".join(TRIALS), "names of rows, separated by semicolons")
+    own = {"tokens": 40_000, "results": Path("runs/finetune.jsonl"), "only": only, "seeds": "0"}
+    arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
     names = [name for name in arguments.only.split(";") if name]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        compare(Bench(arguments, Path(folder)), names, seeds)
+    with temporary_job(arguments.checkpoint, arguments.data) as job:
+        compare(Trials(job, arguments.tokens, arguments.results), names, seeds)
 
 
-def compare(bench: Bench, names: list[str], seeds: list[int]) -> None:
-    shares = [bench.structure.parameters(a) / bench.full for a in bench.sizes.values()]
-    header = ["", *(f"{share:.3f}" for share in shares), "mean excess", f"{RANDOM} random"]
-    header += ["tokens", "seconds", "passes"]
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
-    single = [bench.alone(size, seed=0) for size in ALONE]
-    reference = [row["loss"] for row in single]
-    print(line("base, sliced, not trained", [bench.untrained()], reference, 0))
-    alone = {
-        "losses": reference,
-        "training": sum(row["training"] for row in single),
-        "passes": sum(row["passes"] for row in single),
-    }
+def compare(trials: Trials, names: Sequence[str], seeds: Sequence[int]) -> None:
+    shares = [trials.structure.parameters(size) / trials.full for size in trials.sizes.values()]
+    columns = ["", *(f"{share:.3f}" for share in shares), "mean excess", f"{RANDOM} random"]
+    print_header(*columns, "tokens", "seconds", "passes")
+    alone = [trials.alone(size, seed=0) for size in ALONE]
+    reference = [row["loss"] for row in alone]
+    untrained = trials.once({"what": "untrained"}, trials.untrained)
+    print_trial("base, sliced, not trained", [untrained], reference, 0)
+    seconds, passes = sum(row["training"] for row in alone), sum(row["passes"] for row in alone)
+    total: Row = {"losses": reference, "training": seconds, "passes": passes}
     name = f"each size alone ({len(ALONE)} runs{', seed 0' if seeds != [0] else ''})"
-    print(line(name, [alone], reference, len(ALONE) * bench.tokens), flush=True)
+    print_trial(name, [total], reference, len(ALONE) * trials.tokens)
     for name in names:
-        rows = [bench.elastic(TRIALS[name], seed) for seed in seeds]
-        print(line(name, rows, reference, bench.tokens), flush=True)
+        rows = [trials.elastic(TRIALS[name], seed) for seed in seeds]
+        print_trial(name, rows, reference, trials.tokens)
 
 
 if __name__ == "__main__":

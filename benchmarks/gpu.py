@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common import make_parser, print_header, print_row
 from compressor import demo
 
 if TYPE_CHECKING:
@@ -40,17 +41,18 @@ SEQUENCE = 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--include-path", default=str(demo.TASKS))
-    parser.add_argument("--tasks", default=",".join(demo.TASK_NAMES))
-    parser.add_argument("--data", help="training text; generated where it is not given")
-    parser.add_argument("--output", type=Path, required=True)
-    every = ",".join(part for part in PARTS if part != "job")
-    parser.add_argument("--parts", default=every, help="which parts, comma-separated")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--tiny", action="store_true", help="tiny budgets, for a CPU")
-    parser.add_argument("--job", action="store_true", help="only a whole compression to 0.67 of the parameters")
+    parser = make_parser(
+        __doc__,
+        "checkpoint",
+        "include_path",
+        "data",
+        tasks=",".join(demo.TASK_NAMES),
+        output=Path,
+        parts=(",".join(part for part in PARTS if part != "job"), "which parts, comma-separated"),
+        part=(str, argparse.SUPPRESS),
+        tiny=(False, "tiny budgets, for a CPU"),
+        job=(False, "only a whole compression to 0.67 of the parameters"),
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.part:
@@ -60,7 +62,7 @@ def main() -> None:
         return
     for name in ["job"] if arguments.job else arguments.parts.split(","):
         run_part(name, arguments)
-    print(table(arguments.output / "gpu.jsonl"))
+    print_facts(arguments.output / "gpu.jsonl")
 
 
 def run_part(name: str, arguments: argparse.Namespace) -> None:
@@ -80,14 +82,11 @@ def run_part(name: str, arguments: argparse.Namespace) -> None:
     print(f"{name}: {fact['value']}", flush=True)
 
 
-def table(file: Path) -> str:
+def print_facts(file: Path) -> None:
     """All facts as a Markdown table."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    lines = ["| part | what | |", "|---|---|---|"]
-    for row in rows:
-        value = row["value"]
-        lines.append(f"| {row['part']} | {row['fact']} | {short(value)} |")
-    return "\n".join(lines)
+    print_header("part", "what", "")
+    for row in map(json.loads, file.read_text().splitlines()):
+        print_row(row["part"], row["fact"], short(row["value"]))
 
 
 def short(value: Any) -> str:
@@ -166,7 +165,7 @@ def open_job(arguments: argparse.Namespace, **changes: Any) -> Iterator[Job]:
 
 def cuts(job: Job) -> dict[str, Architecture]:
     """Sub-networks of several shapes: all of it, narrow, few heads, few layers."""
-    from supernet.architecture import Architecture, LayerSizes
+    from supernet.architecture import REMOVED, Architecture, LayerSizes
 
     base = job.structure.base
     full = base.layers[0]
@@ -175,7 +174,6 @@ def cuts(job: Job) -> dict[str, Architecture]:
     narrow = LayerSizes(full.num_attention_heads, full.num_key_value_heads, full.intermediate_size // 2)
     few = LayerSizes(heads, groups, full.intermediate_size)
     one = LayerSizes(full.num_attention_heads // full.num_key_value_heads, 1, full.intermediate_size // 4)
-    removed = LayerSizes(0, 0, 0)
     layers = len(base.layers)
     return {
         "full": base,
@@ -183,7 +181,7 @@ def cuts(job: Job) -> dict[str, Architecture]:
         "half the heads": Architecture(base.hidden_size, (few,) * layers),
         "one group, a quarter of the FFN": Architecture(base.hidden_size, (one,) * layers),
         "two thirds of the layers": Architecture(
-            base.hidden_size, tuple(removed if i % 3 == 1 else sizes for i, sizes in enumerate(base.layers))
+            base.hidden_size, tuple(REMOVED if i % 3 == 1 else sizes for i, sizes in enumerate(base.layers))
         ),
     }
 
@@ -290,7 +288,7 @@ def correctness(arguments: argparse.Namespace) -> Facts:
                 padded = [answer[0] for answer in lm.answer(plan)]
                 worst = [max(abs(a - b) for a, b in zip(one, exact, strict=True)) for one in (trees, padded)]
                 what = (
-                    f"{name}, {str(dtype).removeprefix('torch.')}: largest error of trees, padded; mean |ll|; as trees"
+                    f"{name}, {str(dtype).removeprefix('torch.')}: largest error of trees, padded; mean size of ll; as trees"
                 )
                 yield what, [worst[0], worst[1], scale, read_as_trees]
 

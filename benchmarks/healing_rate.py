@@ -1,76 +1,51 @@
 """Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
 
     python -m benchmarks.healing_rate [--checkpoint DIR --data FILE] [--tokens 100000] [--rates 1e-3,3e-3,6e-3]
-        [--batches 4,16]
 
-A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation. Without
-a checkpoint: the bundled one on generated text.
+A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-import time
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 import torch
 from accelerate import Accelerator
 
-from compressor import demo
-from compressor.inputs import training_blocks
-from compressor.job import Job
-from compressor.recipe import Recipe
-from compressor.run import Run
+from benchmarks.common import make_parser, print_header, print_row, timed
+from benchmarks.jobs import ordered_supernet, temporary_job
+from compressor.inputs import calibration_batches, training_blocks
 from compressor.sizing import uniform_near
-from supernet.activation import SuperNetwork
-from supernet.importance import wanda
-from supernet.ordering import apply_ordering, order_by
 from supernet.slicing import extract
-from supernet.training.loop import TrainSettings
+from supernet.training.loop import History, TrainSettings
 from supernet.training.supernet_training import heal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--data", help="training text; default: generated")
-    parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--rates", default="1e-3,3e-3,6e-3")
-    parser.add_argument("--batches", default="4,16")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        measure(arguments, Path(folder))
+    own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16"}
+    arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
+    rates, batches = map(float, arguments.rates.split(",")), map(int, arguments.batches.split(","))
+    with temporary_job(arguments.checkpoint, arguments.data) as job:
+        job.threads(scoring=False)
+        blocks = training_blocks(job, arguments.tokens)
+        supernet = ordered_supernet(job, calibration_batches(job, blocks))
+        base = job.load_base(torch.float32)
+        full = job.structure.parameters(job.structure.base)
+        architecture = uniform_near(job, 0.67 * full)
 
-
-def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    if arguments.data is None:
-        arguments.data = str(folder / "text.jsonl")
-        demo.training_text(Path(arguments.data), n_documents=6000, seed=1)
-    job = Job(Run(folder), Recipe(model=arguments.checkpoint, data=arguments.data, device="cpu"))
-    job.threads(scoring=False)
-    blocks = training_blocks(job, arguments.tokens)
-    supernet = SuperNetwork(job.load_base(torch.float32))
-    apply_ordering(supernet, order_by(wanda(supernet, blocks[:64].ids.split(8))))
-    base = job.load_base(torch.float32)
-    full = job.structure.parameters(job.structure.base)
-    architecture = uniform_near(job, 0.67 * full)
-    print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
-    print("| rate | batch | held-out loss before | after | seconds |\n|---|---|---|---|---|")
-    for rate in map(float, arguments.rates.split(",")):
-        for batch in map(int, arguments.batches.split(",")):
-            began = time.monotonic()
+        def healed(rate: float, batch: int) -> History:
+            network = extract(supernet.model, job.structure, architecture)
             settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed=0)
-            history = heal(
-                extract(supernet.model, job.structure, architecture),
-                base,
-                blocks,
-                settings,
-                state=folder / f"{rate}-{batch}.safetensors",
-                accelerator=Accelerator(cpu=True),
-            )
-            first, last = history.curve[0]["loss"], history.curve[-1]["loss"]
-            print(f"| {rate:g} | {batch} | {first:.3f} | {last:.3f} | {time.monotonic() - began:.0f} |", flush=True)
+            state = job.run.path / f"{rate}-{batch}.safetensors"
+            return heal(network, base, blocks, settings, state=state, accelerator=Accelerator(cpu=True))
+
+        print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
+        print_header("rate", "batch", "held-out loss before", "after", "seconds")
+        for rate, batch in product(rates, batches):
+            history, seconds = timed(partial(healed, rate, batch))
+            before, after = history.curve[0]["loss"], history.curve[-1]["loss"]
+            print_row(f"{rate:g}", str(batch), f"{before:.3f}", f"{after:.3f}", f"{seconds:.0f}")
 
 
 if __name__ == "__main__":

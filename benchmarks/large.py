@@ -6,8 +6,8 @@ A Llama-shaped checkpoint of random bfloat16 weights is written to `--folder` (1
 that; all is deleted again) and copied. Its units are ordered by magnitude, in memory, and written shard by shard; the
 ordered network is loaded and sub-networks of it are activated; about two thirds of its parameters are sliced out of its
 files, which are never loaded. The checkpoint is sliced to all of its parameters too, and that is rounded to INT4
-without data. Every step runs in a process of its own, from files that are not in the page cache where the system lets
-us say so, and ends with everything on the disk (fsync). Its peak memory is read from /proc (Linux).
+without data. Every step runs in a separate process, with the page cache emptied first where the system allows it, and
+ends with everything on the disk. Peak memory is that of the process (Linux).
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.memory import resident
+from benchmarks.common import make_parser, print_header, print_row, resident, run_process
 from compressor import demo
 from export.package import write_config, write_package
 from export.quantization.quantize import quantize_package
@@ -48,29 +47,27 @@ SHAPES = {
 }
 
 
-def make(folder: Path, size: str) -> None:
-    """The checkpoint: random weights, written shard by shard."""
-    config = LlamaConfig(vocab_size=32000, **SHAPES[size], dtype=torch.bfloat16)
-    model = build_standalone(config)
-    folder.mkdir()
-    write_config(model, folder, torch.bfloat16)
+def make(base: Path, shape: str) -> None:
+    """Write the checkpoint: random weights, shard by shard."""
+    model = build_standalone(LlamaConfig(vocab_size=32000, **SHAPES[shape], dtype=torch.bfloat16))
+    base.mkdir()
+    write_config(model, base, torch.bfloat16)
     # One draw, shifted from tensor to tensor: to draw seven billion numbers takes minutes.
     pool = torch.empty(2**28).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    with WeightWriter(folder) as weights:
+    with WeightWriter(base) as weights:
         for number, (name, parameter) in enumerate(model.named_parameters()):
             value = pool[997 * number :][: parameter.numel()].view(parameter.shape)
             weights.add(name, value.clone() if parameter.dim() == 2 else value + 1)
-    del pool
     for file in demo.MODEL.glob("tokenizer*"):
-        shutil.copy(file, folder)
+        shutil.copy(file, base)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
 
 
 def order(base: Path, ordered: Path) -> None:
-    """The same network with its units by importance: the one criterion that needs no passes through the network."""
+    """Write the same network with its units by importance: the one criterion that needs no passes through it."""
     model = load(base)
     supernet = SuperNetwork(model)
     permutations = order_by(magnitude(supernet, ()))
@@ -83,18 +80,18 @@ def order(base: Path, ordered: Path) -> None:
             weights.add(name, parameter)
 
 
+@torch.no_grad()
 def activate(ordered: Path) -> float:
     """Median milliseconds of switching from one sub-network to another; one token passes through each."""
     supernet = SuperNetwork(load(ordered))
-    times = []
-    with torch.no_grad():
-        for number in range(40):
-            began = time.perf_counter()
-            supernet.activate(uneven(supernet.base, number % 3))
-            times.append(1000 * (time.perf_counter() - began))
-            if number < 3:
-                supernet.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
-    return median(times)
+    seconds = []
+    for number in range(40):
+        began = time.perf_counter()
+        supernet.activate(uneven(supernet.base, number % 3))
+        seconds.append(time.perf_counter() - began)
+        if number < 3:
+            supernet.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    return 1000 * median(seconds)
 
 
 def uneven(base: Architecture, first: int = 0) -> Architecture:
@@ -107,50 +104,37 @@ def uneven(base: Architecture, first: int = 0) -> Architecture:
     return Architecture(base.hidden_size, tuple(layers))
 
 
-def step(what: str, folder: Path) -> None:
-    """One step, in this process. Prints its seconds and peak memory as JSON. The name of a size makes the base."""
+def run_step(step: str, folder: Path) -> None:
+    """One step, in this process. Prints its seconds and peak memory as JSON. The name of a shape makes the base."""
     torch.set_num_threads(1)
     base = folder / "base"
-    if what in SHAPES:
-        make(base, what)
+    if step in SHAPES:
+        make(base, step)
         return
     config = LlamaConfig.from_pretrained(base)
     structure = describe(config)
     began = time.monotonic()
     switch = None
-    if what == "copy":
+    if step == "copy":
         shutil.copytree(base, folder / "copy")
-    elif what == "order":
+    elif step == "order":
         order(base, folder / "order")
-    elif what == "activate":
+    elif step == "activate":
         switch = activate(folder / "order")
-    elif what == "int4":
+    elif step == "int4":
         quantize_package(folder / "whole", folder / "int4", "int4", calibration=None, iterations=0)
     else:
-        architecture = uneven(structure.base) if what == "two-thirds" else structure.base
-        write_package(
-            StreamedNetwork(folder / "order" if what == "two-thirds" else base, config, structure, architecture),
-            folder / what,
-            tokenizer=base,
-            entry={"name": what, "architecture": architecture.to_dict()},
-            dtype=torch.bfloat16,
-        )
+        cut = step == "two-thirds"
+        architecture = uneven(structure.base) if cut else structure.base
+        network = StreamedNetwork(folder / "order" if cut else base, config, structure, architecture)
+        entry = {"name": step, "architecture": architecture.to_dict()}
+        write_package(network, folder / step, tokenizer=base, entry=entry, dtype=torch.bfloat16)
     os.sync()
-    seconds = time.monotonic() - began
-    written = weight_bytes(folder / what)
-    print(json.dumps({"seconds": seconds, "peak": resident("VmHWM"), "bytes": written, "switch": switch}))
+    facts = {"seconds": time.monotonic() - began, "bytes": weight_bytes(folder / step), "switch": switch}
+    print(json.dumps(facts | {"peak": resident("VmHWM")}))
 
 
-def run_step(what: str, folder: Path) -> str:
-    """Run a step in a process of its own, so that its peak memory is its own. Returns what it printed."""
-    command = [sys.executable, "-m", "benchmarks.large", "--step", what, "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout
-
-
-def forget_cached_files() -> None:
+def empty_page_cache() -> None:
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -159,33 +143,28 @@ def forget_cached_files() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, folder=Path(tempfile.gettempdir()), step=(str, argparse.SUPPRESS))
     parser.add_argument("--size", choices=SHAPES, default="small")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        step(arguments.step, arguments.folder)
+        run_step(arguments.step, arguments.folder)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="large-") as name:
         folder = Path(name)
-        run_step(arguments.size, folder)
-        copied = 0.0
+        run_alone = partial(run_process, sys.executable, "-m", "benchmarks.large", "--folder", folder, "--step")
+        run_alone(arguments.size)
         print(f"{size(weight_bytes(folder / 'base'))} of bfloat16 weights\n")
-        print("| step | written | seconds | against copying | peak memory |\n|---|---|---|---|---|")
-        for what in ("copy", "order", "activate", "two-thirds", "whole", "int4"):
-            forget_cached_files()
-            done = json.loads(run_step(what, folder))
-            copied = copied or done["seconds"]
-            written = "" if done["switch"] else size(done["bytes"])
-            name = f"{what}: {done['switch']:.2f} ms a switch" if done["switch"] else what
-            cells = [name, written, f"{done['seconds']:.1f}", f"{done['seconds'] / copied:.2f}"]
-            print("| " + " | ".join([*cells, size(done["peak"])]) + " |", flush=True)
-            if what == "copy":
-                shutil.rmtree(folder / "copy")
-            elif what == "two-thirds":
-                shutil.rmtree(folder / "order")
-                shutil.rmtree(folder / "two-thirds")
+        print_header("step", "written", "seconds", "against copying", "peak memory")
+        copying = 0.0
+        for step in ("copy", "order", "activate", "two-thirds", "whole", "int4"):
+            empty_page_cache()
+            facts = json.loads(run_alone(step))
+            seconds, switch = facts["seconds"], facts["switch"]
+            copying = copying or seconds
+            name, written = (f"{step}: {switch:.2f} ms a switch", "") if switch else (step, size(facts["bytes"]))
+            print_row(name, written, f"{seconds:.1f}", f"{seconds / copying:.2f}", size(facts["peak"]))
+            for done in {"copy": ["copy"], "two-thirds": ["order", "two-thirds"]}.get(step, []):
+                shutil.rmtree(folder / done)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,22 @@
 
     python -m benchmarks.ordering [--checkpoint DIR --data FILE] [--seeds 5] [--blocks 64]
 
-Every criterion sees the same calibration blocks; the loss is measured on blocks from the other end of the data. A
-size is reached by the number of head groups and the FFN width that come nearest to it, the two shares as equal as they
-can be, and no layer removed. `random` is the mean of several seeds. Without a checkpoint: the bundled one on generated
-text.
+Every criterion sees the same calibration blocks; the loss is measured on blocks from the other end of the data. A size
+is reached without removing layers, by shares of the head groups and of the FFN width that are as equal as they can be.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-import time
-from pathlib import Path
-from statistics import mean, stdev
+from functools import partial
 
 import torch
 
-from compressor import demo
+from benchmarks.common import make_parser, mean_spread, print_header, print_row, timed
+from benchmarks.jobs import subnet_loss, temporary_job
 from compressor.inputs import training_blocks
-from compressor.job import Job
-from compressor.recipe import Recipe
-from compressor.run import Run
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.importance import IMPORTANCES, random
 from supernet.ordering import Scores, apply_ordering, order_by
-from supernet.training.losses import held_out_loss
 
 SIZES = (0.9, 0.8, 0.67)
 
@@ -47,54 +38,35 @@ def evenly_cut(structure: Structure, size: float) -> Architecture:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--data", help="training text; default: generated")
-    parser.add_argument("--seeds", type=int, default=5, help="random orderings behind the row `random`")
-    parser.add_argument("--blocks", type=int, default=64, help="calibration blocks of 256 tokens, and held-out ones")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        measure(arguments, Path(folder))
+    seeds = (5, "random orderings behind the row `random`")
+    blocks_option = (64, "calibration blocks of 256 tokens, and held-out ones")
+    arguments = make_parser(__doc__, "checkpoint", "data", seeds=seeds, blocks=blocks_option).parse_args()
+    with temporary_job(arguments.checkpoint, arguments.data) as job:
+        job.threads(scoring=True)
+        blocks = training_blocks(job, 3 * arguments.blocks * 256)
+        calibration, held_out = blocks[: arguments.blocks], blocks.split(least=arguments.blocks)[1]
+        batches = [batch.ids for batch in calibration.split(8)]
+        full = job.structure.parameters(job.structure.base)
+        cuts = [evenly_cut(job.structure, size) for size in SIZES]
 
+        def losses(scores: Scores) -> list[float]:
+            """Of the cuts of the base, its units ordered by these scores."""
+            supernet = job.supernet_of(job.load_base(torch.float32))
+            apply_ordering(supernet, order_by(scores))
+            return [subnet_loss(supernet, cut, held_out) for cut in cuts]
 
-def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    if arguments.data is None:
-        arguments.data = str(folder / "text.jsonl")
-        demo.training_text(Path(arguments.data), n_documents=6000, seed=1)
-    job = Job(Run(folder), Recipe(model=arguments.checkpoint, data=arguments.data, device="cpu").resolved())
-    job.threads(scoring=True)
-    blocks = training_blocks(job, 3 * arguments.blocks * 256)
-    calibration, held_out = blocks[: arguments.blocks], blocks.split(least=arguments.blocks)[1]
-    cuts = [evenly_cut(job.structure, size) for size in SIZES]
-    batches = [batch.ids for batch in calibration.split(8)]
-
-    def losses(scores: Scores) -> list[float]:
-        supernet = job.supernet_of(job.load_base(torch.float32))
-        apply_ordering(supernet, order_by(scores))
-        found = []
-        for architecture in cuts:
-            with torch.no_grad(), supernet.activated(architecture) as network:
-                found.append(held_out_loss(network, held_out, 8, torch.device("cpu")))
-        return found
-
-    full = job.structure.parameters(job.structure.base)
-    untouched = job.supernet_of(job.load_base(torch.float32))
-    with torch.no_grad():
-        base = held_out_loss(untouched.model, held_out, 8, torch.device("cpu"))
-    print(f"Base: {base:.3f} nats per token. Cuts, as head groups and FFN width of every layer: ", end="")
-    print("; ".join(f"{a.layers[0].num_key_value_heads} and {a.layers[0].intermediate_size}" for a in cuts))
-    header = ["ordering", *(f"{job.structure.parameters(a) / full:.3f}" for a in cuts), "seconds"]
-    print("\n| " + " | ".join(header) + " |\n|---" + "|---:" * (len(header) - 1) + "|")
-    for name, criterion in IMPORTANCES.items():
-        if name == "random":
-            continue
-        began = time.monotonic()
-        scores = criterion(untouched, batches)
-        seconds = time.monotonic() - began
-        print("| " + " | ".join([name, *(f"{x:.3f}" for x in losses(scores)), f"{seconds:.1f}"]) + " |", flush=True)
-    columns = list(zip(*(losses(random(untouched, [], seed)) for seed in range(arguments.seeds)), strict=True))
-    cells = [f"{mean(column):.3f}" + (f" ± {stdev(column):.3f}" if len(column) > 1 else "") for column in columns]
-    print("| " + " | ".join([f"random, {arguments.seeds} seeds", *cells, "0.0"]) + " |")
+        untouched = job.supernet_of(job.load_base(torch.float32))
+        base = subnet_loss(untouched, untouched.base, held_out)
+        print(f"Base: {base:.3f} nats per token. Cuts, as head groups and FFN width of every layer: ", end="")
+        print("; ".join(f"{a.layers[0].num_key_value_heads} and {a.layers[0].intermediate_size}" for a in cuts) + "\n")
+        shares = [f"{job.structure.parameters(cut) / full:.3f}" for cut in cuts]
+        print_header("ordering", *shares, "seconds", right_from=1)
+        for name, criterion in IMPORTANCES.items():
+            if name != "random":
+                scores, seconds = timed(partial(criterion, untouched, batches))
+                print_row(name, *(f"{loss:.3f}" for loss in losses(scores)), f"{seconds:.1f}")
+        by_cut = zip(*(losses(random(untouched, [], seed)) for seed in range(arguments.seeds)), strict=True)
+        print_row(f"random, {arguments.seeds} seeds", *map(mean_spread, by_cut), "0.0")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,20 @@
 
     python -m benchmarks.parity [--checkpoint DIR ...] [--architectures 50]
 
-Prints the table of docs/results.md: the full architecture after others were active, the network after ordering, the
-worst of so many random sub-networks beside what is cut out of it, and how many of their counts are those of the cut-out
-network. In float32 on the CPU.
+Of the full architecture after others were active, of the network after ordering, and the worst of so many random
+sub-networks beside what is cut out of it; and how many of their parameter counts are right. In float32 on the CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.common import make_parser, print_header, print_row
 from compressor import demo
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
@@ -26,37 +25,35 @@ from supernet.slicing import extract
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[demo.MODEL])
-    parser.add_argument("--architectures", type=int, default=50)
-    arguments = parser.parse_args()
-    print("| checkpoint | full = original | ordered | sub-network, worst | counts equal |\n|---|---|---|---|---|")
+    arguments = make_parser(__doc__, checkpoint=[demo.MODEL], architectures=50).parse_args()
+    print_header("checkpoint", "full = original", "ordered", "sub-network, worst", "counts equal")
     for folder in arguments.checkpoint:
-        print(row(folder, arguments.architectures), flush=True)
+        print_row(folder.resolve().name, *differences(folder, arguments.architectures))
 
 
 @torch.no_grad()
-def row(folder: Path, count: int) -> str:
+def differences(folder: Path, count: int) -> list[str]:
+    """The cells of a checkpoint's row."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     before = model(ids).logits
     supernet, rng = SuperNetwork(model), random.Random(0)
-    supernet.activate(drawn(supernet.base, rng))
+    supernet.activate(random_subnet(supernet.base, rng))
     supernet.activate(supernet.base)
     same = "bit for bit" if torch.equal(model(ids).logits, before) else "no"
     apply_ordering(supernet, order_by(wanda(supernet, [ids])))
     ordered = difference(model(ids).logits, before)
     worst, equal = 0.0, 0
     for _ in range(count):
-        architecture = drawn(supernet.base, rng)
-        standalone: nn.Module = extract(model, supernet.structure, architecture)
+        architecture = random_subnet(supernet.base, rng)
+        standalone = extract(model, supernet.structure, architecture)
         with supernet.activated(architecture):
             worst = max(worst, difference(standalone(ids).logits, model(ids).logits))
         equal += supernet.structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
-    return f"| {folder.resolve().name} | {same} | {ordered:.1e} | {worst:.1e} | {equal} of {count} |"
+    return [same, f"{ordered:.1e}", f"{worst:.1e}", f"{equal} of {count}"]
 
 
-def drawn(base: Architecture, rng: random.Random) -> Architecture:
+def random_subnet(base: Architecture, rng: random.Random) -> Architecture:
     """Heads and FFN width of every layer at random, 0 included; the first layer that attends is kept whole."""
     first = next(i for i, full in enumerate(base.layers) if full.num_key_value_heads)
     layers = []
@@ -67,8 +64,9 @@ def drawn(base: Architecture, rng: random.Random) -> Architecture:
     return Architecture(base.hidden_size, tuple(layers))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def difference(logits: Tensor, reference: Tensor) -> float:
+    """The largest difference, as a share of the largest logit of the reference."""
+    return float((logits - reference).abs().max() / reference.abs().max())
 
 
 if __name__ == "__main__":

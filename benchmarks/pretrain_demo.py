@@ -6,10 +6,7 @@ made by this script with its defaults, in about half an hour on two cores.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,50 +15,40 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.common import make_parser
 from compressor.demo.world import documents
+from supernet.common.progress import bar
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-
 VOCABULARY = 1024
 TOKENIZER_DOCUMENTS = 40_000
-
 ROW = 128
-"""Tokens a row. Most documents are far shorter; rows hold several, and the last one of a row may go on in the next."""
+"""Tokens a row. Most documents are far shorter: a row holds several, and its last one may go on in the next row."""
 ROWS_PER_STEP = 16
 WARM_UP_STEPS = 200
-PEAK_LEARNING_RATE = 4e-3
-FINAL_LEARNING_RATE = 1e-5
+PEAK_LEARNING_RATE, FINAL_LEARNING_RATE = 4e-3, 1e-5
 WEIGHT_DECAY = 0.05
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the world's text.
-
-    Digits stand alone, so that sums are a matter of digits and not of remembered numbers. The pre-tokenizer is the
-    one that SmolLM uses, because llama.cpp knows that one by name.
-    """
+    """A byte-level BPE tokenizer of the world's text. Each digit is a token, so that the network learns to add digits
+    and does not remember numbers. The pre-tokenizer is SmolLM's, which llama.cpp knows by name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [BOS, EOS, PAD]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(islice(documents(seed), TOKENIZER_DOCUMENTS), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
+    markers = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, model_max_length=256, clean_up_tokenization_spaces=False, **markers
     )
 
 
@@ -87,7 +74,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def packed_batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Full rows of documents, each between its own beginning and end tokens, without end."""
+    """Token ids, [16, 128], without end: full rows of documents, each between a beginning and an end token."""
     size = ROW * ROWS_PER_STEP
     texts = documents(seed)
     tokens: list[int] = []
@@ -109,10 +96,8 @@ def learning_rate(step: int, n_steps: int) -> float:
 
 
 def train(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], n_steps: int) -> None:
-    """Plain next-token training; one progress line on stderr.
-
-    Muon for the matrices of the layers and AdamW for the rest need far fewer steps than AdamW alone did here.
-    """
+    """Plain next-token training. Muon for the matrices of the layers and AdamW for the rest need far fewer steps than
+    AdamW alone did here."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2]
     in_layers = {id(matrix) for matrix in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_layers]
@@ -121,43 +106,29 @@ def train(model: LlamaForCausalLM, batches: Iterator[torch.Tensor], n_steps: int
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     model.train()
-    started = time.monotonic()
-    for step, rows in enumerate(islice(batches, n_steps)):
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, n_steps)
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 50 == 49 or step + 1 == n_steps:
-            left = (time.monotonic() - started) * (n_steps - step - 1) / (step + 1)
-            line = f"step {step + 1}/{n_steps}  loss {loss.item():.3f}  {left / 60:.1f} minutes left"
-            print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """A standard Hugging Face checkpoint: bfloat16 safetensors and the tokenizer."""
-    model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with bar("pre-training", n_steps) as progress:
+        for step, rows in enumerate(islice(batches, n_steps)):
+            loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, n_steps)
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.advance(1, f"loss {loss.item():.3f}")
 
 
 def main() -> None:
-    """Train with the arguments of the command line."""
-    parser = argparse.ArgumentParser(description="Pre-train the demo's checkpoint.")
+    parser = make_parser(__doc__, seed=0, steps=(2500, f"of {ROW * ROWS_PER_STEP} tokens each"), threads=1)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2500, help=f"of {ROW * ROWS_PER_STEP} tokens each")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-
     torch.set_num_threads(arguments.threads)
     tokenizer = train_tokenizer(arguments.seed)
     model = build_model(tokenizer, arguments.seed)
     train(model, packed_batches(tokenizer, arguments.seed), arguments.steps)
-    save(model, tokenizer, arguments.output)
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """What quantization costs and saves: held-out bits per byte, bytes on disk, speed where it is not undone at load.
 
     python -m benchmarks.quantization [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64]
-        [--schemes int8,int8-dynamic,int4]
 
 The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
 written for llama.cpp and ONNX Runtime. Text that no variant saw is scored by transformers with each one's weights, as
-unpacked, and the ONNX graph by its runtime; speed is llama.cpp's and ONNX Runtime's own, one thread, batch 1, prompt
-128, 128 new tokens. Without arguments: the bundled checkpoint on generated text.
+unpacked, and the ONNX graph by its runtime; speed is that of llama.cpp and ONNX Runtime, one thread, batch 1, prompt
+128, 128 new tokens.
 """
 
 from __future__ import annotations
@@ -15,139 +14,123 @@ import argparse
 import copy
 import json
 import math
-import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor import demo
+from benchmarks.common import make_parser, print_header, print_row, timed
+from benchmarks.jobs import temporary_job
+from compressor.job import Job
 from compressor.stages.measuring import load_package
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
 from export.layouts.table import write_layout
-from export.package_record import read_record
+from export.package_record import PackageRecord, read_record
 from export.quantization.quantize import pack_texts, quantize_packages
-from supernet.checkpoint import open_checkpoint
 
 HELD_OUT = 200
 """Documents at the end of the data that no variant sees."""
 
+Logits = Callable[[Tensor], Tensor]
+"""From token ids, [batch, length], to logits, [batch, length, vocabulary]."""
 
-def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
+
+def logits_of(model: PreTrainedModel) -> Logits:
     return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
 @torch.no_grad()
-def bits_per_byte(logits: Callable[[Tensor], Tensor], length: int, tokenizer: Any, texts: list[str]) -> float:
+def bits_per_byte(logits: Logits, length: int, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
     """Of texts joined end to end and read in windows of `length` tokens, first tokens left out. Markers between texts
-    are predicted like any token and stand for no bytes. `logits` takes ids, [batch, length], and gives a distribution
-    over the vocabulary for each."""
+    are predicted like any token and stand for no bytes."""
     stream = [token for text in texts for token in tokenizer(text).input_ids]
     rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
     nats, shown = 0.0, 0
     for ids in rows.split(16):
-        guessed, next_ids = logits(ids)[:, :-1].float(), ids[:, 1:]
-        nats += torch.nn.functional.cross_entropy(guessed.flatten(0, 1), next_ids.flatten(), reduction="sum").item()
+        predicted, next_ids = logits(ids)[:, :-1].float(), ids[:, 1:]
+        nats += torch.nn.functional.cross_entropy(predicted.flatten(0, 1), next_ids.flatten(), reduction="sum").item()
         shown += sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in next_ids.tolist())
     return nats / math.log(2) / shown
 
 
+def speed_cell(package: PackageRecord) -> str:
+    """Prefill and decode tokens a second in the package's runtime; empty where transformers reads it."""
+    runtime = {"gguf": llama_cpp, "onnx": graphs}.get(package.entry.layout)
+    if runtime is None:
+        return ""
+    speed = runtime.measure_speed(package, prompt=128, new=128, threads=1)
+    return f"{speed.prefill_tps:,.0f} / {speed.decode_tps:,.0f} ({speed.runtime})"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=str(demo.MODEL))
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--iterations", type=int, default=200, help="0: nothing is tuned")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--schemes", default="int8,int8-dynamic,int4", help="empty: only what is for other runtimes")
-    arguments = parser.parse_args()
+    own = {"iterations": (200, "0: nothing is tuned"), "samples": 64}
+    schemes = ("int8,int8-dynamic,int4", "empty: only what is for other runtimes")
+    arguments = make_parser(__doc__, "checkpoint", "data", **own, schemes=schemes).parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if arguments.data is None:
-            arguments.data = folder / "text.jsonl"
-            demo.training_text(arguments.data, n_documents=3000, seed=1)
-        texts = [json.loads(line)["text"] for line in arguments.data.read_text(encoding="utf-8").splitlines()]
-        run(arguments, folder, texts[:-HELD_OUT], texts[-HELD_OUT:])
+    with temporary_job(arguments.checkpoint, arguments.data, documents=3000) as job:
+        measure(arguments, job)
 
 
-def run(arguments: argparse.Namespace, folder: Path, seen: list[str], held_out: list[str]) -> None:
-    checkpoint = open_checkpoint(arguments.checkpoint)
-    tokenizer = checkpoint.load_tokenizer()
-    architecture = checkpoint.structure.base
-    network = checkpoint.load_model(torch.float32, torch.device("cpu"))
-    options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": checkpoint.config.dtype}
-    whole = folder / "whole"
-
-    def write(layout: str, destination: Path) -> Path:
-        entry = {"name": destination.name, "architecture": architecture.to_dict()}
-        write_layout(layout, network, architecture, destination, entry=entry, **options)
-        return destination
-
-    write("uneven", whole)
-    calibration = pack_texts(whole, seen, 256)[: arguments.samples]
+def measure(arguments: argparse.Namespace, job: Job) -> None:
+    """Write every package, and a row of the table for each."""
+    lines = Path(job.recipe.data or "").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    folder, architecture, network = job.run.path, job.structure.base, job.load_base(torch.float32)
     length = min(256, network.config.max_position_embeddings)
-    reference = bits_per_byte(logits_of(network), length, tokenizer, held_out)
+    score = partial(bits_per_byte, length=length, tokenizer=job.tokenizer, texts=texts[-HELD_OUT:])
+
+    def write(layout: str, name: str) -> Path:
+        entry = {"name": name, "architecture": architecture.to_dict()}
+        options = {"entry": entry, "tokenizer": job.tokenizer, "dtype": job.checkpoint.config.dtype}
+        write_layout(layout, network, architecture, folder / name, **options)
+        return folder / name
+
+    whole = write("uneven", "whole")
+    calibration = pack_texts(whole, texts[:-HELD_OUT], 256)[: arguments.samples]
+    reference = score(logits_of(network))
     float32 = 4 * sum(parameter.numel() for parameter in network.parameters())
     print(
         f"{Path(arguments.checkpoint).name}, float32 {float32:,} bytes, {len(calibration)} calibration sequences, "
         f"tuned {arguments.iterations} steps a block\n"
     )
-    print("| package | bytes | of float32 | bits per weight | bits per byte | change | prefill / decode tokens/s | s |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["bytes", "of float32", "bits per weight", "bits per byte", "change", "prefill / decode tokens/s", "s"]
+    print_header("package", *columns)
 
-    def row(what: str, package: Path, seconds: float, logits: Callable[[Tensor], Tensor]) -> None:
-        record = read_record(package)
-        found = bits_per_byte(logits, length, tokenizer, held_out)
-        entry, report, speed = record.entry, record.entry.quantization_report, ""
-        work = {"prompt": 128, "new": 128, "threads": 1}
-        if entry.layout in ("gguf", "onnx"):
-            runtime = llama_cpp if entry.layout == "gguf" else graphs
-            timed = runtime.measure_speed(record, **work)
-            speed = f"{timed.prefill_tps:,.0f} / {timed.decode_tps:,.0f} ({timed.runtime})"
-        cells = [
-            what,
+    def row(name: str, package: Path, seconds: float, logits: Logits) -> None:
+        record, bits = read_record(package), score(logits)
+        entry, report = record.entry, record.entry.quantization_report
+        print_row(
+            name,
             f"{entry.bytes:,}",
             f"{entry.bytes / float32:.3f}",
             f"{report.bits_per_weight:.2f}" if report else "",
-            f"{found:.4f}",
-            f"{100 * (found / reference - 1):+.2f} %",
-            speed,
+            f"{bits:.4f}",
+            f"{100 * (bits / reference - 1):+.2f} %",
+            speed_cell(record),
             f"{seconds:.0f}",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        )
 
-    def load(package: Path) -> Any:
-        return load_package(package, torch.float32, torch.device("cpu"))
+    def loaded(package: Path) -> Logits:
+        return logits_of(load_package(package, torch.float32, torch.device("cpu")))
 
-    row("as it is", whole, 0, logits_of(load(whole)))
-    for how, data, iterations in (
-        ("data-free", None, 0),
-        ("untuned", calibration, 0),
-        ("tuned", calibration, arguments.iterations),
-    ):
-        if how == "tuned" and not iterations:
-            continue
-        for scheme in filter(None, arguments.schemes.split(",")):
-            began = time.monotonic()
-            made = quantize_packages(
-                whole, {scheme: folder / f"{scheme}-{how}"}, calibration=data, iterations=iterations
-            )
-            seconds = time.monotonic() - began
-            row(f"{scheme}, {how}", made[0].folder, seconds, logits_of(load(made[0].folder)))
+    row("as it is", whole, 0, loaded(whole))
+    hows = {"data-free": (None, 0), "untuned": (calibration, 0), "tuned": (calibration, arguments.iterations)}
+    for how, (seen, iterations) in hows.items():
+        for scheme in filter(None, arguments.schemes.split(",") if how != "tuned" or iterations else []):
+            packages = {scheme: folder / f"{scheme}-{how}"}
+            quantize = partial(quantize_packages, whole, packages, calibration=seen, iterations=iterations)
+            _, seconds = timed(quantize)
+            row(f"{scheme}, {how}", packages[scheme], seconds, loaded(packages[scheme]))
     for layout in ("gguf-f32", "gguf", "gguf-q8_0", "gguf-q4_0"):
-        began = time.monotonic()
-        package = write(layout, folder / layout)
-        seconds = time.monotonic() - began
+        package, seconds = timed(partial(write, layout, layout))
         stored = take_stored_weights(copy.deepcopy(network), package)
         row(layout, package, seconds, logits_of(stored))
-    began = time.monotonic()
-    package = write("onnx", folder / "onnx")
-    seconds = time.monotonic() - began
+    package, seconds = timed(partial(write, "onnx", "onnx"))
     graph = graphs.Graph(read_record(package))
     row("onnx", package, seconds, lambda ids: graph(ids)[0])
 

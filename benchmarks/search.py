@@ -1,24 +1,17 @@
 """What the search is worth, in five parts; each prints the Markdown table of docs/results.md.
 
-    python -m benchmarks.search space       evaluations to 90, 95 and 99 % of the true hypervolume of a listed space
-    python -m benchmarks.search fine        hypervolume against evaluations and seconds in the space `fine`
-    python -m benchmarks.search starts      evaluations saved by first looks and by warm starts in the space `fine`
-    python -m benchmarks.search ranks       scores inside the super-network against scores after slicing and healing
-    python -m benchmarks.search overhead    the share of a search's time that is not evaluation
+    python -m benchmarks.search space|fine|starts|ranks|overhead
 
-Without options: the bundled checkpoint and one of its own tasks. `--help` behind a part names its options; `space` and
-`fine` can draw their plots. Scores go into `--run`, a run of the product's own, so that a second call measures none
-again.
+`space` and `fine` can draw their plots. Scores go into `--run`, a run of the product, so that a second call measures
+none again.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +21,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
+from torch import nn
 
+from benchmarks.common import add_options, make_parser, median_range, print_header, print_row, timed
 from compressor import demo, pipeline
 from compressor.inputs import training_blocks
 from compressor.job import Job
@@ -41,7 +36,7 @@ from evals.warm_starts import warm_starts
 from search.algorithms import algorithms
 from search.objectives import Objective, computed
 from search.pareto import hypervolume, non_dominated
-from search.run import SearchResult, greedy_path, search
+from search.run import Measure, SearchResult, greedy_path, search
 from search.sampling import sample_sizes
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
@@ -49,84 +44,97 @@ from supernet.slicing import extract
 from supernet.training.supernet_training import heal
 
 LEVELS = (0.90, 0.95, 0.99)
-FIRST_LOOK = 0.25
-"""Share of the documents that a first look is on."""
+SCREENING = 0.25
+"""Share of the documents that candidates are screened on."""
 
 
-@dataclass
-class Bench:
-    """A run of the product's own with its super-network made, and everything to search it by size and one score."""
+class SearchedRun:
+    """The benchmark's run, made where it is not there yet, to be searched by size and one score. `recipe` are further
+    keys of its recipe."""
 
-    job: Job
-    board: SubnetEvaluator
-
-    @property
-    def task(self) -> str:
-        return next(iter(self.job.tasks.tasks))
-
-    @property
-    def objectives(self) -> list[Objective]:
-        up = self.job.tasks.tasks[self.task].higher_is_better
-        return [computed(self.job.structure)["parameters"], Objective(self.task, "max" if up else "min")]
+    def __init__(self, arguments: argparse.Namespace, space: str | dict[str, Any], **recipe: object) -> None:
+        arguments.run.parent.mkdir(parents=True, exist_ok=True)
+        text = arguments.run.with_name(arguments.run.name + ".jsonl")
+        if arguments.data is None:
+            demo.training_text(text, n_documents=6000, seed=1)
+        keys = {
+            "model": arguments.checkpoint,
+            "data": arguments.data or str(text),
+            "tasks": arguments.task,
+            "include_path": arguments.include_path,
+            "space": space,
+            "finetuning.tokens": arguments.train_tokens,
+            "finetuning.batch_size": 4,
+            "searching.limit": arguments.documents,
+            "device": "cpu",
+        }
+        self.job = pipeline.start(read_recipe(None, keys | recipe), arguments.run)
+        weights = pipeline.finetune(self.job)["weights"]
+        self.job.run.search.mkdir(exist_ok=True)
+        self.evaluator = SubnetEvaluator(self.job, EvaluationStore(self.job.run.evaluations), weights)
+        self.population = self.job.recipe.searching.population
+        ((self.task, task),) = self.job.tasks.tasks.items()
+        score = Objective(self.task, "max" if task.higher_is_better else "min")
+        self.objectives = [computed(self.job.structure)["parameters"], score]
 
     def cost(self, architecture: Architecture, score: float) -> list[float]:
         """Both objectives, less is better."""
         return [self.job.structure.parameters(architecture), self.objectives[1].cost(score)]
 
+    def costs(self, result: SearchResult) -> np.ndarray:
+        """Both objectives of everything that was measured in full, [n, 2]."""
+        return np.array([self.cost(e.architecture, e.values[self.task]) for e in result.evaluations if e.full])
+
     def scores(self, architectures: Sequence[Architecture]) -> list[float]:
         """The task's score of each in the super-network, on the search documents."""
-        found = dict(self.board.measure(architectures))
-        return [found[architecture][self.task] for architecture in architectures]
+        scores = dict(self.evaluator.measure(architectures))
+        return [scores[architecture][self.task] for architecture in architectures]
 
-    def search(self, algorithm: str, seed: int, evaluations: int, **more: Any) -> SearchResult:
-        """A search as shipped, its evaluations from the store where it has them; `more` is for `search.run.search`."""
-        population = self.job.recipe.searching.population
-        return search(
-            self.job.space,
-            self.objectives,
-            self.board.measure,
-            algorithm=algorithm,
-            evaluations=evaluations,
-            population=population,
-            seed=seed,
-            **more,
-        )
+    def score(self, network: nn.Module) -> float:
+        """The task's score of a standalone network, on the same documents."""
+        self.job.threads(scoring=True)
+        with torch.no_grad():
+            return self.job.scorer(network).score("search", self.job.recipe.searching.limit)[self.task].value
+
+    def search(
+        self, algorithm: str, seed: int, evaluations: int, measure: Measure | None = None, **options: Any
+    ) -> SearchResult:
+        """A search as shipped, with evaluations from the store where it has them; `search.run.search` has `options`."""
+        options |= {"algorithm": algorithm, "evaluations": evaluations, "population": self.population, "seed": seed}
+        return search(self.job.space, self.objectives, measure or self.evaluator.measure, **options)
 
     def seconds(self, architecture: Architecture) -> float:
         """What measuring it took, whenever that was."""
-        place = self.board.keys["full"][self.task].place
-        rows = self.board.store.all(weights=self.board.weights, task=place[0], documents=place[1])
+        name, documents = self.evaluator.keys["full"][self.task].place
+        rows = self.evaluator.store.all(weights=self.evaluator.weights, task=name, documents=documents)
         row = next((row for measured, row in rows if measured == architecture), None)
         assert row is not None
         return row.seconds
 
 
-def open_bench(arguments: argparse.Namespace, space: Any, **more: Any) -> Bench:
-    """The benchmark's run, made where it is not there yet; `more` goes into its recipe."""
-    data = arguments.data
-    if data is None:
-        data = str(arguments.run.with_name(arguments.run.name + ".jsonl"))
-        arguments.run.parent.mkdir(parents=True, exist_ok=True)
-        demo.training_text(Path(data), n_documents=6000, seed=1)
-    given = {
-        "model": arguments.checkpoint,
-        "data": data,
-        "tasks": arguments.task,
-        "include_path": arguments.include_path,
-        "space": space,
-        "finetuning.tokens": arguments.train_tokens,
-        "finetuning.batch_size": 4,
-        "searching.limit": arguments.documents,
-        "device": "cpu",
-        **more,
-    }
-    job = pipeline.start(read_recipe(None, given), arguments.run)
-    weights = pipeline.finetune(job)["weights"]
-    job.run.search.mkdir(exist_ok=True)
-    return Bench(job, SubnetEvaluator(job, EvaluationStore(job.run.evaluations), weights))
+class HypervolumeShare:
+    """The share of the hypervolume of all `costs`, [n, 2], that some of them reach. Reference: the worst of each."""
+
+    def __init__(self, costs: np.ndarray) -> None:
+        self.reference = costs.max(axis=0)
+        self.whole = hypervolume(costs, self.reference)
+
+    def __call__(self, costs: np.ndarray) -> float:
+        return hypervolume(costs, self.reference) / self.whole
 
 
-# -- a listed space: how many evaluations to how much of the true hypervolume? --
+def first_at(curve: Iterable[tuple[float, float]], level: float) -> float:
+    """Evaluations after which a curve of (evaluations, share) is at `level`; infinity where it never is."""
+    return next((evaluations for evaluations, share in curve if share >= level), float("inf"))
+
+
+def reached_cell(evaluations: Sequence[float]) -> str:
+    """Median and range of evaluations over seeds; a seed that never got there counts as infinitely many."""
+    missed = evaluations.count(float("inf"))
+    if missed == len(evaluations):
+        return "never"
+    most = f"never ({missed} of {len(evaluations)})" if missed else f"{max(evaluations):.0f}"
+    return f"{np.median(evaluations):.0f} ({min(evaluations):.0f} to {most})".replace("inf", "never")
 
 
 class Reached(Exception):
@@ -134,41 +142,34 @@ class Reached(Exception):
 
 
 def space(arguments: argparse.Namespace) -> None:
-    """Evaluations to 90, 95 and 99 % of the true hypervolume, for every algorithm."""
+    """Evaluations to 0.90, 0.95 and 0.99 of the true hypervolume of a listed space, for every algorithm."""
     structure = Job(Run(Path()), Recipe(model=arguments.checkpoint), weights=False).structure
     layers = range(len(structure.base.layers))
     kept = [*([i for i in layers if i != gone] for gone in layers), list(layers)]
     widths = [int(width) for width in arguments.widths.split(",")]
-    bench = open_bench(arguments, {"ffn.*": widths, "depth": {"keep": kept}})
-    everything = list(bench.job.space.architectures())
-    scores = dict(zip(everything, bench.scores(everything), strict=True))
-    costs = np.array([bench.cost(*row) for row in scores.items()])
-    reference = costs.max(axis=0)
-    whole = hypervolume(costs, reference)
+    run = SearchedRun(arguments, {"ffn.*": widths, "depth": {"keep": kept}})
+    everything = list(run.job.space.architectures())
+    scores = dict(zip(everything, run.scores(everything), strict=True))
+    costs = np.array([run.cost(*row) for row in scores.items()])
+    share = HypervolumeShare(costs)
     print(
-        f"{len(scores):,} architectures, {len(non_dominated(costs))} on the true front; {bench.task} from "
-        f"{min(scores.values()):.4f} to {max(scores.values()):.4f} on {bench.job.recipe.searching.limit} documents; "
-        f"population {bench.job.recipe.searching.population}, {arguments.seeds} seeds\n"
+        f"{len(scores):,} architectures, {len(non_dominated(costs))} on the true front; {run.task} from "
+        f"{min(scores.values()):.4f} to {max(scores.values()):.4f} on {arguments.documents} documents; "
+        f"population {run.population}, {arguments.seeds} seeds\n"
     )
-    print("| algorithm | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |\n" + "|---" * 4 + "|")
+    print_header("algorithm", *(f"{level:.0%}" for level in LEVELS))
     curves = {}
     for name in arguments.algorithms.split(","):
-        curves[name] = [climb(bench, name, seed, scores, reference, whole) for seed in range(arguments.seeds)]
-        cells = [reached_cell([first_at(curve, level) for curve in curves[name]]) for level in LEVELS]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        curves[name] = [climb(run, name, seed, scores, share) for seed in range(arguments.seeds)]
+        print_row(name, *(reached_cell([first_at(enumerate(c, 1), lv) for c in curves[name]]) for lv in LEVELS))
     if arguments.plot:
         longest = max(len(curve) for of_seeds in curves.values() for curve in of_seeds)
-        levelled = {k: [c + [c[-1]] * (longest - len(c)) for c in v] for k, v in curves.items()}
-        plot(arguments.plot, [("evaluations", {k: (range(1, longest + 1), v) for k, v in levelled.items()})], log=True)
+        padded = {k: [c + [c[-1]] * (longest - len(c)) for c in v] for k, v in curves.items()}
+        plot(arguments.plot, {"evaluations": {k: (range(1, longest + 1), v) for k, v in padded.items()}}, log=True)
 
 
 def climb(
-    bench: Bench,
-    algorithm: str,
-    seed: int,
-    scores: dict[Architecture, float],
-    reference: np.ndarray,
-    whole: float,
+    run: SearchedRun, algorithm: str, seed: int, scores: Mapping[Architecture, float], share: HypervolumeShare
 ) -> list[float]:
     """The share of the true hypervolume after each evaluation, until the highest level is reached."""
     front = np.empty((0, 2))
@@ -177,194 +178,120 @@ def climb(
     def measure(asked: Sequence[Architecture]) -> Iterator[tuple[Architecture, dict[str, float]]]:
         nonlocal front
         for architecture in asked:
-            front = np.vstack([front, bench.cost(architecture, scores[architecture])])
+            front = np.vstack([front, run.cost(architecture, scores[architecture])])
             front = front[non_dominated(front)]
-            curve.append(hypervolume(front, reference) / whole)
+            curve.append(share(front))
             if curve[-1] >= LEVELS[-1]:
                 raise Reached
-            yield architecture, {bench.task: scores[architecture]}
+            yield architecture, {run.task: scores[architecture]}
 
     with suppress(Reached):
-        search(
-            bench.job.space,
-            bench.objectives,
-            measure,
-            algorithm=algorithm,
-            evaluations=len(scores),
-            population=bench.job.recipe.searching.population,
-            seed=seed,
-        )
+        run.search(algorithm, seed, len(scores), measure=measure)
     return curve
-
-
-def first_at(curve: Sequence[float], level: float) -> int | None:
-    """Evaluations after which a curve is at `level`, None where it never is."""
-    return next((number for number, share in enumerate(curve, 1) if share >= level), None)
-
-
-def reached_cell(found: Sequence[float | None]) -> str:
-    """Median and range of evaluations over seeds; a seed that never got there counts as infinitely many."""
-    numbers = sorted(float("inf") if n is None else n for n in found)
-    if numbers[0] == float("inf"):
-        return "never"
-    median = float(np.median(numbers))
-    shown = "never" if median == float("inf") else f"{median:.0f}"
-    missed = sum(n is None for n in found)
-    last = f"never ({missed} of {len(found)})" if missed else f"{numbers[-1]:.0f}"
-    return f"{shown} ({numbers[0]:.0f} to {last})"
-
-
-# -- a space too large to list: hypervolume against evaluations and seconds --
 
 
 def fine(arguments: argparse.Namespace) -> None:
-    """Hypervolume by evaluations and seconds, as a share of what all runs together reached."""
-    bench = open_bench(arguments, "fine")
-    names = arguments.algorithms.split(",")
-    runs = {
-        (name, seed): bench.search(name, seed, arguments.evaluations)
-        for seed in range(arguments.seeds)
-        for name in names
-    }
-    costs = {
-        key: np.array([bench.cost(e.architecture, e.values[bench.task]) for e in run.evaluations])
-        for key, run in runs.items()
-    }
-    union = np.vstack(list(costs.values()))
-    reference = union.max(axis=0)
-    whole = hypervolume(union, reference)
+    """Hypervolume by evaluations and seconds in the space `fine`, as a share of what all runs together reached."""
+    run = SearchedRun(arguments, "fine")
+    names, seeds = arguments.algorithms.split(","), range(arguments.seeds)
+    results = {(name, seed): run.search(name, seed, arguments.evaluations) for seed in seeds for name in names}
+    share = HypervolumeShare(np.vstack([run.costs(result) for result in results.values()]))
     marks = [m for m in (30, 60, 90, 120, 250) if m <= arguments.evaluations]
     print(
-        f"{len({e.architecture for run in runs.values() for e in run.evaluations}):,} sub-networks measured on "
-        f"{arguments.documents} documents of {bench.task}; population {bench.job.recipe.searching.population}, "
-        f"{arguments.seeds} seeds\n"
+        f"{len({e.architecture for result in results.values() for e in result.evaluations}):,} sub-networks measured "
+        f"on {arguments.documents} documents of {run.task}; population {run.population}, {arguments.seeds} seeds\n"
     )
-    heads = [f"{mark} evaluations" for mark in marks]
-    print("| algorithm | " + " | ".join(heads) + " | seconds, of them searching |\n" + "|---" * (len(marks) + 2) + "|")
-    by_evaluations: Curves = {}
-    by_seconds: Curves = {}
+    print_header("algorithm", *(f"{mark} evaluations" for mark in marks), "seconds, of them searching")
+    panels: dict[str, Curves] = {"evaluations": {}, "seconds": {}}
     for name in names:
         shares, times, searching = [], [], []
-        for seed in range(arguments.seeds):
-            rows, run = costs[name, seed], runs[name, seed]
-            shares.append([hypervolume(rows[: n + 1], reference) / whole for n in range(len(rows))])
-            overhead = {g["generation"]: g["seconds"]["overhead"] / g["new"] for g in run.generations}
-            spent = [bench.seconds(e.architecture) + overhead[e.generation] for e in run.evaluations]
+        for result in (results[name, seed] for seed in seeds):
+            costs = run.costs(result)
+            shares.append([share(costs[: n + 1]) for n in range(len(costs))])
+            overhead = {g["generation"]: g["seconds"]["overhead"] / g["new"] for g in result.generations}
+            spent = [run.seconds(e.architecture) + overhead[e.generation] for e in result.evaluations]
             times.append(np.cumsum(spent))
-            searching.append(sum(g["seconds"]["overhead"] for g in run.generations))
-        cells = [median_cell([share[mark - 1] for share in shares], ".3f") for mark in marks]
-        cells.append(f"{np.median([t[-1] for t in times]):.0f}, {np.median(searching):.1f}")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-        by_evaluations[name] = (range(1, len(shares[0]) + 1), shares)
-        by_seconds[name] = (np.median(times, axis=0), shares)
+            searching.append(sum(g["seconds"]["overhead"] for g in result.generations))
+        seconds = f"{np.median([t[-1] for t in times]):.0f}, {np.median(searching):.1f}"
+        print_row(name, *(median_range([curve[mark - 1] for curve in shares]) for mark in marks), seconds)
+        panels["evaluations"][name] = (range(1, len(shares[0]) + 1), shares)
+        panels["seconds"][name] = (np.median(times, axis=0), shares)
     if arguments.plot:
-        plot(arguments.plot, [("evaluations", by_evaluations), ("seconds", by_seconds)], log=False)
-
-
-def median_cell(values: Sequence[float], form: str) -> str:
-    return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-# -- what first looks and warm starts save --
+        plot(arguments.plot, panels, log=False)
 
 
 def starts(arguments: argparse.Namespace) -> None:
-    """Evaluations to shares of what all searches together reached: alone, with first looks, and from warm starts.
+    """Evaluations to shares of what all searches together reached: alone, with screening, and from warm starts.
 
     The earlier run is one of the same model whose units are ordered by magnitude: another super-network. What proposers
-    and the earlier run spent before the search began stands in a column of its own and counts as no evaluation.
+    and the earlier run spent before the search began stands in the last column and counts as no evaluation.
     """
-    bench = open_bench(arguments, "fine", **{"searching.screening": FIRST_LOOK})
-    other_run = arguments.run.with_name(arguments.run.name + "-earlier")
-    earlier_arguments = argparse.Namespace(**vars(arguments) | {"run": other_run})
-    earlier = open_bench(earlier_arguments, "fine", **{"finetuning.ordering": "magnitude"})
-    looking = {"screening": partial(bench.board.measure, fidelity="screening"), "share": FIRST_LOOK}
+    run = SearchedRun(arguments, "fine", **{"searching.screening": SCREENING})
+    other = argparse.Namespace(**vars(arguments) | {"run": arguments.run.with_name(arguments.run.name + "-earlier")})
+    earlier = SearchedRun(other, "fine", **{"finetuning.ordering": "magnitude"})
+    screening = {"screening": partial(run.evaluator.measure, fidelity="screening"), "share": SCREENING}
     proposed, beforehand = {}, {"an earlier run": f"{arguments.evaluations} evaluations"}
     for name in warm_starts():
-        bench.job.recipe.searching.warm_start = [name]
-        (bench.job.run.search / f"proposals-{name}.json").unlink(missing_ok=True)  # asked anew, to be timed
-        began = time.monotonic()
-        proposed[name] = proposals(bench.job)
-        beforehand[name] = f"{time.monotonic() - began:.1f} s"
+        run.job.recipe.searching.warm_start = [name]
+        (run.job.run.search / f"proposals-{name}.json").unlink(missing_ok=True)  # asked anew, to be timed
+        proposed[name], seconds = timed(partial(proposals, run.job))
+        beforehand[name] = f"{seconds:.1f} s"
 
     def options(way: str, seed: int) -> dict[str, Any]:
         if way == "greedy":
+            inputs = run.job.space, run.objectives, run.evaluator.measure
             budget = int(GREEDY_SHARE * arguments.evaluations)
-            population = bench.job.recipe.searching.population
-            path = greedy_path(
-                bench.job.space,
-                bench.objectives,
-                bench.board.measure,
-                evaluations=budget,
-                population=population,
-                seed=seed,
-            )
-            return {"known": path}
+            return {"known": greedy_path(*inputs, evaluations=budget, population=run.population, seed=seed)}
         if way == "an earlier run":
             front = earlier.search("linas", seed + arguments.seeds, arguments.evaluations).front
-            return {"warm_start": spread_over_sizes(bench.job, [e.architecture for e in front])}
-        if way in warm_starts():
+            return {"warm_start": spread_over_sizes(run.job, [e.architecture for e in front])}
+        if way in proposed:
             return {"warm_start": proposed[way]}
-        return looking if way == "first looks" else {}
+        return screening if way == "screening" else {}
 
-    runs = {
-        way: [
-            bench.search("linas", seed, arguments.evaluations, **options(way, seed)) for seed in range(arguments.seeds)
-        ]
-        for way in ("nothing", "first looks", "greedy", *warm_starts(), "an earlier run")
+    results = {
+        way: [run.search("linas", seed, arguments.evaluations, **options(way, seed)) for seed in range(arguments.seeds)]
+        for way in ("nothing", "screening", "greedy", *warm_starts(), "an earlier run")
     }
-    everything = [run for of_seeds in runs.values() for run in of_seeds]
-    union = np.vstack([_full_costs(bench, run) for run in everything])
-    reference = union.max(axis=0)
-    whole = hypervolume(union, reference)
-    each = np.median([bench.seconds(e.architecture) for run in everything for e in run.evaluations if e.full])
+    everything = [result for of_seeds in results.values() for result in of_seeds]
+    share = HypervolumeShare(np.vstack([run.costs(result) for result in everything]))
+    each = np.median([run.seconds(e.architecture) for result in everything for e in result.evaluations if e.full])
     print(
-        f"LINAS, {arguments.evaluations} evaluations, {arguments.seeds} seeds; {bench.task} on {arguments.documents} "
-        f"documents, first looks on {FIRST_LOOK:.0%} of them; population {bench.job.recipe.searching.population}; "
-        f"an evaluation takes {each:.2f} s\n"
+        f"LINAS, {arguments.evaluations} evaluations, {arguments.seeds} seeds; {run.task} on {arguments.documents} "
+        f"documents, screening on {SCREENING:.0%} of them; population {run.population}; an evaluation takes "
+        f"{each:.2f} s\n"
     )
-    heads = " | ".join(f"{level:.0%}" for level in LEVELS)
-    print(f"| helped by | {heads} | at the end | beforehand, not counted |\n" + "|---" * 6 + "|")
-    for way, of_seeds in runs.items():
-        curves = [spent_curve(bench, run, reference, whole, way == "first looks") for run in of_seeds]
-        reached = [[next((n for n, share in curve if share >= level), None) for curve in curves] for level in LEVELS]
-        end = median_cell([curve[-1][1] for curve in curves], ".3f")
-        cells = [way, *map(reached_cell, reached), end, beforehand.get(way, "")]
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def _full_costs(bench: Bench, run: SearchResult) -> np.ndarray:
-    """Both objectives of everything that was measured in full, [n, 2]."""
-    return np.array([bench.cost(e.architecture, e.values[bench.task]) for e in run.evaluations if e.full])
+    print_header("helped by", *(f"{level:.0%}" for level in LEVELS), "at the end", "beforehand, not counted")
+    for way, of_seeds in results.items():
+        curves = [spent_curve(run, result, share, way == "screening") for result in of_seeds]
+        reached = [reached_cell([first_at(curve, level) for curve in curves]) for level in LEVELS]
+        print_row(way, *reached, median_range([curve[-1][1] for curve in curves]), beforehand.get(way, ""))
 
 
 def spent_curve(
-    bench: Bench, run: SearchResult, reference: np.ndarray, whole: float, looked: bool
+    run: SearchedRun, result: SearchResult, share: HypervolumeShare, screened: bool
 ) -> list[tuple[float, float]]:
-    """After each full measurement: evaluations spent, first looks among them by their share of the documents, and the
+    """After each full measurement: evaluations spent, screenings among them by their share of the documents, and the
     share of the hypervolume."""
-    costs, spent = _full_costs(bench, run), 0.0
+    costs, spent = run.costs(result), 0.0
     curve: list[tuple[float, float]] = []
-    for generation, asked in groupby(run.evaluations, key=lambda e: e.generation):
+    for generation, asked in groupby(result.evaluations, key=lambda e: e.generation):
         members = list(asked)
-        spent += FIRST_LOOK * len(members) if looked and generation else 0
+        spent += SCREENING * len(members) if screened and generation else 0
         for _ in filter(lambda e: e.full, members):
             spent += 1
-            curve.append((spent, hypervolume(costs[: len(curve) + 1], reference) / whole))
+            curve.append((spent, share(costs[: len(curve) + 1])))
     return curve
-
-
-# -- is what is searched what ships? --
 
 
 def ranks(arguments: argparse.Namespace) -> None:
     """Rank correlation of scores inside the super-network with scores after slicing, and after healing too."""
-    bench = open_bench(arguments, "fine")
-    job = bench.job
+    run = SearchedRun(arguments, "fine")
+    job = run.job
     full = job.structure.parameters(job.structure.base)
     genomes = sample_sizes(job.space, np.random.default_rng(0), arguments.networks, 0.5 * full, 0.95 * full)
     architectures = job.space.decode_all(genomes)
-    inside = bench.scores(architectures)
+    inside = run.scores(architectures)
     job.threads(scoring=False)
     model, base = job.load_supernet().model.float(), job.load_base(torch.float32)
     blocks = training_blocks(job, arguments.heal_tokens)
@@ -374,35 +301,24 @@ def ranks(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, architecture in enumerate(architectures):
             network = extract(model, job.structure, architecture)
-            sliced.append(scored(bench, network))
+            sliced.append(run.score(network))
             state = Path(folder) / f"{number}.safetensors"
             heal(network, base, blocks, settings, state=state, accelerator=Accelerator(cpu=True))
-            healed.append(scored(bench, network.eval()))
+            healed.append(run.score(network.eval()))
     sizes = np.array([job.structure.parameters(a) / full for a in architectures])
     print(
         f"{len(architectures)} sub-networks of {sizes.min():.2f} to {sizes.max():.2f} of the parameters; super-network "
-        f"fine-tuned on {arguments.train_tokens:,} tokens, each healed on {arguments.heal_tokens:,}; {bench.task} on "
+        f"fine-tuned on {arguments.train_tokens:,} tokens, each healed on {arguments.heal_tokens:,}; {run.task} on "
         f"{arguments.documents} documents\n"
     )
-    print("| scores compared | Kendall tau | Spearman rho | the same, size regressed out |\n" + "|---" * 4 + "|")
-    for what, first, second in (
-        ("in the super-network, sliced", inside, sliced),
-        ("in the super-network, healed", inside, healed),
-    ):
-        left, right = beyond_size(sizes, first), beyond_size(sizes, second)
-        print(
-            f"| {what} | {kendalltau(first, second).statistic:.3f} | {spearmanr(first, second).statistic:.3f} | "
-            f"{kendalltau(left, right).statistic:.3f}, {spearmanr(left, right).statistic:.3f} |"
-        )
+    print_header("scores compared", "Kendall tau", "Spearman rho", "the same, size regressed out")
+    for shipped, scores in (("sliced", sliced), ("healed", healed)):
+        pairs = (inside, scores), (beyond_size(sizes, inside), beyond_size(sizes, scores))
+        plain, beyond = ([f"{rank(*pair).statistic:.3f}" for rank in (kendalltau, spearmanr)] for pair in pairs)
+        print_row(f"in the super-network, {shipped}", *plain, ", ".join(beyond))
     worst = max(abs(a - b) for a, b in zip(inside, sliced, strict=True))
     print(f"\nLargest difference between a score in the super-network and after slicing: {worst:.2g}")
     print(f"Median score in the super-network {np.median(inside):.3f}, healed {np.median(healed):.3f}")
-
-
-def scored(bench: Bench, network: Any) -> float:
-    bench.job.threads(scoring=True)
-    with torch.no_grad():
-        return bench.job.scorer(network).score("search", bench.job.recipe.searching.limit)[bench.task].value
 
 
 def beyond_size(sizes: np.ndarray, scores: Sequence[float]) -> np.ndarray:
@@ -410,39 +326,32 @@ def beyond_size(sizes: np.ndarray, scores: Sequence[float]) -> np.ndarray:
     return np.array(scores) - np.polyval(np.polyfit(sizes, scores, 1), sizes)
 
 
-# -- overhead --
-
-
 def overhead(arguments: argparse.Namespace) -> None:
     """The share of a search's time that is not evaluation; what the store knew counts with the time it once took."""
-    bench = open_bench(arguments, "fine")
-    print("| algorithm | evaluations | evaluating, s | all else, s | share |\n" + "|---" * 5 + "|")
+    run = SearchedRun(arguments, "fine")
+    print_header("algorithm", "evaluations", "evaluating, s", "all else, s", "share")
     for name in arguments.algorithms.split(","):
-        result = bench.search(name, 0, arguments.evaluations)
-        evaluating = sum(bench.seconds(e.architecture) for e in result.evaluations)
+        result = run.search(name, 0, arguments.evaluations)
+        evaluating = sum(run.seconds(e.architecture) for e in result.evaluations)
         other = sum(g["seconds"]["overhead"] for g in result.generations)
         share = other / (evaluating + other)
-        print(f"| {name} | {len(result.evaluations)} | {evaluating:.0f} | {other:.1f} | {share:.1%} |", flush=True)
+        print_row(name, str(len(result.evaluations)), f"{evaluating:.0f}", f"{other:.1f}", f"{share:.1%}")
 
-
-# -- the options --
 
 Curves = dict[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
 """By algorithm: values on the horizontal axis, and a curve of hypervolume for each seed."""
-Panel = tuple[str, Curves]
-"""A name for the horizontal axis, and what is drawn over it."""
 
 
-def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
-    """Median and quartiles over seeds, one panel for each horizontal axis."""
-    import matplotlib
+def plot(file: Path, panels: Mapping[str, Curves], log: bool) -> None:
+    """Median and quartiles over seeds, one panel for each horizontal axis, by its name."""
+    import matplotlib  # slow to import, and only for plots
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "search", "svg.fonttype": "none"}  # the same file every time, and small
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4), squeeze=False, sharey=True)
-    for axis, (name, curves) in zip(axes[0], panels, strict=True):
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
         for label, (x, shares) in curves.items():
             steps = np.geomspace if log else np.linspace
             at = np.unique(steps(1, len(x), 60).astype(int)) - 1  # no finer than the eye, so that the file is small
@@ -458,30 +367,27 @@ def plot(file: Path, panels: Sequence[Panel], log: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     subparsers = parser.add_subparsers(dest="part", required=True, metavar="part")
-    parts = {}
-    for part in (space, fine, starts, ranks, overhead):
-        added = parts[part] = subparsers.add_parser(part.__name__, description=part.__doc__)
+    svg = (Path, "an SVG file to draw")
+    parts: dict[Callable[[argparse.Namespace], None], dict[str, object]] = {
+        space: {"algorithms": ",".join(algorithms()), "widths": ("192,384", "FFN widths"), "seeds": 10, "plot": svg},
+        fine: {"algorithms": "linas,nsga2,random", "seeds": 3, "evaluations": 120, "plot": svg},
+        starts: {"seeds": 3, "evaluations": 120},
+        ranks: {"heal_tokens": (60_000, "for each sub-network"), "networks": (20, "how many")},
+        overhead: {"algorithms": "linas", "evaluations": 250},
+    }
+    shared = {
+        "task": demo.TASK_NAMES[0],
+        "documents": 60,
+        "train_tokens": (0, "for the super-network; 0: ordered, not trained"),
+        "run": (Path, "default: a temporary folder's, by part, checkpoint and tokens"),
+    }
+    for part, options in parts.items():
+        first_line, *_ = (part.__doc__ or "").splitlines()
+        added = subparsers.add_parser(part.__name__, description=part.__doc__, help=first_line)
         added.set_defaults(measure=part)
-        added.add_argument("--checkpoint", default=str(demo.MODEL))
-        added.add_argument("--data", help="training text; default: generated")
-        added.add_argument("--include-path", default=str(demo.TASKS))
-        added.add_argument("--task", default=demo.TASK_NAMES[0])
-        added.add_argument("--documents", type=int, default=60)
-        added.add_argument("--train-tokens", type=int, default=0, help="for the super-network; 0: ordered, not trained")
-        added.add_argument("--run", type=Path, help="default: a temporary folder's, by part, checkpoint and tokens")
-    parts[space].add_argument("--widths", default="192,384", help="FFN widths")
-    parts[ranks].add_argument("--heal-tokens", type=int, default=60_000, help="for each sub-network")
-    parts[ranks].add_argument("--networks", type=int, default=20, help="how many")
-    for part, names in ((space, algorithms()), (fine, ("linas", "nsga2", "random")), (overhead, ("linas",))):
-        parts[part].add_argument("--algorithms", default=",".join(names), help="comma-separated")
-    for part, seeds in ((space, 10), (fine, 3), (starts, 3)):
-        parts[part].add_argument("--seeds", type=int, default=seeds)
-    for part, evaluations in ((fine, 120), (starts, 120), (overhead, 250)):
-        parts[part].add_argument("--evaluations", type=int, default=evaluations)
-    for part in (space, fine):
-        parts[part].add_argument("--plot", type=Path, help="an SVG file to draw")
+        add_options(added, "checkpoint", "data", "include_path", **shared, **options)
     arguments = parser.parse_args()
     if arguments.run is None:
         name = f"search-{arguments.part}-{Path(arguments.checkpoint).resolve().name}-{arguments.train_tokens}"

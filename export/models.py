@@ -26,7 +26,9 @@ def _architecture(value: Any) -> Architecture:
         raise ValueError(f"not an architecture ({error})") from error
 
 
-JSONArchitecture = Annotated[Architecture, PlainValidator(_architecture), PlainSerializer(Architecture.to_dict, return_type=dict)]
+JSONArchitecture = Annotated[
+    Architecture, PlainValidator(_architecture), PlainSerializer(Architecture.to_dict, return_type=dict)
+]
 """An architecture; JSON holds its `to_dict()`."""
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: every one can be imported and says what it takes, and the small things that they compute hold."""
+"""The benchmarks: every one can be imported and shows its help, and the small things that they compute hold."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common import Measurements, make_parser, mean_spread, median_range
 from tests.support import ROOT, tiny
-from tests.support.report_helpers import minimal_report, score
+from tests.support.report_helpers import full_report, minimal_report, score
 
-LIBRARIES = {"memory"}
-"""Modules that benchmarks share, without a command of their own."""
-COMMANDS = [[file.stem] for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem not in LIBRARIES]
+SHARED = {"common", "jobs"}
+"""Modules that benchmarks share, without a command."""
+COMMANDS = [[file.stem] for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem not in SHARED]
 PARTS = [["search", part] for part in ("space", "fine", "starts", "ranks", "overhead")]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
     """`python -m benchmarks.NAME ARGUMENTS`, in this process."""
-    monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", *arguments])
     importlib.import_module(f"benchmarks.{name}").main()
 
@@ -37,10 +37,53 @@ def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "usage:" in capsys.readouterr().out
 
 
+def test_docstrings_name_their_command() -> None:
+    for (name,) in COMMANDS:
+        assert f"python -m benchmarks.{name}" in str(importlib.import_module(f"benchmarks.{name}").__doc__)
+
+
 def test_an_option_of_another_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, "search", "overhead", "--plot", "curve.svg")
     assert end.value.code == 2
+
+
+def test_a_default_decides_the_type_of_an_option() -> None:
+    parser = make_parser("What it measures.", "data", count=(3, "help"), share=0.5, names=["a"], fast=False)
+    defaults = vars(parser.parse_args([]))
+    assert defaults == {"data": None, "count": 3, "share": 0.5, "names": ["a"], "fast": False}
+    words = ["--data", "x", "--count", "4", "--share", "1", "--names", "b", "c", "--fast"]
+    chosen = vars(parser.parse_args(words))
+    assert chosen == {"data": "x", "count": 4, "share": 1.0, "names": ["b", "c"], "fast": True}
+
+
+def test_spreads() -> None:
+    assert mean_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert mean_spread([0.01, 0.03], "+.1%") == "+2.0% ± 1.4%"
+    assert mean_spread([1.5], ".1f") == "1.5"
+    assert median_range([3.0, 1.0, 2.0], ".0f") == "2 (1 to 3)"
+
+
+def test_a_seed_that_never_gets_there_counts_as_infinitely_many_evaluations() -> None:
+    search = importlib.import_module("benchmarks.search")
+    curve = [(1, 0.5), (2.25, 0.96), (3, 0.97)]
+    assert [search.first_at(curve, level) for level in (0.9, 0.95, 0.99)] == [2.25, 2.25, math.inf]
+    assert search.reached_cell([5, 3, 4]) == "4 (3 to 5)"
+    assert search.reached_cell([5, math.inf, 4]) == "5 (4 to never (1 of 3))"
+    assert search.reached_cell([math.inf, math.inf, 4]) == "never (4 to never (2 of 3))"
+    assert search.reached_cell([math.inf]) == "never"
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "measured.json"
+    for value in (1, 2):
+        measurements = Measurements(file, minutes=1)
+        results = measurements.by_settings.setdefault("two threads", {})
+        measurements.measure(results, "a", lambda value=value: value)  # type: ignore[misc]
+        assert results == {"a": 1}
+    late = Measurements(file, minutes=-1)
+    late.measure(late.by_settings["two threads"], "b", lambda: 3)
+    assert late.by_settings == json.loads(file.read_text()) == {"two threads": {"a": 1}}
 
 
 def test_cells_without_a_number_are_empty(
@@ -49,14 +92,25 @@ def test_cells_without_a_number_are_empty(
     report = minimal_report()
     report["packages"][0]["tasks"]["sums"] = score(0.5, None)
     (tmp_path / "report.json").write_text(json.dumps(report))
-    call(monkeypatch, "run_table", str(tmp_path))
+    call(monkeypatch, "report_table", str(tmp_path))
     *_, base, best = capsys.readouterr().out.splitlines()
     assert base == "| base | 1,000,000 (1.000) | 4,000,000 (1.000) | 0.900 ± 0.010 |  | 1.000 |  |  |"
     assert best == "| best | 670,000 (0.670) | 2,680,000 (0.670) | 0.800 ± 0.010 | 0.500 | 0.889 |  |  |"
 
 
-def test_markers_are_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_methods_stand_below_the_packages_of_a_run_that_was_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(full_report()))
+    call(monkeypatch, "report_table", str(tmp_path))
+    *_, sentence, _, header, rule, ours, other = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("At 0.67 ours is best")
+    assert header.startswith("| method | seeds | parameters |") and header.count("|") == rule.count("|")
+    assert ours.startswith("| **ours** | 1 | 672,000 |  | 0.850 ± 0.010 |  |") and ours.endswith("| 1.20 |")
+    assert other.startswith("| shortgpt | 1 | 672,000 |  | 0.800 ± 0.010 | +5.0 (+3.0, +7.0) * |")
+
+
+def test_markers_are_no_bytes() -> None:
     bits_per_byte = importlib.import_module("benchmarks.quantization").bits_per_byte
     vocabulary = 256
 
@@ -71,7 +125,7 @@ def test_markers_are_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peak_memory_is_that_of_the_process_alone() -> None:
-    code = "from benchmarks.memory import resident; print(resident('VmHWM'))"
+    code = "from benchmarks.common import resident; print(resident('VmHWM'))"
     held = bytearray(b"x") * 2**28
     peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
     assert 0 < peak < len(held)
