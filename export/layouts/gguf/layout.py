@@ -312,7 +312,6 @@ def take_stored_weights(network: PreTrainedModel, package: Path) -> PreTrainedMo
     Scores are computed with these in transformers; that llama.cpp computes the same from the file is proved by
     `export.layouts.gguf.runtime.check_gguf`.
     """
-    import torch
     from gguf import GGUFReader, quants  # an optional dependency
 
     file, _ = weight_file(package)
