@@ -287,9 +287,7 @@ def correctness(arguments: argparse.Namespace) -> Facts:
                 lm._as_tree = False
                 padded = [answer[0] for answer in lm.answer(plan)]
                 worst = [max(abs(a - b) for a, b in zip(one, exact, strict=True)) for one in (trees, padded)]
-                what = (
-                    f"{name}, {str(dtype).removeprefix('torch.')}: largest error of trees, padded; mean size of ll; as trees"
-                )
+                what = f"{name}, {str(dtype).removeprefix('torch.')}: error of trees, padded; mean size; as trees"
                 yield what, [worst[0], worst[1], scale, read_as_trees]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from compressor.inspection import expected_memory
 from compressor.job import Job
+from compressor.recipe import Recipe
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
@@ -20,6 +21,7 @@ from export.quantization.schemes import SCHEMES
 from search.algorithms import algorithms
 from supernet.common.errors import RequestError, unknown
 from supernet.common.formatting import size
+from supernet.common.progress import say
 from supernet.importance import IMPORTANCES
 from supernet.ordering import load_ordering
 from supernet.training.accelerator import processes
@@ -27,7 +29,7 @@ from supernet.training.adapters import PARAMETERS, adapted
 from supernet.training.losses import LOSSES
 from supernet.training.optimizers import OPTIMIZERS, check_optimizer
 from supernet.training.samplers import DRAWS, SAMPLERS
-from supernet.training.sources import local_files
+from supernet.training.sources import local_files, other_files, read_rows
 
 
 def check(job: Job) -> None:
@@ -42,12 +44,23 @@ def check(job: Job) -> None:
     check_group_size(job)
     if not recipe.data:
         raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
-    local_files(recipe.data)
+    check_data(recipe)
     if recipe.speed_table is not None:
         job.given_speed_table()
     if recipe.tasks:
         check_tasks(job)
     job.checkpoint.check_finite()
+
+
+def check_data(recipe: Recipe) -> None:
+    """Read local training text once, all of it, so that its last row fails before the first step and not after it."""
+    assert recipe.data is not None
+    if local_files(recipe.data) is None:
+        return
+    if unread := other_files(recipe.data):
+        say(f"warning: --data {recipe.data}: {len(unread)} files are of other kinds and not read, such as {unread[0]}")
+    if not any(True for _ in read_rows(recipe.data, recipe.text_key)):
+        raise RequestError(f"--data {recipe.data}: no row has a text")
 
 
 def check_names(job: Job) -> None:

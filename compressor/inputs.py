@@ -11,7 +11,7 @@ from compressor.job import Job
 from export.shards import weight_files
 from supernet.common.files import content_fingerprint
 from supernet.training.data import Blocks, pack
-from supernet.training.sources import Row
+from supernet.training.sources import Row, local_files
 
 CALIBRATION_BLOCKS = 64
 
@@ -27,7 +27,7 @@ def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
 def data_fingerprint(source: str) -> str:
     """Of a local file or folder: its contents. Of a hub dataset: its name, as its revision is the hub's."""
     path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = [path] if path.is_file() else local_files(source) or [] if path.is_dir() else []
     return content_fingerprint(files, source.encode() if not files else b"")
 
 
@@ -38,7 +38,8 @@ def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = 
         job.recipe.finetuning.sequence_length,
         getattr(job.checkpoint.config, "max_position_embeddings", 10**9),
     )
-    return pack(job.recipe.data, job.tokenizer, length, max(2 * tokens, 4 * CALIBRATION_BLOCKS * length), seen)
+    most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * length)
+    return pack(job.recipe.data, job.tokenizer, length, most, seen, job.recipe.text_key)
 
 
 def weights_fingerprint(folder: Path) -> str:

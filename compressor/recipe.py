@@ -244,7 +244,11 @@ class Recipe(Section):
     model: str
     """The checkpoint: a folder or a hub name."""
     data: str | None = None
-    """Training text: a `.txt`, `.jsonl`, `.json` or `.parquet` file, a folder of them, or a hub dataset."""
+    """Training text: a `.txt`, `.jsonl`, `.json`, `.parquet` or `.arrow` file (text and JSON also as `.gz`, `.zst` or
+    `.bz2`), a folder of them, or a hub dataset."""
+    text_key: str | None = None
+    """The one column of the data to read. Without it, a row has `text`; `prompt` and `completion`; `messages`;
+    `conversations` (ShareGPT); or `instruction`, `input` and `output` (Alpaca)."""
     tasks: Names = Field(default_factory=list)
     """lm-eval tasks that the search maximises; `T:METRIC` names a task's metric."""
     include_path: str | None = None

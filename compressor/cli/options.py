@@ -43,6 +43,7 @@ class RecipeOption:
 RECIPE_OPTIONS = {
     "data": RecipeOption("data", str, "training text: .txt, .jsonl, .parquet, a folder, or a hub dataset"),
     "tasks": RecipeOption("tasks", str, "lm-eval tasks, comma-separated; T:METRIC names a task's metric"),
+    "text_key": RecipeOption("text_key", str, "the column of the data with the text, where it is not called 'text'"),
     "include_path": RecipeOption("include_path", str, "folder of lm-eval task files"),
     "space": RecipeOption("space", str, "llama-nas, instatune, depth, uniform, fine, or a YAML file"),
     "effort": RecipeOption("effort", str, "quick, standard or thorough: sets every budget"),

@@ -38,7 +38,7 @@ from supernet.training.data import Blocks
 from supernet.training.loop import History
 from supernet.training.losses import Loss
 from supernet.training.sharding import full_tensor, shard
-from supernet.training.sources import hub_dataset, plain_text
+from supernet.training.sources import hub_dataset
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 
 
@@ -56,6 +56,8 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
         inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.finetuning.ordering}
+    if recipe.text_key is not None:
+        inputs["text_key"] = recipe.text_key
     if recipe.finetuning.ordering not in IMPORTANCES:
         inputs["ordering_file"] = data_fingerprint(recipe.finetuning.ordering)
     return inputs
@@ -83,7 +85,14 @@ def finetune(job: Job) -> dict[str, Any]:
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
         overlap = Contamination(report_texts(job))
-        blocks = training_blocks(job, recipe.finetuning.tokens or 0, lambda row: overlap.show(plain_text(row)))
+        tokens, most = recipe.finetuning.tokens or 0, max(recipe.finetuning.tokens or 0, recipe.healing.tokens or 0)
+        # All that healing will read too: a row that cannot be read ends the run now, and not after the search.
+        blocks = training_blocks(job, most, lambda row: overlap.show(row.text))
+        if blocks.skipped:
+            reasons = ", ".join(f"{count} because {reason}" for reason, count in blocks.skipped.items())
+            say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
+        if most > tokens:
+            blocks = training_blocks(job, tokens)
         contaminated = overlap.contaminated
         if contaminated:
             say(
@@ -122,6 +131,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "hub_dataset": hub_dataset(recipe.data or ""),
                 "blocks": len(blocks),
                 "data_fingerprint": blocks.fingerprint,
+                "skipped_rows": blocks.skipped,
                 "overlapping_report_documents": len(contaminated),
             }
             resumable.unlink(missing_ok=True)  # only now: whatever goes wrong before costs no training

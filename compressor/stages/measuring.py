@@ -33,7 +33,7 @@ from supernet.device import device_name
 from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.losses import held_out_loss
-from supernet.training.sources import plain_text, read_rows
+from supernet.training.sources import read_rows
 from supernet.trust import check_code
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def dumped(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
 def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
     """The openings of a few documents of the user's data, and their token ids [1, length]."""
     assert job.recipe.data is not None
-    texts = [plain_text(row) for row in islice(read_rows(job.recipe.data), 400)]
+    texts = [row.text for row in islice(read_rows(job.recipe.data, job.recipe.text_key), 400)]
     prompts = {}
     for text in [text for text in texts if len(text) > 20][-count:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from supernet.common.errors import RequestError
-from supernet.training.sources import Row, kind_of, read_rows
+from supernet.training.sources import Message, Row, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,8 @@ class Blocks:
     table: Tensor
     fingerprint: str
     documents: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Rows that were passed over, by the reason."""
     _order: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -90,7 +93,7 @@ class Blocks:
 
     def part(self, start: int, stop: int) -> Blocks:
         """Some of the blocks, in order; fingerprint and number of documents are those of all blocks."""
-        return Blocks(self.table[start:stop], self.fingerprint, self.documents)
+        return Blocks(self.table[start:stop], self.fingerprint, self.documents, self.skipped)
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         """The `size` blocks of a step, a pure function of (seed, step), so that nothing has to be stored to resume.
@@ -109,25 +112,25 @@ class Blocks:
         return self._order[key]
 
 
-def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one document, with an end mark. Raises `RequestError` that names the source."""
-    kind = kind_of(row)
-    if kind == "messages":
-        return _encode_messages(row["messages"], tokenizer, source)
-    if kind == "completion":
-        return _encode_completion(row["prompt"], row["completion"], tokenizer, source)
-    ids = _ended(tokenizer(row["text"], verbose=False).input_ids, tokenizer)
+def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one document, with an end mark. Raises `RequestError` that names the row."""
+    prompt, content = row.prompt, row.content
+    if row.chat and isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            prompt += "\n\n"
+        else:
+            prompt, content = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": content}]
+    if isinstance(content, list):
+        asked = prompt if isinstance(prompt, list) else []
+        return _encode_messages([*asked, *content], tokenizer, row.where, first=len(asked))
+    if isinstance(prompt, str):
+        return _encode_completion(prompt, content, tokenizer)
+    ids = _ended(tokenizer(content, verbose=False).input_ids, tokenizer)
     return ids, list(ids)
 
 
-def _encode_completion(
-    prompt: object, completion: object, tokenizer: PreTrainedTokenizerBase, source: str
-) -> tuple[list[int], list[int]]:
-    """A prompt and its completion, learnt from only in the completion. Both are texts, or both lists of messages."""
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _encode_messages([*prompt, *completion], tokenizer, source, first=len(prompt))
-    if not (isinstance(prompt, str) and isinstance(completion, str)):
-        raise RequestError(f"--data {source}: 'prompt' and 'completion' must both be texts or both lists of messages")
+def _encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """A prompt and its completion, learnt from only in the completion."""
     # Tokenised apart, as in generation.
     before = tokenizer(prompt, verbose=False).input_ids
     if before and before[-1] == tokenizer.eos_token_id:
@@ -146,7 +149,7 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_messages(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, source: str, first: int = 0
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str, first: int = 0
 ) -> tuple[list[int], list[int]]:
     """A conversation, learnt from only in the assistant's turns from message `first` on.
 
@@ -154,22 +157,26 @@ def _encode_messages(
     only to render earlier turns as prefixes.
     """
     if tokenizer.chat_template is None:
-        raise RequestError(f"--data {source}: rows hold 'messages' but the tokenizer has no chat template; give 'text'")
+        raise RequestError(f"{where}: a conversation, but the tokenizer has no chat template; give 'text'")
     ids: list[int] = []
     labels: list[int] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or turn < first:
             continue
-        prompt = _render(tokenizer, messages[:turn], prompt=True)
-        full = _render(tokenizer, messages[: turn + 1], prompt=False)
+        try:
+            prompt = _render(tokenizer, messages[:turn], prompt=True)
+            full = _render(tokenizer, messages[: turn + 1], prompt=False)
+        except Exception as error:  # the template is a program of the model's author, and can raise anything
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise RequestError(f"{where}: the chat template cannot render it ({reason})") from error
         if full[: len(ids)] != ids or full[: len(prompt)] != prompt:
-            raise RequestError(f"--data {source}: the chat template rewrites earlier turns; give 'text' instead")
+            raise RequestError(f"{where}: the chat template rewrites earlier turns; give 'text' instead")
         labels += [IGNORED] * (len(prompt) - len(ids)) + full[len(prompt) :]
         ids = full
     return ids, labels
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool) -> list[int]:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: bool) -> list[int]:
     """Token ids of messages in the chat template, with `prompt` those of the start of the assistant's turn too."""
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
@@ -181,24 +188,26 @@ def pack(
     length: int,
     tokens: int | None = None,
     seen: Callable[[Row], None] | None = None,
+    text_key: str | None = None,
 ) -> Blocks:
     """The source's documents in blocks of `length` tokens, without the incomplete last block and without blocks that
     have nothing to learn from.
 
     Blocks are written to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory.
-    Reading stops after `tokens` tokens, if given. `seen` is called with every row. Raises `RequestError` for less than
-    two blocks.
+    Reading stops after `tokens` tokens, if given. `seen` is called with every row; `text_key` is that of `read_rows`.
+    Raises `RequestError` for less than two blocks.
     """
-    digest = hashlib.sha256()
+    digest, skipped = hashlib.sha256(), Counter[str]()
     pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
     documents = read = blocks = 0
     with tempfile.TemporaryFile(prefix="compressor-") as file:
-        for row in read_rows(source):
+        for row in read_rows(source, text_key, skipped):
             if seen is not None:
                 seen(row)
             # 1. Append the document to the pending tokens.
-            ids, labels = encode_row(row, tokenizer, source)
+            ids, labels = encode_row(row, tokenizer)
             if not ids:
+                skipped["the assistant says nothing" if isinstance(row.content, list) else "the text is empty"] += 1
                 continue
             digest.update(str(ids).encode())
             for part, values in zip(pending, (ids, [IGNORED, *labels[1:]], [documents] * len(ids)), strict=True):
@@ -225,7 +234,7 @@ def pack(
         file.flush()
         # Copy on write, since torch needs a writable array. The map stays valid after the file is closed.
         table = np.memmap(file, np.int32, mode="c", shape=(blocks, 3, length))
-    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents)
+    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents, dict(skipped))
 
 
 def _positions(documents: np.ndarray) -> np.ndarray:

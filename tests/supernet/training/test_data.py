@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 import torch
 
 from supernet.common.errors import RequestError
 from supernet.training.data import IGNORED, Batch, Blocks, encode_row, pack
-from supernet.training.sources import hub_dataset, hub_rows, kind_of, plain_text, read_rows
+from supernet.training.sources import Row, hub_dataset, hub_rows, local_files, other_files, read_rows
 from supernet.training.traces import trace
 from tests.support import tiny
 
@@ -19,6 +23,12 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:{{ m.content }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )
+
+
+def rows_of(folder: Path, *rows: object, **options: Any) -> list[Row]:
+    """What is read of rows that lie in a JSON lines file."""
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(read_rows(str(folder / "d.jsonl"), **options))
 
 
 def learnt(ids: list[int], labels: list[int]) -> str:
@@ -62,40 +72,147 @@ def test_a_block_with_nothing_to_learn_from_is_left_out(tmp_path: Path) -> None:
     assert learnt(batch.ids.flatten().tolist(), batch.labels.flatten().tolist()) == "yes</s>no way, neve"
 
 
-def test_conversations_are_learnt_from_where_the_assistant_speaks() -> None:
+def test_conversations_are_learnt_from_where_the_assistant_speaks(tmp_path: Path) -> None:
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     turns = [("user", "hi"), ("assistant", "yo"), ("user", "q"), ("assistant", "z")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    ids, labels = encode_row({"messages": messages}, tokenizer, "x")
-    assert tokenizer.decode(ids) == "U:hi\nA:yo\nU:q\nA:z\n"
-    assert learnt(ids, labels) == "yo\nz\n"
-    ids, labels = encode_row({"prompt": messages[:3], "completion": messages[3:]}, tokenizer, "x")
-    assert tokenizer.decode(ids) == "U:hi\nA:yo\nU:q\nA:z\n"
-    assert learnt(ids, labels) == "z\n"
+    completion = {"prompt": messages[:3], "completion": messages[3:]}
+    shared = {"conversations": [{"from": r, "value": t} for r, t in zip(["human", "gpt"] * 2, "abcd", strict=True)]}
+    alpaca = {"instruction": "add", "input": "1 2", "output": "3"}
+    encoded = [
+        encode_row(row, tokenizer) for row in rows_of(tmp_path, {"messages": messages}, completion, shared, alpaca)
+    ]
+    assert [tokenizer.decode(ids) for ids, _ in encoded] == [
+        "U:hi\nA:yo\nU:q\nA:z\n", "U:hi\nA:yo\nU:q\nA:z\n", "U:a\nA:b\nU:c\nA:d\n", "U:add\n\n1 2\nA:3\n",
+    ]  # fmt: skip
+    assert [learnt(*one) for one in encoded] == ["yo\nz\n", "z\n", "b\nd\n", "3\n"]
 
 
-def test_completions_are_learnt_from_and_prompts_are_not() -> None:
-    ids, labels = encode_row({"prompt": "2+2=", "completion": "4"}, tiny.byte_tokenizer(), "x")
-    assert tiny.byte_tokenizer().decode(ids) == "2+2=4</s>" and learnt(ids, labels) == "4</s>"
-    with pytest.raises(RequestError, match="both"):
-        encode_row({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, tiny.byte_tokenizer(), "x")
+def test_messages_are_given_to_the_template_as_it_can_take_them(tmp_path: Path) -> None:
+    """Content that is null is empty, parts of text are joined, and a key without a value is not defined."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}
+    (row,) = rows_of(tmp_path, {"messages": [parts, call]})
+    assert row.content == [{"role": "user", "content": "ab"}, call | {"content": ""}]
+    (columns,) = rows_of(tmp_path, {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}})
+    assert columns.content == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def test_conversations_need_a_chat_template() -> None:
-    with pytest.raises(RequestError, match="chat template"):
-        encode_row({"messages": [{"role": "assistant", "content": "x"}]}, tiny.byte_tokenizer(), "x")
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system turn') }}", "no system turn"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].missing.key }}", "has no attribute 'missing'"),
+    ],
+)
+def test_a_chat_that_the_template_cannot_render_is_named(tmp_path: Path, template: str, reason: str) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = rows_of(tmp_path, {"text": "fine"}, {"messages": turns})
+    with pytest.raises(RequestError, match=rf"d\.jsonl: row 2: the chat template cannot render it \(.*{reason}"):
+        encode_row(rows[1], tokenizer)
 
 
-def test_plain_text_jsonl_and_parquet_are_read_in_order(tmp_path: Path) -> None:
+def test_completions_are_learnt_from_and_prompts_are_not(tmp_path: Path) -> None:
+    alpaca = {"instruction": "add", "input": "", "output": "3"}
+    for row, text, part in zip(
+        rows_of(tmp_path, {"prompt": "2+2=", "completion": "4"}, alpaca),
+        ("2+2=4</s>", "add\n\n3</s>"),
+        ("4</s>", "3</s>"),
+        strict=True,
+    ):
+        ids, labels = encode_row(row, tiny.byte_tokenizer())
+        assert tiny.byte_tokenizer().decode(ids) == text and learnt(ids, labels) == part
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    (row,) = rows_of(tmp_path, {"messages": [{"role": "assistant", "content": "x"}]})
+    with pytest.raises(RequestError, match="row 1: a conversation, but the tokenizer has no chat template"):
+        encode_row(row, tiny.byte_tokenizer())
+
+
+def test_all_kinds_of_files_are_read_in_order_and_others_are_named(tmp_path: Path) -> None:
     import pandas
 
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     pandas.DataFrame({"text": ["three", "four"]}).to_parquet(tmp_path / "b.parquet")
-    (tmp_path / "c.jsonl").write_text('{"prompt": "f", "completion": "ive"}\n{"text": "six"}\n')
-    rows = list(read_rows(str(tmp_path)))
-    assert [row["text"].strip() for row in rows[:4]] == ["one", "two", "three", "four"]
-    assert (rows[4]["prompt"], rows[4]["completion"], rows[5]["text"]) == ("f", "ive", "six")
+    (tmp_path / "c.JSONL").write_text('{"prompt": "f", "completion": "ive"}\n\n{"text": "six"}\n')
+    (tmp_path / "d.json").write_text('[{"text": "seven"}, {"text": "2020-01-01"}]')
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "f.jsonl.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "eight"}\n'))
+    with pyarrow.output_stream(str(tmp_path / "e" / "g.txt.zst"), compression="zstd") as stream:
+        stream.write("neun: ä".encode())
+    datasets.Dataset.from_dict({"text": ["ten"]}).save_to_disk(tmp_path / "h")
+    for unread in (".hidden.jsonl", "notes.csv", "e/f.tar.gz"):
+        (tmp_path / unread).write_text("x")
+    texts = [row.text.strip() for row in read_rows(str(tmp_path))]
+    assert texts == ["one", "two", "three", "four", "five", "six", "seven", "2020-01-01", "eight", "neun: ä", "ten"]
+    assert [file.name for file in other_files(str(tmp_path))] == ["f.tar.gz", "notes.csv"]
+
+
+def test_text_is_split_at_empty_lines_wherever_it_is_read_in_pieces(tmp_path: Path) -> None:
+    texts = ["a" * (2**20 - 1), "b" * 2**20, "c\nd"]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    assert [row.text for row in read_rows(str(tmp_path / "a.txt"))] == texts
+
+
+def test_rows_without_a_text_are_passed_over_and_counted(tmp_path: Path) -> None:
+    skipped = Counter[str]()
+    rows = [
+        {"text": None, "id": 1}, {"text": None}, {"prompt": "a", "completion": None}, {"messages": []},
+        {"text": "half \ud800"}, {"text": "whole"},
+    ]  # fmt: skip
+    assert [row.text for row in rows_of(tmp_path, *rows, skipped=skipped)] == ["whole"]
+    assert skipped == {
+        "'text' is null": 2, "'completion' is null": 1, "'messages' is empty": 1, "the text is not valid Unicode": 1
+    }  # fmt: skip
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"text": None}, {"text": "x" * 99}, {"messages": [{"role": "user", "content": "a"}]}]
+    rows_of(tmp_path, *rows)
+    assert pack(str(tmp_path / "d.jsonl"), tokenizer, 8).skipped == {
+        "'text' is null": 1, "the assistant says nothing": 1
+    }  # fmt: skip
+
+
+def test_another_column_is_read_where_it_is_named(tmp_path: Path) -> None:
+    rows = [{"content": "a", "text": "no"}, {"content": None}, {"content": "b"}]
+    assert [row.text for row in rows_of(tmp_path, *rows, text_key="content")] == ["a", "b"]
+    with pytest.raises(RequestError, match=r"row 2 has no 'content' \(--text-key\); it has text"):
+        rows_of(tmp_path, {"content": "a"}, {"text": "b"}, text_key="content")
+    with pytest.raises(RequestError, match=r"row 1: 'content' is a number \(5\), not a text"):
+        rows_of(tmp_path, {"content": 5}, text_key="content")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": 5}, r"'text' is a number \(5\), not a text"),
+        ({"text": True}, r"'text' is a truth value \(True\), not a text"),
+        ({"text": ["a"]}, "'text' is a list, not a text"),
+        ({"prompt": "a"}, "'prompt' without 'completion'"),
+        ({"prompt": "a", "completion": 1}, r"'completion' is a number \(1\), not a text"),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]},
+            "'prompt' and 'completion' must both be texts",
+        ),
+        ({"instruction": "a"}, "'instruction' without 'output'"),
+        ({"messages": "a"}, "'messages' is a text, not a list of messages"),
+        ({"messages": [{"content": "a"}]}, "'messages' is a list, not a list of messages with 'role'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1: its content is a part of type"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"message 1: its content is a number \(3\), not text"),
+        ({"words": "b"}, r"has neither 'text'.* \(it has words\); --text-key names another column"),
+        ([1], "is a list, not an object"),
+        ("a", "is a text, not an object"),
+    ],
+)
+def test_what_a_row_lacks_is_named(tmp_path: Path, row: object, said: str) -> None:
+    with pytest.raises(RequestError, match=rf"d\.jsonl: row 2:? {said}") as refused:
+        rows_of(tmp_path, {"text": "fine"}, row)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_hub_dataset_is_read_by_name_configuration_and_split(tmp_path: Path) -> None:
@@ -107,8 +224,8 @@ def test_a_hub_dataset_is_read_by_name_configuration_and_split(tmp_path: Path) -
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
 
-    def texts(config: str | None, split: str) -> list[str]:
-        return [row["text"] for row in hub_rows(str(tmp_path), config, split)]
+    def texts(config: str | None, split: str) -> list[object]:
+        return [row["text"] for row in hub_rows(str(tmp_path), config, split) if isinstance(row, dict)]
 
     assert texts("small", "validation") == ["b"] and texts("small", "train") == ["a"]
     assert texts("other", "train") == ["c"]
@@ -135,7 +252,11 @@ def test_hub_datasets_are_known_by_name(source: str, name: str | None) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"words": "b"}\n', "line 2 has neither"),
+        ("a.jsonl", "[" * 10**5, "line 1 is not valid JSON"),
+        ("a.json", '{\n"data": []\n}', "one object; write its rows as an array"),
+        ("a.json", '[{"text": "a"}', "is not valid JSON"),
+        ("a.jsonl.gz", "no gzip", "cannot be read"),
+        ("a.arrow", "no arrow", "cannot be read"),
         ("a.jsonl", '{"text": "a"\n', "line 1 is not valid JSON"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.csv", "text\n", "expected"),
@@ -148,12 +269,26 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: str
     assert "\n" not in str(refused.value)
 
 
-def test_columns_of_other_names_are_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "a.jsonl", "a.json"):
+        (tmp_path / name).write_bytes('{"text": "ä"}'.encode("utf-16"))
+        with pytest.raises(RequestError, match="not text in UTF-8"):
+            list(read_rows(str(tmp_path / name)))
+
+
+def test_a_column_of_another_type_is_refused_in_tables_too(tmp_path: Path) -> None:
     import pandas
 
-    pandas.DataFrame({"words": ["a"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=r"row 1 has neither .* \(it has words\)"):
+    pandas.DataFrame({"text": pandas.to_datetime(["2020-01-01"])}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match="row 1: 'text' is a datetime, not a text"):
         list(read_rows(str(tmp_path / "a.parquet")))
+
+
+def test_a_source_without_anything_to_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing.jsonl"):
+        with pytest.raises(RequestError, match=r"expected \.txt|no such file"):
+            local_files(str(tmp_path / name))
 
 
 def test_every_epoch_visits_every_block_once_in_its_own_order() -> None:
@@ -171,18 +306,14 @@ def test_every_epoch_visits_every_block_once_in_its_own_order() -> None:
         ({"prompt": None, "completion": "x", "text": "a text"}, "a text"),
         ({"messages": "no turns", "text": "a text"}, "a text"),
         ({"prompt": "2 + 2 =", "completion": " 4", "text": "a text"}, "2 + 2 = 4"),
-        (
-            {"messages": [{"role": "assistant", "content": None}, {"role": "tool"}, {"role": "user", "content": "so"}]},
-            "so",
-        ),
+        ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "so"}]}, "so"),
     ],
 )
-def test_columns_that_make_no_whole_are_passed_over(row: dict[str, Any], said: str) -> None:
-    assert kind_of(row) is not None and plain_text(row) == said
-    if kind_of(row) == "text":
-        assert (
-            encode_row(row, tiny.byte_tokenizer(), "d")[0] == encode_row({"text": said}, tiny.byte_tokenizer(), "d")[0]
-        )
+def test_columns_that_make_no_whole_are_passed_over(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    (read,) = rows_of(tmp_path, row)
+    assert read.text == said
+    if read.prompt is None and isinstance(read.content, str):
+        assert encode_row(read, tiny.byte_tokenizer())[0] == [*tiny.byte_tokenizer()(said).input_ids, 257]
 
 
 def test_the_held_out_part_is_not_trained_on() -> None:
