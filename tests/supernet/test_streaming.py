@@ -49,7 +49,7 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     structure = describe(model.config)
     streamed = StreamedNetwork(tmp_path / "base", model.config, structure, UNEVEN)
-    found = {}
+    packages = {}
     for name, network in (("built", cut(model.float(), UNEVEN)), ("streamed", streamed)):
         info = write_package(
             network,
@@ -62,20 +62,20 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
             max_shard_bytes=60_000,
         )
         check_files(info.path)
-        found[name] = info
-    assert found["built"].bytes == pytest.approx(found["streamed"].bytes, abs=200)  # headers
-    for name, tensor in weights_of(found["built"].path).items():
-        assert torch.equal(weights_of(found["streamed"].path)[name], tensor)
+        packages[name] = info
+    assert packages["built"].bytes == pytest.approx(packages["streamed"].bytes, abs=200)  # headers
+    for name, tensor in weights_of(packages["built"].path).items():
+        assert torch.equal(weights_of(packages["streamed"].path)[name], tensor)
     others = [
-        {name: digest for name, digest in info.files.items() if "safetensors" not in name} for info in found.values()
+        {name: digest for name, digest in info.files.items() if "safetensors" not in name} for info in packages.values()
     ]
     assert others[0] == others[1] and len(others[0]) > 5
-    built, other = (load_file(tmp_path / f"{name}.safetensors")["logits"] for name in found)
+    built, other = (load_file(tmp_path / f"{name}.safetensors")["logits"] for name in packages)
     assert_close(other, built)
     # Not only the same: the streamed one is proved, by logits that no built network had a part in.
-    result = check(found["streamed"].path, tmp_path / "streamed.safetensors")
+    result = check(packages["streamed"].path, tmp_path / "streamed.safetensors")
     assert result["max_abs_logit_difference"] <= result["tolerance"]
-    assert read_record(found["streamed"].path)["entry"]["params"] == structure.parameters(UNEVEN)
+    assert read_record(packages["streamed"].path)["entry"]["params"] == structure.parameters(UNEVEN)
 
 
 def test_one_layer_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
