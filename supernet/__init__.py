@@ -1,1 +1,1 @@
-"""The elastic super-network: what a checkpoint holds, how units are ordered, cut, activated, sliced and trained."""
+"""The elastic super-network: checkpoints and families, ordering, activation, slicing and training."""

@@ -251,7 +251,7 @@ class SuperNetwork:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The base's decoder layers, also those that the active sub-network has not."""
+        """The base's decoder layers, also those that are removed in the active sub-network."""
         return [layer.module for layer in self._layers]
 
     def remake_views(self, index: int) -> None:

@@ -63,7 +63,7 @@ class LayerSizes:
 
     @property
     def removed(self) -> bool:
-        """Whether the whole layer is gone."""
+        """Whether the whole layer is removed."""
         return not (self.num_key_value_heads or self.intermediate_size)
 
 
@@ -99,7 +99,7 @@ class Architecture:
         return Architecture(self.hidden_size, (REMOVED,) * len(self.layers))
 
     def common_layers(self, other: Architecture) -> int:
-        """How many leading layers put out the same in both sub-networks of one base."""
+        """How many leading layers have the same outputs in both sub-networks of one base."""
         if self.hidden_size != other.hidden_size:
             return 0
         pairs = enumerate(zip(self.layers, other.layers, strict=True))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_code(folder: Path) -> bool:
-    """Whether the folder has the code file that this version writes, which it needs; False where it has no code.
+    """True where the folder's only code is the file that this version writes, False where it has no code.
 
     Raises `VerificationError` naming the file where there is other code. Neither `verify` nor `evaluate` runs that.
     """

@@ -1,1 +1,1 @@
-"""Leaves that every package uses: errors, progress, formatting, files, versions, processes."""
+"""What every package uses and what imports none of ours: errors, progress, formatting, files, versions, processes."""

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a single line: a request that cannot be met as it stands."""
+"""The exceptions that the command line prints as a single line, and hints for mistyped names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class RequestError(Exception):
-    """The user's request is wrong (exit status 2). The message says what, where, and how to mend it, in one line."""
+    """The user's request cannot be met (exit status 2). One line says what is wrong, and how to correct it."""
 
 
 class VerificationError(Exception):
-    """A package does not do what it claims (a fault of ours, or of whoever edited it). One line says what differs."""
+    """A package differs from its record, by our mistake or a later edit. One line says what differs."""
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
-    """A hint for a mistyped name: `; did you mean A, B?`, or an empty string where nothing is near."""
+    """A hint for a mistyped name, `; did you mean A, B?`, or an empty string where no known name is similar."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
 

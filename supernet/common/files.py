@@ -1,4 +1,4 @@
-"""Reading, writing and fingerprinting files; a file that is written appears whole or not at all."""
+"""Reading, writing and fingerprinting files. A written file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 
-def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits of a JSON value; of what JSON does not know, of its text."""
+def fingerprint(value: object) -> str:
+    """16 hexadecimal digits of a JSON value; parts that are not JSON count by their text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -25,7 +25,7 @@ def sha256(path: Path) -> str:
 
 
 def content_fingerprint(files: Sequence[Path], prefix: bytes = b"", *, names: bool = False) -> str:
-    """16 hexadecimal digits of the files' contents in this order, after `prefix`; with `names`, of their names too."""
+    """16 hexadecimal digits of `prefix` and the files' contents in this order; with `names`, of their names too."""
     digest = hashlib.sha256(prefix)
     for file in files:
         if names:
@@ -35,7 +35,7 @@ def content_fingerprint(files: Sequence[Path], prefix: bytes = b"", *, names: bo
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    """A name beside `path` for what this process has not finished; what dead processes left of the kind is removed."""
+    """A name beside `path` for an unfinished file or folder of this process. Removes those of dead processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
         process = left.name.rpartition("-")[2]
         if process.isdecimal() and (int(process) == os.getpid() or not _runs(int(process))):
@@ -47,21 +47,21 @@ def temporary_name(path: Path, kind: str) -> Path:
 
 
 def _runs(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+    """Whether this machine has a process of this number."""
     try:
         os.kill(process, 0)  # sends nothing
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
     return True
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well.
+    """A temporary name beside `path`, whose file is renamed to `path` when the block ends without an error.
 
-    A reader never sees half a file, and a kill at any moment leaves the old file or the new one.
+    Readers never see an incomplete file, and a kill at any moment leaves the old file or the new one.
     """
     temporary = temporary_name(path, "tmp")
     try:
@@ -72,13 +72,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, completely or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

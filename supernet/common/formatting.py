@@ -35,7 +35,7 @@ def rate(tokens_per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time in its two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`, `3 days 4 h`."""
+    """Seconds in the two largest units: `8 s`, `3 min 20 s`, `2 h 5 min`, `3 days 4 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"

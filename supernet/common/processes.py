@@ -1,4 +1,4 @@
-"""Processes: the cores that this one may use, and fresh interpreters that it starts."""
+"""The cores that this process may use, and the environment of interpreters that it starts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 SMALL_BYTES = 200 * 2**20
-"""Networks with fewer bytes of weights are computed on one thread: more only get into each other's way."""
+"""Networks with fewer bytes of weights are computed on one thread, since more threads make them slower."""
 
 
 def available_cores() -> int:
-    """CPU cores that this process may keep busy: OMP_NUM_THREADS (its first level) where the user set it, else those
-    that it is bound to."""
+    """The number of CPU cores for this process: OMP_NUM_THREADS (its first level) where the user set it, else those
+    that the process is bound to."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked):
         return int(asked)
@@ -19,7 +19,7 @@ def available_cores() -> int:
 
 
 def fresh_environment(scratch: Path, network_bytes: int) -> dict[str, str]:
-    """Environment of a new interpreter that finds our packages, stays offline, and keeps remote code in `scratch`."""
+    """The environment of an interpreter that finds our packages, stays offline, and keeps remote code in `scratch`."""
     root = Path(__file__).resolve().parents[2]
     search_path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if network_bytes < SMALL_BYTES else {}
@@ -34,6 +34,6 @@ def fresh_environment(scratch: Path, network_bytes: int) -> dict[str, str]:
 
 
 def last_line(output: str) -> str:
-    """The last line that says something: an exception's message, where a traceback ends the output."""
+    """The last line that is not empty: an exception's message, where a traceback ends the output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: what is being done, how far it is, how long it will still take.
+"""Progress of long work, on stderr: what is being done, how far it is, and how long it will still take.
 
 On a terminal these are live bars; elsewhere (a log, CI) one line when a task starts and one when it ends.
 """
@@ -22,13 +22,13 @@ from rich.progress import (
 )
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-# Of several processes that train together, the first speaks.
+# Of several processes that train together, only the first prints.
 console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @dataclass
 class Bar:
-    """One running task; `advance` moves it and may say what it is at (a loss, a score)."""
+    """One running task; `advance` moves it on and may show a note (a loss, a score)."""
 
     _progress: Progress | None = None
     _task: int = 0
@@ -44,7 +44,7 @@ class Bar:
 
 @contextmanager
 def bar(what: str, total: float) -> Iterator[Bar]:
-    """`with bar("searching", 60) as b: b.advance()`. Bars do not nest."""
+    """A bar of `total` units of work, within `with bar("searching", 60) as b: b.advance()`. Bars do not nest."""
     started = time.monotonic()
     if console.is_terminal:
         with Progress(
@@ -69,5 +69,5 @@ def bar(what: str, total: float) -> Iterator[Bar]:
 
 
 def say(line: str) -> None:
-    """One plain line on stderr, as long as it is: what reads it, a terminal or `grep`, knows best where to break it."""
+    """Print one plain line on stderr. It is not wrapped: the terminal does that, and `grep` needs whole lines."""
     console.print(line, markup=False, soft_wrap=True)

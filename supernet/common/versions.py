@@ -1,4 +1,4 @@
-"""Versions of Python, of this tool, and of the packages that move results."""
+"""Versions of Python, of this tool, and of the packages on which results depend."""
 
 from __future__ import annotations
 

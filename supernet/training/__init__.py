@@ -1,1 +1,1 @@
-"""Fine-tuning of the super-network and healing of what was cut out of it."""
+"""Fine-tuning of the super-network and healing of sub-networks."""

@@ -226,7 +226,7 @@ def train(
                 training.save(number + 1, accelerator)
                 saved = time.monotonic()
                 pause = settings.checkpoint_seconds * max(1.0, (saved - began) / SAVING_SECONDS)
-    # 4. The last point of the curve; the model as it was given.
+    # 4. The last point of the curve, and evaluation mode.
     if measure is not None:
         _measure(model, measure, settings.steps, history)
     if settings.gradient_checkpointing:

@@ -189,7 +189,8 @@ def trace(model: PreTrainedModel, batch: Batch, recorder: Recorder | None = None
 
 
 def head_of(model: PreTrainedModel, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Logits [tokens, vocabulary] of `hidden` [tokens, hidden], by the model's forward pass, which may scale them.
+    """Logits [tokens, vocabulary] of `hidden` [tokens, hidden]. The model's forward pass computes them, since it may
+    scale or cap them.
 
     The decoder is shadowed by a function that returns `hidden`. `weight` is the head's weight at the time when `hidden`
     was computed, since a sub-network with another residual width may be active now.

@@ -50,7 +50,7 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     structure = describe(model.config)
     streamed = StreamedNetwork(tmp_path / "base", model.config, structure, UNEVEN)
-    found = {}
+    packages = {}
     for name, network in (("built", cut(model.float(), UNEVEN)), ("streamed", streamed)):
         package = write_package(
             network,
@@ -63,20 +63,21 @@ def test_a_streamed_package_is_the_same_package(tmp_path: Path) -> None:
             max_shard_bytes=60_000,
         )
         check_files(package.folder)
-        found[name] = package
-    assert found["built"].entry.bytes == pytest.approx(found["streamed"].entry.bytes, abs=200)  # headers
-    for name, tensor in weights_of(found["built"].folder).items():
-        assert torch.equal(weights_of(found["streamed"].folder)[name], tensor)
+        packages[name] = package
+    assert packages["built"].entry.bytes == pytest.approx(packages["streamed"].entry.bytes, abs=200)  # headers
+    for name, tensor in weights_of(packages["built"].folder).items():
+        assert torch.equal(weights_of(packages["streamed"].folder)[name], tensor)
     others = [
-        {name: file for name, file in package.files.items() if "safetensors" not in name} for package in found.values()
+        {name: file for name, file in package.files.items() if "safetensors" not in name}
+        for package in packages.values()
     ]
     assert others[0] == others[1] and len(others[0]) > 5
-    built, other = (load_file(tmp_path / f"{name}.safetensors")["logits"] for name in found)
+    built, other = (load_file(tmp_path / f"{name}.safetensors")["logits"] for name in packages)
     assert_close(other, built)
     # Not only the same: the streamed one is proved, by logits that no built network had a part in.
-    result = check(found["streamed"].folder, tmp_path / "streamed.safetensors")
+    result = check(packages["streamed"].folder, tmp_path / "streamed.safetensors")
     assert result["max_abs_logit_difference"] <= result["tolerance"]
-    assert found["streamed"].entry.params == structure.parameters(UNEVEN)
+    assert packages["streamed"].entry.params == structure.parameters(UNEVEN)
 
 
 def test_one_layer_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

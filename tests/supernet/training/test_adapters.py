@@ -6,11 +6,11 @@ import copy
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from compressor.cli import run
 from supernet.activation import SuperNetwork
@@ -71,14 +71,7 @@ def test_stacked_experts_are_refused(name: str) -> None:
         ElasticLora(SuperNetwork(tiny_network(name)), RANK, seed=0)
 
 
-@pytest.fixture
-def network(tmp_path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "m"), dtype=torch.float32)
-
-
-def test_an_adapter_adds_the_slices_that_belong_to_the_units(network: Any) -> None:
+def test_an_adapter_adds_the_slices_that_belong_to_the_units(network: PreTrainedModel) -> None:
     supernet = SuperNetwork(network)
     adapters = disturbed(supernet)
     name = "model.layers.0.mlp.down_proj"
@@ -92,7 +85,7 @@ def test_an_adapter_adds_the_slices_that_belong_to_the_units(network: Any) -> No
     assert torch.equal(down(x), x @ down.weight.T)
 
 
-def test_a_gradient_reaches_only_the_slices_of_the_active_sub_network(network: Any) -> None:
+def test_a_gradient_reaches_only_the_slices_of_the_active_sub_network(network: PreTrainedModel) -> None:
     supernet = SuperNetwork(network)
     adapters = disturbed(supernet)
     batch = Batch(IDS, IDS, torch.arange(IDS.shape[1]).expand_as(IDS))
@@ -119,27 +112,27 @@ def test_a_gradient_reaches_only_the_slices_of_the_active_sub_network(network: A
     assert f"{layer}mlp.up_proj.lora_A" not in inactive and "model.layers.2.mlp.up_proj.lora_B" not in inactive
 
 
-def test_frozen_weights_may_be_halves_and_adapters_stay_whole(network: Any) -> None:
+def test_frozen_weights_may_be_halves_and_adapters_stay_whole(network: PreTrainedModel) -> None:
     supernet = SuperNetwork(network.to(torch.bfloat16))
     adapters = disturbed(supernet)
     batch = Batch(IDS, IDS, torch.arange(IDS.shape[1]).expand_as(IDS))
     with adapters:
-        found = []
+        losses = []
         for mixed in (True, False):  # a step, and a point of the curve
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                found.append(Loss({"ce": 1.0})(trace(network, batch), None))
-        sum(found).backward()
+                losses.append(Loss({"ce": 1.0})(trace(network, batch), None))
+        sum(losses).backward()
         assert {factor.dtype for factor in adapters.trained.values()} == {torch.float32}
         assert all(factor.grad is not None for factor in adapters.trained.values())
         adapters.finish()
     merged = Loss({"ce": 1.0})(trace(network, batch), None)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
-    assert all(abs(loss.item() - merged.item()) < 0.02 for loss in found)
+    assert all(abs(loss.item() - merged.item()) < 0.02 for loss in losses)
 
 
-def test_gradient_checkpointing_changes_no_gradient(network: Any) -> None:
+def test_gradient_checkpointing_changes_no_gradient(network: PreTrainedModel) -> None:
     batch = Batch(IDS, IDS, torch.arange(IDS.shape[1]).expand_as(IDS))
-    found = []
+    gradients = []
     for model in (copy.deepcopy(network), network):
         supernet = SuperNetwork(model.train())
         if model is network:
@@ -149,9 +142,9 @@ def test_gradient_checkpointing_changes_no_gradient(network: Any) -> None:
         with adapters:
             supernet.activate(SMALL)
             Loss({"ce": 1.0})(trace(model, batch), None).backward()
-        found.append([factor.grad for factor in adapters.trained.values() if factor.grad is not None])
-    assert len(found[0]) == 2 * (7 + 3 + 7)
-    assert all(torch.allclose(ours, theirs, atol=1e-7) for ours, theirs in zip(*found, strict=True))
+        gradients.append([factor.grad for factor in adapters.trained.values() if factor.grad is not None])
+    assert len(gradients[0]) == 2 * (7 + 3 + 7)
+    assert all(torch.allclose(*pair, atol=1e-7) for pair in zip(*gradients, strict=True))
 
 
 def test_the_whole_job_with_adapters(tmp_path: Path) -> None:

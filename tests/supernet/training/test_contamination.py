@@ -57,7 +57,7 @@ def test_the_user_is_warned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = ["finetune", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--train-tokens", "0"]
     arguments += ["--tasks", "tiny_choice", "--include-path", str(folder), "--output", str(tmp_path / "run")]
     assert run([*arguments, "--device", "cpu", "--json"]) == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out)["finetune"]["overlapping_report_documents"]
-    assert 0 < found < len(rows)  # the report's share of them
-    assert f"warning: {found} of {found} report documents share" in " ".join(said.err.split())
+    output = capsys.readouterr()
+    count = json.loads(output.out)["finetune"]["overlapping_report_documents"]
+    assert 0 < count < len(rows)  # the report's share of them
+    assert f"warning: {count} of {count} report documents share" in " ".join(output.err.split())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
@@ -16,17 +16,10 @@ from supernet.training import losses
 from supernet.training.data import IGNORED, Batch
 from supernet.training.losses import Loss, cross_entropy, forward_kl
 from supernet.training.traces import HiddenStates, Recorder, trace
-from tests.support import tiny, tiny_families
+from tests.support import tiny_families
 from tests.support.tiny_families import assert_close
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "m"), dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def test_token_losses_by_hand() -> None:
     assert forward_kl(2 * logits, target, uniform, 2.0).item() == pytest.approx(4 * by_hand)
 
 
-def test_a_trace_and_its_head_are_the_models_own_logits(network: Any, batch: Batch) -> None:
+def test_a_trace_and_its_head_are_the_models_own_logits(network: PreTrainedModel, batch: Batch) -> None:
     logits = network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt]
     seen = trace(network, batch)
     assert_close(seen.head(seen.hidden), logits)
@@ -60,7 +53,7 @@ def test_a_trace_and_its_head_are_the_models_own_logits(network: Any, batch: Bat
 @pytest.mark.parametrize("family", tiny_families.CONFIGS)
 def test_every_familys_head_packing_and_attention(family: str) -> None:
     """A head does what the family's does behind its projection (Gemma 2 caps, Granite scales); packed documents do not
-    see one another, where the family's masks look at positions; queries, keys and values are found."""
+    see one another, where the family's masks use positions; queries, keys and values are recorded."""
     model: Any = tiny_families.tiny_network(family)
     ids = torch.randint(3, 100, (1, 16), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(16)[None] % 8
@@ -78,7 +71,7 @@ def test_every_familys_head_packing_and_attention(family: str) -> None:
 
 @pytest.mark.parametrize("weights", [{"ce": 1.0}, {"kl": 1.0}, {"ce": 0.3, "kl": 0.7}])
 def test_chunks_change_neither_loss_nor_gradients(
-    network: Any, batch: Batch, weights: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    network: PreTrainedModel, batch: Batch, weights: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supernet = SuperNetwork(network)
     with torch.no_grad():
@@ -106,14 +99,14 @@ def test_chunks_change_neither_loss_nor_gradients(
     whole, plain = run()
     chunked, gradients = run(counted)
     assert max(heads) == 3 and sum(heads) >= len(batch.learnt.nonzero())
-    # KL of near distributions is a small difference of large entropies, which a kernel may sum in another order.
+    # A divergence is the difference of two cross-entropies of some nats each, so its error is absolute.
     assert chunked == pytest.approx(whole, rel=1e-6, abs=1e-6)
     assert len(plain) == len(gradients)
-    for ours, theirs in zip(gradients, plain, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+    for gradient, expected in zip(gradients, plain, strict=True):
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_weighted_sum_is_the_sum_and_no_teacher_means_the_data(network: Any, batch: Batch) -> None:
+def test_a_weighted_sum_is_the_sum_and_no_teacher_means_the_data(network: PreTrainedModel, batch: Batch) -> None:
     supernet = SuperNetwork(network)
     with torch.no_grad(), Recorder(supernet, layers=True, attention=True) as recorder:
         teacher = trace(network, batch, recorder)
@@ -129,7 +122,7 @@ def test_a_weighted_sum_is_the_sum_and_no_teacher_means_the_data(network: Any, b
     assert Loss({"kl": 2.0})(student, None).item() == pytest.approx(parts["ce"])
 
 
-def test_state_losses_are_nothing_for_the_teacher_itself(network: Any, batch: Batch) -> None:
+def test_state_losses_are_nothing_for_the_teacher_itself(network: PreTrainedModel, batch: Batch) -> None:
     with torch.no_grad(), Recorder(SuperNetwork(network), layers=True, attention=True) as recorder:
         seen = trace(network, batch, recorder)
     assert sorted(seen.layers) == [0, 1, 2]
@@ -148,11 +141,11 @@ def test_relations_by_hand() -> None:
         return HiddenStates(batch, torch.zeros(1), torch.zeros(1), lambda h: h, 1, head_dim=1, attention=projected)
 
     # Scores: the teacher's 1, 2, 4, 9; the student's 1, 1, 1, 9.
-    found = losses.relations(of([1.0, 1.0, 3.0]), of([1.0, 2.0, 3.0])).item()
-    assert found == pytest.approx((0 + 1 + 9 + 0) / (1 + 4 + 16 + 81))
+    loss = losses.relations(of([1.0, 1.0, 3.0]), of([1.0, 2.0, 3.0])).item()
+    assert loss == pytest.approx((0 + 1 + 9 + 0) / (1 + 4 + 16 + 81))
 
 
-def test_a_recorder_sees_the_sub_network_and_takes_its_hooks_off(network: Any, batch: Batch) -> None:
+def test_a_recorder_sees_the_sub_network_and_takes_its_hooks_off(network: PreTrainedModel, batch: Batch) -> None:
     supernet = SuperNetwork(network)
     supernet.activate(Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(2, 1, 32), LayerSizes(0, 0, 64))))
     with torch.no_grad(), Recorder(supernet, layers=True, attention=True) as recorder:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, OPTConfig, Starcoder2Config
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreTrainedModel, Starcoder2Config
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 from supernet.slicing import extract
-from supernet.training import loop
+from supernet.training import loop, supernet_training
 from supernet.training.adapters import PARAMETERS, AllWeights
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.inactive import inactive_slices, restore_inactive
@@ -35,18 +36,11 @@ from supernet.training.samplers import (
     UniformGenes,
 )
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet, heal, without_dropout
-from supernet.training.traces import trace
+from supernet.training.traces import Recorder, trace
 from tests.support import tiny, tiny_families
 from tests.support.finetune_helpers import CUT, SMALL, range_of, settings, widths_near
 
 CE = Loss({"ce": 1.0})
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "m"), dtype=torch.float32)
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def blocks(tmp_path: Path) -> Blocks:
 
 
 def tuned(
-    network: Any,
+    network: PreTrainedModel,
     blocks: Blocks,
     folder: Path,
     scheme: ElasticScheme,
@@ -79,7 +73,7 @@ def tuned(
     return history
 
 
-def test_who_takes_part_in_a_step(network: Any) -> None:
+def test_who_takes_part_in_a_step(network: PreTrainedModel) -> None:
     range_, rng = range_of(describe(network.config)), np.random.default_rng(0)
     draw = EvenSizes(range_)
 
@@ -93,7 +87,7 @@ def test_who_takes_part_in_a_step(network: Any) -> None:
     assert members[0].architecture == range_.largest and members[-1].architecture == range_.least
 
 
-def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
+def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: PreTrainedModel) -> None:
     asked: list[float] = []
     structure = describe(network.config)
     uniform = widths_near(np.random.default_rng(5), 0)
@@ -112,7 +106,7 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: Any) -> None:
     assert abs(drawn.count(CUT) / 2000 - 0.5) < 0.04 and drawn.count(CUT) + drawn.count(SMALL) == 2000
 
 
-def test_sizes_that_still_learn_are_drawn_more_often(network: Any) -> None:
+def test_sizes_that_still_learn_are_drawn_more_often(network: PreTrainedModel) -> None:
     structure = describe(network.config)
     range_ = range_of(structure)
     memory: dict[str, Any] = {}
@@ -147,12 +141,15 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(("draw", "parameters"), [("sizes", "all"), ("shift", "all"), ("sizes", "lora")])
 def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
-    network: Any, blocks: Blocks, tmp_path: Path, draw: str, parameters: str, monkeypatch: pytest.MonkeyPatch
+    network: PreTrainedModel,
+    blocks: Blocks,
+    tmp_path: Path,
+    draw: str,
+    parameters: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from supernet.training import supernet_training as elastic
-
     start = copy.deepcopy(network.state_dict())
-    later = copy.deepcopy(network)  # what a new process loads: whatever the killed one held is gone
+    later = copy.deepcopy(network)  # what a new process loads: nothing that the killed one held in memory
     how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
     scheme = ElasticScheme(draw=draw)
     (tmp_path / "whole").mkdir()
@@ -171,7 +168,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
 
     (tmp_path / "killed").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(elastic, "trace", dies)
+        patch.setattr(supernet_training, "trace", dies)
         with pytest.raises(Killed):
             tuned(network, blocks, tmp_path / "killed", scheme, how, parameters)
     tuned(later, blocks, tmp_path / "killed", scheme, how, parameters)
@@ -181,7 +178,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_every_sampler_makes_small_sub_networks_better(
-    network: Any, blocks: Blocks, tmp_path: Path, sampler: str
+    network: PreTrainedModel, blocks: Blocks, tmp_path: Path, sampler: str
 ) -> None:
     watched = {"largest": describe(network.config).base, "smallest": SMALL}
     history = tuned(network, blocks, tmp_path, ElasticScheme(sampler), settings(3200), watched=watched)
@@ -195,30 +192,28 @@ def test_every_sampler_makes_small_sub_networks_better(
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("strong", [0.0, 1.0])
 def test_every_loss_brings_the_smallest_nearer_to_what_teaches_it(
-    network: Any, blocks: Blocks, tmp_path: Path, loss: str, strong: float
+    network: PreTrainedModel, blocks: Blocks, tmp_path: Path, loss: str, strong: float
 ) -> None:
     supernet = SuperNetwork(copy.deepcopy(network))
     scheme = ElasticScheme(loss=Loss({loss: 1.0}), strong_teacher=strong)
     batch = blocks[:8]
 
     def distance(student: SuperNetwork) -> float:
-        """Of the smallest sub-network of `student` from what taught the trained one, by the very loss."""
-        from supernet.training.traces import Recorder
-
+        """The loss of the smallest sub-network of `student` to what taught the trained one."""
         teacher = SuperNetwork(network) if strong else supernet
         keeps = scheme.loss.keeps()
-        with torch.no_grad(), Recorder(teacher, **keeps) as theirs, Recorder(student, **keeps) as ours:
-            taught_by = trace(teacher.model, batch, theirs)
+        with torch.no_grad(), Recorder(teacher, **keeps) as of_teacher, Recorder(student, **keeps) as of_student:
+            taught_by = trace(teacher.model, batch, of_teacher)
             student.activate(SMALL)
-            found = scheme.loss(trace(student.model, batch, ours), taught_by)
+            result = scheme.loss(trace(student.model, batch, of_student), taught_by)
             student.activate(student.base)
-        return found.item()
+        return result.item()
 
     tuned(supernet.model, blocks, tmp_path, scheme, settings(1600))
     assert distance(supernet) < distance(SuperNetwork(copy.deepcopy(network)))
 
 
-def test_a_strong_teacher_teaches_the_first_part_only(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+def test_a_strong_teacher_teaches_the_first_part_only(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     base = copy.deepcopy(network)
     before = copy.deepcopy(base.state_dict())
     calls: list[Any] = []
@@ -237,7 +232,7 @@ def test_a_strong_teacher_teaches_the_first_part_only(network: Any, blocks: Bloc
     assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())
 
 
-def moved(network: Any, members: list[Architecture], move_idle: bool) -> dict[str, torch.Tensor]:
+def moved(network: PreTrainedModel, members: list[Architecture], move_idle: bool) -> dict[str, torch.Tensor]:
     """Train the full network for a step, so that there is momentum; then a step of `members` only. What moved?"""
     supernet = SuperNetwork(network)
     parameters = dict(network.named_parameters())
@@ -258,7 +253,7 @@ def moved(network: Any, members: list[Architecture], move_idle: bool) -> dict[st
     return {name: parameters[name].detach() != before[name] for name in parameters}
 
 
-def test_decay_and_momentum_leave_inactive_slices_alone(network: Any) -> None:
+def test_decay_and_momentum_leave_inactive_slices_alone(network: PreTrainedModel) -> None:
     at = {True: moved(copy.deepcopy(network), [SMALL], True), False: moved(network, [SMALL], False)}
     gate, query = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
     out, gone = "model.layers.2.self_attn.o_proj.weight", "model.layers.1.self_attn.v_proj.weight"
@@ -271,7 +266,7 @@ def test_decay_and_momentum_leave_inactive_slices_alone(network: Any) -> None:
     assert still["model.embed_tokens.weight"].all()
 
 
-def test_what_any_member_of_a_step_used_is_not_inactive(network: Any) -> None:
+def test_what_any_member_of_a_step_used_is_not_inactive(network: PreTrainedModel) -> None:
     structure = describe(network.config)
     wide = Architecture(32, (LayerSizes(4, 2, 16), LayerSizes(0, 0, 0), LayerSizes(2, 1, 64)))
     inactive = inactive_slices(structure, [SMALL, wide])
@@ -281,7 +276,7 @@ def test_what_any_member_of_a_step_used_is_not_inactive(network: Any) -> None:
     assert inactive_slices(structure, [structure.base]) == {}
 
 
-def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+def test_accumulated_parts_step_like_the_whole_batch(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     blocks.table[:, 1, :5] = -100  # and parts that learn from different numbers of tokens
     blocks.table[::2, 1, :12] = -100
     start = copy.deepcopy(network.state_dict())
@@ -297,7 +292,7 @@ def test_accumulated_parts_step_like_the_whole_batch(network: Any, blocks: Block
     assert any(not torch.equal(value, start[name]) for name, value in ends[0].items())
 
 
-def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_weight(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     plain = copy.deepcopy(network)
     recomputed = 0
 
@@ -312,8 +307,8 @@ def test_gradient_checkpointing_changes_no_weight(network: Any, blocks: Blocks, 
         tuned(model, blocks, folder, ElasticScheme(loss=loss), settings(32 * 4, gradient_checkpointing=on))
     assert recomputed == 2 * 3 * 4  # three members, four steps, forward and again
     assert not network.is_gradient_checkpointing
-    for (name, ours), theirs in zip(network.named_parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-6), name
+    for (name, parameter), expected in zip(network.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(parameter, expected, atol=1e-6), name
 
 
 def test_only_the_largest_is_regularised() -> None:
@@ -342,7 +337,7 @@ def test_only_the_largest_is_regularised() -> None:
     ],
     ids=lambda config: config.model_type,
 )
-def test_dropout_is_off_wherever_a_family_keeps_it(config: Any) -> None:
+def test_dropout_is_off_wherever_a_family_keeps_it(config: PreTrainedConfig) -> None:
     network = AutoModelForCausalLM.from_config(config).train()
     ids = torch.arange(1, 33)[None]
     with torch.no_grad(), without_dropout(network, True):
@@ -351,7 +346,7 @@ def test_dropout_is_off_wherever_a_family_keeps_it(config: Any) -> None:
         assert not torch.equal(network(ids).logits, network(ids).logits)
 
 
-def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Blocks, tmp_path: Path) -> None:
+def test_healing_brings_a_network_nearer_to_the_base(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     structure = describe(network.config)
     cut = Architecture(32, (LayerSizes(2, 1, 32),) * 3)
     standalone = extract(network, structure, cut)
@@ -369,7 +364,7 @@ def test_healing_brings_a_network_nearer_to_the_base(network: Any, blocks: Block
 
 
 def test_healing_in_half_precision_keeps_steps_that_a_half_cannot_hold(
-    network: Any, blocks: Blocks, tmp_path: Path
+    network: PreTrainedModel, blocks: Blocks, tmp_path: Path
 ) -> None:
     base = copy.deepcopy(network).bfloat16()
     standalone = extract(base, describe(network.config), Architecture(32, (LayerSizes(2, 1, 32),) * 3))
@@ -382,7 +377,7 @@ def test_healing_in_half_precision_keeps_steps_that_a_half_cannot_hold(
 
 
 def test_a_state_that_takes_long_to_write_is_written_seldom(
-    network: Any, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: PreTrainedModel, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of 10 s in all, and 30 s to write: 5 % of the time is what goes into it."""
     now, written = 0.0, []
@@ -405,9 +400,7 @@ def test_a_state_that_takes_long_to_write_is_written_seldom(
     assert written == [100, 740, 1380]
 
 
-def test_state_is_json_and_safetensors_only(network: Any, blocks: Blocks, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
+def test_state_is_json_and_safetensors_only(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     def step(number: int, batch: Batch, backward: Backward) -> float:
         backward(CE(trace(network, batch), None))
         return 0.0
