@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
-from evals.baselines.flap import compensate, remaining, fluctuation, moments, unit_scores, with_biases
+from evals.baselines.flap import compensate, fluctuation, moments, remaining, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
 from supernet.activation import SuperNetwork
 from supernet.architecture import LayerSizes
