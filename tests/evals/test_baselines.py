@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
@@ -36,22 +36,24 @@ SIZES = {
 IDS = torch.randint(67, (4, 16), generator=torch.Generator().manual_seed(3))
 
 
-def llama(seed: int = 0, **sizes: Any) -> Any:
+def llama(seed: int = 0, **sizes: object) -> PreTrainedModel:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | sizes))).eval()
 
 
-def context_of(model: Any, share: float, calibration: tuple[torch.Tensor, ...] = (IDS[:2], IDS[2:])) -> PruningContext:
+def context_of(
+    model: PreTrainedModel, share: float, calibration: tuple[torch.Tensor, ...] = (IDS[:2], IDS[2:])
+) -> PruningContext:
     """What methods are given to cut `model` to a share of its parameters."""
     structure = describe(model.config)
     return PruningContext(model, structure, calibration, int(share * structure.parameters(structure.base)))
 
 
-def assert_same_function(network: Any, model: Any, atol: float = 1e-5) -> None:
+def assert_same_function(network: PreTrainedModel, model: PreTrainedModel, atol: float = 1e-5) -> None:
     assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=atol)
 
 
-def silence(model: Any, *layers: int) -> None:
+def silence(model: PreTrainedModel, *layers: int) -> None:
     """Make layers add nothing to the residual."""
     for index in layers:
         layer = model.model.layers[index]

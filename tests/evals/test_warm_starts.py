@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressor.stages.warm_start import layer_variants
 from evals.warm_starts import warm_starts
@@ -62,7 +61,7 @@ def test_variants_are_the_spaces_own() -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Any:
+def model(tmp_path: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,7 +75,7 @@ def batches_of(rows: int, length: int, low: int, high: int, size: int = 2) -> li
     return Batch(ids, ids, torch.arange(length).expand(rows, length)).split(size)
 
 
-def test_refining_improves_what_single_blocks_suggest(model: Any) -> None:
+def test_refining_improves_what_single_blocks_suggest(model: PreTrainedModel) -> None:
     supernet = SuperNetwork(model)
     variants = layer_variants(SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure))
     batches = batches_of(4, 32, 0, 256)
@@ -128,7 +127,7 @@ def test_what_superposition_cannot_mix_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", warm_starts())
-def test_a_layer_that_does_nothing_goes_first(name: str, model: Any) -> None:
+def test_a_layer_that_does_nothing_goes_first(name: str, model: PreTrainedModel) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
         model.model.layers[1].self_attn.o_proj.weight.zero_()

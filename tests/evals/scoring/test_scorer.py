@@ -15,7 +15,17 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 
 from evals.scoring import lm as lm_module
 from evals.scoring.documents import Prompting
@@ -38,6 +48,7 @@ from tests.support.scoring_helpers import (
     LAST_WORD,
     ROLLING,
     WRITING,
+    Row,
     assert_same_answer,
     assert_same_answers,
     documents,
@@ -53,7 +64,7 @@ needs_assets = pytest.mark.skipif(ASSETS is None, reason="COMPRESSOR_ASSETS is n
 SIZES: dict[str, Any] = tiny.SIZES | {"initializer_range": 0.3}
 
 
-def network(config: Any) -> Any:
+def network(config: PreTrainedConfig) -> PreTrainedModel:
     """A random network whose answers differ clearly from one another."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -80,12 +91,12 @@ ALL = ("choice", "choice_long", "no_context", "few_shot", "last_word", "rolling"
 
 
 @pytest.fixture
-def llama() -> Any:
+def llama() -> PreTrainedModel:
     return network(LlamaConfig(**SIZES))
 
 
 @pytest.mark.parametrize("task", ALL)
-def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
+def test_answers_equal_hflm(llama: PreTrainedModel, tasks: Path, task: str) -> None:
     scorer = scorer_of(llama, tasks, task)
     # A batch of one: in HFLM, where a document's generation stops depends on the rest of its batch.
     theirs = hflm(llama, batch=1 if task == "writing" else 4)
@@ -103,20 +114,20 @@ def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
     ],
     ids=["sliding-window", "qk-norm", "learned-positions", "eager"],
 )
-def test_answers_equal_hflm_in_other_networks(config: Any, tasks: Path) -> None:
+def test_answers_equal_hflm_in_other_networks(config: PreTrainedConfig, tasks: Path) -> None:
     model = network(config)
     scorer = scorer_of(model, tasks, *ALL[1:4], "rolling")
     assert_same_answers(scorer.lm, hflm(model), requests(scorer.tasks))
 
 
 @pytest.mark.parametrize(("max_tokens", "workers"), [(1, 1), (40, 1), (100_000, 1), (400, 3)])
-def test_budgets_change_nothing(llama: Any, tasks: Path, max_tokens: int, workers: int) -> None:
+def test_budgets_change_nothing(llama: PreTrainedModel, tasks: Path, max_tokens: int, workers: int) -> None:
     settings = {"max_tokens": max_tokens, "max_logits": max_tokens * 100, "workers": workers}
     scorer = scorer_of(llama, tasks, "choice_long", "rolling", **settings)
     assert_same_answers(scorer.lm, hflm(llama), requests(scorer.tasks))
 
 
-def test_a_network_that_cannot_read_trees_is_detected(llama: Any, tasks: Path) -> None:
+def test_a_network_that_cannot_read_trees_is_detected(llama: PreTrainedModel, tasks: Path) -> None:
     """Attention that looks beyond the mask gives other answers as a tree; batches must be read instead."""
     attention = llama.model.layers[1].self_attn
     own = attention.forward
@@ -131,14 +142,14 @@ def test_a_network_that_cannot_read_trees_is_detected(llama: Any, tasks: Path) -
     assert scorer.lm._as_tree is False
 
 
-def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
+def test_shared_prefixes_are_read_once(llama: PreTrainedModel, tasks: Path) -> None:
     scorer = scorer_of(llama, tasks, "few_shot")
     spans = scorer.tasks.requests("all").spans
     distinct = {span.tokens[:i] for span in spans for i in range(1, len(span.tokens))}
     assert scorer.lm.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
 
 
-def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: Path) -> None:
+def test_the_last_layer_is_computed_where_a_token_is_scored(llama: PreTrainedModel, tasks: Path) -> None:
     scorer = scorer_of(llama, tasks, "few_shot")
     scorer.ask("all")  # the first call also compares both ways of reading
     sizes: list[int] = []
@@ -152,7 +163,7 @@ def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: P
 
 @pytest.mark.parametrize(("readings", "workers"), [((0, 1, 0, 2), 1), ((0, 2, 0, 1), 2)])
 def test_passes_run_as_is_fastest(
-    llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
+    llama: PreTrainedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
 ) -> None:
     """`readings` of the clock: before and after one pass on both cores, then before and after a pass on each."""
     scorer = scorer_of(llama, tasks, "choice")
@@ -166,7 +177,9 @@ def test_passes_run_as_is_fastest(
         torch.set_num_threads(threads)
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite(llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_perplexity_beyond_all_numbers_is_infinite(
+    llama: PreTrainedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer = scorer_of(llama, tasks, "rolling:word_perplexity")
     monkeypatch.setattr(scorer.lm, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
     score = scorer.score("all")["rolling"]
@@ -180,7 +193,7 @@ def test_cores_are_those_asked_for_or_bound_to(monkeypatch: pytest.MonkeyPatch, 
     assert available_cores() == (cores or 5)
 
 
-def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None:
+def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: PreTrainedModel) -> None:
     encoder = Encoder(tiny.byte_tokenizer(), llama.config)
     theirs = hflm(llama)
     for text in ("<s>the cat", "the cat", " the cat "):
@@ -200,7 +213,7 @@ def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
 
 
-def simply_evaluated(model: Any, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> Any:
+def simply_evaluated(model: PreTrainedModel, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> Any:
     """All that lm-eval's own evaluation returns."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return simple_evaluate(
@@ -208,7 +221,7 @@ def simply_evaluated(model: Any, folder: Path, *names: str, tokenizer: Any = Non
     )
 
 
-def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
+def test_scores_equal_simple_evaluate(llama: PreTrainedModel, tasks: Path) -> None:
     names = ["no_context", "last_word:perplexity", "rolling:word_perplexity", "both"]
     scores = scorer_of(llama, tasks, *names, holdout=False).score("all")
     expected = simply_evaluated(llama, tasks, "no_context", "last_word", "rolling", "both")["results"]
@@ -224,7 +237,7 @@ def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["both", "alike"])
-def test_groups_add_up_as_their_file_says(llama: Any, tasks: Path, name: str) -> None:
+def test_groups_add_up_as_their_file_says(llama: PreTrainedModel, tasks: Path, name: str) -> None:
     scores, values = scorer_of(llama, tasks, name, holdout=False).score_with_documents("all")
     expected = simply_evaluated(llama, tasks, name)["results"][name]
     assert scores[name].value == pytest.approx(expected["acc,none"])
@@ -232,7 +245,7 @@ def test_groups_add_up_as_their_file_says(llama: Any, tasks: Path, name: str) ->
     assert scores[name].n == 21 and list(map(len, values[name])) == [12, 9]
 
 
-def test_evaluate_gives_lm_evals_results(llama: Any, tasks: Path, tmp_path: Path) -> None:
+def test_evaluate_gives_lm_evals_results(llama: PreTrainedModel, tasks: Path, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
     names = ["choice", "both:acc", "last_word", "rolling", "few_shot", "writing"]
@@ -254,7 +267,7 @@ def test_evaluate_gives_lm_evals_results(llama: Any, tasks: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("planted", ["modeling_uneven_llama.py", "sub/evil.py", "custom_generate/generate.py"])
-def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, planted: str) -> None:
+def test_foreign_code_is_not_run(llama: PreTrainedModel, tasks: Path, tmp_path: Path, planted: str) -> None:
     llama.save_pretrained(tmp_path)
     tiny.byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / planted).parent.mkdir(exist_ok=True)
@@ -264,7 +277,7 @@ def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, plante
 
 
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json", "custom_generate"])
-def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path, place: str) -> None:
+def test_code_beside_our_own_is_not_run(llama: PreTrainedModel, tasks: Path, tmp_path: Path, place: str) -> None:
     """Our own code file is there, unchanged, and trusted; a file that names other code, or is other code, is not."""
     structure = describe(llama.config)
     layers = list(structure.base.layers)
@@ -311,7 +324,9 @@ def architectures() -> Iterator[Architecture]:
 
 
 @pytest.mark.parametrize(("cache_bytes", "workers"), [(2**28, 1), (2**28, 3), (40_000, 2), (0, 1)])
-def test_sub_networks_score_as_their_extracted_selves(llama: Any, tasks: Path, cache_bytes: int, workers: int) -> None:
+def test_sub_networks_score_as_their_extracted_selves(
+    llama: PreTrainedModel, tasks: Path, cache_bytes: int, workers: int
+) -> None:
     supernet = SuperNetwork(llama)
     settings = {"max_tokens": 300, "cache_bytes": cache_bytes, "workers": workers}
     scorer = scorer_of(llama, tasks, "choice_long", "rolling", "writing", holdout=False, **settings)
@@ -327,7 +342,7 @@ def test_sub_networks_score_as_their_extracted_selves(llama: Any, tasks: Path, c
     assert not llama.model.__dict__.get("layers")  # the super-network is left as it was
 
 
-def test_kept_layers_are_dropped_when_weights_change(llama: Any, tasks: Path) -> None:
+def test_kept_layers_are_dropped_when_weights_change(llama: PreTrainedModel, tasks: Path) -> None:
     scorer, base = scorer_of(llama, tasks, "rolling"), describe(llama.config).base
     before = scorer.score("search", architecture=base)
     assert scorer.score("search", architecture=base) == before
@@ -337,7 +352,7 @@ def test_kept_layers_are_dropped_when_weights_change(llama: Any, tasks: Path) ->
     assert after != before and after["rolling"].value == pytest.approx(scorer.score("search")["rolling"].value)
 
 
-def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) -> None:
+def test_equal_leading_layers_are_not_computed_again(llama: PreTrainedModel, tasks: Path) -> None:
     scorer = scorer_of(llama, tasks, "choice")
     computed: list[int] = []
     for i, layer in enumerate(llama.model.layers):
@@ -363,7 +378,7 @@ def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) ->
     ],
 )
 def test_a_document_that_lm_eval_cannot_score_is_named(
-    llama: Any, tmp_path: Path, kind: dict[str, Any], row: dict[str, Any], settings: dict[str, Any], reason: str
+    llama: PreTrainedModel, tmp_path: Path, kind: Row, row: Row, settings: Row, reason: str
 ) -> None:
     rows = [{"question": f"what {i}", "choices": [" a", " b"], "gold": 1, "word": "x"} for i in range(3)]
     write_task(tmp_path, "odd", [*rows, row], **kind | settings)
@@ -373,7 +388,7 @@ def test_a_document_that_lm_eval_cannot_score_is_named(
         task_set.requests("all")
 
 
-def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) -> None:
+def test_generation_settings_of_a_task_are_honoured(llama: PreTrainedModel, tmp_path: Path) -> None:
     """Anything but plain greedy decoding is the network's own `generate`'s, as in HFLM."""
     kwargs = {"until": ["e"], "max_gen_toks": 10, "do_sample": False, "num_beams": 2}
     write_task(tmp_path, "beams", documents(4), **WRITING | {"generation_kwargs": kwargs})
@@ -392,7 +407,7 @@ CHAT = (
 
 
 @pytest.fixture
-def chat_tokenizer() -> Any:
+def chat_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -401,7 +416,7 @@ def chat_tokenizer() -> Any:
 @pytest.mark.parametrize("longest", [None, 150], ids=["whole", "truncated"])
 @pytest.mark.parametrize("kind", [CHOICE, LAST_WORD, WRITING], ids=["choice", "loglikelihood", "generation"])
 def test_answers_under_a_chat_template_equal_hflm(
-    llama: Any, tmp_path: Path, chat_tokenizer: Any, kind: dict[str, Any], longest: int | None
+    llama: PreTrainedModel, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase, kind: Row, longest: int | None
 ) -> None:
     write_task(tmp_path, "talk", documents(6, longest=longest), **kind)
     prompting = Prompting(chat=True, system=None if longest is None else "be brief")
@@ -413,7 +428,9 @@ def test_answers_under_a_chat_template_equal_hflm(
     assert_same_answers(NetworkLM(llama, encoder), hflm(llama, chat_tokenizer, batch=1), asked)
 
 
-def test_few_shot_examples_under_a_chat_template_are_lm_evals(llama: Any, tmp_path: Path, chat_tokenizer: Any) -> None:
+def test_few_shot_examples_under_a_chat_template_are_lm_evals(
+    llama: PreTrainedModel, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
     write_task(tmp_path, "talk", documents(6), shots=documents(3, 5), num_fewshot=1, **CHOICE)
     prompting = Prompting(chat=True, system="be brief")
     task_set = load(llama, tmp_path, "talk", tokenizer=chat_tokenizer, prompting=prompting, holdout=False)
