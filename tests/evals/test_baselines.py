@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
@@ -34,17 +35,24 @@ SIZES = {
 IDS = torch.randint(67, (4, 16), generator=torch.Generator().manual_seed(3))
 
 
-def llama(seed: int = 0, **sizes: Any) -> Any:
+def llama(seed: int = 0, **sizes: object) -> PreTrainedModel:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | sizes))).eval()
 
 
-def bench(model: Any, share: float) -> PruningContext:
+def context_of(
+    model: PreTrainedModel, share: float, calibration: tuple[torch.Tensor, ...] = (IDS[:2], IDS[2:])
+) -> PruningContext:
+    """What methods are given to cut `model` to a share of its parameters."""
     structure = describe(model.config)
-    return PruningContext(model, structure, (IDS[:2], IDS[2:]), int(share * structure.parameters(structure.base)))
+    return PruningContext(model, structure, calibration, int(share * structure.parameters(structure.base)))
 
 
-def silence(model: Any, *layers: int) -> None:
+def assert_same_function(network: PreTrainedModel, model: PreTrainedModel, atol: float = 1e-5) -> None:
+    assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=atol)
+
+
+def silence(model: PreTrainedModel, *layers: int) -> None:
     """Make layers add nothing to the residual."""
     for index in layers:
         layer = model.model.layers[index]
@@ -63,8 +71,8 @@ def test_residuals_are_transformers_hidden_states() -> None:
     stream = residuals(SuperNetwork(model), IDS)
     expected = model(IDS, output_hidden_states=True).hidden_states
     assert len(stream) == len(expected) == 6
-    for mine, theirs in zip(stream[:-1], expected[:-1], strict=True):
-        assert torch.equal(mine, theirs)
+    for states, wanted in zip(stream[:-1], expected[:-1], strict=True):
+        assert torch.equal(states, wanted)
     assert torch.allclose(model.model.norm(stream[-1]), expected[-1])  # transformers' last one is normed already
 
 
@@ -75,34 +83,32 @@ def test_layers_that_do_nothing_go_first(method: str) -> None:
     with torch.no_grad():
         model.lm_head.weight *= 30  # sure of itself, so that its own text has a low loss with every layer that matters
     text = model.generate(IDS[:, :2], max_new_tokens=14, do_sample=False, pad_token_id=0)
-    structure = describe(model.config)
-    two_less = structure.parameters(structure.base) - 2 * sum(p.numel() for p in model.model.layers[0].parameters())
-    asked = PruningContext(model, structure, (text,), two_less)
-    network, architecture = baselines()[method].cut(asked)
+    context = context_of(model, 1.0, (text,))
+    two_layers = 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    network, architecture = baselines()[method].cut(replace(context, parameters=context.parameters - two_layers))
     assert architecture.kept == (0, 1, 4)
-    assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert_same_function(network, model)
 
 
 def test_sleb_measures_again_after_each_layer_and_minitron_depth_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, layers 1 and 2 are missed least; but once 1 is gone, 2 is missed most and 4 least."""
-    alone = {0: 5.0, 1: 1.0, 2: 1.5, 3: 4.0, 4: 3.0}
+    """Alone, layers 1 and 2 cost least; but once 1 is removed, 2 costs most and 4 least."""
+    losses = {0: 5.0, 1: 1.0, 2: 1.5, 3: 4.0, 4: 3.0}
 
     def loss(_: Any, __: Any, removed: set[int]) -> float:
-        return max(alone[index] for index in removed) + 10 * ({1, 2} <= set(removed))
+        return max(losses[index] for index in removed) + 10 * ({1, 2} <= set(removed))
 
     monkeypatch.setattr(depth, "loss_without", loss)
-    given = bench(llama(), 0.62)  # two layers and a little
-    assert baselines()["minitron-depth"].cut(given)[1].kept == (0, 3, 4)
-    assert baselines()["sleb"].cut(given)[1].kept == (0, 2, 3)
+    context = context_of(llama(), 0.62)  # two layers and a little
+    assert baselines()["minitron-depth"].cut(context)[1].kept == (0, 3, 4)
+    assert baselines()["sleb"].cut(context)[1].kept == (0, 2, 3)
 
 
 def test_the_loss_without_layers_is_that_of_the_network_without_them() -> None:
-    model = llama()
-    given = bench(model, 0.6)
+    context = context_of(llama(), 0.6)
     silenced = llama()
     silence(silenced, 1, 3)
     expected = silenced(IDS, labels=IDS).loss.item()
-    assert loss_without(given, given.supernet(), {1, 3}) == pytest.approx(expected, rel=1e-5)
+    assert loss_without(context, context.supernet(), {1, 3}) == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +120,7 @@ def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeyp
     residuals(supernet, IDS)
     moments(supernet, output_projections(supernet), (IDS,))
     assert seen == []
-    loss_without(bench(model, 0.75), supernet, {1})
+    loss_without(context_of(model, 0.75), supernet, {1})
     assert seen and max(seen) <= 8
 
 
@@ -134,11 +140,11 @@ def test_moments_by_hand() -> None:
     assert torch.allclose(variances[1, "ffn"], rows.var(0))
 
 
-def test_compensation_gives_back_the_mean_of_what_was_removed() -> None:
+def test_compensation_adds_the_mean_of_the_removed_units() -> None:
     reader = output_projections(SuperNetwork(with_biases(llama(hidden_size=8, num_attention_heads=2))))[1, "kv"]
     with torch.no_grad():
         reader.module.weight.copy_(torch.arange(64.0).view(8, 8))
-    # Two units of four channels each; unit 1, with these means, goes.
+    # Two units of four channels each; unit 1 is removed.
     means = torch.tensor([1.0, 1.0, 1.0, 1.0, 10.0, 100.0, 0.0, 0.0]).double()
     compensate(reader, means, torch.tensor([1]), units=2)
     assert reader.module.bias.tolist() == [10 * (8 * row + 4) + 100 * (8 * row + 5) for row in range(8)]
@@ -151,7 +157,7 @@ def test_biases_change_nothing_until_they_are_filled() -> None:
     assert_close(biased(IDS).logits, model(IDS).logits)
 
 
-def test_flap_lets_units_of_all_layers_compete_by_standardised_score() -> None:
+def test_flap_ranks_units_of_all_layers_by_standardised_score() -> None:
     """Two of three neurons of layer 0 and one of three of layer 1 are far below their own layer's mean."""
     structure = describe(llama(num_hidden_layers=2, intermediate_size=32).config)
     scores: dict[Any, torch.Tensor] = {}
@@ -160,34 +166,33 @@ def test_flap_lets_units_of_all_layers_compete_by_standardised_score() -> None:
         scores[layer, "ffn"] = torch.full((32,), 100.0 ** (layer + 1))
     scores[0, "ffn"][[3, 7]] = 0.0
     scores[1, "ffn"][[5]] = 0.0
-    found = remaining(structure.parameters(structure.base) - 3 * 3 * 32, structure, scores)
-    assert [layer.intermediate_size for layer in found.layers] == [30, 31]
-    assert [layer.num_key_value_heads for layer in found.layers] == [2, 2]
+    architecture = remaining(structure.parameters(structure.base) - 3 * 3 * 32, structure, scores)
+    assert [layer.intermediate_size for layer in architecture.layers] == [30, 31]
+    assert [layer.num_key_value_heads for layer in architecture.layers] == [2, 2]
 
 
-def test_flap_loses_nothing_where_what_it_removes_is_constant() -> None:
-    """Half of the neurons see the same input for every token, so their mean says all of them."""
+def test_flap_loses_nothing_where_the_removed_units_are_constant() -> None:
+    """Half of the neurons see the same input for every token, so that their mean replaces them."""
     model = llama(num_hidden_layers=1)
     layer = model.model.layers[0]
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.gate_proj.weight[:24] = 0
-        layer.mlp.up_proj.weight[:24] = 0
-        layer.mlp.gate_proj.weight[:24, 0] = 1
-        layer.mlp.up_proj.weight[:24, 0] = 1
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            projection.weight[:24] = 0
+            projection.weight[:24, 0] = 1
         embedding = model.model.embed_tokens.weight  # all of one length, and alike in channel 0
         embedding[:, 1:] /= embedding[:, 1:].norm(dim=1, keepdim=True)
         embedding[:, 0] = 0.5
     structure = describe(with_biases(model).config)
-    asked = PruningContext(model, structure, (IDS,), structure.parameters(structure.base) - 24 * (3 * 32 + 2))
-    network, architecture = baselines()["flap"].cut(asked)
+    size = structure.parameters(structure.base) - 24 * (3 * 32 + 2)
+    network, architecture = baselines()["flap"].cut(PruningContext(model, structure, (IDS,), size))
     assert architecture.layers[0].intermediate_size == 24
     assert network.model.layers[0].mlp.down_proj.bias.abs().max().item() > 0
-    assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert_same_function(network, model)
 
 
-def test_flap_scores_lie_on_the_cpu_wherever_the_network_does() -> None:
-    """`order_by` and the competition count there. Pretended tensors stand in for an accelerator's."""
+def test_flap_scores_are_on_the_cpu_when_the_network_is_not() -> None:
+    """`order_by` and `remaining` count there. Fake tensors take the place of an accelerator's."""
     projections = output_projections(SuperNetwork(llama(num_hidden_layers=1)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         variances = {units: torch.rand(r.module.in_features, device="cuda") for units, r in projections.items()}
@@ -198,9 +203,9 @@ def test_flap_scores_lie_on_the_cpu_wherever_the_network_does() -> None:
 
 
 def test_principal_components_by_hand() -> None:
-    turned = principal_components(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
-    assert turned[:, 0].abs().tolist() == pytest.approx([math.sqrt(0.5)] * 2)  # eigenvalue 3: along (1, 1)
-    assert float(turned[0, 0] * turned[1, 0]) > 0 > float(turned[0, 1] * turned[1, 1])
+    vectors = principal_components(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
+    assert vectors[:, 0].abs().tolist() == pytest.approx([math.sqrt(0.5)] * 2)  # eigenvalue 3: along (1, 1)
+    assert float(vectors[0, 0] * vectors[1, 0]) > 0 > float(vectors[0, 1] * vectors[1, 1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -210,16 +215,16 @@ def test_a_rotated_network_is_the_same_function(tied: bool) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 2.0)
-    turned = untied(model)
-    supernet = SuperNetwork(turned)
+    rotated = untied(model)
+    supernet = SuperNetwork(rotated)
     rotation = principal_components(covariance(supernet, (IDS,)))
     fold_norms(supernet, norm_readers(supernet))
     rotate(supernet, supernet.structure, rotation)
-    assert torch.allclose(turned(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert_same_function(rotated, model)
 
 
 def test_slicegpt_deletes_directions_that_are_never_used_without_loss() -> None:
-    """All that writes to the residual stays within 16 of its 32 directions, so half the width is enough."""
+    """Everything that is added to the residual lies within 16 of its 32 directions, so half the width is enough."""
     model = llama(tie_word_embeddings=False)
     torch.manual_seed(1)
     inside = torch.linalg.qr(torch.randn(32, 16)).Q
@@ -232,16 +237,15 @@ def test_slicegpt_deletes_directions_that_are_never_used_without_loss() -> None:
     half = structure.parameters(type(structure.base)(16, structure.base.layers))
     network, architecture = baselines()["slicegpt"].cut(PruningContext(model, structure, (IDS,), half))
     assert architecture.hidden_size == 16
-    assert torch.allclose(network(IDS).logits, model(IDS).logits, atol=1e-4)
+    assert_same_function(network, model, atol=1e-4)
 
 
 def test_uniform_width_keeps_alike_shares() -> None:
-    given = bench(llama(num_key_value_heads=4), 0.6)
-    found = uniform_width(given)
-    assert len(set(found.layers)) == 1
-    layer = found.layers[0]
+    context = context_of(llama(num_key_value_heads=4), 0.6)
+    architecture = uniform_width(context)
+    (layer,) = set(architecture.layers)
     assert abs(layer.num_key_value_heads / 4 - layer.intermediate_size / 48) < 1 / 4
-    assert given.structure.parameters(found) == pytest.approx(given.parameters, rel=0.01)
+    assert context.structure.parameters(architecture) == pytest.approx(context.parameters, rel=0.01)
 
 
 UNSUITABLE = {
@@ -254,15 +258,15 @@ UNSUITABLE = {
 def test_every_method_meets_the_size_or_says_why_it_cannot(family: str) -> None:
     model = tiny_network(family)
     before = model(IDS).logits
-    given = bench(model, 0.75)
+    context = context_of(model, 0.75)
     for method, baseline in baselines().items():
         if family in UNSUITABLE.get(method, ()):
             with pytest.raises(RequestError, match=f"{method}: .* leave it out of --baselines"):
-                baseline.cut(given)
+                baseline.cut(context)
             continue
-        network, architecture = baseline.cut(given)
-        assert sum(p.numel() for p in network.parameters()) == pytest.approx(given.parameters, rel=0.01), method
-        assert architecture.fits(given.structure.base)
+        network, architecture = baseline.cut(context)
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(context.parameters, rel=0.01), method
+        assert architecture.fits(context.structure.base)
         assert torch.isfinite(network(IDS).logits).all()
     assert torch.equal(model(IDS).logits, before)
 
@@ -270,36 +274,32 @@ def test_every_method_meets_the_size_or_says_why_it_cannot(family: str) -> None:
 def test_experts_are_narrowed_together_in_steps_that_grouped_products_take() -> None:
     model = tiny_network("mixtral")
     structure = describe(model.config)
-    asked = PruningContext(model, structure, (IDS,), structure.parameters(with_ffn(structure.base, 36)))
-    network, architecture = baselines()["shortgpt"].cut(asked)
+    context = PruningContext(model, structure, (IDS,), structure.parameters(with_ffn(structure.base, 36)))
+    network, architecture = baselines()["shortgpt"].cut(context)
     assert not any(layer.intermediate_size % 4 for layer in architecture.layers)
     assert torch.isfinite(network(IDS).logits).all()
     with pytest.raises(RequestError, match="flap: not every half-block"):
-        baselines()["flap"].cut(asked)
+        baselines()["flap"].cut(context)
 
 
 def test_minitron_narrows_residual_and_neurons_alike_and_nothing_else() -> None:
     model = llama(hidden_size=64, intermediate_size=96)
-    structure = describe(model.config)
-    given = PruningContext(model, structure, (IDS,), int(0.6 * structure.parameters(structure.base)))
-    network, found = baselines()["minitron-width"].cut(given)
-    assert {layer.num_attention_heads for layer in found.layers} == {4} and len(found.kept) == 5
-    assert (
-        abs(found.hidden_size / 64 - found.layers[0].intermediate_size / 96) < 0.1
-    )  # about a step of the residual and one of the FFN
+    network, architecture = baselines()["minitron-width"].cut(context_of(model, 0.6, (IDS,)))
+    assert {layer.num_attention_heads for layer in architecture.layers} == {4} and len(architecture.kept) == 5
+    shares = architecture.hidden_size / 64, architecture.layers[0].intermediate_size / 96
+    assert abs(shares[0] - shares[1]) < 0.1  # about a step of the residual and one of the FFN
     norms = activation(SuperNetwork(model), (IDS,))[None, "hidden"]
-    kept = torch.argsort(norms, descending=True, stable=True)[: found.hidden_size]
+    kept = torch.argsort(norms, descending=True, stable=True)[: architecture.hidden_size]
     assert torch.equal(network.model.norm.weight, model.model.norm.weight[kept])
 
 
 def test_a_size_out_of_reach_is_refused() -> None:
     for method in ("shortgpt", "magnitude"):
         with pytest.raises(RequestError, match="cannot be reached"):
-            baselines()[method].cut(bench(llama(), 0.1))
+            baselines()[method].cut(context_of(llama(), 0.1))
 
 
 def test_removed_layers_are_gone_whole() -> None:
-    _, architecture = baselines()["shortgpt"].cut(bench(llama(), 0.6))
-    assert LayerSizes(0, 0, 0) in architecture.layers and all(
-        not layer.skip or layer.removed for layer in architecture.layers
-    )
+    _, architecture = baselines()["shortgpt"].cut(context_of(llama(), 0.6))
+    assert LayerSizes(0, 0, 0) in architecture.layers
+    assert all(not layer.skip or layer.removed for layer in architecture.layers)

@@ -1,4 +1,4 @@
-"""Speeds are sums of parts: a table finds the parts back, predicts without torch, and says what was measured."""
+"""A table of speeds recovers the times of parts and predicts without torch; measured networks take turns."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ def structure(**sizes: object) -> Structure:
     return describe(LlamaConfig(**tiny.SIZES | sizes))
 
 
+def llama(**sizes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**tiny.SIZES | sizes)).eval()
+
+
 def true_seconds(architecture: Architecture) -> float:
-    """A machine on which time is a sum: something fixed, heads at a price with a threshold, neurons likewise."""
+    """A machine on which time is a sum: a fixed part, and for heads and neurons a constant and a price for each."""
     total = 0.004
     for layer in architecture.layers:
         heads, width = layer.num_attention_heads, layer.intermediate_size
@@ -39,25 +44,21 @@ def true_seconds(architecture: Architecture) -> float:
 
 def fitted(base: Structure) -> PartTimes:
     design = designed(base, 0)
-    return PartTimes.fit(
-        design, np.array([true_seconds(a) for a in design]), *sizes_to_time(base), hidden_size=base.base.hidden_size
-    )
+    return PartTimes.fit(design, np.array(list(map(true_seconds, design))), *sizes_to_time(base), base.base.hidden_size)
 
 
 def random_architectures(base: Structure, count: int) -> list[Architecture]:
     rng = np.random.default_rng(1)
-    found = []
-    for _ in range(count):
-        rows = []
-        for full in base.base.layers:
-            groups = int(rng.integers(0, full.num_key_value_heads + 1))
-            width = int(rng.integers(0, 9)) * full.intermediate_size // 8
-            rows.append(LayerSizes(groups * (full.num_attention_heads // full.num_key_value_heads), groups, width))
-        found.append(Architecture(base.base.hidden_size, tuple(rows)))
-    return found
+
+    def sizes(full: LayerSizes) -> LayerSizes:
+        groups = int(rng.integers(0, full.num_key_value_heads + 1))
+        width = int(rng.integers(0, 9)) * full.intermediate_size // 8
+        return LayerSizes(groups * (full.num_attention_heads // full.num_key_value_heads), groups, width)
+
+    return [Architecture(base.base.hidden_size, tuple(map(sizes, base.base.layers))) for _ in range(count)]
 
 
-def test_additive_timings_are_found_back_exactly() -> None:
+def test_additive_times_are_recovered_exactly() -> None:
     base = structure(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=256)
     table = fitted(base)
     for architecture in random_architectures(base, 30):
@@ -82,22 +83,16 @@ def test_the_design_tells_all_parts_apart() -> None:
     assert designed(base, 0) == design
 
 
-def table(base: Structure) -> SpeedTable:
-    return SpeedTable(
-        "transformers", "cpu", 1, "float32", 2, 100, 11, 32, fitted(base), fitted(base), {"prefill_median_error": 0.0}
-    )
-
-
 def test_predictions_and_round_trip(tmp_path: Path) -> None:
     base = structure()
-    one = table(base)
-    seconds = one.prefill.seconds(base.base, 32)
-    assert one.predict(base.base) == pytest.approx(
-        {"prefill_tps": 200 / seconds, "decode_tps": 2 / seconds, "latency": 11 * seconds}
-    )
-    one.save(tmp_path / "speed.json")
-    assert SpeedTable.load(tmp_path / "speed.json") == one
-    assert one.fits(base) and not one.fits(structure(intermediate_size=128))
+    parts, errors = fitted(base), {"prefill_median_error": 0.0}
+    table = SpeedTable("transformers", "cpu", 1, "float32", 2, 100, 11, 32, parts, parts, errors)
+    seconds = parts.seconds(base.base, 32)
+    expected = {"prefill_tps": 200 / seconds, "decode_tps": 2 / seconds, "latency": 11 * seconds}
+    assert table.predict(base.base) == pytest.approx(expected)
+    table.save(tmp_path / "speed.json")
+    assert SpeedTable.load(tmp_path / "speed.json") == table
+    assert table.fits(base) and not table.fits(structure(intermediate_size=128))
     code = (
         "import sys, pathlib; from evals.speed.table import SpeedTable; from supernet.architecture import *;"
         f"t = SpeedTable.load(pathlib.Path({str(tmp_path / 'speed.json')!r}));"
@@ -105,19 +100,18 @@ def test_predictions_and_round_trip(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) == one.predict(base.base)["decode_tps"]
+    assert float(done.stdout) == table.predict(base.base)["decode_tps"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}', '{"schema": 1}'])
-def test_what_is_not_a_table_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "speed.json").write_text(text)
     with pytest.raises(ValueError, match="not a speed table"):
         SpeedTable.load(tmp_path / "speed.json")
 
 
 def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    supernet = SuperNetwork(LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval())
+    supernet = SuperNetwork(llama())
     built: list[Architecture] = []
     steps: list[int] = []
 
@@ -136,15 +130,12 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
     assert not replace(measured, threads=99).made_on(cpu, torch.float32)
     assert not replace(measured, device="elsewhere").made_on(cpu, torch.float32)
     measured.save(tmp_path / "speed.json")
-    assert json.loads((tmp_path / "speed.json").read_text())["check"].keys() == {
-        "prefill_median_error",
-        "decode_median_error",
-    }
+    check = json.loads((tmp_path / "speed.json").read_text())["check"]
+    assert check.keys() == {"prefill_median_error", "decode_median_error"}
 
 
 def test_speeds_are_measured_side_by_side() -> None:
-    torch.manual_seed(0)
-    models = {str(n): LlamaForCausalLM(LlamaConfig(**tiny.SIZES | {"num_hidden_layers": n})).eval() for n in (1, 2)}
+    models = {str(n): llama(num_hidden_layers=n) for n in (1, 2)}
     order: list[str] = []
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -159,9 +150,9 @@ def test_speeds_are_measured_side_by_side() -> None:
 
 
 def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, other, base = (LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval() for _ in range(3))
-    found, known = speed_beside(network, base, prompt=8, new=3, repeats=1)
-    assert found.decode_tps > 0 and known.prompt == 8
+    network, other, base = llama(), llama(), llama()
+    speed, known = speed_beside(network, base, prompt=8, new=3, repeats=1)
+    assert speed.decode_tps > 0 and known.prompt == 8
 
     def on_a_slower_machine(models: dict[str, Any], **_: Any) -> dict[str, Speed]:
         assert list(models.values()) == [other, base]
@@ -170,15 +161,14 @@ def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: 
         return {"model": faster, "base": slow}
 
     monkeypatch.setattr(timing, "compare_speed", on_a_slower_machine)
-    found, beside = speed_beside(other, base, known)
-    assert beside == known
-    assert found.decode_tps == pytest.approx(1.5 * known.decode_tps)
-    assert found.prefill_tps == pytest.approx(known.prefill_tps) and found.peak_memory_bytes == 1
+    speed, base_speed = speed_beside(other, base, known)
+    assert base_speed == known
+    assert speed.decode_tps == pytest.approx(1.5 * known.decode_tps)
+    assert speed.prefill_tps == pytest.approx(known.prefill_tps) and speed.peak_memory_bytes == 1
 
 
 def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
+    model = llama()
     weights = 4 * sum(p.numel() for p in model.parameters())
     small = compare_speed({"": model}, prompt=4, new=2, repeats=1)[""].peak_memory_bytes
     large = compare_speed({"": model}, prompt=32, new=2, repeats=1)[""].peak_memory_bytes
@@ -186,7 +176,5 @@ def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
 
 
 def test_a_workload_is_cut_to_the_context() -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES)).eval()
-    speed = compare_speed({"": model}, repeats=1)[""]
+    speed = compare_speed({"": llama()}, repeats=1)[""]
     assert speed.prompt == 32 and speed.new == 32

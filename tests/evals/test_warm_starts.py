@@ -1,4 +1,4 @@
-"""Proposers on a tiny network: the assembled is the best there is, and what harms least goes first."""
+"""Warm starts on a tiny network: the best is assembled, and what degrades least goes first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressor.stages.warm_start import layer_variants
 from evals.warm_starts import warm_starts
@@ -29,26 +29,20 @@ from tests.support.tiny_families import CONFIGS, assert_close, random_architectu
 def test_assembling_finds_what_brute_force_finds() -> None:
     space = SearchSpace.from_dict({"ffn.*": [32, 64, 128], "kv.*": [0, 1, 2], "layer.1": [0, 1]}, SMALL)
     rng = np.random.default_rng(0)
-    harms = {variant: float(rng.random()) for variant in layer_variants(space)}
+    choices = options(SMALL, {variant: float(rng.random()) for variant in layer_variants(space)})
     everything = []
-    for combination in product(*options(SMALL, harms)):
+    for combination in product(*choices):
         if any(option.sizes.num_key_value_heads for option in combination):
             architecture = Architecture(SMALL.base.hidden_size, tuple(option.sizes for option in combination))
             everything.append((SMALL.parameters(architecture), sum(option.degradation for option in combination)))
-    path = assemble(SMALL, options(SMALL, harms))
+    path = assemble(SMALL, choices)
     assert [parameters for parameters, _ in path] == [SMALL.parameters(a) for _, a in path]
+    slack = SMALL.parameters(SMALL.base) / 500  # sizes are rounded
     for parameters, architecture in path:
-        chosen = [
-            o.degradation
-            for row, s in zip(options(SMALL, harms), architecture.layers, strict=True)
-            for o in row
-            if o.sizes == s
-        ]
-        slack = SMALL.parameters(SMALL.base) / 500  # sizes are rounded
-        assert (
-            sum(chosen)
-            <= min(harm for size, harm in everything if size <= parameters - slack or size == parameters) + 1e-9
-        )
+        rows = zip(choices, architecture.layers, strict=True)
+        degradation = sum(option.degradation for row, sizes in rows for option in row if option.sizes == sizes)
+        others = (other for size, other in everything if size <= parameters - slack or size == parameters)
+        assert degradation <= min(others) + 1e-9
     assert path[-1][1] == SMALL.base and all(architecture in space for _, architecture in path)
 
 
@@ -66,24 +60,34 @@ def test_variants_are_the_spaces_own() -> None:
     assert layer_variants(SearchSpace.from_dict({"ffn": [64, 128]}, SMALL)) == []
 
 
-def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(6)  # random weights this small do nothing at all
+            parameter.mul_(6)  # random weights as small as they are do nothing at all
+    return model
+
+
+def batches_of(rows: int, length: int, low: int, high: int, size: int = 2) -> list[Batch]:
+    """Random tokens from `low` to `high` in batches of `size` rows."""
+    ids = torch.randint(low, high, (rows, length), generator=torch.Generator().manual_seed(0))
+    return Batch(ids, ids, torch.arange(length).expand(rows, length)).split(size)
+
+
+def test_refining_improves_what_single_blocks_suggest(model: PreTrainedModel) -> None:
     supernet = SuperNetwork(model)
     variants = layer_variants(SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure))
-    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    batches = batches_of(4, 32, 0, 256)
     whole = supernet.structure.parameters(supernet.base)
     sizes = [int(share * whole) for share in (0.9, 0.7, 0.6, 0.5, 0.4)]
-    harm, path = degradation_in(supernet, batches), blockwise(supernet, variants, batches)
+    degradation, path = degradation_in(supernet, batches), blockwise(supernet, variants, batches)
     starts = [[a for parameters, a in path if parameters <= size][-1] for size in sizes]
-    found = refined(supernet, variants, batches, path, [*sizes, 1])
-    assert harm(supernet.base) == pytest.approx(0, abs=1e-6) and supernet.current == supernet.base
-    assert all(supernet.structure.parameters(a) == parameters for parameters, a in found)
-    assert all(parameters <= size for (parameters, _), size in zip(found, sizes, strict=True))  # none is within 1
-    gained = [harm(start) - harm(a) for start, (_, a) in zip(starts, found, strict=True)]
+    improved = refined(supernet, variants, batches, path, [*sizes, 1])
+    assert degradation(supernet.base) == pytest.approx(0, abs=1e-6) and supernet.current == supernet.base
+    assert all(supernet.structure.parameters(a) == parameters for parameters, a in improved)
+    assert all(parameters <= size for (parameters, _), size in zip(improved, sizes, strict=True))  # none is within 1
+    gained = [degradation(start) - degradation(a) for start, (_, a) in zip(starts, improved, strict=True)]
     assert min(gained) >= 0 and max(gained) > 0.01
 
 
@@ -91,8 +95,7 @@ def test_refining_betters_what_single_blocks_suggest(tmp_path: Path) -> None:
 def test_a_pass_that_begins_where_architectures_differ_is_the_whole_pass(name: str) -> None:
     supernet = SuperNetwork(tiny_network(name))
     base, last = supernet.base, len(supernet.base.layers) - 1
-    ids = torch.randint(3, 101, (4, 16), generator=torch.Generator().manual_seed(0))
-    batches = Batch(ids, ids, torch.arange(16).expand(4, 16)).split(2)
+    batches = batches_of(4, 16, 3, 101)
     some = random_architecture(base, random.Random(1))
     near = [with_layer(some, index, base.layers[index]) for index in range(last, -1, -1)]
     passes = LayerCache(supernet)
@@ -107,14 +110,13 @@ def test_leading_layers_are_computed_once() -> None:
     base, calls = supernet.base, []
     for index, layer in enumerate(supernet.layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
-    ids = torch.randint(3, 101, (2, 16), generator=torch.Generator().manual_seed(0))
-    harm = degradation_in(supernet, [Batch(ids, ids, torch.arange(16).expand(2, 16))])
+    degradation = degradation_in(supernet, batches_of(2, 16, 3, 101))
     assert calls == [0, 1, 2, 3]
     calls.clear()
     cut = LayerSizes(base.layers[0].num_attention_heads, base.layers[0].num_key_value_heads, 8)
-    assert harm(with_layer(base, 2, cut)) > 0 and calls == [2, 3]
+    assert degradation(with_layer(base, 2, cut)) > 0 and calls == [2, 3]
     calls.clear()
-    assert harm(with_layer(base, 1, cut)) > 0 and calls == [1, 2, 3]
+    assert degradation(with_layer(base, 1, cut)) > 0 and calls == [1, 2, 3]
 
 
 def test_what_superposition_cannot_mix_is_refused() -> None:
@@ -125,26 +127,21 @@ def test_what_superposition_cannot_mix_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", warm_starts())
-def test_what_does_nothing_goes_first(name: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny.checkpoint(tmp_path / "model")).eval()
-    idle = model.model.layers[1]
+def test_a_layer_that_does_nothing_goes_first(name: str, model: PreTrainedModel) -> None:
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6)  # random weights this small do nothing at all
-        idle.mlp.down_proj.weight.zero_()
-        idle.self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     supernet = SuperNetwork(model)
     space = SearchSpace.from_dict({"ffn.*": [0, 32, 64], "kv.*": [0, 1, 2]}, supernet.structure)
-    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    batches = Batch(ids, ids, torch.arange(32).expand(4, 32)).split(2)
+    batches = batches_of(4, 32, 0, 256)
     path = warm_starts()[name].propose(supernet, layer_variants(space), batches)
     again = warm_starts()[name].propose(supernet, layer_variants(space), batches)
     assert path == again and len(path) > 4 and all(architecture in space for _, architecture in path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters()) and supernet.current == supernet.base
     whole = supernet.structure.parameters(supernet.base)
-    idle_share = 1 / 3 * (1 - 259 * 32 / whole)
+    layer_share = 1 / 3 * (1 - 259 * 32 / whole)
     sizes = [(parameters / whole, architecture) for parameters, architecture in path]
-    largest = [a for share, a in sizes if share <= 1 - idle_share][-1]
+    largest = [a for share, a in sizes if share <= 1 - layer_share][-1]
     assert largest.layers[1].removed and not largest.layers[0].removed and not largest.layers[2].removed

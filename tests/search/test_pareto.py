@@ -8,26 +8,12 @@ import numpy as np
 import pytest
 
 from search.objectives import Computer, Constraint, Evaluation, Objective, choose, computed
-from search.pareto import (
-    Target,
-    contenders,
-    costs,
-    front,
-    hypervolume,
-    knee,
-    non_dominated,
-    ranks,
-    spread,
-    violations,
-)
+from search.pareto import Target, contenders, costs, front, hypervolume, knee, non_dominated, ranks, spread, violations
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import SMALL, quality
 
-QUALITY, PARAMETERS = (
-    Objective("quality", "max"),
-    Objective("parameters", "min", SMALL.parameters, additive=True),
-)
+QUALITY, PARAMETERS = Objective("quality", "max"), Objective("parameters", "min", SMALL.parameters, additive=True)
 
 
 def architecture(*widths: int, kv: int = 2) -> Architecture:
@@ -44,10 +30,7 @@ def test_front_against_brute_force() -> None:
         values = rng.integers(0, 6, size=(80, objectives)).astype(float)
         better = [[(a <= b).all() and (a < b).any() for a in values] for b in values]
         assert non_dominated(values).tolist() == [i for i, row in enumerate(better) if not any(row)]
-    assert [sorted(r.tolist()) for r in ranks(np.array([[0, 1], [1, 0], [1, 1], [0, 1.0]]))] == [
-        [0, 1, 3],
-        [2],
-    ]
+    assert [sorted(r.tolist()) for r in ranks(np.array([[0, 1], [1, 0], [1, 1], [0, 1.0]]))] == [[0, 1, 3], [2]]
 
 
 def test_hypervolume_by_hand() -> None:
@@ -67,7 +50,7 @@ def test_spread_and_knee() -> None:
 
 
 def test_front_of_evaluations() -> None:
-    found = [
+    evaluations = [
         evaluation(1.0, 100),
         evaluation(0.9, 60),
         evaluation(0.8, 70),
@@ -75,22 +58,18 @@ def test_front_of_evaluations() -> None:
         evaluation(float("nan"), 10),
         Evaluation(architecture(5), {"quality": 0.99, "parameters": 5}, full=False),
     ]
-    sizes = [e.values["parameters"] for e in front(found, [QUALITY, PARAMETERS])]
+    sizes = [e.values["parameters"] for e in front(evaluations, [QUALITY, PARAMETERS])]
     assert sizes == [100, 60, 20]
-    within = front(found, [QUALITY, PARAMETERS], [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)])
+    limits = [Constraint(PARAMETERS, maximum=60), Constraint(QUALITY, minimum=0.6)]
+    within = front(evaluations, [QUALITY, PARAMETERS], limits)
     assert [e.values["parameters"] for e in within] == [60]
-    assert costs(found[:1], [QUALITY, PARAMETERS]).tolist() == [[-1, 100]]
+    assert costs(evaluations[:1], [QUALITY, PARAMETERS]).tolist() == [[-1, 100]]
     assert front([], [QUALITY, PARAMETERS]) == []
 
 
 def test_constraints_measure_how_far() -> None:
     constraint = Constraint(PARAMETERS, maximum=50, minimum=10)
-    assert violations([evaluation(1, p) for p in (100, 50, 10, 5)], [constraint])[:, 0].tolist() == [
-        1,
-        0,
-        0,
-        0.5,
-    ]
+    assert violations([evaluation(1, p) for p in (100, 50, 10, 5)], [constraint])[:, 0].tolist() == [1, 0, 0, 0.5]
     assert str(constraint) == "parameters at least 10 and at most 50"
     for bounds in ({}, {"maximum": 1.0, "minimum": 2.0}):
         with pytest.raises(ValueError, match="parameters"):
@@ -125,7 +104,7 @@ def test_what_a_target_asks_for(target: Target, size: int) -> None:
     assert [e.values["parameters"] for e in contenders(MEASURED, target)] == [size]
 
 
-def test_what_noise_does_not_tell_apart_contends() -> None:
+def test_architectures_within_noise_of_the_best_all_contend() -> None:
     noisy = [replace(e, values=e.values | {"quality_stderr": 0.006}) for e in MEASURED]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_params=67))] == [66, 60]
     assert [e.values["parameters"] for e in contenders(noisy, Target(max_drop=0.05))] == [60]
@@ -134,9 +113,8 @@ def test_what_noise_does_not_tell_apart_contends() -> None:
 def test_targets_out_of_reach_name_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"parameters at most 15; the nearest has quality 0.6, parameters 20"):
         contenders(MEASURED, Target(max_params=15))
-    with pytest.raises(
-        ValueError, match=r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"
-    ):
+    message = r"speedup at least 1.3 and quality at least 0.99; the nearest has .*speedup 1.[23]"
+    with pytest.raises(ValueError, match=message):
         contenders(MEASURED, Target(min_speedup=1.3, max_drop=0.01))
     with pytest.raises(ValueError, match="needs at least one"):
         contenders(MEASURED, Target())
@@ -156,10 +134,8 @@ def test_objectives_by_name() -> None:
     base = np.array([space.upper])
     assert Computer(space, known["bytes"])(base)[0] == SMALL.bytes(SMALL.base, StorageFormat(4, 32))
     assert Computer(space, known["macs"])(base)[0] == SMALL.macs(SMALL.base, 3)
-    assert Computer(space, known["decode_tps"])(space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))).tolist() == [
-        50,
-        100 / 3,
-    ]
+    genomes = space.canonicalize(np.array([[0, 1, 1], [1, 1, 1]]))
+    assert Computer(space, known["decode_tps"])(genomes).tolist() == [50, 100 / 3]
     with pytest.raises(ValueError, match="measured, not computed"):
         Computer(space, QUALITY)(base)
 
@@ -167,10 +143,7 @@ def test_objectives_by_name() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["quality", "flops"],
-            "'flops' cannot be measured; valid objectives are quality, loss, parameters, bytes",
-        ),
+        (["quality", "flops"], "'flops' cannot be measured; valid objectives are quality, loss, parameters, bytes"),
         (["quality"], "two to four objectives, not 1"),
         (["quality", "loss", "parameters", "bytes", "macs"], "two to four objectives, not 5"),
         (["quality", "quality"], "named twice"),
@@ -187,7 +160,7 @@ def test_unknown_speed() -> None:
         computed(SMALL, speed={"tps": lambda a: 1.0})
 
 
-def test_toy_quality_is_one_for_the_base_only() -> None:
+def test_quality_by_formula_is_one_for_the_base_only() -> None:
     space = SearchSpace.preset("fine", SMALL, step=64)
     scores = [quality(SMALL, a) for a in space.architectures()]
     assert max(scores) == 1 and scores.count(1) == 1

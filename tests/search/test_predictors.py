@@ -14,10 +14,10 @@ def smooth(rng: np.random.Generator, n: int, genes: int = 6) -> tuple[np.ndarray
 
 
 def test_report_by_hand() -> None:
-    found = report(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
-    assert found.kendall == pytest.approx(4 / 6) and found.spearman == pytest.approx(0.8)
-    assert found.mae == pytest.approx(2.5 / 4) and found.n == 4
-    assert found.chance == pytest.approx(4 / 24)  # orders of four with at most one inversion
+    judged = report(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
+    assert judged.kendall == pytest.approx(4 / 6) and judged.spearman == pytest.approx(0.8)
+    assert judged.mae == pytest.approx(2.5 / 4) and judged.n == 4
+    assert judged.chance == pytest.approx(4 / 24)  # orders of four with at most one inversion
     assert report(np.array([1.0, 2, 3, 4, 5]), np.arange(5.0)).chance == pytest.approx(1 / 120)
 
 
@@ -38,7 +38,7 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     predictor.fit(x, 100 + 50 * y)
     newest = predictor.newest(new_x, 100 + 50 * new_y)
     assert tuple(newest) == tuple(predictor.scores) == KINDS
-    assert all(found.kendall > 0.7 and found.useful for found in newest.values())
+    assert all(judged.kendall > 0.7 and judged.useful for judged in newest.values())
     assert predictor.scores[predictor.chosen].kendall == max(s.kendall for s in predictor.scores.values())
     assert newest[predictor.chosen].kendall > 0.85
     assert report(100 + 50 * new_y, predictor.predict(new_x)) == newest[predictor.chosen]
@@ -46,7 +46,7 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     assert deviation is not None and 0 < 2 * deviation[0] < deviation[1]
 
 
-def test_what_is_set_aside_is_not_chosen() -> None:
+def test_kinds_that_are_set_aside_are_not_chosen() -> None:
     x, y = smooth(np.random.default_rng(1), 50)
     predictor = Predictor(ordinals=6)
     predictor.fit(x, y)
@@ -64,8 +64,8 @@ def test_noise_ranks_no_better_than_chance() -> None:
     predictor = Predictor(ordinals=6)
     predictor.fit(rng.random((60, 6)), rng.random(60))
     newest = predictor.newest(rng.random((40, 6)), rng.random(40))
-    assert sum(found.useful for found in newest.values()) <= 1
-    assert all(abs(found.kendall) < 0.25 for found in newest.values())
+    assert sum(judged.useful for judged in newest.values()) <= 1
+    assert all(abs(judged.kendall) < 0.25 for judged in newest.values())
 
 
 def test_too_little_to_learn_from() -> None:

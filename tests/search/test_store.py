@@ -1,4 +1,4 @@
-"""The store of measurements: what was put is there after a kill, from every thread, and no other file is touched."""
+"""The store of measurements: what was put is there after a kill and from every thread; other files are refused."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def test_a_kill_while_writing_loses_nothing_that_was_recorded(tmp_path: Path, af
     seen = after + len(writer.stdout.read().split())
     assert writer.wait() == -9
     with EvaluationStore(path) as store:
-        found = store.all()
-        assert len(found) in (seen + 1, seen + 2)
-        assert all(a == ARCHITECTURES[i] and m.score == i / 7 for i, (a, m) in enumerate(found))
+        rows = store.all()
+        assert len(rows) in (seen + 1, seen + 2)
+        assert all(a == ARCHITECTURES[i] and row.score == i / 7 for i, (a, row) in enumerate(rows))
         record(store, ARCHITECTURES[0], task="written after")
-        assert len(store.all()) == len(found) + 1
+        assert len(store.all()) == len(rows) + 1
 
 
 def test_threads_and_connections_share_it(tmp_path: Path) -> None:

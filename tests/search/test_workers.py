@@ -1,4 +1,4 @@
-"""Workers that die, of either kind: one try of one item is lost, and what kills every worker is named."""
+"""Workers of both kinds that die: one try of one item is lost, and an item that kills every worker is named."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_worker_that_dies_costs_one_try_of_one_item(kind: type[Processes] | ty
     for item in ("3", "5"):
         places = [process for tried, process in rows if tried == item]
         assert len(set(places)) == len(places)  # never again where it died
-    assert len({process for _, process in rows}) == 2 + TRIES  # no more were started than died, beside the two
+    assert len({process for _, process in rows}) == 2 + TRIES  # two, and one more for each that died
 
 
 @pytest.mark.parametrize("kind", KINDS)

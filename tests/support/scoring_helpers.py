@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from torch import nn
+from transformers import PreTrainedModel
 
-from evals.scoring.documents import Subtask
 from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
+from evals.scoring.scorer import Scorer
 from evals.scoring.tasks import TaskSet
 from tests.support import tiny
 
@@ -78,43 +79,61 @@ WRITING = {
 }
 
 
-def questions(count: int, seed: int = 2, longest: int | None = None) -> list[Row]:
-    """Made-up documents; with `longest`, some questions are repeated up to so many characters."""
+def documents(count: int, seed: int = 2, longest: int | None = None) -> list[Row]:
+    """Made-up documents; with `longest`, every third question is repeated up to so many characters."""
     rows = []
     for i, text in enumerate(tiny.sentences(count, seed)):
         question = text if longest is None or i % 3 else (text + " ") * (longest // len(text) + 1)
         choices = [" cat", " house", " a cat and a tree"][: 2 + i % 2]
-        rows.append(
-            {"id": i, "question": question.rstrip(), "choices": choices, "gold": i % len(choices), "word": "sun"}
-        )
+        row = {"id": i, "question": question.rstrip(), "choices": choices, "gold": i % len(choices), "word": "sun"}
+        rows.append(row)
     return rows
 
 
-def load(model: nn.Module, folder: Path, *names: str, **settings: Any) -> TaskSet:
-    config: Any = model.config
-    return TaskSet.load(names, encoder=Encoder(tiny.byte_tokenizer(), config), include_path=[folder], **settings)
+def load(model: PreTrainedModel, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> TaskSet:
+    """Tasks of a folder, encoded for `model`."""
+    encoder = Encoder(tokenizer or tiny.byte_tokenizer(), model.config)
+    return TaskSet.load(names, encoder=encoder, include_path=[folder], **settings)
 
 
-def hflm(model: Any, tokenizer: Any = None, batch: int = 4) -> HFLM:
+def scorer_of(model: PreTrainedModel, folder: Path, *names: str, holdout: bool = True, **settings: Any) -> Scorer:
+    """A scorer of `model` on tasks of a folder; `settings` are `NetworkLM`'s."""
+    task_set = load(model, folder, *names, holdout=holdout)
+    return Scorer(task_set, NetworkLM(model, task_set.encoder, **settings))
+
+
+def hflm(model: PreTrainedModel, tokenizer: Any = None, batch: int = 4) -> HFLM:
     return HFLM(pretrained=model, tokenizer=tokenizer or tiny.byte_tokenizer(), batch_size=batch)
 
 
-def requests(leaves: list[Subtask], split: Any = "all") -> list[Any]:
-    return [instance for leaf in leaves for document in leaf.documents(split) for instance in document.instances]
+def requests(task_set: TaskSet) -> list[Instance]:
+    """All requests of all documents."""
+    return [
+        instance
+        for task in task_set.tasks.values()
+        for _, docs in task.documents("all")
+        for document in docs
+        for instance in document.instances
+    ]
 
 
-def assert_same_answers(ours: NetworkLM, theirs: HFLM, asked: list[Any]) -> None:
-    """Both answer every request alike, within the design's tolerance."""
+def assert_same_answers(ours: NetworkLM, theirs: HFLM, asked: list[Instance]) -> None:
+    """Both answer every request alike, log-likelihoods within the design's tolerance."""
     kinds = {request.request_type for request in asked}
     assert kinds
     for kind in kinds:
-        some = [request for request in asked if request.request_type == kind]
-        mine, expected = getattr(ours, kind)(some), getattr(theirs, kind)(some)
-        if kind == "generate_until":
-            assert mine == expected
-            continue
-        if kind == "loglikelihood_rolling":
-            mine, expected = [(value, True) for value in mine], [(value, True) for value in expected]
-        for (value, first), (wanted, wanted_first) in zip(mine, expected, strict=True):
-            assert value == pytest.approx(wanted, abs=1e-4 + 1e-6 * abs(wanted))
-            assert first == wanted_first
+        of_kind = [request for request in asked if request.request_type == kind]
+        answers, expected = getattr(ours, kind)(of_kind), getattr(theirs, kind)(of_kind)
+        for answer, wanted in zip(answers, expected, strict=True):
+            assert_same_answer(answer, wanted)
+
+
+def assert_same_answer(answer: Any, wanted: Any) -> None:
+    """A text is equal; a log-likelihood is equal within the tolerance, and whether it is the network's first choice."""
+    if isinstance(answer, str):
+        assert answer == wanted
+    elif isinstance(answer, tuple):
+        assert answer[1] == wanted[1]
+        assert_same_answer(answer[0], wanted[0])
+    else:
+        assert answer == pytest.approx(wanted, abs=1e-4 + 1e-6 * abs(wanted))

@@ -1,4 +1,4 @@
-"""Toy structures and landscapes for the tests of `search`; no network is built."""
+"""Structures and a landscape by formula for the tests of `search`; no network is built."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def llama(
     return Structure(base, head_dim, vocab, tied, 2, tuple(tensors))
 
 
+PROSE = llama(8, 256, 768, 8, 4, 32, 4096)
 LLAMA_2_7B = llama(32, 4096, 11008, 32, 32, 128, 32000)
 SMALL = llama(3, 16, 128, 4, 2, 4, 50, tied=True)
 
 
 def quality(structure: Structure, architecture: Architecture) -> float:
-    """An analytic stand-in for a score: 1 for the base, less for every cut, most for cuts of early layers,
-    and more than the sum of its parts where both halves of a layer are thin.
-    """
-    harm = 0.0
+    """A score by formula: 1 for the base, less for every cut, most for cuts of early layers, and more than the sum of
+    both where both halves of a layer are thin."""
+    degradation = 0.0
     for i, (layer, full) in enumerate(zip(architecture.layers, structure.base.layers, strict=True)):
         attention = 1 - layer.num_attention_heads / full.num_attention_heads
         mlp = 1 - layer.intermediate_size / full.intermediate_size
-        harm += (0.3 * attention + 0.5 * mlp**2 + 0.4 * attention * mlp) / (1 + i)
-    harm += 0.5 * (1 - architecture.hidden_size / structure.base.hidden_size)
-    return 1 / (1 + harm)
+        degradation += (0.3 * attention + 0.5 * mlp**2 + 0.4 * attention * mlp) / (1 + i)
+    degradation += 0.5 * (1 - architecture.hidden_size / structure.base.hidden_size)
+    return 1 / (1 + degradation)

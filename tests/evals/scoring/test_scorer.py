@@ -1,4 +1,4 @@
-"""Scores are lm-eval's: every answer equals HFLM's, every value, standard error and group what simple_evaluate says."""
+"""Scores are lm-eval's: every answer equals HFLM's, every value, standard error and group simple_evaluate's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen3Config,
 )
 
-from evals.scoring import lm as network_module
+from evals.scoring import lm as lm_module
 from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import evaluate
@@ -46,11 +48,14 @@ from tests.support.scoring_helpers import (
     LAST_WORD,
     ROLLING,
     WRITING,
+    Row,
+    assert_same_answer,
     assert_same_answers,
+    documents,
     hflm,
     load,
-    questions,
     requests,
+    scorer_of,
     write_task,
 )
 
@@ -59,10 +64,9 @@ needs_assets = pytest.mark.skipif(ASSETS is None, reason="COMPRESSOR_ASSETS is n
 SIZES: dict[str, Any] = tiny.SIZES | {"initializer_range": 0.3}
 
 
-def network(config: Any = None) -> Any:
+def network(config: PreTrainedConfig) -> PreTrainedModel:
     """A random network whose answers differ clearly from one another."""
     torch.manual_seed(0)
-    config = config or LlamaConfig(**SIZES)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
 
 
@@ -70,13 +74,13 @@ def network(config: Any = None) -> Any:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One task of each kind; some documents exceed the tiny networks' context of 64 characters."""
     folder = tmp_path_factory.mktemp("tasks")
-    write_task(folder, "choice", questions(12), **CHOICE)
-    write_task(folder, "choice_long", questions(9, longest=150), **CHOICE)
-    write_task(folder, "no_context", questions(8), **CHOICE | {"doc_to_text": ""})
-    write_task(folder, "few_shot", questions(8, 3), shots=questions(4, 4), num_fewshot=1, **CHOICE)
-    write_task(folder, "last_word", questions(9, longest=150), **LAST_WORD)
-    write_task(folder, "rolling", questions(9, longest=300), **ROLLING)
-    write_task(folder, "writing", questions(9, longest=150), **WRITING)
+    write_task(folder, "choice", documents(12), **CHOICE)
+    write_task(folder, "choice_long", documents(9, longest=150), **CHOICE)
+    write_task(folder, "no_context", documents(8), **CHOICE | {"doc_to_text": ""})
+    write_task(folder, "few_shot", documents(8, 3), shots=documents(4, 4), num_fewshot=1, **CHOICE)
+    write_task(folder, "last_word", documents(9, longest=150), **LAST_WORD)
+    write_task(folder, "rolling", documents(9, longest=300), **ROLLING)
+    write_task(folder, "writing", documents(9, longest=150), **WRITING)
     group = "group: both\ntask: [choice, choice_long]\naggregate_metric_list:\n  - {metric: acc, weight_by_size: %s}\n"
     (folder / "both.yaml").write_text(group % "true")
     (folder / "alike.yaml").write_text((group % "false").replace("both", "alike"))
@@ -87,18 +91,17 @@ ALL = ("choice", "choice_long", "no_context", "few_shot", "last_word", "rolling"
 
 
 @pytest.fixture
-def llama() -> Any:
-    return network()
+def llama() -> PreTrainedModel:
+    return network(LlamaConfig(**SIZES))
 
 
 @pytest.mark.parametrize("task", ALL)
-def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
-    task_set = load(llama, tasks, task)
-    ours = NetworkLM(llama, task_set.encoder)
-    # A batch of one: in HFLM, what a document's generation stops at depends on the rest of its batch.
+def test_answers_equal_hflm(llama: PreTrainedModel, tasks: Path, task: str) -> None:
+    scorer = scorer_of(llama, tasks, task)
+    # A batch of one: in HFLM, where a document's generation stops depends on the rest of its batch.
     theirs = hflm(llama, batch=1 if task == "writing" else 4)
-    assert_same_answers(ours, theirs, requests(task_set.tasks[task].subtasks))
-    assert ours._as_tree is (None if task == "writing" else True)
+    assert_same_answers(scorer.lm, theirs, requests(scorer.tasks))
+    assert scorer.lm._as_tree is (None if task == "writing" else True)
 
 
 @pytest.mark.parametrize(
@@ -111,23 +114,21 @@ def test_answers_equal_hflm(llama: Any, tasks: Path, task: str) -> None:
     ],
     ids=["sliding-window", "qk-norm", "learned-positions", "eager"],
 )
-def test_answers_equal_hflm_in_other_networks(config: Any, tasks: Path) -> None:
+def test_answers_equal_hflm_in_other_networks(config: PreTrainedConfig, tasks: Path) -> None:
     model = network(config)
-    task_set = load(model, tasks, *ALL[1:4], "rolling")
-    asked = [request for name in task_set.tasks for request in requests(task_set.tasks[name].subtasks)]
-    assert_same_answers(NetworkLM(model, task_set.encoder), hflm(model), asked)
+    scorer = scorer_of(model, tasks, *ALL[1:4], "rolling")
+    assert_same_answers(scorer.lm, hflm(model), requests(scorer.tasks))
 
 
 @pytest.mark.parametrize(("max_tokens", "workers"), [(1, 1), (40, 1), (100_000, 1), (400, 3)])
-def test_budgets_change_nothing(llama: Any, tasks: Path, max_tokens: int, workers: int) -> None:
-    task_set = load(llama, tasks, "choice_long", "rolling")
-    asked = requests(task_set.tasks["choice_long"].subtasks) + requests(task_set.tasks["rolling"].subtasks)
-    ours = NetworkLM(llama, task_set.encoder, max_tokens=max_tokens, max_logits=max_tokens * 100, workers=workers)
-    assert_same_answers(ours, hflm(llama), asked)
+def test_budgets_change_nothing(llama: PreTrainedModel, tasks: Path, max_tokens: int, workers: int) -> None:
+    settings = {"max_tokens": max_tokens, "max_logits": max_tokens * 100, "workers": workers}
+    scorer = scorer_of(llama, tasks, "choice_long", "rolling", **settings)
+    assert_same_answers(scorer.lm, hflm(llama), requests(scorer.tasks))
 
 
-def test_a_network_that_is_no_tree_reader_is_found_out(llama: Any, tasks: Path) -> None:
-    """Attention that looks beyond the mask gives other answers as a tree; the plain way must be taken."""
+def test_a_network_that_cannot_read_trees_is_detected(llama: PreTrainedModel, tasks: Path) -> None:
+    """Attention that looks beyond the mask gives other answers as a tree; batches must be read instead."""
     attention = llama.model.layers[1].self_attn
     own = attention.forward
 
@@ -136,58 +137,52 @@ def test_a_network_that_is_no_tree_reader_is_found_out(llama: Any, tasks: Path) 
         return own(hidden_states * (1 + place.to(hidden_states.dtype)), *args, **kwargs)
 
     attention.forward = absolute
-    task_set = load(llama, tasks, "choice_long")
-    ours = NetworkLM(llama, task_set.encoder)
-    assert_same_answers(ours, hflm(llama), requests(task_set.tasks["choice_long"].subtasks))
-    assert ours._as_tree is False
+    scorer = scorer_of(llama, tasks, "choice_long")
+    assert_same_answers(scorer.lm, hflm(llama), requests(scorer.tasks))
+    assert scorer.lm._as_tree is False
 
 
-def test_shared_prefixes_are_read_once(llama: Any, tasks: Path) -> None:
-    task_set = load(llama, tasks, "few_shot")
-    ours = NetworkLM(llama, task_set.encoder)
-    pairs = [request.args for request in requests(task_set.tasks["few_shot"].subtasks)]
-    spans = task_set.encoder.spans(pairs)
+def test_shared_prefixes_are_read_once(llama: PreTrainedModel, tasks: Path) -> None:
+    scorer = scorer_of(llama, tasks, "few_shot")
+    spans = scorer.tasks.requests("all").spans
     distinct = {span.tokens[:i] for span in spans for i in range(1, len(span.tokens))}
-    assert ours.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
+    assert scorer.lm.plan(spans * 2).tokens == len(distinct) < sum(len(span.tokens) - 1 for span in spans)
 
 
-def test_the_last_layer_is_computed_where_a_token_is_scored(llama: Any, tasks: Path) -> None:
-    task_set = load(llama, tasks, "few_shot")
-    ours = NetworkLM(llama, task_set.encoder)
-    asked = requests(task_set.tasks["few_shot"].subtasks)
-    ours.loglikelihood(asked)  # the first call looks whether the network reads trees
+def test_the_last_layer_is_computed_where_a_token_is_scored(llama: PreTrainedModel, tasks: Path) -> None:
+    scorer = scorer_of(llama, tasks, "few_shot")
+    scorer.ask("all")  # the first call also compares both ways of reading
     sizes: list[int] = []
-    for layer in llama.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
-    llama.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
-    ours.loglikelihood(asked)
-    plan = ours.plan(task_set.encoder.spans([request.args for request in asked]))
+    for module in (*(layer.mlp for layer in llama.model.layers), llama.lm_head):
+        module.register_forward_hook(lambda module, args, out: sizes.append(out.shape[1]))
+    scorer.ask("all")
+    plan = scorer.lm.plan(scorer.tasks.requests("all").spans)
     rows = len(plan.packs[0].rows)
     assert sizes == [plan.tokens, plan.tokens, rows, rows] and rows < plan.tokens
 
 
 @pytest.mark.parametrize(("readings", "workers"), [((0, 1, 0, 2), 1), ((0, 2, 0, 1), 2)])
 def test_passes_run_as_is_fastest(
-    llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
+    llama: PreTrainedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch, readings: tuple[int, ...], workers: int
 ) -> None:
     """`readings` of the clock: before and after one pass on both cores, then before and after a pass on each."""
-    task_set = load(llama, tasks, "choice")
-    ours = NetworkLM(llama, task_set.encoder)
+    scorer = scorer_of(llama, tasks, "choice")
     threads = torch.get_num_threads()
     clock = iter(readings)
-    monkeypatch.setattr(network_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(lm_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     try:
-        ours.tune(task_set.requests("all").spans, cores=2)
-        assert ours.workers == workers and ours.workers * torch.get_num_threads() == 2
+        scorer.lm.tune(scorer.tasks.requests("all").spans, cores=2)
+        assert scorer.lm.workers == workers and workers * torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite(llama: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task_set = load(llama, tasks, "rolling:word_perplexity")
-    ours = NetworkLM(llama, task_set.encoder)
-    monkeypatch.setattr(ours, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
-    score = Scorer(task_set, ours).score("all")["rolling"]
+def test_a_perplexity_beyond_all_numbers_is_infinite(
+    llama: PreTrainedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(llama, tasks, "rolling:word_perplexity")
+    monkeypatch.setattr(scorer.lm, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
+    score = scorer.score("all")["rolling"]
     assert score.value == math.inf and score.stderr is None
 
 
@@ -198,7 +193,7 @@ def test_cores_are_those_asked_for_or_bound_to(monkeypatch: pytest.MonkeyPatch, 
     assert available_cores() == (cores or 5)
 
 
-def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None:
+def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: PreTrainedModel) -> None:
     encoder = Encoder(tiny.byte_tokenizer(), llama.config)
     theirs = hflm(llama)
     for text in ("<s>the cat", "the cat", " the cat "):
@@ -212,31 +207,25 @@ def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(llama: Any) -> None
     assert encoder.pairs([("", "<s>cat")])[0][1] == encoder.encode(["cat"], special=False)[0]
 
 
-def everything(model: Any, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> Any:
+@pytest.fixture(autouse=True)
+def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval bootstraps in a pool of processes unless this says otherwise."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+
+
+def simply_evaluated(model: PreTrainedModel, folder: Path, *names: str, tokenizer: Any = None, **settings: Any) -> Any:
+    """All that lm-eval's own evaluation returns."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return simple_evaluate(
         model=hflm(model, tokenizer), tasks=list(names), task_manager=manager, bootstrap_iters=100, **settings
     )
 
 
-@pytest.fixture
-def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval bootstraps in a pool of processes unless told otherwise."""
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-
-
-@pytest.mark.usefixtures("no_pool")
-def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
+def test_scores_equal_simple_evaluate(llama: PreTrainedModel, tasks: Path) -> None:
     names = ["no_context", "last_word:perplexity", "rolling:word_perplexity", "both"]
-    task_set = load(llama, tasks, *names, holdout=False)
-    scores = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score("all")
-    expected = everything(llama, tasks, "no_context", "last_word", "rolling", "both")["results"]
-    assert {name: score.metric for name, score in scores.items()} == {
-        "no_context": "acc_norm",
-        "last_word": "perplexity",
-        "rolling": "word_perplexity",
-        "both": "acc",
-    }
+    scores = scorer_of(llama, tasks, *names, holdout=False).score("all")
+    expected = simply_evaluated(llama, tasks, "no_context", "last_word", "rolling", "both")["results"]
+    assert [score.metric for score in scores.values()] == ["acc_norm", "perplexity", "word_perplexity", "acc"]
     for name, score in scores.items():
         assert score.value == pytest.approx(expected[name][f"{score.metric},none"], rel=1e-5)
         assert score.n == expected[name]["sample_len"]
@@ -247,23 +236,16 @@ def test_scores_equal_simple_evaluate(llama: Any, tasks: Path) -> None:
             assert score.stderr == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.usefixtures("no_pool")
-def test_groups_add_up_as_their_file_says(llama: Any, tasks: Path) -> None:
-    results, documents = {}, {}
-    for name in ("both", "alike"):
-        task_set = load(llama, tasks, name, holdout=False)
-        scores, values = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score_with_documents("all")
-        results[name], documents[name] = scores[name], [len(items) for items in values[name]]
-        expected = everything(llama, tasks, name)["results"][name]
-        assert results[name].value == pytest.approx(expected["acc,none"])
-        assert results[name].stderr == pytest.approx(expected["acc_stderr,none"])
-    parts = [TaskSet.documents(load(llama, tasks, name), "all")[name][0][1] for name in ("choice", "choice_long")]
-    assert results["both"].n == sum(map(len, parts)) == 21
-    assert documents["both"] == list(map(len, parts))
+@pytest.mark.parametrize("name", ["both", "alike"])
+def test_groups_add_up_as_their_file_says(llama: PreTrainedModel, tasks: Path, name: str) -> None:
+    scores, values = scorer_of(llama, tasks, name, holdout=False).score_with_documents("all")
+    expected = simply_evaluated(llama, tasks, name)["results"][name]
+    assert scores[name].value == pytest.approx(expected["acc,none"])
+    assert scores[name].stderr == pytest.approx(expected["acc_stderr,none"])
+    assert scores[name].n == 21 and list(map(len, values[name])) == [12, 9]
 
 
-def test_evaluate_speaks_lm_eval(llama: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+def test_evaluate_gives_lm_evals_results(llama: PreTrainedModel, tasks: Path, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
     names = ["choice", "both:acc", "last_word", "rolling", "few_shot", "writing"]
@@ -271,25 +253,21 @@ def test_evaluate_speaks_lm_eval(llama: Any, tasks: Path, tmp_path: Path, monkey
         evaluate(tmp_path / "model", names, include_path=tasks, device="cpu")
     names.remove("choice")
     ours = evaluate(tmp_path / "model", names, include_path=tasks, device="cpu")
-    theirs = everything(llama, tasks, "both", "last_word", "rolling", "few_shot", "writing")
+    theirs = simply_evaluated(llama, tasks, "both", "last_word", "rolling", "few_shot", "writing")
     for key in ("group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples"):
         assert ours[key] == theirs[key]
     assert ours["results"].keys() == theirs["results"].keys() and ours["groups"].keys() == theirs["groups"].keys()
     for name, row in theirs["results"].items():
-        assert ours["results"][name].keys() == row.keys()
-        for key, value in row.items():
-            if isinstance(value, float):
-                # Texts of a batch depend on the batch in HFLM; this one's metric is the same either way.
-                assert ours["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
-            else:
-                assert ours["results"][name][key] == value, (name, key)
+        # HFLM's texts depend on the batch; here no text is right either way.
+        numbers = {key: pytest.approx(value, rel=1e-4) for key, value in row.items() if isinstance(value, float)}
+        assert ours["results"][name] == row | numbers
     assert ours["scores"]["both"]["n"] == 21 and ours["scores"]["both"]["chance"] == pytest.approx(0.4206, abs=1e-3)
     with pytest.raises(RequestError, match="no such folder"):
         evaluate(str(tmp_path / "models"), names, include_path=tasks)
 
 
 @pytest.mark.parametrize("planted", ["modeling_uneven_llama.py", "sub/evil.py", "custom_generate/generate.py"])
-def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, planted: str) -> None:
+def test_foreign_code_is_not_run(llama: PreTrainedModel, tasks: Path, tmp_path: Path, planted: str) -> None:
     llama.save_pretrained(tmp_path)
     tiny.byte_tokenizer().save_pretrained(tmp_path)
     (tmp_path / planted).parent.mkdir(exist_ok=True)
@@ -299,8 +277,8 @@ def test_foreign_code_is_not_run(llama: Any, tasks: Path, tmp_path: Path, plante
 
 
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json", "custom_generate"])
-def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path, place: str) -> None:
-    """Our own code file is there, unchanged, and trusted; what names other code, or is other code, is refused."""
+def test_code_beside_our_own_is_not_run(llama: PreTrainedModel, tasks: Path, tmp_path: Path, place: str) -> None:
+    """Our own code file is there, unchanged, and trusted; a file that names other code, or is other code, is not."""
     structure = describe(llama.config)
     layers = list(structure.base.layers)
     layers[0] = replace(layers[0], intermediate_size=32)
@@ -320,13 +298,9 @@ def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path,
         (folder / place / "generate.py").write_text("raise SystemExit('ran')\n")
     else:
         (folder / "sub" / "evil.py").write_text("raise SystemExit('ran')\n")
-        named = {
-            "AutoConfig": "sub/evil.C",
-            "AutoModelForCausalLM": "sub/evil.M",
-            "AutoTokenizer": ["sub/evil.T", None],
-        }
-        config = json.loads((folder / place).read_text())
-        (folder / place).write_text(json.dumps(config | {"auto_map": named}))
+        names = {kind: f"sub/evil.{kind}" for kind in ("AutoConfig", "AutoModelForCausalLM")}
+        auto_map = {"auto_map": names | {"AutoTokenizer": ["sub/evil.AutoTokenizer", None]}}
+        (folder / place).write_text(json.dumps(json.loads((folder / place).read_text()) | auto_map))
     with pytest.raises(RequestError, match="contains code"):
         evaluate(folder, ["choice"], include_path=tasks, device="cpu")
 
@@ -334,80 +308,67 @@ def test_code_beside_our_own_is_not_run(llama: Any, tasks: Path, tmp_path: Path,
 def architectures() -> Iterator[Architecture]:
     """Sub-networks as a generation has them: leading layers shared with the one before, halves and layers removed."""
     full, slim, thin = LayerSizes(4, 2, 64), LayerSizes(2, 1, 32), LayerSizes(4, 2, 16)
-    blind, mute, gone = LayerSizes(0, 0, 64), LayerSizes(4, 2, 0), LayerSizes(0, 0, 0)
+    mlp_only, attention_only, removed = LayerSizes(0, 0, 64), LayerSizes(4, 2, 0), LayerSizes(0, 0, 0)
     for layers in (
         (full, full, full),
         (full, slim, full),
         (full, slim, full),
         (full, slim, thin),
-        (full, slim, gone),
-        (full, blind, mute),
-        (slim, blind, mute),
-        (slim, gone, full),
+        (full, slim, removed),
+        (full, mlp_only, attention_only),
+        (slim, mlp_only, attention_only),
+        (slim, removed, full),
         (full, slim, full),
     ):
         yield Architecture(32, layers)
 
 
 @pytest.mark.parametrize(("cache_bytes", "workers"), [(2**28, 1), (2**28, 3), (40_000, 2), (0, 1)])
-def test_sub_networks_score_as_their_extracted_selves(llama: Any, tasks: Path, cache_bytes: int, workers: int) -> None:
+def test_sub_networks_score_as_their_extracted_selves(
+    llama: PreTrainedModel, tasks: Path, cache_bytes: int, workers: int
+) -> None:
     supernet = SuperNetwork(llama)
-    names = ("choice_long", "rolling", "writing")
-    task_set = load(llama, tasks, *names, holdout=False)
-    ours = NetworkLM(llama, task_set.encoder, max_tokens=300, cache_bytes=cache_bytes, workers=workers)
-    scorer = Scorer(task_set, ours)
-    asked = [request for name in names for request in requests(task_set.tasks[name].subtasks)]
+    settings = {"max_tokens": 300, "cache_bytes": cache_bytes, "workers": workers}
+    scorer = scorer_of(llama, tasks, "choice_long", "rolling", "writing", holdout=False, **settings)
     for architecture in architectures():
         with supernet.activated(architecture):
             answers = scorer.ask("all", architecture=architecture)
-        alone = NetworkLM(extract(llama, supernet.structure, architecture), task_set.encoder)
-        expected = Scorer(task_set, alone).ask("all")
-        for request in asked:
-            mine, wanted = answers[id(request)][0], expected[id(request)][0]
-            if request.request_type == "generate_until":
-                assert mine == wanted
-            else:
-                mine, wanted = (x[0] if isinstance(x, tuple) else x for x in (mine, wanted))
-                assert mine == pytest.approx(wanted, abs=1e-4 + 1e-6 * abs(wanted))
+        alone = NetworkLM(extract(llama, supernet.structure, architecture), scorer.tasks.encoder)
+        expected = Scorer(scorer.tasks, alone).ask("all")
+        for request in requests(scorer.tasks):
+            answer, wanted = (x[id(request)][0] for x in (answers, expected))
+            is_pair = isinstance(answer, tuple)
+            assert_same_answer(answer[0] if is_pair else answer, wanted[0] if is_pair else wanted)
     assert not llama.model.__dict__.get("layers")  # the super-network is left as it was
 
 
-def test_layers_kept_from_before_are_dropped_when_weights_change(llama: Any, tasks: Path) -> None:
-    supernet = SuperNetwork(llama)
-    task_set = load(llama, tasks, "rolling")
-    scorer = Scorer(task_set, NetworkLM(llama, task_set.encoder))
-    before = scorer.score("search", architecture=supernet.base)["rolling"].value
-    assert scorer.score("search", architecture=supernet.base)["rolling"].value == before
+def test_kept_layers_are_dropped_when_weights_change(llama: PreTrainedModel, tasks: Path) -> None:
+    scorer, base = scorer_of(llama, tasks, "rolling"), describe(llama.config).base
+    before = scorer.score("search", architecture=base)
+    assert scorer.score("search", architecture=base) == before
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight.mul_(2)
-    after = scorer.score("search", architecture=supernet.base)["rolling"].value
-    assert after != before
-    assert after == pytest.approx(scorer.score("search")["rolling"].value)
+    after = scorer.score("search", architecture=base)
+    assert after != before and after["rolling"].value == pytest.approx(scorer.score("search")["rolling"].value)
 
 
-def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) -> None:
-    task_set = load(llama, tasks, "choice")
-    scorer = Scorer(task_set, NetworkLM(llama, task_set.encoder))
-    counts = [0, 0, 0]
+def test_equal_leading_layers_are_not_computed_again(llama: PreTrainedModel, tasks: Path) -> None:
+    scorer = scorer_of(llama, tasks, "choice")
+    computed: list[int] = []
     for i, layer in enumerate(llama.model.layers):
-        layer.mlp.register_forward_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+        layer.mlp.register_forward_hook(lambda *_, i=i: computed.append(i))
     full, slim = LayerSizes(4, 2, 64), LayerSizes(4, 2, 32)
     scorer.score("search", architecture=Architecture(32, (full, full, full)))
-    counts[:] = [0, 0, 0]
+    computed.clear()
     scorer.score("search", architecture=Architecture(32, (full, slim, full)))
-    assert counts == [0, 1, 1]
+    assert computed == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("kind", "row", "settings", "reason"),
     [
         (CHOICE, {"question": "why", "choices": [" a", " b" * 40], "gold": 0}, {}, "has 81 tokens"),
-        (
-            CHOICE,
-            {"question": "why", "choices": [" a", ""], "gold": 0},
-            {"target_delimiter": ""},
-            "has no token",
-        ),
+        (CHOICE, {"question": "why", "choices": [" a", ""], "gold": 0}, {"target_delimiter": ""}, "has no token"),
         (
             WRITING,
             {"question": "why", "word": "x"},
@@ -417,7 +378,7 @@ def test_equal_leading_layers_are_not_computed_again(llama: Any, tasks: Path) ->
     ],
 )
 def test_a_document_that_lm_eval_cannot_score_is_named(
-    llama: Any, tmp_path: Path, kind: dict[str, Any], row: dict[str, Any], settings: dict[str, Any], reason: str
+    llama: PreTrainedModel, tmp_path: Path, kind: Row, row: Row, settings: Row, reason: str
 ) -> None:
     rows = [{"question": f"what {i}", "choices": [" a", " b"], "gold": 1, "word": "x"} for i in range(3)]
     write_task(tmp_path, "odd", [*rows, row], **kind | settings)
@@ -427,18 +388,16 @@ def test_a_document_that_lm_eval_cannot_score_is_named(
         task_set.requests("all")
 
 
-def test_generation_settings_of_a_task_are_honoured(llama: Any, tmp_path: Path) -> None:
+def test_generation_settings_of_a_task_are_honoured(llama: PreTrainedModel, tmp_path: Path) -> None:
     """Anything but plain greedy decoding is the network's own `generate`'s, as in HFLM."""
     kwargs = {"until": ["e"], "max_gen_toks": 10, "do_sample": False, "num_beams": 2}
-    write_task(tmp_path, "beams", questions(4), **WRITING | {"generation_kwargs": kwargs})
-    task_set = load(llama, tmp_path, "beams")
-    asked = requests(task_set.tasks["beams"].subtasks)
-    assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
+    write_task(tmp_path, "beams", documents(4), **WRITING | {"generation_kwargs": kwargs})
+    write_task(tmp_path, "greedy", documents(4), **WRITING)
+    scorer = scorer_of(llama, tmp_path, "beams")
+    assert_same_answers(scorer.lm, hflm(llama, batch=1), requests(scorer.tasks))
     llama.generation_config.repetition_penalty = 1.7
-    write_task(tmp_path / "greedy", "greedy", questions(4), **WRITING)
-    task_set = load(llama, tmp_path / "greedy", "greedy")
-    asked = requests(task_set.tasks["greedy"].subtasks)
-    assert_same_answers(NetworkLM(llama, task_set.encoder), hflm(llama, batch=1), asked)
+    scorer = scorer_of(llama, tmp_path, "greedy")
+    assert_same_answers(scorer.lm, hflm(llama, batch=1), requests(scorer.tasks))
 
 
 CHAT = (
@@ -447,46 +406,46 @@ CHAT = (
 )
 
 
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
 @pytest.mark.parametrize("longest", [None, 150], ids=["whole", "truncated"])
 @pytest.mark.parametrize("kind", [CHOICE, LAST_WORD, WRITING], ids=["choice", "loglikelihood", "generation"])
 def test_answers_under_a_chat_template_equal_hflm(
-    llama: Any, tmp_path: Path, kind: dict[str, Any], longest: int | None
+    llama: PreTrainedModel, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase, kind: Row, longest: int | None
 ) -> None:
-    tokenizer = tiny.byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    write_task(tmp_path, "talk", questions(6, longest=longest), **kind)
-    encoder = Encoder(tokenizer, llama.config)
+    write_task(tmp_path, "talk", documents(6, longest=longest), **kind)
     prompting = Prompting(chat=True, system=None if longest is None else "be brief")
-    task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting)
-    asked = requests(task_set.tasks["talk"].subtasks)
+    task_set = load(llama, tmp_path, "talk", tokenizer=chat_tokenizer, prompting=prompting)
+    encoder, asked = task_set.encoder, requests(task_set)
     prompts = [encoder.encode([request.args[0]])[0] for request in asked]
     assert any(len(prompt) > encoder.max_length for prompt in prompts) == (longest is not None)
     assert all(request.args[0].endswith("a:") for request in asked)
-    assert_same_answers(NetworkLM(llama, encoder), hflm(llama, tokenizer, batch=1), asked)
+    assert_same_answers(NetworkLM(llama, encoder), hflm(llama, chat_tokenizer, batch=1), asked)
 
 
-def test_chat_template(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny.byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    write_task(tmp_path, "talk", questions(6), shots=questions(3, 5), num_fewshot=1, **CHOICE)
-    encoder = Encoder(tokenizer, llama.config)
+def test_few_shot_examples_under_a_chat_template_are_lm_evals(
+    llama: PreTrainedModel, tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_task(tmp_path, "talk", documents(6), shots=documents(3, 5), num_fewshot=1, **CHOICE)
     prompting = Prompting(chat=True, system="be brief")
-    task_set = TaskSet.load(["talk"], encoder=encoder, include_path=[tmp_path], prompting=prompting, holdout=False)
-    score = Scorer(task_set, NetworkLM(llama, encoder)).score("all")["talk"]
-    theirs = everything(
-        llama, tmp_path, "talk", tokenizer=tokenizer, apply_chat_template=True, system_instruction="be brief"
-    )
+    task_set = load(llama, tmp_path, "talk", tokenizer=chat_tokenizer, prompting=prompting, holdout=False)
+    score = Scorer(task_set, NetworkLM(llama, task_set.encoder)).score("all")["talk"]
+    settings = {"apply_chat_template": True, "system_instruction": "be brief"}
+    theirs = simply_evaluated(llama, tmp_path, "talk", tokenizer=chat_tokenizer, **settings)
     samples = theirs["samples"]["talk"]
-    documents = task_set.documents("all")["talk"][0][1]
-    assert [d.instances[0].args[0] for d in documents] == [s["arguments"][0][0] for s in samples]
-    assert documents[0].instances[0].args[0].startswith("s:be brief;u:")
+    prompts = [document.instances[0].args[0] for document in task_set.documents("all")["talk"][0][1]]
+    assert prompts == [sample["arguments"][0][0] for sample in samples]
+    assert prompts[0].startswith("s:be brief;u:")
     assert score.value == theirs["results"]["talk"]["acc_norm,none"]
 
 
-def score(value: float, stderr: float | None = 0.02, higher: bool = True, chance: float | None = 0.5) -> Score:
-    return Score(
-        metric="acc", value=value, stderr=stderr, n=100, split="report", higher_is_better=higher, chance=chance
-    )
+def score(value: float, stderr: float | None = 0.02, chance: float | None = 0.5) -> Score:
+    return Score(metric="acc", value=value, stderr=stderr, n=100, split="report", chance=chance)
 
 
 def test_near_chance() -> None:
@@ -513,7 +472,7 @@ def test_real_tasks_equal_hflm(checkpoint: str, monkeypatch: pytest.MonkeyPatch)
     assets = Path(ASSETS or "")
     monkeypatch.chdir(assets)  # the task files name their data relative to a neighbour of the assets
     path = assets / "checkpoints" / checkpoint
-    model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     encoder = Encoder(tokenizer, model.config)
     names = {
@@ -530,8 +489,8 @@ def test_real_tasks_equal_hflm(checkpoint: str, monkeypatch: pytest.MonkeyPatch)
     ours, theirs = NetworkLM(model, encoder), hflm(model, tokenizer)
     truncated = 0
     for name, limit in names.items():
-        documents = [d for leaf in task_set.tasks[name].subtasks for d in leaf.documents("report", limit)]
-        asked = [instance for document in documents for instance in document.instances]
+        subtasks = task_set.tasks[name].subtasks
+        asked = [i for subtask in subtasks for d in subtask.documents("report", limit) for i in d.instances]
         if name == "gsm8k_local":
             theirs = hflm(model, tokenizer, batch=1)
         assert_same_answers(ours, theirs, asked)

@@ -1,4 +1,4 @@
-"""Which documents are scored for what, with which prompts, by which metric."""
+"""Which documents are for the search and which for the report, with which prompts, and by which metric."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evals.scoring.encoding import Encoder
 from evals.scoring.tasks import TaskSet, spread
 from supernet.common.errors import RequestError
 from tests.support import ROOT, tiny
-from tests.support.scoring_helpers import CHOICE, LAST_WORD, questions, write_task
+from tests.support.scoring_helpers import CHOICE, LAST_WORD, documents, write_task
 
 
 def load(folder: Path, *names: str, **settings: Any) -> TaskSet:
@@ -37,17 +37,17 @@ def test_doc_hash_is_lm_evals() -> None:
 
 
 def test_splits_are_disjoint_whole_and_decided_by_the_hash(tmp_path: Path) -> None:
-    write_task(tmp_path, "choice", questions(60), **CHOICE)
+    write_task(tmp_path, "choice", documents(60), **CHOICE)
     task_set = load(tmp_path, "choice")
     search, report = ids(task_set, "choice", "search"), ids(task_set, "choice", "report")
     assert not set(search) & set(report) and sorted(search + report) == list(range(60))
-    for row in questions(60):
+    for row in documents(60):
         assert (row["id"] in search) == (int(doc_hash(row)[0], 16) % 2 == 0)
     assert ids(load(tmp_path, "choice"), "choice", "search") == search
 
 
 def test_a_limit_takes_a_part_of_a_larger_limit(tmp_path: Path) -> None:
-    write_task(tmp_path, "choice", questions(60), **CHOICE)
+    write_task(tmp_path, "choice", documents(60), **CHOICE)
     task_set = load(tmp_path, "choice")
     whole = ids(task_set, "choice", "search")
     previous: set[int] = set()
@@ -60,7 +60,7 @@ def test_a_limit_takes_a_part_of_a_larger_limit(tmp_path: Path) -> None:
 
 def test_a_groups_limit_is_spread_over_its_tasks(tmp_path: Path) -> None:
     for name, count in (("a", 80), ("b", 20)):
-        write_task(tmp_path, name, questions(count, seed=count), **CHOICE)
+        write_task(tmp_path, name, documents(count, seed=count), **CHOICE)
     for name, weighted in (("by_size", "true"), ("alike", "false")):
         (tmp_path / f"{name}.yaml").write_text(
             f"group: {name}\ntask: [a, b]\naggregate_metric_list:\n  - {{metric: acc, weight_by_size: {weighted}}}\n"
@@ -68,7 +68,7 @@ def test_a_groups_limit_is_spread_over_its_tasks(tmp_path: Path) -> None:
     for name, even in (("by_size", False), ("alike", True)):
         task_set = load(tmp_path, name)
         task = task_set.tasks[name]
-        sizes = [leaf.size("search") for leaf in task.subtasks]
+        sizes = [subtask.size("search") for subtask in task.subtasks]
         shares = task.limits("search", 10)
         assert sum(x or 0 for x in shares) == 10
         assert shares == ([5, 5] if even else [round(10 * sizes[0] / sum(sizes)), round(10 * sizes[1] / sum(sizes))])
@@ -91,9 +91,9 @@ def test_spread(limit: int, sizes: list[int], weights: list[int], expected: list
 
 
 def test_the_metric_that_counts(tmp_path: Path) -> None:
-    write_task(tmp_path, "choice", questions(8), **CHOICE)
-    write_task(tmp_path, "word", questions(8), **LAST_WORD)
-    write_task(tmp_path, "odd", questions(8), **LAST_WORD | {"metric_list": LAST_WORD["metric_list"][:1]})
+    write_task(tmp_path, "choice", documents(8), **CHOICE)
+    write_task(tmp_path, "word", documents(8), **LAST_WORD)
+    write_task(tmp_path, "odd", documents(8), **LAST_WORD | {"metric_list": LAST_WORD["metric_list"][:1]})
     task_set = load(tmp_path, "choice", "word", "odd")
     assert [task.metric for task in task_set.tasks.values()] == ["acc_norm", "acc", "perplexity"]
     assert [task.higher_is_better for task in task_set.tasks.values()] == [True, True, False]
@@ -117,14 +117,14 @@ def test_the_first_filter_counts_unless_another_is_named(tmp_path: Path) -> None
         "filter_list": filters,
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    write_task(tmp_path, "write", questions(8), **settings)
+    write_task(tmp_path, "write", documents(8), **settings)
     assert load(tmp_path, "write").tasks["write"].key == "exact_match,strict"
     assert load(tmp_path, "write:exact_match,loose").tasks["write"].key == "exact_match,loose"
 
 
 def test_chance_is_what_guessing_gives(tmp_path: Path) -> None:
-    write_task(tmp_path, "choice", questions(10), **CHOICE)  # half of them with two choices, half with three
-    write_task(tmp_path, "word", questions(10), **LAST_WORD)
+    write_task(tmp_path, "choice", documents(10), **CHOICE)  # half of them with two choices, half with three
+    write_task(tmp_path, "word", documents(10), **LAST_WORD)
     task_set = load(tmp_path, "choice", "word")
     assert task_set.chance("choice", "all") == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert task_set.chance("word", "all") is None
@@ -140,25 +140,24 @@ def shot_texts(task_set: TaskSet, name: str) -> set[str]:
 
 
 def test_examples_from_another_split_are_lm_evals_own(tmp_path: Path) -> None:
-    """Drawn anew for every document, in lm-eval's order, whatever is asked for first."""
-    shots, rows = questions(30, 8), questions(12)
+    """Drawn anew for every document, in lm-eval's order, and not in that in which documents are asked for."""
+    shots, rows = documents(30, 8), documents(12)
     write_task(tmp_path, "few", rows, shots=shots, num_fewshot=2, fewshot_config={"sampler": "default"}, **CHOICE)
     task_set = load(tmp_path, "few")
     ours = {d.index: d for split in ("report", "search") for _, docs in task_set.documents(split)["few"] for d in docs}  # type: ignore[arg-type]
-    theirs = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["few"])["tasks"]["few"]
-    theirs.set_fewshot_seed(1234)
-    theirs.build_all_requests()
-    expected = {instance.doc_id: instance.args[0] for instance in theirs.instances}
+    task = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["few"])["tasks"]["few"]
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    expected = {instance.doc_id: instance.args[0] for instance in task.instances}
     assert {index: d.instances[0].args[0] for index, d in ours.items()} == expected
     assert len(shot_texts(task_set, "few")) > 1
 
 
 @pytest.mark.parametrize("sampler", ["default", "first_n"])
 def test_examples_from_the_scored_documents_are_set_aside(tmp_path: Path, sampler: str) -> None:
-    rows = questions(40)
-    write_task(
-        tmp_path, "few", rows, num_fewshot=3, fewshot_split="test", fewshot_config={"sampler": sampler}, **CHOICE
-    )
+    rows = documents(40)
+    settings = {"num_fewshot": 3, "fewshot_split": "test", "fewshot_config": {"sampler": sampler}}
+    write_task(tmp_path, "few", rows, **settings, **CHOICE)
     task_set = load(tmp_path, "few")
     scored = ids(task_set, "few", "search") + ids(task_set, "few", "report")
     assert len(scored) == 37
@@ -172,8 +171,8 @@ def test_examples_from_the_scored_documents_are_set_aside(tmp_path: Path, sample
 
 
 def test_scored_documents_that_are_also_examples_are_dropped(tmp_path: Path) -> None:
-    rows = questions(20)
-    write_task(tmp_path, "few", rows, shots=[rows[3], *questions(5, 9)], num_fewshot=1, **CHOICE)
+    rows = documents(20)
+    write_task(tmp_path, "few", rows, shots=[rows[3], *documents(5, 9)], num_fewshot=1, **CHOICE)
     task_set = load(tmp_path, "few")
     assert 3 not in ids(task_set, "few", "search") + ids(task_set, "few", "report")
     assert len(ids(task_set, "few", "all")) == 19
@@ -181,50 +180,45 @@ def test_scored_documents_that_are_also_examples_are_dropped(tmp_path: Path) -> 
 
 def test_number_of_examples_can_be_chosen_except_where_a_task_says_none(tmp_path: Path) -> None:
     for name, own in (("two", 2), ("none", 0)):
-        write_task(tmp_path, name, questions(8), shots=questions(5, 9), num_fewshot=own, **CHOICE)
+        write_task(tmp_path, name, documents(8), shots=documents(5, 9), num_fewshot=own, **CHOICE)
     task_set = load(tmp_path, "two", "none", num_fewshot=1)
     assert [task.subtasks[0].shots for task in task_set.tasks.values()] == [1, 0]
 
 
 def test_fingerprint_stands_for_documents_and_prompts(tmp_path: Path) -> None:
-    write_task(tmp_path / "a", "choice", questions(20), **CHOICE)
-    write_task(tmp_path / "b", "choice", questions(20), **CHOICE | {"doc_to_text": "Q: {{question}}"})
+    write_task(tmp_path / "a", "choice", documents(20), **CHOICE)
+    write_task(tmp_path / "b", "choice", documents(20), **CHOICE | {"doc_to_text": "Q: {{question}}"})
     first = load(tmp_path / "a", "choice")
-    assert first.fingerprint("choice", "search") == load(tmp_path / "a", "choice").fingerprint("choice", "search")
-    others = [
-        first.fingerprint("choice", "report"),
-        first.fingerprint("choice", "search", 2),
-        load(tmp_path / "b", "choice").fingerprint("choice", "search"),
-    ]
-    assert len({first.fingerprint("choice", "search"), *others}) == 4
+    again, other = load(tmp_path / "a", "choice"), load(tmp_path / "b", "choice")
+    assert first.fingerprint("choice", "search") == again.fingerprint("choice", "search")
+    different = [(first, "search", None), (first, "report", None), (first, "search", 2), (other, "search", None)]
+    assert len({task_set.fingerprint("choice", split, limit) for task_set, split, limit in different}) == 4
 
 
 def test_bad_requests(tmp_path: Path) -> None:
-    write_task(tmp_path, "choice", questions(8), **CHOICE)
-    write_task(tmp_path, "lost", questions(8), **CHOICE)
+    write_task(tmp_path, "choice", documents(8), **CHOICE)
+    write_task(tmp_path, "lost", documents(8), **CHOICE)
     (tmp_path / "lost.test.jsonl").unlink()
-    write_task(tmp_path, "broken", questions(8), **CHOICE | {"output_type": "guessing"})
+    write_task(tmp_path, "broken", documents(8), **CHOICE | {"output_type": "guessing"})
     (tmp_path / "group.yaml").write_text(
         "group: pair\ntask: [choice]\naggregate_metric_list:\n  - {metric: acc, aggregation: mean}\n"
     )
-    with pytest.raises(RequestError, match=r"unknown task 'choise'; did you mean .*choice"):
-        load(tmp_path, "choise")
-    with pytest.raises(RequestError, match="choice is asked for twice"):
-        load(tmp_path, "choice", "choice:acc")
-    with pytest.raises(RequestError, match="choice is asked for twice"):
-        load(tmp_path, "choice", "pair")
-    with pytest.raises(RequestError, match=r"task lost \(.*lost.yaml\) cannot be built"):
-        load(tmp_path, "lost")
-    with pytest.raises(RequestError, match=r"task broken .* cannot be built: .*guessing"):
-        load(tmp_path, "broken")
+    for names, message in (
+        (["choise"], r"unknown task 'choise'; did you mean .*choice"),
+        (["choice", "choice:acc"], "choice is asked for twice"),
+        (["choice", "pair"], "choice is asked for twice"),
+        (["lost"], r"task lost \(.*lost.yaml\) cannot be built"),
+        (["broken"], "task broken .* cannot be built: .*guessing"),
+        ([], "no task was given"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            load(tmp_path, *names)
     with pytest.raises(RequestError, match="is not a folder"):
         load(tmp_path / "none", "choice")
-    with pytest.raises(RequestError, match="no task was given"):
-        load(tmp_path)
 
 
 def test_lm_evals_own_tasks_are_indexed_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_task(tmp_path, "choice", questions(8), **CHOICE)
+    write_task(tmp_path, "choice", documents(8), **CHOICE)
     asked: list[bool] = []
     original = TaskManager.__init__
 
@@ -248,13 +242,13 @@ def test_prompts_are_rendered_once_for_a_run(tmp_path: Path, monkeypatch: pytest
     """A resumed run reads the same prompts from disk; a changed template, or other documents, are rendered anew."""
     kept = tmp_path / "requests"
     settings: dict[str, Any] = CHOICE | {"num_fewshot": 2}
-    write_task(tmp_path, "choice", questions(30), **settings)
+    write_task(tmp_path, "choice", documents(30), **settings)
 
     def prompts(folder: Path) -> list[Any]:
         task_set = load(folder, "choice", kept=kept)
-        found = [i.args for _, docs in task_set.documents("all")["choice"] for d in docs for i in d.instances]
+        prompts = [i.args for _, docs in task_set.documents("all")["choice"] for d in docs for i in d.instances]
         task_set.keep(kept)
-        return found
+        return prompts
 
     first = prompts(tmp_path)
     assert len(list(kept.iterdir())) == 1
@@ -265,7 +259,7 @@ def test_prompts_are_rendered_once_for_a_run(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(ConfigurableTask, "fewshot_context", refuse)
         assert prompts(tmp_path) == first
-        write_task(tmp_path, "choice", questions(30), **settings | {"doc_to_text": "{{question}} so"})
+        write_task(tmp_path, "choice", documents(30), **settings | {"doc_to_text": "{{question}} so"})
         with pytest.raises(AssertionError, match="rendered again"):
             prompts(tmp_path)
     assert prompts(tmp_path) != first
