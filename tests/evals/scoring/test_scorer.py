@@ -400,6 +400,17 @@ def test_generation_settings_of_a_task_are_honoured(llama: PreTrainedModel, tmp_
     assert_same_answers(scorer.lm, hflm(llama, batch=1), requests(scorer.tasks))
 
 
+def test_plain_greedy_decoding_goes_on_in_batches(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by `generate`, whose stop strings work for a batch of one only."""
+    write_task(tmp_path, "greedy", documents(8), **WRITING)
+    scorer = scorer_of(llama, tmp_path, "greedy")
+    expected = hflm(llama, batch=1).generate_until(requests(scorer.tasks), disable_tqdm=True)
+    monkeypatch.setattr(llama, "generate", None)
+    assert scorer.lm.generate_until(requests(scorer.tasks)) == expected
+
+
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
