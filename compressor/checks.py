@@ -59,7 +59,7 @@ def check_data(recipe: Recipe) -> None:
         return
     if unread := other_files(recipe.data):
         say(f"warning: --data {recipe.data}: {len(unread)} files are of other kinds and not read, such as {unread[0]}")
-    if not any(True for _ in read_rows(recipe.data, recipe.text_key)):
+    if not sum(1 for _ in read_rows(recipe.data, recipe.text_key)):
         raise RequestError(f"--data {recipe.data}: no row has a text")
 
 

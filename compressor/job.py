@@ -25,7 +25,7 @@ from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.device import pass_tokens
-from supernet.loading import load_causal_lm
+from supernet.loading import check_fit, load_causal_lm
 from supernet.ordering import by_influence
 from supernet.training.accelerator import make_accelerator
 from supernet.training.loop import TrainSettings
@@ -193,7 +193,8 @@ class Job:
         """The fine-tuned, ordered super-network of this run. Raises `RequestError` if there is none yet."""
         if self.run.manifest(self.run.supernet) is None:
             raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
-        model, _ = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
+        model, info = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
+        check_fit(str(self.run.supernet), info)
         return self.supernet_of(model.to(self.device).eval())
 
     def fill_in(self) -> None:

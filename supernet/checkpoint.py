@@ -5,25 +5,28 @@ The checks need only config.json and the headers of the safetensors files; weigh
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from supernet.architecture import Structure
 from supernet.common.errors import RequestError
 from supernet.common.files import content_fingerprint
+from supernet.common.progress import say
 from supernet.families import describe, family_named, family_of
-from supernet.loading import checkpoint_folder, load_causal_lm
+from supernet.loading import check_fit, checkpoint_folder, load_causal_lm, loaded_files
+from supernet.streaming import WeightFiles
 from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,43 @@ class Checkpoint:
     trust_remote_code: bool
 
     @property
+    def weight_files(self) -> list[Path]:
+        """The files that transformers loads; others in the folder are nobody's."""
+        return loaded_files(self.path)
+
+    @property
     def weight_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in self.weight_files)
 
     def fingerprint(self) -> str:
         """SHA-256 over all weight files and the configuration, first 16 digits."""
         config = (self.path / "config.json").read_bytes()
-        return content_fingerprint(sorted(self.path.glob("*.safetensors")), config)
+        return content_fingerprint(self.weight_files, config)
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
-        """The network in evaluation mode. Raises `RequestError` where a weight is missing."""
-        model, info = load_causal_lm(self.path, dtype, self.trust_remote_code)
-        if info["missing_keys"]:
-            raise RequestError(f"{self.name}: the weights lack {sorted(info['missing_keys'])[0]}; fetch it again")
+        """The network in evaluation mode. Raises `RequestError` where weights and configuration do not fit."""
+        model, info = load_causal_lm(self.path, dtype, self.trust_remote_code, copy.deepcopy(self.config))
+        check_fit(self.name, info)
+        if left_out := info["unexpected_keys"]:
+            say(f"warning: {self.name}: transformers leaves {len(left_out)} weights out, such as {min(left_out)}")
+        self._check_structure(model)
         return model.to(device).eval()
+
+    def _check_structure(self, model: PreTrainedModel) -> None:
+        """The network that was loaded has the parameters that sizes are counted with, a tied one once."""
+        structure = self.structure
+        counted = {tensor.name: structure.shape(tensor, structure.base) for tensor in structure.tensors}
+        loaded = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name in sorted(counted.keys() | loaded.keys()):
+            if loaded.get(name) != counted.get(name):
+                raise RequestError(
+                    f"{self.name}: transformers loads {name} as {loaded.get(name)}, config.json says "
+                    f"{counted.get(name)}; this checkpoint cannot be compressed"
+                )
 
     def check_finite(self) -> None:
         """Read every weight once, one at a time. Raises `RequestError` naming the first with NaN or infinite values."""
-        for file in sorted(self.path.glob("*.safetensors")):
+        for file in self.weight_files:
             with safe_open(file, "pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a dictionary
                     if not torch.isfinite(weights.get_tensor(name)).all():
@@ -75,17 +97,20 @@ def open_checkpoint(
 
     Without `weights`, only config.json is fetched and checked, to inspect a model without downloading it.
     """
-    path = checkpoint_folder(name, revision, _PATTERNS if weights else ["*config.json"])
+    path = checkpoint_folder(name, revision, weights=weights)
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
         raise RequestError(f"{name}: there is no config.json in {path}; give the folder of a Hugging Face checkpoint")
     config = _read_config(name, path, trust_remote_code)
+    shapes = _check_weights(name, path) if weights else {}
     if weights:
-        _check_weights(name, path)
+        _untie(name, path, config)
     if weights and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise RequestError(f"{name}: no tokenizer in {path} (tokenizer.json or tokenizer.model); copy it there")
-    return Checkpoint(name, path, config, describe(config, trust_remote_code), trust_remote_code)
+    structure = describe(config, trust_remote_code)
+    _compare(name, shapes, structure, family_of(config).layers)
+    return Checkpoint(name, path, config, structure, trust_remote_code)
 
 
 def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -118,28 +143,68 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedCo
     return config
 
 
-def _check_weights(name: str, path: Path) -> None:
-    """Raises `RequestError` where a safetensors file is missing or incomplete by the index and the headers."""
-    index = path / "model.safetensors.index.json"
-    files = sorted(path.glob("*.safetensors"))
-    if index.is_file():
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for shard in wanted:
-            if not (path / shard).is_file():
-                raise RequestError(f"{name}: the shard {shard} is missing ({len(wanted)} are listed); fetch it again")
-        files = [path / shard for shard in wanted]
-    elif not files:
-        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-        if pickled:
-            raise RequestError(f"{name}: only pickled weights ({pickled[0].name}); convert them to safetensors first")
-        raise RequestError(f"{name}: no weights (*.safetensors) in {path}")
-    for file in files:
-        with file.open("rb") as data:
-            length = int.from_bytes(data.read(8), "little")
-            try:
-                header = json.loads(data.read(length)) if length < file.stat().st_size else None
-            except ValueError:
-                header = None
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"] if header else []
-        if header is None or 8 + length + max(ends, default=0) != file.stat().st_size:
-            raise RequestError(f"{name}: {file.name} is cut off or damaged; fetch it again")
+def _untie(name: str, path: Path, config: PreTrainedConfig) -> None:
+    """Make a head of its own known where the weights have one though `config` says that it is the embedding's.
+
+    transformers loads such a head as it is. All that is counted and cut follows from the configuration.
+    """
+    if not config.tie_word_embeddings:
+        return
+    family, files = family_of(config), WeightFiles(path)
+    if not {family.head, family.embedding} <= set(files):
+        return
+    if not torch.equal(files.read(family.head), files.read(family.embedding)):
+        config.tie_word_embeddings = False
+        say(
+            f"note: {name}: {family.head} differs from the embedding, though config.json says tie_word_embeddings; "
+            "it is taken as a head of its own"
+        )
+
+
+def _check_weights(name: str, path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the files that transformers loads, by name.
+
+    Raises `RequestError` where a file is missing or damaged.
+    """
+    if (path / "adapter_config.json").is_file():
+        raise RequestError(
+            f"{name}: an adapter lies beside the weights; merge it into them, or remove adapter_config.json"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in loaded_files(path):
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise RequestError(f"{name}: {file.name} is cut off or damaged; fetch it again ({error})") from error
+    return shapes
+
+
+def _compare(name: str, shapes: Mapping[str, tuple[int, ...]], structure: Structure, layers: str) -> None:
+    """Refuse weights that are not those of the network of config.json, as far as names tell.
+
+    Some families are stored under other names than transformers' parameters, so what has no like in `structure` is left
+    to transformers. `layers` is the path of the decoder layers.
+    """
+    wanted = {tensor.name: structure.shape(tensor, structure.base) for tensor in structure.tensors}
+    modules = {tensor.rpartition(".")[0] for tensor in wanted}
+    count = len(structure.base.layers)
+
+    def kind(tensor: str) -> str:
+        return re.sub(rf"^{re.escape(layers)}\.\d+\.", "", tensor)
+
+    stored_kinds = {kind(tensor) for tensor in shapes if tensor in wanted}
+    for tensor, shape in shapes.items():
+        layer = re.match(rf"{re.escape(layers)}\.(\d+)\.", tensor)
+        if wanted.get(tensor, shape) != shape:
+            raise RequestError(
+                f"{name}: {tensor} is {list(shape)} in the weights and {list(wanted[tensor] or ())} by config.json; "
+                "one of them is wrong"
+            )
+        if (layer and int(layer[1]) >= count) or (tensor not in wanted and tensor.rpartition(".")[0] in modules):
+            raise RequestError(
+                f"{name}: the weights hold {tensor}, the network of config.json does not; mend config.json"
+            )
+    for tensor in wanted:
+        if tensor not in shapes and kind(tensor) in stored_kinds:
+            raise RequestError(f"{name}: the weights lack {tensor}; fetch it again")

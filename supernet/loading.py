@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -15,31 +14,79 @@ from supernet.common.errors import RequestError
 from supernet.common.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class LoadingInfo(TypedDict):
-    """Names of parameters that are missing in the files, are not the network's, or have another shape."""
+    """Names of parameters that are missing in the files, are not the network's, or have another shape; those with their
+    shapes in the files and in the network."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
-    mismatched_keys: set[str]
+    mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads of a folder: one, or the shards of an index.
+
+    Others, such as `consolidated.safetensors`, are not looked at. Raises `RequestError` where there are none, or one
+    is missing or outside the folder.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        others = sorted(
+            file.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)
+        )
+        hint = f" ({others[0]} is not what transformers loads; convert it first)" if others else ""
+        raise RequestError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}{hint}")
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise RequestError(f"{folder / INDEX}: has no 'weight_map' of tensors to files; fetch it again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise RequestError(f"{folder / INDEX}: names the file {name}, which is outside the folder")
+        if not (folder / name).is_file():
+            raise RequestError(f"{folder}: the shard {name} is missing ({len(names)} are listed); fetch it again")
+    return [folder / name for name in names]
 
 
 def load_causal_lm(
-    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, config: PreTrainedConfig | None = None
 ) -> tuple[PreTrainedModel, LoadingInfo]:
-    """The causal language model of a folder's safetensors files, on the CPU, and what did not fit."""
+    """The causal language model of a folder's safetensors files, on the CPU, and what did not fit (`check_fit`)."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
         folder,
+        **({} if config is None else {"config": config}),
         dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the information, by name
     )
+
+
+def check_fit(name: str, info: LoadingInfo) -> None:
+    """Raises `RequestError` for a parameter that the files lack or hold in another shape: transformers would have given
+    it random values."""
+    if missing := sorted(info["missing_keys"]):
+        raise RequestError(
+            f"{name}: the weights lack {missing[0]}; fetch it again, or mend config.json if the network has none "
+            "(tie_word_embeddings, for a head)"
+        )
+    if mismatched := sorted(info["mismatched_keys"], key=str):
+        tensor, stored, wanted = mismatched[0]
+        raise RequestError(
+            f"{name}: {tensor} is {list(stored)} in the weights and {list(wanted)} by config.json; one of them is wrong"
+        )
 
 
 def load_network(
@@ -61,10 +108,14 @@ def load_network(
     return model, info
 
 
-def checkpoint_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder `name`, or that of the hub repository `name`, whose files that match `patterns` are fetched.
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
+"""Files of a hub repository that are fetched beside the weights."""
 
-    Raises `RequestError` where it is neither.
+
+def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    """The folder `name`, or that of the hub repository `name`, of which what transformers loads is fetched.
+
+    Without `weights`, only configurations are. Raises `RequestError` where it is neither.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -73,8 +124,17 @@ def checkpoint_folder(name: str, revision: str | None, patterns: Sequence[str]) 
         raise RequestError(f"{name}: is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RequestError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        if not weights:
+            return fetch("*config.json")
+        folder = fetch(*BESIDE_WEIGHTS, SINGLE)
+        if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+            folder = fetch(*sorted(set(read_json(folder / INDEX)["weight_map"].values())))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(

@@ -8,7 +8,6 @@ running it for two layers, of which one is read while the other runs.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -23,6 +22,7 @@ from transformers import GenerationConfig
 from supernet.architecture import Architecture, Structure
 from supernet.families import family_of
 from supernet.hooks import Hooks
+from supernet.loading import loaded_files
 from supernet.slicing import (
     build_standalone,
     fill,
@@ -40,10 +40,8 @@ class WeightFiles:
     """The tensors of a checkpoint's safetensors files, by name; each is read by `read`."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
         self._files: dict[str, Path] = {}
-        for file in dict.fromkeys(folder / name for name in names):
+        for file in loaded_files(folder):
             with safe_open(file, "pt") as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
 

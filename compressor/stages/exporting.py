@@ -115,7 +115,11 @@ def write_packages(
     schemes = {scheme: f for scheme in quantizing.schemes if (f := job.run.packages / f"{name}-{scheme}") in missing}
     copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
     lineage = {
-        "base": {"name": job.given.model, "fingerprint": job.base_fingerprint},
+        "base": {
+            "name": job.given.model,
+            "fingerprint": job.base_fingerprint,
+            "logit_differences": (job.run.manifest(job.run.supernet) or {}).get("logit_differences"),
+        },
         "supernet": job.run.supernet_weights,
         "target": picked["target"],
         "versions": versions(),

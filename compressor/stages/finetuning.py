@@ -20,10 +20,12 @@ from compressor.inputs import (
 from compressor.job import Job
 from compressor.recipe import former_names
 from compressor.sizing import smallest_in_training, training_range, uniform_near
+from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, VerificationError
 from supernet.common.progress import say
 from supernet.importance import IMPORTANCES, block_influence
+from supernet.loading import load_causal_lm
 from supernet.ordering import (
     Order,
     apply_ordering,
@@ -32,6 +34,7 @@ from supernet.ordering import (
     save_ordering,
     stored_influence,
 )
+from supernet.streaming import StreamedNetwork
 from supernet.training.adapters import PARAMETERS
 from supernet.training.contamination import RUN, Contamination
 from supernet.training.data import Blocks
@@ -100,9 +103,13 @@ def finetune(job: Job) -> dict[str, Any]:
                 f"with the training text, for example {min(contaminated)}; their scores may be too good"
             )
         # What is not trained needs no more precision than it is computed in.
-        model = job.load_base(torch.float32 if recipe.finetuning.parameters == "all" else None)
+        dtype = torch.float32 if recipe.finetuning.parameters == "all" else job.compute_dtype
+        ids = default_ids(job.checkpoint.config)
+        own = base_logits(job, ids, dtype)
+        model = job.load_base(dtype)
         supernet = job.supernet_of(model)
         order = order_supernet(job, supernet, blocks)
+        proof = {"base": difference("the ordered super-network", logits_of(model, ids), own, dtype)}
         influence = layer_influence(job, supernet, blocks)
         job.rank_layers(influence)
         check_targets(job)  # where layers differ in size, what is within reach may not be what it seemed
@@ -117,9 +124,14 @@ def finetune(job: Job) -> dict[str, Any]:
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", recipe.finetuning.ordering)
             # As stored, so that what is searched is what will be shipped, bit for bit.
+            trained = logits_of(model, ids)
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
             model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
             job.tokenizer.save_pretrained(folder)
+            cut = StreamedNetwork(folder, job.checkpoint.config, job.structure, job.structure.base)
+            whole = cut.logits(ids, job.stored_dtype)
+            proof["files"] = difference("what is cut from the super-network's files", whole, trained, job.stored_dtype)
+            facts["logit_differences"] = proof
             facts["weights"] = weights_fingerprint(folder)
             facts["finetune"] = {
                 **vars(history),
@@ -138,6 +150,25 @@ def finetune(job: Job) -> dict[str, Any]:
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def base_logits(job: Job, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the base says of `ids` where transformers alone loads it: with nothing read from its configuration by us."""
+    model, _ = load_causal_lm(job.checkpoint.path, dtype, job.recipe.trust_remote_code)
+    return logits_of(model.to(job.device).eval(), ids)
+
+
+def difference(what: str, logits: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of logits, as a share of the largest logit; units in another order are summed in another.
+
+    Raises `VerificationError` where it is more than rounding: then something was read otherwise than transformers does.
+    """
+    share = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if not share <= (1e-3 if dtype == torch.float32 else 0.1):
+        raise VerificationError(
+            f"{what} differs from the network that it is made of by {share:.2g} of the largest logit"
+        )
+    return share
 
 
 def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:

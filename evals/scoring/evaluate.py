@@ -22,7 +22,7 @@ from evals.scoring.tasks import TaskSet
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.processes import available_cores
 from supernet.device import prepare
-from supernet.loading import checkpoint_folder, load_network
+from supernet.loading import check_fit, checkpoint_folder, load_network
 from supernet.trust import brings_code, check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def load_checkpoint(
     Code files are run only if they are exactly what this version writes, or with `trust_remote_code`. Raises
     RequestError for a checkpoint that cannot be had, loaded or trusted, and for a GPU that is not there.
     """
-    folder = checkpoint_folder(name, revision, ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja"])
+    folder = checkpoint_folder(name, revision)
     trusted = trust_remote_code or _is_own_code(name, folder)
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
@@ -145,10 +145,11 @@ def load_checkpoint(
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
         else:
             tokenizer = load_tokenizer(folder)
-        model, _ = load_network(folder, dtype, trusted)
+        model, info = load_network(folder, dtype, trusted)
     except (OSError, ValueError, ImportError, VerificationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
+    check_fit(name, info)
     prepare(place)
     return model.to(place), tokenizer
 

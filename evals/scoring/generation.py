@@ -15,7 +15,17 @@ from evals.scoring.encoding import Encoder, Generation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HARMLESS = ("_token_id", "_length", "_version", "_from_model_config", "temperature", "top_", "_sample", "_cache", "output_")
+HARMLESS = (
+    "_token_id",
+    "_length",
+    "_version",
+    "_from_model_config",
+    "temperature",
+    "top_",
+    "_sample",
+    "_cache",
+    "output_",
+)
 """Parts of the names of generation settings that leave greedy decoding as it is."""
 
 Prompts = Sequence[tuple[int, ...]]

@@ -23,7 +23,7 @@ from export.quantization.round_to_nearest import CHANNEL_GROUP, CHANNEL_INT8, Qu
 from export.quantization.schemes import SCHEMES, SchemePlan
 from export.shards import WeightWriter, weight_files
 from supernet.common.files import read_json, write_json
-from supernet.loading import load_causal_lm
+from supernet.loading import check_fit, load_causal_lm
 from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     """Leave model*.safetensors and quantization_config.json of one scheme in `target`."""
     source = Path(job.source)
     dtype = torch.float32 if job.device == "cpu" else torch.bfloat16
-    model, _ = load_causal_lm(source, dtype, check_code(source))
+    model, info = load_causal_lm(source, dtype, check_code(source))
+    check_fit(str(source), info)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     outside = set(linear) - set(job.linear)
     auto_round_form = SCHEMES[plan.scheme].auto_round

@@ -87,8 +87,46 @@ def pickled(b: Bench) -> None:
 
 
 def missing_shard(b: Bench) -> None:
-    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (b.model / "model.safetensors").rename(b.model / shards[0])
+    index = {"metadata": {}, "weight_map": dict(zip("ab", shards, strict=True))}
     (b.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def outside_shard(b: Bench) -> None:
+    missing_shard(b)
+    file = b.model / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace("model-00002", "../model-00002"))
+
+
+def original_weights_only(b: Bench) -> None:
+    (b.model / "model.safetensors").rename(b.model / "consolidated.safetensors")
+
+
+def adapter_beside(b: Bench) -> None:
+    (b.model / "adapter_config.json").write_text("{}")
+
+
+def rewritten(b: Bench, **weights: torch.Tensor | None) -> None:
+    """The weights with some replaced, added, or (None) left out."""
+    stored = load_file(b.model / "model.safetensors") | {k.replace("__", "."): v for k, v in weights.items()}
+    save_file({k: v for k, v in stored.items() if v is not None}, b.model / "model.safetensors", {"format": "pt"})
+
+
+def unknown_bias(b: Bench) -> None:
+    rewritten(b, model__layers__0__mlp__up_proj__bias=torch.zeros(64))
+
+
+def one_layer_more(b: Bench) -> None:
+    rewritten(b, model__layers__3__input_layernorm__weight=torch.ones(32))
+
+
+def missing_weight(b: Bench) -> None:
+    rewritten(b, model__layers__1__mlp__up_proj__weight=None)
+
+
+def another_shape(b: Bench) -> None:
+    rewritten(b, model__layers__1__mlp__up_proj__weight=torch.zeros(60, 32))
 
 
 def cut_off(b: Bench) -> None:
@@ -201,7 +239,7 @@ def broken_space(b: Bench) -> None:
 
 
 def prompt_without_completion(b: Bench) -> None:
-    b.data.write_text('{"text": "fine"}\n{"prompt": "what", "completion": null}\n')
+    b.data.write_text('{"text": "fine"}\n{"prompt": "what"}\n')
 
 
 def unknown_ordering(b: Bench) -> None:
@@ -244,7 +282,14 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (adapter, ["adapter", "merge"]),
     (quantized, ["already quantized", "gptq"]),
     (unsupported, ["mamba", "llama"]),
-    (pickled, ["pickle", "safetensors"]),
+    (pickled, ["pytorch_model.bin", "model.safetensors", "convert"]),
+    (outside_shard, ["../model-00002-of-00002.safetensors", "outside"]),
+    (original_weights_only, ["consolidated.safetensors", "model.safetensors"]),
+    (adapter_beside, ["adapter_config.json", "merge"]),
+    (unknown_bias, ["model.layers.0.mlp.up_proj.bias", "config.json"]),
+    (one_layer_more, ["model.layers.3.input_layernorm.weight", "config.json"]),
+    (missing_weight, ["lack", "model.layers.1.mlp.up_proj.weight"]),
+    (another_shape, ["model.layers.1.mlp.up_proj.weight", "[60, 32]", "[64, 32]"]),
     (missing_shard, ["model-00002-of-00002.safetensors", "missing"]),
     (cut_off, ["model.safetensors", "cut off"]),
     (nan_weights, ["model.norm.weight", "NaN"]),
@@ -252,7 +297,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (no_data, ["nowhere.jsonl", "no such file"]),
     (empty_data, ["empty"]),
     (bad_json, ["line 7", "JSON"]),
-    (no_text, ["line 2", "'text'", "'messages'"]),
+    (no_text, ["row 2", "'text'", "'messages'"]),
     (unknown_task, ["tiny_chioce", "tiny_choice"]),
     (unreachable, ["cannot be reached", "smallest"]),
     (contradictory, ["--max-drop", "--max-params"]),
@@ -269,7 +314,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (impossible_space, ["ffn.1: 96", "valid are 0 to 64"]),
     (speed_of_another, ["speed_table", "nowhere.json", "no such file"]),
     (broken_space, ["space.yaml", "YAML"]),
-    (prompt_without_completion, ["line 2", "'completion'"]),
+    (prompt_without_completion, ["row 2", "'completion'"]),
     (unknown_ordering, ["wnada", "wanda"]),
     (unknown_objective, ["energy", "quality", "tiny_choice", "kl_to_base", "kv_cache_bytes"]),
     (metric_of_no_task, ["tiny_choice", "bleu", "acc"]),
