@@ -24,6 +24,7 @@ from supernet.common.formatting import size
 from supernet.common.progress import say
 from supernet.importance import IMPORTANCES
 from supernet.ordering import load_ordering
+from supernet.tokens import no_row, tokens_without_row
 from supernet.training.accelerator import processes
 from supernet.training.adapters import PARAMETERS, adapted
 from supernet.training.losses import LOSSES
@@ -38,8 +39,8 @@ def check(job: Job) -> None:
     check_names(job)
     check_finetuning(job)
     check_memory(job)
+    check_tokens(job)
     check_formats(job)
-    job.checkpoint.load_tokenizer()
     check_targets(job)
     check_group_size(job)
     if not recipe.data:
@@ -145,6 +146,22 @@ def check_formats(job: Job) -> None:
             gguf_tokenizer.check_tokenizer(job.tokenizer)
     if job.recipe.quantizing.schemes:
         linear_layers(config, job.recipe.trust_remote_code)
+
+
+def check_tokens(job: Job) -> None:
+    """Tokens of the tokenizer that have no row in the embedding: refused where all text or a layout needs them, named
+    otherwise. Text that has one is refused where it is read."""
+    tokenizer, rows = job.tokenizer, job.structure.vocab_size
+    beyond = tokens_without_row(tokenizer, rows)
+    if not beyond:
+        return
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    needed = [(token, index) for token, index in beyond if index in marks]
+    if any(layout.startswith("gguf") for layout in job.recipe.formats):
+        needed += beyond
+    if needed:
+        raise RequestError(f"{job.given.model}: {no_row(*needed[0], rows)}")
+    say(f"warning: {job.given.model}: {no_row(*beyond[0], rows)} ({len(beyond)} tokens in all)")
 
 
 def check_tasks(job: Job) -> None:

@@ -39,7 +39,7 @@ def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = 
         getattr(job.checkpoint.config, "max_position_embeddings", 10**9),
     )
     most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * length)
-    return pack(job.recipe.data, job.tokenizer, length, most, seen, job.recipe.text_key)
+    return pack(job.recipe.data, job.tokenizer, length, most, seen, job.recipe.text_key, job.structure.vocab_size)
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -15,6 +15,8 @@ import jinja2
 from lm_eval.models.utils import configure_pad_token, handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from supernet.tokens import check_rows, rendering
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -61,6 +63,10 @@ class Encoder:
         self.eot_token_id: int = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
         self.prefix_token_id: int = bos if bos is not None else tokenizer.eos_token_id
+        text_config = getattr(config, "text_config", None) or config
+        self._rows: int | None = getattr(text_config, "vocab_size", None)
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = pad if self._rows is None or pad < self._rows else self.eot_token_id
         self._encoded: dict[tuple[str, bool], list[int]] = {}  # by text, and whether special tokens are added
 
     def encode(self, texts: Iterable[str], special: bool = True, prefix: str | None = "") -> list[list[int]]:
@@ -75,6 +81,8 @@ class Encoder:
             new = list(dict.fromkeys(text for text, adds in keys if adds is add and (text, add) not in self._encoded))
             if new:
                 ids = self.tokenizer(new, add_special_tokens=add, verbose=False)["input_ids"]
+                for text, row in zip(new, ids, strict=True):
+                    check_rows(f"the text {text[:40]!r}", row, self.tokenizer, self._rows)
                 self._encoded.update(zip(((text, add) for text in new), ids, strict=True))
         return [self._encoded[key] for key in keys]
 
@@ -169,7 +177,8 @@ class Encoder:
         try:
             return render(messages)
         except jinja2.exceptions.TemplateError:
-            return render([message for message in messages if message["role"] != "system"])
+            with rendering(f"the messages {str(messages)[:60]}"):
+                return render([message for message in messages if message["role"] != "system"])
 
     def _span(self, context: list[int], continuation: list[int]) -> Span:
         return Span(tuple((context + continuation)[-(self.max_length + 1) :]), len(continuation))

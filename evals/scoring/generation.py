@@ -117,7 +117,7 @@ class Generator:
             input_ids=ids,
             attention_mask=mask,
             max_length=arguments.pop("max_length", ids.shape[1] + settings.new),
-            pad_token_id=self.encoder.tokenizer.pad_token_id,
+            pad_token_id=self.encoder.pad_token_id,
             use_cache=True,
             **arguments,
         )
@@ -130,7 +130,7 @@ class Generator:
     def _left_padded(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, [prompts, longest] both."""
         width = max(map(len, prompts))
-        pad = self.encoder.tokenizer.pad_token_id
+        pad = self.encoder.pad_token_id
         ids = torch.tensor([(pad,) * (width - len(p)) + p for p in prompts], device=self._device)
         mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts], device=self._device)
         return ids, mask

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from supernet.common.errors import RequestError
+from supernet.tokens import check_rows, rendering
 from supernet.training.sources import Message, Row, read_rows
 
 if TYPE_CHECKING:
@@ -163,12 +164,9 @@ def _encode_messages(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or turn < first:
             continue
-        try:
+        with rendering(where):
             prompt = _render(tokenizer, messages[:turn], prompt=True)
             full = _render(tokenizer, messages[: turn + 1], prompt=False)
-        except Exception as error:  # the template is a program of the model's author, and can raise anything
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise RequestError(f"{where}: the chat template cannot render it ({reason})") from error
         if full[: len(ids)] != ids or full[: len(prompt)] != prompt:
             raise RequestError(f"{where}: the chat template rewrites earlier turns; give 'text' instead")
         labels += [IGNORED] * (len(prompt) - len(ids)) + full[len(prompt) :]
@@ -189,13 +187,14 @@ def pack(
     tokens: int | None = None,
     seen: Callable[[Row], None] | None = None,
     text_key: str | None = None,
+    rows: int | None = None,
 ) -> Blocks:
     """The source's documents in blocks of `length` tokens, without the incomplete last block and without blocks that
     have nothing to learn from.
 
     Blocks are written to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory.
     Reading stops after `tokens` tokens, if given. `seen` is called with every row; `text_key` is that of `read_rows`.
-    Raises `RequestError` for less than two blocks.
+    Raises `RequestError` for less than two blocks, and for a token without a row among the `rows` of the embedding.
     """
     digest, skipped = hashlib.sha256(), Counter[str]()
     pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
@@ -206,6 +205,7 @@ def pack(
                 seen(row)
             # 1. Append the document to the pending tokens.
             ids, labels = encode_row(row, tokenizer)
+            check_rows(row.where, ids, tokenizer, rows)
             if not ids:
                 skipped["the assistant says nothing" if isinstance(row.content, list) else "the text is empty"] += 1
                 continue

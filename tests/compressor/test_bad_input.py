@@ -129,6 +129,26 @@ def another_shape(b: Bench) -> None:
     rewritten(b, model__layers__1__mlp__up_proj__weight=torch.zeros(60, 32))
 
 
+def more_tokens(b: Bench, *tokens: str, **special: str) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(b.model)
+
+
+def tokens_in_the_tasks(b: Bench) -> None:
+    more_tokens(b, "house")
+
+
+def tokens_in_llama_cpp(b: Bench) -> None:
+    more_tokens(b, "<new>")
+    b.options["--format"] = "gguf"
+
+
+def end_mark_without_row(b: Bench) -> None:
+    more_tokens(b, eos_token="<end>")
+
+
 def cut_off(b: Bench) -> None:
     file = b.model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -288,6 +308,9 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (adapter_beside, ["adapter_config.json", "merge"]),
     (unknown_bias, ["model.layers.0.mlp.up_proj.bias", "config.json"]),
     (one_layer_more, ["model.layers.3.input_layernorm.weight", "config.json"]),
+    (tokens_in_the_tasks, ["'house'", "no row in the embedding"]),
+    (tokens_in_llama_cpp, ["'<new>'", "no row in the embedding"]),
+    (end_mark_without_row, ["'<end>'", "no row in the embedding"]),
     (missing_weight, ["lack", "model.layers.1.mlp.up_proj.weight"]),
     (another_shape, ["model.layers.1.mlp.up_proj.weight", "[60, 32]", "[64, 32]"]),
     (missing_shard, ["model-00002-of-00002.safetensors", "missing"]),

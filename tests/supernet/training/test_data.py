@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from supernet.common.errors import RequestError
+from supernet.tokens import tokens_without_row
 from supernet.training.data import IGNORED, Batch, Blocks, encode_row, pack
 from supernet.training.sources import Row, hub_dataset, hub_rows, local_files, other_files, read_rows
 from supernet.training.traces import trace
@@ -114,6 +115,20 @@ def test_a_chat_that_the_template_cannot_render_is_named(tmp_path: Path, templat
     rows = rows_of(tmp_path, {"text": "fine"}, {"messages": turns})
     with pytest.raises(RequestError, match=rf"d\.jsonl: row 2: the chat template cannot render it \(.*{reason}"):
         encode_row(rows[1], tokenizer)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny.byte_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    assert tokens_without_row(tokenizer, rows) == [("<new>", rows), ("<newer>", rows + 1)]
+    rows_of(tmp_path, {"text": "plain text that fills two blocks"}, {"text": "a <newer> b"})
+    with pytest.raises(
+        RequestError, match=rf"row 2: the token '<newer>' \(id {rows + 1}\) has no row in the embedding"
+    ):
+        pack(str(tmp_path / "d.jsonl"), tokenizer, 8, rows=rows)
+    rows_of(tmp_path, {"text": "plain text that fills two blocks"})
+    assert len(pack(str(tmp_path / "d.jsonl"), tokenizer, 8, rows=rows)) > 1
 
 
 def test_completions_are_learnt_from_and_prompts_are_not(tmp_path: Path) -> None:

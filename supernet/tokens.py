@@ -1,0 +1,42 @@
+"""What can go wrong between text and a network: tokens without a row in the embedding, templates that do not render."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from supernet.common.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokens_without_row(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[tuple[str, int]]:
+    """The tokens, with their ids in order, that the tokenizer has beyond the rows of the embedding."""
+    return sorted(((t, i) for t, i in tokenizer.get_vocab().items() if i >= rows), key=lambda token: token[1])
+
+
+def no_row(token: str, index: int, rows: int) -> str:
+    """What is wrong with such a token, and how it is mended."""
+    return (
+        f"the token {token!r} (id {index}) has no row in the embedding, which has {rows}; resize the embedding in "
+        "transformers (resize_token_embeddings), or give the tokenizer that belongs to the model"
+    )
+
+
+def check_rows(what: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
+    """Raises `RequestError` where `ids` hold a token that has no row."""
+    if rows is not None and ids and (largest := max(ids)) >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise RequestError(f"{what}: {no_row(str(token), largest, rows)}")
+
+
+@contextmanager
+def rendering(what: str) -> Iterator[None]:
+    """Within, whatever a chat template raises becomes a `RequestError`: it is a program of the model's author."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RequestError(f"{what}: the chat template cannot render it ({reason})") from error
