@@ -21,7 +21,7 @@ from typing import IO, Any
 from compressor.local_paths import LocalPath, LocalPaths
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from supernet.common.errors import RequestError
-from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.files import fingerprint, follow_umask, read_json, write_json
 from supernet.training.accelerator import is_main
 
 _LOCKED: dict[Path, IO[str]] = {}
@@ -166,6 +166,7 @@ class Run:
         facts: dict[str, Any] = {}
         yield temporary, facts
         mark.unlink()
+        follow_umask(temporary)
         write_json(temporary / "manifest.json", {"inputs": fingerprint(inputs), **facts})
         self.settle()
 

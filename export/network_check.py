@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from export.package_record import PackageRecord
 from export.probe import (
@@ -37,6 +38,8 @@ from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from evals.scoring.tasks import TaskSet
 
 TOLERANCE = 1e-5
 """Largest |Δ logit| as a share of the largest |logit|, float32, the stored weights on both sides."""
@@ -77,6 +80,7 @@ class NetworkCheck:
 
     def run(self) -> Claims:
         """All checks. Two networks are never in memory together."""
+        task_set = self.reported_tasks()  # first, as it is quick to say what is missing
         model = self.load(self.folder)
         with tempfile.TemporaryDirectory(prefix="compressor-verify-") as saved:
             # A compressed network unpacks its weights in its first pass: it is saved before, as it was stored.
@@ -91,9 +95,9 @@ class NetworkCheck:
                 claims |= self.cache(model)
             with self.step("the tokenizer"):
                 claims |= self.tokenizer()
-            if self.tasks is not None and self.entry.tasks:
-                with contextlib.chdir(self.tasks.folder), self.step("scoring"):
-                    claims |= self.scores(model, self.tasks)
+            if task_set is not None:
+                with self.step("scoring"):
+                    claims |= self.scores(model, task_set)
             del model
             with self.step("saving and loading again"):
                 claims |= self.reload(Path(saved), logits)
@@ -251,28 +255,37 @@ class NetworkCheck:
             raise self.fail(fault)
         return {"tokenizer_equal": True}
 
-    def scores(self, model: PreTrainedModel, tasks: TaskFiles) -> Claims:
-        """The report's scores, measured again on the same documents."""
+    def reported_tasks(self) -> TaskSet | None:
+        """The report's tasks, on the same documents; None where nothing is to be scored again."""
+        if self.tasks is None or not self.entry.tasks:
+            return None
         # lm-eval takes seconds to import, and most checks score nothing.
         from evals.scoring.encoding import Encoder
-        from evals.scoring.lm import NetworkLM
-        from evals.scoring.scorer import Scorer
         from evals.scoring.tasks import TaskSet
 
+        with contextlib.chdir(self.tasks.folder), self.step("reading the tasks"):
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=self.trusted)
+            task_set = TaskSet.load(
+                [f"{name}:{score.metric}" for name, score in self.entry.tasks.items()],
+                encoder=Encoder(load_tokenizer(self.folder), config),
+                include_path=[self.tasks.include_path] if self.tasks.include_path else [],
+            )
+            for name, documents in self.documents.items():
+                if task_set.fingerprint(name, self.entry.tasks[name].split) != documents:
+                    raise self.fail(f"the documents of task {name} at hand are not those that the report scored")
+        return task_set
+
+    def scores(self, model: PreTrainedModel, task_set: TaskSet) -> Claims:
+        """The report's scores, measured again on the same documents."""
+        from evals.scoring.lm import NetworkLM  # as above
+        from evals.scoring.scorer import Scorer
+
         recorded = self.entry.tasks
-        # 1. The same documents as in the report.
-        encoder = Encoder(load_tokenizer(self.folder), model.config)
-        include = [tasks.include_path] if tasks.include_path else []
-        names = [f"{name}:{score.metric}" for name, score in recorded.items()]
-        task_set = TaskSet.load(names, encoder=encoder, include_path=include)
-        for name, documents in self.documents.items():
-            if task_set.fingerprint(name, recorded[name].split) != documents:
-                raise self.fail(f"the documents of task {name} at hand are not those that the report scored")
-        # 2. Score them.
+        # 1. Score.
         splits = {score.split for score in recorded.values()}
-        scores = {split: Scorer(task_set, NetworkLM(model, encoder)).score(split) for split in splits}
+        scores = {split: Scorer(task_set, NetworkLM(model, task_set.encoder)).score(split) for split in splits}
         values = {name: scores[score.split][name].value for name, score in recorded.items()}
-        # 3. Compare. One document may be answered either way, and a mean of many is rounded. A score that was computed
+        # 2. Compare. One document may be answered either way, and a mean of many is rounded. A score that was computed
         #    on an accelerator, or not in float32, is another computation: within its own standard error.
         exact = self.entry.speed is None or self.entry.speed.dtype == "float32"
         for name, score in recorded.items():

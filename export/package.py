@@ -21,7 +21,7 @@ from export.package_record import CARD, RECORD, Layout, PackageRecord, Probe, re
 from export.probe import default_ids, logits_of, make_probe, save_reference, stored_network
 from export.shards import MAX_SHARD_BYTES, FileRecord, WeightWriter, weight_bytes
 from supernet.common.errors import RequestError
-from supernet.common.files import read_json, temporary_name, write_json
+from supernet.common.files import follow_umask, read_json, temporary_name, write_json
 from supernet.common.formatting import size
 from supernet.families import families
 from supernet.streaming import StreamedNetwork
@@ -124,6 +124,7 @@ def package_draft(
         if card is not None:
             (folder / CARD).write_text(card, encoding="utf-8")
         draft.entry["bytes"] = weight_bytes(folder)
+        follow_umask(folder)
         write_record(folder, entry=draft.entry, lineage=draft.lineage, probe=draft.probe, hashed=draft.hashed)
 
 

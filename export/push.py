@@ -32,6 +32,8 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
     holds something else, and `VerificationError` where the files are not what was written.
     """
     _check_name(repo_id)
+    if not dry_run:
+        _check_login()
     record = read_record(package)
     if not record.entry.verified:
         raise RequestError(f"{package}: not verified, and so not to be published; export it again")
@@ -62,15 +64,20 @@ def _check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise RequestError(f"'{repo_id}' is no name of a repository: {str(error).splitlines()[0]}") from None
+    if "/" not in repo_id:
+        raise RequestError(f"'{repo_id}' names no owner: write OWNER/{repo_id}")
 
 
-def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tuple[str, str]:
-    """Create the repository where there is none, and commit the files. Returns its address and the commit."""
+def _check_login() -> None:
     if get_token() is None:
         raise RequestError(
             "not logged in to the hub: run `hf auth login`, or set HF_TOKEN to a token that may write; "
             "--dry-run needs neither"
         )
+
+
+def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tuple[str, str]:
+    """Create the repository where there is none, and commit the files. Returns its address and the commit."""
     api = HfApi()
     # The base of all errors of the HTTP library, which is requests or httpx depending on huggingface_hub's version.
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -7,10 +7,12 @@ itself. Nothing here imports torch before a command runs, so that `--help` is qu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -89,18 +91,31 @@ def run(arguments: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Conditions of the machine are the user's to mend (2); anything else is ours (1)."""
+    if isinstance(error, BrokenPipeError):  # as in `compressor front RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 0
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _fail(2, f"no disk space left ({error.filename or 'while writing'}); free some and run again to resume")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _fail(2, f"{error.filename}: {(error.strerror or 'not allowed').lower()}")
-    log = Path("compressor-error.log")
-    log.write_text(traceback.format_exc())
     reason = (str(error).strip().splitlines() or [""])[0]
-    return _fail(1, f"a fault of ours: {type(error).__name__}: {reason} (the traceback is in {log})")
+    return _fail(1, f"a fault of ours: {type(error).__name__}: {reason} ({_keep_traceback()})")
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the exception at hand is, in a sentence. Never raises: the user needs the first cause."""
+    for folder in (Path(), Path(tempfile.gettempdir())):
+        log = folder / "compressor-error.log"
+        with contextlib.suppress(OSError):
+            log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            return f"the traceback is in {log}"
+    return "its traceback could not be written anywhere"
 
 
 def _fail(status: int, line: str) -> int:
-    console.print(f"error: {' '.join(line.split())}", markup=False, soft_wrap=True, style="red")
+    printable = " ".join(line.split()).encode("utf-8", "backslashreplace").decode()
+    with contextlib.suppress(OSError):  # nobody reads any more: the status still says it
+        console.print(f"error: {printable}", markup=False, soft_wrap=True, style="red")
     return status
 
 

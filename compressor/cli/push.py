@@ -9,6 +9,7 @@ import typer
 
 from compressor.cli.options import Json
 from compressor.cli.output import emit
+from supernet.common.errors import RequestError, VerificationError
 
 
 def push(
@@ -21,4 +22,8 @@ def push(
     """Upload a verified package to the hub."""
     from export.push import push as upload  # imports huggingface_hub
 
-    emit(upload(package, repo_id, private=private, dry_run=dry_run), json)
+    try:
+        pushed = upload(package, repo_id, private=private, dry_run=dry_run)
+    except VerificationError as error:  # of the package and not of this program
+        raise RequestError(f"{error}; export the package again") from error
+    emit(pushed, json)

@@ -9,6 +9,7 @@ import typer
 
 from compressor.cli.options import IncludePath, Json
 from compressor.cli.output import emit
+from supernet.common.errors import RequestError, VerificationError
 from supernet.common.progress import say
 
 
@@ -22,7 +23,10 @@ def verify(
     from export.verify import TaskFiles  # imports transformers
     from export.verify import verify as run_verification
 
-    result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
+    try:
+        result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
+    except VerificationError as error:  # of the package and not of this program
+        raise RequestError(f"{error}; fetch or export the package again") from error
     if not json:
         say(f"{package}: verified ({', '.join(f'{k} {v}' for k, v in result.items() if not isinstance(v, dict))})")
     emit(result, json)

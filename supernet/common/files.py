@@ -71,6 +71,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+UMASK = os.umask(0)
+"""What this process takes away from the modes of new files; it can only be asked for by setting it."""
+os.umask(UMASK)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files in a folder the mode of any new file; safetensors lets only their owner read those it writes."""
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~UMASK)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, completely or not at all."""
     with replacing(path) as temporary:

@@ -386,8 +386,13 @@ def test_a_fault_of_ours_is_status_1_and_leaves_the_traceback(
     assert bench.compress() == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "a fault of ours: ArithmeticError: an oddity (the traceback is in compressor-error.log)" in line
-    log = (bench.folder / "compressor-error.log").read_text()
-    assert log.startswith("Traceback") and "in fail" in log
+    log = bench.folder / "compressor-error.log"
+    assert log.read_text().startswith("Traceback") and "in fail" in log.read_text()
+    log.unlink()
+    log.mkdir()  # the traceback cannot be written here
+    monkeypatch.setattr("tempfile.tempdir", str(bench.folder / "nowhere"))
+    assert bench.compress() == 1
+    assert "ArithmeticError: an oddity (its traceback could not be written" in capsys.readouterr().err
 
 
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

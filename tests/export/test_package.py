@@ -132,6 +132,12 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     assert_same_logits(tmp_path / "p", model, trust_remote_code=True)
 
 
+def test_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in write_tiny(tmp_path / "p", EVEN).folder.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_shards_are_named_and_indexed_as_the_hub_does(tmp_path: Path) -> None:
     record = write_tiny(tmp_path / "p", EVEN, max_shard_bytes=60_000)
     shards = sorted(p.name for p in record.folder.glob("*.safetensors"))

@@ -43,114 +43,112 @@ class Hub:
     others_stored: threading.Event = field(default_factory=threading.Event)
 
 
-def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the hub does; `hub` is what it holds."""
 
-        def log_message(self, *args: object) -> None:
-            pass
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def answer(self, value: Any, status: int = 200, **headers: str) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            for name, text in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), text)
-            self.end_headers()
-            self.wfile.write(body)
+    def log_message(self, *args: object) -> None:
+        pass
 
-        def body(self) -> bytes:
-            if "chunked" in self.headers.get("Transfer-Encoding", ""):
-                content = b""
-                while size := int(self.rfile.readline(), 16):
-                    content += self.rfile.read(size)
-                    self.rfile.readline()
+    def answer(self, value: Any, status: int = 200, **headers: str) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
                 self.rfile.readline()
-                return content
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.rfile.readline()
+            return content
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-        def known(self) -> bool:
-            if self.headers.get("authorization") == f"Bearer {TOKEN}":
-                return True
-            self.answer({"error": "Invalid credentials"}, 401, X_Error_Message="Invalid credentials")
-            return False
+    def known(self) -> bool:
+        if self.headers.get("authorization") == f"Bearer {TOKEN}":
+            return True
+        self.answer({"error": "Invalid credentials"}, 401, X_Error_Message="Invalid credentials")
+        return False
 
-        def do_GET(self) -> None:
-            if not self.known():
-                return None
-            matched = re.match(r"/api/models/([^?]+?)(/(?:tree|revision)/main)?(?:\?|$)", self.path)
-            if not matched or matched[1] not in hub.repos:
-                return self.answer({"error": "not found"}, 404)
-            files = hub.repos[matched[1]]
-            if "/tree/" in (matched[2] or ""):
-                return self.answer(
-                    [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
-                )
-            siblings = [{"rfilename": name} for name in files]
-            return self.answer({"id": matched[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
+    def do_GET(self) -> None:
+        if not self.known():
+            return None
+        matched = re.match(r"/api/models/([^?]+?)(/(?:tree|revision)/main)?(?:\?|$)", self.path)
+        if not matched or matched[1] not in self.hub.repos:
+            return self.answer({"error": "not found"}, 404)
+        files = self.hub.repos[matched[1]]
+        if "/tree/" in (matched[2] or ""):
+            return self.answer([{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()])
+        siblings = [{"rfilename": name} for name in files]
+        return self.answer({"id": matched[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
 
-        def do_PUT(self) -> None:
-            content, oid = self.body(), self.path.rpartition("/")[2]
-            if oid in hub.lose:
-                hub.others_stored.wait(30)  # files go in parallel: the line is cut when the others are through
-                return self.answer({"error": "the line was cut"}, 400)
-            assert hashlib.sha256(content).hexdigest() == oid
-            hub.objects[oid] = content
-            hub.sent.append(oid)
-            if len(hub.objects) == 2:
-                hub.others_stored.set()
-            return self.answer({})
+    def do_PUT(self) -> None:
+        content, oid = self.body(), self.path.rpartition("/")[2]
+        if oid in self.hub.lose:
+            self.hub.others_stored.wait(30)  # files go in parallel: the line is cut when the others are through
+            return self.answer({"error": "the line was cut"}, 400)
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.objects[oid] = content
+        self.hub.sent.append(oid)
+        if len(self.hub.objects) == 2:
+            self.hub.others_stored.set()
+        return self.answer({})
 
-        def do_POST(self) -> None:
-            content = self.body()
-            if self.path == "/api/validate-yaml":
-                return self.answer({"errors": [], "warnings": []})
-            if not self.known():
-                return None
-            if self.path == "/api/repos/create":
-                if hub.refuse_create:
-                    status, message = hub.refuse_create
-                    return self.answer({"error": message}, status, X_Error_Message=message)
-                asked = json.loads(content)
-                name = f"{asked['organization']}/{asked['name']}"
-                exists = name in hub.repos
-                hub.repos.setdefault(name, {".gitattributes": b""})
-                hub.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
-                return self.answer({"url": f"{hub.address}/{name}", "name": name}, 409 if exists else 200)
-            if found := re.match(r"/api/models/(.+)/preupload/main", self.path):
-                modes = {True: "lfs", False: "regular"}
-                files = [
-                    {"path": f["path"], "shouldIgnore": False, "uploadMode": modes[f["path"].endswith(".safetensors")]}
-                    for f in json.loads(content)["files"]
-                ]
-                return self.answer({"files": files})
-            if self.path.endswith("/info/lfs/objects/batch"):
-                objects = []
-                for wanted in json.loads(content)["objects"]:
-                    upload = {"upload": {"href": f"{hub.address}/store/{wanted['oid']}"}}
-                    objects.append(wanted if wanted["oid"] in hub.objects else wanted | {"actions": upload})
-                return self.answer({"transfer": "basic", "objects": objects})
-            if found := re.match(r"/api/models/(.+)/commit/main", self.path):
-                rows = [json.loads(line) for line in content.splitlines()]
-                repo = hub.repos[found[1]]
-                for row in rows:
-                    value = row["value"]
-                    if row["key"] == "file":
-                        repo[value["path"]] = base64.b64decode(value["content"])
-                    elif row["key"] == "lfsFile":
-                        repo[value["path"]] = hub.objects[value["oid"]]
-                    elif row["key"] == "deletedFile":
-                        del repo[value["path"]]
-                hub.commits.append(rows)
-                return self.answer({"commitUrl": f"{hub.address}/{found[1]}/commit/1", "commitOid": "b" * 40})
-            return self.answer({"error": f"unknown call {self.path}"}, 404)
-
-    return Handler
+    def do_POST(self) -> None:
+        content = self.body()
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if not self.known():
+            return None
+        if self.path == "/api/repos/create":
+            if self.hub.refuse_create:
+                status, message = self.hub.refuse_create
+                return self.answer({"error": message}, status, X_Error_Message=message)
+            asked = json.loads(content)
+            name = f"{asked['organization']}/{asked['name']}"
+            exists = name in self.hub.repos
+            self.hub.repos.setdefault(name, {".gitattributes": b""})
+            self.hub.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
+            return self.answer({"url": f"{self.hub.address}/{name}", "name": name}, 409 if exists else 200)
+        if found := re.match(r"/api/models/(.+)/preupload/main", self.path):
+            modes = {True: "lfs", False: "regular"}
+            files = [
+                {"path": f["path"], "shouldIgnore": False, "uploadMode": modes[f["path"].endswith(".safetensors")]}
+                for f in json.loads(content)["files"]
+            ]
+            return self.answer({"files": files})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = []
+            for wanted in json.loads(content)["objects"]:
+                upload = {"upload": {"href": f"{self.hub.address}/store/{wanted['oid']}"}}
+                objects.append(wanted if wanted["oid"] in self.hub.objects else wanted | {"actions": upload})
+            return self.answer({"transfer": "basic", "objects": objects})
+        if found := re.match(r"/api/models/(.+)/commit/main", self.path):
+            rows = [json.loads(line) for line in content.splitlines()]
+            repo = self.hub.repos[found[1]]
+            for row in rows:
+                value = row["value"]
+                if row["key"] == "file":
+                    repo[value["path"]] = base64.b64decode(value["content"])
+                elif row["key"] == "lfsFile":
+                    repo[value["path"]] = self.hub.objects[value["oid"]]
+                elif row["key"] == "deletedFile":
+                    del repo[value["path"]]
+            self.hub.commits.append(rows)
+            return self.answer({"commitUrl": f"{self.hub.address}/{found[1]}/commit/1", "commitOid": "b" * 40})
+        return self.answer({"error": f"unknown call {self.path}"}, 404)
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     state = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(state))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfOne", (Handler,), {"hub": state}))
     state.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -264,6 +262,17 @@ def test_a_dry_run_lists_and_asks_nobody(
     done = push(package, "anna/best", dry_run=True)
     assert done["commit"] is None and done["bytes"] == sum(p.stat().st_size for p in package.iterdir())
     assert "nothing was uploaded" in capsys.readouterr().err
+
+
+def test_what_cannot_be_uploaded_is_said_before_anything_else(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RequestError, match="'best' names no owner: write OWNER/best"):
+        push(package, "best")
+    monkeypatch.setattr("export.push.get_token", lambda: None)
+    with pytest.raises(RequestError, match="not logged in"):
+        push(package / "nowhere", "anna/best")
+    assert "safetensors" not in capsys.readouterr().err
 
 
 def test_only_whole_and_verified_packages_are_pushed(made: Path, package: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_faults_reach_the_caller_from_the_fresh_process(package: Path, capsys: p
     with edited(package / "config.json") as config:
         config["rms_norm_eps"] = 0.3
     record_anew(package, "config.json")
-    assert run(["verify", str(package)]) == 1
+    assert run(["verify", str(package)]) == 2
     assert "uneven: log-probabilities differ by up to" in " ".join(capsys.readouterr().err.split())
     (package / "config.json").unlink()
     with pytest.raises(VerificationError, match=r"config\.json: the file is missing"):
