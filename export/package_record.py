@@ -139,6 +139,9 @@ class Probe(Model):
     greedy: Greedy | None = None
     exact_to: str | None = None
     """The number format that a gguf file is as exact as; None: its own."""
+    rounding: float = 0.0
+    """By how much the top tokens' log-probabilities change where a runtime rounds activations as the weights' format
+    does: nats, the most of several ways to round."""
     quantized_next_logprob: list[list[float]] | None = None
     """What a quantized package itself said when it was first verified: later checks are exact."""
 
