@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from compressor.local_paths import LocalPath, LocalPaths
 from compressor.recipe import Recipe, read_recipe, write_recipe
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, follow_umask, read_json, write_json
 from supernet.training.accelerator import is_main
 
@@ -80,7 +80,8 @@ class Run:
         """Where everything local lay that the recipe names; empty for runs of versions that did not keep it."""
         if not self.paths_file.is_file():
             return {}
-        return {name: LocalPath.model_validate(path) for name, path in read_json(self.paths_file).items()}
+        with reading(f"{self.paths_file}: not what this version writes"):
+            return {name: LocalPath.model_validate(path) for name, path in read_json(self.paths_file).items()}
 
     def lock(self) -> None:
         """Keep other processes out of this run until this one ends, however it ends.

@@ -189,7 +189,7 @@ def _read(package: Path) -> dict[str, Any]:
         raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
     try:
         data = read_json(file)
-    except ValueError as error:
+    except RequestError as error:
         raise VerificationError(str(error)) from None
     if not isinstance(data, dict):
         raise VerificationError(f"{file}: expected a JSON object")

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from supernet.architecture import Structure
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import content_fingerprint
 from supernet.common.progress import say
 from supernet.families import describe, family_named, family_of
@@ -55,7 +55,8 @@ class Checkpoint:
 
     def load_model(self, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
         """The network in evaluation mode. Raises `RequestError` where weights and configuration do not fit."""
-        model, info = load_causal_lm(self.path, dtype, self.trust_remote_code, copy.deepcopy(self.config))
+        with reading(f"{self.name}: transformers cannot load it"):
+            model, info = load_causal_lm(self.path, dtype, self.trust_remote_code, copy.deepcopy(self.config))
         check_fit(self.name, info)
         if left_out := info["unexpected_keys"]:
             say(f"warning: {self.name}: transformers leaves {len(left_out)} weights out, such as {min(left_out)}")
@@ -87,7 +88,10 @@ class Checkpoint:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=self.trust_remote_code)
+        with reading(f"{self.name}: its tokenizer cannot be loaded"):
+            return AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
+            )
 
 
 def open_checkpoint(
@@ -108,7 +112,8 @@ def open_checkpoint(
         _untie(name, path, config)
     if weights and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise RequestError(f"{name}: no tokenizer in {path} (tokenizer.json or tokenizer.model); copy it there")
-    structure = describe(config, trust_remote_code)
+    with reading(f"{name}: no network can be built from config.json"):
+        structure = describe(config, trust_remote_code)
     _compare(name, shapes, structure, family_of(config).layers)
     return Checkpoint(name, path, config, structure, trust_remote_code)
 
@@ -135,10 +140,8 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedCo
         raise RequestError(f"{name}: config.json does not say its model_type")
     if "auto_map" not in raw:
         family_named(raw["model_type"])
-    try:
+    with reading(f"{name}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise RequestError(f"{name}: {str(error).strip().splitlines()[0]}") from error
     family_of(config)
     return config
 

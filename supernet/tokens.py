@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +32,6 @@ def check_rows(what: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
         raise RequestError(f"{what}: {no_row(str(token), largest, rows)}")
 
 
-@contextmanager
-def rendering(what: str) -> Iterator[None]:
+def rendering(what: str) -> AbstractContextManager[None]:
     """Within, whatever a chat template raises becomes a `RequestError`: it is a program of the model's author."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RequestError(f"{what}: the chat template cannot render it ({reason})") from error
+    return reading(f"{what}: the chat template cannot render it")

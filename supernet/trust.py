@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supernet.common.errors import VerificationError
+from supernet.common.errors import RequestError, VerificationError, reading
 from supernet.common.files import read_json
 from supernet.families import families
 from supernet.uneven import UNEVEN_PREFIX, auto_map, modeling_file_name, modeling_source
@@ -54,10 +54,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     model_type = str(_config(folder).get("model_type"))
     if not model_type.startswith(UNEVEN_PREFIX):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with reading(f"{folder}: its tokenizer cannot be loaded"):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # With the uneven configuration AutoTokenizer would ask for the code file, which a tokenizer does not need.
     plain = AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX))
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
+    with reading(f"{folder}: its tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
 
 
 def _config(folder: Path) -> dict[str, object]:
@@ -67,7 +69,7 @@ def _config(folder: Path) -> dict[str, object]:
         return {}
     try:
         config = read_json(file)
-    except ValueError as error:
+    except RequestError as error:
         raise VerificationError(str(error)) from None
     if not isinstance(config, dict):
         raise VerificationError(f"{file}: expected a JSON object")

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from supernet.common.files import read_text
+
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
 
@@ -39,7 +41,7 @@ def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
     """Whether every task is a file of `include_path`, and none of those files wants data from the hub."""
     if include_path is None:
         return not tasks
-    text = "\n".join(file.read_text() for file in Path(include_path).rglob("*.yaml"))
+    text = "\n".join(read_text(file) for file in Path(include_path).rglob("*.yaml"))
     if set(re.findall(r"^dataset_path: *[\"']?([^\s\"']+)", text, re.M)) - LOCAL_DATASETS:
         return False
     return all(re.search(rf"^(task|group): *{re.escape(name.partition(':')[0])} *$", text, re.M) for name in tasks)

@@ -15,6 +15,7 @@ import jinja2
 from lm_eval.models.utils import configure_pad_token, handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from supernet.common.errors import RequestError, reading
 from supernet.tokens import check_rows, rendering
 
 if TYPE_CHECKING:
@@ -58,8 +59,14 @@ class Encoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None, max_length: int | None = None
     ) -> None:
-        self.tokenizer = configure_pad_token(tokenizer, model_config=config)
-        self.max_length = max_length or resolve_max_length(config, tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise RequestError(
+                "the tokenizer has no end-of-text token, with which lm-eval separates documents; name one as eos_token "
+                "in tokenizer_config.json"
+            )
+        with reading("the tokenizer's settings cannot be used"):
+            self.tokenizer = configure_pad_token(tokenizer, model_config=config)
+            self.max_length = max_length or resolve_max_length(config, tokenizer)
         self.eot_token_id: int = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
         self.prefix_token_id: int = bos if bos is not None else tokenizer.eos_token_id

@@ -14,7 +14,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
 from evals.scoring.documents import FEWSHOT_SEED
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, did_you_mean, reading
+from supernet.common.files import read_text
 
 
 def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tuple[TaskManager, dict[str, str | None]]:
@@ -27,9 +28,14 @@ def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tup
     for path in paths:
         if not path.is_dir():
             raise RequestError(f"--include-path {path} is not a folder")
+        for file in path.rglob("*.yaml"):
+            read_text(file)  # lm-eval would wait for a pipe, and fail at what is no text
+            if file.is_symlink() and not file.exists():
+                raise RequestError(f"{file}: a link to nothing")
     unknown: list[str] = []
     for defaults in (False, True):
-        manager = TaskManager(include_path=[*paths], include_defaults=defaults)
+        with reading("--include-path: a task file cannot be read"):
+            manager = TaskManager(include_path=[*paths], include_defaults=defaults)
         wanted: dict[str, str | None] = {}
         unknown = []
         for spec in names:

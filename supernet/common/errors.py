@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RequestError(Exception):
@@ -12,6 +14,24 @@ class RequestError(Exception):
 
 class VerificationError(Exception):
     """A package differs from its record, by our mistake or a later edit. One line says what differs."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within, whatever a library raises becomes a `RequestError` that begins with `what`, ends with the reason.
+
+    Only for libraries that read files of the user's: they raise anything, and what they cannot read is the user's to
+    mend. What this project raises itself passes through.
+    """
+    try:
+        yield
+    except (RequestError, VerificationError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM):
+            raise  # the machine's, and said as such
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RequestError(f"{what} ({reason})") from error
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:

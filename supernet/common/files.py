@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from supernet.common.errors import RequestError
+
 
 def fingerprint(value: object) -> str:
     """16 hexadecimal digits of a JSON value; parts that are not JSON count by their text."""
@@ -95,8 +97,21 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises ValueError that names the file where it is not valid JSON."""
+    """The value of a JSON file. Raises `RequestError` that names the file where it is not valid JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. Raises `RequestError` for other encodings, and FileNotFoundError.
+
+    Folders and pipes, at which one waits for ever, are refused too.
+    """
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path}: not a file that can be read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not text in UTF-8 ({error})") from None

@@ -229,7 +229,9 @@ def test_what_a_family_refuses_is_said_with_the_reason() -> None:
 
 def test_quantization_that_the_family_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
-    tiny_network("gpt2").save_pretrained(folder)
+    model = tiny_network("gpt2")
+    model.resize_token_embeddings(259)
+    model.save_pretrained(folder)
     tiny.byte_tokenizer().save_pretrained(folder)
     data = tiny.data(tmp_path / "data.jsonl")
     asked = ["--data", str(data), "--output", str(tmp_path / "run"), "--quantize", "int8", "--max-params", "0.9"]

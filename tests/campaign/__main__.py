@@ -1,0 +1,44 @@
+"""`python -m tests.campaign PART`"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.campaign import inputs
+from tests.campaign.good import Attempts, Good, Tally, make_good
+
+PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {"inputs": inputs.attempts}
+
+
+def campaign(part: str, seconds: float, seed: int, most: int = 10**9) -> Tally:
+    """Attempts of one part until the time is over, `most` at the most."""
+    tally, began = Tally(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as name:
+        good = make_good(Path(name) / "good")
+        scratch = Path(name) / "scratch"
+        scratch.mkdir()
+        for _ in PARTS[part](good, scratch, random.Random(seed), tally):
+            if time.monotonic() - began > seconds or tally.tried >= most:
+                break
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    tally = campaign(arguments.part, 60 * arguments.minutes, arguments.seed)
+    print(f"{arguments.part}: {tally}")
+    return 1 if tally.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
