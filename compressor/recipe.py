@@ -18,12 +18,11 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
 from export.quantization.schemes import SchemeName
-from supernet.common.errors import RequestError, did_you_mean
-from supernet.common.files import write_text
+from supernet.common.errors import RequestError, did_you_mean, reading
+from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_parameters
 
 Layout = Literal[
@@ -111,13 +110,19 @@ class Targets(Section):
     max_drop: Annotated[float | None, BeforeValidator(_share)] = Field(default=None, ge=0, lt=1)
     """Largest loss of quality on the search documents, before healing and quantization: `1%` keeps 0.99."""
 
-    @model_validator(mode="after")
-    def _readable(self) -> Targets:
-        for size in self.max_params:
+    @field_validator("max_params")
+    @classmethod
+    def _parameters(cls, sizes: list[str]) -> list[str]:
+        for size in sizes:
             parse_parameters(size, 1_000_000)
-        if self.max_bytes is not None:
-            parse_bytes(self.max_bytes)
-        return self
+        return sizes
+
+    @field_validator("max_bytes")
+    @classmethod
+    def _bytes(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_bytes(size)
+        return size
 
     @property
     def empty(self) -> bool:
@@ -323,10 +328,8 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
         where = str(file)
         if not file.is_file():
             raise RequestError(f"--recipe {file}: no such file")
-        try:
-            loaded = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"--recipe {file}: not valid YAML ({' '.join(str(error).split())})") from error
+        with reading(f"--recipe {file}: not valid YAML"):
+            loaded = yaml.safe_load(read_text(file))
         if not isinstance(loaded, dict):
             raise RequestError(f"--recipe {file}: expected keys and values")
         values = {name: value for name, value in loaded.items() if value is not None}  # no value says nothing
@@ -343,7 +346,9 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RequestError(f"{where}: {explain(error)}") from error
+        place = [str(part) for part in error.errors()[0]["loc"]]
+        given = any(place[: name.count(".") + 1] == name.split(".") for name, v in overrides.items() if v is not None)
+        raise RequestError(f"{'the command line' if given else where}: {explain(error)}") from error
 
 
 def explain(error: ValidationError) -> str:

@@ -23,6 +23,7 @@ from supernet.common.progress import say
 from supernet.families import describe, family_named, family_of
 from supernet.loading import check_fit, checkpoint_folder, load_causal_lm, loaded_files
 from supernet.streaming import WeightFiles
+from supernet.tokens import read_tokenizer
 from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
@@ -86,12 +87,7 @@ class Checkpoint:
                         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        with reading(f"{self.name}: its tokenizer cannot be loaded"):
-            return AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
-            )
+        return read_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
 
 def open_checkpoint(

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from supernet.common.errors import RequestError, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, tried once: some settings that are no good are only met when text is encoded.
+
+    `options` are AutoTokenizer's. Raises `RequestError` that names the folder.
+    """
+    from transformers import AutoTokenizer
+
+    with reading(f"{folder}: its tokenizer cannot be used"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer.decode(tokenizer("A text.").input_ids)
+        return tokenizer
 
 
 def tokens_without_row(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[tuple[str, int]]:

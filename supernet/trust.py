@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from supernet.common.errors import RequestError, VerificationError, reading
+from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
 from supernet.families import families
+from supernet.tokens import read_tokenizer
 from supernet.uneven import UNEVEN_PREFIX, auto_map, modeling_file_name, modeling_source
 
 if TYPE_CHECKING:
@@ -50,16 +51,13 @@ def brings_code(folder: Path) -> bool:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a package or checkpoint folder. Runs no code from it."""
-    from transformers import AutoConfig, AutoTokenizer
-
     model_type = str(_config(folder).get("model_type"))
     if not model_type.startswith(UNEVEN_PREFIX):
-        with reading(f"{folder}: its tokenizer cannot be loaded"):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return read_tokenizer(folder)
+    from transformers import AutoConfig
+
     # With the uneven configuration AutoTokenizer would ask for the code file, which a tokenizer does not need.
-    plain = AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX))
-    with reading(f"{folder}: its tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
+    return read_tokenizer(folder, config=AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX)))
 
 
 def _config(folder: Path) -> dict[str, object]:

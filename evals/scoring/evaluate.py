@@ -12,17 +12,17 @@ import torch
 import transformers
 from lm_eval.api.metrics import mean
 from lm_eval.evaluator_utils import _collect_results, aggregate_groups
-from transformers import AutoTokenizer
 
 from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
 from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Answers, Scorer, raw_metrics, standard_error
 from evals.scoring.tasks import TaskSet
-from supernet.common.errors import RequestError, VerificationError
+from supernet.common.errors import RequestError, VerificationError, reading
 from supernet.common.processes import available_cores
 from supernet.device import prepare
 from supernet.loading import check_fit, checkpoint_folder, load_network
+from supernet.tokens import read_tokenizer
 from supernet.trust import brings_code, check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -141,14 +141,11 @@ def load_checkpoint(
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # as everywhere in this tool: half precision is slow on most CPUs, and less exact
     try:
-        if trust_remote_code:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-        else:
-            tokenizer = load_tokenizer(folder)
-        model, info = load_network(folder, dtype, trusted)
-    except (OSError, ValueError, ImportError, VerificationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"{name}: cannot be loaded as a causal language model ({reason})") from error
+        with reading(f"{name}: cannot be loaded as a causal language model"):
+            tokenizer = read_tokenizer(folder, trust_remote_code=True) if trust_remote_code else load_tokenizer(folder)
+            model, info = load_network(folder, dtype, trusted)
+    except VerificationError as error:  # here a folder is the user's, whoever wrote it
+        raise RequestError(str(error)) from error
     check_fit(name, info)
     prepare(place)
     return model.to(place), tokenizer

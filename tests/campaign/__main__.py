@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.campaign import inputs
+from tests.campaign import inputs, kills, recipes
 from tests.campaign.good import Attempts, Good, Tally, make_good
 
-PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {"inputs": inputs.attempts}
+PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
+    "inputs": inputs.attempts,
+    "kills": kills.attempts,
+    "recipes": recipes.attempts,
+}
 
 
 def campaign(part: str, seconds: float, seed: int, most: int = 10**9) -> Tally:
