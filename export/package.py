@@ -5,7 +5,6 @@ Weights are safetensors, sharded as the hub's loaders expect; nothing is pickled
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from export.package_record import CARD, RECORD, Layout, PackageRecord, Probe, read_record, write_record
 from export.probe import default_ids, logits_of, make_probe, save_reference, stored_network
 from export.shards import MAX_SHARD_BYTES, FileRecord, WeightWriter, weight_bytes
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, out_of_space
 from supernet.common.files import follow_umask, read_json, temporary_name, write_json
 from supernet.common.formatting import size
 from supernet.families import families
@@ -64,10 +63,10 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             partial.rename(destination)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not out_of_space(error):
             raise
-        raise RequestError(f"{destination}: the disk is full; {size(needed)} are needed") from error
+        raise RequestError(f"{destination}: no disk space left; {size(needed)} are needed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

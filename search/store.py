@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from search.scores import Score, ScoreKey
 from supernet.architecture import Architecture
+from supernet.common.errors import out_of_space
 
 APPLICATION = 0x4E415343  # "NASC", in the file's header: tells our stores from other SQLite files
 VERSION = 1
@@ -93,6 +94,8 @@ class EvaluationStore:
                     raise ValueError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
             (state,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
+            if out_of_space(error):
+                raise
             raise ValueError(f"{self.path} is damaged or no evaluation store: {error}") from None
         if state != "ok":
             raise ValueError(f"{self.path} is damaged: {' '.join(state.split())}")
@@ -105,7 +108,8 @@ class EvaluationStore:
             try:
                 yield
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # a full disk has ended it
+                    self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
 

@@ -32,7 +32,7 @@ from compressor.cli.report import report
 from compressor.cli.search import search
 from compressor.cli.speed_table import speed_table
 from compressor.cli.verify import verify
-from supernet.common.errors import RequestError, VerificationError
+from supernet.common.errors import RequestError, VerificationError, out_of_space
 from supernet.common.progress import console
 
 INTERRUPTED = 130
@@ -94,8 +94,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # as in `compressor front RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 0
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return _fail(2, f"no disk space left ({error.filename or 'while writing'}); free some and run again to resume")
+    if out_of_space(error):
+        place = getattr(error, "filename", None) or "while writing"
+        return _fail(2, f"no disk space left ({place}); free some and run again to resume")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _fail(2, f"{error.filename}: {(error.strerror or 'not allowed').lower()}")
     reason = (str(error).strip().splitlines() or [""])[0]

@@ -28,10 +28,21 @@ def reading(what: str) -> Iterator[None]:
     except (RequestError, VerificationError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM):
+        if out_of_space(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)):
             raise  # the machine's, and said as such
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(f"{what} ({reason})") from error
+
+
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk is the cause. Libraries that are not written in Python say so in their text only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "database or disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.campaign import inputs, kills, recipes
+from tests.campaign import disk, inputs, kills, recipes
 from tests.campaign.good import Attempts, Good, Tally, make_good
 
 PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
     "inputs": inputs.attempts,
     "kills": kills.attempts,
     "recipes": recipes.attempts,
+    "disk": disk.attempts,
 }
 
 
@@ -39,6 +40,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.part == "disk":
+        disk.may_mount()
     tally = campaign(arguments.part, 60 * arguments.minutes, arguments.seed)
     print(f"{arguments.part}: {tally}")
     return 1 if tally.faults else 0
