@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from compressor.recipe import Recipe
+from evals.warm_starts import warm_start_methods
 from supernet.common.errors import RequestError
 
 
@@ -83,9 +84,9 @@ def _replaced(recipe: Recipe, replace: Callable[[str, str], str]) -> Recipe:
         copy.space = replace("space", copy.space)
     if Path(copy.finetuning.ordering).suffix == ".safetensors":
         copy.finetuning.ordering = replace("finetuning.ordering", copy.finetuning.ordering)
+    methods = warm_start_methods()
     copy.searching.warm_start = [
-        replace("searching.warm_start", name) if "/" in name or Path(name, "recipe.yaml").is_file() else name
-        for name in copy.searching.warm_start
+        name if name in methods else replace("searching.warm_start", name) for name in copy.searching.warm_start
     ]
     return copy
 

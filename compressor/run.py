@@ -136,11 +136,14 @@ class Run:
     def whole(self, folder: Path, inputs: Any) -> bool:
         """Whether the stage that fills `folder` is whole and was made from the same inputs."""
         manifest = self.manifest(folder)
-        return manifest is not None and manifest["inputs"] == fingerprint(inputs)
+        return manifest is not None and manifest.get("inputs") == fingerprint(inputs)
 
     def manifest(self, folder: Path) -> dict[str, Any] | None:
         file = folder / "manifest.json"
-        return read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        with reading(f"{file}: not what this version writes"):
+            return dict(read_json(file))
 
     @property
     def supernet_weights(self) -> str:

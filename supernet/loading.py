@@ -62,6 +62,7 @@ def load_causal_lm(
     """The causal language model of a folder's safetensors files, on the CPU, and what did not fit (`check_fit`)."""
     from transformers import AutoModelForCausalLM
 
+    loaded_files(folder)  # says better than transformers what is missing
     return AutoModelForCausalLM.from_pretrained(
         folder,
         **({} if config is None else {"config": config}),

@@ -26,7 +26,9 @@ def check_code(folder: Path) -> bool:
     """
     config = _config(folder)
     mapped = config.get("auto_map")
-    if mapped is None and not brings_code(folder):
+    if mapped is None:
+        for file in sorted(folder.rglob("*.py")):
+            raise VerificationError(f"{file}: a code file that this version does not write")
         return False
     family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
     if family is None or config["model_type"] == family.model_type or mapped != auto_map(family):

@@ -11,7 +11,7 @@ from export.layouts.table import copies_hold
 from search.objectives import Evaluation
 from search.pareto import Target, contenders
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
@@ -25,20 +25,23 @@ def measured(job: Job) -> list[Evaluation]:
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
     front = read_json(job.run.front)
-    if front["weights"] != job.run.supernet_weights:
-        raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
-    base_speed = front["base_decode_tps"]
-    evaluations = []
-    for row in front["evaluations"]:
-        architecture = Architecture.from_dict(row["architecture"])
-        values = row["values"] | {
-            "parameters": job.structure.parameters(architecture),
-            "bytes": job.structure.bytes(architecture, smallest_storage(job)),
-        }
-        if "decode_tps" in values:
-            values["speedup"] = values["decode_tps"] / base_speed
-        evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
-    return evaluations
+    storage = smallest_storage(job)
+    with reading(f"{job.run.front}: not what this version writes"):
+        if front["weights"] != job.run.supernet_weights:
+            raise RequestError(
+                f"{job.run.path}: the super-network is not the one that was searched; run compressor search"
+            )
+        evaluations = []
+        for row in front["evaluations"]:
+            architecture = Architecture.from_dict(row["architecture"])
+            values = row["values"] | {
+                "parameters": job.structure.parameters(architecture),
+                "bytes": job.structure.bytes(architecture, storage),
+            }
+            if "decode_tps" in values:
+                values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
+            evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+        return evaluations
 
 
 def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:
@@ -66,7 +69,9 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
         raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick")
     picks: list[dict[str, Any]] = read_json(job.run.picks)
     weights = job.run.supernet_weights
-    if any(row.get("weights") != weights for row in picks):
+    with reading(f"{job.run.picks}: not what this version writes"):
+        others = [row["name"] for row in picks if row["weights"] != weights]
+    if others:
         raise RequestError(
             f"{job.run.path}: the super-network is not the one that was picked from; run compressor search and pick"
         )

@@ -12,8 +12,9 @@ from compressor.recipe import former_names
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
-from compressor.stages.warm_start import GREEDY, proposals, sources
+from compressor.stages.warm_start import proposals, sources
 from evals.speed.table import SpeedTable
+from evals.warm_starts import GREEDY
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed

@@ -11,16 +11,14 @@ from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import sizes_asked_for
-from evals.warm_starts import warm_starts
+from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
-GREEDY = "greedy"
-"""Greedy perturbation: it measures, so the search itself carries it out."""
 BLOCKS, BATCH = 8, 4
 """Blocks of training text that the methods look at, and how many at a time."""
 
@@ -28,7 +26,7 @@ BLOCKS, BATCH = 8, 4
 def sources(job: Job) -> dict[str, str]:
     """The warm start's sources by name, with a fingerprint of what each holds. Raises `RequestError` for one that is
     neither a searched run nor the name of a method."""
-    methods = (GREEDY, *warm_starts())
+    methods = warm_start_methods()
     fingerprints = {}
     for name, place in zip(job.given.searching.warm_start, job.recipe.searching.warm_start, strict=True):
         front = Run(Path(place)).front
@@ -61,8 +59,9 @@ def proposals(job: Job) -> list[Architecture]:
 def earlier_front(job: Job, path: Path) -> list[Architecture]:
     """What is on the front of another run, perhaps of another device, and in this run's space."""
     front = read_json(Run(path).front)
-    measured = {row["key"]: Architecture.from_dict(row["architecture"]) for row in front["evaluations"]}
-    architectures = [measured[key] for key in front["front"] if measured[key] in job.space]
+    with reading(f"{Run(path).front}: not what this version writes"):
+        measured = {row["key"]: Architecture.from_dict(row["architecture"]) for row in front["evaluations"]}
+        architectures = [measured[key] for key in front["front"] if measured[key] in job.space]
     if not architectures:
         raise RequestError(f"--warm-start {path}: nothing on its front is in this run's search space")
     return architectures

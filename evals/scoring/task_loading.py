@@ -51,7 +51,7 @@ def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tup
             return manager, wanted
     name = unknown[0]
     raise RequestError(
-        f"--tasks: unknown task '{name}'{did_you_mean(name, manager.all_tasks)}; give the folder of your own task "
+        f"tasks: unknown task '{name}'{did_you_mean(name, manager.all_tasks)}; give the folder of your own task "
         "files with --include-path"
     )
 

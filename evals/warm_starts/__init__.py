@@ -35,3 +35,12 @@ def warm_starts() -> dict[str, WarmStart]:
     """Every method of this folder by its name."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return {method.name: method for module in modules for method in module.WARM_STARTS}
+
+
+GREEDY = "greedy"
+"""Greedy perturbation: it measures, so the search itself carries it out."""
+
+
+def warm_start_methods() -> tuple[str, ...]:
+    """The name of every method; no folder is meant by one, even where one is called so."""
+    return (GREEDY, *warm_starts())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.campaign import disk, inputs, kills, recipes
+from tests.campaign import code, disk, inputs, kills, recipes
 from tests.campaign.good import Attempts, Good, Tally, make_good
 
 PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
     "kills": kills.attempts,
     "recipes": recipes.attempts,
     "disk": disk.attempts,
+    "code": code.attempts,
 }
 
 

@@ -78,7 +78,7 @@ def fuzzed_recipe(good: Good, rng: random.Random) -> tuple[list[str], list[str],
             + rng.choice(["\t", "{", ":", "!!python/object:os.system", "&a *a", "\x00"])
             + text[place_at:]
         )
-        names.append("recipe")
+        names.append("")  # whatever it says: the text itself is broken
     (good.folder / "recipe.yaml").write_text(text)
     command = rng.choice(
         [good.compress(), good.compress(), ["inspect", str(good.folder / "model"), *good.compress()[8:10]]]
@@ -126,7 +126,7 @@ def fuzzed_command(good: Good, rng: random.Random) -> tuple[list[str], list[str]
             if not getattr(option, "is_flag", False) and rng.random() > 0.03:
                 command.append(str(rng.choice(VALUES)))
             recipe_key = RECIPE_OPTIONS[key].key if (key := flag[2:].replace("-", "_")) in RECIPE_OPTIONS else key
-            names += [flag[:-1], recipe_key]
+            names += [flag[:-1], recipe_key, *(["--include-path"] if flag == "--scores" else [])]
         elif way < 0.93 and len(command) > 1:
             taken = command.pop(rng.randrange(1, len(command)))
             names += [taken, "issing", "--", "requires an argument", "unexpected"]
