@@ -18,7 +18,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from evals.scoring.encoding import Encoder
 from search.scores import Split
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import write_text
 
 SEARCH_DIGITS = "02468ace"
@@ -107,7 +107,8 @@ class Subtask:
         for index in range(len(self._docs)) if random_shots else chosen:
             if index not in self._built:
                 doc, digest = self._docs[index]
-                self._built[index] = Document(index, doc, digest, self._requests(doc, index))
+                with reading(f"task {self.name}: its templates cannot render document {index + 1}"):
+                    self._built[index] = Document(index, doc, digest, self._requests(doc, index))
         return [self._built[index] for index in chosen]
 
     def restore(self, folder: Path) -> None:

@@ -20,6 +20,7 @@ from evals.scoring.tasks import ScoredTask, SubtaskDocuments, TaskSet
 from evals.scoring.tree_attention import Plan
 from search.scores import Score
 from supernet.architecture import Architecture
+from supernet.common.errors import reading
 
 BOOTSTRAP_ITERATIONS = 100
 """Resamples behind a bootstrapped standard error: lm-eval's 100,000 say the same within about 7 %."""
@@ -140,7 +141,9 @@ def raw_metrics(
             for document in documents:
                 ordered = sorted(document.instances, key=lambda instance: instance.idx)
                 responses = [instance.filtered_resps[ensemble.name] for instance in ordered]
-                for metric, value in subtask.task.process_results(document.doc, responses).items():
+                with reading(f"task {subtask.task.task_name}: document {document.index + 1} cannot be scored"):
+                    values = subtask.task.process_results(document.doc, responses)
+                for metric, value in values.items():
                     raw[metric, ensemble.name].append(value)
     finally:
         for instance in instances:

@@ -129,7 +129,7 @@ def fuzzed_command(good: Good, rng: random.Random) -> tuple[list[str], list[str]
             names += [flag[:-1], recipe_key, *(["--include-path"] if flag == "--scores" else [])]
         elif way < 0.93 and len(command) > 1:
             taken = command.pop(rng.randrange(1, len(command)))
-            names += [taken, "issing", "--", "requires an argument", "unexpected"]
+            names += [taken, "issing", "--", "requires an argument", "unexpected", "no such"]
         else:
             extra = str(rng.choice(VALUES))
             command.insert(rng.randrange(1, len(command) + 1), extra)
