@@ -38,7 +38,10 @@ def __getattr__(name: str) -> Any:
 
         return Recipe
     if name == "compress":
-        from compressor.pipeline import compress
+        from compressor.quiet import quiet_libraries
+
+        with quiet_libraries():  # some warn as soon as they are imported
+            from compressor.pipeline import compress
 
         return compress
     raise AttributeError(f"module 'compressor' has no attribute '{name}'")

@@ -15,6 +15,7 @@ from compressor.checks import check, check_formats, check_group_size, check_targ
 from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.local_paths import remembered
+from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages import comparing, exporting, finetuning, searching
@@ -92,6 +93,7 @@ def check_alone() -> None:
         )
 
 
+@quiet_libraries()
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
     """The whole job; returns what report.json holds."""
     check_alone()

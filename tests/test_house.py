@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -50,6 +51,15 @@ def test_no_circle_of_files() -> None:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(f"these import one another in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_architecture_names_every_room(floor: str) -> None:
+    """The row of a package in docs/architecture.md names the files and folders that are directly in it."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{floor}/` |"))
+    rooms = {path.stem for path in (ROOT / floor).iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__"} <= set(re.findall(r"\w+", row))
 
 
 def test_search_needs_no_torch() -> None:

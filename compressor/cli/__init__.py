@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from compressor.cli.report import report
 from compressor.cli.search import search
 from compressor.cli.speed_table import speed_table
 from compressor.cli.verify import verify
+from compressor.quiet import quiet_libraries
 from supernet.common.errors import RequestError, VerificationError, out_of_space
 from supernet.common.progress import console
 
@@ -64,12 +64,13 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """The entry point: run a command and turn whatever goes wrong into one line and an exit status."""
+    """The entry point of the command `compressor`."""
     sys.exit(run(sys.argv[1:]))
 
 
+@quiet_libraries()
 def run(arguments: list[str]) -> int:
-    _quiet_libraries()
+    """Run a command and return the exit status; whatever goes wrong is printed as one line."""
     try:
         status = app(arguments or ["--help"], standalone_mode=False)
         if status != INTERRUPTED:  # what typer makes of Ctrl-C
@@ -118,17 +119,3 @@ def _fail(status: int, line: str) -> int:
     with contextlib.suppress(OSError):  # nobody reads any more: the status still says it
         console.print(f"error: {printable}", markup=False, soft_wrap=True, style="red")
     return status
-
-
-def _quiet_libraries() -> None:
-    """Keep libraries' chatter off the terminal and idle threads from spinning. Before they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # Threads that spin while they wait slow a second process on the same cores down many times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for name in ("torchao", "torch.utils._pytree", "datasets", "lm_eval", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)

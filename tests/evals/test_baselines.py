@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
 from evals.baselines.depth import angular_distance, loss_without, residuals
@@ -21,23 +21,16 @@ from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.importance import activation
 from supernet.ordering import output_projections
+from tests.support import tiny
 from tests.support.tiny_families import assert_close, tiny_network
 
-SIZES = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 IDS = torch.randint(67, (4, 16), generator=torch.Generator().manual_seed(3))
 
 
 def llama(seed: int = 0, **sizes: object) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | sizes))).eval()
+    return tiny.llama(
+        seed, **({"vocab_size": 67, "pad_token_id": None, "intermediate_size": 48, "num_hidden_layers": 5} | sizes)
+    )
 
 
 def context_of(
@@ -115,7 +108,7 @@ def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeyp
     model = llama()
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2).shape[0]))
-    monkeypatch.setattr("supernet.device.LOGITS", 8 * SIZES["vocab_size"])
+    monkeypatch.setattr("supernet.device.LOGITS", 8 * model.config.vocab_size)
     supernet = SuperNetwork(model)
     residuals(supernet, IDS)
     moments(supernet, output_projections(supernet), (IDS,))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from evals.speed import measured as timing
 from evals.speed.measured import Speed, compare_speed, speed_beside
@@ -26,11 +26,6 @@ from tests.support import ROOT, tiny
 
 def structure(**sizes: object) -> Structure:
     return describe(LlamaConfig(**tiny.SIZES | sizes))
-
-
-def llama(**sizes: object) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**tiny.SIZES | sizes)).eval()
 
 
 def true_seconds(architecture: Architecture) -> float:
@@ -111,7 +106,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
-    supernet = SuperNetwork(llama())
+    supernet = SuperNetwork(tiny.llama())
     built: list[Architecture] = []
     steps: list[int] = []
 
@@ -135,7 +130,7 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
 
 
 def test_speeds_are_measured_side_by_side() -> None:
-    models = {str(n): llama(num_hidden_layers=n) for n in (1, 2)}
+    models = {str(n): tiny.llama(num_hidden_layers=n) for n in (1, 2)}
     order: list[str] = []
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -150,7 +145,7 @@ def test_speeds_are_measured_side_by_side() -> None:
 
 
 def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, other, base = llama(), llama(), llama()
+    network, other, base = tiny.llama(), tiny.llama(), tiny.llama()
     speed, known = speed_beside(network, base, prompt=8, new=3, repeats=1)
     assert speed.decode_tps > 0 and known.prompt == 8
 
@@ -168,7 +163,7 @@ def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: 
 
 
 def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
-    model = llama()
+    model = tiny.llama()
     weights = 4 * sum(p.numel() for p in model.parameters())
     small = compare_speed({"": model}, prompt=4, new=2, repeats=1)[""].peak_memory_bytes
     large = compare_speed({"": model}, prompt=32, new=2, repeats=1)[""].peak_memory_bytes
@@ -176,5 +171,5 @@ def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
 
 
 def test_a_workload_is_cut_to_the_context() -> None:
-    speed = compare_speed({"": llama()}, repeats=1)[""]
+    speed = compare_speed({"": tiny.llama()}, repeats=1)[""]
     assert speed.prompt == 32 and speed.new == 32

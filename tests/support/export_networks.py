@@ -1,4 +1,4 @@
-"""Tiny networks, a tiny tokenizer and tiny packages of them for the tests of packages."""
+"""Tiny packages, and the network and tokenizer that are in them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from export.layouts.table import write_layout
 from export.package_record import RECORD, PackageRecord
@@ -19,6 +19,7 @@ from export.shards import FileRecord
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 from supernet.slicing import extract
+from tests.support import tiny
 
 TEXTS = [
     "Anna gave the red ball to Tom, and Tom gave it back.",
@@ -28,39 +29,30 @@ TEXTS = [
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
+# A layer of each kind that an uneven package can have, widths that groups of 32 (INT4) divide, a head of its own.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
+
+
 def tiny_tokenizer(texts: list[str] = TEXTS * 3) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=64
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    """The byte tokenizer with what packages must carry: merges, a marker before every text, and a chat template."""
+    tokenizer = tiny.byte_tokenizer().train_new_from_iterator(texts, SIZES["vocab_size"], show_progress=False)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def tiny_llama(**sizes: object) -> LlamaForCausalLM:
-    """Random, but far from uniform: its next-token distributions have an opinion."""
-    torch.manual_seed(0)
-    values = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**values | sizes)).eval()
+    """The tiny Llama in the sizes above, far from uniform: its next-token distributions have an opinion."""
+    model = tiny.llama(**(SIZES | sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.08 * torch.randn_like(parameter))

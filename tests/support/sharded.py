@@ -9,11 +9,10 @@ import copy
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from supernet.activation import SuperNetwork
 from supernet.training import supernet_training as elastic
@@ -53,8 +52,7 @@ def main(folder: Path) -> None:
         tiny.data(folder / "data.jsonl")
     accelerator.wait_for_everyone()
     blocks = pack(str(folder / "data.jsonl"), tiny.byte_tokenizer(), 16)
-    torch.manual_seed(0)
-    start = LlamaForCausalLM(LlamaConfig(**tiny.SIZES))
+    start = tiny.llama().train()
 
     def keep(name: str, network: LlamaForCausalLM) -> None:
         tensors = {name: full_tensor(value.detach()).clone() for name, value in network.named_parameters()}

@@ -1,4 +1,7 @@
-"""A tiny checkpoint, data and task for tests of the whole tool: made in a moment, random, and complete."""
+"""The tiny Llama, tokenizer, data and task of all tests: made in a moment, random, and complete.
+
+`export_networks` makes both a little larger for tests of packages; `tiny_families` has one network of each family.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {
@@ -33,19 +36,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     vocab |= {"<s>": 256, "</s>": 257, "<pad>": 258}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers.decoders import ByteLevel
-
-    tokenizer.decoder = ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
     )
 
 
-def checkpoint(folder: Path, seed: int = 0, **sizes: object) -> Path:
-    """A random Llama with a byte tokenizer, saved as a Hugging Face checkpoint."""
+def llama(seed: int = 0, **sizes: object) -> LlamaForCausalLM:
+    """A random Llama, in evaluation mode."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(SIZES | sizes)))
-    model.save_pretrained(folder)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | sizes))).eval()
+
+
+def checkpoint(folder: Path, seed: int = 0, **sizes: object) -> Path:
+    """The random Llama with the byte tokenizer, saved as a Hugging Face checkpoint."""
+    llama(seed, **sizes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
