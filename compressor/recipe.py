@@ -231,7 +231,7 @@ class Repair(Section):
     enabled: bool = False
     """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence."""
     tokens: int = Field(default=16384, ge=256)
-    """Tokens of the data that projections are fitted to; more than the FFN width, better ten times as many."""
+    """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
     memory: str = "1GiB"
     """Bytes of repaired weights that a search keeps, such as `1GiB`, and as much of what they are made from; those
     dropped are made again."""

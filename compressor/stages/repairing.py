@@ -37,8 +37,9 @@ def searched_weights(job: Job) -> str:
 
 
 def calibration_text(job: Job) -> list[Tensor]:
-    """Token ids of the first training blocks, [rows, length] each."""
-    training, _ = training_blocks(job, job.recipe.repair.tokens).split()
+    """Token ids of the first blocks of what the fine-tuning trains on, [rows, length] each: as many as the recipe says
+    or as there are, and none of those that held-out losses are measured on."""
+    training, _ = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
     rows = max(1, job.recipe.repair.tokens // training.length)
     return [batch.ids for batch in training[:rows].to(job.device).split(BATCH)]
 
