@@ -230,6 +230,23 @@ class Healing(Section):
     """Peak learning rate. Unset: 0.2 / residual width."""
 
 
+class Repair(Section):
+    """Output projections of cut half-blocks refitted by least squares, without training."""
+
+    enabled: bool = False
+    """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence."""
+    tokens: int = Field(default=16384, ge=256)
+    """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
+    memory: str = "1GiB"
+    """Bytes of repaired weights that a search keeps, such as `1GiB`, and as much of what they are made from; those
+    dropped are made again."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> Repair:
+        parse_bytes(self.memory)
+        return self
+
+
 class Quantizing(Section):
     """Quantized packages beside the unquantized one."""
 
@@ -269,6 +286,7 @@ class Recipe(Section):
     targets: Targets = Field(default_factory=Targets)
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
+    repair: Repair = Field(default_factory=Repair)
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])

@@ -6,7 +6,8 @@ parameter stays registered under its name and gets the gradients of its views; o
 only that one. The full network has no shadows: it is the original model, bit for bit and at no cost. Where a parameter
 is fused (query, key and value in one), its part is a copy, made by every activation.
 
-Prefixes are useful once neurons and heads are ordered by importance (`supernet.ordering`).
+Prefixes are useful once neurons and heads are ordered by importance (`supernet.ordering`). Where a provider of
+variants is used (`SuperNetwork.use`), what it has stands in the place of the prefix.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from supernet.families import Family, describe, family_of
+from supernet.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -144,6 +146,7 @@ class _Layer:
             _Block("mlp", family.mlp, family.mlp_norms, removed_mlp, ("hidden", "ffn", "experts")),
         )
         self.blocks = {block.half: block for block in halves if block.half not in full.skip}
+        self.parameters: list[tuple[str, nn.Module, str, bool]] = []  # name, module, name there, elastic within layers
         self.attention = module._modules.get(family.attention)
         self._has_groups = hasattr(self.attention, "num_key_value_groups")
         # By name; dense layers among experts lack some. The layer itself, named "", is left out.
@@ -158,6 +161,15 @@ class _Layer:
         self._experts_per_token = structure.experts_per_token
         self._reads_config = parts.get(family.reads_config) if "attention" in self.blocks else None
         self._query_setting = family.settings["query"]
+
+    def show_variants(self, sizes: LayerSizes, variants: Variants) -> None:
+        """Shadow by its variant every parameter that has one in a layer of `sizes`. After `activate`, which knows of
+        none; a parameter that is elastic in no unit keeps no shadow from there."""
+        for name, module, attribute, elastic in self.parameters:
+            if name in variants.names:
+                variant = variants.tensor(name, sizes)
+                if variant is not None or not elastic:
+                    _shadow(module, attribute, variant)
 
     def activate(self, sizes: LayerSizes, hidden_size: int, config: PreTrainedConfig) -> None:
         """Reduce the layer to `sizes` in a residual stream of `hidden_size`; `config` is the full network's."""
@@ -204,6 +216,7 @@ class SuperNetwork:
         self.structure = structure or describe(model.config)
         self.base = self.structure.base
         self.current = self.base
+        self.variants: Variants | None = None
         path, _, self._layers_name = self.family.layers.rpartition(".")
         self._decoder = model.get_submodule(path)
         self._layers = [
@@ -215,7 +228,10 @@ class SuperNetwork:
             units = {unit for axis in tensor.axes for unit, _ in axis.blocks}
             module_name, _, attribute = tensor.name.rpartition(".")
             parameter = _ElasticParameter(model.get_submodule(module_name), attribute, tensor.axes)
-            if tensor.layer is not None and tensor.half is not None and units & set(ELASTIC):
+            elastic = tensor.half is not None and bool(units & set(ELASTIC))
+            if tensor.layer is not None:
+                self._layers[tensor.layer].parameters.append((tensor.name, parameter.module, attribute, elastic))
+            if tensor.layer is not None and tensor.half is not None and elastic:
                 self._layers[tensor.layer].blocks[tensor.half].parameters.append(parameter)
             elif "hidden" in units:
                 self._residual.append(parameter)
@@ -238,6 +254,10 @@ class SuperNetwork:
                 layer.activate(sizes, architecture.hidden_size, self.model.config)
         if narrow:
             self._activate_residual(architecture.hidden_size)
+        if self.variants is not None and architecture.hidden_size == self.base.hidden_size:
+            for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
+                if narrow or not sizes == before == layer.full:
+                    layer.show_variants(sizes, self.variants)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):
@@ -254,9 +274,24 @@ class SuperNetwork:
         """The base's decoder layers, also those that are removed in the active sub-network."""
         return [layer.module for layer in self._layers]
 
+    def use(self, variants: Variants | None) -> None:
+        """From here on, what `variants` has stands in the place of prefixes, in the active sub-network too. None: all
+        are prefixes. Outputs of layers that were kept from before must not be used any more."""
+        for layer in self._layers:
+            for _, module, attribute, _ in layer.parameters:
+                _shadow(module, attribute, None)
+        self.variants = variants
+        for index in range(len(self._layers)):
+            self.remake_views(index)
+        if self.current.hidden_size != self.base.hidden_size:
+            self._activate_residual(self.current.hidden_size)
+
     def remake_views(self, index: int) -> None:
         """Activate the current sub-network again in layer `index`, whose parameters have become other tensors."""
-        self._layers[index].activate(self.current.layers[index], self.current.hidden_size, self.model.config)
+        layer, sizes = self._layers[index], self.current.layers[index]
+        layer.activate(sizes, self.current.hidden_size, self.model.config)
+        if self.variants is not None and self.current.hidden_size == self.base.hidden_size:
+            layer.show_variants(sizes, self.variants)
 
     def _activate_residual(self, hidden_size: int) -> None:
         counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)

@@ -16,6 +16,7 @@ from supernet.activation import CACHE_MODES, mixed_cache, mixes_tokens, slice_pa
 from supernet.architecture import Architecture, Half, LayerSizes, Structure, TensorSpec, unit_counts
 from supernet.families import Family, base_architecture, family_of, head_dim
 from supernet.uneven import family_of_standalone, uneven_classes
+from supernet.variants import Variants, variant_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -127,17 +128,23 @@ def build_standalone(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def extract(model: PreTrainedModel, structure: Structure, architecture: Architecture) -> PreTrainedModel:
+def extract(
+    model: PreTrainedModel, structure: Structure, architecture: Architecture, variants: Variants | None = None
+) -> PreTrainedModel:
     """A standalone copy of a sub-network, in evaluation mode, with contiguous weights.
 
-    `model` is the (ordered) super-network's model. Its dtype and device are kept.
+    `model` is the (ordered) super-network's model. Its dtype and device are kept. `variants` say which tensors are not
+    simply parts of its own.
     """
     family = family_of(model.config)
     standalone = build_standalone(standalone_config(model.config, architecture))
     weights: dict[str, Tensor] = {}
     for tensor in structure.tensors:
-        part = sliced(tensor, model.get_parameter(tensor.name).detach(), structure, architecture)
+        full = model.get_parameter(tensor.name).detach()
+        part = sliced(tensor, full, structure, architecture)
         if part is not None:
+            variant = variant_of(variants, tensor, architecture, structure.base)
+            part = part if variant is None else variant.to(full)
             weights[renumbered(tensor.name, family, architecture)] = part.clone(memory_format=torch.contiguous_format)
     standalone.generation_config = copy.deepcopy(model.generation_config)
     return fill(standalone, weights)

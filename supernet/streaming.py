@@ -31,6 +31,7 @@ from supernet.slicing import (
     sliced,
     standalone_config,
 )
+from supernet.variants import Variants, variant_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -59,13 +60,20 @@ class StreamedNetwork:
     """A sub-network of the checkpoint in `folder`; its `model` is on the meta device and has no weights.
 
     `weight` reads one parameter, by its name in the standalone network, and `logits` runs the network. `config` is the
-    checkpoint's. Raises LookupError where tensors in the files have other names than transformers' parameters.
+    checkpoint's. `variants` say which tensors are not simply parts of those in the files. Raises LookupError where
+    tensors in the files have other names than transformers' parameters.
     """
 
     def __init__(
-        self, folder: Path, config: PreTrainedConfig, structure: Structure, architecture: Architecture
+        self,
+        folder: Path,
+        config: PreTrainedConfig,
+        structure: Structure,
+        architecture: Architecture,
+        variants: Variants | None = None,
     ) -> None:
         self._files, self._structure, self._architecture = WeightFiles(folder), structure, architecture
+        self._variants = variants
         present = set(self._files)
         family = family_of(config)
         self._layers = family.layers
@@ -85,11 +93,13 @@ class StreamedNetwork:
         self.model: PreTrainedModel = model.eval()
 
     def weight(self, name: str) -> Tensor:
-        """One parameter as it is stored, contiguous."""
+        """One parameter in the dtype of the files, contiguous."""
         tensor = self._tensors[name]
-        part = sliced(tensor, self._files.read(tensor.name), self._structure, self._architecture)
+        full = self._files.read(tensor.name)
+        part = sliced(tensor, full, self._structure, self._architecture)
         assert part is not None
-        return part.contiguous()
+        variant = variant_of(self._variants, tensor, self._architecture, self._structure.base)
+        return (part if variant is None else variant.to(full)).contiguous()
 
     def built(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The network with its weights, in memory."""

@@ -7,7 +7,7 @@ from compressor.cli.options import Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 
 
-@recipe_options("quantize", "group_size", "formats", "heal_tokens")
+@recipe_options("quantize", "group_size", "formats", "heal_tokens", "repair")
 def export(run: RunFolder, given: Given, json: Json = False) -> None:
     """Slice, heal, quantize, package and prove what was picked."""
     offline_if_run_is_local(run)

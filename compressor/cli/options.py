@@ -50,6 +50,7 @@ RECIPE_OPTIONS = {
     "train_tokens": RecipeOption("finetuning.tokens", int, "tokens for the one fine-tuning (0: none)"),
     "evaluations": RecipeOption("searching.evaluations", int, "sub-networks to measure in the search"),
     "heal_tokens": RecipeOption("healing.tokens", int, "tokens to heal each chosen sub-network with (0: none)"),
+    "repair": RecipeOption("repair.enabled", str, "on or off: refit what was cut by least squares, without training"),
     "limit": RecipeOption("searching.limit", int, "documents per task in the search"),
     "warm_start": RecipeOption(
         "searching.warm_start",

@@ -7,7 +7,7 @@ from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
 from compressor.cli.output import emit
 
 
-@recipe_options("tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers")
+@recipe_options("tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers", "repair")
 def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
     """Search a fine-tuned run.
 

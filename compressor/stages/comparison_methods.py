@@ -18,6 +18,7 @@ from compressor.run import Run
 from compressor.sizing import draw_near
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import choose, measured
+from compressor.stages.repairing import pick_variants, repair_inputs
 from compressor.stages.searching import search
 from evals.baselines import Baseline, Cut, PruningContext, baselines
 from export.report.comparison import OURS
@@ -65,6 +66,7 @@ class SizeComparison:
             "data": self.text.fingerprint,
             "documents": documents_scored(job),
             "seed": job.recipe.seed,
+            **repair_inputs(job),
         }
         return fingerprint(read)
 
@@ -89,8 +91,9 @@ class Method:
 
 
 def ours(contest: SizeComparison, seed: int) -> Cut:
-    architecture = contest.architecture
-    return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+    job, architecture = contest.job, contest.architecture
+    variants = pick_variants(job, architecture, contest.supernet)
+    return extract(contest.supernet.model, job.structure, architecture, variants), architecture
 
 
 def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
@@ -117,7 +120,7 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     if not evaluations:
         raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
     best = choose(plain, evaluations, Target(max_params=math.ceil(contest.parameters * (1 + TOLERANCE)))).architecture
-    return extract(plain.load_supernet().model, job.structure, best), best
+    return extract(plain.load_supernet().model, job.structure, best, pick_variants(plain, best)), best
 
 
 def from_scratch(contest: SizeComparison, seed: int) -> Cut:

@@ -19,6 +19,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
+from compressor.stages.repairing import pick_variants, repair_inputs
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, read_record, update_record
@@ -70,7 +71,7 @@ def export(job: Job) -> list[dict[str, Any]]:
 
 def cut_inputs(job: Job, architecture: str) -> Inputs:
     """Of a sub-network as it is cut out; `architecture` is its key."""
-    return {"weights": job.run.supernet_weights, "architecture": architecture}
+    return {"weights": job.run.supernet_weights, "architecture": architecture} | repair_inputs(job)
 
 
 def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
@@ -179,12 +180,14 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`).
 
     It is cut out of the super-network's files, of which no more than one tensor at a time is in memory. Where nothing
-    is healed it stays a `StreamedNetwork`, which never is in memory as a whole.
+    is healed it stays a `StreamedNetwork`, which never is in memory as a whole. A repair needs the super-network in
+    memory once.
     """
     recipe, run = job.recipe, job.run
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     run.subnets.mkdir(exist_ok=True)
-    cut = StreamedNetwork(run.supernet, job.checkpoint.config, job.structure, architecture)
+    variants = pick_variants(job, architecture)
+    cut = StreamedNetwork(run.supernet, job.checkpoint.config, job.structure, architecture, variants)
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
         "entry": {"name": name, "architecture": architecture.to_dict()},

@@ -10,6 +10,7 @@ from typing import Any
 from compressor.job import Job
 from compressor.recipe import former_names
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
+from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
@@ -55,11 +56,13 @@ def search(job: Job) -> dict[str, Any]:
     job.threads(scoring=True)
     speed = speed_table(job, lambda: job.load_supernet().model)
     objectives, constraints = goals(job, speed.predict)
+    if repair_inputs(job):
+        search_variants(job, job.load_supernet())  # moments are gathered once, before workers want them
     starts = proposals(job)
     # 3. Search.
     with (
         EvaluationStore(run.evaluations) as store,
-        closing(SubnetEvaluator(job, store, manifest["weights"])) as evaluator,
+        closing(SubnetEvaluator(job, store, searched_weights(job))) as evaluator,
         bar("searching", recipe.searching.evaluations or 0) as progress,
     ):
         result = run_searches(job, evaluator, objectives, constraints, starts, SearchProgress(job, progress))
@@ -89,6 +92,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "device": device_name(job.device),
         "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
+        **repair_inputs(job),
     }
 
 

@@ -17,6 +17,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
+from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import (
     HELD_OUT,
     Fidelity,
@@ -65,6 +66,7 @@ class SubnetScorer:
         self.job = job
         job.threads(scoring=True)
         self.supernet = job.load_supernet()
+        self.supernet.use(search_variants(job, self.supernet))
         self.scorer = job.scorer(self.supernet.model)
         self.keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
         self.held_out = HeldOut(job) if any(name in self.keys["full"] for name in HELD_OUT) else None
@@ -136,12 +138,13 @@ def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[flo
     """Held-out loss of sub-networks of the run's super-network, in nats per token: from the store, or else measured
     and recorded."""
     keys = held_out_keys(job, ["held_out_loss"])
-    key, weights = keys["held_out_loss"], job.run.supernet_weights
+    key, weights = keys["held_out_loss"], searched_weights(job)
     with EvaluationStore(job.run.evaluations) as store:
         unknown = [architecture for architecture in architectures if store.get(architecture, weights, key) is None]
         if unknown:
             job.threads(scoring=True)
             supernet, held_out = job.load_supernet(), HeldOut(job)
+            supernet.use(search_variants(job, supernet))
             with bar("held-out loss of the best", len(unknown)) as progress:
                 for architecture in unknown:
                     supernet.activate(architecture)

@@ -11,6 +11,7 @@ from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import sizes_asked_for
+from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
@@ -72,6 +73,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     manifest = job.run.manifest(job.run.supernet) or {}
     text = data_fingerprint(job.recipe.data or "")
     inputs = [manifest["weights"], job.space.to_dict(), text, job.recipe.targets.model_dump()]
+    inputs += [*repair_inputs(job).values()]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
@@ -81,6 +83,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         say(f"{name}: looking for architectures to start from")
         batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
         supernet = job.load_supernet()
+        supernet.use(search_variants(job, supernet))
         path = warm_starts()[name].propose(supernet, variants, batches)
         path += refined(supernet, variants, batches, path, sizes_asked_for(job))
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})

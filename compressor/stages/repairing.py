@@ -1,0 +1,80 @@
+"""Repair in a run: what its search scores sub-networks with, and what a pick is sliced with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.inputs import data_fingerprint, training_blocks
+from compressor.job import Job
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
+from supernet.common.files import fingerprint, replacing
+from supernet.common.formatting import parse_bytes
+from supernet.common.progress import bar, say
+from supernet.moments import gather, layer_file, load_moments, save_moments
+from supernet.repair import RepairedVariants, repair_in_sequence
+from supernet.variants import FixedVariants, Variants
+
+BATCH = 8
+"""Blocks of calibration text in a pass."""
+
+
+def repair_inputs(job: Job) -> dict[str, Any]:
+    """What repaired weights depend on beside the super-network's; empty where repair is off."""
+    if not job.recipe.repair.enabled:
+        return {}
+    text = [data_fingerprint(job.recipe.data or ""), job.recipe.text_key, job.recipe.finetuning.sequence_length]
+    return {"repair": [job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
+
+
+def searched_weights(job: Job) -> str:
+    """Fingerprint of what the search scores: the super-network's weights, and how they are repaired."""
+    weights, repair = job.run.supernet_weights, repair_inputs(job)
+    return fingerprint([weights, repair]) if repair else weights
+
+
+def calibration_text(job: Job) -> list[Tensor]:
+    """Token ids of the first blocks of what the fine-tuning trains on, [rows, length] each: as many as the recipe says
+    or as there are, and none of those that held-out losses are measured on."""
+    training, _ = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
+    rows = max(1, job.recipe.repair.tokens // training.length)
+    return [batch.ids for batch in training[:rows].to(job.device).split(BATCH)]
+
+
+def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
+    """Repaired weights for every sub-network, from moments that are gathered once a run (`moments/`)."""
+    if not repair_inputs(job) or job.recipe.data is None:
+        return None
+    folder, of = job.run.path / "moments", searched_weights(job)
+    if not job.run.whole(folder, of):
+        with job.run.stage(folder, of) as (partial, _), bar("gathering moments", len(supernet.layers)) as progress:
+            for index, moments in gather(supernet, calibration_text(job)):
+                save_moments(moments, layer_file(partial, index), of)
+                progress.advance()
+    memory = parse_bytes(job.recipe.repair.memory)
+    return RepairedVariants(supernet, lambda index: load_moments(layer_file(folder, index), of), memory)
+
+
+def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork | None = None) -> Variants | None:
+    """Weights of one sub-network, repaired in sequence; kept in `repair/`. `supernet` where it is in memory already."""
+    if not repair_inputs(job):
+        return None
+    if job.recipe.data is None:
+        say("warning: repair: no text to fit to (--data); sliced plainly, and all that the removed units said is lost")
+        return None
+    if architecture.hidden_size != job.structure.base.hidden_size:
+        say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
+        return None
+    file = job.run.path / "repair" / f"{architecture.key}-{searched_weights(job)}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        job.threads(scoring=False)
+        supernet = supernet or job.load_supernet()
+        with bar("repairing", len(supernet.layers)) as progress:
+            variants = repair_in_sequence(supernet, architecture, calibration_text(job), progress.advance)
+        with replacing(file) as temporary:
+            save_file({name: tensor.cpu() for name, tensor in variants.tensors.items()}, temporary)
+    return FixedVariants(load_file(file))

@@ -1,0 +1,97 @@
+"""Passes through a decoder one layer at a time, over batches whose hidden states are kept between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from supernet.activation import SuperNetwork, removed_layer
+
+
+class Through(Exception):
+    """Ends the pass of a batch: behind the layer that was asked for, or where a hook has seen what it needs."""
+
+
+class LayerWalk:
+    """A walk from the first layer to the last; several over one super-network may take turns.
+
+    `states` are what the next layer reads, [rows, length, hidden] for each batch of token ids; empty before the first
+    layer. Each step runs one layer of the sub-network that is active then, on the model's own embeddings, masks and
+    positions; the layers before it are not run again. So it needs memory for two sets of states and no more.
+    """
+
+    def __init__(self, supernet: SuperNetwork, batches: Sequence[Tensor]) -> None:
+        self._supernet, self._batches = supernet, batches
+        path, _, self._name = supernet.family.layers.rpartition(".")
+        self._decoder = supernet.model.get_submodule(path)
+        self.states: list[Tensor] = []
+        self.number = 0
+        """The batch that is being run, for hooks."""
+
+    @torch.no_grad()
+    def outputs(self, index: int) -> list[Tensor]:
+        """The outputs of layer `index` for each batch whose pass no hook ends; `states` stay as they are."""
+        outputs: list[Tensor] = []
+
+        def through(hidden: Tensor, *_: object, **__: object) -> Tensor:
+            outputs.append(hidden)
+            raise Through
+
+        def entry(hidden: Tensor, *_: object, **__: object) -> Tensor:
+            return self.states[self.number]
+
+        layers = self._supernet.layers
+        removed = self._supernet.current.layers[index].removed
+        own = removed_layer if removed else layers[index]
+        # A last layer has none behind it: its place is taken by the decoder's norm, which sees what leaves it.
+        walk: list[object] = [removed_layer] * index + [own] + [through] * (len(layers) - 1 - index)
+        if index:
+            walk[index - 1] = entry
+        with self._standing_in(walk), self._last(index, own, outputs):
+            for number, ids in enumerate(self._batches):
+                self.number = number
+                try:
+                    self._decoder(input_ids=ids, use_cache=False)
+                except Through:
+                    continue
+        return outputs
+
+    def step(self, index: int) -> None:
+        """Run layer `index` on `states`, which become its outputs."""
+        self.states = self.outputs(index)
+
+    @contextmanager
+    def _standing_in(self, walk: Sequence[object]) -> Iterator[None]:
+        shadow = self._decoder.__dict__
+        previous = shadow.get(self._name)
+        shadow[self._name] = walk
+        try:
+            yield
+        finally:
+            if previous is None:
+                del shadow[self._name]
+            else:
+                shadow[self._name] = previous
+
+    @contextmanager
+    def _last(self, index: int, own: object, outputs: list[Tensor]) -> Iterator[None]:
+        """Within, what leaves the last layer is kept too."""
+        if index < len(self._supernet.layers) - 1:
+            yield
+            return
+        if not isinstance(own, nn.Module):  # removed: what enters it leaves it
+            outputs += self.states
+            yield
+            return
+
+        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            outputs.append(output if isinstance(output, Tensor) else output[0])
+
+        handle = own.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()

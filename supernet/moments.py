@@ -1,0 +1,288 @@
+"""Second moments of what the output projections of half-blocks read, on calibration text; kept with the run.
+
+They are gathered from the first layer to the last, so that no more than one layer's are in memory. A file holds those
+of one layer, 4 bytes for each pair of inputs, and says which weights they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from supernet.activation import SuperNetwork, slice_parameter
+from supernet.architecture import Axis, Half, LayerSizes, unit_counts
+from supernet.common.errors import RequestError
+from supernet.common.files import replacing
+from supernet.common.progress import say
+from supernet.hooks import Hooks
+from supernet.layer_walk import LayerWalk
+from supernet.ordering import output_projections
+
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Ridges to choose from, as shares of the second moments' mean diagonal."""
+RIDGES_OF_WIDE = (1e-3, 1e-2, 1e-1)
+"""The same where there are more than `WIDE` inputs, since trying one takes a factorisation."""
+WIDE = 4096
+HELD_OUT_ROWS = 4
+"""One row of the calibration text in so many is held out to choose ridges by."""
+JUDGED_OUTPUTS = 256
+"""Outputs of a projection, at most, whose errors judge the ridge for all sizes."""
+JUDGED_SHARES = (0.75, 0.5, 0.25)
+"""Shares of the inputs that are kept where the ridge for all sizes is judged."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The linear module that projects a half-block's units back to the residual."""
+
+    layer: int
+    half: Half
+    name: str
+    """Of the module, in the network."""
+    module: nn.Module
+    axis: Axis
+    """Of its inputs."""
+    transposed: bool
+    """Whether the weight is stored [inputs, outputs] (transformers' Conv1D)."""
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        return f"{self.name}.bias"
+
+    def weight(self) -> Tensor:
+        """The full network's weight in float64, [outputs, inputs]."""
+        weight = cast(Tensor, self.module._parameters["weight"]).detach().double()
+        return weight.T if self.transposed else weight
+
+    def bias(self) -> Tensor | None:
+        """The full network's bias in float64, [outputs]."""
+        bias = self.module._parameters.get("bias")
+        return None if bias is None else bias.detach().double()
+
+    def kept(self, sizes: LayerSizes, full: LayerSizes) -> Tensor:
+        """Indices of the inputs that a layer of `sizes` keeps."""
+        counts, kept = unit_counts(1, full), unit_counts(1, sizes)
+        return slice_parameter(torch.arange(self.axis.size(counts)), (self.axis,), counts, kept)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A refitted weight [outputs, inputs], or bias [outputs], as the module holds it."""
+        held = cast(Tensor, self.module._parameters["weight"])
+        return (weight.T if self.transposed and weight.dim() > 1 else weight).to(held).contiguous()
+
+
+def projections(supernet: SuperNetwork) -> dict[tuple[int, Half], Projection]:
+    """The projection of every half-block that ends in one linear module: all but those of experts and of linear
+    attention."""
+    halves: dict[str, Half] = {"kv": "attention", "ffn": "mlp"}
+    by_half: dict[tuple[int, Half], Projection] = {}
+    for (layer, unit), reader in output_projections(supernet).items():
+        dimension, half = reader.inputs.dimension, halves[unit]
+        assert layer is not None
+        name = reader.spec.name.removesuffix(".weight")
+        axis = reader.spec.axes[dimension]
+        by_half[layer, half] = Projection(layer, half, name, reader.module, axis, dimension == 0)
+    return by_half
+
+
+class Sums:
+    """Sums over tokens, in float64, of inputs x [tokens, inputs], targets t [tokens, outputs], and their products."""
+
+    def __init__(self, inputs: int, outputs: int = 0, device: torch.device | str = "cpu") -> None:
+        self.tokens, self.tt = 0, 0.0
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xt = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.t = torch.zeros(outputs, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, t: Tensor | None = None) -> None:
+        """Add some tokens. Products are taken in float32: of one batch, that is precise enough."""
+        x = x.float()
+        self.tokens += len(x)
+        self.xx += x.T @ x
+        self.x += x.double().sum(0)
+        if t is not None:
+            t = t.float()
+            self.xt += x.T @ t
+            self.t += t.double().sum(0)
+            self.tt += float(t.double().square().sum())
+
+    def __add__(self, other: Sums) -> Sums:
+        both = Sums(0)
+        both.tokens, both.tt = self.tokens + other.tokens, self.tt + other.tt
+        both.xx, both.xt, both.x, both.t = (
+            mine + its for mine, its in ((self.xx, other.xx), (self.xt, other.xt), (self.x, other.x), (self.t, other.t))
+        )
+        return both
+
+    def moments(self, centred: bool) -> tuple[Tensor, Tensor, float]:
+        """E[x xᵀ], E[x tᵀ] and E[|t|²]; with `centred`, of x and t less their means."""
+        n = max(1, self.tokens)
+        xx, xt, tt = self.xx / n, self.xt / n, self.tt / n
+        if centred:
+            x, t = self.x / n, self.t / n
+            xx, xt, tt = xx - torch.outer(x, x), xt - torch.outer(x, t), tt - float(t.square().sum())
+        return xx, xt, tt
+
+
+def is_held_out(tokens: int, length: int, first_row: int) -> Tensor:
+    """Which of the tokens of a batch, in rows of `length`, are held out, [tokens]; its first row is number `first_row`
+    of the text."""
+    rows = first_row + torch.arange(tokens) // length
+    return rows % HELD_OUT_ROWS == HELD_OUT_ROWS - 1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one projection's inputs: E[x xᵀ] [inputs, inputs] and E[x] [inputs] in float32, the tokens that they are of,
+    and the ridge that serves all sizes best (infinite where the plain slice does)."""
+
+    second: Tensor
+    mean: Tensor
+    tokens: int
+    ridge: float
+
+    def of(self, centred: bool) -> Tensor:
+        """Second moments in float64; with `centred`, of the inputs less their means."""
+        second, mean = self.second.double(), self.mean.double()
+        return second - torch.outer(mean, mean) if centred else second
+
+
+def factorised(second: Tensor, ridge: float) -> Tensor:
+    """The lower Cholesky factor of second moments and a ridge, a share of their mean diagonal."""
+    penalty = ridge * second.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.cholesky(second + penalty * torch.eye(len(second), dtype=second.dtype, device=second.device))
+
+
+def prefix_weight(products: Tensor, factor: Tensor, count: int) -> Tensor:
+    """The refitted weight [outputs, count] of the first inputs, from the weight times the factor, and the factor.
+
+    With H = L Lᵀ, W'_K = W H[:, K] H[K, K]⁻¹ = (W L)[:, K] L[K, K]⁻¹: one factorisation serves all prefixes.
+    """
+    return torch.linalg.solve_triangular(factor[:count, :count], products[:, :count], upper=False, left=False)
+
+
+def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> float:
+    """The ridge of the least error on held-out tokens, over three sizes; infinite where the plain slice's is less."""
+    weight = weight[:: max(1, len(weight) // JUDGED_OUTPUTS)]
+    inputs = weight.shape[1]
+    counts = [max(1, round(share * inputs)) for share in JUDGED_SHARES]
+    second, judged = training.moments(centred)[0], held.moments(centred)[0]
+
+    def error(count: int, refitted: Tensor) -> float:
+        gap = weight.clone()
+        gap[:, :count] -= refitted
+        return float(((gap @ judged) * gap).sum())
+
+    sliced = [max(error(count, weight[:, :count]), 1e-300) for count in counts]
+    best, least = math.inf, float(len(counts))
+    for ridge in RIDGES if inputs <= WIDE else RIDGES_OF_WIDE:
+        factor = factorised(second, ridge)
+        products = weight @ factor
+        ratios = [error(n, prefix_weight(products, factor, n)) / s for n, s in zip(counts, sliced, strict=True)]
+        if sum(ratios) < least:
+            best, least = ridge, sum(ratios)
+    return best
+
+
+def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[Half, Moments]]]:
+    """Each layer's moments on token ids [rows, length], first layer first. The full network is active meanwhile.
+
+    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than inputs.
+    """
+    by_half = projections(supernet)
+    walk = LayerWalk(supernet, batches)
+    first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
+    few: list[tuple[int, int]] = []
+    for index in range(len(supernet.layers)):
+        here = {half: p for (layer, half), p in by_half.items() if layer == index}
+        sums: dict[Half, tuple[Sums, Sums]] = {}
+
+        def collect(half: Half, sums: dict[Half, tuple[Sums, Sums]] = sums) -> Callable[..., None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0].detach().flatten(0, -2)
+                if half not in sums:
+                    sums[half] = (Sums(x.shape[1], device=x.device), Sums(x.shape[1], device=x.device))
+                held = is_held_out(len(x), batches[walk.number].shape[1], first_rows[walk.number]).to(x.device)
+                sums[half][0].add(x[~held])
+                sums[half][1].add(x[held])
+
+            return hook
+
+        with Hooks([p.module.register_forward_pre_hook(collect(half)) for half, p in here.items()]):
+            walk.step(index)
+        moments = {half: _moments(here[half], *pair) for half, pair in sums.items()}
+        few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
+        yield index, moments
+    if few:
+        tokens, inputs = max(few, key=lambda pair: pair[1])
+        say(
+            f"warning: repair: {tokens:,} calibration tokens are fewer than the {inputs:,} inputs of {len(few)} "
+            "projections; what is refitted stays nearer to the plain slice (more: repair.tokens)"
+        )
+
+
+def _moments(projection: Projection, training: Sums, held: Sums) -> Moments:
+    both = training + held
+    if not (torch.isfinite(both.xx).all() and torch.isfinite(both.x).all()):
+        raise RequestError(
+            f"repair: what {projection.name} reads is not finite on the calibration text; compute in float32 "
+            "(--dtype float32), or leave repair off (--repair off)"
+        )
+    ridge = math.inf  # nothing to judge by: the plain slice
+    if training.tokens and held.tokens:
+        ridge = choose_ridge(projection.weight(), training, held, projection.bias() is not None)
+    second, _, _ = both.moments(False)
+    return Moments(second.float().cpu(), (both.x / both.tokens).float().cpu(), both.tokens, ridge)
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+def save_moments(moments: Mapping[Half, Moments], file: Path, of: str) -> None:
+    """Write a layer's moments; `of` is the fingerprint of the weights and of the text that they are of."""
+    tensors = {
+        f"{half}.{key}": value for half, m in moments.items() for key, value in (("second", m.second), ("mean", m.mean))
+    }
+    facts = {"of": of} | {f"{half}.tokens": str(m.tokens) for half, m in moments.items()}
+    facts |= {f"{half}.ridge": repr(m.ridge) for half, m in moments.items()}
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, facts)
+
+
+def load_moments(file: Path, of: str) -> dict[Half, Moments]:
+    """A layer's moments from a file of `save_moments`. Raises `RequestError` where they are of something else, or not
+    finite."""
+    halves: tuple[Half, Half] = ("attention", "mlp")
+    try:
+        with safe_open(file, "pt") as stored:
+            facts, names = stored.metadata() or {}, set(stored.keys())
+            if facts.get("of") != of:
+                raise RequestError(f"{file}: moments of other weights or another text; remove {file.parent}")
+            moments: dict[Half, Moments] = {
+                half: Moments(
+                    stored.get_tensor(f"{half}.second"),
+                    stored.get_tensor(f"{half}.mean"),
+                    int(facts[f"{half}.tokens"]),
+                    float(facts[f"{half}.ridge"]),
+                )
+                for half in halves
+                if f"{half}.second" in names
+            }
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RequestError(f"{file}: not moments ({error}); remove {file.parent}") from error
+    if any(not torch.isfinite(m.second).all() or not torch.isfinite(m.mean).all() for m in moments.values()):
+        raise RequestError(f"{file}: its moments are not finite; remove {file.parent}")
+    return moments

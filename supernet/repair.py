@@ -1,0 +1,336 @@
+"""Repair: what was cut is given back by least squares, without training.
+
+A slice of a trained network throws away what the removed neurons and heads said, though those that stay can say most of
+it. So the output projection of a cut half-block is refitted, in closed form, to what the uncut one puts out on
+calibration text. For inputs x with second moments H = E[x xᵀ], kept ones K and weight W [outputs, inputs],
+
+    W'_K = W H[:, K] H[K, K]⁻¹
+
+is the optimum (optimal brain surgery for groups: Kurtić et al., ZipLM, arXiv 2302.04089; Ling et al., SlimGPT, arXiv
+2412.18110; Tang et al., DarwinLM, arXiv 2502.07780, builds its database of block variants so). H + λI stands for H in
+both places, so that a large λ gives the plain slice W_K, and not zero. A projection with a bias is fitted to inputs
+less their means, which the bias then carries (all that FLAP does, An et al., arXiv 2312.11983).
+
+`RepairedVariants` repairs any sub-network from moments of the full network, each half-block for itself: for a search.
+`repair_in_sequence` repairs one, from the first layer to the last, on its own activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture, Half, LayerSizes
+from supernet.hooks import Hooks
+from supernet.layer_walk import LayerWalk, Through
+from supernet.moments import (
+    RIDGES,
+    RIDGES_OF_WIDE,
+    WIDE,
+    Moments,
+    Projection,
+    Sums,
+    factorised,
+    is_held_out,
+    prefix_weight,
+    projections,
+)
+from supernet.variants import FixedVariants
+
+Key = tuple[object, ...]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """What all prefixes of one order of a projection's inputs are made from (`prefix_weight`)."""
+
+    order: Tensor
+    products: Tensor
+    lower: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.products.nbytes + self.lower.nbytes
+
+
+@dataclass(frozen=True)
+class _Repaired:
+    """A refitted projection as its module holds it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+class RepairedVariants:
+    """Repaired output projections for every size of a super-network, made when they are first asked for.
+
+    `load` gives a layer's moments. What was made is kept within `memory` bytes, and made again where it was dropped; so
+    are the factorisations, in as much again, of which one serves all sizes with the same query heads in each group.
+    Removed half-blocks are not compensated for.
+    """
+
+    def __init__(self, supernet: SuperNetwork, load: Callable[[int], Mapping[Half, Moments]], memory: int) -> None:
+        self._full, self._load = supernet.base.layers, load
+        self._by_name: dict[str, Projection] = {}
+        for projection in projections(supernet).values():
+            self._by_name[projection.weight_name] = projection
+            if projection.bias() is not None:
+                self._by_name[projection.bias_name] = projection
+        self._made: _Kept[_Repaired | None] = _Kept(memory)
+        self._factors: _Kept[_Factor] = _Kept(memory)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._by_name.keys()
+
+    def tensor(self, name: str, kept: LayerSizes) -> Tensor | None:
+        projection = self._by_name[name]
+        full = self._full[projection.layer]
+        units = _units(projection.half, kept)
+        if units == _units(projection.half, full) or not units[0]:
+            return None
+        key = (projection.layer, projection.half, *units)
+        if key in self._made:
+            made = self._made[key]
+        else:
+            made = self._make(projection, kept)
+            self._made.put(key, made, 0 if made is None else made.bytes)
+        if made is None:
+            return None
+        return made.weight if name == projection.weight_name else made.bias
+
+    def _make(self, projection: Projection, kept: LayerSizes) -> _Repaired | None:
+        """The refitted projection of a layer of these sizes; None where the plain slice is better."""
+        moments = self._load(projection.layer)[projection.half]
+        if math.isinf(moments.ridge):
+            return None
+        bias = projection.bias()
+        chosen = projection.kept(kept, self._full[projection.layer])
+        factor = self._factor(projection, kept, moments, bias is not None)
+        weight = prefix_weight(factor.products, factor.lower, len(chosen))
+        new_bias = None
+        if bias is not None:
+            mean = moments.mean.double().to(bias.device)
+            new_bias = projection.stored(bias + projection.weight() @ mean - weight.to(bias.device) @ mean[chosen])
+        return _Repaired(projection.stored(weight), new_bias)
+
+    def _factor(self, projection: Projection, kept: LayerSizes, moments: Moments, centred: bool) -> _Factor:
+        """Of the inputs in the order in which sizes with as many query heads in a group keep them, then the others."""
+        full = self._full[projection.layer]
+        heads = 0
+        if projection.half == "attention":
+            heads = kept.num_attention_heads // kept.num_key_value_heads
+            widest = LayerSizes(heads * full.num_key_value_heads, full.num_key_value_heads, full.intermediate_size)
+        else:
+            widest = full
+        key = (projection.layer, projection.half, heads)
+        if key not in self._factors:
+            first = projection.kept(widest, full)
+            last = torch.ones(len(moments.mean), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
+            order = torch.cat([first, last])
+            lower = factorised(moments.of(centred)[order][:, order], moments.ridge)
+            factor = _Factor(order, projection.weight().cpu()[:, order] @ lower, lower)
+            self._factors.put(key, factor, factor.bytes)
+            return factor
+        return self._factors[key]
+
+
+def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:
+    """How many units of each kind a half-block keeps; the first number is 0 where it is removed."""
+    if half == "attention":
+        return sizes.num_key_value_heads, sizes.num_attention_heads
+    return (sizes.intermediate_size,)
+
+
+class _Kept(OrderedDict[Key, Value]):
+    """Values within a number of bytes; the one used longest ago is dropped first."""
+
+    def __init__(self, memory: int) -> None:
+        super().__init__()
+        self._memory, self._held = memory, 0
+        self._bytes: dict[Key, int] = {}
+
+    def __getitem__(self, key: Key) -> Value:
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+    def put(self, key: Key, value: Value, size: int) -> None:
+        """Keep a value of so many bytes, unless it alone is too large."""
+        if size > self._memory:
+            return
+        self[key] = value
+        self._bytes[key], self._held = size, self._held + size
+        while self._held > self._memory:
+            dropped, _ = self.popitem(last=False)
+            self._held -= self._bytes.pop(dropped)
+
+
+def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Tensor, float]:
+    """The weight W [outputs, inputs] of least E|t - W x|² + λ|W - start|², and λ as a share of the moments' mean
+    diagonal: of several, the one of the least held-out error. The weight is `start`, and λ infinite, where no other is
+    better."""
+    judged, second = held.moments(centred), training.moments(centred)
+
+    def solved(xx: Tensor, xt: Tensor, ridge: float) -> Tensor:
+        return start + torch.cholesky_solve(xt - xx @ start.T, factorised(xx, ridge)).T
+
+    def error(weight: Tensor) -> float:
+        xx, xt, tt = judged
+        return tt - 2 * float((weight.T * xt).sum()) + float(((weight @ xx) * weight).sum())
+
+    best, least = math.inf, error(start)
+    for ridge in RIDGES if start.shape[1] <= WIDE else RIDGES_OF_WIDE:
+        if (found := error(solved(*second[:2], ridge))) < least:
+            best, least = ridge, found
+    if math.isinf(best):
+        return start, best
+    return solved(*(training + held).moments(centred)[:2], best), best
+
+
+def repair_in_sequence(
+    supernet: SuperNetwork,
+    architecture: Architecture,
+    batches: Sequence[Tensor],
+    progress: Callable[[], object] = lambda: None,
+) -> FixedVariants:
+    """Variants of every output projection of `architecture`, fitted from the first layer to the last on the activations
+    of the network as cut and repaired so far, so that later layers mend what earlier ones lost.
+
+    A projection's target is what brings the residual stream behind it back to the uncut network's: the uncut output,
+    and all that the residual lacks in front of it, of removed half-blocks too. Where a family norms what it adds to the
+    residual, the target is the uncut output alone. `batches` are token ids, [rows, length] each. `progress` is called
+    after each layer. The network needs memory once. Raises ValueError for another residual width than the base's.
+    """
+    if architecture.hidden_size != supernet.base.hidden_size:
+        raise ValueError("another residual width cannot be repaired")
+    before, previous = supernet.current, supernet.variants
+    sequence = _Sequence(supernet, architecture, batches)
+    try:
+        for index in range(len(supernet.layers)):
+            sequence.repair(index)
+            progress()
+    finally:
+        supernet.use(None)
+        supernet.activate(before)
+        supernet.use(previous)
+    return sequence.variants
+
+
+class _Sequence:
+    """The two walks of a repair in sequence, of the whole network and of the cut one, and what was repaired so far."""
+
+    def __init__(self, supernet: SuperNetwork, architecture: Architecture, batches: Sequence[Tensor]) -> None:
+        self.supernet, self.architecture, self.batches = supernet, architecture, batches
+        self.tensors: dict[str, Tensor] = {}
+        self.variants = FixedVariants(self.tensors)
+        self.whole, self.cut = LayerWalk(supernet, batches), LayerWalk(supernet, batches)
+        self.first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
+        self._show(whole=True)
+        self.scale = residual_scale(supernet, batches[0][:1])
+        self._projections = projections(supernet)
+
+    def repair(self, index: int) -> None:
+        """Repair the half-blocks that layer `index` keeps, and take both walks through it."""
+        here = {half: p for (layer, half), p in self._projections.items() if layer == index}
+        # 1. The whole network's layer.
+        self._show(whole=True)
+        spoken: dict[Half, list[Tensor]] = {half: [] for half in here}
+
+        def listen(half: Half) -> Callable[..., None]:
+            return lambda _, __, output: spoken[half].append(output.flatten(0, -2))
+
+        with Hooks([p.module.register_forward_hook(listen(half)) for half, p in here.items()]):
+            outputs = self.whole.outputs(index)
+        # 2. The half-blocks of the cut one, the second with the first as repaired.
+        self._show(whole=False)
+        for half, projection in here.items():
+            if half not in self.architecture.layers[index].skip:
+                self._repair(projection, spoken[half], outputs)
+                self.supernet.use(self.variants)
+        # 3. What the next layer reads.
+        self.cut.step(index)
+        self.whole.states = outputs
+
+    def _repair(self, projection: Projection, spoken: list[Tensor], outputs: list[Tensor]) -> None:
+        """Refit one projection of the cut network. `spoken` [tokens, hidden] is what the uncut one puts out for each
+        batch, `outputs` what leaves the whole network's layer."""
+        index, half, scale = projection.layer, projection.half, self.scale
+        base = self.supernet.base.layers[index]
+        kept = projection.kept(self.architecture.layers[index], base)
+        start = projection.weight()[:, kept.to(spoken[0].device)]
+        ends = half == "attention" or scale is None  # no need of what comes behind the projection
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def look(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((inputs[0].flatten(0, -2), output.flatten(0, -2)))
+            if ends:
+                raise Through
+
+        with Hooks([projection.module.register_forward_hook(look)]):
+            behind = self.cut.outputs(index)
+        outs, ins = start.shape
+        training, held_out = Sums(ins, outs, start.device), Sums(ins, outs, start.device)
+        for n, ((x, own), target) in enumerate(zip(seen, spoken, strict=True)):
+            if scale is not None and half == "mlp":
+                target = own + (outputs[n] - behind[n]).flatten(0, -2) / scale
+            elif scale is not None and index:
+                target = target + (self.whole.states[n] - self.cut.states[n]).flatten(0, -2) / scale
+            held = is_held_out(len(x), self.batches[n].shape[1], self.first_rows[n]).to(x.device)
+            training.add(x[~held], target[~held])
+            held_out.add(x[held], target[held])
+        if not (training.tokens and held_out.tokens):
+            return
+        biased = projection.bias() is not None
+        weight, ridge = refit(start, training, held_out, biased)
+        if math.isinf(ridge):
+            return
+        self.tensors[projection.weight_name] = projection.stored(weight)
+        if biased:
+            both = training + held_out
+            self.tensors[projection.bias_name] = projection.stored((both.t - weight @ both.x) / both.tokens)
+
+    def _show(self, *, whole: bool) -> None:
+        self.supernet.use(None if whole else self.variants)
+        self.supernet.activate(self.supernet.base if whole else self.architecture)
+
+
+@torch.no_grad()
+def residual_scale(supernet: SuperNetwork, ids: Tensor) -> float | None:
+    """What the outputs of half-blocks are multiplied by when they are added to the residual stream; None where they are
+    not simply added, as in families with a norm behind them. Asked of one pass of the first layer with both."""
+    scale = float(getattr(supernet.model.config, "residual_multiplier", 1.0))
+    index = next((i for i, full in enumerate(supernet.base.layers) if not full.skip), None)
+    if index is None:
+        return None
+    layer, added = supernet.layers[index], []
+
+    def first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return value if isinstance(value, Tensor) else value[0]
+
+    def add(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        added.append(first(output).flatten(0, -2))
+
+    ends: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        ends.extend([inputs[0].flatten(0, -2), first(output).flatten(0, -2)])
+
+    halves = [layer.get_submodule(supernet.family.attention), layer.get_submodule(supernet.family.mlp)]
+    with Hooks([*(half.register_forward_hook(add) for half in halves), layer.register_forward_hook(keep)]):
+        walk = LayerWalk(supernet, [ids])
+        for number in range(index + 1):
+            walk.step(number)
+    gap = ends[1] - ends[0] - scale * sum(added)
+    return scale if float(gap.abs().max()) <= 0.01 * float((ends[1] - ends[0]).abs().max()) else None

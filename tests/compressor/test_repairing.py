@@ -1,0 +1,80 @@
+"""A whole run with repair: what the search scored, what a pick ships, and what is done again when it is switched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compressor.cli import run
+from compressor.job import Job
+from compressor.run import Run
+from compressor.stages.repairing import pick_variants, repair_inputs, search_variants, searched_weights
+from supernet.architecture import Architecture
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with repair, with nothing trained or healed."""
+    path = tmp_path_factory.mktemp("repair")
+    tiny.checkpoint(path / "base")
+    tiny.data(path / "data.jsonl", 400)
+    tiny.task(path / "tasks")
+    arguments = ["compress", str(path / "base"), "--data", str(path / "data.jsonl"), "--output", str(path / "run")]
+    arguments += ["--tasks", "tiny_choice", "--include-path", str(path / "tasks"), "--max-params", "0.8"]
+    arguments += ["--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "8", "--repair", "on"]
+    recipe = path / "recipe.yaml"
+    recipe.write_text("finetuning: {sequence_length: 32}\nrepair: {tokens: 1024}\nsearching: {population: 4}\n")
+    assert run([*arguments, "--recipe", str(recipe)]) == 0
+    return path / "run"
+
+
+def opened(folder: Path) -> Job:
+    here = Run(folder)
+    return Job(here, here.recipe())
+
+
+def test_a_pick_ships_what_was_repaired_and_is_proved(folder: Path) -> None:
+    job = opened(folder)
+    (pick,) = json.loads((folder / "search" / "picks.json").read_text())
+    architecture = Architecture.from_dict(pick["architecture"])
+    variants = pick_variants(job, architecture)
+    assert variants is not None and len(variants.names) > 0
+    record = json.loads((folder / "packages" / "best" / "compression.json").read_text())
+    assert record["entry"]["verified"]
+    shipped = load_file(folder / "packages" / "best" / "model.safetensors")
+    repaired = load_file(next((folder / "repair").glob("*.safetensors")))
+    held = [tensor for tensor in shipped.values() for one in repaired.values() if torch.equal(tensor, one)]
+    assert len(held) >= len(repaired)
+
+
+def test_what_is_scored_is_named_after_its_repair(folder: Path) -> None:
+    job = opened(folder)
+    assert searched_weights(job) != job.run.supernet_weights
+    moments = sorted(file.name for file in (folder / "moments").glob("*.safetensors"))
+    assert moments == [f"layer-{index:03d}.safetensors" for index in range(3)]
+    before = {file: file.stat().st_mtime_ns for file in (folder / "moments").iterdir()}
+    supernet = job.load_supernet()
+    assert search_variants(job, supernet) is not None
+    assert {file: file.stat().st_mtime_ns for file in (folder / "moments").iterdir()} == before
+    job.recipe.repair.enabled = False
+    assert repair_inputs(job) == {} and search_variants(job, supernet) is None
+    assert searched_weights(job) == job.run.supernet_weights
+
+
+def test_switched_off_the_package_is_made_again(folder: Path) -> None:
+    shipped = load_file(folder / "packages" / "best" / "model.safetensors")
+    assert run(["export", str(folder), "--repair", "off"]) == 0
+    plain = load_file(folder / "packages" / "best" / "model.safetensors")
+    assert shipped.keys() == plain.keys() and any(not torch.equal(shipped[name], plain[name]) for name in shipped)
+
+
+def test_without_text_it_is_sliced_plainly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = opened(folder)
+    job.recipe.repair.enabled, job.recipe.data = True, None
+    assert pick_variants(job, job.structure.base) is None
+    assert "no text to fit to (--data)" in " ".join(capsys.readouterr().err.split())
