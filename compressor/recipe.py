@@ -241,10 +241,11 @@ class Repair(Section):
     """Bytes of repaired weights that a search keeps, such as `1GiB`, and as much of what they are made from; those
     dropped are made again."""
 
-    @model_validator(mode="after")
-    def _readable(self) -> Repair:
-        parse_bytes(self.memory)
-        return self
+    @field_validator("memory")
+    @classmethod
+    def _bytes(cls, size: str) -> str:
+        parse_bytes(size)
+        return size
 
 
 class Quantizing(Section):

@@ -22,7 +22,7 @@ PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
 }
 
 
-def campaign(part: str, seconds: float, seed: int, most: int = 10**9) -> Tally:
+def campaign(part: str, seconds: float, seed: int, most: int) -> Tally:
     """Attempts of one part until the time is over, `most` at the most."""
     tally, began = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
@@ -40,10 +40,11 @@ def main() -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=10**9, help="attempts, where that comes first")
     arguments = parser.parse_args()
     if arguments.part == "disk":
         disk.may_mount()
-    tally = campaign(arguments.part, 60 * arguments.minutes, arguments.seed)
+    tally = campaign(arguments.part, 60 * arguments.minutes, arguments.seed, arguments.most)
     print(f"{arguments.part}: {tally}")
     return 1 if tally.faults else 0
 

@@ -76,15 +76,13 @@ def clock_jumps(rng: random.Random) -> Before:
 
 def attempts(good: Good, scratch: Path, rng: random.Random, tally: Tally) -> Attempts:
     """Kill a command once or twice, run it again, compare."""
-    seconds = undisturbed(good, scratch)
+    seconds: dict[str, float] = {}
     while True:
         name = rng.choice(["compress"] * 6 + list(commands(good)))
-        copy = good.copy(scratch / "copy")
-        if name in ("compress", "finetune", "search"):
-            shutil.rmtree(copy.run)
+        if name not in seconds:
+            seconds[name] = undisturbed(name, good, scratch)
+        copy = prepared(name, good, scratch)
         first, *others = commands(copy)[name]
-        if name == "search":
-            run_apart(commands(copy)["finetune"][0], scratch / "output.txt")
         expected, rows = good.result(), copy.rows()
         how, problem = "", None
         for _ in range(rng.choice([1, 1, 2])):
@@ -105,21 +103,24 @@ def attempts(good: Good, scratch: Path, rng: random.Random, tally: Tally) -> Att
         yield
 
 
-def undisturbed(good: Good, scratch: Path) -> dict[str, float]:
-    """Seconds of each command's first, left alone."""
-    seconds = {}
-    for name in commands(good):
-        copy = good.copy(scratch / "copy")
-        if name in ("compress", "finetune", "search"):
-            shutil.rmtree(copy.run)
-        if name == "search":
-            run_apart(commands(copy)["finetune"][0], scratch / "output.txt")
-        began = time.monotonic()
-        ended = run_apart(commands(copy)[name][0], scratch / "output.txt")
-        assert ended.status == 0, f"{name}: {ended.output}"
-        seconds[name] = time.monotonic() - began
-        shutil.rmtree(copy.folder)
-    return seconds
+def undisturbed(name: str, good: Good, scratch: Path) -> float:
+    """Seconds of the command of this name, left alone."""
+    copy = prepared(name, good, scratch)
+    began = time.monotonic()
+    ended = run_apart(commands(copy)[name][0], scratch / "output.txt")
+    assert ended.status == 0, f"{name}: {ended.output}"
+    shutil.rmtree(copy.folder)
+    return time.monotonic() - began
+
+
+def prepared(name: str, good: Good, scratch: Path) -> Good:
+    """A copy in which the command of this name has its work to do."""
+    copy = good.copy(scratch / "copy")
+    if name in ("compress", "finetune", "search"):
+        shutil.rmtree(copy.run)
+    if name == "search":
+        run_apart(commands(copy)["finetune"][0], scratch / "output.txt")
+    return copy
 
 
 def disturb(command: list[str], seconds: float, output: Path, rng: random.Random) -> tuple[str, Ended]:
