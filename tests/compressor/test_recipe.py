@@ -85,7 +85,7 @@ def test_an_option_into_what_is_no_section_is_one_line(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_bytes(b"\xff\xfe\x00\x89PNG")
-    with pytest.raises(RequestError, match="not valid YAML"):
+    with pytest.raises(RequestError, match="not text in UTF-8"):
         read_recipe(file, {})
 
 

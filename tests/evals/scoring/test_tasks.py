@@ -260,6 +260,6 @@ def test_prompts_are_rendered_once_for_a_run(tmp_path: Path, monkeypatch: pytest
         patch.setattr(ConfigurableTask, "fewshot_context", refuse)
         assert prompts(tmp_path) == first
         write_task(tmp_path, "choice", documents(30), **settings | {"doc_to_text": "{{question}} so"})
-        with pytest.raises(AssertionError, match="rendered again"):
+        with pytest.raises(RequestError, match=r"document \d+ \(rendered again\)"):
             prompts(tmp_path)
     assert prompts(tmp_path) != first
