@@ -1,8 +1,10 @@
 """Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
 
     python -m benchmarks.healing_rate [--checkpoint DIR --data FILE] [--tokens 100000] [--rates 1e-3,3e-3,6e-3]
+        [--repair 0,16384]
 
-A uniform cut to about two thirds of the parameters is taken from the ordered base and healed by distillation.
+A uniform cut to about two thirds of the parameters is taken from the ordered base, repaired in sequence on so many
+tokens (0: sliced plainly), and healed by distillation.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.sizing import uniform_near
+from supernet.repair import repair_in_sequence
 from supernet.slicing import extract
 from supernet.training.loop import History, TrainSettings
 from supernet.training.supernet_training import heal
+from supernet.variants import Variants
 
 
 def main() -> None:
-    own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16"}
+    own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16", "repair": ("0", "calibration tokens")}
     arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
     rates, batches = map(float, arguments.rates.split(",")), map(int, arguments.batches.split(","))
     with temporary_job(arguments.checkpoint, arguments.data) as job:
@@ -34,18 +38,24 @@ def main() -> None:
         full = job.structure.parameters(job.structure.base)
         architecture = uniform_near(job, 0.67 * full)
 
-        def healed(rate: float, batch: int) -> History:
-            network = extract(supernet.model, job.structure, architecture)
+        def variants(tokens: int) -> Variants | None:
+            text = blocks.split()[0][: tokens // blocks.length].split(8)
+            return repair_in_sequence(supernet, architecture, [batch.ids for batch in text]) if tokens else None
+
+        cuts = {tokens: variants(tokens) for tokens in map(int, arguments.repair.split(","))}
+
+        def healed(rate: float, batch: int, tokens: int) -> History:
+            network = extract(supernet.model, job.structure, architecture, cuts[tokens])
             settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed=0)
-            state = job.run.path / f"{rate}-{batch}.safetensors"
+            state = job.run.path / f"{rate}-{batch}-{tokens}.safetensors"
             return heal(network, base, blocks, settings, state=state, accelerator=Accelerator(cpu=True))
 
         print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
-        print_header("rate", "batch", "held-out loss before", "after", "seconds")
-        for rate, batch in product(rates, batches):
-            history, seconds = timed(partial(healed, rate, batch))
+        print_header("repaired on", "rate", "batch", "held-out loss before", "after", "seconds")
+        for tokens, rate, batch in product(cuts, rates, batches):
+            history, seconds = timed(partial(healed, rate, batch, tokens))
             before, after = history.curve[0]["loss"], history.curve[-1]["loss"]
-            print_row(f"{rate:g}", str(batch), f"{before:.3f}", f"{after:.3f}", f"{seconds:.0f}")
+            print_row(f"{tokens:,}", f"{rate:g}", str(batch), f"{before:.3f}", f"{after:.3f}", f"{seconds:.0f}")
 
 
 if __name__ == "__main__":

@@ -137,13 +137,17 @@ def check_formats(job: Job) -> None:
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
-            gguf_checks.check_family(config, {tensor.name for tensor in job.structure.tensors})
+            try:
+                gguf_checks.check_family(config, {tensor.name for tensor in job.structure.tensors})
+                gguf_tokenizer.check_tokenizer(job.tokenizer)
+            except RequestError as error:
+                named = str(error) if "--format" in str(error) else f"--format {layout}: {error}"
+                raise RequestError(named) from error
             if not gguf_checks.holds_uneven(config) and "uniform" not in job.recipe.formats:
                 raise RequestError(
                     f"--format {layout}: llama.cpp holds {config.model_type} networks only where all layers are alike; "
                     f"let one be picked for it: --format uniform,{layout}"
                 )
-            gguf_tokenizer.check_tokenizer(job.tokenizer)
     if job.recipe.quantizing.schemes:
         linear_layers(config, job.recipe.trust_remote_code)
 
