@@ -212,10 +212,10 @@ class Job:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""
         name = self.recipe.speed_table
         assert name is not None
+        if not Path(name).is_file():
+            raise RequestError(f"speed_table: {name}: no such file")
         try:
             table = SpeedTable.load(Path(name))
-        except FileNotFoundError as error:
-            raise RequestError(f"speed_table: {name}: no such file") from error
         except ValueError as error:
             raise RequestError(f"speed_table: {error}") from error
         if not table.fits(self.structure):
