@@ -21,7 +21,7 @@ from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
 from supernet.checkpoint import Checkpoint, open_checkpoint
-from supernet.common.errors import RequestError, unknown
+from supernet.common.errors import RequestError, reading, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.device import pass_tokens
@@ -193,7 +193,8 @@ class Job:
         """The fine-tuned, ordered super-network of this run. Raises `RequestError` if there is none yet."""
         if self.run.manifest(self.run.supernet) is None:
             raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
-        model, info = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
+        with reading(f"{self.run.supernet}: damaged; remove it to fine-tune again"):
+            model, info = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
         check_fit(str(self.run.supernet), info)
         return self.supernet_of(model.to(self.device).eval())
 
@@ -214,10 +215,7 @@ class Job:
         assert name is not None
         if not Path(name).is_file():
             raise RequestError(f"speed_table: {name}: no such file")
-        try:
-            table = SpeedTable.load(Path(name))
-        except ValueError as error:
-            raise RequestError(f"speed_table: {error}") from error
+        table = SpeedTable.load(Path(name))
         if not table.fits(self.structure):
             raise RequestError(
                 f"speed_table: {name}: was measured on a network of other sizes; make one with "

@@ -130,6 +130,8 @@ class Run:
     def log(self, line: str) -> None:
         if not self.writes:
             return
+        if self.log_file.exists() and not self.log_file.is_file():
+            raise RequestError(f"{self.log_file}: not a file that can be written")
         with self.log_file.open("a") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 

@@ -174,34 +174,30 @@ class PackageRecord(Model):
 def read_record(package: Path) -> PackageRecord:
     """What the package in this folder says of itself.
 
-    Raises `RequestError` where the folder is no package, and `VerificationError` that names the wrong key where its
-    record is broken.
+    Raises `RequestError` where the folder is no package, or its record is broken, by the key that is wrong.
     """
     return _validated(package, _read(package))
 
 
 def _read(package: Path) -> dict[str, Any]:
-    """compression.json as it is on disk. Raises `RequestError` where there is none."""
+    """compression.json as it is on disk. Raises `RequestError` where there is none, or something else."""
     file = package / RECORD
     if not package.is_dir():
         raise RequestError(f"{package}: no such folder")
     if not file.exists():
         raise RequestError(f"{package}: not a package of nas-compressor ({RECORD} is missing)")
-    try:
-        data = read_json(file)
-    except RequestError as error:
-        raise VerificationError(str(error)) from None
+    data = read_json(file)
     if not isinstance(data, dict):
-        raise VerificationError(f"{file}: expected a JSON object")
+        raise RequestError(f"{file}: expected a JSON object")
     return data
 
 
 def _validated(package: Path, data: dict[str, Any]) -> PackageRecord:
-    """The record in `data`. Raises `VerificationError` that names the wrong key."""
+    """The record in `data`. Raises `RequestError` that names the wrong key."""
     try:
         return PackageRecord.model_validate({**data, "folder": package})
     except ValidationError as error:
-        raise VerificationError(f"{package / RECORD}: {first_error(error)}") from None
+        raise RequestError(f"{package / RECORD}: {first_error(error)}") from None
 
 
 def write_record(

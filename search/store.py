@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from search.scores import Score, ScoreKey
 from supernet.architecture import Architecture
-from supernet.common.errors import out_of_space
+from supernet.common.errors import RequestError, out_of_space
 
 APPLICATION = 0x4E415343  # "NASC", in the file's header: tells our stores from other SQLite files
 VERSION = 1
@@ -56,8 +56,8 @@ class StoredRow(NamedTuple):
 
 
 class EvaluationStore:
-    """`evaluations.db`. Opening an existing one resumes. Raises ValueError for a file that is damaged, or that another
-    program made.
+    """`evaluations.db`. Opening an existing one resumes. Raises `RequestError` for a file that is damaged, or that
+    another program made.
 
     Usable from several threads, and from several processes that wait for one another's writes.
     """
@@ -68,7 +68,7 @@ class EvaluationStore:
         try:
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise ValueError(f"cannot open the evaluation store {self.path}: {error}") from None
+            raise RequestError(f"cannot open the evaluation store {self.path}: {error}") from None
         try:
             self._open()
         except BaseException:
@@ -89,16 +89,16 @@ class EvaluationStore:
                     self._connection.execute(f"PRAGMA application_id = {APPLICATION}")
                     self._connection.execute(f"PRAGMA user_version = {VERSION}")
                 elif application != APPLICATION:
-                    raise ValueError(f"{self.path} is a database of something else, not an evaluation store")
+                    raise RequestError(f"{self.path} is a database of something else, not an evaluation store")
                 elif version != VERSION:
-                    raise ValueError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
+                    raise RequestError(f"{self.path} has version {version} of the evaluation store; known is {VERSION}")
             (state,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
             if out_of_space(error):
                 raise
-            raise ValueError(f"{self.path} is damaged or no evaluation store: {error}") from None
+            raise RequestError(f"{self.path} is damaged or no evaluation store: {error}") from None
         if state != "ok":
-            raise ValueError(f"{self.path} is damaged: {' '.join(state.split())}")
+            raise RequestError(f"{self.path} is damaged: {' '.join(state.split())}")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class EvaluationStore:
             try:
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.DatabaseError as error:
-                raise ValueError(f"{self.path} is damaged: {error}") from None
+                raise RequestError(f"{self.path} is damaged: {error}") from None
 
     def close(self) -> None:
         """Close the file; everything recorded is already on disk."""

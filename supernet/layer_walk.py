@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork, removed_layer
+from supernet.hooks import Hooks
 
 
 class Through(Exception):
@@ -90,8 +91,5 @@ class LayerWalk:
         def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             outputs.append(output if isinstance(output, Tensor) else output[0])
 
-        handle = own.register_forward_hook(keep)
-        try:
+        with Hooks([own.register_forward_hook(keep)]):
             yield
-        finally:
-            handle.remove()

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork, slice_parameter
 from supernet.architecture import Axis, Half, LayerSizes, unit_counts
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import replacing
 from supernet.common.progress import say
 from supernet.hooks import Hooks
@@ -266,23 +266,20 @@ def load_moments(file: Path, of: str) -> dict[Half, Moments]:
     """A layer's moments from a file of `save_moments`. Raises `RequestError` where they are of something else, or not
     finite."""
     halves: tuple[Half, Half] = ("attention", "mlp")
-    try:
-        with safe_open(file, "pt") as stored:
-            facts, names = stored.metadata() or {}, set(stored.keys())
-            if facts.get("of") != of:
-                raise RequestError(f"{file}: moments of other weights or another text; remove {file.parent}")
-            moments: dict[Half, Moments] = {
-                half: Moments(
-                    stored.get_tensor(f"{half}.second"),
-                    stored.get_tensor(f"{half}.mean"),
-                    int(facts[f"{half}.tokens"]),
-                    float(facts[f"{half}.ridge"]),
-                )
-                for half in halves
-                if f"{half}.second" in names
-            }
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RequestError(f"{file}: not moments ({error}); remove {file.parent}") from error
+    with reading(f"{file}: not moments; remove {file.parent}"), safe_open(file, "pt") as stored:
+        facts, names = stored.metadata() or {}, set(stored.keys())
+        if facts.get("of") != of:
+            raise RequestError(f"{file}: moments of other weights or another text; remove {file.parent}")
+        moments: dict[Half, Moments] = {
+            half: Moments(
+                stored.get_tensor(f"{half}.second"),
+                stored.get_tensor(f"{half}.mean"),
+                int(facts[f"{half}.tokens"]),
+                float(facts[f"{half}.ridge"]),
+            )
+            for half in halves
+            if f"{half}.second" in names
+        }
     if any(not torch.isfinite(m.second).all() or not torch.isfinite(m.mean).all() for m in moments.values()):
         raise RequestError(f"{file}: its moments are not finite; remove {file.parent}")
     return moments

@@ -26,9 +26,10 @@ def check_code(folder: Path) -> bool:
     """
     config = _config(folder)
     mapped = config.get("auto_map")
+    code = sorted(folder.rglob("*.py"))
+    if mapped is None and code:
+        raise VerificationError(f"{code[0]}: a code file that this version does not write")
     if mapped is None:
-        for file in sorted(folder.rglob("*.py")):
-            raise VerificationError(f"{file}: a code file that this version does not write")
         return False
     family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
     if family is None or config["model_type"] == family.model_type or mapped != auto_map(family):

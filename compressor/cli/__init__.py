@@ -36,6 +36,8 @@ from supernet.common.errors import RequestError, VerificationError, out_of_space
 from supernet.common.progress import console
 
 INTERRUPTED = 130
+OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+"""Errors of the system that say what is in the way, by its name."""
 
 COMMANDS = (
     demo,
@@ -92,14 +94,14 @@ def run(arguments: list[str]) -> int:
 
 def _explain(error: Exception) -> int:
     """Conditions of the machine are the user's to mend (2); anything else is ours (1)."""
-    if isinstance(error, BrokenPipeError):  # as in `compressor front RUN | head`
+    if isinstance(error, BrokenPipeError):  # as in `compressor report RUN --json | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 0
     if out_of_space(error):
         place = getattr(error, "filename", None) or "while writing"
         return _fail(2, f"no disk space left ({place}); free some and run again to resume")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return _fail(2, f"{error.filename}: {(error.strerror or 'not allowed').lower()}")
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return _fail(2, f"{error.filename2 or error.filename}: {(error.strerror or 'not allowed').lower()}")
     reason = (str(error).strip().splitlines() or [""])[0]
     return _fail(1, f"a fault of ours: {type(error).__name__}: {reason} ({_keep_traceback()})")
 

@@ -29,8 +29,8 @@ def evaluate(
 
     Ours or not, quantized or not, with the code that the search uses.
     """
-    from compressor.recipe import read_recipe
-    from evals.scoring.evaluate import evaluate as run_evaluation  # imports torch
+    from compressor.recipe import read_recipe  # these import pydantic and torch
+    from evals.scoring.evaluate import evaluate as run_evaluation
 
     read_recipe(None, {"model": path_or_repo} | given)  # refuses values that these options cannot have
     results = run_evaluation(path_or_repo, tasks.split(","), include_path=include_path, limit=limit, **given)

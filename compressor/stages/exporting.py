@@ -22,10 +22,11 @@ from compressor.stages.picking import read_picks
 from compressor.stages.repairing import pick_variants, repair_inputs
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
-from export.package_record import RECORD, read_record, update_record
+from export.package_record import RECORD, check_files, read_record, update_record
 from export.quantization.quantize import quantize_packages
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
+from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import bar, say
 from supernet.common.versions import versions
@@ -167,13 +168,19 @@ def write_packages(
 
 
 def is_proved(folder: Path, inputs: Inputs) -> bool:
-    """Whether this package is there, proved, and was made from the same inputs."""
+    """Whether this package is there and whole, proved, and was made from the same inputs."""
     return is_made_from(folder, inputs) and bool(read_record(folder).entry.verified)
 
 
 def is_made_from(folder: Path, inputs: Inputs) -> bool:
-    """Whether this package is there and was made from the same inputs."""
-    return (folder / RECORD).is_file() and read_record(folder).lineage.inputs == fingerprint(inputs)
+    """Whether this package is there, whole as its record says, and was made from the same inputs."""
+    if not (folder / RECORD).is_file():
+        return False
+    try:
+        return check_files(folder).lineage.inputs == fingerprint(inputs)
+    except (RequestError, VerificationError) as error:
+        say(f"warning: {error}; it is made again")
+        return False
 
 
 def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any]) -> Any:

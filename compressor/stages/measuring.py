@@ -22,11 +22,14 @@ from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
+from export.models import Model
 from export.package_record import PackageRecord, read_record, update_record
 from export.report.card import read_base_card
+from export.report.schema import Base, Sample
 from search.scores import Score
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
+from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
 from supernet.device import device_name
@@ -41,6 +44,22 @@ if TYPE_CHECKING:
 
 LOADABLE = ("uneven", "uniform", "padded")
 """Layouts that transformers loads."""
+
+
+class Measurements(Model):
+    """`packages/base.json`: the base as the report shows it, and what packages say beside it."""
+
+    base: Base
+    conditions: dict[str, str | int | None]
+    """What the measurements depend on beside the networks."""
+    packages: list[str]
+    samples: list[Sample]
+
+    @classmethod
+    def read(cls, file: Path) -> Measurements:
+        """Raises `RequestError` for a file that this version does not write."""
+        with reading(f"{file}: not what this version writes; remove it and export again"):
+            return cls.model_validate(read_json(file))
 
 
 def measure_packages(job: Job, names: list[str]) -> None:
@@ -69,7 +88,7 @@ class PackageMeasurer:
     def __init__(self, job: Job) -> None:
         self.job, self.base = job, cache(job.load_base)
         self.text, self.prompts = unread_text(job), openings(job)
-        self.conditions = {
+        self.conditions: dict[str, str | int | None] = {
             "text": self.text.fingerprint,
             "base": job.base_fingerprint,
             "device": device_name(job.device),
@@ -77,18 +96,19 @@ class PackageMeasurer:
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         }
         self.file = job.run.packages / "base.json"
-        before = read_json(self.file) if self.file.is_file() else {}
-        if before.get("conditions") != self.conditions:
-            before = {}
-        self.speed = Speed.model_validate(before["base"]["speed"]) if before else None
+        before = Measurements.read(self.file) if self.file.exists() else None
+        if before is not None and before.conditions != self.conditions:
+            before = None
+        self.speed = before.base.speed if before else None
         """The base's, beside the first package that was timed."""
-        self.losses: dict[str, float] = {"base": before["base"]["held_out_loss"]} if before else {}
+        loss = before.base.held_out_loss if before else None
+        self.losses: dict[str, float] = {} if loss is None else {"base": loss}
         self.texts: dict[str, dict[str, str]] = {}
         self.scores: dict[str, dict[str, Score]] = {}
         self._earlier_texts: dict[str, dict[str, str]] = {}  # of the last time, by name
-        for row in before.get("samples", []):
-            for name, text in row["continuations"].items():
-                self._earlier_texts.setdefault(name, {})[row["prompt"]] = text
+        for row in before.samples if before else []:
+            for name, text in row.continuations.items():
+                self._earlier_texts.setdefault(name, {})[row.prompt] = text
 
     def measure_base(self, store: EvaluationStore) -> None:
         job = self.job
@@ -140,26 +160,27 @@ class PackageMeasurer:
         return speed
 
     def write(self, names: list[str]) -> None:
-        """`base.json`: the base as the report shows it, and what packages say beside it."""
+        """Write `base.json`."""
         job = self.job
-        base = {
-            "name": Path(job.recipe.model).name,
-            "path": job.given.model,
-            "params": job.structure.parameters(job.structure.base),
-            "bytes": job.checkpoint.weight_bytes,
-            "dtype": str(job.stored_dtype).removeprefix("torch."),
-            "architecture": job.structure.base.to_dict(),
-            "card": read_base_card(job.checkpoint.path).model_dump(),
-            "hub_id": None if Path(job.recipe.model).expanduser().is_dir() else job.given.model,
-            "tasks": dumped(self.scores["base"]),
-            "held_out_loss": self.losses["base"],
-            "speed": self.speed and self.speed.model_dump(),
-        }
+        base = Base(
+            name=Path(job.recipe.model).name,
+            path=job.given.model,
+            params=job.structure.parameters(job.structure.base),
+            bytes=job.checkpoint.weight_bytes,
+            dtype=str(job.stored_dtype).removeprefix("torch."),
+            architecture=job.structure.base,
+            card=read_base_card(job.checkpoint.path),
+            hub_id=None if Path(job.recipe.model).expanduser().is_dir() else job.given.model,
+            tasks=self.scores["base"],
+            held_out_loss=self.losses["base"],
+            speed=self.speed,
+        )
         samples = [
-            {"prompt": prompt, "continuations": {name: texts[prompt] for name, texts in self.texts.items()}}
+            Sample(prompt=prompt, continuations={name: texts[prompt] for name, texts in self.texts.items()})
             for prompt in self.prompts
         ]
-        write_json(self.file, {"base": base, "conditions": self.conditions, "packages": names, "samples": samples})
+        measured = Measurements(base=base, conditions=self.conditions, packages=names, samples=samples)
+        write_json(self.file, measured.model_dump(mode="json"))
 
 
 def unread_text(job: Job) -> Blocks:

@@ -8,6 +8,7 @@ from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
+from compressor.stages.measuring import Measurements
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.subnet_scores import known_scores
 from export.package_record import read_record, write_card
@@ -30,8 +31,8 @@ def report(job: Job) -> dict[str, Any]:
     base_file = run.packages / "base.json"
     if not base_file.is_file():
         raise RequestError(f"{run.path}: nothing was exported yet; run compressor export")
-    exported = read_json(base_file)
-    packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported["packages"]]
+    exported = Measurements.read(base_file)
+    packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.packages]
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
         "model": job.base_fingerprint,
@@ -43,10 +44,10 @@ def report(job: Job) -> dict[str, Any]:
         "schema": 1,
         "versions": versions(),
         "recipe": job.given.model_dump(mode="json") | {"fingerprints": fingerprints},
-        "base": exported["base"],
+        "base": exported.base,
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,
-        "samples": exported["samples"],
+        "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,
     }

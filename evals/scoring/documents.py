@@ -19,7 +19,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from evals.scoring.encoding import Encoder
 from search.scores import Split
 from supernet.common.errors import RequestError, reading
-from supernet.common.files import write_text
+from supernet.common.files import read_json, write_text
 
 SEARCH_DIGITS = "02468ace"
 
@@ -115,7 +115,8 @@ class Subtask:
         """Take prompts from what `keep` wrote, where they would be rendered the same today."""
         file = self._file(folder)
         if file.is_file():
-            self._rendered = {int(index): requests for index, requests in json.loads(file.read_text()).items()}
+            with reading(f"{file}: not what this version writes; remove it"):
+                self._rendered = {int(index): requests for index, requests in read_json(file).items()}
 
     def keep(self, folder: Path) -> None:
         """Write down the prompts rendered so far."""

@@ -5,7 +5,6 @@ torch is imported only where something is measured: a saved `SpeedTable` predict
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 
 from evals.speed.measured import Times, context_of, fitting, runtime_of, time_beside
 from supernet.architecture import Architecture, LayerSizes, Structure
-from supernet.common.files import write_json
+from supernet.common.errors import reading
+from supernet.common.files import read_json, write_json
 from supernet.device import device_name
 
 if TYPE_CHECKING:
@@ -143,15 +143,13 @@ class SpeedTable:
 
     @classmethod
     def load(cls, path: Path) -> SpeedTable:
-        """The table of a speed.json. Raises ValueError for a file that is not a speed table of this schema."""
-        try:
-            values = json.loads(path.read_text())
+        """The table of a speed.json. Raises `RequestError` for a file that is none of this schema."""
+        with reading(f"{path}: not a speed table"):
+            values = read_json(path)
             if values.pop("schema", None) != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             values |= {name: PartTimes(**values[name]) for name in ("prefill", "decode")}
             return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a speed table ({error})") from error
 
     @classmethod
     def measure(

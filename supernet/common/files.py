@@ -14,6 +14,11 @@ from typing import Any
 
 from supernet.common.errors import RequestError
 
+NEW_FILE = 0o666
+UMASK = os.umask(0)
+"""What this process takes away from the mode of a new file; it can only be asked for by setting it."""
+os.umask(UMASK)
+
 
 def fingerprint(value: object) -> str:
     """16 hexadecimal digits of a JSON value; parts that are not JSON count by their text."""
@@ -61,28 +66,25 @@ def _runs(process: int) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, whose file is renamed to `path` when the block ends without an error.
+    """A temporary name beside `path`, whose file is renamed to `path` when the block ends without an error. It has the
+    mode of any new file, whoever writes it.
 
     Readers never see an incomplete file, and a kill at any moment leaves the old file or the new one.
     """
     temporary = temporary_name(path, "tmp")
     try:
         yield temporary
+        temporary.chmod(NEW_FILE & ~UMASK)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-UMASK = os.umask(0)
-"""What this process takes away from the modes of new files; it can only be asked for by setting it."""
-os.umask(UMASK)
 
 
 def follow_umask(folder: Path) -> None:
     """Give the files in a folder the mode of any new file; safetensors lets only their owner read those it writes."""
     for file in folder.iterdir():
         if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~UMASK)
+            file.chmod(NEW_FILE & ~UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,8 +109,10 @@ def read_json(path: Path) -> Any:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8. Raises `RequestError` for other encodings, and FileNotFoundError.
 
-    Folders and pipes, at which one waits for ever, are refused too.
+    Folders, pipes, at which one waits for ever, and links to nothing are refused too.
     """
+    if path.is_symlink() and not path.exists():
+        raise RequestError(f"{path}: a link to nothing")
     if path.exists() and not path.is_file():
         raise RequestError(f"{path}: not a file that can be read")
     try:

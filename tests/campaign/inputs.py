@@ -67,7 +67,8 @@ def a_pipe(file: Path, rng: random.Random) -> str:
 
 
 def another_file(file: Path, rng: random.Random) -> str:
-    other = rng.choice([other for other in sorted(file.parent.iterdir()) if other.is_file() and other != file])
+    others = [other for other in sorted(file.parents[1].rglob("*")) if other.is_file() and other != file]
+    other = rng.choice(others)
     shutil.copyfile(other, file)
     return f"replaced by {other.name}"
 
@@ -140,7 +141,6 @@ def tensor_changed(file: Path, rng: random.Random) -> str:
 
 
 CHECKPOINT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
-RUN_FILES = ("recipe.yaml", "paths.json", "report.json", "search/front.json", "picks.json", "supernet/manifest.json")
 
 
 def targets(good: Good, rng: random.Random) -> tuple[Path, list[str]]:
@@ -161,10 +161,15 @@ def targets(good: Good, rng: random.Random) -> tuple[Path, list[str]]:
     if kind == "package":
         return rng.choice(sorted(f for f in good.package.iterdir() if f.is_file())), ["verify", str(good.package)]
     run_folder = str(folder / "run")
-    command = rng.choice([["report", run_folder], ["export", run_folder], ["pick", run_folder, "--max-params", "0.8"]])
-    present = [folder / "run" / name for name in RUN_FILES if (folder / "run" / name).is_file()]
-    present += sorted((folder / "run" / "supernet").glob("*.safetensors"))
-    return rng.choice(present), command
+    commands = [
+        ["report", run_folder],
+        ["export", run_folder],
+        ["pick", run_folder, "--max-params", "0.8"],
+        ["search", run_folder, "--evaluations", "9"],
+        good.compress(),
+    ]
+    files = [file for file in sorted((folder / "run").rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    return rng.choice(files), rng.choice(commands)
 
 
 def ways(file: Path) -> list[Spoil]:

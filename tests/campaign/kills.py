@@ -97,8 +97,6 @@ def attempts(good: Good, scratch: Path, rng: random.Random, tally: Tally) -> Att
         if problem is None:
             problem = difference(copy, expected, rows)
         tally.add("the same in the end", problem and f"{name}{how}: {problem}")
-        if problem is not None and not (kept := scratch.parent / "kept").exists():
-            shutil.copytree(copy.folder, kept)
         shutil.rmtree(copy.folder)
         yield
 

@@ -290,7 +290,7 @@ def test_code_in_sub_folders_and_behind_links_is_not_trusted(tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99, "entry": {}, "files": {}, "probe": {}}'])
 def test_a_broken_record_is_named(package: Path, text: str) -> None:
     (package / "compression.json").write_text(text)
-    with pytest.raises(VerificationError, match=r"compression\.json"):
+    with pytest.raises(RequestError, match=r"compression\.json"):
         read_record(package)
 
 
@@ -311,7 +311,7 @@ def test_a_record_edited_by_hand_is_named(package: Path, section: str, name: str
             del record[section][name]
         else:
             record[section][name] = value
-    with pytest.raises(VerificationError, match=rf"compression\.json: .*{problem}"):
+    with pytest.raises(RequestError, match=rf"compression\.json: .*{problem}"):
         check_files(package)
 
 

@@ -14,6 +14,7 @@ from search.scores import Score, ScoreKey
 from search.space import SearchSpace
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
 from tests.support import ROOT
 from tests.support.search_helpers import SMALL
 
@@ -147,7 +148,7 @@ def test_foreign_and_damaged_files_are_refused_and_left_alone(tmp_path: Path) ->
         (tmp_path / "no folder" / "e.db", "cannot open"),
     ):
         before = path.read_bytes() if path.exists() else None
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(RequestError, match=message) as error:
             EvaluationStore(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         assert (path.read_bytes() if path.exists() else None) == before
