@@ -150,7 +150,12 @@ class Run:
     @property
     def supernet_weights(self) -> str:
         """Fingerprint of the fine-tuned super-network's weights; empty where there is no such network yet."""
-        return str((self.manifest(self.supernet) or {}).get("weights", ""))
+        manifest = self.manifest(self.supernet)
+        if manifest is None:
+            return ""
+        if not isinstance(weights := manifest.get("weights"), str):
+            raise RequestError(f"{self.supernet / 'manifest.json'}: not what this version writes (it names no weights)")
+        return weights
 
     @contextmanager
     def stage(self, folder: Path, inputs: Any) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from compressor.job import Job
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
+from compressor.stages.front import read_front
 from compressor.stages.subnet_scores import held_out_losses
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
@@ -24,24 +25,20 @@ def measured(job: Job) -> list[Evaluation]:
     """
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
-    front = read_json(job.run.front)
-    storage = smallest_storage(job)
-    with reading(f"{job.run.front}: not what this version writes"):
-        if front["weights"] != job.run.supernet_weights:
-            raise RequestError(
-                f"{job.run.path}: the super-network is not the one that was searched; run compressor search"
-            )
-        evaluations = []
-        for row in front["evaluations"]:
-            architecture = Architecture.from_dict(row["architecture"])
-            values = row["values"] | {
-                "parameters": job.structure.parameters(architecture),
-                "bytes": job.structure.bytes(architecture, storage),
-            }
-            if "decode_tps" in values:
-                values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
-            evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
-        return evaluations
+    front = read_front(job.run.front)
+    if front["weights"] != job.run.supernet_weights:
+        raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
+    evaluations = []
+    for row in front["evaluations"]:
+        architecture = Architecture.from_dict(row["architecture"])
+        values = row["values"] | {
+            "parameters": job.structure.parameters(architecture),
+            "bytes": job.structure.bytes(architecture, smallest_storage(job)),
+        }
+        if "decode_tps" in values:
+            values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
+        evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+    return evaluations
 
 
 def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:

@@ -8,6 +8,7 @@ from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
+from compressor.stages.front import read_front
 from compressor.stages.measuring import Measurements
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.subnet_scores import known_scores
@@ -39,7 +40,7 @@ def report(job: Job) -> dict[str, Any]:
         "data": data_fingerprint(recipe.data or ""),
         "tasks": documents_scored(job),
     }
-    search = searched(job, read_json(run.front)) if run.front.is_file() else None
+    search = searched(job, read_front(run.front)) if run.front.is_file() else None
     data: dict[str, Any] = {
         "schema": 1,
         "versions": versions(),

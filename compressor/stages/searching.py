@@ -10,6 +10,7 @@ from typing import Any
 from compressor.job import Job
 from compressor.recipe import former_names
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
+from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
@@ -25,7 +26,7 @@ from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
-from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import Bar, bar, say
 from supernet.device import device_name
 from supernet.slicing import extract, fits_plain_class
@@ -41,14 +42,13 @@ def search(job: Job) -> dict[str, Any]:
     recipe, run = job.recipe, job.run
     if not recipe.tasks:
         raise RequestError(f"{run.path}: no tasks yet; say --tasks")
-    manifest = run.manifest(run.supernet)
-    if manifest is None:
+    if run.manifest(run.supernet) is None:
         raise RequestError(f"{run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
     # 1. What was searched already is as it was.
     check_searching(job)
-    inputs = fingerprint(search_inputs(job, manifest["weights"]))
+    inputs = fingerprint(search_inputs(job, run.supernet_weights))
     if run.front.is_file() and job.redo != "search":
-        front: dict[str, Any] = read_json(run.front)
+        front = read_front(run.front)
         if front["inputs"] == inputs:
             return front
     # 2. Prepare: timings of the layers, objectives, where the search starts.
@@ -69,7 +69,7 @@ def search(job: Job) -> dict[str, Any]:
     # 4. Record.
     front = {
         "inputs": inputs,
-        "weights": manifest["weights"],
+        "weights": run.supernet_weights,
         "base": {name: score.value for name, score in evaluator.base["full"].items()},
         "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
         **result.to_dict(),

@@ -11,12 +11,13 @@ from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import sizes_asked_for
+from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
-from supernet.common.errors import RequestError, did_you_mean, reading
+from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
@@ -59,10 +60,9 @@ def proposals(job: Job) -> list[Architecture]:
 
 def earlier_front(job: Job, path: Path) -> list[Architecture]:
     """What is on the front of another run, perhaps of another device, and in this run's space."""
-    front = read_json(Run(path).front)
-    with reading(f"{Run(path).front}: not what this version writes"):
-        measured = {row["key"]: Architecture.from_dict(row["architecture"]) for row in front["evaluations"]}
-        architectures = [measured[key] for key in front["front"] if measured[key] in job.space]
+    front = read_front(Run(path).front)
+    measured = {row["key"]: Architecture.from_dict(row["architecture"]) for row in front["evaluations"]}
+    architectures = [measured[key] for key in front["front"] if measured[key] in job.space]
     if not architectures:
         raise RequestError(f"--warm-start {path}: nothing on its front is in this run's search space")
     return architectures
@@ -70,9 +70,8 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
-    manifest = job.run.manifest(job.run.supernet) or {}
     text = data_fingerprint(job.recipe.data or "")
-    inputs = [manifest["weights"], job.space.to_dict(), text, job.recipe.targets.model_dump()]
+    inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
     inputs += [*repair_inputs(job).values()]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
