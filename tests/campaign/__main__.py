@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.campaign import code, disk, inputs, kills, recipes
@@ -15,6 +16,7 @@ from tests.campaign.good import Attempts, Good, Tally, make_good
 
 PARTS: dict[str, Callable[[Good, Path, random.Random, Tally], Attempts]] = {
     "inputs": inputs.attempts,
+    "runs": partial(inputs.attempts, kinds=["run"]),
     "kills": kills.attempts,
     "recipes": recipes.attempts,
     "disk": disk.attempts,

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,12 @@ def tensor_changed(file: Path, rng: random.Random) -> str:
 CHECKPOINT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
-def targets(good: Good, rng: random.Random) -> tuple[Path, list[str]]:
-    """A file to spoil, and a command that reads it."""
-    folder = good.folder
-    kind = rng.choice(["checkpoint", "checkpoint", "data", "task", "package", "run"])
+KINDS = ("checkpoint", "checkpoint", "data", "task", "package", "run")
+
+
+def targets(good: Good, rng: random.Random, kinds: Sequence[str]) -> tuple[Path, list[str]]:
+    """A file of one of the kinds to spoil, and a command that reads it."""
+    folder, kind = good.folder, rng.choice(kinds)
     if kind == "checkpoint":
         shutil.rmtree(folder / "run")
         return folder / "model" / rng.choice(CHECKPOINT), good.compress()
@@ -183,12 +185,12 @@ def ways(file: Path) -> list[Spoil]:
     return [*ANY, *own.get(file.suffix, [])]
 
 
-def attempts(good: Good, scratch: Path, rng: random.Random, tally: Tally) -> Attempts:
+def attempts(good: Good, scratch: Path, rng: random.Random, tally: Tally, kinds: Sequence[str] = KINDS) -> Attempts:
     """Spoil one file of a copy, run the command, look at how it ended."""
     expected = good.result()
     while True:
         copy = good.copy(scratch / "copy")
-        file, command = targets(copy, rng)
+        file, command = targets(copy, rng, kinds)
         what = rng.choice(ways(file))(file, rng)
         ended = run_apart(command, scratch / "output.txt")
         label = f"{command[0]}: {file.relative_to(copy.folder)} {what}"
