@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from compressor.inspection import expected_memory
+from compressor.costs import expected_memory
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage

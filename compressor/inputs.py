@@ -34,12 +34,8 @@ def data_fingerprint(source: str) -> str:
 def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = None) -> Blocks:
     """The packed training data, at most about twice what will be read, so that huge sources are not read whole."""
     assert job.recipe.data is not None
-    length = min(
-        job.recipe.finetuning.sequence_length,
-        getattr(job.checkpoint.config, "max_position_embeddings", 10**9),
-    )
-    most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * length)
-    return pack(job.recipe.data, job.tokenizer, length, most, seen, job.recipe.text_key, job.structure.vocab_size)
+    most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * job.length)
+    return pack(job.recipe.data, job.tokenizer, job.length, most, seen, job.recipe.text_key, job.structure.vocab_size)
 
 
 def weights_fingerprint(folder: Path) -> str:

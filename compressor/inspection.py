@@ -1,33 +1,21 @@
 """What `compressor inspect` tells before any work: structure, space, memory and time to expect. Trains nothing.
 
-Memory and time are estimates from counts: bytes of weights, gradients, moments and activations; floating-point
-operations over what a matrix product reaches on this device, halved for everything that is not one.
+Costs are estimates from counts (`compressor.costs`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
+from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_costs
 from compressor.job import Job
 from supernet.architecture import HALVES
 from supernet.common.formatting import duration, size
 from supernet.common.progress import console, say
-from supernet.training.adapters import adapter_parameters
-
-EFFICIENCY = 0.5
-"""Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
-GPU_RATE = 400e12
-"""Bfloat16 operations per second that a current data-centre GPU keeps up; for recipes that ask for a GPU elsewhere."""
-HEALED = 0.7
-"""Size of the sub-network that is healed, beside the base that teaches it."""
-SCORED_TOKENS = 120
-"""Tokens that scoring one document is taken to need, all its choices together."""
 
 
 def inspect_job(job: Job) -> dict[str, Any]:
@@ -67,78 +55,21 @@ def inspect_job(job: Job) -> dict[str, Any]:
         },
         "effort": recipe.effort,
         "device": str(job.device),
-        **_expectation(job, total),
+        **_expectation(job),
     }
 
 
-def _expectation(job: Job, total: int) -> dict[str, Any]:
-    recipe, structure = job.recipe, job.structure
-    base = structure.base
-    rate = matrix_rate(job.device, job.compute_dtype) * EFFICIENCY
-    macs = structure.macs(base, recipe.finetuning.sequence_length // 2)
-    random = recipe.finetuning.random_members
-    members = {"sandwich": 2 + random, "joint": 1 + random}.get(recipe.finetuning.sampler, 1)
-    taught = 2 * recipe.finetuning.strong_teacher  # the frozen base only goes forward
-    adapted = recipe.finetuning.parameters == "lora"
-    backward = 2 if adapted else 4  # frozen weights need no gradients of their own
-    train = ((2 + backward) * members * 0.8 + taught) * macs * (recipe.finetuning.tokens or 0)
-    documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
-    search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
-    heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
+def _expectation(job: Job) -> dict[str, Any]:
+    """Every stage under the recipe's budgets: here, and on a current GPU; rates are estimated from counts."""
+    here = stage_costs(job, estimate_rates(job))
+    on_gpu = stage_costs(job, estimate_rates(job, GPU_RATE, GPU_BANDWIDTH))
     return {
-        "budget": {
-            "train_tokens": recipe.finetuning.tokens,
-            "evaluations": recipe.searching.evaluations,
-            "heal_tokens": recipe.healing.tokens,
-            "documents_per_task": recipe.searching.limit,
-        },
-        "memory": expected_memory(job),
-        "petaflop": {
-            name: flop / 1e15 for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
-        },
-        "seconds": {"fine-tuning": train / rate, "search": search / rate, "healing": heal / rate},
-        "seconds_on_gpu": {
-            name: flop / (GPU_RATE * EFFICIENCY)
-            for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
-        },
-        "matrix_rate": rate / EFFICIENCY,
+        "budget": {cost.name: cost.budget for cost in here},
+        "seconds": {cost.name: cost.seconds for cost in here},
+        "seconds_on_gpu": {cost.name: cost.seconds for cost in on_gpu},
+        "memory": {cost.name: cost.memory for cost in here},
+        "disk": {cost.name: cost.disk for cost in here},
     }
-
-
-def expected_memory(job: Job) -> dict[str, float]:
-    """Bytes that each stage is expected to hold at once, from counts of weights, gradients, moments and activations."""
-    recipe, structure = job.recipe, job.structure
-    base = structure.base
-    total = structure.parameters(base)
-    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
-    neurons = max(
-        s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
-        for s in base.layers
-    )
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
-    weight_bytes = total * job.compute_dtype.itemsize
-    training_bytes = 4 * rows * per_token
-    if recipe.finetuning.parameters == "lora":
-        training_bytes += weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
-    else:
-        training_bytes += 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
-    healing_bytes = weight_bytes + 16 * HEALED * total + 4 * rows * per_token
-    scoring_bytes = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
-    return {"fine-tuning": training_bytes, "search": scoring_bytes, "healing": healing_bytes}
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Floating-point operations per second of a square matrix product, the best of a few."""
-    size = 8192 if device.type == "cuda" else size
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def print_inspection(facts: dict[str, Any]) -> None:
@@ -180,21 +111,20 @@ def print_inspection(facts: dict[str, Any]) -> None:
     )
     say(f"\nto expect of --effort {facts['effort']} on {facts['device']}")
     cost = Table(box=box.SIMPLE)
-    for column in ("stage", "budget", "memory", "petaFLOP", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
-        cost.add_column(column, justify="left" if column == "stage" else "right")
-    budget = facts["budget"]
-    asked = {
-        "fine-tuning": f"{budget['train_tokens']:,} tokens",
-        "search": f"{budget['evaluations']} sub-networks",
-        "healing": f"{budget['heal_tokens']:,} tokens",
-    }
+    for column in ("stage", "budget", "memory", "disk", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
+        cost.add_column(column, justify="left" if column in ("stage", "budget") else "right")
     for stage, seconds in facts["seconds"].items():
-        memory = size(facts["memory"][stage]) if seconds else ""
-        on_gpu = facts["seconds_on_gpu"][stage]
+        disk, on_gpu = facts["disk"][stage], facts["seconds_on_gpu"].get(stage, 0.0)
         cost.add_row(
-            stage, asked[stage], memory, f"{facts['petaflop'][stage]:.3g}", duration(seconds), duration(on_gpu)
+            stage,
+            facts["budget"][stage],
+            size(facts["memory"][stage]),
+            size(disk) if disk else "",
+            duration(seconds),
+            duration(on_gpu),
         )
+    totals = [duration(sum(facts[name].values())) for name in ("seconds", "seconds_on_gpu")]
+    cost.add_section()
+    cost.add_row("all", "", size(max(facts["memory"].values())), size(sum(facts["disk"].values())), *totals)
     console.print(cost)
-    console.print(
-        f"estimates: a matrix product reaches {facts['matrix_rate'] / 1e12:.3g} TFLOP/s here; half of that is assumed"
-    )
+    console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")

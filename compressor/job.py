@@ -13,6 +13,7 @@ import yaml
 from compressor.local_paths import LocalPaths, localized
 from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
+from compressor.schedule import Schedule
 from evals.scoring.encoding import Encoder
 from evals.scoring.scorer import NetworkLM, Scorer
 from evals.scoring.tasks import TaskSet
@@ -57,11 +58,13 @@ class Job:
     ) -> None:
         self.run = run
         self.given = recipe
-        self.recipe = localized(recipe, run.path, run.local_paths() if paths is None else paths)
+        self.paths = run.local_paths() if paths is None else paths
+        self.recipe = localized(recipe, run.path, self.paths)
         if redo is not None and redo not in STAGES:
             raise unknown("--redo", redo, STAGES)
         self.redo = redo
         self.weights = weights
+        self.schedule = Schedule(run.times_file if run.writes else None)
         self.speed: SpeedTable | None = None
         self.processes = 1
         """How many processes share this machine's cores at this moment, this one among them."""
@@ -107,6 +110,12 @@ class Job:
         if self.recipe.dtype != "auto":
             return getattr(torch, self.recipe.dtype)
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence of training: what the recipe says, or the context where that is shorter."""
+        context = getattr(self.checkpoint.config, "max_position_embeddings", None) or 10**9
+        return min(self.recipe.finetuning.sequence_length, context)
 
     @property
     def batch_tokens(self) -> int:

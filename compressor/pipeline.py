@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from compressor import demo as bundled
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
+from compressor.costs import stage_costs
 from compressor.inputs import data_fingerprint
 from compressor.job import Job
 from compressor.local_paths import remembered
+from compressor.plan import Plan, adjust, make_plan, open_budgets, print_plan, read_plan, write_plan
 from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
@@ -25,6 +28,7 @@ from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
+from supernet.common.progress import whole
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -63,7 +67,24 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
 
     Raises `RequestError` without leaving anything behind where the request is wrong.
     """
-    recipe, run = recipe.resolved(), Run(output)
+    job, plan = prepare(recipe, output, redo=redo, tasks_needed=tasks_needed)
+    job.run = Run.create(output, job.given, provenance(job), job.paths)
+    if plan is not None:
+        write_plan(job, plan)
+    if recipe.tasks:
+        job.tasks.keep(job.run.requests)
+    job.run.log(f"started: {recipe.model}")
+    return job
+
+
+def prepare(
+    asked: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True
+) -> tuple[Job, Plan | None]:
+    """The job at `output`, checked, and its plan where the whole job is asked for or its budgets follow from a time.
+
+    Nothing is written. Raises `RequestError`.
+    """
+    recipe, run = asked.resolved(), Run(output)
     paths = run.local_paths() | remembered(recipe, output)  # what lies here wins over what lay elsewhere
     job = Job(run, recipe, redo, paths=paths)
     if tasks_needed and not recipe.tasks:
@@ -72,17 +93,19 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
     if run.recipe_file.is_file():
         run.lock()
     run.settle()
-    check(job)
-    job.fill_in()
-    check_unchanged(job)
-    if recipe.tasks:
-        check_searching(job)
-    check_speedup(job)
-    job.run = Run.create(output, job.given, provenance(job), paths)
-    if recipe.tasks:
-        job.tasks.keep(job.run.requests)
-    job.run.log(f"started: {recipe.model}")
-    return job
+    with job.schedule.stage("preparing"):
+        check(job)
+        plan = None
+        if open_budgets(asked) and (not recipe.tasks or processes() > 1):
+            raise RequestError("time: plans the whole job in one process; name the tasks too, or set the budgets")
+        if recipe.tasks and processes() == 1:
+            plan = make_plan(job, asked)
+        job.fill_in()
+        check_unchanged(job)
+        if recipe.tasks:
+            check_searching(job)
+        check_speedup(job)
+    return job, plan
 
 
 def check_alone() -> None:
@@ -98,11 +121,42 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
     """The whole job; returns what report.json holds."""
     check_alone()
     job = start(recipe, Path(output), redo=redo)
-    finetune(job)
-    search(job)
-    pick(job)
-    export(job)
-    return report(job)
+    show_plan(job)
+    with whole(job.schedule.left):
+        finetune(job)
+        keep_time(job)
+        search(job)
+        pick(job)
+        keep_time(job)
+        export(job)
+        result = report(job)
+    keep_time(job)
+    return result
+
+
+def show_plan(job: Job) -> dict[str, Any]:
+    """Print the stages of a planned job with minutes, memory and disk. Returns them as plain JSON types."""
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None
+    return print_plan(stage_costs(job, plan.rates), str(job.device))
+
+
+@quiet_libraries()
+def plan(recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
+    """What `compress` would do, measured for some seconds and printed; nothing is written. Returns its stages."""
+    check_alone()
+    with tempfile.TemporaryDirectory(prefix="compressor-plan-") as nowhere:
+        job, made = prepare(recipe, output or Path(nowhere) / "run")
+        assert made is not None
+        return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets} | print_plan(
+            stage_costs(job, made.rates), str(job.device)
+        )
+
+
+def keep_time(job: Job) -> None:
+    """After a stage: choose the budgets that are still open by the time that is left, and put them into recipe.yaml."""
+    if adjust(job):
+        job.run.remember(job.given, provenance(job), {})
 
 
 def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False) -> Job:

@@ -23,7 +23,7 @@ from pydantic import (
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
-from supernet.common.formatting import parse_bytes, parse_parameters
+from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
@@ -58,6 +58,16 @@ BUDGETS = {
         train_tokens=100_000_000, evaluations=500, heal_tokens=50_000_000, limit=None, batch=32, rounding=200
     ),
 }
+
+OPEN = {
+    "train_tokens": "finetuning.tokens",
+    "evaluations": "searching.evaluations",
+    "heal_tokens": "healing.tokens",
+    "limit": "searching.limit",
+    "batch": "finetuning.batch_size",
+    "rounding": "quantizing.iterations",
+}
+"""The recipe's key of each budget."""
 
 FORMER_NAMES = {"move_inactive": "move_idle", "screening": "first_look"}
 """Keys that had another name once, which is still read, and still stands in fingerprints: runs begun then go on."""
@@ -282,8 +292,11 @@ class Recipe(Section):
     """Whether code that the checkpoint brings may run."""
     space: str | dict[str, Any] = "fine"
     """The search space: `llama-nas`, `instatune`, `depth`, `uniform`, `fine`, a YAML file, or genes spelled out."""
+    time: str | None = None
+    """How long the whole job may take on this machine, such as `3h`, `90m` or `1h30m`: sets every budget that is not
+    set by itself (`docs/time.md`)."""
     effort: Literal["quick", "standard", "thorough"] = "standard"
-    """Sets every budget that is not set by itself."""
+    """Without a time, sets every budget that is not set by itself."""
     targets: Targets = Field(default_factory=Targets)
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
@@ -304,22 +317,30 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     """The seed of everything random."""
 
+    @field_validator("time")
+    @classmethod
+    def _time(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_duration(text)
+        return text
+
+    def budget(self, name: str) -> int | None:
+        """The budget of this name (`OPEN`); None where it is not set."""
+        section, _, key = OPEN[name].partition(".")
+        return getattr(getattr(self, section), key)
+
+    def set_budget(self, name: str, value: int | None) -> None:
+        """Set the budget of this name (`OPEN`)."""
+        section, _, key = OPEN[name].partition(".")
+        setattr(getattr(self, section), key, value)
+
     def resolved(self) -> Recipe:
         """The same recipe with the budgets of its effort filled in where nothing else was said."""
         budget = BUDGETS[self.effort]
         recipe = self.model_copy(deep=True)
-        if recipe.finetuning.tokens is None:
-            recipe.finetuning.tokens = budget.train_tokens
-        if recipe.finetuning.batch_size is None:
-            recipe.finetuning.batch_size = budget.batch
-        if recipe.searching.evaluations is None:
-            recipe.searching.evaluations = budget.evaluations
-        if recipe.searching.limit is None:
-            recipe.searching.limit = budget.limit
-        if recipe.healing.tokens is None:
-            recipe.healing.tokens = budget.heal_tokens
-        if recipe.quantizing.iterations is None:
-            recipe.quantizing.iterations = budget.rounding
+        for name in OPEN:
+            if recipe.budget(name) is None:
+                recipe.set_budget(name, getattr(budget, name))
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe

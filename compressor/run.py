@@ -48,6 +48,8 @@ class Run:
         self.comparison = path / "comparison"
         self.report = path / "report.json"
         self.paths_file = path / "paths.json"
+        self.plan_file = path / "plan.json"
+        self.times_file = path / "times.json"
         self.lock_file = path / ".lock"
 
     @property

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from compressor.cli.options import RECIPE_OPTIONS, Given, Json, Output, RecipeFile, Redo, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
+
+Plan = Annotated[bool, typer.Option("--plan", help="show what would be done, and what it costs; do nothing")]
 
 
 @recipe_options(*RECIPE_OPTIONS)
@@ -14,6 +20,9 @@ def compress(
     output: Output = None,
     recipe: RecipeFile = None,
     redo: Redo = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="show what would be done, and what it costs; do nothing")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune once, search, slice, heal, quantize, prove, report.
@@ -23,4 +32,7 @@ def compress(
     asked = recipe_of(recipe, model, given)
     from compressor import pipeline  # imports torch
 
+    if plan:
+        emit(pipeline.plan(asked, output), json)
+        return
     emit(pipeline.compress(asked, required(output), redo=redo), json)

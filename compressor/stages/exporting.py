@@ -24,6 +24,7 @@ from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, check_files, read_record, update_record
 from export.quantization.quantize import quantize_packages
+from export.quantization.schemes import SchemeName
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
@@ -65,7 +66,8 @@ def export(job: Job) -> list[dict[str, Any]]:
             say(f"proving {len(proofs)} package{'s' * (len(proofs) > 1)} in a fresh process")
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
-            verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
+            with job.schedule.stage("proving"):
+                verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
 
@@ -136,25 +138,13 @@ def write_packages(
     say(f"packaging {name}")
     if own in missing:
         own_lineage = lineage | {"inputs": fingerprint(missing[own])}
-        write_layout(
-            "uneven", network(), architecture, own, entry=entry, lineage=own_lineage, reference=reference, **options
-        )
-    if schemes:
-        release_cached_memory(job.device)  # the child quantizes on the same device
-        blocks_to_do = len(schemes) * len(architecture.kept)
-        with bar(f"quantizing {name}", blocks_to_do) as progress:
-            quantize_packages(
-                own,
-                schemes,
-                calibration=blocks[: quantizing.samples].ids,
-                iterations=quantizing.iterations or 0,
-                group_size=quantizing.group_size,
-                seed=job.recipe.seed,
-                device=job.device.type,
-                log=job.run.log_file,
-                progress=lambda done, _, what: progress.advance(done - progress.done, what),
+        with job.schedule.stage("healing"):
+            write_layout(
+                "uneven", network(), architecture, own, entry=entry, lineage=own_lineage, reference=reference, **options
             )
-            progress.advance(blocks_to_do - progress.done)
+    if schemes:
+        with job.schedule.stage("quantizing"):
+            quantize(job, own, architecture, schemes, blocks[: quantizing.samples].ids)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
@@ -164,7 +154,34 @@ def write_packages(
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
-        write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
+        with job.schedule.stage("healing"):
+            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
+
+
+def quantize(
+    job: Job,
+    source: Path,
+    architecture: Architecture,
+    schemes: Mapping[SchemeName, Path],
+    calibration: torch.Tensor,
+) -> None:
+    """Write the quantized packages of one pick. `calibration`: token ids [samples, length]."""
+    quantizing = job.recipe.quantizing
+    release_cached_memory(job.device)  # the child quantizes on the same device
+    blocks_to_do = len(schemes) * len(architecture.kept)
+    with bar(f"quantizing {source.name}", blocks_to_do) as progress:
+        quantize_packages(
+            source,
+            schemes,
+            calibration=calibration,
+            iterations=quantizing.iterations or 0,
+            group_size=quantizing.group_size,
+            seed=job.recipe.seed,
+            device=job.device.type,
+            log=job.run.log_file,
+            progress=lambda done, _, what: progress.advance(done - progress.done, what),
+        )
+        progress.advance(blocks_to_do - progress.done)
 
 
 def is_proved(folder: Path, inputs: Inputs) -> bool:

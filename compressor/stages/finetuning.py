@@ -19,6 +19,7 @@ from compressor.inputs import (
 )
 from compressor.job import Job
 from compressor.recipe import former_names
+from compressor.schedule import stage
 from compressor.sizing import smallest_in_training, training_range, uniform_near
 from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
@@ -171,6 +172,7 @@ def difference(what: str, logits: torch.Tensor, expected: torch.Tensor, dtype: t
     return share
 
 
+@stage("ordering")
 def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
     """Permute units as the recipe says; returns the permutations.
 
@@ -189,6 +191,7 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
     return order
 
 
+@stage("ordering")
 def layer_influence(job: Job, supernet: SuperNetwork, blocks: Blocks) -> list[float]:
     """How important each layer is: measured on the first blocks of the data, or from the file that the ordering is."""
     named = job.recipe.finetuning.ordering
@@ -196,6 +199,7 @@ def layer_influence(job: Job, supernet: SuperNetwork, blocks: Blocks) -> list[fl
     return stored or block_influence(supernet, calibration_batches(job, blocks))
 
 
+@stage("fine-tuning")
 def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path) -> History:
     """Fine-tune an ordered super-network in place as the recipe says. `state` makes it resumable."""
     section = job.recipe.finetuning

@@ -15,6 +15,7 @@ import torch
 
 from compressor.inputs import training_blocks, weights_fingerprint
 from compressor.job import Job
+from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
@@ -62,6 +63,7 @@ class Measurements(Model):
             return cls.model_validate(read_json(file))
 
 
+@stage("measuring")
 def measure_packages(job: Job, names: list[str]) -> None:
     """Score base and packages on the report split, time them side by side, and record it in each package.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compressor.job import Job
+from compressor.schedule import stage
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from compressor.stages.front import read_front
 from compressor.stages.subnet_scores import held_out_losses
@@ -75,6 +76,7 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
     return picks
 
 
+@stage("picking")
 def pick(job: Job) -> list[dict[str, Any]]:
     """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
     recipe, run = job.recipe, job.run

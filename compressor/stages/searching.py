@@ -9,6 +9,7 @@ from typing import Any
 
 from compressor.job import Job
 from compressor.recipe import former_names
+from compressor.schedule import stage
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
@@ -96,6 +97,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
     }
 
 
+@stage("search")
 def run_searches(
     job: Job,
     evaluator: SubnetEvaluator,
@@ -230,6 +232,7 @@ def uniform_architectures(job: Job) -> list[Architecture]:
     return uniform
 
 
+@stage("timing the layers")
 def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     """speed.json: layer timings on this device, in what is computed in and on these threads, measured once per run on
     networks cut out of what `load_model` gives.

@@ -10,11 +10,12 @@ import numpy as np
 from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
+from compressor.schedule import stage
 from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import refined
+from evals.warm_starts.blockwise import ROUNDS, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -44,6 +45,7 @@ def sources(job: Job) -> dict[str, str]:
     return fingerprints
 
 
+@stage("proposals")
 def proposals(job: Job) -> list[Architecture]:
     """Architectures for the first generation to measure, a third of a population from each source, spread over sizes.
 
@@ -88,6 +90,14 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
+
+
+def expected_passes(job: Job) -> tuple[int, int]:
+    """Passes over the text that proposals will take, at most, and the blocks of text in each."""
+    methods = [name for name in job.recipe.searching.warm_start if name in warm_starts()]
+    variants = len(layer_variants(job.declared_space)) if methods else 0
+    around = ROUNDS * len(sizes_asked_for(job)) * variants
+    return len(methods) * (variants + around), BLOCKS
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:

@@ -95,6 +95,12 @@ def pack(
     return packs
 
 
+def tokens_read(spans: Sequence[Span]) -> int:
+    """Tokens that a network reads to score all spans: every distinct prefix once, as if all fitted one pass."""
+    ordered = sorted({span.tokens[:-1] for span in spans})
+    return sum(len(b) - _common_prefix(a, b) for a, b in zip([(), *ordered], ordered, strict=False))
+
+
 def _pack(spans: Sequence[Span], batch: Sequence[int], block: int, round_up: Callable[[int], int]) -> Pack:
     """A pack of the spans at the indices `batch`, which are in lexicographic order of their tokens: a depth-first walk
     through the tree."""

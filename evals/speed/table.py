@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.speed.measured import Times, context_of, fitting, runtime_of, time_beside
+from evals.speed.measured import READS, STEPS, Times, context_of, fitting, runtime_of, time_beside
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
@@ -227,6 +227,11 @@ class SpeedTable:
             and self.vocab_size in (structure.vocab_size, None)  # tables of earlier versions do not say
             and all((part.attention_sizes, part.mlp_sizes) == sizes for part in (self.prefill, self.decode))
         )
+
+    @staticmethod
+    def work(rounds: int = 3, prompt: int = 128) -> tuple[int, int]:
+        """Tokens that `measure` reads with each of its networks, and tokens that it writes; the base as many again."""
+        return (1 + READS * rounds + 1) * prompt, STEPS * rounds
 
     @staticmethod
     def steps(structure: Structure) -> int:

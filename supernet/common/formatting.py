@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -73,3 +74,14 @@ def parse_bytes(size: str) -> int:
     if not match or match[2] not in _BYTES:
         raise ValueError(f"'{size}' is not a size in bytes; write for example 2GiB or 500MB")
     return int(float(match[1]) * _BYTES[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """The seconds in `3h`, `90m`, `1h30m`, `45 min` or `20s`. Raises ValueError otherwise."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(min|[dhms])\s*", text.strip().lower())
+    if not parts or "".join(f"{number}{unit}" for number, unit in parts) != re.sub(r"\s", "", text.lower()):
+        raise ValueError(f"'{text}' is not a time; write for example 3h, 90m or 1h30m")
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise ValueError(f"'{text}' is no time at all; write for example 3h, 90m or 1h30m")
+    return seconds

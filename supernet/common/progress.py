@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,14 +16,48 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
+
+from supernet.common.formatting import duration
 
 # Of several processes that train together, only the first prints.
 console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+
+
+_left_of_all: list[Callable[[], float | None]] = []
+"""What says how many seconds are left of everything that was begun: the innermost counts."""
+
+
+@contextmanager
+def whole(left: Callable[[], float | None]) -> Iterator[None]:
+    """Within, bars show what `left` says: seconds until all the work is done that they are parts of, or None."""
+    _left_of_all.append(left)
+    try:
+        yield
+    finally:
+        _left_of_all.pop()
+
+
+def left_of_all() -> str:
+    """`about 1 h 12 min left of the run`; nothing where nobody knows."""
+    seconds = _left_of_all[-1]() if _left_of_all else None
+    return "" if seconds is None else f"about {duration(max(0.0, seconds))} left of the run"
+
+
+class WholeLeft(ProgressColumn):
+    """The time left of everything, beside that of the bar."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Task) -> Text:
+        return Text(left_of_all())
 
 
 @dataclass
@@ -55,12 +89,13 @@ def bar(what: str, total: float) -> Iterator[Bar]:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeLeft(),
+            *([WholeLeft()] if _left_of_all else []),
             TextColumn("{task.fields[note]}"),
             console=console,
         ) as progress:
             yield Bar(progress, progress.add_task(what, total=total, note=""))
         return
-    console.print(f"{what} ...")
+    console.print(f"{what} ... {left_of_all()}".rstrip())
     running = Bar()
     yield running
     console.print(

@@ -1,0 +1,424 @@
+"""What every stage of a run costs here: seconds, memory and disk, from a few rates and the recipe's budgets.
+
+A stage's seconds are counts (tokens, passes, networks) times rates. `measure_rates` times this network on this device
+for some seconds; `estimate_rates` needs no weights, only what a matrix product and a copy reach here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from compressor.job import Job
+from compressor.schedule import STAGES
+from compressor.sizing import parameter_limits
+from evals.scoring.prefix_tree import tokens_read
+from evals.scoring.tasks import EncodedRequests
+from evals.speed.table import SpeedTable
+from export.models import Model
+from export.quantization.schemes import SCHEMES
+from supernet.training.adapters import adapter_parameters
+from supernet.training.data import HELD_OUT_BLOCKS, Batch
+from supernet.training.losses import Loss
+from supernet.training.optimizers import OPTIMIZERS
+from supernet.training.traces import trace
+
+EFFICIENCY = 0.5
+"""Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
+GPU_RATE, GPU_BANDWIDTH = 400e12, 2e12
+"""Bfloat16 operations and bytes per second that a current data-centre GPU keeps up; for recipes that ask for a GPU
+elsewhere."""
+DISK_RATE = 500e6
+"""Bytes per second that are taken to be read from, or written to, a disk."""
+HEALED = 0.7
+"""Size of the sub-network that is healed where no target says it, beside the base that teaches it."""
+SCORED_TOKENS = 120
+"""Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
+PROCESS = 12.0
+"""Seconds that a fresh process needs to import torch and transformers."""
+ROUNDED = 8
+"""Sequences in a step of AutoRound's."""
+PROBE_SECONDS = 1.0
+"""A rate is measured on growing batches until one takes so long."""
+
+
+class Rates(Model):
+    """Seconds that the base takes on this device, in what it is computed in."""
+
+    load: float
+    """To load it."""
+    read: float
+    """To score a token: a forward pass over many."""
+    teach: float
+    """To read a token in training, without gradients: what a teacher does."""
+    train: float
+    """A token forward and backward."""
+    step: float
+    """An optimizer's step over all weights."""
+    decode: float
+    """One more token after a prompt, with a cache."""
+
+    def times(self, **factors: float) -> Rates:
+        """The same rates, some of them multiplied."""
+        return self.model_copy(update={name: getattr(self, name) * factor for name, factor in factors.items()})
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage is expected to cost."""
+
+    name: str
+    budget: str
+    """Its budget in words; nothing where it has none."""
+    seconds: float
+    memory: float = 0.0
+    """Bytes of memory (a GPU's, where networks are computed there)."""
+    disk: float = 0.0
+    """Bytes that it leaves on disk."""
+
+
+def stage_costs(job: Job, rates: Rates) -> list[StageCost]:
+    """Every stage of the whole job under the recipe's budgets, in order; those without work left out."""
+    counts = _Counts(job)
+    costs = [COSTS[name](counts, rates) for name in STAGES]
+    memory = expected_memory(job)
+    return [
+        StageCost(cost.name, cost.budget, cost.seconds, memory[cost.name], cost.disk) for cost in costs if cost.seconds
+    ]
+
+
+class _Counts:
+    """What the recipe asks for, in numbers."""
+
+    def __init__(self, job: Job) -> None:
+        recipe, structure = job.recipe, job.structure
+        self.job, self.recipe = job, recipe
+        self.base = structure.parameters(structure.base)
+        self.layers = len(structure.base.layers)
+        self.length = job.length
+        self.train_tokens = recipe.finetuning.tokens or 0
+        self.heal_tokens = recipe.healing.tokens or 0
+        self.evaluations = recipe.searching.evaluations or 0
+        limits = [limit for _, limit in parameter_limits(job)]
+        both = 2 if "uniform" in recipe.formats and set(recipe.formats) - {"uniform"} else 1
+        self.picks = both * len(limits)
+        sizes = [limit / self.base for limit in limits if limit is not None] or [HEALED]
+        self.share = sum(sizes) / len(sizes)
+        """Mean size of the picks, as a share of the base."""
+        smallest = structure.parameters(job.declared_space.smallest()) / self.base
+        self.searched = (max(sizes) + max(min(sizes) * 0.85, smallest)) / 2
+        """Mean size of the sub-networks that the search measures."""
+        self.schemes = recipe.quantizing.schemes
+        copies = set(recipe.formats) - {"uneven", "uniform"}
+        self.packages = self.picks * (1 + len(self.schemes)) + len(limits) * len(copies)
+        self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"})
+
+    def steps(self, tokens: int) -> int:
+        return math.ceil(tokens / ((self.recipe.finetuning.batch_size or 1) * self.length))
+
+    def tokens_of(self, split: str) -> tuple[float, float]:
+        """Tokens that scoring a network on the documents of a split reads, and those that it writes."""
+        recipe, job = self.recipe, self.job
+        if not recipe.tasks or not job.weights:
+            documents = (recipe.searching.limit if split == "search" else 0) or 1000
+            return documents * SCORED_TOKENS * max(1, len(recipe.tasks)), 0.0
+        limit = recipe.searching.limit if split == "search" else None
+        return request_tokens(job, job.tasks.requests("search" if split == "search" else "report", limit))
+
+
+def request_tokens(job: Job, requests: EncodedRequests) -> tuple[float, float]:
+    """Tokens that a network reads and writes to answer these requests."""
+    read = float(tokens_read(requests.spans))
+    written = 0.0
+    for instance in requests.generation:
+        settings = job.tasks.encoder.generation(instance.args[1])
+        read += len(job.tasks.encoder.prompts([instance.args[0]], settings.new)[0])
+        written += settings.new
+    return read, written
+
+
+def _preparing(counts: _Counts, rates: Rates) -> StageCost:
+    return StageCost("preparing", "", PROCESS + 2 * rates.load)
+
+
+def _ordering(counts: _Counts, rates: Rates) -> StageCost:
+    """Twice over the calibration text: for the units' importance, and for the layers'."""
+    tokens = 64 * counts.length
+    named = counts.recipe.finetuning.ordering
+    each = {"magnitude": 0.0, "random": 0.0, "taylor": rates.train}.get(named, rates.teach)
+    return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * (each + rates.teach))
+
+
+def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
+    """The members of a step, the teacher, and the held-out losses of three members at seven moments."""
+    finetuning, tokens = counts.recipe.finetuning, counts.train_tokens
+    disk = float(counts.base * counts.job.stored_dtype.itemsize)
+    if not tokens:
+        return StageCost("fine-tuning", "no tokens", disk / DISK_RATE, disk=disk)
+    others = {"sandwich": 1 + finetuning.random_members, "joint": finetuning.random_members}
+    smaller = others.get(finetuning.sampler, 0) * counts.searched
+    train = rates.train * (0.7 if finetuning.parameters == "lora" else 1.0)
+    each = train * (1 + smaller) + rates.teach * finetuning.strong_teacher
+    watched = 7 * 3 * HELD_OUT_BLOCKS * counts.length * rates.teach * counts.searched
+    seconds = tokens * each + counts.steps(tokens) * rates.step + watched + 3 * disk / DISK_RATE
+    return StageCost("fine-tuning", f"{tokens:,} tokens", seconds, disk=disk)
+
+
+def _timing(counts: _Counts, rates: Rates) -> StageCost:
+    if counts.recipe.speed_table is not None:
+        return StageCost("timing the layers", "", 0.0)
+    networks = SpeedTable.steps(counts.job.structure)
+    read, decoded = SpeedTable.work()
+    each = (read * rates.read + decoded * rates.decode) * (1 + counts.searched) + rates.load / 2
+    return StageCost("timing the layers", f"{networks} networks", networks * each)
+
+
+def _proposals(counts: _Counts, rates: Rates) -> StageCost:
+    from compressor.stages.warm_start import expected_passes
+
+    passes, tokens = expected_passes(counts.job)
+    return StageCost("proposals", f"{passes} passes", passes * tokens * counts.length * rates.read / 2)
+
+
+def _search(counts: _Counts, rates: Rates) -> StageCost:
+    read, written = counts.tokens_of("search")
+    held_out = {"held_out_loss", "kl_to_base"} & set(counts.recipe.searching.objectives)
+    if held_out:
+        read += HELD_OUT_BLOCKS * counts.length
+    each = read * rates.read + written * rates.decode
+    networks = 1 + counts.evaluations * counts.searched
+    limit = counts.recipe.searching.limit
+    budget = f"{counts.evaluations} sub-networks, {'all' if limit is None else limit} documents"
+    return StageCost("search", budget, 2 * rates.load + networks * each, disk=1e4 * counts.evaluations)
+
+
+def _picking(counts: _Counts, rates: Rates) -> StageCost:
+    """The held-out loss of those that tasks do not tell from the best: taken to be a quarter of all."""
+    tokens = HELD_OUT_BLOCKS * counts.length
+    networks = counts.evaluations / 4
+    return StageCost("picking", "", 2 * rates.load + networks * tokens * rates.teach * counts.searched)
+
+
+def _healing(counts: _Counts, rates: Rates) -> StageCost:
+    """Of each pick, with the slicing before and the packaging after it."""
+    tokens, share = counts.heal_tokens, counts.share
+    bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
+    each = 4 * rates.load + 4 * bytes_ / DISK_RATE
+    if tokens:
+        each += tokens * (share * rates.train + rates.teach) + counts.steps(tokens) * share * rates.step
+        each += 7 * HELD_OUT_BLOCKS * counts.length * rates.teach * share
+    copies = counts.packages - counts.picks * (1 + len(counts.schemes))
+    disk = bytes_ * (counts.picks * (3 if tokens else 2) + copies)
+    return StageCost("healing", f"{tokens:,} tokens" if tokens else "no tokens", counts.picks * each, disk=disk)
+
+
+def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
+    """AutoRound reads the samples once for each block's inputs, then tunes each block by its own steps."""
+    quantizing = counts.recipe.quantizing
+    if not counts.schemes:
+        return StageCost("quantizing", "", 0.0)
+    iterations = quantizing.iterations or 0
+    samples = quantizing.samples * counts.length
+    tuned = len(counts.schemes)
+    each = 2 * samples * rates.teach + iterations * ROUNDED * counts.length * rates.train
+    seconds = counts.picks * (PROCESS + tuned * (counts.share * each + rates.load))
+    bits = sum(SCHEMES[name].bits for name in counts.schemes)
+    disk = counts.picks * counts.base * counts.share * bits / 8
+    return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
+
+
+def _measuring(counts: _Counts, rates: Rates) -> StageCost:
+    """Scores on the report documents, held-out loss, speed in turn with the base, three samples of text."""
+    read, written = counts.tokens_of("report")
+    read += HELD_OUT_BLOCKS * counts.length
+    each = read * rates.read + (written + 3 * 48) * rates.decode + rates.load
+    spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
+    networks = 1 + counts.scored_packages * counts.share
+    return StageCost(
+        "measuring", f"{counts.packages} packages", 1 * rates.load + networks * each + counts.packages * spoken
+    )
+
+
+def _proving(counts: _Counts, rates: Rates) -> StageCost:
+    """In a fresh process on the CPU; where networks are computed there, scores are measured again."""
+    each = 2 * rates.load
+    if counts.job.device.type == "cpu":
+        read, written = counts.tokens_of("report")
+        each += counts.share * (read * rates.read + written * rates.decode)
+    return StageCost("proving", f"{counts.packages} packages", PROCESS + counts.packages * each)
+
+
+COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
+    "preparing": _preparing,
+    "ordering": _ordering,
+    "fine-tuning": _finetuning,
+    "timing the layers": _timing,
+    "proposals": _proposals,
+    "search": _search,
+    "picking": _picking,
+    "healing": _healing,
+    "quantizing": _quantizing,
+    "measuring": _measuring,
+    "proving": _proving,
+}
+
+
+def expected_memory(job: Job) -> dict[str, float]:
+    """Bytes that each stage is expected to hold at once, from counts of weights, gradients, moments and activations."""
+    recipe, structure = job.recipe, job.structure
+    base = structure.base
+    total = structure.parameters(base)
+    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
+    neurons = max(
+        s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
+        for s in base.layers
+    )
+    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
+    weight_bytes = total * job.compute_dtype.itemsize
+    activations = 4 * rows * per_token
+    if recipe.finetuning.parameters == "lora":
+        training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
+    else:
+        training = 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
+    scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
+    kept = recipe.quantizing.samples * recipe.finetuning.sequence_length * base.hidden_size * 4
+    return {
+        "preparing": 2 * weight_bytes,
+        "ordering": scoring,
+        "fine-tuning": training + activations,
+        "timing the layers": 2 * weight_bytes,
+        "proposals": 2 * scoring,
+        "search": scoring,
+        "picking": scoring,
+        "healing": weight_bytes + 16 * HEALED * total + activations,
+        "quantizing": weight_bytes + 3 * kept,
+        "measuring": 2 * scoring,
+        "proving": scoring,
+    }
+
+
+def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None = None) -> Rates:
+    """Rates from counts: operations over what a matrix product reaches here, halved for everything that is not one, and
+    bytes over what a copy reaches; or over `flops` and `bandwidth` of another device."""
+    structure = job.structure
+    flops = (flops or matrix_rate(job.device, job.compute_dtype)) * EFFICIENCY
+    bandwidth = bandwidth or copy_rate(job.device)
+    total = structure.parameters(structure.base)
+    read = 2 * structure.macs(structure.base, job.recipe.finetuning.sequence_length // 2) / flops
+    weights = total * job.compute_dtype.itemsize
+    return Rates(
+        load=1.0 + weights / DISK_RATE,
+        read=read,
+        teach=read,
+        train=3 * read,
+        step=16 * total / bandwidth,
+        decode=max(weights / bandwidth, len(structure.base.layers) * 2e-4),  # what launching a layer takes
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Floating-point operations per second of a square matrix product, the best of a few."""
+    size = 8192 if device.type == "cuda" else size
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(_seconds(device, lambda: a @ a) for _ in range(4))
+
+
+def copy_rate(device: torch.device, size: int = 2**25) -> float:
+    """Bytes per second that a large tensor is read and written with, the best of a few."""
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    return 2 * size / min(_seconds(device, a.clone) for _ in range(4))
+
+
+def measure_rates(job: Job) -> Rates:
+    """Rates of this network on this device: each measured until a batch takes a second, some ten in all for a network
+    of 135 M parameters on two cores."""
+    # 1. The base, as it will be trained.
+    began = time.perf_counter()
+    dtype = torch.float32 if job.recipe.finetuning.parameters == "all" else job.compute_dtype
+    model = job.load_base(dtype)
+    load = time.perf_counter() - began
+    # 2. Training: a teacher's pass, then forward, backward and a step of the optimizer, as healing does them.
+    job.threads(scoring=False)
+    counts, vocabulary = _Counts(job), job.structure.vocab_size
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[job.recipe.finetuning.optimizer]([{"params": parameters}], 0.0)
+    loss = Loss({"kl": 1.0})
+
+    def teach(batch: Batch) -> object:
+        with torch.no_grad(), job.accelerator.autocast():
+            return trace(model, batch)
+
+    def train(batch: Batch) -> None:
+        with job.accelerator.autocast():
+            states = trace(model, batch)
+            loss(states, states.detached()).backward()
+
+    most = job.recipe.finetuning.batch_size or 1
+    rows = {"teach": _per_row(job.device, teach, most, counts.length, vocabulary)}
+    rows["train"] = _per_row(job.device, train, most, counts.length, vocabulary)
+    step = min(_seconds(job.device, optimizer.step) for _ in range(2))
+    optimizer.zero_grad(set_to_none=True)
+    del optimizer
+    # 3. Scoring, on some of the tasks' own requests where they are read as spans.
+    job.threads(scoring=True)
+    model = model.to(job.compute_dtype)
+    read = _scoring_rate(job, model) or rows["teach"] / counts.length
+    # 4. Generating.
+    ids = torch.randint(0, vocabulary, (1, min(32, counts.length // 2)), device=job.device)
+    new = min(8, counts.length // 2)
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=1, **options)
+        one = _seconds(job.device, lambda: model.generate(ids, max_new_tokens=1, **options))
+        several = _seconds(job.device, lambda: model.generate(ids, min_new_tokens=new, max_new_tokens=new, **options))
+    decode = max(several - one, 1e-6) / (new - 1) if new > 1 else one
+    per_token = {name: seconds / counts.length for name, seconds in rows.items()}
+    return Rates(load=load, read=read, step=step, decode=decode, **per_token)
+
+
+def _scoring_rate(job: Job, model: torch.nn.Module) -> float | None:
+    """Seconds for each token of the tasks' requests; None where there are no tasks, or none that are read."""
+    if not job.recipe.tasks:
+        return None
+    lm = job.scorer(model).lm
+    spans = sorted(set(job.tasks.requests("search", job.recipe.searching.limit).spans), key=lambda span: span.tokens)
+    many = 16
+    while spans:
+        plan = lm.plan(spans[:many])
+        seconds = _seconds(job.device, lambda plan=plan: lm.answer(plan))  # type: ignore[misc]
+        if seconds > PROBE_SECONDS or many >= len(spans):
+            return seconds / plan.tokens
+        many *= 2
+    return None
+
+
+def _per_row(device: torch.device, work: Callable[[Batch], object], most: int, length: int, vocabulary: int) -> float:
+    """Seconds for each row of random tokens, in batches that grow until one takes a second, to `most` rows."""
+    work(_random_rows(1, length, vocabulary).to(device))  # the first pass allocates and compiles
+    rows = 1
+    while True:
+        batch = _random_rows(rows, length, vocabulary).to(device)
+        seconds = _seconds(device, lambda batch=batch: work(batch))  # type: ignore[misc]
+        if seconds > PROBE_SECONDS or rows >= most:
+            return seconds / rows
+        rows = min(most, 2 * rows)
+
+
+def _random_rows(rows: int, length: int, vocabulary: int) -> Batch:
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    return Batch(ids, ids, torch.arange(length).repeat(rows, 1))
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of one call, what it started on a GPU included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

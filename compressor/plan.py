@@ -1,0 +1,243 @@
+"""What a run will cost, shown before it begins; and budgets that make it end by the time that the user named.
+
+`RUN/plan.json` keeps the rates that were measured and the budgets that were chosen, so that a run that goes on keeps
+them. After a stage, the budgets of those that have not begun are chosen anew from the time that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from compressor.costs import Rates, StageCost, measure_rates, stage_costs
+from compressor.job import Job
+from compressor.recipe import OPEN, Recipe
+from export.models import Model
+from supernet.common.errors import RequestError, reading
+from supernet.common.files import read_json, write_json
+from supernet.common.formatting import duration, parse_duration, size
+from supernet.common.progress import console, say
+
+RESERVE = 0.04
+"""Share of the time that is not planned for: machines slow down."""
+SEARCH_SHARE, ROUNDING_SHARE = 0.25, 0.1
+"""Shares of the time beyond what every run needs, for the search and for tuning the rounding; training has the rest."""
+FEWEST = {"train_tokens": 0, "heal_tokens": 0, "evaluations": 24, "limit": 25, "rounding": 0, "batch": 4}
+"""Least budgets; less is not worth a run."""
+MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "batch": 32}
+"""Budgets beyond which more was never seen to help."""
+LIMIT_PER_EVALUATION = 200 / 72
+"""Documents to sub-networks, in which a search's time is split."""
+WORTH_TRAINING = 0.1
+"""Tokens for each parameter, fine-tuning and healing together, from which on fine-tuning pays (docs/time.md). Below it
+the base is searched as it is, and all tokens heal."""
+TRAINED = 0.1
+"""From there on, the share of the tokens that are for the fine-tuning."""
+STEPS = 200
+"""Least number of steps of a training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
+STAGE_OF = {
+    "train_tokens": "fine-tuning",
+    "batch": "fine-tuning",
+    "evaluations": "search",
+    "limit": "search",
+    "heal_tokens": "healing",
+    "rounding": "quantizing",
+}
+"""The stage that a budget is spent in; once it has begun, the budget stays."""
+
+
+class Plan(Model):
+    """`plan.json`: how a run's budgets were chosen."""
+
+    time: str | None
+    """What the user named; None where the budgets follow from the effort."""
+    open: list[str]
+    """The budgets that the time sets; the others were set by the user."""
+    rates: Rates
+    budgets: dict[str, int | None]
+    """All of them, by name."""
+    expected: dict[str, float]
+    """Seconds of each stage under these budgets."""
+
+
+def read_plan(file: Path) -> Plan | None:
+    """The plan that a run keeps; None where it has none. Raises `RequestError` for a file that is none."""
+    if not file.is_file():
+        return None
+    with reading(f"{file}: not what this version writes; remove it"):
+        return Plan.model_validate(read_json(file))
+
+
+def open_budgets(recipe: Recipe) -> list[str]:
+    """The budgets that a recipe leaves to its time; none where it names no time."""
+    return [] if recipe.time is None else [name for name in OPEN if recipe.budget(name) is None]
+
+
+def make_plan(job: Job, asked: Recipe) -> Plan:
+    """The plan of a run whose recipe was `asked` for: kept ones are taken up, so that the budgets stay as they were.
+
+    Puts the budgets into the job's recipes. Raises `RequestError` where the time is too short for the least budgets.
+    """
+    kept, open_ = read_plan(job.run.plan_file), open_budgets(asked)
+    if kept is not None and (kept.time, kept.open) == (asked.time, open_):
+        put(job, {name: kept.budgets[name] for name in open_})
+        return current(job, kept)
+    say("measuring how fast this network is here")
+    rates = kept.rates if kept is not None else measure_rates(job)
+    if open_:
+        begun = {name for name, stage in STAGE_OF.items() if stage in job.schedule.times}
+        settled = {name: kept.budgets[name] for name in begun & set(open_)} if kept is not None else {}
+        put(job, settled)
+        fit(job, rates, [name for name in open_ if name not in settled], strict=True)
+    return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}))
+
+
+def current(job: Job, plan: Plan) -> Plan:
+    """The plan with the budgets and stages of the job's recipe as it is now; the schedule expects them."""
+    expected = {cost.name: cost.seconds for cost in stage_costs(job, plan.rates)}
+    job.schedule.expected = expected
+    budgets = {name: job.recipe.budget(name) for name in OPEN}
+    return plan.model_copy(update={"budgets": budgets, "expected": expected})
+
+
+def adjust(job: Job) -> bool:
+    """After a stage ended: correct the kept plan's rates by how long it took, and choose the budgets of what has not
+    begun anew from the time that is left. Returns whether a budget changed."""
+    plan = read_plan(job.run.plan_file)
+    if plan is None:
+        return False
+    # 1. Rates by the stages that are mostly made of them; a stage that was resumed says little.
+    factors: dict[str, float] = {}
+    for stage, names in (("ordering", ["teach"]), ("fine-tuning", ["train", "teach"]), ("search", ["read"])):
+        tokens = job.recipe.finetuning.tokens if stage == "fine-tuning" else 1
+        if tokens and job.schedule.over(stage) and plan.expected.get(stage) and stage in job.schedule.here:
+            ratio = min(3.0, max(1 / 3, job.schedule.times[stage].seconds / plan.expected[stage]))
+            factors |= dict.fromkeys(names, ratio)
+            job.schedule.here.discard(stage)  # it corrects once
+    plan = plan.model_copy(update={"rates": plan.rates.times(**factors)})
+    # 2. Budgets.
+    open_ = [name for name in plan.open if STAGE_OF[name] not in job.schedule.times]
+    before = {name: job.recipe.budget(name) for name in open_}
+    if open_:
+        fit(job, plan.rates, open_, strict=False)
+    changed = {name: value for name, value in before.items() if value != job.recipe.budget(name)}
+    if changed:
+        steps = ", ".join(f"{name} {value} -> {job.recipe.budget(name)}" for name, value in changed.items())
+        job.run.log(f"budgets by the time that is left: {steps}")
+    write_plan(job, current(job, plan))
+    return bool(changed)
+
+
+def write_plan(job: Job, plan: Plan) -> None:
+    """Keep the plan with the run."""
+    if job.run.writes:
+        write_json(job.run.plan_file, plan.model_dump(mode="json"))
+
+
+def put(job: Job, budgets: dict[str, int | None]) -> None:
+    """Put budgets into the recipe as it was given and as it is used."""
+    for recipe in (job.given, job.recipe):
+        for name, value in budgets.items():
+            recipe.set_budget(name, value)
+
+
+def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
+    """Choose the `open_` budgets so that what has not ended yet fits into the time that is left.
+
+    The search and the rounding get their shares of what the least budgets leave, training the rest. Where even the
+    least budgets take longer, they are taken, or with `strict` it is refused: `RequestError`.
+    """
+    assert job.recipe.time is not None
+    open_ = set(open_)
+    time = (1 - RESERVE) * (parse_duration(job.recipe.time) - job.schedule.elapsed)
+
+    def set_open(**values: int) -> None:
+        put(job, {name: value for name, value in values.items() if name in open_})
+
+    def total() -> float:
+        return sum(cost.seconds for cost in stage_costs(job, rates) if not job.schedule.over(cost.name))
+
+    # 1. The least that a run takes.
+    put(job, {name: value for name, value in FEWEST.items() if name in open_})
+    least = total()
+    if least > time and strict:
+        longest = sorted(stage_costs(job, rates), key=lambda cost: -cost.seconds)[:3]
+        parts = ", ".join(f"{cost.name} {duration(cost.seconds)}" for cost in longest)
+        raise RequestError(
+            f"--time {job.recipe.time}: with the least budgets this job takes {duration(least)} here ({parts}); ask "
+            f"for {duration(1.1 * least)} or more, for fewer tasks, or set budgets yourself"
+        )
+    spare = max(0.0, time - least)
+    # 2. Search and rounding: their shares.
+    if open_ & {"evaluations", "limit"}:
+
+        def searched(evaluations: int) -> float:
+            set_open(evaluations=evaluations, limit=min(MOST["limit"], round(evaluations * LIMIT_PER_EVALUATION)))
+            return total()
+
+        largest(searched, least + SEARCH_SHARE * spare, FEWEST["evaluations"], MOST["evaluations"])
+    if "rounding" in open_:
+        before = total()
+
+        def rounded(steps: int) -> float:
+            set_open(rounding=steps)
+            return total()
+
+        largest(rounded, before + ROUNDING_SHARE * spare, 0, MOST["rounding"])
+    # 3. Training: the rest.
+    if open_ & {"train_tokens", "heal_tokens"}:
+
+        def trained(tokens: int) -> float:
+            pays = tokens >= WORTH_TRAINING * job.structure.parameters(job.structure.base)
+            train = round(TRAINED * tokens) if pays else 0
+            heal = two_digits(tokens - train)
+            batch = min(MOST["batch"], max(FEWEST["batch"], power_of_two(heal / (STEPS * job.length))))
+            set_open(train_tokens=two_digits(train), heal_tokens=heal, batch=batch)
+            return total()
+
+        largest(trained, time, 0, 10**11)
+
+
+def largest(seconds: Callable[[int], float], most: float, low: int, high: int) -> int:
+    """The largest whole number in [low, high] whose seconds are at most `most`, or `low`; called with it at the end."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if seconds(middle) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    seconds(low)
+    return low
+
+
+def two_digits(number: int) -> int:
+    """A number with all but its first two digits zero, which people can read."""
+    scale = 10 ** max(0, len(str(number)) - 2)
+    return number // scale * scale
+
+
+def power_of_two(number: float) -> int:
+    """The largest power of two up to a number; 1 below that."""
+    return 1 << max(0, int(number).bit_length() - 1)
+
+
+def print_plan(costs: list[StageCost], device: str) -> dict[str, Any]:
+    """Print the stages with their budgets, time, memory and disk on stderr. Returns them as plain JSON types."""
+    table = Table(box=box.SIMPLE)
+    for column in ("stage", "budget", "time", "memory", "disk"):
+        table.add_column(column, justify="left" if column in ("stage", "budget") else "right")
+    for cost in costs:
+        disk = size(cost.disk) if cost.disk else ""
+        table.add_row(cost.name, cost.budget, duration(cost.seconds), size(cost.memory), disk)
+    seconds, disk_bytes = sum(cost.seconds for cost in costs), sum(cost.disk for cost in costs)
+    most = max(cost.memory for cost in costs)
+    table.add_section()
+    table.add_row("all", "", duration(seconds), size(most), size(disk_bytes), style="bold")
+    console.print(table)
+    say(f"expected on {device}, from rates measured there")
+    return {"stages": [asdict(cost) for cost in costs], "seconds": seconds, "memory": most, "disk": disk_bytes}

@@ -1,0 +1,146 @@
+"""The stages of a run by name: which one runs, how long each took, and how long the rest will take.
+
+`RUN/times.json` keeps the seconds of every stage, of all the processes that worked in the run together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from export.models import Model
+from supernet.common.errors import reading
+from supernet.common.files import read_json, write_json
+from supernet.common.progress import left_of_all, say
+
+STAGES = (
+    "preparing",
+    "ordering",
+    "fine-tuning",
+    "timing the layers",
+    "proposals",
+    "search",
+    "picking",
+    "healing",
+    "quantizing",
+    "measuring",
+    "proving",
+)
+"""In the order in which they come."""
+FOR_EACH_PICK = {"healing", "quantizing"}
+"""Stages that take turns, one pick after the other."""
+
+
+class StageTime(Model):
+    """How long a stage took, in all the processes that worked on it."""
+
+    seconds: float = 0.0
+    ended: bool = False
+    """Whether it came to its end, and was not interrupted."""
+
+
+class Schedule:
+    """What a run spends its time on. `file` keeps it; None keeps nothing."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.expected: dict[str, float] = {}
+        """Seconds that each stage takes by the plan; empty where nothing was planned."""
+        self.times: dict[str, StageTime] = {}
+        if file is not None and file.is_file():
+            with reading(f"{file}: not what this version writes; remove it"):
+                self.times = {name: StageTime.model_validate(row) for name, row in read_json(file).items()}
+        self.here: set[str] = set()
+        """Stages that this process did all of."""
+        self._running: tuple[str, float] | None = None
+        self._earlier = sum(row.seconds for row in self.times.values())
+        self._finished = self.over(STAGES[-1])
+        self._began = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this process began its work, and what earlier ones spent in stages."""
+        return time.monotonic() - self._began + self._earlier
+
+    def over(self, name: str) -> bool:
+        """Whether a stage has nothing left to do: it ended, and one that comes after it began."""
+        begun = {*self.times, *([self._running[0]] if self._running else [])}
+        later = set(STAGES[STAGES.index(name) + 1 :]) - (FOR_EACH_PICK if name in FOR_EACH_PICK else set())
+        done = name in self.times and self.times[name].ended and name not in FOR_EACH_PICK
+        return done or bool(begun & later)
+
+    def left(self) -> float | None:
+        """Seconds until the last stage ends; None where nothing was planned, or all was done before."""
+        if not self.expected or self._finished:
+            return None
+        left = 0.0
+        for name, seconds in self.expected.items():
+            if self._running is not None and self._running[0] == name:
+                left += max(0.0, seconds - self._spent(name) - (time.monotonic() - self._running[1]))
+            elif not self.over(name):
+                left += max(0.0, seconds - self._spent(name))
+        return left
+
+    def _spent(self, name: str) -> float:
+        return self.times[name].seconds if name in self.times else 0.0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Within, the stage of this name runs. What runs within another stage counts as that."""
+        if self._running is not None:
+            yield
+            return
+        planned = [stage for stage, seconds in self.expected.items() if seconds]
+        if name in planned and name not in self.times:
+            say(f"[{planned.index(name) + 1} of {len(planned)}] {name}; {left_of_all()}")
+        began = time.monotonic()
+        self._running = name, began
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first cause is what the user needs to see
+                self._add(name, time.monotonic() - began, ended=False)
+            raise
+        else:
+            self._add(name, time.monotonic() - began, ended=True)
+        finally:
+            self._running = None
+
+    def _add(self, name: str, seconds: float, ended: bool) -> None:
+        before = self.times.get(name, StageTime())
+        if ended and name not in self.times:
+            self.here.add(name)
+        self.times[name] = StageTime(seconds=round(before.seconds + seconds, 3), ended=ended)
+        if self.file is not None and (self.file.parent / "recipe.yaml").is_file():
+            write_json(self.file, {name: row.model_dump() for name, row in self.times.items()})
+
+
+class HasSchedule(Protocol):
+    """What every stage is handed first."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+AJob = TypeVar("AJob", bound=HasSchedule)
+
+
+def stage(name: str) -> Callable[[Callable[Concatenate[AJob, P], Result]], Callable[Concatenate[AJob, P], Result]]:
+    """Give a function whose first argument is the job the name of the stage that it is, or is a part of."""
+    assert name in STAGES
+
+    def decorate(function: Callable[Concatenate[AJob, P], Result]) -> Callable[Concatenate[AJob, P], Result]:
+        @functools.wraps(function)
+        def run(job: AJob, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+            with job.schedule.stage(name):
+                return function(job, *args, **kwargs)
+
+        return run
+
+    return decorate
