@@ -52,6 +52,7 @@ def main() -> None:
         part=(str, argparse.SUPPRESS),
         tiny=(False, "tiny budgets, for a CPU"),
         job=(False, "only a whole compression to 0.67 of the parameters"),
+        time=("4m", "the time that the whole compression may take"),
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -549,7 +550,15 @@ def same_seed(arguments: argparse.Namespace) -> Facts:
 
 def heal_and_quantize(arguments: argparse.Namespace) -> Facts:
     """A whole compression without fine-tuning: healing, then quantization in a child on the same card."""
-    yield from compression(arguments, "job-small", tiny=arguments.tiny, heal=2_000 if arguments.tiny else 200_000)
+    tiny = arguments.tiny
+    budgets = (
+        f"effort: quick\nfinetuning: {{tokens: 0, batch_size: {2 if tiny else 16}, "
+        f"sequence_length: {64 if tiny else 512}}}\nhealing: {{tokens: {2_000 if tiny else 200_000}}}\n"
+        f"searching: {{evaluations: {8 if tiny else 72}, population: {4 if tiny else 18}, "
+        f"limit: {8 if tiny else 100}, warm_start: [{'' if tiny else 'blockwise'}]}}\n"
+        "quantizing: {schemes: [int8, int4], iterations: 0}\n"
+    )
+    yield from compression(arguments, "job-small", budgets)
 
 
 def memory(arguments: argparse.Namespace) -> Facts:
@@ -580,20 +589,15 @@ def memory(arguments: argparse.Namespace) -> Facts:
 
 
 def whole_job(arguments: argparse.Namespace) -> Facts:
-    """A compression to 0.67 of the parameters with fine-tuning, search, healing, INT8 and INT4."""
-    yield from compression(
-        arguments,
-        "job",
-        tiny=arguments.tiny,
-        train=2_000 if arguments.tiny else 1_000_000,
-        heal=2_000 if arguments.tiny else 1_500_000,
-    )
+    """A compression to 0.67 of the parameters with INT8 and INT4, in the time that is named."""
+    length = 64 if arguments.tiny else 512
+    yield "time asked for", arguments.time
+    budgets = f"time: {arguments.time}\nfinetuning: {{sequence_length: {length}}}\n"
+    yield from compression(arguments, "job", budgets + "quantizing: {schemes: [int8, int4]}\n")
 
 
-def compression(
-    arguments: argparse.Namespace, name: str, *, tiny: bool, train: int = 0, heal: int = 0
-) -> Iterator[tuple[str, Any]]:
-    """Run `compressor compress`; its report is copied to the output folder."""
+def compression(arguments: argparse.Namespace, name: str, budgets: str) -> Iterator[tuple[str, Any]]:
+    """Run `compressor compress` to 0.67 with lines of a recipe; its report, plan and times are copied to the output."""
     import shutil
 
     with tempfile.TemporaryDirectory() as folder:
@@ -601,20 +605,14 @@ def compression(
         if not arguments.data:
             demo.training_text(Path(data), n_documents=2000, seed=1)
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(
-            f"effort: quick\nfinetuning: {{tokens: {train}, batch_size: {2 if tiny else 16}, "
-            f"sequence_length: {64 if tiny else 512}}}\nhealing: {{tokens: {heal}}}\n"
-            f"searching: {{evaluations: {8 if tiny else 72}, population: {4 if tiny else 18}, "
-            f"limit: {8 if tiny else 100}, warm_start: [{'' if tiny else 'blockwise'}]}}\n"
-            "quantizing: {schemes: [int8, int4], iterations: 0}\ntargets: {max_params: [0.67]}\n"
-        )
+        recipe.write_text(budgets + "targets: {max_params: [0.67]}\n")
         options = ["--data", data, "--tasks", arguments.tasks, "--include-path", arguments.include_path]
         command = ["compress", arguments.checkpoint, "--recipe", str(recipe), *options, "--output", f"{folder}/run"]
         began = time.monotonic()
         done = subprocess.run([*COMPRESSOR, *command])
         yield "exit status", done.returncode
         yield "seconds", time.monotonic() - began
-        for file in ("log.txt", "report.json", "compressor-error.log"):
+        for file in ("log.txt", "report.json", "plan.json", "times.json", "speed.json", "compressor-error.log"):
             source = Path(folder) / "run" / file if file != "compressor-error.log" else Path(file)
             if source.is_file():
                 shutil.copy(source, arguments.output / f"{name}-{file}")

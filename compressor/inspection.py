@@ -6,6 +6,7 @@ Costs are estimates from counts (`compressor.costs`).
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_costs
 from compressor.job import Job
+from compressor.recipe import OPEN
 from supernet.architecture import HALVES
 from supernet.common.formatting import duration, size
 from supernet.common.progress import console, say
@@ -61,14 +63,11 @@ def inspect_job(job: Job) -> dict[str, Any]:
 
 def _expectation(job: Job) -> dict[str, Any]:
     """Every stage under the recipe's budgets: here, and on a current GPU; rates are estimated from counts."""
+    on_gpu = {cost.name: cost for cost in stage_costs(job, estimate_rates(job, GPU_RATE, GPU_BANDWIDTH))}
     here = stage_costs(job, estimate_rates(job))
-    on_gpu = stage_costs(job, estimate_rates(job, GPU_RATE, GPU_BANDWIDTH))
     return {
-        "budget": {cost.name: cost.budget for cost in here},
-        "seconds": {cost.name: cost.seconds for cost in here},
-        "seconds_on_gpu": {cost.name: cost.seconds for cost in on_gpu},
-        "memory": {cost.name: cost.memory for cost in here},
-        "disk": {cost.name: cost.disk for cost in here},
+        "budget": {name: job.recipe.budget(name) for name in OPEN},
+        "stages": [asdict(cost) | {"seconds_on_gpu": on_gpu[cost.name].seconds} for cost in here],
     }
 
 
@@ -113,18 +112,14 @@ def print_inspection(facts: dict[str, Any]) -> None:
     cost = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "memory", "disk", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
         cost.add_column(column, justify="left" if column in ("stage", "budget") else "right")
-    for stage, seconds in facts["seconds"].items():
-        disk, on_gpu = facts["disk"][stage], facts["seconds_on_gpu"].get(stage, 0.0)
-        cost.add_row(
-            stage,
-            facts["budget"][stage],
-            size(facts["memory"][stage]),
-            size(disk) if disk else "",
-            duration(seconds),
-            duration(on_gpu),
-        )
-    totals = [duration(sum(facts[name].values())) for name in ("seconds", "seconds_on_gpu")]
+    stages = facts["stages"]
+    for row in stages:
+        disk = size(row["disk"]) if row["disk"] else ""
+        times = [duration(row[name]) for name in ("seconds", "seconds_on_gpu")]
+        cost.add_row(row["name"], row["budget"], size(row["memory"]), disk, *times)
     cost.add_section()
-    cost.add_row("all", "", size(max(facts["memory"].values())), size(sum(facts["disk"].values())), *totals)
+    totals = [duration(sum(row[name] for row in stages)) for name in ("seconds", "seconds_on_gpu")]
+    disk = size(sum(row["disk"] for row in stages))
+    cost.add_row("all", "", size(max(row["memory"] for row in stages)), disk, *totals)
     console.print(cost)
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")

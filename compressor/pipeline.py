@@ -95,10 +95,10 @@ def prepare(
     run.settle()
     with job.schedule.stage("preparing"):
         check(job)
-        plan = None
+        plan: Plan | None = None
         if open_budgets(asked) and (not recipe.tasks or processes() > 1):
             raise RequestError("time: plans the whole job in one process; name the tasks too, or set the budgets")
-        if recipe.tasks and processes() == 1:
+        if tasks_needed or open_budgets(asked):
             plan = make_plan(job, asked)
         job.fill_in()
         check_unchanged(job)

@@ -59,12 +59,12 @@ class Schedule:
         self._running: tuple[str, float] | None = None
         self._earlier = sum(row.seconds for row in self.times.values())
         self._finished = self.over(STAGES[-1])
-        self._began = time.monotonic()
+        self.began = time.monotonic()
 
     @property
     def elapsed(self) -> float:
         """Seconds since this process began its work, and what earlier ones spent in stages."""
-        return time.monotonic() - self._began + self._earlier
+        return time.monotonic() - self.began + self._earlier
 
     def over(self, name: str) -> bool:
         """Whether a stage has nothing left to do: it ended, and one that comes after it began."""
@@ -103,14 +103,15 @@ class Schedule:
             yield
         except BaseException:
             with contextlib.suppress(OSError):  # the first cause is what the user needs to see
-                self._add(name, time.monotonic() - began, ended=False)
+                self.add(name, time.monotonic() - began, ended=False)
             raise
         else:
-            self._add(name, time.monotonic() - began, ended=True)
+            self.add(name, time.monotonic() - began, ended=True)
         finally:
             self._running = None
 
-    def _add(self, name: str, seconds: float, ended: bool) -> None:
+    def add(self, name: str, seconds: float, ended: bool) -> None:
+        """Count the seconds of a stage, and keep them."""
         before = self.times.get(name, StageTime())
         if ended and name not in self.times:
             self.here.add(name)

@@ -62,6 +62,7 @@ def search(job: Job) -> dict[str, Any]:
     starts = proposals(job)
     # 3. Search.
     with (
+        job.schedule.stage("search"),
         EvaluationStore(run.evaluations) as store,
         closing(SubnetEvaluator(job, store, searched_weights(job))) as evaluator,
         bar("searching", recipe.searching.evaluations or 0) as progress,
@@ -97,7 +98,6 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
     }
 
 
-@stage("search")
 def run_searches(
     job: Job,
     evaluator: SubnetEvaluator,

@@ -1,0 +1,279 @@
+"""A run by the clock: what stages cost, budgets that fit a time, what a run that goes on keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor import costs, pipeline
+from compressor.cli import run
+from compressor.costs import COSTS, Rates, stage_costs
+from compressor.job import Job
+from compressor.plan import (
+    FEWEST,
+    MOST,
+    WORTH_TRAINING,
+    adjust,
+    fit,
+    largest,
+    make_plan,
+    open_budgets,
+    read_plan,
+    two_digits,
+    write_plan,
+)
+from compressor.recipe import OPEN, read_recipe
+from compressor.run import Run
+from compressor.schedule import STAGES, Schedule
+from supernet.common.errors import RequestError
+from tests.support import tiny
+
+RATES = Rates(load=0.5, read=1e-4, teach=1e-4, train=3e-4, step=1e-3, decode=1e-3)
+"""Rates of an imagined machine, so that nothing here depends on how fast this one is."""
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("plan")
+    return {
+        "model": str(tiny.checkpoint(folder / "model")),
+        "data": str(tiny.data(folder / "data.jsonl", 300)),
+        "tasks": "tiny_choice",
+        "include_path": str(tiny.task(folder / "tasks", documents=60)),
+        "targets.max_params": "0.8",
+        "quantizing.schemes": "int8,int4",
+        "finetuning.sequence_length": 32,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The imagined machine in place of this one; holds one entry for each time that it was measured."""
+    asked: list[int] = []
+
+    def measured(job: Job) -> Rates:
+        asked.append(1)
+        return RATES
+
+    monkeypatch.setattr("compressor.plan.measure_rates", measured)
+    yield asked
+
+
+def job_of(given: dict[str, Any], folder: Path, **changes: Any) -> Job:
+    recipe = read_recipe(None, given | changes)
+    return Job(Run(folder), recipe.resolved())
+
+
+def seconds(job: Job) -> float:
+    return sum(cost.seconds for cost in stage_costs(job, RATES))
+
+
+def test_every_stage_has_a_cost(given: dict[str, Any], tmp_path: Path) -> None:
+    assert tuple(COSTS) == STAGES
+    job = job_of(given, tmp_path)
+    rows = stage_costs(job, RATES)
+    assert [row.name for row in rows] == list(STAGES)
+    assert all(row.memory > 0 for row in rows)
+    without = stage_costs(job_of(given | {"quantizing.schemes": ""}, tmp_path), RATES)
+    assert "quantizing" not in [row.name for row in without]
+
+
+def test_costs_follow_the_budgets(given: dict[str, Any], tmp_path: Path) -> None:
+    """A token of healing costs a teacher's pass over it and the student's steps: counted by hand."""
+    one, two = (
+        {row.name: row.seconds for row in stage_costs(job_of(given, tmp_path, **{"healing.tokens": n}), RATES)}
+        for n in (128_000, 256_000)
+    )
+    batch = 16 * 32  # tokens in a step of `standard`
+    share = 0.8
+    assert two["healing"] - one["healing"] == pytest.approx(
+        128_000 * (1e-4 + share * 3e-4) + share * 1e-3 * 128_000 / batch, rel=1e-6
+    )
+    del one["healing"], two["healing"]
+    assert one == two
+
+
+def test_scoring_costs_what_is_read(given: dict[str, Any], tmp_path: Path) -> None:
+    """The tokens of the tasks' own documents, each shared prefix once."""
+    job = job_of(given, tmp_path, **{"searching.limit": 5})
+    spans = {span.tokens[:-1] for span in job.tasks.requests("search", 5).spans}
+    prefixes = {tokens[: i + 1] for tokens in spans for i in range(len(tokens))}
+    assert costs.request_tokens(job, job.tasks.requests("search", 5)) == (len(prefixes), 0)
+
+
+@pytest.mark.parametrize("time", ["3m", "20m", "3h"])
+def test_budgets_fit_the_time(given: dict[str, Any], tmp_path: Path, time: str) -> None:
+    job = job_of(given, tmp_path, time=time)
+    fit(job, RATES, list(OPEN), strict=True)
+    limit = {"3m": 180, "20m": 1200, "3h": 10800}[time]
+    assert 0.85 * limit < seconds(job) <= limit
+    for name in OPEN:
+        value = job.recipe.budget(name)
+        assert value is not None and FEWEST[name] <= value <= MOST.get(name, 10**12)
+        assert job.given.budget(name) == value  # what stands in recipe.yaml is what is done
+
+
+def test_more_time_buys_no_less_of_anything(given: dict[str, Any], tmp_path: Path) -> None:
+    job = job_of(given, tmp_path, time="3m")
+    before = dict.fromkeys(OPEN, 0)
+    for time in ("3m", "6m", "15m", "1h"):
+        job.recipe.time = time
+        fit(job, RATES, list(OPEN), strict=True)
+        now = {name: job.recipe.budget(name) or 0 for name in OPEN}
+        assert all(now[name] >= before[name] for name in OPEN), (before, now)
+        before = now
+
+
+def test_few_tokens_all_heal(given: dict[str, Any], tmp_path: Path) -> None:
+    """Fine-tuning pays from some tokens for each parameter on (docs/time.md)."""
+    job = job_of(given, tmp_path, time="3h")
+    fit(job, RATES, list(OPEN), strict=True)
+    assert job.recipe.finetuning.tokens and job.recipe.finetuning.tokens < (job.recipe.healing.tokens or 0)
+    slow = Rates(**{name: value * (5000 if name in ("train", "teach") else 1) for name, value in RATES})
+    job = job_of(given, tmp_path, time="3h")
+    fit(job, slow, list(OPEN), strict=False)
+    tokens = job.recipe.healing.tokens or 0
+    assert job.recipe.finetuning.tokens == 0
+    assert tokens < WORTH_TRAINING * job.structure.parameters(job.structure.base)
+
+
+def test_what_the_user_set_stays(given: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(None, given | {"time": "20m", "healing.tokens": 5000, "searching.limit": 30})
+    assert set(open_budgets(recipe)) == set(OPEN) - {"heal_tokens", "limit"}
+    job = Job(Run(tmp_path), recipe.resolved())
+    fit(job, RATES, open_budgets(recipe), strict=True)
+    assert (job.recipe.healing.tokens, job.recipe.searching.limit) == (5000, 30)
+
+
+def test_too_short_a_time_is_refused(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    recipe = read_recipe(None, given | {"time": "20s"})
+    with pytest.raises(RequestError, match=r"--time 20s: .* takes .*(min|s) here .*; ask for .* or more"):
+        pipeline.start(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("time", ["", "3", "h", "3x", "-1h", "0m", "1h 3", "three hours"])
+def test_times_that_are_none(given: dict[str, Any], time: str) -> None:
+    with pytest.raises(RequestError, match=r"'time': .*write for example 3h, 90m or 1h30m"):
+        read_recipe(None, given | {"time": time})
+
+
+def test_a_run_that_goes_on_keeps_its_budgets(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    recipe = read_recipe(None, given | {"time": "20m"})
+    first = pipeline.start(recipe, tmp_path / "run")
+    budgets = {name: first.recipe.budget(name) for name in OPEN}
+    assert read_recipe(tmp_path / "run" / "recipe.yaml", {}).healing.tokens == budgets["heal_tokens"]
+    again = pipeline.start(recipe, tmp_path / "run")
+    assert {name: again.recipe.budget(name) for name in OPEN} == budgets
+    assert len(imagined) == 1
+    # Another time: what has not begun is chosen anew, with the rates that are known.
+    later = pipeline.start(read_recipe(None, given | {"time": "1h"}), tmp_path / "run")
+    assert (later.recipe.healing.tokens or 0) > (budgets["heal_tokens"] or 0)
+    assert len(imagined) == 1
+
+
+def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    """A fine-tuning that took three times as long leaves less healing; what has begun keeps its budget."""
+    recipe = read_recipe(None, given | {"time": "20m"})
+    job = pipeline.start(recipe, tmp_path / "run")
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None
+    heal, train = job.recipe.healing.tokens or 0, job.recipe.finetuning.tokens
+    late = 3 * plan.expected["fine-tuning"]
+    job.schedule.add("fine-tuning", late, ended=True)
+    job.schedule.began -= late
+    assert adjust(job)
+    assert job.recipe.finetuning.tokens == train
+    assert 0 < (job.recipe.healing.tokens or 0) < heal / 2
+    after = read_plan(job.run.plan_file)
+    assert after is not None and after.rates.train == pytest.approx(3 * plan.rates.train)
+    left = sum(row.seconds for row in stage_costs(job, after.rates) if not job.schedule.over(row.name))
+    assert job.schedule.elapsed + left <= 1200
+    assert not adjust(job)  # nothing ended since
+
+
+def test_a_plan_alone_leaves_nothing_behind(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compress", given["model"], "--data", given["data"], "--tasks", "tiny_choice", "--max-params", "0.8"]
+    command += ["--include-path", given["include_path"], "--time", "20m", "--plan", "--output", str(tmp_path / "run")]
+    assert run([*command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    assert list(tmp_path.iterdir()) == []
+    assert [row["name"] for row in shown["stages"]] == [name for name in STAGES if name != "quantizing"]
+    assert shown["seconds"] <= 1200 and shown["budgets"]["heal_tokens"] > 0
+    assert all(name in err for name in ("fine-tuning", "proving", "memory", "disk"))
+
+
+def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Path) -> None:
+    rates = costs.measure_rates(job_of(given, tmp_path))
+    assert all(value > 0 for _, value in rates)
+
+
+def test_a_damaged_plan_is_named(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    job = job_of(given, tmp_path, time="20m")
+    write_plan(job, make_plan(job, read_recipe(None, given | {"time": "20m"})))
+    job.run.plan_file.write_text("{}")
+    with pytest.raises(RequestError, match=r"plan\.json: not what this version writes; remove it"):
+        read_plan(job.run.plan_file)
+
+
+def test_schedule_counts_down(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    schedule = Schedule(tmp_path / "times.json")
+    assert schedule.left() is None
+    schedule.expected = {"ordering": 5.0, "search": 10.0, "healing": 20.0, "quantizing": 4.0, "proving": 1.0}
+    assert schedule.left() == 40.0
+    with schedule.stage("ordering"), schedule.stage("search"):  # within another it counts as that
+        pass
+    assert set(schedule.times) == {"ordering"} and schedule.left() == 35.0
+    with pytest.raises(ZeroDivisionError), schedule.stage("search"):
+        raise ZeroDivisionError
+    assert not schedule.over("search")
+    for name in ("search", "healing", "quantizing", "healing"):  # two picks in turn
+        with schedule.stage(name):
+            pass
+    left = schedule.left()
+    assert left is not None and 24.9 < left <= 25.0
+    again = Schedule(tmp_path / "times.json")
+    assert again.over("search") and not again.over("healing")
+    with again.stage("proving"):
+        pass
+    assert again.over("healing")
+    again.expected = schedule.expected
+    assert again.left() == 0.0
+    done = Schedule(tmp_path / "times.json")
+    done.expected = schedule.expected
+    assert done.left() is None  # all of it was done before
+
+
+def test_largest() -> None:
+    asked: list[int] = []
+
+    def square(n: int) -> float:
+        asked.append(n)
+        return n * n
+
+    assert largest(square, 50, 0, 100) == 7 == asked[-1]
+    assert largest(square, -1, 3, 100) == 3
+    assert [two_digits(n) for n in (0, 7, 99, 123, 98765)] == [0, 7, 99, 120, 98000]
+
+
+def test_a_whole_run_by_the_clock(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    """Its recipe names every budget, so that it gives the same run without a clock."""
+    recipe = read_recipe(None, given | {"time": "80s", "quantizing.schemes": ""})
+    pipeline.compress(recipe, tmp_path / "run")
+    resolved = read_recipe(tmp_path / "run" / "recipe.yaml", {})
+    assert not open_budgets(resolved)
+    times = json.loads((tmp_path / "run" / "times.json").read_text())
+    assert list(times) == [name for name in STAGES if name != "quantizing"]
+    assert all(row["ended"] for row in times.values())
+    shutil.rmtree(tmp_path / "run" / "packages")
+    pipeline.compress(resolved, tmp_path / "run")  # nothing is searched again
