@@ -446,8 +446,8 @@ def training(arguments: argparse.Namespace) -> Facts:
     """Sandwich steps: seconds, synchronisations, memory, and the share of the card's rate."""
     import torch
 
+    from compressor.costs import expected_memory, matrix_rate
     from compressor.inputs import training_blocks
-    from compressor.inspection import expected_memory, matrix_rate
     from compressor.stages.finetuning import order_supernet, train_supernet
 
     steps, rows = (2, 2) if arguments.tiny else (20, 16)

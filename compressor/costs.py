@@ -222,7 +222,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     if not counts.schemes:
         return StageCost("quantizing", "", 0.0)
     iterations = quantizing.iterations or 0
-    samples = quantizing.samples * counts.length
+    samples = (quantizing.samples or 0) * counts.length
     tuned = len(counts.schemes)
     each = 2 * samples * rates.teach + iterations * ROUNDED * counts.length * rates.train
     seconds = counts.picks * (PROCESS + tuned * (counts.share * each + rates.load))
@@ -238,9 +238,11 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     each = read * rates.read + (written + 3 * 48) * rates.decode + rates.load
     spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
     networks = 1 + counts.scored_packages * counts.share
-    return StageCost(
-        "measuring", f"{counts.packages} packages", 1 * rates.load + networks * each + counts.packages * spoken
-    )
+    return StageCost("measuring", _packages(counts.packages), rates.load + networks * each + counts.packages * spoken)
+
+
+def _packages(count: int) -> str:
+    return f"{count} package{'s' * (count != 1)}"
 
 
 def _proving(counts: _Counts, rates: Rates) -> StageCost:
@@ -249,7 +251,7 @@ def _proving(counts: _Counts, rates: Rates) -> StageCost:
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
         each += counts.share * (read * rates.read + written * rates.decode)
-    return StageCost("proving", f"{counts.packages} packages", PROCESS + counts.packages * each)
+    return StageCost("proving", _packages(counts.packages), PROCESS + counts.packages * each)
 
 
 COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
@@ -285,7 +287,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     else:
         training = 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
     scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
-    kept = recipe.quantizing.samples * recipe.finetuning.sequence_length * base.hidden_size * 4
+    kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
     return {
         "preparing": 2 * weight_bytes,
         "ordering": scoring,

@@ -111,15 +111,15 @@ def print_inspection(facts: dict[str, Any]) -> None:
     say(f"\nto expect of --effort {facts['effort']} on {facts['device']}")
     cost = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "memory", "disk", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):
-        cost.add_column(column, justify="left" if column in ("stage", "budget") else "right")
+        cost.add_column(column, justify="left" if column in ("stage", "budget") else "right", overflow="fold")
     stages = facts["stages"]
     for row in stages:
         disk = size(row["disk"]) if row["disk"] else ""
-        times = [duration(row[name]) for name in ("seconds", "seconds_on_gpu")]
-        cost.add_row(row["name"], row["budget"], size(row["memory"]), disk, *times)
+        each = [duration(row[name]) for name in ("seconds", "seconds_on_gpu")]
+        cost.add_row(row["name"], row["budget"], size(row["memory"]), disk, *each)
     cost.add_section()
-    totals = [duration(sum(row[name] for row in stages)) for name in ("seconds", "seconds_on_gpu")]
+    sums = [duration(sum(row[name] for row in stages)) for name in ("seconds", "seconds_on_gpu")]
     disk = size(sum(row["disk"] for row in stages))
-    cost.add_row("all", "", size(max(row["memory"] for row in stages)), disk, *totals)
+    cost.add_row("all", "", size(max(row["memory"] for row in stages)), disk, *sums)
     console.print(cost)
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")

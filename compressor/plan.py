@@ -27,9 +27,17 @@ RESERVE = 0.04
 """Share of the time that is not planned for: machines slow down."""
 SEARCH_SHARE, ROUNDING_SHARE = 0.25, 0.1
 """Shares of the time beyond what every run needs, for the search and for tuning the rounding; training has the rest."""
-FEWEST = {"train_tokens": 0, "heal_tokens": 0, "evaluations": 24, "limit": 25, "rounding": 0, "batch": 4}
+FEWEST = {
+    "train_tokens": 0,
+    "heal_tokens": 0,
+    "evaluations": 24,
+    "limit": 25,
+    "rounding": 0,
+    "samples": 16,
+    "batch": 4,
+}
 """Least budgets; less is not worth a run."""
-MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "batch": 32}
+MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "samples": 64, "batch": 32}
 """Budgets beyond which more was never seen to help."""
 LIMIT_PER_EVALUATION = 200 / 72
 """Documents to sub-networks, in which a search's time is split."""
@@ -47,6 +55,7 @@ STAGE_OF = {
     "limit": "search",
     "heal_tokens": "healing",
     "rounding": "quantizing",
+    "samples": "quantizing",
 }
 """The stage that a budget is spent in; once it has begun, the budget stays."""
 
@@ -181,11 +190,11 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
             return total()
 
         largest(searched, least + SEARCH_SHARE * spare, FEWEST["evaluations"], MOST["evaluations"])
-    if "rounding" in open_:
+    if open_ & {"rounding", "samples"}:
         before = total()
 
         def rounded(steps: int) -> float:
-            set_open(rounding=steps)
+            set_open(rounding=steps, samples=min(MOST["samples"], FEWEST["samples"] + steps))
             return total()
 
         largest(rounded, before + ROUNDING_SHARE * spare, 0, MOST["rounding"])
@@ -230,7 +239,8 @@ def print_plan(costs: list[StageCost], device: str) -> dict[str, Any]:
     """Print the stages with their budgets, time, memory and disk on stderr. Returns them as plain JSON types."""
     table = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "time", "memory", "disk"):
-        table.add_column(column, justify="left" if column in ("stage", "budget") else "right")
+        words = column in ("stage", "budget")
+        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     for cost in costs:
         disk = size(cost.disk) if cost.disk else ""
         table.add_row(cost.name, cost.budget, duration(cost.seconds), size(cost.memory), disk)

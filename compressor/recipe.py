@@ -47,6 +47,8 @@ class Budget(BaseModel):
     """Sequences in a training step."""
     rounding: int
     """AutoRound's steps for each block."""
+    samples: int = 64
+    """Sequences that the rounding is tuned on."""
 
 
 BUDGETS = {
@@ -66,6 +68,7 @@ OPEN = {
     "limit": "searching.limit",
     "batch": "finetuning.batch_size",
     "rounding": "quantizing.iterations",
+    "samples": "quantizing.samples",
 }
 """The recipe's key of each budget."""
 
@@ -267,8 +270,8 @@ class Quantizing(Section):
     """Input channels that share a scale, for 4 bits. Unset: the largest of 128, 64, 32 that divides all widths."""
     iterations: int | None = Field(default=None, ge=0)
     """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
-    samples: int = Field(default=64, ge=1)
-    """Sequences that the rounding is tuned on."""
+    samples: int | None = Field(default=None, ge=1)
+    """Sequences that the rounding is tuned on. Unset: by `effort`."""
 
 
 class Recipe(Section):
