@@ -368,7 +368,7 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
     values: dict[str, Any] = {}
     where = "the command line"
     if file is not None:
-        where = str(file)
+        where = f"--recipe {file}"
         if not file.is_file():
             raise RequestError(f"--recipe {file}: no such file")
         with reading(f"--recipe {file}: not valid YAML"):

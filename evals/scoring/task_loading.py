@@ -29,7 +29,10 @@ def index_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> tup
         if not path.is_dir():
             raise RequestError(f"--include-path {path} is not a folder")
         for file in path.rglob("*.yaml"):
-            read_text(file)  # lm-eval would wait for a pipe, and fail at what is no text
+            try:
+                read_text(file)  # lm-eval would wait for a pipe, and fail at what is no text
+            except RequestError as error:
+                raise RequestError(f"--include-path {path}: {error}") from error
     unknown: list[str] = []
     for defaults in (False, True):
         with reading("--include-path: a task file cannot be read"):

@@ -115,7 +115,7 @@ def fuzzed_command(good: Good, rng: random.Random) -> tuple[list[str], list[str]
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     parameters = group.commands[name].params
     options = [option for option in parameters if option.param_type_name == "option" and "--help" not in option.opts]
-    names = ["unexpected extra argument"]  # an option without its value takes the next one's name
+    names = ["unexpected extra argument", "o such option"]  # an option without its value takes the next one's name
     before = list(command)
     for _ in range(rng.choice([1, 1, 2])):
         way = rng.random()
