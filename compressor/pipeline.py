@@ -28,7 +28,8 @@ from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
-from supernet.common.progress import whole
+from supernet.common.formatting import duration
+from supernet.common.progress import say, whole
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -130,7 +131,8 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
         keep_time(job)
         export(job)
         result = report(job)
-    keep_time(job)
+    if recipe.time is not None:
+        say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
     return result
 
 
