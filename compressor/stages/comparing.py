@@ -102,7 +102,7 @@ def compare(
     `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
     where none is given; `others` are checkpoints, by folder or hub name, that were compressed elsewhere.
     """
-    known = methods()
+    known = methods(repair=job.recipe.repair.enabled)
     for name in baselines:
         if name not in known:
             raise unknown("--baselines", name, known)

@@ -6,7 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from compressor.run import Run
 from compressor.sizing import draw_near
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import choose, measured
-from compressor.stages.repairing import pick_variants, repair_inputs
+from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs
 from compressor.stages.searching import search
 from evals.baselines import Baseline, Cut, PruningContext, baselines
 from export.report.comparison import OURS
@@ -28,6 +28,7 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint
 from supernet.common.versions import versions
+from supernet.repair import repair_in_sequence
 from supernet.slicing import extract, placed
 from supernet.training.data import Blocks
 
@@ -74,6 +75,12 @@ class SizeComparison:
     def pruning(self) -> PruningContext:
         return PruningContext(self.base, self.job.structure, self.calibration, self.parameters)
 
+    @cached_property
+    def repairing(self) -> PruningContext:
+        """The same, for a method whose cut is refitted on the text and by the way that ours is."""
+        text = calibration_text(self.job)
+        return replace(self.pruning, repair=lambda supernet, cut: repair_in_sequence(supernet, cut, text))
+
 
 @dataclass(frozen=True)
 class Method:
@@ -94,6 +101,10 @@ def ours(contest: SizeComparison, seed: int) -> Cut:
     job, architecture = contest.job, contest.architecture
     variants = pick_variants(job, architecture, contest.supernet)
     return extract(contest.supernet.model, job.structure, architecture, variants), architecture
+
+
+def ours_unrepaired(contest: SizeComparison, seed: int) -> Cut:
+    return extract(contest.supernet.model, contest.job.structure, contest.architecture), contest.architecture
 
 
 def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
@@ -136,15 +147,25 @@ def published(baseline: Baseline) -> Method:
     return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.pruning))
 
 
-def methods() -> dict[str, Method]:
-    """Ours first, then what it is compared with."""
+def repaired(baseline: Baseline) -> Method:
+    about = f"{baseline.paper}; refitted as ours is"
+    return Method(f"{baseline.name}-repaired", about, lambda contest, seed: baseline.cut(contest.repairing))
+
+
+def methods(repair: bool = False) -> dict[str, Method]:
+    """Ours first, then what it is compared with. Where ours is repaired, also ours without that, and what the same
+    repair makes of the baselines that it suits: so that everybody sees what comes from what."""
     own = [
         Method(OURS, "searched in the fine-tuned super-network", ours, trained=True),
         Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),
         Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search),
         Method("scratch", "the shape of ours, distilled from random weights", from_scratch, drawn=True),
     ]
-    return {m.name: m for m in [*own, *map(published, baselines().values())]}
+    beside = list(map(published, baselines().values()))
+    if repair:
+        own.insert(1, Method("ours-unrepaired", "ours, sliced plainly", ours_unrepaired, trained=True))
+        beside += [repaired(baseline) for baseline in baselines().values() if baseline.repairable]
+    return {method.name: method for method in [*own, *beside]}
 
 
 def documents_scored(job: Job) -> dict[str, str]:

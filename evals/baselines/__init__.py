@@ -25,6 +25,7 @@ from supernet.common.errors import RequestError
 from supernet.ordering import Scores, apply_ordering, order_by
 from supernet.slicing import extract
 from supernet.training.data import Batch
+from supernet.variants import Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +51,8 @@ class PruningContext:
     """Batches of token ids, [rows, length] each."""
     parameters: int
     """The number to reach."""
+    repair: Callable[[SuperNetwork, Architecture], Variants] | None = None
+    """Refits what `ordered_cut` cuts, given the super-network in its order; None cuts plainly."""
 
     def supernet(self) -> SuperNetwork:
         """A copy of the base, free to be permuted and cut."""
@@ -64,6 +67,8 @@ class Baseline:
     paper: str
     cut: Callable[[PruningContext], Cut]
     """Cuts the base to the size. Raises RequestError where the method cannot reach it, or does not suit the family."""
+    repairable: bool = False
+    """Whether it makes its network by `ordered_cut` and keeps the residual width, so that a repair can refit it."""
 
 
 @cache
@@ -79,10 +84,12 @@ def as_batch(ids: Tensor) -> Batch:
 
 
 def ordered_cut(context: PruningContext, scores: Scores, architecture: Architecture) -> Cut:
-    """The sub-network of the base of this architecture that keeps the units of the highest scores."""
+    """The sub-network of the base of this architecture that keeps the units of the highest scores; refitted where the
+    context says how."""
     supernet = context.supernet()
     apply_ordering(supernet, order_by(scores))
-    return extract(supernet.model, context.structure, architecture), architecture
+    variants = None if context.repair is None else context.repair(supernet, architecture)
+    return extract(supernet.model, context.structure, architecture, variants), architecture
 
 
 def without(architecture: Architecture, layers: Collection[int]) -> Architecture:

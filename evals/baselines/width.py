@@ -21,7 +21,7 @@ def cut(criterion: str, context: PruningContext) -> Cut:
 
 
 BASELINES = (
-    Baseline("magnitude", "the group's L2 norm, as in Li et al., arXiv 1608.08710", partial(cut, "magnitude")),
-    Baseline("wanda", "Sun et al., arXiv 2306.11695", partial(cut, "wanda")),
-    Baseline("taylor", "Ma et al. (LLM-Pruner), arXiv 2305.11627", partial(cut, "taylor")),
+    Baseline("magnitude", "the group's L2 norm, as in Li et al., arXiv 1608.08710", partial(cut, "magnitude"), True),
+    Baseline("wanda", "Sun et al., arXiv 2306.11695", partial(cut, "wanda"), True),
+    Baseline("taylor", "Ma et al. (LLM-Pruner), arXiv 2305.11627", partial(cut, "taylor"), True),
 )

@@ -332,7 +332,7 @@ def test_nothing_to_compare_with_is_said(
         raise RequestError("cannot be reached")
 
     known = methods()
-    monkeypatch.setattr(comparing, "methods", lambda: known | {"taylor": replace(known["taylor"], make=cut)})
+    monkeypatch.setattr(comparing, "methods", lambda **_: known | {"taylor": replace(known["taylor"], make=cut)})
     assert run(["compare", str(made), "--baselines", "taylor"]) == 2
     said = capsys.readouterr().err
     assert "taylor is left out at 0.9: cannot be reached" in said and "error: no method could be compared" in said

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from compressor.cli import run
 from compressor.job import Job
 from compressor.run import Run
+from compressor.stages.comparison_methods import methods
 from compressor.stages.repairing import pick_variants, repair_inputs, search_variants, searched_weights
 from supernet.architecture import Architecture
 from tests.support import tiny
@@ -78,3 +81,30 @@ def test_without_text_it_is_sliced_plainly(folder: Path, capsys: pytest.CaptureF
     job.recipe.repair.enabled, job.recipe.data = True, None
     assert pick_variants(job, job.structure.base) is None
     assert "no text to fit to (--data)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_comparison_tells_what_comes_from_the_repair(folder: Path, tmp_path: Path) -> None:
+    """Ours without it is the plain slice; a baseline with it keeps the same units and differs in what was refitted."""
+    folder = shutil.copytree(folder, tmp_path / "run")
+    base = opened(folder).structure.base
+    half = replace(base, layers=tuple(replace(layer, intermediate_size=32) for layer in base.layers))
+    (pick,) = json.loads((folder / "search" / "picks.json").read_text())
+    pick |= {"architecture": half.to_dict(), "key": half.key}
+    (folder / "search" / "picks.json").write_text(json.dumps([pick]))
+    names = ["ours-unrepaired", "wanda", "wanda-repaired"]
+    assert run(["compare", str(folder), "--baselines", ",".join(names)]) == 0
+    rows = {row["method"]: row for row in json.loads((folder / "report.json").read_text())["comparison"]}
+    assert set(rows) == {"ours", *names}
+
+    def weights(method: str) -> dict[str, torch.Tensor]:
+        return load_file(folder / rows[method]["path"] / "model.safetensors")
+
+    for plain, refitted in (("ours-unrepaired", "ours"), ("wanda", "wanda-repaired")):
+        before, after = weights(plain), weights(refitted)
+        assert rows[plain]["architecture"] == rows[refitted]["architecture"] and set(before) == set(after)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+
+
+def test_without_repair_nothing_is_compared_with_it() -> None:
+    assert {"ours-unrepaired", "wanda-repaired"} <= set(methods(repair=True)) - set(methods())
