@@ -75,6 +75,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         checks=list(flattened(package.verified)),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
+        repair=(report.recipe.get("repair") or {"enabled": False}),
         compared=compared[0] if compared else None,
         summary=summary,
         uneven_transformers=UNEVEN_TRANSFORMERS,

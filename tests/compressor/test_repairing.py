@@ -49,6 +49,8 @@ def test_a_pick_ships_what_was_repaired_and_is_proved(folder: Path) -> None:
     assert variants is not None and len(variants.names) > 0
     record = json.loads((folder / "packages" / "best" / "compression.json").read_text())
     assert record["entry"]["verified"]
+    card = (folder / "packages" / "best" / "README.md").read_text()
+    assert "output projections refitted by least squares on 1.02 k tokens" in card
     shipped = load_file(folder / "packages" / "best" / "model.safetensors")
     repaired = load_file(next((folder / "repair").glob("*.safetensors")))
     held = [tensor for tensor in shipped.values() for one in repaired.values() if torch.equal(tensor, one)]
