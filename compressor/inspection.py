@@ -14,11 +14,13 @@ import torch
 from rich import box
 from rich.table import Table
 
+from compressor.generated import block_length, rows_at_once, rows_to_read
 from compressor.job import Job
 from supernet.architecture import HALVES
 from supernet.common.formatting import duration, size
 from supernet.common.progress import console, say
 from supernet.training.adapters import adapter_parameters
+from supernet.training.sources import is_generated
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
@@ -26,6 +28,9 @@ GPU_RATE = 400e12
 """Bfloat16 operations per second that a current data-centre GPU keeps up; for recipes that ask for a GPU elsewhere."""
 HEALED = 0.7
 """Size of the sub-network that is healed, beside the base that teaches it."""
+LAYER_SECONDS = 0.7e-3
+"""What launching the kernels of one layer takes, below which a pass of few tokens on a GPU does not get
+(`docs/results.md`, on a GPU: 21.6 ms for 30 layers)."""
 SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together."""
 
@@ -85,24 +90,39 @@ def _expectation(job: Job, total: int) -> dict[str, Any]:
     documents = (recipe.searching.limit or 1000) * max(1, len(recipe.tasks))
     search = 2 * macs * documents * SCORED_TOKENS * (recipe.searching.evaluations or 0) * 0.8
     heal = (6 * HEALED + 2) * macs * (recipe.healing.tokens or 0)
+    flop = {"fine-tuning": train, "search": search, "healing": heal}
+    written, passes = _writing(job)
+    if written:
+        flop = {"writing text": 2 * macs * written} | flop
+    seconds, on_gpu = ({stage: work / pace for stage, work in flop.items()} for pace in (rate, GPU_RATE * EFFICIENCY))
+    for times in (on_gpu, *([seconds] if job.device.type != "cpu" else [])):
+        if written:
+            times["writing text"] = max(times["writing text"], passes * len(base.layers) * LAYER_SECONDS)
     return {
         "budget": {
+            **({"written_tokens": written} if written else {}),
             "train_tokens": recipe.finetuning.tokens,
             "evaluations": recipe.searching.evaluations,
             "heal_tokens": recipe.healing.tokens,
             "documents_per_task": recipe.searching.limit,
         },
         "memory": expected_memory(job),
-        "petaflop": {
-            name: flop / 1e15 for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
-        },
-        "seconds": {"fine-tuning": train / rate, "search": search / rate, "healing": heal / rate},
-        "seconds_on_gpu": {
-            name: flop / (GPU_RATE * EFFICIENCY)
-            for name, flop in (("fine-tuning", train), ("search", search), ("healing", heal))
-        },
+        "petaflop": {stage: work / 1e15 for stage, work in flop.items()},
+        "seconds": seconds,
+        "seconds_on_gpu": on_gpu,
         "matrix_rate": rate / EFFICIENCY,
     }
+
+
+def _writing(job: Job) -> tuple[int, float]:
+    """Tokens of training text that the base is to write, and in how many passes of a GPU; none where there is other
+    text."""
+    recipe = job.recipe
+    if recipe.data is None or not is_generated(recipe.data):
+        return 0, 0.0
+    rows = rows_to_read(job, max(recipe.finetuning.tokens or 0, recipe.healing.tokens or 0))
+    length = block_length(job)
+    return rows * length, math.ceil(rows / rows_at_once(job, "cuda")) * length
 
 
 def expected_memory(job: Job) -> dict[str, float]:
@@ -186,10 +206,11 @@ def print_inspection(facts: dict[str, Any]) -> None:
     asked = {
         "fine-tuning": f"{budget['train_tokens']:,} tokens",
         "search": f"{budget['evaluations']} sub-networks",
+        "writing text": f"{budget.get('written_tokens', 0):,} tokens",
         "healing": f"{budget['heal_tokens']:,} tokens",
     }
     for stage, seconds in facts["seconds"].items():
-        memory = size(facts["memory"][stage]) if seconds else ""
+        memory = size(facts["memory"][stage]) if seconds and stage in facts["memory"] else ""
         on_gpu = facts["seconds_on_gpu"][stage]
         cost.add_row(
             stage, asked[stage], memory, f"{facts['petaflop'][stage]:.3g}", duration(seconds), duration(on_gpu)

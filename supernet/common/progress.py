@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 # Of several processes that train together, only the first prints.
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(stderr=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @dataclass
