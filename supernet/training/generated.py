@@ -227,7 +227,7 @@ def write_rows(
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[Document]]:
     """The documents of each of these rows, written side by side with one cache. `advance` is told how many tokens were
-    written.
+    written. Raises `RequestError` where logits are no numbers, as half precision has it in some networks.
 
     Networks with linear attention, which no mask reaches, see the document before in a row, as they do in training.
     """
@@ -261,18 +261,22 @@ def write_rows(
             for part, draw in zip(logits.split(parts), draws[:, position + 1].split(parts), strict=True)
         ]
         likeliest, drawn = torch.cat(chosen, dim=1).tolist()
+        if min(drawn) < 0:
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise RequestError(f"--data generated: in {dtype} the base's logits are no numbers; say another --dtype")
     return [page.documents() for page in pages]
 
 
 def _choose(logits: Tensor, known: Tensor, words: Tensor, draws: Tensor) -> Tensor:
-    """The likeliest token that is no mark, and the one that the draws of [0, 1) fall on, [2, rows].
+    """The likeliest token that is no mark, and the one that the draws of [0, 1) fall on, [2, rows]; -1 where logits are
+    no numbers.
 
     In float64, since the probabilities of a large vocabulary are summed up.
     """
     likeliest = logits.masked_fill(~words, -torch.inf).argmax(dim=1)
     sums = logits.masked_fill(~known, -torch.inf).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
-    drawn = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0]
-    return torch.stack([likeliest, drawn.clamp(max=logits.shape[1] - 1)])
+    drawn = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.stack([likeliest, drawn.where(sums[:, -1].isfinite(), -1)])
 
 
 # -- Files ----------------------------------------------------------------------------------------------------------

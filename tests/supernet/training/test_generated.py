@@ -114,6 +114,14 @@ def test_a_network_that_would_end_at_once_still_says_something() -> None:
         assert len(document.ids) > 1 + CONFIDENT
 
 
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    model = tiny_network("llama")
+    with torch.no_grad():
+        model.lm_head.weight[50:] = torch.inf
+    with pytest.raises(RequestError, match="in float32 the base's logits are no numbers"):
+        write_rows(model, marks(3), range(4), LENGTH, seed=0)
+
+
 def test_what_the_vocabulary_of_a_tokenizer_is() -> None:
     tokenizer = tiny.byte_tokenizer()
     config = tiny.llama().config
