@@ -2,6 +2,7 @@
 
     python -m benchmarks.generated [--checkpoint DIR --data FILE FILE] [--include-path DIR --tasks A,B]
         [--tokens 100000] [--size 0.67] [--limit 500] [--device cuda --batch 16]
+    python -m benchmarks.generated --rows 8 32 64 [--checkpoint DIR] [--length 64]      # only how fast it writes
 
 Units are ordered on the first blocks of each text, a uniform cut is taken, and it is healed by distillation. Every
 network is scored on the search documents of the tasks, and its loss is measured on what is held out of each text. Rows
@@ -10,6 +11,7 @@ are printed as they are measured.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor import demo
+from compressor.generated import block_length
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.sizing import uniform_near
@@ -27,6 +30,7 @@ from search.scores import Score
 from supernet.device import release_cached_memory
 from supernet.slicing import extract
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
+from supernet.training.generated import vocabulary_of, write_rows
 from supernet.training.losses import held_out_loss
 from supernet.training.sources import GENERATED
 from supernet.training.supernet_training import heal
@@ -44,18 +48,36 @@ def main() -> None:
         limit=(500, "documents per task"),
         device=("cpu", "cpu or cuda"),
         batch=(4, "sequences in a step"),
+        length=(256, "tokens in a sequence"),
+        rows=([0], "measure only the speed of writing so many rows side by side"),
     ).parse_args()
     recipe: dict[str, Any] = {
         "tasks": arguments.tasks,
         "include_path": arguments.include_path,
         "device": arguments.device,
         "healing": {"tokens": arguments.tokens},
-        "finetuning": {"tokens": 0, "batch_size": arguments.batch},
+        "finetuning": {"tokens": 0, "batch_size": arguments.batch, "sequence_length": arguments.length},
         "searching": {"limit": arguments.limit},
     }
     with temporary_job(arguments.checkpoint, arguments.data[0] or None, **recipe) as job:
         job.fill_in()
+        if any(arguments.rows):
+            print_speed(job, arguments.rows)
+            return
         compare(job, [GENERATED, *(name or str(job.recipe.data) for name in arguments.data)], arguments.size)
+
+
+def print_speed(job: Job, counts: list[int]) -> None:
+    """How many tokens the base writes in a second, by the number of rows side by side."""
+    job.threads(scoring=False)
+    model, length = job.load_base(), block_length(job)
+    vocabulary = vocabulary_of(job.tokenizer, job.checkpoint.config, job.structure.vocab_size, length)
+    print_header("rows side by side", "tokens/s", "tokens per second of the processor", right_from=0)
+    for count in counts:
+        began = time.process_time()
+        _, seconds = timed(partial(write_rows, model, vocabulary, range(count), length, job.recipe.seed))
+        busy = time.process_time() - began
+        print_row(str(count), f"{count * length / seconds:,.0f}", f"{count * length / busy:,.0f}")
 
 
 def compare(job: Job, sources: list[str], size: float) -> None:

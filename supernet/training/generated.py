@@ -84,7 +84,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: Any, rows: int, le
     special = {*tokenizer.all_special_ids, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     firsts = [index for index in known.nonzero().flatten().tolist() if index not in special]
-    opening = list(takewhile(special.__contains__, tokenizer("a", verbose=False).input_ids))
+    whole, bare = (tokenizer("a", add_special_tokens=marked, verbose=False).input_ids for marked in (True, False))
+    opening = list(takewhile(lambda index: index not in bare, whole))
     return Vocabulary(known, frozenset(special), firsts, opening, _template(tokenizer, length))
 
 
