@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from compressor.costs import expected_memory
+from compressor.generated import repeated
 from compressor.job import Job
-from compressor.recipe import Recipe
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
@@ -30,7 +30,7 @@ from supernet.training.adapters import PARAMETERS, adapted
 from supernet.training.losses import LOSSES
 from supernet.training.optimizers import OPTIMIZERS, check_optimizer
 from supernet.training.samplers import DRAWS, SAMPLERS
-from supernet.training.sources import local_files, other_files, read_rows
+from supernet.training.sources import GENERATED, is_generated, local_files, other_files, read_rows
 
 
 def check(job: Job) -> None:
@@ -45,7 +45,7 @@ def check(job: Job) -> None:
     check_group_size(job)
     if not recipe.data:
         raise RequestError("--data is missing; name the text that the model is calibrated and trained on")
-    check_data(recipe)
+    (check_generated if is_generated(recipe.data) else check_data)(job)
     if recipe.speed_table is not None:
         job.given_speed_table()
     if recipe.tasks:
@@ -53,8 +53,9 @@ def check(job: Job) -> None:
     job.checkpoint.check_finite()
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(job: Job) -> None:
     """Read local training text once, all of it, so that its last row fails before the first step and not after it."""
+    recipe = job.recipe
     assert recipe.data is not None
     if local_files(recipe.data) is None:
         return
@@ -62,6 +63,18 @@ def check_data(recipe: Recipe) -> None:
         say(f"warning: --data {recipe.data}: {len(unread)} files are of other kinds and not read, such as {unread[0]}")
     if not sum(1 for _ in read_rows(recipe.data, recipe.text_key)):
         raise RequestError(f"--data {recipe.data}: no row has a text")
+
+
+def check_generated(job: Job) -> None:
+    """Refuse what makes no sense where the base writes the text, and say what else the words may have meant."""
+    source = job.given.data
+    if job.recipe.text_key is not None:
+        raise RequestError("--text-key: text that the base writes has no columns; leave it out")
+    if (over := repeated(job)) is not None:
+        say(f"--data {source}: {over}")
+    for name in dict.fromkeys((str(source), GENERATED)):
+        if Path(name).exists():
+            say(f"warning: --data {source}: the base writes the text; what lies here as {name} is read as ./{name}")
 
 
 def check_names(job: Job) -> None:

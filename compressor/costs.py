@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compressor.generated import rows_at_once, rows_to_read
 from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
@@ -25,6 +26,7 @@ from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
 from supernet.training.losses import Loss
 from supernet.training.optimizers import OPTIMIZERS
+from supernet.training.sources import is_generated
 from supernet.training.traces import trace
 
 EFFICIENCY = 0.5
@@ -145,6 +147,16 @@ def _preparing(counts: _Counts, rates: Rates) -> StageCost:
     return StageCost("preparing", "", PROCESS + 2 * rates.load)
 
 
+def _writing(counts: _Counts, rates: Rates) -> StageCost:
+    """The training text, where the base writes it: a pass for each token of many rows at once."""
+    job = counts.job
+    if not is_generated(counts.recipe.data or ""):
+        return StageCost("writing text", "", 0.0)
+    tokens = rows_to_read(job, max(counts.train_tokens, counts.heal_tokens)) * counts.length
+    seconds = rates.load + tokens * (rates.teach + rates.decode / rows_at_once(job))
+    return StageCost("writing text", f"{tokens:,} tokens", seconds, disk=10.0 * tokens)
+
+
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     """Twice over the calibration text: for the units' importance, and for the layers'."""
     tokens = 64 * counts.length
@@ -256,6 +268,7 @@ def _proving(counts: _Counts, rates: Rates) -> StageCost:
 
 COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
     "preparing": _preparing,
+    "writing text": _writing,
     "ordering": _ordering,
     "fine-tuning": _finetuning,
     "timing the layers": _timing,
@@ -290,6 +303,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
     return {
         "preparing": 2 * weight_bytes,
+        "writing text": scoring,
         "ordering": scoring,
         "fine-tuning": training + activations,
         "timing the layers": 2 * weight_bytes,

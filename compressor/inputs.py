@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from compressor.generated import generated_fingerprint, generated_rows
 from compressor.job import Job
 from export.shards import weight_files
 from supernet.common.files import content_fingerprint
-from supernet.training.data import Blocks, pack
-from supernet.training.sources import Row, local_files
+from supernet.training.data import Blocks, pack, pack_rows
+from supernet.training.sources import Row, is_generated, local_files, read_rows
 
 CALIBRATION_BLOCKS = 64
 
@@ -24,6 +25,12 @@ def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
     return [batch.ids for batch in blocks[:CALIBRATION_BLOCKS].to(job.device).split(8)]
 
 
+def text_fingerprint(job: Job, tokens: int) -> str:
+    """Of the training text that a training of so many tokens reads."""
+    source = job.recipe.data or ""
+    return generated_fingerprint(job, tokens) if is_generated(source) else data_fingerprint(source)
+
+
 def data_fingerprint(source: str) -> str:
     """Of a local file or folder: its contents. Of a hub dataset: its name, as its revision is the hub's."""
     path = Path(source).expanduser()
@@ -32,10 +39,21 @@ def data_fingerprint(source: str) -> str:
 
 
 def training_blocks(job: Job, tokens: int, seen: Callable[[Row], None] | None = None) -> Blocks:
-    """The packed training data, at most about twice what will be read, so that huge sources are not read whole."""
-    assert job.recipe.data is not None
-    most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * job.length)
-    return pack(job.recipe.data, job.tokenizer, job.length, most, seen, job.recipe.text_key, job.structure.vocab_size)
+    """The packed training data, at most about twice what will be read, so that huge sources are not read whole. What
+    the base is to write is written first."""
+    source, length, vocabulary = job.recipe.data, job.length, job.structure.vocab_size
+    assert source is not None
+    if is_generated(source):
+        return pack_rows(source, generated_rows(job, tokens), job.tokenizer, length, None, seen, vocabulary)
+    most = max(2 * tokens, 4 * CALIBRATION_BLOCKS * length)
+    return pack(source, job.tokenizer, length, most, seen, job.recipe.text_key, vocabulary)
+
+
+def training_rows(job: Job) -> Iterator[Row]:
+    """The documents of the training text, in order."""
+    source = job.recipe.data
+    assert source is not None
+    return generated_rows(job, 0) if is_generated(source) else read_rows(source, job.recipe.text_key)
 
 
 def weights_fingerprint(folder: Path) -> str:

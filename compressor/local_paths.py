@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from compressor.recipe import Recipe
 from evals.warm_starts import warm_start_methods
 from supernet.common.errors import RequestError
+from supernet.training.sources import is_generated
 
 
 class LocalPath(BaseModel):
@@ -77,7 +78,7 @@ def _replaced(recipe: Recipe, replace: Callable[[str, str], str]) -> Recipe:
     copy.model = replace("model", copy.model)
     for key in ("data", "include_path", "speed_table"):
         value = getattr(copy, key)
-        if value is not None:
+        if value is not None and not (key == "data" and is_generated(value)):
             setattr(copy, key, replace(key, value))
     # Names of spaces, criteria and warm starts are none of files, even where a file is called so.
     if isinstance(copy.space, str) and Path(copy.space).suffix in (".yaml", ".yml"):

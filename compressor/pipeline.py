@@ -14,7 +14,7 @@ import torch
 from compressor import demo as bundled
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
 from compressor.costs import stage_costs
-from compressor.inputs import data_fingerprint
+from compressor.inputs import text_fingerprint
 from compressor.job import Job
 from compressor.local_paths import remembered
 from compressor.plan import Plan, adjust, make_plan, open_budgets, print_plan, read_plan, write_plan
@@ -188,7 +188,8 @@ def is_given(name: str, overrides: Mapping[str, Any]) -> bool:
 
 def provenance(job: Job) -> dict[str, Any]:
     """What a reader of recipe.yaml may want to know: versions, and fingerprints of model and data."""
-    return {"versions": versions(), "model": job.base_fingerprint, "data": data_fingerprint(job.recipe.data or "")}
+    data = text_fingerprint(job, job.recipe.finetuning.tokens or 0)
+    return {"versions": versions(), "model": job.base_fingerprint, "data": data}
 
 
 def compare(

@@ -24,6 +24,7 @@ from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
+from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
@@ -281,7 +282,8 @@ class Recipe(Section):
     """The checkpoint: a folder or a hub name."""
     data: str | None = None
     """Training text: a `.txt`, `.jsonl`, `.json`, `.parquet` or `.arrow` file (text and JSON also as `.gz`, `.zst` or
-    `.bz2`), a folder of them, or a hub dataset."""
+    `.bz2`), a folder of them, or a hub dataset; or `generated`, text that the model writes itself (`generated:2M`: at
+    most so many tokens)."""
     text_key: str | None = None
     """The one column of the data to read. Without it, a row has `text`; `prompt` and `completion`; `messages`;
     `conversations` (ShareGPT); or `instruction`, `input` and `output` (Alpaca)."""
@@ -336,6 +338,13 @@ class Recipe(Section):
         """Set the budget of this name (`OPEN`)."""
         section, _, key = OPEN[name].partition(".")
         setattr(getattr(self, section), key, value)
+
+    @field_validator("data")
+    @classmethod
+    def _readable(cls, source: str | None) -> str | None:
+        if source is not None and is_generated(source):
+            generated_limit(source)
+        return source
 
     def resolved(self) -> Recipe:
         """The same recipe with the budgets of its effort filled in where nothing else was said."""

@@ -36,6 +36,7 @@ class Run:
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "log.txt"
         self.requests = path / "requests"
+        self.data = path / "data"
         self.supernet = path / "supernet"
         self.speed_table = path / "speed.json"
         self.search = path / "search"

@@ -19,6 +19,7 @@ from supernet.common.progress import left_of_all, say
 
 STAGES = (
     "preparing",
+    "writing text",
     "ordering",
     "fine-tuning",
     "timing the layers",

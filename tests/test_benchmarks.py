@@ -124,6 +124,15 @@ def test_markers_are_no_bytes() -> None:
     assert bits_per_byte(knows_nothing, 8, tokenizer, texts) == pytest.approx(7 / 6 * math.log2(vocabulary + 3))
 
 
+def test_the_speed_of_writing_is_a_row_for_each_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, "generated", "--rows", "1", "2", "--length", "16")
+    header, rule, one, two = capsys.readouterr().out.splitlines()
+    assert header.count("|") == rule.count("|") == two.count("|")
+    assert one.startswith("| 1 |") and two.startswith("| 2 |")
+
+
 def test_peak_memory_is_that_of_the_process_alone() -> None:
     code = "from benchmarks.common import resident; print(resident('VmHWM'))"
     held = bytearray(b"x") * 2**28

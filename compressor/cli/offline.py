@@ -24,8 +24,10 @@ def stay_offline() -> None:
 
 def offline_if_local(recipe: Recipe) -> None:
     """Ask no network where everything that the recipe names lies on this machine."""
-    local = Path(recipe.model).expanduser().is_dir() and recipe.data is not None and Path(recipe.data).exists()
-    if local and tasks_are_local(recipe.tasks, recipe.include_path):
+    from supernet.training.sources import is_generated  # here, as above
+
+    data = recipe.data is not None and (is_generated(recipe.data) or Path(recipe.data).exists())
+    if data and Path(recipe.model).expanduser().is_dir() and tasks_are_local(recipe.tasks, recipe.include_path):
         stay_offline()
 
 

@@ -41,7 +41,11 @@ class RecipeOption:
 
 
 RECIPE_OPTIONS = {
-    "data": RecipeOption("data", str, "training text: .txt, .jsonl, .parquet, a folder, or a hub dataset"),
+    "data": RecipeOption(
+        "data",
+        str,
+        "training text: .txt, .jsonl, .parquet, a folder, a hub dataset; generated: the model's own",
+    ),
     "tasks": RecipeOption("tasks", str, "lm-eval tasks, comma-separated; T:METRIC names a task's metric"),
     "text_key": RecipeOption("text_key", str, "the column of the data with the text, where it is not called 'text'"),
     "include_path": RecipeOption("include_path", str, "folder of lm-eval task files"),

@@ -111,9 +111,10 @@ def compare(
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
     run, recipe = job.run, job.recipe
     picked = sizes_to_compare(job, sizes)
-    supernet, base = job.load_supernet(), job.load_base()
     total = (recipe.finetuning.tokens or 0) + (recipe.healing.tokens or 0)
-    short, long = training_blocks(job, recipe.healing.tokens or 0), training_blocks(job, total)
+    long = training_blocks(job, total)  # before networks are in memory, since the base may have to write some of it
+    short = training_blocks(job, recipe.healing.tokens or 0)
+    supernet, base = job.load_supernet(), job.load_base()
     calibration = tuple(batch.ids for batch in long[:CALIBRATION_BLOCKS].to(job.device).split(8))
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)

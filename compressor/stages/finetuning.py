@@ -14,6 +14,7 @@ from compressor.inputs import (
     STATE,
     calibration_batches,
     data_fingerprint,
+    text_fingerprint,
     training_blocks,
     weights_fingerprint,
 )
@@ -42,7 +43,7 @@ from supernet.training.data import Blocks
 from supernet.training.loop import History
 from supernet.training.losses import Loss
 from supernet.training.sharding import full_tensor, shard
-from supernet.training.sources import hub_dataset
+from supernet.training.sources import hub_dataset, is_generated
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 
 
@@ -52,7 +53,7 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     least, _ = smallest_in_training(job, space)
     inputs = {
         "model": job.base_fingerprint,
-        "data": data_fingerprint(recipe.data or ""),
+        "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "finetuning": former_names(job.given.finetuning.model_dump()),
         "space": space.to_dict(),
         "smallest": least.to_dict(),
@@ -140,7 +141,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 "sampler": recipe.finetuning.sampler,
                 "parameters": recipe.finetuning.parameters,
                 "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
-                "data": job.given.data,
+                "data": "text that the base wrote" if is_generated(recipe.data or "") else job.given.data,
                 "hub_dataset": hub_dataset(recipe.data or ""),
                 "blocks": len(blocks),
                 "data_fingerprint": blocks.fingerprint,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor.inputs import training_blocks, weights_fingerprint
+from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
@@ -37,7 +37,6 @@ from supernet.device import device_name
 from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.losses import held_out_loss
-from supernet.training.sources import read_rows
 from supernet.trust import check_code
 
 if TYPE_CHECKING:
@@ -243,8 +242,8 @@ def dumped(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
 
 def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
     """The openings of a few documents of the user's data, and their token ids [1, length]."""
-    assert job.recipe.data is not None
-    texts = [row.text for row in islice(read_rows(job.recipe.data, job.recipe.text_key), 400)]
+    # Of conversations that the base wrote, the template's words are still in the text.
+    texts = [row.text for row in islice(training_rows(job), 400) if row.ids is None or not row.chat]
     prompts = {}
     for text in [text for text in texts if len(text) > 20][-count:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids

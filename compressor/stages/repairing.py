@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.inputs import data_fingerprint, training_blocks
+from compressor.inputs import text_fingerprint, training_blocks
 from compressor.job import Job
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
@@ -26,7 +26,8 @@ def repair_inputs(job: Job) -> dict[str, Any]:
     """What repaired weights depend on beside the super-network's; empty where repair is off."""
     if not job.recipe.repair.enabled:
         return {}
-    text = [data_fingerprint(job.recipe.data or ""), job.recipe.text_key, job.recipe.finetuning.sequence_length]
+    settings = job.recipe.finetuning
+    text = [text_fingerprint(job, settings.tokens or 0), job.recipe.text_key, settings.sequence_length]
     return {"repair": [job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
 
 
@@ -50,8 +51,9 @@ def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
         return None
     folder, of = job.run.path / "moments", searched_weights(job)
     if not job.run.whole(folder, of):
+        text = calibration_text(job)
         with job.run.stage(folder, of) as (partial, _), bar("gathering moments", len(supernet.layers)) as progress:
-            for index, moments in gather(supernet, calibration_text(job)):
+            for index, moments in gather(supernet, text):
                 save_moments(moments, layer_file(partial, index), of)
                 progress.advance()
     memory = parse_bytes(job.recipe.repair.memory)
@@ -73,8 +75,9 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)
         supernet = supernet or job.load_supernet()
+        text = calibration_text(job)
         with bar("repairing", len(supernet.layers)) as progress:
-            variants = repair_in_sequence(supernet, architecture, calibration_text(job), progress.advance)
+            variants = repair_in_sequence(supernet, architecture, text, progress.advance)
         with replacing(file) as temporary:
             save_file({name: tensor.cpu() for name, tensor in variants.tensors.items()}, temporary)
     return FixedVariants(load_file(file))

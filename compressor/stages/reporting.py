@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.inputs import data_fingerprint
+from compressor.inputs import text_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
@@ -37,7 +37,7 @@ def report(job: Job) -> dict[str, Any]:
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
         "model": job.base_fingerprint,
-        "data": data_fingerprint(recipe.data or ""),
+        "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "tasks": documents_scored(job),
     }
     search = searched(job, read_front(run.front)) if run.front.is_file() else None

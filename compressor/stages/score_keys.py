@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from compressor.inputs import data_fingerprint
+from compressor.inputs import text_fingerprint
 from compressor.job import Job
 from evals.scoring.tasks import ScoredTask
 from search.objectives import Direction
@@ -88,6 +88,6 @@ def task_key(job: Job, task: ScoredTask, split: Split, limit: int | None = None)
 def held_out_keys(job: Job, names: Sequence[str]) -> Keys:
     """Where the store keeps what is measured on held-out text."""
     settings = job.recipe.finetuning
-    text = [data_fingerprint(job.recipe.data or ""), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
+    text = [text_fingerprint(job, settings.tokens or 0), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
     documents = fingerprint(text)
     return {name: ScoreKey(name + precision(job), documents, name, higher_is_better=False) for name in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.inputs import data_fingerprint, training_blocks
+from compressor.inputs import text_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
@@ -72,7 +72,7 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
-    text = data_fingerprint(job.recipe.data or "")
+    text = text_fingerprint(job, 0)
     inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
     inputs += [*repair_inputs(job).values()]
     file = job.run.search / f"proposals-{name}.json"

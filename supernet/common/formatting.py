@@ -68,6 +68,14 @@ def parse_parameters(size: str, base: int) -> int:
     return int(share * base)
 
 
+def parse_tokens(size: str) -> int:
+    """The number of tokens in `2M`, `500k` or a plain number, at least 1. Raises ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", size.strip().lower())
+    if not match or (tokens := int(float(match[1]) * _PARAMETERS[match[2]])) < 1:
+        raise ValueError(f"'{size}' is not a number of tokens")
+    return tokens
+
+
 def parse_bytes(size: str) -> int:
     """The number of bytes in `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())

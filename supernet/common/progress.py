@@ -28,7 +28,7 @@ from rich.text import Text
 from supernet.common.formatting import duration
 
 # Of several processes that train together, only the first prints.
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(stderr=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 _left_of_all: list[Callable[[], float | None]] = []

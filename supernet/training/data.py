@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_BLOCKS = 16
 """The least number of blocks that are held out for held-out losses, where there are twice as many."""
+HELD_OUT_SHARE = 0.02
+"""The share of the blocks that is held out where that is more."""
 
 IGNORED = -100
 """Label of a token that is not learnt from, as in transformers."""
@@ -86,10 +88,9 @@ class Blocks:
     def __getitem__(self, rows: slice | list[int]) -> Batch:
         return Batch(*self.table[rows].long().unbind(1))
 
-    def split(self, share: float = 0.02, least: int = HELD_OUT_BLOCKS) -> tuple[Blocks, Blocks]:
+    def split(self, share: float = HELD_OUT_SHARE, least: int = HELD_OUT_BLOCKS) -> tuple[Blocks, Blocks]:
         """The training part and a held-out part of `share` (at least `least` blocks, at most half), from the end."""
-        held = min(max(least, round(share * len(self))), len(self) // 2)
-        cut = len(self) - held
+        cut = len(self) - held_out_of(len(self), share, least)
         return self.part(0, cut), self.part(cut, len(self))
 
     def part(self, start: int, stop: int) -> Blocks:
@@ -113,8 +114,18 @@ class Blocks:
         return self._order[key]
 
 
+def held_out_of(blocks: int, share: float = HELD_OUT_SHARE, least: int = HELD_OUT_BLOCKS) -> int:
+    """How many of so many blocks are held out."""
+    return min(max(least, round(share * blocks)), blocks // 2)
+
+
 def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids and labels of one document, with an end mark. Raises `RequestError` that names the row."""
+    if row.ids is not None:
+        labels = [IGNORED] * len(row.ids)
+        for start, stop in row.learnt:
+            labels[start:stop] = row.ids[start:stop]
+        return list(row.ids), labels
     prompt, content = row.prompt, row.content
     if row.chat and isinstance(prompt, str):
         if tokenizer.chat_template is None:
@@ -189,18 +200,34 @@ def pack(
     text_key: str | None = None,
     rows: int | None = None,
 ) -> Blocks:
-    """The source's documents in blocks of `length` tokens, without the incomplete last block and without blocks that
-    have nothing to learn from.
+    """`pack_rows` of a source's documents. `text_key` is that of `read_rows`."""
+    skipped = Counter[str]()
+    return pack_rows(source, read_rows(source, text_key, skipped), tokenizer, length, tokens, seen, rows, skipped)
+
+
+def pack_rows(
+    source: str,
+    documents: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    tokens: int | None = None,
+    seen: Callable[[Row], None] | None = None,
+    rows: int | None = None,
+    skipped: Counter[str] | None = None,
+) -> Blocks:
+    """Documents in blocks of `length` tokens, without the incomplete last block and without blocks that have nothing to
+    learn from.
 
     Blocks are written to an unnamed temporary file that is mapped, so neither text nor tokens need to fit into memory.
-    Reading stops after `tokens` tokens, if given. `seen` is called with every row; `text_key` is that of `read_rows`.
-    Raises `RequestError` for less than two blocks, and for a token without a row among the `rows` of the embedding.
+    Reading stops after `tokens` tokens, if given. `seen` is called with every row. `source` names them all in messages;
+    `skipped` counts rows that were passed over, those that reading passes over too. Raises `RequestError` for less than
+    two blocks, and for a token without a row among the `rows` of the embedding.
     """
-    digest, skipped = hashlib.sha256(), Counter[str]()
+    digest, skipped = hashlib.sha256(), Counter[str]() if skipped is None else skipped
     pending: list[list[int]] = [[], [], []]  # ids, labels, document numbers
-    documents = read = blocks = 0
+    number = read = blocks = 0
     with tempfile.TemporaryFile(prefix="compressor-") as file:
-        for row in read_rows(source, text_key, skipped):
+        for row in documents:
             if seen is not None:
                 seen(row)
             # 1. Append the document to the pending tokens.
@@ -210,9 +237,9 @@ def pack(
                 skipped["the assistant says nothing" if isinstance(row.content, list) else "the text is empty"] += 1
                 continue
             digest.update(str(ids).encode())
-            for part, values in zip(pending, (ids, [IGNORED, *labels[1:]], [documents] * len(ids)), strict=True):
+            for part, values in zip(pending, (ids, [IGNORED, *labels[1:]], [number] * len(ids)), strict=True):
                 part += values
-            documents += 1
+            number += 1
             read += len(ids)
             # 2. Write the blocks that are complete.
             whole = len(pending[0]) // length * length
@@ -228,13 +255,13 @@ def pack(
                 break
         if blocks < 2:
             raise RequestError(
-                f"--data {source}: {read} tokens in {documents} documents do not fill two blocks of {length} tokens "
+                f"--data {source}: {read} tokens in {number} documents do not fill two blocks of {length} tokens "
                 "with something to learn from"
             )
         file.flush()
         # Copy on write, since torch needs a writable array. The map stays valid after the file is closed.
         table = np.memmap(file, np.int32, mode="c", shape=(blocks, 3, length))
-    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], documents, dict(skipped))
+    return Blocks(torch.from_numpy(table), digest.hexdigest()[:16], number, dict(skipped))
 
 
 def _positions(documents: np.ndarray) -> np.ndarray:

@@ -13,15 +13,14 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow
-
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.formatting import parse_tokens
 
 Columns: TypeAlias = Mapping[str, Any]
 """A row as it lies in its file."""
@@ -48,6 +47,9 @@ SPEAKERS = {
 }
 """Roles of ShareGPT's `from`; others are roles already."""
 
+GENERATED = "generated"
+"""The source that is no file and no dataset: text that the base writes."""
+
 KINDS = "'text'; 'prompt' and 'completion'; 'messages'; 'conversations'; or 'instruction' and 'output'"
 
 
@@ -57,13 +59,16 @@ class Row:
 
     With a `prompt`, only `content` is learnt from; without, all of it, of a conversation what the assistant says.
     `where` names the file and the row, for messages. `chat`: a prompt and an answer in plain text, which are a
-    conversation for a tokenizer that has a chat template.
+    conversation for a tokenizer that has a chat template. `ids`: what a network wrote, token by token, and from where
+    to where it is learnt from.
     """
 
     where: str
     content: Text
     prompt: Text | None = None
     chat: bool = False
+    ids: Sequence[int] | None = None
+    learnt: Sequence[tuple[int, int]] = ()
 
     @property
     def text(self) -> str:
@@ -265,10 +270,27 @@ def named(columns: Columns) -> str:
 # -- Files ----------------------------------------------------------------------------------------------------------
 
 
+def is_generated(source: str) -> bool:
+    """Whether a source is text that the base writes itself (`supernet.training.generated`), `generated` or
+    `generated:2M`; a file of that name is written `./generated`."""
+    return source.partition(":")[0] == GENERATED
+
+
+def generated_limit(source: str) -> int | None:
+    """The most tokens that the base is to write, or None. Raises ValueError for another number than such as `2M`."""
+    _, colon, size = source.partition(":")
+    if not colon:
+        return None
+    try:
+        return parse_tokens(size)
+    except ValueError as error:
+        raise ValueError(f"{error}; write {GENERATED}, or {GENERATED}:2M for at most so many tokens") from None
+
+
 def hub_dataset(source: str) -> str | None:
     """The name of the hub dataset that a source is, or None where it is of this machine, missing or not."""
     path = Path(source).expanduser()
-    if path.exists() or kind_of(path) is not None or path.is_absolute() or source[:1] in ".~":
+    if is_generated(source) or path.exists() or kind_of(path) is not None or path.is_absolute() or source[:1] in ".~":
         return None
     return source.partition(":")[0]
 
@@ -319,7 +341,8 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         asked = ":".join(part for part in (name, config or "", split) if part)
         reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"--data {asked}: neither a local file nor a reachable hub dataset ({reason})") from error
+        what = f"neither a local file nor a reachable hub dataset ({reason}){did_you_mean(name, [GENERATED])}"
+        raise RequestError(f"--data {asked}: {what}") from error
 
 
 Numbered: TypeAlias = Iterator[tuple[int, object]]
@@ -387,6 +410,8 @@ READERS: Mapping[str, Callable[[Path], Numbered]] = {
 @contextmanager
 def _opened(file: Path) -> Iterator[io.TextIOWrapper]:
     """The text of a file. What goes wrong while it is read becomes one line that names it."""
+    import pyarrow  # here, since reading a recipe needs only the names in this file
+
     try:
         with pyarrow.input_stream(str(file), compression=COMPRESSED.get(file.suffix.lower())) as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig")

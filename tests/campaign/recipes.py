@@ -28,6 +28,7 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 10**30, -(10**30), 0.5, 1.5, -0.1, 1e300, float("inf"), float("nan"),
     "", " ", "x", "nan", "1e", "0.5", "67%", "1%", "450M", "2GiB", "0", "-1", "1,2", ",", "é", "\u200b", "a b", "../x",
     "/dev/null", "/", "~", "none", "auto", "cpu", "int8", "int4", "gguf", "onnx", "uneven,padded", "wanda", "fine",
+    "generated", "generated:", "generated:1",
     "depth", "ce", "random", "nsga2", "greedy", "blockwise", "quality", "parameters", "parameters,bytes",
     [], [None], [1], ["x"], ["int8", "int8"], ["quality", "parameters"], [[]], {}, {"a": 1}, {"ce": 1}, {"ce": -1},
     {1: 2}, {"kl": "x"},

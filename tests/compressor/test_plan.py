@@ -78,7 +78,8 @@ def test_every_stage_has_a_cost(given: dict[str, Any], tmp_path: Path) -> None:
     assert tuple(COSTS) == STAGES
     job = job_of(given, tmp_path)
     rows = stage_costs(job, RATES)
-    assert [row.name for row in rows] == list(STAGES)
+    assert [row.name for row in rows] == [name for name in STAGES if name != "writing text"]
+    assert [row.name for row in stage_costs(job_of(given | {"data": "generated"}, tmp_path), RATES)] == list(STAGES)
     assert all(row.memory > 0 for row in rows)
     without = stage_costs(job_of(given | {"quantizing.schemes": ""}, tmp_path), RATES)
     assert "quantizing" not in [row.name for row in without]
@@ -206,7 +207,9 @@ def test_a_plan_alone_leaves_nothing_behind(
     out, err = capsys.readouterr()
     shown = json.loads(out)
     assert list(tmp_path.iterdir()) == []
-    assert [row["name"] for row in shown["stages"]] == [name for name in STAGES if name != "quantizing"]
+    assert [row["name"] for row in shown["stages"]] == [
+        name for name in STAGES if name not in ("writing text", "quantizing")
+    ]
     assert shown["seconds"] <= 1200 and shown["budgets"]["heal_tokens"] > 0
     assert all(name in err for name in ("fine-tuning", "proving", "memory", "disk"))
 
@@ -272,7 +275,7 @@ def test_a_whole_run_by_the_clock(given: dict[str, Any], tmp_path: Path, imagine
     resolved = read_recipe(tmp_path / "run" / "recipe.yaml", {})
     assert not open_budgets(resolved)
     times = json.loads((tmp_path / "run" / "times.json").read_text())
-    assert list(times) == [name for name in STAGES if name != "quantizing"]
+    assert list(times) == [name for name in STAGES if name not in ("writing text", "quantizing")]
     assert all(row["ended"] for row in times.values())
     shutil.rmtree(tmp_path / "run" / "packages")
     pipeline.compress(resolved, tmp_path / "run")  # nothing is searched again
