@@ -82,10 +82,8 @@ def write_text(job: Job, folder: Path, rows: int) -> None:
             )
         folder.mkdir(parents=True, exist_ok=True)
         job.threads(scoring=False)
-        with (
-            job.schedule.stage("writing text"),
-            bar("writing training text", sum(map(len, share)) * length) as progress,
-        ):
+        tokens = sum(map(len, share)) * length
+        with job.schedule.stage("writing text"), bar("writing training text", tokens) as progress:
             model = job.load_base()
             for numbers in share:
                 written = writing.write_rows(model, vocabulary, numbers, length, job.recipe.seed, progress.advance)
