@@ -224,7 +224,10 @@ class Job:
         assert name is not None
         if not Path(name).is_file():
             raise RequestError(f"speed_table: {name}: no such file")
-        table = SpeedTable.load(Path(name))
+        try:
+            table = SpeedTable.load(Path(name))
+        except RequestError as error:
+            raise RequestError(f"speed_table: {error}") from error
         if not table.fits(self.structure):
             raise RequestError(
                 f"speed_table: {name}: was measured on a network of other sizes; make one with "

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -110,6 +111,14 @@ Names = Annotated[list[str], BeforeValidator(_listed)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes, on and true are no 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true or false is no value of it")
+        return value
 
 
 class Targets(Section):
@@ -213,7 +222,7 @@ class Searching(Section):
 
     algorithm: str = "linas"
     """`linas`, `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
-    evaluations: int | None = Field(default=None, ge=1)
+    evaluations: int | None = Field(default=None, ge=2)
     """Sub-networks to measure. Unset: by `effort`."""
     population: int = Field(default=18, ge=4)
     """Sub-networks in a generation."""

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from compressor.cli.options import RECIPE_OPTIONS, Given, IncludePath, Json, recipe_options
-from compressor.cli.output import emit
+from compressor.cli.output import emit, writable
 from supernet.common.files import write_json
 from supernet.common.progress import console
 
@@ -33,6 +33,8 @@ def evaluate(
     from evals.scoring.evaluate import evaluate as run_evaluation
 
     read_recipe(None, {"model": path_or_repo} | given)  # refuses values that these options cannot have
+    if output is not None:
+        writable("--output", output)
     results = run_evaluation(path_or_repo, tasks.split(","), include_path=include_path, limit=limit, **given)
     if output is not None:
         write_json(output, results)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+from supernet.common.errors import RequestError
 from supernet.training.accelerator import is_main
 
 
@@ -12,3 +14,15 @@ def emit(value: Any, as_json: bool) -> None:
     """Print a result where JSON was asked for; of several processes, the first does."""
     if as_json and is_main():
         print(json.dumps(value, indent=1))
+
+
+def writable(option: str, file: Path) -> Path:
+    """The file that a command will write at its end, its folder made. Raises `RequestError`, before any work, where it
+    cannot be one."""
+    if file.is_dir():
+        raise RequestError(f"{option} {file}: is a folder; name a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{option} {file}: {file.parent} cannot be made a folder: {error.strerror}") from error
+    return file

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli.options import Model
+from compressor.cli.output import writable
 from supernet.common.progress import say
 
 
@@ -22,6 +23,7 @@ def speed_table(model: Model, file: Annotated[Path, typer.Argument(help="where t
     from supernet.checkpoint import open_checkpoint
     from supernet.slicing import extract
 
+    writable("FILE", file)
     checkpoint = open_checkpoint(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = checkpoint.load_model(torch.float32 if device.type == "cpu" else "auto", device)

@@ -64,3 +64,16 @@ def test_a_speed_table_is_measured_for_a_search_elsewhere(
     assert table.fits(structure) and table.predict(structure.base)["decode_tps"] > 0
     assert run(["speed-table", str(tmp_path / "nowhere"), str(file)]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = ["--tasks", "tiny_choice", "--include-path", str(tiny.task(tmp_path / "tasks"))]
+    assert run(["evaluate", str(model), *tasks, "--output", str(tmp_path)]) == 2
+    assert f"error: --output {tmp_path}: is a folder; name a file" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(["speed-table", str(model), str(tmp_path / "file" / "table.json")]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+    assert run(["evaluate", str(model), *tasks, "--output", str(tmp_path / "new" / "scores.json")]) == 0
+    assert "tiny_choice" in json.loads((tmp_path / "new" / "scores.json").read_text())["results"]

@@ -131,3 +131,19 @@ def test_a_mistake_is_one_line(tmp_path: Path, text: str, words: list[str]) -> N
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["searching.evaluations", "finetuning.tokens", "finetuning.weight_decay", "seed"])
+def test_true_is_no_number(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "r.yaml"
+    section, _, name = key.rpartition(".")
+    file.write_text(f"model: m\n{section}: {{{name}: yes}}\n" if section else f"model: m\n{name}: on\n")
+    with pytest.raises(RequestError, match=rf"--recipe .*: '{key}': true or false is no value of it \(got True\)"):
+        read_recipe(file, {})
+    file.write_text("model: m\nfinetuning: {shard: yes}\n")
+    assert read_recipe(file, {}).finetuning.shard
+
+
+def test_a_search_of_one_is_none() -> None:
+    with pytest.raises(RequestError, match=r"'searching.evaluations': .*2"):
+        read_recipe(None, {"model": "m", "searching.evaluations": 1})
