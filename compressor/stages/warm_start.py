@@ -22,7 +22,12 @@ from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
 BLOCKS, BATCH = 8, 4
-"""Blocks of training text that the methods look at, and how many at a time."""
+"""Blocks of training text that the methods look at, at most, and how many at a time."""
+LARGE = 30_000_000
+"""Parameters from which on they look at fewer blocks, down to 2: the order of what they measure on 2 differs as much
+from that on 8 as that on 8 others does."""
+METHOD = "2"
+"""Part of a proposals file's fingerprint; another number where the methods propose otherwise from the same inputs."""
 
 
 def sources(job: Job) -> dict[str, str]:
@@ -72,7 +77,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
     text = data_fingerprint(job.recipe.data or "")
     inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
-    inputs += [*repair_inputs(job).values()]
+    inputs += [*repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
@@ -80,7 +85,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
             say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
             return []
         say(f"{name}: looking for architectures to start from")
-        batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
+        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
         path = warm_starts()[name].propose(supernet, variants, batches)
@@ -88,6 +93,12 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
+
+
+def blocks_to_read(job: Job) -> int:
+    """How many blocks of training text the methods look at: fewer for large networks, whose passes cost more."""
+    parameters = job.structure.parameters(job.structure.base)
+    return min(BLOCKS, max(2, round(BLOCKS * LARGE / parameters)))
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
