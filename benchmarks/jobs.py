@@ -24,14 +24,17 @@ from supernet.training.losses import held_out_loss
 
 
 @contextmanager
-def temporary_job(checkpoint: str, data: str | None = None, documents: int = 6000, **recipe: Any) -> Iterator[Job]:
-    """A job on the CPU in a folder that is removed afterwards; without `data`, on so many generated documents. `recipe`
-    are further keys of the recipe."""
+def temporary_job(
+    checkpoint: str, data: str | None = None, documents: int = 6000, device: str = "cpu", **recipe: Any
+) -> Iterator[Job]:
+    """A job in a folder that is removed afterwards; without `data`, on so many generated documents. `recipe` are
+    further keys of the recipe."""
     with tempfile.TemporaryDirectory() as name:
         text = Path(name, "text.jsonl")
         if data is None:
             demo.training_text(text, documents, seed=1)
-        yield Job(Run(Path(name)), Recipe(model=checkpoint, data=data or str(text), device="cpu", **recipe).resolved())
+        keys = {"model": checkpoint, "data": data or str(text), "device": device}
+        yield Job(Run(Path(name)), Recipe.model_validate(keys | recipe).resolved())
 
 
 def ordered_supernet(job: Job, calibration: Sequence[Tensor]) -> SuperNetwork:
