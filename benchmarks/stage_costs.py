@@ -27,7 +27,11 @@ from compressor.stages.subnet_scores import HeldOut
 from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants
 from evals.speed.table import SpeedTable
 from evals.warm_starts.blockwise import blockwise, refined
+from export.layouts.table import write_layout
+from export.quantization.cost import step_seconds
+from export.quantization.quantize import quantize_package
 from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
 from supernet.slicing import extract
 
 
@@ -63,11 +67,30 @@ def held_out(job: Job, supernet: SuperNetwork, share: float) -> str:
     return f"{len(measure.blocks)} blocks; {seconds:.1f} s, {score.value:.3f} ± {score.stderr or 0:.3f} nats"
 
 
+def rounding(job: Job, supernet: SuperNetwork, share: float) -> str:
+    """A step of a block of AutoRound's to int4, as foretold, and as taken: two layers, 4 and 14 steps of each."""
+    seconds = step_seconds(supernet.model, job.recipe.finetuning.sequence_length)
+    base = supernet.base
+    some = Architecture(base.hidden_size, (*base.layers[:2], *base.without_layers().layers[2:]))
+    network, folder = extract(supernet.model, job.structure, some), job.run.path / "package"
+    entry = {"name": "two", "architecture": some.to_dict()}
+    write_layout("uneven", network, some, folder, entry=entry, tokenizer=job.tokenizer, dtype=job.stored_dtype)
+    ids = training_blocks(job, 0)[: job.recipe.quantizing.samples].ids
+    spent = []
+    for steps in (4, 14):
+        began = time.perf_counter()
+        destination = job.run.path / f"int4-{steps}"
+        quantize_package(folder, destination, "int4", calibration=ids, iterations=steps, device=job.device.type)
+        spent.append(time.perf_counter() - began)
+    return f"{seconds:.2f} s a step and block foretold, {(spent[1] - spent[0]) / 20:.2f} s taken"
+
+
 STAGES: dict[str, Callable[[Job, SuperNetwork, float], str]] = {
     "ordering": ordering,
     "timing": timing,
     "proposals": proposals,
     "held_out": held_out,
+    "rounding": rounding,
 }
 
 
