@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
-from benchmarks.common import make_parser, print_header, print_row, resident
+from benchmarks.common import make_parser, print_header, print_row, resident, timed
 from benchmarks.jobs import temporary_job
-from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
+from compressor import demo
+from compressor.inputs import calibration_blocks, training_blocks
 from compressor.job import Job
 from compressor.stages.finetuning import order_supernet
 from compressor.stages.score_keys import held_out_keys
@@ -38,7 +43,7 @@ from supernet.slicing import extract
 def ordering(job: Job, supernet: SuperNetwork, share: float) -> str:
     """Wanda's order of all units, and block influence."""
     order_supernet(job, supernet, training_blocks(job, 0))
-    return f"{CALIBRATION_BLOCKS} blocks of {job.recipe.finetuning.sequence_length} tokens"
+    return f"{calibration_blocks(job)} blocks of {job.recipe.finetuning.sequence_length} tokens"
 
 
 def timing(job: Job, supernet: SuperNetwork, share: float) -> str:
@@ -85,12 +90,31 @@ def rounding(job: Job, supernet: SuperNetwork, share: float) -> str:
     return f"{seconds:.2f} s a step and block foretold, {(spent[1] - spent[0]) / 20:.2f} s taken"
 
 
+def scoring(job: Job, supernet: SuperNetwork, share: float) -> str:
+    """A candidate's task scores, and the same requests through HFLM."""
+    limit = job.recipe.searching.limit
+    requests = job.tasks.requests("search", limit)
+    scorer = job.scorer(supernet.model)
+    scorer.ask("search", 1)  # whether it reads trees is found out once
+    answers, ours = timed(partial(scorer.ask, "search", limit))
+    job.threads(scoring=False)
+    lm = HFLM(pretrained=supernet.model, tokenizer=job.tokenizer, batch_size=16)
+    expected, others = timed(partial(lm.loglikelihood, requests.loglikelihood, disable_tqdm=True))
+    pairs = zip(requests.loglikelihood, expected, strict=True)
+    difference = max(abs(answers[id(request)][0][0] - value) for request, (value, _) in pairs)
+    return (
+        f"{len(requests.loglikelihood)} requests; ours {ours:.1f} s, HFLM {others:.1f} s ({others / ours:.1f} times); "
+        f"largest difference {difference:.0e} nats"
+    )
+
+
 STAGES: dict[str, Callable[[Job, SuperNetwork, float], str]] = {
     "ordering": ordering,
     "timing": timing,
     "proposals": proposals,
     "held_out": held_out,
     "rounding": rounding,
+    "scoring": scoring,
 }
 
 
@@ -115,10 +139,15 @@ def main() -> None:
         "stages": (",".join(STAGES), "which"),
         "device": "cpu",
         "share": (0.67, "size proposed for"),
+        "tasks": ",".join(demo.TASK_NAMES),
+        "documents": (40, "of each task"),
     }
-    arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
+    arguments = make_parser(__doc__, "checkpoint", "data", "include_path", **own).parse_args()
     torch.set_grad_enabled(False)
-    with temporary_job(arguments.checkpoint, arguments.data, device=arguments.device) as job:
+    logging.disable(logging.WARNING)
+    scored: dict[str, Any] = {"tasks": arguments.tasks.split(","), "include_path": arguments.include_path}
+    scored |= {"searching": {"limit": arguments.documents}}
+    with temporary_job(arguments.checkpoint, arguments.data, device=arguments.device, **scored) as job:
         job.threads(scoring=False)
         supernet = job.supernet_of(job.load_base())
         full = job.structure.parameters(job.structure.base)

@@ -10,9 +10,9 @@ import torch
 
 from compressor.checks import check_targets
 from compressor.inputs import (
-    CALIBRATION_BLOCKS,
     STATE,
     calibration_batches,
+    calibration_blocks,
     data_fingerprint,
     training_blocks,
     weights_fingerprint,
@@ -177,7 +177,7 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Or
     """
     named = job.recipe.finetuning.ordering
     if named in IMPORTANCES:
-        say(f"ordering units by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
+        say(f"ordering units by importance ({named}) on {calibration_blocks(job)} blocks of the data")
         scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks))
         order = order_by(scores)
         if all(gene.kind != "hidden_size" for gene in job.space.genes):

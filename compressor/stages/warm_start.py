@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.inputs import data_fingerprint, training_blocks
+from compressor.inputs import LARGE, data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import sizes_asked_for
@@ -22,10 +22,8 @@ from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
 BLOCKS, BATCH = 8, 4
-"""Blocks of training text that the methods look at, at most, and how many at a time."""
-LARGE = 30_000_000
-"""Parameters from which on they look at fewer blocks, down to 2: the order of what they measure on 2 differs as much
-from that on 8 as that on 8 others does."""
+"""Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
+fewer, down to 2: what is measured on 2 is ordered as differently from 8 as what is measured on 8 others."""
 METHOD = "2"
 """Part of a proposals file's fingerprint; another number where the methods propose otherwise from the same inputs."""
 
