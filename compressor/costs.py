@@ -14,13 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from compressor.generated import rows_at_once, rows_to_read
+from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
+from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
+from compressor.stages.warm_start import expected_passes
 from evals.scoring.prefix_tree import tokens_read
 from evals.scoring.tasks import EncodedRequests
 from evals.speed.table import SpeedTable
 from export.models import Model
+from export.quantization.autoround_child import BATCH
+from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
@@ -42,8 +47,8 @@ SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
 PROCESS = 12.0
 """Seconds that a fresh process needs to import torch and transformers."""
-ROUNDED = 8
-"""Sequences in a step of AutoRound's."""
+ROUNDING_START = 2.0
+"""Seconds that AutoRound needs for each scheme before it begins."""
 PROBE_SECONDS = 1.0
 """A rate is measured on growing batches until one takes so long."""
 
@@ -63,6 +68,8 @@ class Rates(Model):
     """An optimizer's step over all weights."""
     decode: float
     """One more token after a prompt, with a cache."""
+    rounding: float
+    """A step of AutoRound's over one block."""
 
     def times(self, **factors: float) -> Rates:
         """The same rates, some of them multiplied."""
@@ -106,6 +113,7 @@ class _Counts:
         self.heal_tokens = recipe.healing.tokens or 0
         self.evaluations = recipe.searching.evaluations or 0
         limits = [limit for _, limit in parameter_limits(job)]
+        self.limits = len(limits)
         both = 2 if "uniform" in recipe.formats and set(recipe.formats) - {"uniform"} else 1
         self.picks = both * len(limits)
         sizes = [limit / self.base for limit in limits if limit is not None] or [HEALED]
@@ -158,11 +166,10 @@ def _writing(counts: _Counts, rates: Rates) -> StageCost:
 
 
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
-    """Twice over the calibration text: for the units' importance, and for the layers'."""
-    tokens = 64 * counts.length
-    named = counts.recipe.finetuning.ordering
-    each = {"magnitude": 0.0, "random": 0.0, "taylor": rates.train}.get(named, rates.teach)
-    return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * (each + rates.teach))
+    """Once over the calibration text, for the units' importance and the layers' together; some criteria go back too."""
+    tokens = calibration_blocks(counts.job) * counts.length
+    each = rates.train if counts.recipe.finetuning.ordering in ("taylor", "learned") else rates.teach
+    return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each)
 
 
 def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
@@ -183,17 +190,15 @@ def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
 def _timing(counts: _Counts, rates: Rates) -> StageCost:
     if counts.recipe.speed_table is not None:
         return StageCost("timing the layers", "", 0.0)
-    networks = SpeedTable.steps(counts.job.structure)
+    networks = SpeedTable.steps(counts.job.structure, counts.job.device)
     read, decoded = SpeedTable.work()
     each = (read * rates.read + decoded * rates.decode) * (1 + counts.searched) + rates.load / 2
     return StageCost("timing the layers", f"{networks} networks", networks * each)
 
 
 def _proposals(counts: _Counts, rates: Rates) -> StageCost:
-    from compressor.stages.warm_start import expected_passes
-
-    passes, tokens = expected_passes(counts.job)
-    return StageCost("proposals", f"{passes} passes", passes * tokens * counts.length * rates.read / 2)
+    passes, blocks = expected_passes(counts.job)
+    return StageCost("proposals", f"{passes:.0f} passes", passes * blocks * counts.length * rates.teach / 2)
 
 
 def _search(counts: _Counts, rates: Rates) -> StageCost:
@@ -209,10 +214,11 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
 
 
 def _picking(counts: _Counts, rates: Rates) -> StageCost:
-    """The held-out loss of those that tasks do not tell from the best: taken to be a quarter of all."""
-    tokens = HELD_OUT_BLOCKS * counts.length
-    networks = counts.evaluations / 4
-    return StageCost("picking", "", 2 * rates.load + networks * tokens * rates.teach * counts.searched)
+    """The held-out loss of those that tasks do not tell from the best, taken to be half of all: on a few blocks, and of
+    the finalists on all."""
+    blocks = FIRST_BLOCKS * counts.evaluations / 2 + FINALISTS * HELD_OUT_BLOCKS
+    seconds = blocks * counts.length * rates.teach * counts.searched
+    return StageCost("picking", "", rates.load + counts.limits * seconds)
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:
@@ -229,15 +235,15 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 
 
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
-    """AutoRound reads the samples once for each block's inputs, then tunes each block by its own steps."""
+    """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
     quantizing = counts.recipe.quantizing
     if not counts.schemes:
         return StageCost("quantizing", "", 0.0)
     iterations = quantizing.iterations or 0
-    samples = (quantizing.samples or 0) * counts.length
-    tuned = len(counts.schemes)
-    each = 2 * samples * rates.teach + iterations * ROUNDED * counts.length * rates.train
-    seconds = counts.picks * (PROCESS + tuned * (counts.share * each + rates.load))
+    samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
+    tuned = iterations * counts.layers * rates.rounding
+    each = ROUNDING_START + 2 * rates.load + counts.share * (samples + tuned)
+    seconds = counts.picks * (PROCESS + len(counts.schemes) * each)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
@@ -333,6 +339,7 @@ def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None
         train=3 * read,
         step=16 * total / bandwidth,
         decode=max(weights / bandwidth, len(structure.base.layers) * 2e-4),  # what launching a layer takes
+        rounding=BATCH * job.length * 3 * read / len(structure.base.layers),
     )
 
 
@@ -392,8 +399,11 @@ def measure_rates(job: Job) -> Rates:
         one = _seconds(job.device, lambda: model.generate(ids, max_new_tokens=1, **options))
         several = _seconds(job.device, lambda: model.generate(ids, min_new_tokens=new, max_new_tokens=new, **options))
     decode = max(several - one, 1e-6) / (new - 1) if new > 1 else one
+    # 5. A step of the rounding, where something is to be rounded.
+    job.threads(scoring=False)
+    rounding = step_seconds(model, counts.length) if job.recipe.quantizing.schemes else 0.0
     per_token = {name: seconds / counts.length for name, seconds in rows.items()}
-    return Rates(load=load, read=read, step=step, decode=decode, **per_token)
+    return Rates(load=load, read=read, step=step, decode=decode, rounding=rounding, **per_token)
 
 
 def _scoring_rate(job: Job, model: torch.nn.Module) -> float | None:

@@ -12,10 +12,14 @@ from itertools import product
 
 import numpy as np
 
-from supernet.architecture import Architecture, Half, LayerSizes, Structure
+from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Structure
 
 GRID = 4096
 """Sizes that `assemble` tells apart, as parts of the base: rounding to them keeps deep networks quick."""
+
+GROWTH = 1.3
+"""A degradation grows with the mean square by which a half-block's output moves, to this power: between 1.25 and 1.4 by
+the median over half-blocks of small networks. In theory 1, for small moves of one block."""
 
 Variants = Sequence[tuple[int, LayerSizes]]
 """(layer, its sizes): a base in which just this layer, and just one half-block of it or the whole, is cut."""
@@ -47,36 +51,107 @@ def options(structure: Structure, degradations: Degradations) -> list[list[Optio
     return layers
 
 
+@dataclass(frozen=True)
+class HalfSizes:
+    """The sizes of one half-block of a layer: the base's first, and each with how far its output moves (mean square),
+    ascending from 0; None where that is unknown."""
+
+    sizes: list[LayerSizes]
+    moved: list[float] | None
+
+    def to_measure(self, at: int) -> list[int]:
+        """Numbers of the sizes whose degradation is measured, where the half-block now has size `at`: all others where
+        nothing is known of them; else, of the whole, about two thirds and the least, the nearest above and all
+        below."""
+        last = len(self.sizes) - 1
+        if self.moved is None:
+            return [i for i in range(last + 1) if i != at]
+        anchors = sorted({0, min(last, 1 + round((last - 1) / 4)), last})
+        return [i for i in anchors if i < at][-1:] + [i for i in anchors if i > at]
+
+    def degradations(self, at: int, measured: Mapping[int, float]) -> list[float]:
+        """Of every size, from those of a few by their numbers: straight lines in the mean square to the power of
+        `GROWTH`, which beyond the last ones go on as they are."""
+        if self.moved is None:
+            return [0.0 if i == at else measured[i] for i in range(len(self.sizes))]
+        x = np.array(self.moved) ** GROWTH
+        known = {at: 0.0, **measured}
+        numbers = sorted(known)
+        numbers = [i for n, i in enumerate(numbers) if n == 0 or x[i] > x[numbers[n - 1]]]
+        if len(numbers) == 1:
+            return [known.get(i, 0.0) for i in range(len(self.sizes))]
+        points, values = x[numbers], np.array([known[i] for i in numbers])
+        estimates = np.interp(x, points, values)
+        slopes = np.diff(values) / np.diff(points)
+        estimates = np.where(x < points[0], values[0] + slopes[0] * (x - points[0]), estimates)
+        estimates = np.where(x > points[-1], values[-1] + slopes[-1] * (x - points[-1]), estimates)
+        return [float(known.get(i, estimate)) for i, estimate in enumerate(estimates)]
+
+
+def half_sizes(
+    structure: Structure, variants: Variants, moved: Mapping[tuple[int, Half, LayerSizes], float]
+) -> dict[tuple[int, Half], HalfSizes]:
+    """The sizes of every half-block that `variants` cut, by (layer, half-block), from how far they move its output."""
+    by_half: dict[tuple[int, Half], list[LayerSizes]] = {}
+    for layer, sizes in variants:
+        half = None if sizes.removed else half_of(sizes, structure.base.layers[layer])
+        if half is not None:
+            by_half.setdefault((layer, half), []).append(sizes)
+    halves = {}
+    for (layer, half), cut in by_half.items():
+        full = structure.base.layers[layer]
+        if all((layer, half, sizes) in moved for sizes in cut):
+            rows = sorted((half in sizes.skip, moved[layer, half, sizes], sizes) for sizes in cut)
+            far = np.maximum.accumulate([0.0, *(row[1] for row in rows)]).tolist()
+            halves[layer, half] = HalfSizes([full, *(row[2] for row in rows)], far)
+        else:
+            halves[layer, half] = HalfSizes([full, *cut], None)
+    return halves
+
+
 def options_around(
     structure: Structure,
     at: Architecture,
     variants: Variants,
+    halves: Mapping[tuple[int, Half], HalfSizes],
     degradation: Callable[[Architecture], float],
-    before: float,
     on_layer: Callable[[], None],
 ) -> list[list[Option]]:
-    """As `options`, with the degradation of exchanging one half-block, or the layer, of `at` rather than of the base;
-    `before` is the degradation of `at` itself. The last layer comes first, so that a cache of leading layers serves
-    (`supernet.training.traces.LayerCache`); `on_layer` is called when a layer is done."""
+    """As `options`, with the degradation of exchanging one half-block, or the layer, of `at` rather than of the base,
+    measured for a few sizes of each half-block and estimated for the others (`HalfSizes`). The last layer comes first,
+    so that a cache of leading layers serves (`supernet.training.traces.LayerCache`); `on_layer` is called when a layer
+    is done."""
+    before = degradation(at)
 
     def more(index: int, sizes: LayerSizes) -> float:
-        return 0.0 if sizes == at.layers[index] else degradation(with_layer(at, index, sizes)) - before
+        return degradation(with_layer(at, index, sizes)) - before
 
     layers = []
     for index, full in reversed(list(enumerate(structure.base.layers))):
         now = at.layers[index]
-        attention, mlp, both = dict[LayerSizes, float](), dict[LayerSizes, float](), dict[LayerSizes, float]()
-        for sizes in [full, now, *(sizes for layer, sizes in variants if layer == index)]:
-            half = None if sizes.removed else half_of(sizes, full)
-            if half == "attention" or sizes in (full, now):
-                attention[sizes] = more(index, joined(sizes, now))
-            if half == "mlp" or sizes in (full, now):
-                mlp[sizes] = more(index, joined(now, sizes))
-            if half is None and sizes != now:
-                both[sizes] = more(index, sizes)
-        layers.append(_paired(structure, index, attention, mlp, both))
+        rows: dict[Half, dict[LayerSizes, float]] = {}
+        for half in HALVES:
+            own = halves.get((index, half), HalfSizes([full], None))
+            units = _units_of(now, half)
+            number = next(i for i, sizes in enumerate(own.sizes) if _units_of(sizes, half) == units)
+
+            def exchanged(sizes: LayerSizes, half: Half = half, now: LayerSizes = now) -> LayerSizes:
+                return joined(sizes, now) if half == "attention" else joined(now, sizes)
+
+            measured = {i: more(index, exchanged(own.sizes[i])) for i in own.to_measure(number)}
+            rows[half] = dict(zip(own.sizes, own.degradations(number, measured), strict=True))
+        removals = [sizes for layer, sizes in variants if layer == index and sizes.removed and sizes != now]
+        both = {sizes: more(index, sizes) for sizes in removals}
+        layers.append(_paired(structure, index, rows["attention"], rows["mlp"], both))
         on_layer()
     return layers[::-1]
+
+
+def _units_of(sizes: LayerSizes, half: Half) -> tuple[int, int]:
+    """What a half-block keeps, which tells its sizes apart."""
+    if half == "attention":
+        return sizes.num_attention_heads, sizes.num_key_value_heads
+    return sizes.intermediate_size, sizes.num_experts
 
 
 def _paired(

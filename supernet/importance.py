@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,29 +120,54 @@ IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
     "learned": learned,
     "random": random,
 }
+OF_ACTIVATIONS = ("activation", "wanda")
+"""Those that take one pass of the whole network over the batches, and change nothing in it."""
+
+
+def importance_and_influence(criterion: str, supernet: SuperNetwork, batches: Batches) -> tuple[Scores, list[float]]:
+    """A criterion's scores, and `block_influence`; from one pass over the batches where the criterion is of
+    activations."""
+    batches = list(batches)
+    if criterion not in OF_ACTIVATIONS:
+        return IMPORTANCES[criterion](supernet, batches), block_influence(supernet, batches)
+    with _InfluenceProbe(supernet) as probe:
+        scores = IMPORTANCES[criterion](supernet, batches)
+    return scores, probe.influence()
 
 
 def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
     """Importance of each layer: 1 - the mean cosine, over all tokens, of its input and its output (Men et al.,
     ShortGPT, arXiv 2403.03853, eq. 1). Raises ValueError where there are no batches."""
-    layers = list(supernet.model.get_submodule(supernet.family.layers).children())
-    cosines, tokens = [0.0] * len(layers), [0] * len(layers)
-
-    def collect(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            after = output if isinstance(output, Tensor) else output[0]
-            cosine = F.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
-            cosines[index] += float(cosine.sum())
-            tokens[index] += cosine.numel()
-
-        return hook
-
-    hooks = [layer.register_forward_hook(collect(index)) for index, layer in enumerate(layers)]
-    with Hooks(hooks):
+    with _InfluenceProbe(supernet) as probe:
         _forward(supernet, batches)
-    if not all(tokens):
-        raise ValueError("no calibration batch was given")
-    return [1 - total / count for total, count in zip(cosines, tokens, strict=True)]
+    return probe.influence()
+
+
+class _InfluenceProbe:
+    """Sums, over the passes within, of the cosines between each layer's input and output."""
+
+    def __init__(self, supernet: SuperNetwork) -> None:
+        layers = list(supernet.model.get_submodule(supernet.family.layers).children())
+        self._cosines, self._tokens = [0.0] * len(layers), [0] * len(layers)
+        self._hooks = Hooks([layer.register_forward_hook(partial(self._add, i)) for i, layer in enumerate(layers)])
+
+    def __enter__(self) -> _InfluenceProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.remove()
+
+    def _add(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        after = output if isinstance(output, Tensor) else output[0]
+        cosine = F.cosine_similarity(inputs[0].double(), after.double(), dim=-1)
+        self._cosines[index] += float(cosine.sum())
+        self._tokens[index] += cosine.numel()
+
+    def influence(self) -> list[float]:
+        """Of each layer. Raises ValueError where there was no pass."""
+        if not all(self._tokens):
+            raise ValueError("no calibration batch was given")
+        return [1 - total / count for total, count in zip(self._cosines, self._tokens, strict=True)]
 
 
 def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> Scores:
@@ -152,7 +178,8 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
 
     def collect(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].double().square().flatten(0, -2).sum(0)
+            # Of one batch, float32 is precise enough; float64 takes over ten times as long.
+            squares = inputs[0].float().square().flatten(0, -2).sum(0).double()
             energy[name] = energy[name] + squares if name in energy else squares
 
         return hook

@@ -10,9 +10,9 @@ import torch
 
 from compressor.checks import check_targets
 from compressor.inputs import (
-    CALIBRATION_BLOCKS,
     STATE,
     calibration_batches,
+    calibration_blocks,
     data_fingerprint,
     text_fingerprint,
     training_blocks,
@@ -26,7 +26,7 @@ from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.progress import say
-from supernet.importance import IMPORTANCES, block_influence
+from supernet.importance import IMPORTANCES, block_influence, importance_and_influence
 from supernet.loading import load_causal_lm
 from supernet.ordering import (
     Order,
@@ -110,9 +110,8 @@ def finetune(job: Job) -> dict[str, Any]:
         own = base_logits(job, ids, dtype)
         model = job.load_base(dtype)
         supernet = job.supernet_of(model)
-        order = order_supernet(job, supernet, blocks)
+        order, influence = order_supernet(job, supernet, blocks)
         proof = {"base": difference("the ordered super-network", logits_of(model, ids), own, dtype)}
-        influence = layer_influence(job, supernet, blocks)
         job.rank_layers(influence)
         check_targets(job)  # where layers differ in size, what is within reach may not be what it seemed
         facts["block_influence"] = influence
@@ -174,30 +173,24 @@ def difference(what: str, logits: torch.Tensor, expected: torch.Tensor, dtype: t
 
 
 @stage("ordering")
-def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> Order:
-    """Permute units as the recipe says; returns the permutations.
+def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Order, list[float]]:
+    """Permute units as the recipe says; returns the permutations, and how important each layer is.
 
     `ordering` names a criterion, which is measured on the first blocks of the data, or a file that another run left.
     """
     named = job.recipe.finetuning.ordering
     if named in IMPORTANCES:
-        say(f"ordering units by importance ({named}) on {CALIBRATION_BLOCKS} blocks of the data")
-        order = order_by(IMPORTANCES[named](supernet, calibration_batches(job, blocks)))
+        say(f"ordering units by importance ({named}) on {calibration_blocks(job)} blocks of the data")
+        scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks))
+        order = order_by(scores)
         if all(gene.kind != "hidden_size" for gene in job.space.genes):
             del order[None, "hidden"]  # which all weights follow: left alone where no sub-network is narrower
     else:
         say(f"ordering units as in {named}")
         order = load_ordering(Path(named), job.structure)
+        influence = stored_influence(Path(named)) or block_influence(supernet, calibration_batches(job, blocks))
     apply_ordering(supernet, order)
-    return order
-
-
-@stage("ordering")
-def layer_influence(job: Job, supernet: SuperNetwork, blocks: Blocks) -> list[float]:
-    """How important each layer is: measured on the first blocks of the data, or from the file that the ordering is."""
-    named = job.recipe.finetuning.ordering
-    stored = None if named in IMPORTANCES else stored_influence(Path(named))
-    return stored or block_influence(supernet, calibration_batches(job, blocks))
+    return order, influence
 
 
 @stage("fine-tuning")

@@ -8,7 +8,7 @@ from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from compressor.stages.front import read_front
-from compressor.stages.subnet_scores import held_out_losses
+from compressor.stages.subnet_scores import lowest_held_out_loss
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
 from search.pareto import Target, contenders
@@ -57,8 +57,7 @@ def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluatio
             f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
             "documents (--limit) would. Held-out loss decides"
         )
-    losses = held_out_losses(job, [e.architecture for e in equals])
-    return min(zip(losses, range(len(equals)), equals, strict=True))[2]
+    return equals[lowest_held_out_loss(job, [e.architecture for e in equals])]
 
 
 def read_picks(job: Job) -> list[dict[str, Any]]:

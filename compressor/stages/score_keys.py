@@ -85,9 +85,9 @@ def task_key(job: Job, task: ScoredTask, split: Split, limit: int | None = None)
     )
 
 
-def held_out_keys(job: Job, names: Sequence[str]) -> Keys:
-    """Where the store keeps what is measured on held-out text."""
+def held_out_keys(job: Job, names: Sequence[str], blocks: int = HELD_OUT_BLOCKS) -> Keys:
+    """Where the store keeps what is measured on so many blocks of held-out text."""
     settings = job.recipe.finetuning
-    text = [text_fingerprint(job, settings.tokens or 0), settings.sequence_length, settings.tokens, HELD_OUT_BLOCKS]
+    text = [text_fingerprint(job, settings.tokens or 0), settings.sequence_length, settings.tokens, blocks]
     documents = fingerprint(text)
     return {name: ScoreKey(name + precision(job), documents, name, higher_is_better=False) for name in names}

@@ -248,11 +248,10 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
         job.speed = kept if kept.made_on(job.device, job.compute_dtype) else None
     if job.speed is None:
         model = load_model()
-        with bar("timing the layers", SpeedTable.steps(job.structure)) as progress:
+        with bar("timing the layers", SpeedTable.steps(job.structure, job.device)) as progress:
             job.speed = SpeedTable.measure(
                 lambda architecture: extract(model, job.structure, architecture),
                 job.structure,
-                rounds=3,
                 on_step=progress.advance,
             )
     if job.run.recipe_file.is_file():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,16 +33,18 @@ from evals.scoring.scorer import Scorer
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
+from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.progress import bar, say
 from supernet.families import family_of
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import divergence, token_losses
-from supernet.training.traces import HiddenStates, trace
+from supernet.training.traces import HiddenStates, LayerCache, trace
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+FIRST_BLOCKS, FINALISTS = 4, 3
+"""Blocks of held-out text on which all sub-networks are measured that tasks do not tell apart, and how many of them
+then on all blocks."""
 
 Measured = list[tuple[ScoreKey, Score, float]]
 """Scores with where they are kept and the seconds that each took."""
@@ -79,7 +81,7 @@ class SubnetScorer:
         keys = {key: value for key, value in self.keys.items() if request.fidelity in ("full", key)}
         measured = task_scores(self.job, self.scorer, keys, request.architecture)
         if self.held_out is not None:
-            measured += self.held_out.scores(self.supernet.model, self.keys["full"])
+            measured += self.held_out.scores(self.supernet, self.keys["full"])
         return measured
 
 
@@ -104,6 +106,8 @@ class HeldOut:
     def __init__(self, job: Job) -> None:
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         self.blocks = held_out[:HELD_OUT_BLOCKS].to(job.device).split(1)
+        self.passes: LayerCache | None = None
+        """Where sub-networks come one after another, what keeps the leading layers that they have in common."""
         self.base: list[HiddenStates] = []
         if "kl_to_base" in job.recipe.searching.objectives:
             model = job.load_base().eval()
@@ -114,12 +118,13 @@ class HeldOut:
             setattr(model.get_submodule(parent), layers, nn.ModuleList())
 
     @torch.no_grad()
-    def scores(self, model: PreTrainedModel, keys: Keys) -> Measured:
-        """Mean and standard error over the blocks, of those of the two that `keys` name."""
+    def scores(self, supernet: SuperNetwork, keys: Keys, blocks: int = HELD_OUT_BLOCKS) -> Measured:
+        """Of the active sub-network, mean and standard error over the first blocks, of those of the two that `keys`
+        name."""
         began = time.monotonic()
         values: dict[str, list[float]] = {name: [] for name in HELD_OUT if name in keys}
-        for number, block in enumerate(self.blocks):
-            student = trace(model, block)
+        for number, block in enumerate(self.blocks[:blocks]):
+            student = trace(supernet.model, block) if self.passes is None else self.passes.trace(number, block)
             if "held_out_loss" in values:
                 loss = token_losses({"ce": 1.0}, student, None, 1.0) / max(1, len(student.targets))
                 values["held_out_loss"].append(float(loss))
@@ -134,24 +139,56 @@ class HeldOut:
         return measured
 
 
-def held_out_losses(job: Job, architectures: Sequence[Architecture]) -> list[float]:
-    """Held-out loss of sub-networks of the run's super-network, in nats per token: from the store, or else measured
-    and recorded."""
-    keys = held_out_keys(job, ["held_out_loss"])
-    key, weights = keys["held_out_loss"], searched_weights(job)
-    with EvaluationStore(job.run.evaluations) as store:
-        unknown = [architecture for architecture in architectures if store.get(architecture, weights, key) is None]
-        if unknown:
-            job.threads(scoring=True)
-            supernet, held_out = job.load_supernet(), HeldOut(job)
-            supernet.use(search_variants(job, supernet))
-            with bar("held-out loss of the best", len(unknown)) as progress:
-                for architecture in unknown:
-                    supernet.activate(architecture)
-                    record(store, architecture, weights, held_out.scores(supernet.model, keys))
-                    progress.advance()
-        scores = [store.get(architecture, weights, key) for architecture in architectures]
-    return [score.value for score in scores if score is not None]
+def lowest_held_out_loss(job: Job, architectures: Sequence[Architecture]) -> int:
+    """The number of the sub-network of the run's super-network whose held-out loss is the lowest.
+
+    Where there are more than `FINALISTS`, all are measured on `FIRST_BLOCKS` blocks, and on all blocks only the best
+    `FINALISTS`: on the same text, losses of networks that are alike differ by far less than from text to text. Every
+    loss is taken from the store, or else measured and recorded.
+    """
+    numbers = list(range(len(architectures)))
+    losses = _HeldOutLosses(job)
+    if len(numbers) > FINALISTS:
+        first = losses.of(architectures, FIRST_BLOCKS)
+        numbers = sorted(numbers, key=lambda number: first[number])[:FINALISTS]
+    final = losses.of([architectures[number] for number in numbers], HELD_OUT_BLOCKS)
+    return min(zip(final, numbers, strict=True))[1]
+
+
+class _HeldOutLosses:
+    """Held-out losses from the store; the super-network is loaded once, where one is missing."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._weights = job, searched_weights(job)
+        self._opened: tuple[SuperNetwork, HeldOut] | None = None
+
+    def of(self, architectures: Sequence[Architecture], blocks: int) -> list[float]:
+        """Of sub-networks on the first blocks, in nats per token."""
+        keys = held_out_keys(self._job, ["held_out_loss"], blocks)
+        key, weights = keys["held_out_loss"], self._weights
+        with EvaluationStore(self._job.run.evaluations) as store:
+            unknown = [architecture for architecture in architectures if store.get(architecture, weights, key) is None]
+            if unknown:
+                supernet, held_out = self._open()
+                # Neighbours in this order share most leading layers, which are then computed once.
+                unknown.sort(key=lambda architecture: (architecture.hidden_size, architecture.layers))
+                with bar(f"held-out loss of the best, {blocks} blocks", len(unknown)) as progress:
+                    for architecture in unknown:
+                        supernet.activate(architecture)
+                        record(store, architecture, weights, held_out.scores(supernet, keys, blocks))
+                        progress.advance()
+            scores = [store.get(architecture, weights, key) for architecture in architectures]
+        return [score.value for score in scores if score is not None]
+
+    def _open(self) -> tuple[SuperNetwork, HeldOut]:
+        if self._opened is None:
+            self._job.threads(scoring=True)
+            supernet = self._job.load_supernet()
+            supernet.use(search_variants(self._job, supernet))
+            held_out = HeldOut(self._job)
+            held_out.passes = LayerCache(supernet)
+            self._opened = supernet, held_out
+        return self._opened
 
 
 def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.inputs import text_fingerprint, training_blocks
+from compressor.inputs import LARGE, text_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
@@ -15,7 +15,7 @@ from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import ROUNDS, refined
+from evals.warm_starts.blockwise import passes_of, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -23,7 +23,10 @@ from supernet.common.files import fingerprint, read_json, sha256, write_json
 from supernet.common.progress import say
 
 BLOCKS, BATCH = 8, 4
-"""Blocks of training text that the methods look at, and how many at a time."""
+"""Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
+fewer, down to 2: what is measured on 2 is ordered as differently from 8 as what is measured on 8 others."""
+METHOD = "2"
+"""Part of a proposals file's fingerprint; another number where the methods propose otherwise from the same inputs."""
 
 
 def sources(job: Job) -> dict[str, str]:
@@ -74,7 +77,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
     text = text_fingerprint(job, 0)
     inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
-    inputs += [*repair_inputs(job).values()]
+    inputs += [*repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
@@ -82,7 +85,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
             say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
             return []
         say(f"{name}: looking for architectures to start from")
-        batches = training_blocks(job, 0)[:BLOCKS].to(job.device).split(BATCH)
+        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
         path = warm_starts()[name].propose(supernet, variants, batches)
@@ -92,12 +95,18 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     return [architecture for architecture in architectures if architecture in job.space]
 
 
-def expected_passes(job: Job) -> tuple[int, int]:
+def blocks_to_read(job: Job) -> int:
+    """How many blocks of training text the methods look at: fewer for large networks, whose passes cost more."""
+    parameters = job.structure.parameters(job.structure.base)
+    return min(BLOCKS, max(2, round(BLOCKS * LARGE / parameters)))
+
+
+def expected_passes(job: Job) -> tuple[float, int]:
     """Passes over the text that proposals will take, at most, and the blocks of text in each."""
     methods = [name for name in job.recipe.searching.warm_start if name in warm_starts()]
-    variants = len(layer_variants(job.declared_space)) if methods else 0
-    around = ROUNDS * len(sizes_asked_for(job)) * variants
-    return len(methods) * (variants + around), BLOCKS
+    if not methods or not layer_variants(job.declared_space):
+        return 0, 0
+    return len(methods) * passes_of(len(job.structure.base.layers), len(sizes_asked_for(job))), blocks_to_read(job)
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:

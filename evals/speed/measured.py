@@ -15,9 +15,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from supernet.device import device_name
@@ -41,6 +43,18 @@ class Times(NamedTuple):
 
     prefill: float
     decode: float
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one network's passes, as shares of the whole pass of a reference network beside them: of each layer,
+    and of all else (embedding, head), in reading the prompt and in one decoding step; and the reference's seconds."""
+
+    prefill_layers: list[float]
+    prefill_rest: float
+    decode_layers: list[float]
+    decode_rest: float
+    reference: Times
 
 
 class Speed(BaseModel):
@@ -210,8 +224,66 @@ def time_beside(
     return Times(ratios[0] * seconds[0], ratios[1] * seconds[1]), Times(*seconds)
 
 
+def layer_times_beside(
+    model: PreTrainedModel, reference: PreTrainedModel, *, batch: int, prompt: int, new: int, rounds: int
+) -> LayerTimes:
+    """As `time_beside`, on a CPU, of each layer of `model`: a pass of a network whose layers differ times them all."""
+    import torch
+
+    steps = max(1, min(STEPS * rounds, new - 2))
+    before = prompt + (new - steps) // 2
+    with torch.inference_mode(), _LayerClock(model) as clock:
+        ids = _random_ids(reference, batch, prompt)
+        reads = [clock.shares(_in_turns(model, reference, ids, 0)) for _ in range(1 + READS * rounds)][1:]
+        prefill = np.concatenate(reads)
+        decode = clock.shares(_in_turns(model, reference, _random_ids(reference, batch, before), steps + 1))[2:]
+    layers, rest, seconds = zip(*(_medians(passes) for passes in (prefill, decode)), strict=True)
+    return LayerTimes(layers[0], rest[0], layers[1], rest[1], Times(*seconds))
+
+
+def _medians(passes: NDArray[np.float64]) -> tuple[list[float], float, float]:
+    """Of passes as `_LayerClock.shares` gives them: the median shares of layers, of the rest, and the lower quartile of
+    the reference's seconds."""
+    *layers, rest = np.median(passes[:, :-1], axis=0).tolist()
+    return layers, rest, float(np.percentile(passes[:, -1], 25))
+
+
+class _LayerClock:
+    """Notes when each decoder layer of a standalone network begins, and when the last one ends. A context manager: its
+    hooks are removed at the end."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from supernet.hooks import Hooks
+        from supernet.uneven import family_of_standalone
+
+        self._now = _clock_of(next(model.parameters()).device)
+        self._marks: list[float] = []
+        layers = list(model.get_submodule(family_of_standalone(model.config).layers).children())
+        handles = [layer.register_forward_pre_hook(self._mark) for layer in layers]
+        self._hooks = Hooks([*handles, layers[-1].register_forward_hook(self._mark)])
+        self._each = len(layers) + 1
+
+    def __enter__(self) -> _LayerClock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.remove()
+
+    def _mark(self, *_: object) -> None:
+        self._marks.append(self._now())
+
+    def shares(self, pairs: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+        """Of the passes since the last call, of the network and of the reference: the shares of its layers and of the
+        rest in the reference's seconds, and these seconds, [passes, layers + 2]."""
+        marks, self._marks = np.array(self._marks).reshape(len(pairs), self._each), []
+        seconds = np.array(pairs)
+        layers = np.diff(marks, axis=1)
+        rest = seconds[:, :1] - layers.sum(1, keepdims=True)
+        return np.hstack([np.hstack([layers, rest]) / seconds[:, 1:], seconds[:, 1:]])
+
+
 def _in_turns(
-    model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int, graphs: bool
+    model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False
 ) -> list[tuple[float, float]]:
     """Seconds of each pass of `model` and of `reference`, one beside the other, each going first in turn."""
     passes = _passes(model, ids, steps, graphs), _passes(reference, ids, steps, graphs)
@@ -236,8 +308,7 @@ def _ratio_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, flo
 def _passes(model: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False) -> Iterator[float]:
     """Seconds of each pass: over `ids`, then over `steps` greedy tokens one by one, all with one cache."""
 
-    # The clock of a single thread stands still while other work has its core.
-    clock = time.thread_time if _is_single_thread(ids.device) else time.perf_counter
+    clock = _clock_of(ids.device)
 
     def seconds(work: Callable[[], object]) -> float:
         began = _now(ids, clock)
@@ -325,10 +396,12 @@ def _captured(work: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def _is_single_thread(device: torch.device) -> bool:
+def _clock_of(device: torch.device) -> Callable[[], float]:
+    """A clock of what runs on `device`. That of a single thread stands still while other work has its core."""
     import torch
 
-    return device.type == "cpu" and torch.get_num_threads() == 1
+    single = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if single else time.perf_counter
 
 
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -6,14 +6,14 @@ torch is imported only where something is measured: a saved `SpeedTable` predict
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.speed.measured import READS, STEPS, Times, context_of, fitting, runtime_of, time_beside
+from evals.speed.measured import READS, STEPS, Times, context_of, fitting, layer_times_beside, runtime_of, time_beside
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
@@ -29,11 +29,23 @@ MLP_SIZES = 8
 ATTENTION_SIZES = 4
 """Likewise, numbers of heads of attention."""
 MIXED = 16
-"""Random architectures that are timed along with the designed ones."""
+"""Random architectures that are timed along with the designed ones, where networks are timed as wholes."""
 HELD_OUT = 6
-"""Of those, the ones that are first left out, to state the table's error in it."""
+"""Of the random ones, so many are left out in turn, to state the table's error in it."""
+LAYERS = 90
+"""Layers that are timed at least where each is timed by itself, in 4 to 12 networks."""
 SMOOTHING = 2.0
 """Pull of the table's timings towards straight lines between neighbouring sizes, against timings worth 1 each."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of an architecture's layers together and, with `rest`, of all else in the network: of a whole network, of
+    one layer, or (with no layers) of the rest alone."""
+
+    architecture: Architecture
+    seconds: float
+    rest: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,26 +75,23 @@ class PartTimes:
 
     @classmethod
     def fit(
-        cls,
-        architectures: Sequence[Architecture],
-        seconds: NDArray[np.float64],
-        attention_sizes: Sequence[int],
-        mlp_sizes: Sequence[int],
-        hidden_size: int,
+        cls, timed: Sequence[Timed], attention_sizes: Sequence[int], mlp_sizes: Sequence[int], hidden_size: int
     ) -> PartTimes:
-        """Parts' times from whole networks' `seconds` [networks]: least squares of relative errors, none negative, with
-        a pull towards straight lines between neighbouring sizes."""
+        """Parts' times from those of sums of them: least squares of relative errors, none negative, with a pull towards
+        straight lines between neighbouring sizes."""
         from scipy.optimize import nnls  # slow to import, and not needed to predict
 
-        # 1. A row for each network: how often it has each part, over its seconds, so that errors are relative.
+        # 1. A row for each sum: how often it has each part, over its seconds, so that errors are relative.
         attention, mlp = np.array(attention_sizes[1:], float), np.array(mlp_sizes[1:], float)
         rows = []
-        for architecture in architectures:
-            width = architecture.hidden_size / hidden_size
-            of_attention = sum(_shares(_attention_size(layer) * width, attention) for layer in architecture.layers)
-            of_mlp = sum(_shares(_mlp_size(layer) * width, mlp) for layer in architecture.layers)
-            rows.append(np.concatenate([[1.0], of_attention, of_mlp]))
-        matrix = np.array(rows) / seconds[:, None]
+        for part in timed:
+            width = part.architecture.hidden_size / hidden_size
+            of_attention, of_mlp = np.zeros(len(attention)), np.zeros(len(mlp))
+            for layer in part.architecture.layers:
+                of_attention += _shares(_attention_size(layer) * width, attention)
+                of_mlp += _shares(_mlp_size(layer) * width, mlp)
+            rows.append(np.concatenate([[float(part.rest)], of_attention, of_mlp]) / part.seconds)
+        matrix = np.array(rows)
         # 2. A row for each three neighbouring sizes: how far the middle one lies from the straight line.
         weight = float(np.linalg.norm(matrix, axis=0).mean()) * SMOOTHING
         bends = []
@@ -160,42 +169,50 @@ class SpeedTable:
         batch: int = 1,
         prompt: int = 128,
         new: int = 128,
-        rounds: int = 5,
+        rounds: int = 1,
         seed: int = 0,
         on_step: Callable[[], None] = lambda: None,
     ) -> SpeedTable:
-        """The table from timing a designed set of sub-networks, each in turn with the base, and solving for the parts.
+        """The table from timing sub-networks, each in turn with the base, and solving for the parts.
 
-        `build` gives a standalone network for an architecture, on the device to measure. Two networks are in memory
-        at a time. `on_step` is called after each of `steps(structure)` networks.
+        On a CPU, each layer of a few networks of random layers is timed by itself (`times_layers`). Passes on a GPU are
+        replayed as graphs, which cannot be looked into: there whole networks of a designed set are timed. `build` gives
+        a standalone network for an architecture, on the device to measure. Two networks are in memory at a time.
+        `on_step` is called after each of `steps` networks.
         """
         import torch
 
-        # 1. Time every network beside the base.
-        base = structure.base
-        sizes = sizes_to_time(structure)
-        design = designed(structure, seed)
+        # 1. Time every network beside the base. The machine's speed drifts; the base tells by how much.
+        base, sizes = structure.base, sizes_to_time(structure)
         reference = build(base)
+        parameter = next(reference.parameters())
+        by_layer = times_layers(structure, parameter.device)
         prompt, new = fitting(prompt, new, context_of(reference, prompt + new))
-        pairs: list[tuple[Times, Times]] = []
+        workload = {"batch": batch, "prompt": prompt, "new": new, "rounds": rounds}
+        design = mixtures(structure, seed) if by_layer else designed(structure, seed)
+        timed, references = list[tuple[list[Timed], list[Timed]]](), list[Times]()
         for architecture in design:
-            pairs.append(
-                time_beside(build(architecture), reference, batch=batch, prompt=prompt, new=new, rounds=rounds)
-            )
+            by_phase, of_base = (_by_layer if by_layer else _as_whole)(build, architecture, reference, workload)
+            timed.append(by_phase)
+            references.append(of_base)
             on_step()
-        # 2. The machine's speed drifts; the base, timed beside every network, tells by how much.
-        timed = np.array(pairs)  # [networks, itself or the base, prefill or decode]
-        seconds = timed[:, 0] / timed[:, 1] * np.median(timed[:, 1], axis=0)
-        # 3. Fit without the last ones to state the error, then with all.
-        fitted, held_out = range(len(design) - HELD_OUT), range(len(design) - HELD_OUT, len(design))
+        # 2. Fit with all, and without each of the last ones to state the error.
+        held_out = range(max(1, len(design) - HELD_OUT), len(design))
         times: list[PartTimes] = []
         errors = {}
-        for column, name in enumerate(("prefill", "decode")):
-            without = PartTimes.fit([design[i] for i in fitted], seconds[fitted, column], *sizes, base.hidden_size)
-            predicted = np.array([without.seconds(design[i], base.hidden_size) for i in held_out])
-            errors[f"{name}_median_error"] = float(np.median(np.abs(predicted / seconds[held_out, column] - 1)))
-            times.append(PartTimes.fit(design, seconds[:, column], *sizes, base.hidden_size))
-        parameter = next(reference.parameters())
+        for phase, name in enumerate(("prefill", "decode")):
+            scale = float(np.median([row[phase] for row in references]))
+            rows = [[replace(part, seconds=scale * part.seconds) for part in network[phase]] for network in timed]
+
+            def fit(rows: list[list[Timed]]) -> PartTimes:
+                return PartTimes.fit([part for network in rows for part in network], *sizes, base.hidden_size)
+
+            off = []
+            for i in held_out:
+                without = fit([*rows[:i], *rows[i + 1 :]])
+                off.append(without.seconds(design[i], base.hidden_size) / sum(part.seconds for part in rows[i]) - 1)
+            errors[f"{name}_median_error"] = float(np.median(np.abs(off)))
+            times.append(fit(rows))
         return cls(
             runtime_of(reference),
             device_name(parameter.device),
@@ -229,14 +246,47 @@ class SpeedTable:
         )
 
     @staticmethod
-    def work(rounds: int = 3, prompt: int = 128) -> tuple[int, int]:
+    def work(rounds: int = 1, prompt: int = 128) -> tuple[int, int]:
         """Tokens that `measure` reads with each of its networks, and tokens that it writes; the base as many again."""
-        return (1 + READS * rounds + 1) * prompt, STEPS * rounds
+        return (2 + READS * rounds) * prompt, STEPS * rounds
 
     @staticmethod
-    def steps(structure: Structure) -> int:
-        """Number of networks that `measure` times."""
-        return len(designed(structure, 0))
+    def steps(structure: Structure, device: torch.device) -> int:
+        """Number of networks that `measure` times on a device."""
+        return len((mixtures if times_layers(structure, device) else designed)(structure, 0))
+
+
+def _as_whole(
+    build: Callable[[Architecture], PreTrainedModel],
+    architecture: Architecture,
+    reference: PreTrainedModel,
+    workload: dict[str, int],
+) -> tuple[tuple[list[Timed], list[Timed]], Times]:
+    """A network's prefill and decoding step, as shares of the reference's, and the reference's seconds."""
+    own, of_reference = time_beside(build(architecture), reference, **workload)
+    ratios = [mine / its for mine, its in zip(own, of_reference, strict=True)]
+    return ([Timed(architecture, ratios[0])], [Timed(architecture, ratios[1])]), of_reference
+
+
+def _by_layer(
+    build: Callable[[Architecture], PreTrainedModel],
+    architecture: Architecture,
+    reference: PreTrainedModel,
+    workload: dict[str, int],
+) -> tuple[tuple[list[Timed], list[Timed]], Times]:
+    """The same of each of its layers, and of the rest."""
+    times = layer_times_beside(build(architecture), reference, **workload)
+    kept = [Architecture(architecture.hidden_size, (architecture.layers[i],)) for i in architecture.kept]
+    rest = Architecture(architecture.hidden_size, ())
+
+    def rows(layers: list[float], of_rest: float) -> list[Timed]:
+        each = [Timed(layer, share, rest=False) for layer, share in zip(kept, layers, strict=True)]
+        return [*each, Timed(rest, of_rest)]
+
+    return (
+        rows(times.prefill_layers, times.prefill_rest),
+        rows(times.decode_layers, times.decode_rest),
+    ), times.reference
 
 
 def _attention_size(layer: LayerSizes) -> int:
@@ -270,22 +320,57 @@ def _spread(largest: int, count: int, unit: int) -> list[int]:
     return [0, *range(step, largest, step), largest]
 
 
-def designed(structure: Structure, seed: int) -> list[Architecture]:
-    """Networks from whose times the parts' times follow: each size in all layers at once, halves removed, fewer layers,
-    and random mixtures last."""
-    base, depth = structure.base, len(structure.base.layers)
-    rng = np.random.default_rng(seed)
-    ratios = [layer.num_attention_heads // max(layer.num_key_value_heads, 1) for layer in base.layers]
-    groups = _spread(max(layer.num_key_value_heads for layer in base.layers), ATTENTION_SIZES, 1)
-    widths = _spread(max(layer.intermediate_size for layer in base.layers), MLP_SIZES, 32)
+def times_layers(structure: Structure, device: torch.device) -> bool:
+    """Whether each layer is timed by itself: on a CPU, where all that a layer costs follows from its sizes (that of
+    linear attention does not)."""
+    return device.type == "cpu" and all(layer.num_key_value_heads for layer in structure.base.layers)
 
-    def sized(index: int, group: int, width: int) -> LayerSizes:
-        full = base.layers[index]
+
+class _Sizer:
+    """Makes networks from (head group, width) of each layer, cut to what the base's layer has."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.base = structure.base
+        layers = self.base.layers
+        self.groups = _spread(max(layer.num_key_value_heads for layer in layers), ATTENTION_SIZES, 1)
+        self.widths = _spread(max(layer.intermediate_size for layer in layers), MLP_SIZES, 32)
+        self.first = next(i for i, layer in enumerate(layers) if layer.num_key_value_heads)
+        """The layer that keeps its attention, which a cache needs."""
+
+    def network(self, rows: Sequence[tuple[int, int]]) -> Architecture:
+        return Architecture(self.base.hidden_size, tuple(self._sized(i, *row) for i, row in enumerate(rows)))
+
+    def _sized(self, index: int, group: int, width: int) -> LayerSizes:
+        full = self.base.layers[index]
+        ratio = full.num_attention_heads // max(full.num_key_value_heads, 1)
         group = min(group, full.num_key_value_heads)
-        return LayerSizes(group * ratios[index], group, min(width, full.intermediate_size), full.num_experts)
+        return LayerSizes(group * ratio, group, min(width, full.intermediate_size), full.num_experts)
 
-    def network(rows: Sequence[tuple[int, int]]) -> Architecture:
-        return Architecture(base.hidden_size, tuple(sized(i, *row) for i, row in enumerate(rows)))
+
+def mixtures(structure: Structure, seed: int) -> list[Architecture]:
+    """The base, and networks of layers of random sizes, among all of which every size is as frequent as any other."""
+    sizer, depth = _Sizer(structure), len(structure.base.layers)
+    rng = np.random.default_rng(seed)
+    count = min(12, max(4, -(-LAYERS // depth)))
+
+    def shuffled(sizes: list[int]) -> list[int]:
+        return [int(size) for size in rng.permutation(np.resize(sizes, count * depth))]
+
+    rows = list(zip(shuffled(sizer.groups), shuffled(sizer.widths), strict=True))
+    design = [sizer.network([(sizer.groups[-1], sizer.widths[-1])] * depth)]
+    for n in range(count):
+        own = rows[n * depth : (n + 1) * depth]
+        own[sizer.first] = (max(own[sizer.first][0], sizer.groups[1]), own[sizer.first][1])
+        design.append(sizer.network(own))
+    return list(dict.fromkeys(design))
+
+
+def designed(structure: Structure, seed: int) -> list[Architecture]:
+    """Networks from whose times as wholes the parts' times follow: each size in all layers at once, halves removed,
+    fewer layers, and random mixtures last."""
+    sizer, depth = _Sizer(structure), len(structure.base.layers)
+    rng = np.random.default_rng(seed)
+    groups, widths, first, network = sizer.groups, sizer.widths, sizer.first, sizer.network
 
     # 1. Each size in all layers at once.
     full = (groups[-1], widths[-1])
@@ -293,7 +378,6 @@ def designed(structure: Structure, seed: int) -> list[Architecture]:
     design += [network([(groups[-1], width)] * depth) for width in widths[:-1]]
     design += [network([(group, widths[-1])] * depth) for group in groups[1:-1]]
     # 2. No attention but in one layer, which a cache needs; fewer layers.
-    first = next(i for i, layer in enumerate(base.layers) if layer.num_key_value_heads)
     design.append(network([full if i == first else (0, widths[-1]) for i in range(depth)]))
     for count in {max(first + 1, depth // 4), max(first + 1, depth // 2), max(first + 1, 3 * depth // 4)}:
         design.append(network([full] * count + [(0, 0)] * (depth - count)))

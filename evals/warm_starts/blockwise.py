@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from evals.warm_starts import WarmStart
-from search.knapsack import Path, Variants, assemble, options, options_around, with_layer
+from search.knapsack import HalfSizes, Option, Path, Variants, assemble, half_sizes, options_around
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture
+from supernet.architecture import Architecture, Half, LayerSizes
 from supernet.common.progress import bar
+from supernet.slice_errors import slice_errors
 from supernet.training.data import Batch
-from supernet.training.losses import divergence
 from supernet.training.traces import LayerCache
 
-ROUNDS = 2
+ROUNDS = 3
 """How often at most `refined` measures around an architecture."""
+CAUTION = (1, 2, 4)
+"""Factors on what is lost against what is gained, in which `refined` assembles from one measurement: losses add up to
+more than their sum, gains to less, and how much so differs from network to network."""
+LOGITS = 2**23
+"""Logits, tokens times vocabulary, that a degradation is measured on at most: 170 tokens of SmolLM2's vocabulary."""
+
+
+MEASURED = 4.0
+"""Passes that measuring around an architecture takes for each layer: two sizes of each half-block."""
+
+
+def passes_of(layers: int, sizes: int) -> float:
+    """Passes over the text that proposals and their refinement for so many sizes take, at most. Leading layers are
+    shared, so that a pass computes half of them."""
+    return 2.0 + (1 + ROUNDS * sizes) * MEASURED * layers
 
 
 def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]) -> Path:
@@ -25,14 +42,11 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
     as teacher).
 
     The degradation of a variant is KL(whole network || network with the one block replaced), in nats per token on
-    `batches`. One pass over the batches for each variant.
+    `batches`. It is measured for two sizes of each half-block, one pass over the batches each, and estimated for the
+    others from the closed-form errors of their outputs (`supernet.slice_errors`, `search.knapsack.HalfSizes`).
     """
-    degradation, degradations = degradation_in(supernet, batches), {}
-    with bar("measuring every block", len(variants)) as progress:
-        for layer, sizes in sorted(variants, key=lambda variant: -variant[0]):  # the last first, for `LayerCache`
-            degradations[layer, sizes] = degradation(with_layer(supernet.base, layer, sizes))
-            progress.advance()
-    return assemble(supernet.structure, options(supernet.structure, degradations))
+    halves = halves_of(supernet, variants, batches)
+    return assemble(supernet.structure, _measured_around(supernet, supernet.base, variants, halves, batches))
 
 
 def refined(
@@ -41,40 +55,90 @@ def refined(
     """For each of `sizes`, the last of `path` within it, improved by measuring around it.
 
     Degradations of single blocks do not add up where many are cut. So each block of that architecture is exchanged
-    alone, for a smaller or a larger one, and the best of the size is assembled from the differences; at most twice, and
-    only as long as KL(whole || architecture) falls. One pass over the batches for each variant and round.
+    alone, for a smaller or a larger one, and the best of the size is assembled from the differences, with each of
+    `CAUTION`; at most twice, and only as long as KL(whole || architecture) falls.
     """
-    structure = supernet.structure
-    improved = []
-    degradation = degradation_in(supernet, batches)
+    structure, improved = supernet.structure, []
     starts = [(size, within[-1]) for size in sizes if (within := [a for p, a in path if p <= size])]
-    with bar("measuring around them", ROUNDS * len(starts) * len(supernet.base.layers)) as progress:
-        for size, best in starts:
-            least = degradation(best)
-            for _ in range(ROUNDS):
-                around = options_around(structure, best, variants, degradation, least, progress.advance)
-                better = [a for parameters, a in assemble(structure, around) if parameters <= size]
-                if not better or (now := degradation(better[-1])) >= least:
-                    break
-                best, least = better[-1], now
-            improved.append((structure.parameters(best), best))
+    halves = halves_of(supernet, variants, batches) if starts else {}
+    for size, best in starts:
+        degradation = degradation_in(supernet, batches)
+        least = degradation(best)
+        for _ in range(ROUNDS):
+            around = _measured_around(supernet, best, variants, halves, batches)
+            paths = [assemble(structure, _cautious(around, factor)) for factor in CAUTION]
+            found = {within[-1] for path in paths if (within := [a for p, a in path if p <= size])}
+            tried = [(degradation(a), a) for a in sorted(found, key=lambda a: a.layers)]
+            now, better = min(tried, key=lambda pair: pair[0], default=(least, best))
+            if now >= least:
+                break
+            best, least = better, now
+        improved.append((structure.parameters(best), best))
     return improved
 
 
+def _measured_around(
+    supernet: SuperNetwork,
+    at: Architecture,
+    variants: Variants,
+    halves: Mapping[tuple[int, Half], HalfSizes],
+    batches: Sequence[Batch],
+) -> list[list[Option]]:
+    """Every layer's options, as measured around `at`."""
+    what = "measuring every block" if at == supernet.base else "measuring around a proposal"
+    with bar(what, len(supernet.base.layers)) as progress:
+        degradation = degradation_in(supernet, batches)
+        return options_around(supernet.structure, at, variants, halves, degradation, progress.advance)
+
+
+def _cautious(layers: Sequence[Sequence[Option]], factor: float) -> list[list[Option]]:
+    """Options in which losses count so many times."""
+    return [
+        [replace(o, degradation=o.degradation * (factor if o.degradation > 0 else 1)) for o in row] for row in layers
+    ]
+
+
+def halves_of(
+    supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]
+) -> dict[tuple[int, Half], HalfSizes]:
+    """The sizes of every half-block, with the closed-form errors of their outputs."""
+    cuts: dict[tuple[int, Half], list[LayerSizes]] = {}
+    for (layer, half), own in half_sizes(supernet.structure, variants, {}).items():
+        cuts[layer, half] = own.sizes[1:]
+    errors = slice_errors(supernet, cuts, [batch.ids for batch in batches])
+    return half_sizes(supernet.structure, variants, errors)
+
+
 def degradation_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
-    """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture.
+    """KL(whole network || architecture) on `batches`, nats per token, as a function of the architecture; on tokens in
+    even steps where there are more than `LOGITS` allow.
 
     It is quick for an architecture that has leading layers in common with the one before it.
     """
     passes = LayerCache(supernet)
-    with torch.no_grad():
-        whole = [passes.trace(number, batch) for number, batch in enumerate(batches)]
+    learnt = sum(int(batch.learnt.sum()) for batch in batches)
+    step = max(1, -(-learnt * supernet.model.config.vocab_size // LOGITS))
+
+    def logits(number: int) -> Tensor:
+        states = passes.trace(number, batches[number])
+        return states.head(states.hidden[::step]).float()
+
+    # What is fixed of the divergence is computed once: the whole network's probabilities and their entropies.
+    with torch.no_grad(), supernet.activated(supernet.base):
+        whole = [logits(number).log_softmax(-1) for number in range(len(batches))]
+        shares = [row.exp() for row in whole]
+        entropies = [-(share * row).sum(-1) for share, row in zip(shares, whole, strict=True)]
+        del whole
 
     @torch.no_grad()
     def degradation(architecture: Architecture) -> float:
+        total, count = 0.0, 0
         with supernet.activated(architecture):
-            students = [passes.trace(number, batch) for number, batch in enumerate(batches)]
-            return sum(float(divergence(*pair)) for pair in zip(students, whole, strict=True)) / len(batches)
+            for number, (share, entropy) in enumerate(zip(shares, entropies, strict=True)):
+                crossed = -(share * logits(number).log_softmax(-1)).sum(-1)
+                total += float((crossed - entropy).double().sum())
+                count += len(entropy)
+        return total / max(1, count)
 
     return degradation
 

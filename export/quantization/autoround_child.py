@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from export.models import Model
 from export.quantization.round_to_nearest import CHANNEL_GROUP, CHANNEL_INT8, QuantizationConfig, configuration, packed
@@ -54,9 +56,25 @@ def run(job_file: Path) -> None:
     ids = load_file(scratch / "calibration.safetensors")["ids"]
     for plan in job.schemes:
         print(f"\n== {plan.scheme}", flush=True)
+        steps = register_optimizer_step_post_hook(_StepCounter())
         torch.manual_seed(job.seed)
         _quantize(job, plan, ids, scratch / plan.scheme)
+        steps.remove()
     (scratch / "done").touch()
+
+
+class _StepCounter:
+    """Prints, at most once a second, how many steps all blocks of a scheme have taken: auto-round's own bar moves block
+    by block, which may take minutes."""
+
+    def __init__(self) -> None:
+        self._steps, self._printed = 0, 0.0
+
+    def __call__(self, *_: object) -> None:
+        self._steps += 1
+        if time.monotonic() - self._printed >= 1:
+            print(f"\n-- step {self._steps}", flush=True)
+            self._printed = time.monotonic()
 
 
 def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) -> None:

@@ -49,8 +49,8 @@ GROUP_SIZES = (128, 64, 32)
 AUTOROUND_STEP = 32
 """AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
 
-Progress = Callable[[int, int, str], None]
-"""Called with blocks done, blocks in all, and what is being quantized."""
+Progress = Callable[[float, int, str], None]
+"""Called with blocks done (of the one at work, the share of its steps), blocks in all, and what is being quantized."""
 
 
 def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> LinearLayers:
@@ -180,7 +180,7 @@ def quantize_packages(
             schemes=plans,
         )
         write_json(scratch / "job.json", job.model_dump())
-        output = _run_child(scratch, source, len(record.entry.architecture.kept), len(plans), progress)
+        output = _run_child(scratch, job, len(record.entry.architecture.kept), progress)
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(output)
@@ -208,13 +208,13 @@ def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _run_child(scratch: Path, source: Path, blocks: int, schemes: int, progress: Progress | None) -> str:
+def _run_child(scratch: Path, job: AutoRoundJob, blocks: int, progress: Progress | None) -> str:
     """Run the child, following its log for progress. Returns what it printed."""
     printed = scratch / "output.txt"
     with printed.open("wb") as stream:
         child = subprocess.Popen(
             [sys.executable, "-m", "export.quantization.autoround_child", str(scratch / "job.json")],
-            env=fresh_environment(scratch, weight_bytes(source)),
+            env=fresh_environment(scratch, weight_bytes(Path(job.source))),
             cwd=scratch,
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -224,7 +224,8 @@ def _run_child(scratch: Path, source: Path, blocks: int, schemes: int, progress:
             while child.poll() is None:
                 time.sleep(0.2)
                 if progress is not None:
-                    progress(*_position(printed.read_text(errors="replace"), blocks, schemes))
+                    output = printed.read_text(errors="replace")
+                    progress(*position(output, blocks, len(job.schemes), job.iterations))
         finally:
             if child.poll() is None:
                 child.kill()
@@ -232,8 +233,9 @@ def _run_child(scratch: Path, source: Path, blocks: int, schemes: int, progress:
     return printed.read_text(errors="replace")
 
 
-def _position(output: str, blocks: int, schemes: int) -> tuple[int, int, str]:
-    """Blocks done, blocks in all and the scheme at work, read off the progress bar that auto-round 0.16 prints.
+def position(output: str, blocks: int, schemes: int, iterations: int) -> tuple[float, int, str]:
+    """Blocks done, blocks in all and the scheme at work, read off what the child has printed: the bar of auto-round
+    0.16, and the number of steps of `iterations` for each block.
 
     Another version may word its bar otherwise: then only this display is wrong.
     """
@@ -242,7 +244,10 @@ def _position(output: str, blocks: int, schemes: int) -> tuple[int, int, str]:
         return 0, blocks * schemes, "starting"
     scheme, printed = started[-2:]
     counts = re.findall(r"Quantizing[^\r\n]*?(\d+)/\d+ \[", printed)
-    done = int(counts[-1]) if counts else 0
+    steps = re.findall(r"^-- step (\d+)$", printed, flags=re.MULTILINE)
+    done = float(counts[-1]) if counts else 0.0
+    if steps and iterations:
+        done = max(done, min(int(steps[-1]) / iterations, blocks))
     return (len(started) // 2 - 1) * blocks + done, blocks * schemes, scheme
 
 

@@ -33,7 +33,7 @@ from compressor.schedule import STAGES, Schedule
 from supernet.common.errors import RequestError
 from tests.support import tiny
 
-RATES = Rates(load=0.5, read=1e-4, teach=1e-4, train=3e-4, step=1e-3, decode=1e-3)
+RATES = Rates(load=0.5, read=1e-4, teach=1e-4, train=3e-4, step=1e-3, decode=1e-3, rounding=1e-3)
 """Rates of an imagined machine, so that nothing here depends on how fast this one is."""
 
 
@@ -217,6 +217,7 @@ def test_a_plan_alone_leaves_nothing_behind(
 def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Path) -> None:
     rates = costs.measure_rates(job_of(given, tmp_path))
     assert all(value > 0 for _, value in rates)
+    assert costs.measure_rates(job_of(given | {"quantizing.schemes": ""}, tmp_path)).rounding == 0
 
 
 def test_a_damaged_plan_is_named(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:

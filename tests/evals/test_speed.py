@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import LlamaConfig
 
 from evals.speed import measured as timing
 from evals.speed.measured import Speed, compare_speed, speed_beside
-from evals.speed.table import PartTimes, SpeedTable, designed, sizes_to_time
+from evals.speed.table import PartTimes, SpeedTable, Timed, designed, mixtures, sizes_to_time, times_layers
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import RequestError
@@ -39,8 +40,17 @@ def true_seconds(architecture: Architecture) -> float:
 
 
 def fitted(base: Structure) -> PartTimes:
-    design = designed(base, 0)
-    return PartTimes.fit(design, np.array(list(map(true_seconds, design))), *sizes_to_time(base), base.base.hidden_size)
+    timed = [Timed(architecture, true_seconds(architecture)) for architecture in designed(base, 0)]
+    return PartTimes.fit(timed, *sizes_to_time(base), base.base.hidden_size)
+
+
+def fitted_by_layer(base: Structure) -> PartTimes:
+    timed = []
+    for architecture in mixtures(base, 0):
+        layers = [Architecture(32, (architecture.layers[i],)) for i in architecture.kept]
+        timed += [Timed(layer, true_seconds(layer) - 0.004, rest=False) for layer in layers]
+        timed.append(Timed(Architecture(32, ()), 0.004))
+    return PartTimes.fit(timed, *sizes_to_time(base), base.base.hidden_size)
 
 
 def random_architectures(base: Structure, count: int) -> list[Architecture]:
@@ -54,7 +64,8 @@ def random_architectures(base: Structure, count: int) -> list[Architecture]:
     return [Architecture(base.base.hidden_size, tuple(map(sizes, base.base.layers))) for _ in range(count)]
 
 
-def test_additive_times_are_recovered_exactly() -> None:
+@pytest.mark.parametrize("fitted", [fitted, fitted_by_layer])
+def test_additive_times_are_recovered_exactly(fitted: Callable[[Structure], PartTimes]) -> None:
     base = structure(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, intermediate_size=256)
     table = fitted(base)
     for architecture in random_architectures(base, 30):
@@ -70,10 +81,13 @@ def test_a_size_between_two_is_interpolated_and_a_narrower_residual_costs_its_sh
     assert table.seconds(Architecture(32, (LayerSizes(0, 0, 0),)), 32) == 1.0
 
 
-def test_the_design_tells_all_parts_apart() -> None:
+@pytest.mark.parametrize(("designed", "device"), [(designed, "cuda"), (mixtures, "cpu")])
+def test_the_design_tells_all_parts_apart(
+    designed: Callable[[Structure, int], list[Architecture]], device: str
+) -> None:
     base = structure(num_hidden_layers=2)
     design = designed(base, 0)
-    assert len(set(design)) == len(design) == SpeedTable.steps(base)
+    assert len(set(design)) == len(design) == SpeedTable.steps(base, torch.device(device))
     assert all(a.fits(base.base) and any(layer.num_key_value_heads for layer in a.layers) for a in design)
     assert base.base in design
     assert designed(base, 0) == design
@@ -110,16 +124,16 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
     supernet = SuperNetwork(tiny.llama())
     built: list[Architecture] = []
     steps: list[int] = []
+    cpu = torch.device("cpu")
 
     def build(architecture: Architecture) -> torch.nn.Module:
         built.append(architecture)
         return extract(supernet.model, supernet.structure, architecture)
 
     measured = SpeedTable.measure(build, supernet.structure, rounds=1, prompt=8, new=4, on_step=lambda: steps.append(1))
-    assert len(steps) == SpeedTable.steps(supernet.structure) == len(built) - 1
+    assert len(steps) == SpeedTable.steps(supernet.structure, cpu) == len(built) - 1
     assert (measured.batch, measured.prompt, measured.new, measured.dtype) == (1, 8, 4, "float32")
     assert all(value > 0 for value in measured.predict(supernet.base).values())
-    cpu = torch.device("cpu")
     assert measured.fits(supernet.structure) and measured.fits(structure(num_hidden_layers=5))
     assert not measured.fits(structure(vocab_size=300))
     assert measured.made_on(cpu, torch.float32) and not measured.made_on(cpu, torch.bfloat16)
@@ -128,6 +142,28 @@ def test_measured_table_of_a_real_network(tmp_path: Path) -> None:
     measured.save(tmp_path / "speed.json")
     check = json.loads((tmp_path / "speed.json").read_text())["check"]
     assert check.keys() == {"prefill_median_error", "decode_median_error"}
+
+
+def test_layers_are_timed_each_for_itself() -> None:
+    supernet = SuperNetwork(tiny.llama(num_hidden_layers=3, hidden_size=64, intermediate_size=2048))
+    base = supernet.base
+    small = LayerSizes(0, 0, 32)
+    mixed = Architecture(base.hidden_size, (base.layers[0], small, base.layers[2]))
+    network, reference = (extract(supernet.model, supernet.structure, a) for a in (mixed, base))
+    times = timing.layer_times_beside(network, reference, batch=1, prompt=24, new=8, rounds=3)
+    for layers, rest in ((times.prefill_layers, times.prefill_rest), (times.decode_layers, times.decode_rest)):
+        assert len(layers) == 3 and min(*layers, rest) > 0
+    assert times.reference.prefill > 0 and times.reference.decode > 0
+    layer = network.get_submodule("model.layers.0")
+    assert not layer._forward_pre_hooks and not layer._forward_hooks
+
+
+def test_where_layers_cannot_be_told_by_their_sizes_networks_are_timed_as_wholes() -> None:
+    base = structure()
+    hybrid = replace(base, base=Architecture(32, (LayerSizes(0, 0, 64), *base.base.layers[1:])))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert times_layers(base, cpu) and not times_layers(base, cuda) and not times_layers(hybrid, cpu)
+    assert SpeedTable.steps(hybrid, cpu) == len(designed(hybrid, 0))
 
 
 def test_speeds_are_measured_side_by_side() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressor.stages.warm_start import layer_variants
 from evals.warm_starts import warm_starts
-from evals.warm_starts.blockwise import blockwise, degradation_in, refined
-from search.knapsack import assemble, options, with_layer
+from evals.warm_starts.blockwise import blockwise, degradation_in, halves_of, refined
+from search.knapsack import GROWTH, HalfSizes, assemble, half_sizes, options, with_layer
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
@@ -67,6 +68,65 @@ def model(tmp_path: Path) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.mul_(6)  # random weights as small as they are do nothing at all
     return model
+
+
+def test_a_few_sizes_tell_the_others() -> None:
+    sizes = [LayerSizes(4, 2, width) for width in (128, 96, 64, 32, 0)]
+    moved = [0.0, 1.0, 2.0, 4.0, 8.0]
+    half = HalfSizes(sizes, moved)
+    true = [3 * x**GROWTH for x in moved]
+    assert half.to_measure(0) == [2, 4] and half.to_measure(3) == [2, 4] and half.to_measure(4) == [2]
+    assert half.to_measure(1) == [0, 2, 4]
+    for at in range(5):
+        measured = {i: true[i] - true[at] for i in half.to_measure(at)}
+        assert half.degradations(at, measured) == pytest.approx([value - true[at] for value in true])
+    unknown = HalfSizes(sizes, None)
+    assert unknown.to_measure(1) == [0, 2, 3, 4]
+    assert unknown.degradations(1, {0: -1.0, 2: 1.0, 3: 5.0, 4: 2.0}) == [-1.0, 0.0, 1.0, 5.0, 2.0]
+
+
+def test_half_blocks_are_told_by_their_errors() -> None:
+    variants = layer_variants(SearchSpace.from_dict({"ffn.0": [0, 32, 64, 128], "kv.1": [0, 1, 2]}, SMALL))
+    moved = {(0, "mlp", sizes): 100.0 - sizes.intermediate_size for layer, sizes in variants if layer == 0}
+    moved[0, "mlp", LayerSizes(4, 2, 0)] = 1.0  # less than for the others: a removed half-block stays the last
+    halves = half_sizes(SMALL, variants, moved)  # type: ignore[arg-type]
+    assert [sizes.intermediate_size for sizes in halves[0, "mlp"].sizes] == [128, 64, 32, 0]
+    assert halves[0, "mlp"].moved == [0.0, 36.0, 68.0, 68.0]
+    assert halves[1, "attention"].moved is None and len(halves[1, "attention"].sizes) == 3
+
+
+def test_estimates_order_variants_as_measurements_do(model: PreTrainedModel) -> None:
+    supernet = SuperNetwork(model)
+    variants = layer_variants(
+        SearchSpace.from_dict({"ffn.*": [0, 16, 32, 48, 64], "kv.*": [0, 1, 2]}, supernet.structure)
+    )
+    batches = batches_of(4, 32, 0, 256)
+    degradation = degradation_in(supernet, batches)
+    halves = halves_of(supernet, variants, batches)
+    estimated, measured = [], []
+    for (layer, _), own in halves.items():
+        each = [degradation(with_layer(supernet.base, layer, sizes)) for sizes in own.sizes]
+        measured += each[1:]
+        estimated += own.degradations(0, {i: each[i] for i in own.to_measure(0)})[1:]
+    assert len(measured) == len(variants)
+    assert kendalltau(estimated, measured).statistic > 0.9
+
+
+def test_few_tokens_stand_for_all_where_the_vocabulary_is_large(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supernet, batches = SuperNetwork(model), batches_of(8, 32, 0, 256)
+    cut = with_layer(supernet.base, 1, LayerSizes(0, 0, 64))
+    tokens: list[int] = []
+    hook = supernet.model.get_output_embeddings().register_forward_hook(lambda _, __, out: tokens.append(out.shape[-2]))
+    on_all = degradation_in(supernet, batches)(cut)
+    vocabulary, all_tokens = supernet.model.config.vocab_size, sum(tokens)
+    monkeypatch.setattr("evals.warm_starts.blockwise.LOGITS", 70 * vocabulary)
+    tokens.clear()
+    on_some = degradation_in(supernet, batches)(cut)
+    hook.remove()
+    assert all_tokens == 2 * 8 * 31 and sum(tokens) == 2 * 4 * 16  # every fourth of 62 in a batch
+    assert on_some == pytest.approx(on_all, rel=0.5) and on_some != on_all
 
 
 def batches_of(rows: int, length: int, low: int, high: int, size: int = 2) -> list[Batch]:

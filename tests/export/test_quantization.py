@@ -16,6 +16,7 @@ from torch import Tensor
 
 from export.package_record import PackageRecord, check_files, read_record
 from export.quantization import quantize
+from export.quantization.cost import step_seconds
 from export.quantization.quantize import (
     linear_layers,
     linear_layers_of,
@@ -33,7 +34,7 @@ from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import sha256
 from supernet.families import describe
 from tests.support.export_networks import TEXTS, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
-from tests.support.tiny_families import CONFIGS
+from tests.support.tiny_families import CONFIGS, tiny_network
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
 LAYERS = (LayerSizes(4, 2, 96), LayerSizes(4, 2, 80), LayerSizes(0, 0, 64), LayerSizes(2, 1, 0))
@@ -59,7 +60,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(source: Path) -> dict[str, PackageRecord]:
     """All schemes, tuned for two iterations in one child process, and verified in another."""
-    seen: list[tuple[int, int, str]] = []
+    seen: list[tuple[float, int, str]] = []
     packages = quantize_packages(
         source,
         {scheme: source.with_name(f"best-{scheme}") for scheme in SCHEMES},
@@ -73,8 +74,30 @@ def quantized(source: Path) -> dict[str, PackageRecord]:
     verify_all([(package.folder, reference) for package in packages], record=True)
     assert seen[-1][1] == 4 * len(SCHEMES) and all(0 <= done <= total for done, total, _ in seen)
     assert [position[0] for position in seen] == sorted(position[0] for position in seen)
-    assert "AutoRound" in source.with_name("log.txt").read_text()
+    log = source.with_name("log.txt").read_text()
+    assert "AutoRound" in log and log.count("\n-- step ") >= len(SCHEMES) - 1
     return {scheme: read_record(package.folder) for scheme, package in zip(SCHEMES, packages, strict=True)}
+
+
+def test_the_display_moves_with_every_step() -> None:
+    log = "\n== int8\nQuantizing model.layers.1: 50%|##  | 2/4 [00:09<00:09]\n-- step 25\n"
+    assert quantize.position("loading", 4, 2, 10) == (0, 8, "starting")
+    assert quantize.position(log, 4, 2, 10) == (2.5, 8, "int8")
+    assert quantize.position(log + "\n-- step 38\n", 4, 2, 10) == (3.8, 8, "int8")
+    assert quantize.position(log + "\n== int4\n", 4, 2, 10) == (4, 8, "int4")
+    assert quantize.position(log + "\n== int4\n\n-- step 3\n", 4, 2, 10)[0] == 4.3
+    assert quantize.position(log, 4, 2, 0) == (2, 8, "int8")  # nothing is tuned
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
+def test_a_step_is_timed_on_a_network_that_stays_as_it_is(name: str) -> None:
+    network = tiny_network(name)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.no_grad():
+        assert step_seconds(network, length=16, sequences=2) > 0
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_pre_hooks for module in network.modules())
 
 
 def dequantized(tensors: dict[str, Tensor], module: str, bits: int) -> tuple[Tensor, Tensor]:
