@@ -1,0 +1,84 @@
+"""What a training records: held-out losses on its way, which of its states is kept, where it was slowed, its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from statistics import mean
+
+Losses = dict[str, float]
+"""Held-out losses by the name of a member, nats per token."""
+
+REGAINED = 0.05
+"""How much of a loss at the start a whole training is taken to regain while its rate falls, as a share; less of it in
+proportion where fewer steps are left (`docs/finetuning.md` has what was measured)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which of the states of one training is the best, by their held-out losses."""
+
+    scored: tuple[str, ...]
+    """The members whose mean loss is to be as low as it can."""
+    guarded: str
+    """The member that must not become worse by more than `tolerance`."""
+    tolerance: float = 0.0
+    """A rise of the guarded member's loss that is allowed, as a share of its loss at the start."""
+
+    def score(self, losses: Losses, start: Losses) -> float:
+        """What the best state has least of: the mean loss of the scored members; infinite where the guarded one rose
+        by more than the tolerance, or something is not finite."""
+        if not self.holds(losses, start, 0.0):
+            return inf
+        return mean(losses[name] for name in self.scored)
+
+    def holds(self, losses: Losses, start: Losses, left: float) -> bool:
+        """Whether neither the guarded member nor the scored ones have risen by more than what is allowed and what the
+        share `left` of the steps can regain."""
+        limit = 1 + self.tolerance + REGAINED * left
+        return all(
+            mean(losses.get(name, inf) for name in names) <= limit * mean(start[name] for name in names)
+            for names in ((self.guarded,), self.scored)
+        )
+
+
+@dataclass
+class History:
+    """What a training run records for the report. A pass is one member's forward and backward over one part of a batch,
+    so a step of the sandwich rule has at least three."""
+
+    curve: list[Losses] = field(default_factory=list)
+    """Points: `step` and `tokens` before them, and held-out losses by name; what is not finite is left out."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of training, measuring among them."""
+    measuring: float = 0.0
+    """Seconds of them that held-out losses and keeping the best state took."""
+    passes: int = 0
+    kept: int | None = None
+    """The step whose state is the best so far; 0: the untrained one. None: nothing was measured."""
+    halved: list[int] = field(default_factory=list)
+    """Steps after which the training went back to the best state and halved its rate."""
+
+    def add(self, step: int, losses: Losses) -> None:
+        """Add a point to the curve."""
+        finite = {name: loss for name, loss in losses.items() if isfinite(loss)}
+        self.curve.append({"step": float(step), "tokens": float(self.tokens)} | finite)
+
+    @property
+    def start(self) -> Losses:
+        """The first point of the curve."""
+        return self.curve[0]
+
+    def change(self) -> str:
+        """Held-out losses at the start and of the state that is kept, as in `largest 0.843 -> 0.851`."""
+        return ", ".join(
+            f"{name} {self.start[name]:.3f} -> {loss:.3f}"
+            for name, loss in (self.best or {}).items()
+            if name not in ("step", "tokens") and name in self.start
+        )
+
+    @property
+    def best(self) -> Losses | None:
+        """The point of the state that is kept."""
+        return next((point for point in self.curve if point["step"] == self.kept), None)
