@@ -25,13 +25,14 @@ from supernet.training.losses import held_out_loss
 
 @contextmanager
 def temporary_job(checkpoint: str, data: str | None = None, documents: int = 6000, **recipe: Any) -> Iterator[Job]:
-    """A job on the CPU in a folder that is removed afterwards; without `data`, on so many generated documents. `recipe`
-    are further keys of the recipe."""
+    """A job, on the CPU unless said otherwise, in a folder that is removed afterwards; without `data`, on so many
+    generated documents. `recipe` are further keys of the recipe."""
     with tempfile.TemporaryDirectory() as name:
         text = Path(name, "text.jsonl")
         if data is None:
             demo.training_text(text, documents, seed=1)
-        yield Job(Run(Path(name)), Recipe(model=checkpoint, data=data or str(text), device="cpu", **recipe).resolved())
+        keys = {"model": checkpoint, "data": data or str(text), "device": "cpu"} | recipe
+        yield Job(Run(Path(name)), Recipe(**keys).resolved())
 
 
 def ordered_supernet(job: Job, calibration: Sequence[Tensor]) -> SuperNetwork:
@@ -45,4 +46,4 @@ def ordered_supernet(job: Job, calibration: Sequence[Tensor]) -> SuperNetwork:
 def subnet_loss(supernet: SuperNetwork, architecture: Architecture, held_out: Blocks) -> float:
     """Held-out cross-entropy of a sub-network, in nats per token."""
     with supernet.activated(architecture) as network:
-        return held_out_loss(network.eval(), held_out, 8, torch.device("cpu"))
+        return held_out_loss(network.eval(), held_out, 8, network.device)

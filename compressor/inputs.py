@@ -17,6 +17,8 @@ CALIBRATION_BLOCKS = 64
 
 STATE = "training.safetensors"
 """What the training can go on from, beside what the stage fills, until all of that is there."""
+HEALING = "healing.json"
+"""What the training of a healed sub-network recorded, in its folder."""
 
 
 def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:

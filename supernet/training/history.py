@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from statistics import mean
+from typing import Any
 
 Losses = dict[str, float]
 """Held-out losses by the name of a member, nats per token."""
@@ -70,15 +72,34 @@ class History:
         """The first point of the curve."""
         return self.curve[0]
 
-    def change(self) -> str:
-        """Held-out losses at the start and of the state that is kept, as in `largest 0.843 -> 0.851`."""
-        return ", ".join(
-            f"{name} {self.start[name]:.3f} -> {loss:.3f}"
-            for name, loss in (self.best or {}).items()
-            if name not in ("step", "tokens") and name in self.start
-        )
-
     @property
     def best(self) -> Losses | None:
         """The point of the state that is kept."""
         return next((point for point in self.curve if point["step"] == self.kept), None)
+
+    @property
+    def outcome(self) -> str:
+        """Which state is kept, held-out losses at the start and of that state, and the share of the time that measuring
+        took, for people; empty where no state is known to be the best. After the last point."""
+        best, steps = self.best, int(self.curve[-1]["step"]) if self.curve else 0
+        if best is None:
+            return ""
+        kept = f"kept is the state after {self.kept} of {steps} steps"
+        if self.kept == 0:
+            kept = "no state was better than the untrained one, which is kept"
+        elif self.kept == steps:
+            kept = "kept is the last state"
+        losses = [
+            f"{name} {self.start[name]:.3f} -> {loss:.3f}"
+            for name, loss in best.items()
+            if name not in ("step", "tokens") and name in self.start
+        ]
+        times = {1: "once", 2: "twice"}.get(len(self.halved), f"{len(self.halved)} times")
+        slowed = f"the rate was halved {times}; " if self.halved else ""
+        share = self.measuring / max(self.seconds, 1e-9)
+        return f"{kept}; held-out {', '.join(losses)}; {slowed}measuring took {share:.0%} of the time"
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> History:
+        """From `vars` of one, perhaps of an earlier version, or with other keys beside them."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})

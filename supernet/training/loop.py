@@ -313,22 +313,11 @@ class Watch:
 
     def finish(self) -> None:
         """End with the best state, and say so."""
-        history, steps = self.history, self.settings.steps
-        if self.best is None or history.best is None:
+        if self.best is None or self.history.best is None:
             return
-        if history.kept != steps:
+        if self.history.kept != self.settings.steps:
             self.best.load()
-        say(summary(self.what, history, steps))
-
-
-def summary(what: str, history: History, steps: int) -> str:
-    """One line: which state is kept, held-out losses before the training and of that state, and what measuring took."""
-    kept = f"kept is the state after {history.kept} of {steps} steps"
-    if history.kept in (0, steps):
-        kept = "kept is the last state" if history.kept else "no state was better than the untrained one, which is kept"
-    slowed = f"rate halved {len(history.halved)} times; " if history.halved else ""
-    share = history.measuring / max(history.seconds, 1e-9)
-    return f"{what}: {kept}; held-out {history.change()}; {slowed}{share:.0%} of the time was measuring"
+        say(f"{self.what}: {self.history.outcome}")
 
 
 def _groups(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> Groups:
