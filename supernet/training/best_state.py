@@ -55,7 +55,7 @@ class BestState:
         for name, parameter in self.parameters.items() if write else ():
             value = full_tensor(parameter.detach())
             if self.accelerator.is_main_process:
-                tensors[name] = value.contiguous()
+                tensors[name] = value.cpu().contiguous()  # one after another, where a GPU could not hold them all
         if tensors:
             with replacing(self.file(step)) as temporary:
                 save_file(tensors, temporary)

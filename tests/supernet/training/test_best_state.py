@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from math import inf, nan
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -46,10 +48,17 @@ def learned(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> PreTrai
 
 
 def finetuned(
-    network: PreTrainedModel, blocks: Blocks, folder: Path, how: TrainSettings, parameters: str = "all"
+    network: PreTrainedModel,
+    blocks: Blocks,
+    folder: Path,
+    how: TrainSettings,
+    parameters: str = "all",
+    asked: Sequence[Architecture] = (),
 ) -> History:
     folder.mkdir(exist_ok=True)
     supernet = SuperNetwork(network)
+    watched: dict[str, Sequence[Architecture]]
+    watched = {"largest": [supernet.base], "middle": [CUT], "smallest": [SMALL]}
     return finetune_supernet(
         PARAMETERS[parameters](supernet, None, 4, 7),
         blocks,
@@ -58,7 +67,7 @@ def finetuned(
         range_of(supernet.structure),
         state=folder / "state.safetensors",
         accelerator=Accelerator(cpu=True),
-        watched={"largest": [supernet.base], "middle": [CUT], "smallest": [SMALL]},
+        watched=watched | {"asked": asked} if asked else watched,
     )
 
 
@@ -96,8 +105,27 @@ def test_a_rate_that_is_too_high_is_halved_and_the_network_is_not_lost(
     assert max(point["largest"] for point in history.curve) > (1 + TOLERANCE) * before  # it was lost for a while
     said = capsys.readouterr().err
     assert "back to the state after 0 steps, with half the rate" in said
-    assert f"largest {before:.3f} -> {after:.3f}" in said and "of the time was measuring" in said
+    assert f"largest {before:.3f} -> {after:.3f}" in said and "of the time" in said
     assert len(list((tmp_path / "run").iterdir())) <= 1  # at most the best state, where it was not the last one
+
+
+@pytest.mark.parametrize("asked", [[], [CUT, SMALL]], ids=["nothing asked for", "two sizes asked for"])
+def test_the_state_that_is_kept_is_the_best_at_the_sizes_asked_for(
+    learned: PreTrainedModel, blocks: Blocks, tmp_path: Path, asked: list[Architecture]
+) -> None:
+    history = finetuned(learned, blocks, tmp_path / "run", settings(32 * 60), asked=asked)
+    names = ["asked"] if asked else ["middle", "smallest"]
+    limit = (1 + TOLERANCE) * history.start["largest"]
+    scores = {
+        point["step"]: mean(point[name] for name in names) for point in history.curve if point["largest"] <= limit
+    }
+    assert history.kept == min(scores, key=lambda step: scores[step])
+    for point in history.curve if asked else ():
+        assert point["asked"] == pytest.approx(mean([point["middle"], point["smallest"]]))
+    supernet = SuperNetwork(learned.eval())
+    with supernet.activated(SMALL):  # the weights are those of that state
+        loss = held_out_loss(supernet.model, blocks.split()[1].part(0, 16), 2, torch.device("cpu"))
+    assert history.best is not None and loss == pytest.approx(history.best["smallest"], abs=1e-5)
 
 
 @pytest.mark.parametrize("parameters", ["all", "lora"])
