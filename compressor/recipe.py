@@ -339,8 +339,8 @@ def learning_rate_for(
     network that was cut needs, and bears, a rate that would undo much of what a whole one knows.
 
     A step of Adam moves every weight by about the rate, whatever its size. So a fine-tuning moves none by more than a
-    hundredth of what is typical of them: babyllama-char361, whose weights are four times smaller than those of other
-    networks of its width, is lost otherwise (`docs/results.md`).
+    hundredth of what is typical of them: babyllama-char361, whose weights are three times smaller than those of another
+    network of its width, is lost otherwise (`docs/results.md`).
     """
     share = 0.2 if healing else 0.3 if adapters else 0.1
     return share * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)

@@ -48,9 +48,9 @@ Step = Callable[[int, Batch, Backward], float]
 """(step, part of its batch, backward) -> loss to show. Calls `backward` once for each member, so that only one member's
 activations are in memory at a time. Called once for each part of an accumulated batch."""
 
-MEASURED = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
-"""Shares of the steps after which held-out losses are measured: first doubling, since a rate that is too high shows
-within a few steps, then even."""
+EARLY = (1 / 32, 1 / 16)
+"""Shares of the steps after which held-out losses are measured, before they are at every eighth, since a rate that is
+too high shows within a few steps."""
 BETWEEN = 2
 """Steps between two such points at least: a point costs about as much as one and a half steps."""
 SAVING_SECONDS = 3.0
@@ -103,8 +103,9 @@ class TrainSettings:
     @property
     def points(self) -> list[int]:
         """The steps before which held-out losses are measured; the last one is after all of them."""
+        parts = 8 if self.steps >= 32 else 4  # of few steps, measuring would take a third of the time
         points = [0]
-        for share in MEASURED[1:-1]:
+        for share in (*EARLY, 1 / 8, *(part / parts for part in range(1, parts))):
             point = round(share * self.steps)
             if points[-1] + BETWEEN <= point <= self.steps - BETWEEN:
                 points.append(point)
