@@ -21,7 +21,8 @@ from compressor.inputs import calibration_batches, training_blocks
 from compressor.sizing import uniform_near
 from supernet.repair import repair_in_sequence
 from supernet.slicing import extract
-from supernet.training.loop import History, TrainSettings
+from supernet.training.history import History
+from supernet.training.loop import TrainSettings
 from supernet.training.supernet_training import heal
 from supernet.variants import Variants
 
@@ -54,7 +55,7 @@ def main() -> None:
         print_header("repaired on", "rate", "batch", "held-out loss before", "after", "seconds")
         for tokens, rate, batch in product(cuts, rates, batches):
             history, seconds = timed(partial(healed, rate, batch, tokens))
-            before, after = history.curve[0]["loss"], history.curve[-1]["loss"]
+            before, after = history.start["loss"], (history.best or {})["loss"]
             print_row(f"{tokens:,}", f"{rate:g}", str(batch), f"{before:.3f}", f"{after:.3f}", f"{seconds:.0f}")
 
 

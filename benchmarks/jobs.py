@@ -25,8 +25,8 @@ from supernet.training.losses import held_out_loss
 
 @contextmanager
 def temporary_job(checkpoint: str, data: str | None = None, documents: int = 6000, **recipe: Any) -> Iterator[Job]:
-    """A job in a folder that is removed afterwards, on the CPU where `recipe`, further keys of the recipe, names no
-    other device; without `data`, on so many generated documents."""
+    """A job, on the CPU unless said otherwise, in a folder that is removed afterwards; without `data`, on so many
+    generated documents. `recipe` are further keys of the recipe."""
     with tempfile.TemporaryDirectory() as name:
         text = Path(name, "text.jsonl")
         if data is None:
@@ -46,4 +46,4 @@ def ordered_supernet(job: Job, calibration: Sequence[Tensor]) -> SuperNetwork:
 def subnet_loss(supernet: SuperNetwork, architecture: Architecture, held_out: Blocks) -> float:
     """Held-out cross-entropy of a sub-network, in nats per token."""
     with supernet.activated(architecture) as network:
-        return held_out_loss(network.eval(), held_out, 8, torch.device("cpu"))
+        return held_out_loss(network.eval(), held_out, 8, network.device)

@@ -22,6 +22,8 @@ LARGE = 30_000_000
 
 STATE = "training.safetensors"
 """What the training can go on from, beside what the stage fills, until all of that is there."""
+HEALING = "healing.json"
+"""What the training of a healed sub-network recorded, in its folder."""
 
 
 def calibration_blocks(job: Job) -> int:

@@ -214,9 +214,14 @@ class Job:
             finetuning, healing = recipe.finetuning, recipe.healing
             if finetuning.learning_rate is None:
                 adapters = finetuning.parameters == "lora"
-                finetuning.learning_rate = learning_rate_for(hidden_size, healing=False, adapters=adapters)
+                finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
             if healing.learning_rate is None:
-                healing.learning_rate = learning_rate_for(hidden_size, healing=True)
+                healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
+
+    @cached_property
+    def weight_scale(self) -> float | None:
+        """Root mean square of the base's weights; None where only its configuration is looked at."""
+        return self.checkpoint.weight_scale() if self.weights else None
 
     def given_speed_table(self) -> SpeedTable:
         """The speed table that the recipe names. Raises `RequestError` where it is none, or of another network."""

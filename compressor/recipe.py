@@ -6,6 +6,7 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,7 +177,8 @@ class Finetuning(Section):
     lora_rank: int = Field(default=32, ge=1)
     """Rank of the adapters."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Unset: 0.1 / residual width, for adapters 0.3 / residual width."""
+    """Peak learning rate. Unset: 0.1 / residual width, for adapters 0.3 / residual width; less where weights are small
+    (a hundredth of their root mean square, for adapters three)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls."""
     warmup_share: float = Field(default=0.03, ge=0, le=1)
@@ -250,7 +252,8 @@ class Healing(Section):
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 leaves the sub-network as cut out. Unset: by `effort`."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Unset: 0.2 / residual width."""
+    """Peak learning rate. Unset: 0.2 / residual width; less where weights are small (two hundredths of their root mean
+    square)."""
 
 
 class Repair(Section):
@@ -367,15 +370,22 @@ class Recipe(Section):
         return recipe
 
 
-def learning_rate_for(hidden_size: int, healing: bool, adapters: bool = False) -> float:
-    """Peak learning rate by residual width: at 64, 3e-3 to heal and 1.6e-3 to fine-tune; at 4096, 5e-5 and 2.4e-5.
-    Adapters alone, whose products start at zero, bear three times what whole weights do.
+def learning_rate_for(
+    hidden_size: int, healing: bool, adapters: bool = False, weight_scale: float | None = None
+) -> float:
+    """Peak learning rate by residual width, and by the root mean square of the weights where that is known.
 
-    The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al.,
-    arXiv 2203.03466). The constants were found on stories260K and prose-7m: a network that was cut needs, and bears, a
-    rate that would undo much of what a whole one knows (`docs/results.md`).
+    At width 64, 3e-3 to heal and 1.6e-3 to fine-tune; at 4096, 5e-5 and 2.4e-5. Adapters alone, whose products start at
+    zero, bear three times what whole weights do. The inverse of the width is how the best rate of an Adam-like step
+    falls for hidden weights (Yang et al., arXiv 2203.03466). The constants were found on stories260K and prose-7m: a
+    network that was cut needs, and bears, a rate that would undo much of what a whole one knows.
+
+    A step of Adam moves every weight by about the rate, whatever its size. So a fine-tuning moves none by more than a
+    hundredth of what is typical of them: babyllama-char361, whose weights are three times smaller than those of another
+    network of its width, is lost otherwise (`docs/results.md`).
     """
-    return (0.2 if healing else 0.3 if adapters else 0.1) / hidden_size
+    share = 0.2 if healing else 0.3 if adapters else 0.1
+    return share * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)
 
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +87,22 @@ class Checkpoint:
                         raise RequestError(
                             f"{self.name}: the weight {name} in {file.name} has NaN or infinite values; fetch it again"
                         )
+
+    def weight_scale(self) -> float:
+        """Root mean square of the matrices of three layers, the first, the middle and the last one: what is typical of
+        a weight. 0 where the files number no layers."""
+        files, by_layer = WeightFiles(self.path), defaultdict[int, list[str]](list)
+        for name in files:
+            if numbered := re.search(r"\.(\d+)\.", name):
+                by_layer[int(numbered[1])].append(name)
+        layers = sorted(by_layer)
+        squares, count = 0.0, 0
+        for layer in {layers[0], layers[len(layers) // 2], layers[-1]} if layers else ():
+            for tensor in map(files.read, by_layer[layer]):
+                if tensor.ndim > 1:
+                    squares += float(tensor.float().square().sum(dtype=torch.float64))
+                    count += tensor.numel()
+        return sqrt(squares / max(count, 1))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.path, trust_remote_code=self.trust_remote_code)

@@ -138,3 +138,16 @@ def test_peak_memory_is_that_of_the_process_alone() -> None:
     held = bytearray(b"x") * 2**28
     peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
     assert 0 < peak < len(held)
+
+
+def test_safe_training_has_a_row_for_every_checkpoint_and_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [str(tiny.checkpoint(tmp_path / name, seed)) for seed, name in enumerate(("a", "b"))]
+    data = str(tiny.data(tmp_path / "d.jsonl", 400))
+    options = ["--tokens", "1000", "2000", "--data", data, "--heal", "--rate-factor", "0.5"]
+    call(monkeypatch, "safe_training", "--checkpoints", *names, *options)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[name, tokens] for name in "ab" for tokens in ("1,000", "2,000")]
+    for row in rows:
+        assert len(row) == 14 and all("\N{RIGHTWARDS ARROW}" in row[cell] for cell in (4, 5, 6, 12))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compressor.inputs import training_blocks
+from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
@@ -232,7 +232,7 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     network = cut.built(torch.float32, job.device)
     history = heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
     write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
-    write_json(healed / "healing.json", vars(history))
+    write_json(healed / HEALING, vars(history))
     round_as_stored(job, network)
     return network
 

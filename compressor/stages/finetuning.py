@@ -21,7 +21,7 @@ from compressor.inputs import (
 from compressor.job import Job
 from compressor.recipe import former_names
 from compressor.schedule import stage
-from compressor.sizing import smallest_in_training, training_range, uniform_near
+from compressor.sizing import sizes_asked_for, smallest_in_training, training_range, uniform_near
 from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError, VerificationError
@@ -40,7 +40,7 @@ from supernet.streaming import StreamedNetwork
 from supernet.training.adapters import PARAMETERS
 from supernet.training.contamination import RUN, Contamination
 from supernet.training.data import Blocks
-from supernet.training.loop import History
+from supernet.training.history import History
 from supernet.training.losses import Loss
 from supernet.training.sharding import full_tensor, shard
 from supernet.training.sources import hub_dataset, is_generated
@@ -147,7 +147,8 @@ def finetune(job: Job) -> dict[str, Any]:
                 "skipped_rows": blocks.skipped,
                 "overlapping_report_documents": len(contaminated),
             }
-            resumable.unlink(missing_ok=True)  # only now: whatever goes wrong before costs no training
+            for left in folder.glob(f"*{STATE}*"):  # only now: whatever goes wrong before costs no training
+                left.unlink()
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
@@ -200,7 +201,13 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     loss = Loss(section.losses, section.temperature)
     scheme = ElasticScheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
     range_ = training_range(job)
-    middle = uniform_near(job, sum(range_.sizes) / 2)
+    watched = {
+        "largest": [range_.largest],
+        "middle": [uniform_near(job, sum(range_.sizes) / 2)],
+        "smallest": [range_.least],
+    }
+    if asked := sizes_asked_for(job):
+        watched["asked"] = [uniform_near(job, size) for size in asked]
     model: Any = supernet.model
 
     def load() -> SuperNetwork:
@@ -222,7 +229,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
         range_,
         state=state,
         accelerator=job.accelerator,
-        watched={"largest": range_.largest, "middle": middle, "smallest": range_.least},
+        watched=watched,
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from compressor.inputs import text_fingerprint
+from compressor.inputs import HEALING, text_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
@@ -24,6 +25,7 @@ from supernet.common.errors import RequestError
 from supernet.common.files import read_json
 from supernet.common.progress import console, say
 from supernet.common.versions import versions
+from supernet.training.history import History
 
 
 def report(job: Job) -> dict[str, Any]:
@@ -53,7 +55,9 @@ def report(job: Job) -> dict[str, Any]:
         "search": search,
     }
     if finetune.get("tokens"):
-        data["finetune"] = {key: finetune[key] for key in ("curve", "tokens", "seconds", "sampler", "loss", "data")}
+        data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
+    healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
+    data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
     if "finetune" in data or recipe.healing.tokens:
         data["hub_dataset"] = finetune.get("hub_dataset")
     checked = validate_report(data)
@@ -65,6 +69,12 @@ def report(job: Job) -> dict[str, Any]:
         say(line)
     say(f"report: {page}")
     return read_json(run.report)
+
+
+def training(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report says of a training."""
+    history = History.read(recorded)
+    return {name: value for name, value in vars(history).items() if name != "passes"} | {"outcome": history.outcome}
 
 
 def candidates(job: Job, front: dict[str, Any]) -> list[Point]:

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
-from export.report.schema import Base, BaseCard, Package, Report
+from export.report.schema import Base, BaseCard, Package, Report, Training
 from export.report.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.report.verdict import verdict
 from supernet.architecture import Architecture
@@ -76,11 +76,18 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
         repair=(report.recipe.get("repair") or {"enabled": False}),
+        healing=healing_of(report, package),
         compared=compared[0] if compared else None,
         summary=summary,
         uneven_transformers=UNEVEN_TRANSFORMERS,
         quantized_form=quantized_form(package),
     )
+
+
+def healing_of(report: Report, package: Package) -> Training | None:
+    """The healing of the network that a package holds, whatever its form; None where none is known."""
+    names = [name for name in report.healing if package.name == name or package.name.startswith(f"{name}-")]
+    return report.healing[max(names, key=len)] if names else None
 
 
 def _literal(text: str) -> str:

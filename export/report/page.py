@@ -24,7 +24,7 @@ from export.report.plots import (
     usage_map,
 )
 from export.report.schema import Candidate, Generation, Package, Point, Report
-from export.report.table import measured_in, metric_name, notes, runtimes
+from export.report.table import measured_in, metric_name, notes, runtimes, trainings
 from export.report.verdict import change, verdict
 from supernet.architecture import Architecture
 from supernet.common.files import write_json, write_text
@@ -60,6 +60,7 @@ TEMPLATES.filters |= {filter.__name__: filter for filter in (breakable, count, s
 def render_html(report: Report) -> str:
     """The page: one file, no external resources, all text from outside escaped."""
     return TEMPLATES.get_template("report.html.j2").render(
+        trainings=trainings(report),
         report=report,
         base=report.base,
         tasks=report.tasks,

@@ -177,16 +177,33 @@ class CurvePoint(Model):
     tokens: int
     largest: float | None = None
     middle: float | None = None
-    """Mean over the random sub-networks."""
+    """A uniform cut between the two."""
     smallest: float | None = None
+    asked: float | None = None
+    """Mean over uniform cuts of the sizes that were asked for."""
+    loss: float | None = None
+    """Of the one network that is healed."""
 
 
-class Finetune(Model):
-    """The fine-tuning of the super-network."""
+class Training(Model):
+    """A training: of the super-network, or of a sub-network that is healed."""
 
     curve: list[CurvePoint]
     tokens: int
     seconds: float
+    measuring: float = 0.0
+    """Seconds of them in which held-out losses were measured and the best state was written."""
+    kept: int | None = None
+    """The step whose state was kept, being the best; 0: the untrained one."""
+    halved: list[int] = Field(default_factory=list)
+    """Steps after which training went back to the best state and halved its rate."""
+    outcome: str = ""
+    """The same as a sentence, with the losses before and after."""
+
+
+class Finetune(Training):
+    """The fine-tuning of the super-network."""
+
     sampler: str
     loss: str
     data: str | None = None
@@ -261,6 +278,8 @@ class Report(Model):
     comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None
+    healing: dict[str, Training] = Field(default_factory=dict)
+    """By the name of the package that was healed."""
     hub_dataset: str | None = None
     """Name of the data set that was fine-tuned or healed on, if it was loaded from the hub."""
     samples: list[Sample] = Field(default_factory=list)

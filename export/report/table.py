@@ -76,8 +76,14 @@ def runtimes(report: Report) -> list[str]:
 
 
 def footnotes(report: Report) -> list[str]:
-    """Lines below the terminal table: the runtimes by their marks, and what the numbers are."""
-    return [*(f"{mark} {where}" for where, mark in _marks(report).items()), *notes(report)]
+    """Lines below the terminal table: the runtimes by their marks, what the numbers are, and what training did."""
+    return [*(f"{mark} {where}" for where, mark in _marks(report).items()), *notes(report), *trainings(report)]
+
+
+def trainings(report: Report) -> list[str]:
+    """What fine-tuning and healing did to held-out losses, nats per token, and which of their states are kept."""
+    done = {"Fine-tuning": report.finetune} | {f"Healing of {name}": done for name, done in report.healing.items()}
+    return [f"{what}: {training.outcome}." for what, training in done.items() if training and training.outcome]
 
 
 def notes(report: Report) -> list[str]:

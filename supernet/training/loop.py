@@ -5,6 +5,9 @@ function of (seed, step) and of `memory`. So the state on disk is the trained pa
 `memory` and the step number, in one safetensors file. A killed run that is started again continues from the last such
 file and ends at the same weights, bit for bit on one CPU process.
 
+Held-out losses are measured on the way, and a rule says which state is the best. The training ends with that one, the
+untrained one included; where it got worse it goes back to it and halves its rate (`supernet.training.best_state`).
+
 Several processes split each batch and sum their gradients. The model is not wrapped, since sub-networks use different
 parameters in every step, but its layers may be sharded (`supernet.training.sharding`). Parts of a batch, of other
 processes or accumulated, are weighted by the tokens that they learn from, so the split changes a step only by rounding.
@@ -15,8 +18,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import ceil, cos, pi
+from dataclasses import dataclass
+from math import ceil, cos, isfinite, pi
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,8 +32,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from supernet.common.files import replacing
-from supernet.common.progress import bar
+from supernet.common.progress import bar, say
+from supernet.training.best_state import BestState
 from supernet.training.data import Batch, Blocks
+from supernet.training.history import History, Losses, Rule
 from supernet.training.inactive import Inactive, restore_inactive
 from supernet.training.optimizers import OPTIMIZERS, Groups
 from supernet.training.sharding import by_sharding, clip_gradients, full_tensor, shard_like
@@ -43,6 +48,11 @@ Step = Callable[[int, Batch, Backward], float]
 """(step, part of its batch, backward) -> loss to show. Calls `backward` once for each member, so that only one member's
 activations are in memory at a time. Called once for each part of an accumulated batch."""
 
+EARLY = (1 / 32, 1 / 16)
+"""Shares of the steps after which held-out losses are measured, before they are at every eighth, since a rate that is
+too high shows within a few steps."""
+BETWEEN = 2
+"""Steps between two such points at least: a point costs about as much as one and a half steps."""
 SAVING_SECONDS = 3.0
 """A state that takes longer than this to write is written less often in proportion, so that writing takes at most 5 %
 of the time (3 of 60 seconds): billions of weights and their moments are tens of gigabytes."""
@@ -85,11 +95,27 @@ class TrainSettings:
     def steps(self) -> int:
         return max(1, ceil(self.tokens / (self.batch_size * self.sequence_length)))
 
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return max(1, round(self.warmup_share * self.steps))
+
+    @property
+    def points(self) -> list[int]:
+        """The steps before which held-out losses are measured; the last one is after all of them."""
+        parts = 8 if self.steps >= 32 else 4  # of few steps, measuring would take a third of the time
+        points = [0]
+        for share in (*EARLY, 1 / 8, *(part / parts for part in range(1, parts))):
+            point = round(share * self.steps)
+            if points[-1] + BETWEEN <= point <= self.steps - BETWEEN:
+                points.append(point)
+        return [*points, self.steps]
+
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then down to `final_share` of the peak by the schedule, and constant
         in the last `tail_share` of the steps (BigNAS, arXiv 2003.11142, section 3.1: small sub-networks go on learning
         while large ones do not over-fit)."""
-        warmup = max(1, round(self.warmup_share * self.steps))
+        warmup = self.warmup
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         if self.schedule == "constant":
@@ -99,16 +125,10 @@ class TrainSettings:
         left = 1 - progress if self.schedule == "linear" else (1 + cos(pi * progress)) / 2
         return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
-
-@dataclass
-class History:
-    """What a training run records for the report: points of its curve, and tokens, seconds and passes spent. A pass is
-    one member's forward and backward over one part of a batch, so a step of the sandwich rule has at least three."""
-
-    curve: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    passes: int = 0
+    def slowed_rate(self, step: int, halved: list[int]) -> float:
+        """`rate`, halved for each of these steps and warmed up again after the last of them."""
+        rate = self.rate(step) * 0.5 ** len(halved)
+        return rate * min(1.0, (step - halved[-1] + 1) / self.warmup) if halved else rate
 
 
 @dataclass
@@ -174,8 +194,8 @@ def train(
     what: str,
     state: Path,
     accelerator: Accelerator,
-    measure: Callable[[], dict[str, float]] | None = None,
-    measurements: int = 6,
+    measure: Callable[[], Losses] | None = None,
+    rule: Rule | None = None,
     inactive: Callable[[], Inactive] | None = None,
     memory: dict[str, list[float]] | None = None,
     parameters: dict[str, nn.Parameter] | None = None,
@@ -183,8 +203,9 @@ def train(
     """Train `model` in place. Returns what the run records.
 
     `what` names the work on the progress bar. `state` is the file that a killed run continues from. `measure` gives the
-    points of the curve, about `measurements` of them. `inactive` says after a step what no member of it used. `memory`
-    is what a step remembers from earlier ones. `parameters` are what is trained, by name: without it, all of the model.
+    held-out losses of a point of the curve, and `rule` says by them which state is kept; without it, the last one is.
+    `inactive` says after a step what no member of it used. `memory` is what a step remembers from earlier ones.
+    `parameters` are what is trained, by name: without it, all of the model.
     """
     # 1. The optimizer, and the state of an interrupted run where there is one.
     parameters = dict(model.named_parameters()) if parameters is None else parameters
@@ -192,6 +213,10 @@ def train(
     history = History()
     training = TrainingState(state, parameters, optimizer, history, {} if memory is None else memory)
     first = training.restore()
+    watch = None
+    if measure is not None:
+        best = None if rule is None else BestState(rule, state, parameters, history, accelerator, history.kept)
+        watch = Watch(what, model, settings, measure, history, accelerator, optimizer, best)
     optimizer.zero_grad(set_to_none=True)  # gradients that an interrupted caller left
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -199,22 +224,24 @@ def train(
     started = saved = time.monotonic()
     pause, seconds_before = settings.checkpoint_seconds, history.seconds
     tokens_of_step = settings.batch_size * settings.sequence_length
-    every = max(1, settings.steps // measurements)
     with bar(what, settings.steps) as progress:
         progress.advance(first)
         for number in range(first, settings.steps):
-            if measure is not None and number % every == 0:
-                _measure(model, measure, number, history)
+            if watch is not None and number in settings.points:
+                watch.measure(number)
             # 2. One step: gradients of all members, then the optimizer.
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate(number)
+                group["lr"] = settings.slowed_rate(number, history.halved)
             torch.manual_seed(settings.seed * 1_000_003 + number)
             loss = _gradients(data, settings, number, step, accelerator, history)
             unused = inactive() if inactive is not None else {}
             _sum_gradients(parameters, unused, accelerator)
             clip_gradients(parameters.values(), settings.clip)
-            with restore_inactive(optimizer, parameters, {} if settings.move_idle else unused):
-                optimizer.step()
+            if isfinite(loss) or watch is None:
+                with restore_inactive(optimizer, parameters, {} if settings.move_idle else unused):
+                    optimizer.step()
+            else:
+                watch.go_back(number + 1, f"loss {loss}")
             optimizer.zero_grad(set_to_none=True)
             # 3. Records, progress, and now and then the state.
             history.tokens += tokens_of_step
@@ -224,15 +251,74 @@ def train(
             if _main_decides(time.monotonic() - saved > pause, accelerator):
                 began = time.monotonic()
                 training.save(number + 1, accelerator)
+                if watch is not None and watch.best is not None:
+                    watch.best.state_saved()
                 saved = time.monotonic()
                 pause = settings.checkpoint_seconds * max(1.0, (saved - began) / SAVING_SECONDS)
-    # 4. The last point of the curve, and evaluation mode.
-    if measure is not None:
-        _measure(model, measure, settings.steps, history)
+        # 4. The last point of the curve, the best state, and evaluation mode.
+        if watch is not None:
+            watch.measure(settings.steps)
+            watch.finish()
+    history.seconds = seconds_before + time.monotonic() - started
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()
     return history
+
+
+@dataclass
+class Watch:
+    """Held-out losses on the way of a training, and what follows from them. Every process does the same."""
+
+    what: str
+    model: nn.Module
+    settings: TrainSettings
+    losses: Callable[[], Losses]
+    history: History
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    best: BestState | None
+    """None: the last state is kept, and nothing is slowed."""
+
+    def measure(self, step: int) -> None:
+        """Add a point to the curve, before `step`. Keep the state where it is the best, or go back where it is lost."""
+        began = time.monotonic()
+        # 1. The losses, those of the main process for all.
+        self.model.eval()
+        with torch.no_grad():
+            losses = _main_losses(self.losses(), self.accelerator)
+        self.model.train()
+        self.history.add(step, losses)
+        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        say(f"{self.what}: after {step} of {self.settings.steps} steps held-out {shown}")
+        # 2. The best state, which needs no file where nothing can follow that is worse.
+        if self.best is not None:
+            left = 1 - step / self.settings.steps
+            if self.best.is_better(losses):
+                self.best.keep(step, write=left > 0)
+            elif left > 0 and not self.best.rule.holds(losses, self.history.start, left):
+                self.go_back(step, "more than the steps left can regain")
+        self.history.measuring += time.monotonic() - began
+
+    def go_back(self, step: int, why: str) -> None:
+        """Go on from the best state, with half the rate, without the moments that led away from it."""
+        if self.best is None or self.history.kept is None:
+            return
+        self.best.load()
+        self.optimizer.state.clear()
+        self.history.halved.append(step)
+        say(
+            f"{self.what}: {why}: back to the state after {self.history.kept} steps, with half the rate from here on "
+            f"(a peak of {self.settings.learning_rate * 0.5 ** len(self.history.halved):.2g})"
+        )
+
+    def finish(self) -> None:
+        """End with the best state, and say so."""
+        if self.best is None or self.history.best is None:
+            return
+        if self.history.kept != self.settings.steps:
+            self.best.load()
+        say(f"{self.what}: {self.history.outcome}")
 
 
 def _groups(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> Groups:
@@ -265,14 +351,6 @@ def _gradients(
     return float(accelerator.reduce(total, reduction="sum"))
 
 
-def _measure(model: nn.Module, measure: Callable[[], dict[str, float]], number: int, history: History) -> None:
-    """Add a point to the curve."""
-    model.eval()
-    with torch.no_grad():
-        history.curve.append({"step": float(number), "tokens": float(history.tokens)} | measure())
-    model.train()
-
-
 def _sum_gradients(parameters: dict[str, nn.Parameter], inactive: Inactive, accelerator: Accelerator) -> None:
     """Sum the gradients over processes. A parameter that no member used has none in any process and gets none.
     Gradients of sharded parameters were summed by the backward pass."""
@@ -283,6 +361,14 @@ def _sum_gradients(parameters: dict[str, nn.Parameter], inactive: Inactive, acce
             continue
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         parameter.grad = accelerator.reduce(gradient, reduction="mean")
+
+
+def _main_losses(losses: Losses, accelerator: Accelerator) -> Losses:
+    """The main process's losses in every process, which decide the same by them."""
+    if accelerator.num_processes == 1:
+        return losses
+    values = broadcast(torch.tensor(list(losses.values()), dtype=torch.float64, device=accelerator.device))
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
 def _main_decides(decision: bool, accelerator: Accelerator) -> bool:

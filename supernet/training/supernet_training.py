@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,14 +18,22 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.training.adapters import Parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch, Blocks
+from supernet.training.history import History, Losses, Rule
 from supernet.training.inactive import Inactive, inactive_slices
-from supernet.training.loop import Backward, History, TrainSettings, train
+from supernet.training.loop import Backward, TrainSettings, train
 from supernet.training.losses import Loss, held_out_loss
 from supernet.training.samplers import DRAWS, SAMPLERS, Draw, Member, Memory, TrainingRange
 from supernet.training.traces import HiddenStates, Recorder, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TOLERANCE = 0.1
+"""Rise of the full network's held-out loss that a super-network may end with, as a share. Where a network has no
+capacity to spare, what small sub-networks gain is taken from the full one (`docs/results.md`)."""
+
+Watched = Mapping[str, Sequence[Architecture]]
+"""Sub-networks by the name under which their mean held-out loss is a point of the curve."""
 
 
 @dataclass(frozen=True)
@@ -117,23 +126,25 @@ def finetune_supernet(
     *,
     state: Path,
     accelerator: Accelerator,
-    watched: dict[str, Architecture] | None = None,
+    watched: Watched | None = None,
 ) -> History:
     """Train the super-network of `parameters` in place; afterwards its full network is active.
 
-    `watched` are the sub-networks, by name, whose held-out losses are the points of the curve.
+    The best state is kept, the untrained one included, where sub-networks are `watched`: that in which those `asked`
+    for (where none are, the `middle` and the `smallest`) have the lowest mean held-out loss, and the `largest` is not
+    above its start by more than `TOLERANCE`.
     """
     supernet = parameters.supernet
     training, held_out = data.split()
     memory: Memory = {}
     draw = DRAWS[scheme.draw](range_, memory)
 
-    def measure() -> dict[str, float]:
-        losses = {}
-        for name, architecture in (watched or {}).items():
+    def measure() -> Losses:
+        losses: dict[Architecture, float] = {}
+        for architecture in dict.fromkeys(one for several in (watched or {}).values() for one in several):
             with supernet.activated(architecture):
-                losses[name] = _held_out(supernet.model, held_out, settings.batch_size, accelerator)
-        return losses
+                losses[architecture] = _held_out(supernet.model, held_out, settings.batch_size, accelerator)
+        return {name: mean(losses[one] for one in several) for name, several in (watched or {}).items()}
 
     with parameters, recording(supernet, scheme.loss) as recorder:
         step = ElasticStep(parameters, scheme, range_, draw, settings, accelerator, recorder)
@@ -146,6 +157,7 @@ def finetune_supernet(
             state=state,
             accelerator=accelerator,
             measure=measure if watched else None,
+            rule=Rule(("asked",) if "asked" in (watched or {}) else ("middle", "smallest"), "largest", TOLERANCE),
             inactive=step.inactive,
             memory=memory,
             parameters=parameters.trained,
@@ -172,6 +184,7 @@ def heal(
     loss: Loss = Loss({"kl": 1.0}),  # noqa: B008 - frozen
 ) -> History:
     """Train a standalone sub-network in place, by default by a short distillation from the frozen base by forward KL.
+    It ends as it was when its held-out loss was lowest, which may be before any step.
 
     Its weights are converted to float32 first, as those of a super-network are: most steps are smaller than the 8 or 11
     bits of half precision and would be lost. The accelerator sets the precision of the passes.
@@ -199,7 +212,7 @@ def heal(
         state=state,
         accelerator=accelerator,
         measure=lambda: {"loss": _held_out(model, held_out, settings.batch_size, accelerator)},
-        measurements=4,
+        rule=Rule(("loss",), "loss"),
     )
 
 

@@ -106,6 +106,14 @@ def test_the_report_says_what_is_on_disk(made: Made) -> None:
     assert losses["best-padded"] == pytest.approx(losses["best"]) and losses["best-onnx"] == losses["best"]
     assert report["base"]["held_out_loss"] > 0 < losses["best"] != losses["best-int4"]
     assert report["search"]["evaluations"] == 14 == len({point["key"] for point in report["search"]["points"]})
+    tuned, healed = report["finetune"], report["healing"]["best"]
+    assert tuned["curve"][0]["step"] == 0 and {"largest", "middle", "smallest"} <= tuned["curve"][-1].keys()
+    for training in (tuned, healed):
+        assert training["kept"] in {point["step"] for point in training["curve"]}
+        assert training["outcome"] in (made.run / "report.html").read_text().replace("&gt;", ">")
+    kept = next(point["loss"] for point in healed["curve"] if point["step"] == healed["kept"])
+    assert kept == min(point["loss"] for point in healed["curve"])
+    assert not list(made.run.rglob("*training.safetensors*"))
     assert len(report["samples"]) == 3 and set(report["samples"][0]["continuations"]) >= {"base", "best"}
     assert "best-int4" in (made.run / "report.html").read_text()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressor.demo import MODEL, RECIPE, TASK_NAMES
-from compressor.recipe import BUDGETS, former_names, read_recipe, write_recipe
+from compressor.recipe import BUDGETS, former_names, learning_rate_for, read_recipe, write_recipe
 from compressor.recipe_reference import reference
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
@@ -147,3 +147,11 @@ def test_true_is_no_number(tmp_path: Path, key: str) -> None:
 def test_a_search_of_one_is_none() -> None:
     with pytest.raises(RequestError, match=r"'searching.evaluations': .*2"):
         read_recipe(None, {"model": "m", "searching.evaluations": 1})
+
+
+def test_the_default_rate_moves_no_weight_by_more_than_a_hundredth_of_its_size() -> None:
+    assert learning_rate_for(64, healing=False) == learning_rate_for(64, False, weight_scale=0.2) == 0.1 / 64
+    assert learning_rate_for(64, False, weight_scale=0.02) == pytest.approx(0.0002)
+    assert learning_rate_for(64, True, weight_scale=0.02) == pytest.approx(0.0004)
+    assert learning_rate_for(64, False, adapters=True, weight_scale=0.02) == pytest.approx(0.0006)
+    assert learning_rate_for(64, False, weight_scale=0.0) == 0.1 / 64  # nothing is known of such weights

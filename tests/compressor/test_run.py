@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from compressor import pipeline
@@ -122,3 +123,22 @@ def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
     assert steps == [] and manifest["finetune"]["tokens"] == 640
     assert json.loads((tmp_path / "run" / "supernet" / "manifest.json").read_text()) == manifest
     assert not (tmp_path / "run" / "supernet" / "training.safetensors").exists()
+
+
+def test_sizes_that_are_asked_for_are_watched_and_decide_which_state_is_kept(tmp_path: Path) -> None:
+    given = {
+        "model": str(tiny.checkpoint(tmp_path / "model")),
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "space": {"ffn.*": [32, 48, 64]},
+        "targets": {"max_params": ["0.8", "0.9"]},
+        "finetuning": {"tokens": 640, "sequence_length": 32, "batch_size": 4, "learning_rate": 1e3},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+    training = pipeline.finetune(job)["finetune"]
+    assert {"largest", "middle", "smallest", "asked"} <= training["curve"][0].keys()
+    assert training["kept"] == 0 and training["halved"]  # at that rate the untrained network is the better one
+    ours, base = job.load_supernet().model.state_dict(), job.load_base().state_dict()
+    name = "model.embed_tokens.weight"
+    assert torch.equal(ours[name], base[name])
+    assert {file.name for file in (tmp_path / "run" / "supernet").iterdir() if "training" in file.name} == set()

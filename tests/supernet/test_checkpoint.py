@@ -120,3 +120,15 @@ def test_only_the_files_that_transformers_loads_are_fetched(tmp_path: Path, monk
     (tmp_path / "model.safetensors").write_bytes(b"")
     checkpoint_folder("org/model", None)
     assert len(asked) == 3
+
+
+def test_the_scale_of_weights_is_that_of_the_layers_matrices(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in weights if ".layers." in name)
+    for name, weight in weights.items():
+        inside = ".layers." in name and weight.ndim > 1
+        weight.fill_(0.5 if inside and f".{last}." in name else -0.25 if inside else 9.0)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    share = 1 / len({0, (last + 1) // 2, last})  # of the layers that are looked at
+    expected = (share * 0.5**2 + (1 - share) * 0.25**2) ** 0.5
+    assert open_checkpoint(str(folder)).weight_scale() == pytest.approx(expected)

@@ -160,6 +160,19 @@ def full_report() -> dict[str, Any]:
         "sampler": "sandwich",
         "loss": "distillation",
         "data": "train.jsonl",
+        "measuring": 0.5,
+        "kept": 4,
+        "halved": [2],
+        "outcome": "kept is the last state; held-out largest 3.000 -> 0.750",
+    }
+    report["healing"] = {
+        "best": {
+            "curve": [{"step": step, "tokens": 100 * step, "loss": 2.5 + step} for step in (0, 4)],
+            "tokens": 400,
+            "seconds": 2.0,
+            "kept": 0,
+            "outcome": "no state was better than the untrained one, which is kept; held-out loss 2.500 -> 2.500",
+        }
     }
     report["samples"] = [
         {"prompt": f"Prompt {n}", "continuations": {"base": "one day", "best": "one dog", "best-int4": "one"}}

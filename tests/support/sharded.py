@@ -18,30 +18,40 @@ from supernet.activation import SuperNetwork
 from supernet.training import supernet_training as elastic
 from supernet.training.adapters import PARAMETERS
 from supernet.training.data import Blocks, pack
+from supernet.training.history import History
 from supernet.training.sharding import full_tensor, shard
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 from supernet.training.traces import trace
 from tests.support import tiny
-from tests.support.finetune_helpers import range_of, settings
+from tests.support.finetune_helpers import CUT, SMALL, range_of, settings
 
 STEPS = 8
 SCHEME = ElasticScheme("alternate", random_members=2)  # half of the steps leave slices inactive
 
 
-def train(network: LlamaForCausalLM, blocks: Blocks, parameters: str, sharded: bool, state: Path) -> None:
+def train(
+    network: LlamaForCausalLM,
+    blocks: Blocks,
+    parameters: str,
+    sharded: bool,
+    state: Path,
+    rate: float = 1e-3,
+    watched: bool = False,
+) -> History:
     """Fine-tune, from `state` where it exists, and leave it there."""
     supernet = SuperNetwork(network)
     if sharded:
         shard(supernet)
         assert isinstance(network.model.layers[0].mlp.up_proj.weight, DTensor)
-    finetune_supernet(
+    return finetune_supernet(
         PARAMETERS[parameters](supernet, None, 4, 7),
         blocks,
-        settings(32 * STEPS, checkpoint_seconds=0, weight_decay=0.1, learning_rate=1e-3),
+        settings(32 * STEPS, checkpoint_seconds=0, weight_decay=0.1, learning_rate=rate),
         SCHEME,
         range_of(supernet.structure),
         state=state,
         accelerator=Accelerator(),
+        watched={"largest": [supernet.base], "middle": [CUT], "smallest": [SMALL]} if watched else None,
     )
 
 
@@ -83,6 +93,14 @@ def main(folder: Path) -> None:
         network = copy.deepcopy(start)
         train(network, blocks, parameters, True, state)
         keep(f"{parameters}-resumed", network)
+    # At a rate that loses it, all processes go back alike, with whole and with sharded layers.
+    ends = {}
+    for how, sharded in (("plain", False), ("whole", True)):
+        network = copy.deepcopy(start)
+        ends[how] = train(network, blocks, "all", sharded, folder / f"lost-{how}-state", rate=1e3, watched=True)
+        keep(f"lost-{how}", network)
+    assert [history.halved for history in ends.values()] == [[2, 4, 6]] * 2
+    assert [history.kept for history in ends.values()] == [0, 0]
 
 
 if __name__ == "__main__":

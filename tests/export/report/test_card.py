@@ -127,6 +127,15 @@ def test_how_it_was_made_and_verified() -> None:
     assert "[org/tiny](https://huggingface.co/org/tiny)" in text
 
 
+def test_card_says_which_states_of_training_are_kept() -> None:
+    data = full_report()
+    text = " ".join(card_of(data, "best-int8").text.split())  # of what the network healed as `best` is stored in
+    assert "held-out largest 3.000" in text and "kept is the last state" in text
+    assert "no state was better than the untrained one, which is kept" in text
+    del data["healing"], data["finetune"]["outcome"]  # as an earlier version wrote it
+    assert "kept" not in card_of(data).text.partition("## How it was made")[2].partition("##")[0]
+
+
 def test_samples_are_the_packages_own() -> None:
     text = card_of(full_report(), "best-int4").text
     assert text.count("This model:") == 3

@@ -75,6 +75,9 @@ def test_a_killed_run_of_sharded_layers_ends_at_the_same_weights_and_adapters_ar
         for name, value in plain.items():
             assert torch.equal(whole[name], resumed[name]), name
             assert torch.allclose(value, whole[name], atol=2e-5), name
+    start = load_file(tmp_path / "start")
+    for lost in ("lost-plain", "lost-whole"):
+        assert all(torch.equal(value, start[name]) for name, value in load_file(tmp_path / lost).items())
 
 
 @pytest.mark.parametrize(

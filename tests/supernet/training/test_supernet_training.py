@@ -22,8 +22,9 @@ from supernet.slicing import extract
 from supernet.training import loop, supernet_training
 from supernet.training.adapters import PARAMETERS, AllWeights
 from supernet.training.data import Batch, Blocks, pack
+from supernet.training.history import History
 from supernet.training.inactive import inactive_slices, restore_inactive
-from supernet.training.loop import Backward, History, TrainSettings, train
+from supernet.training.loop import Backward, TrainSettings, train
 from supernet.training.losses import LOSSES, Loss
 from supernet.training.optimizers import OPTIMIZERS
 from supernet.training.samplers import (
@@ -180,7 +181,7 @@ def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
 def test_every_sampler_makes_small_sub_networks_better(
     network: PreTrainedModel, blocks: Blocks, tmp_path: Path, sampler: str
 ) -> None:
-    watched = {"largest": describe(network.config).base, "smallest": SMALL}
+    watched = {"largest": [describe(network.config).base], "middle": [CUT], "smallest": [SMALL]}
     history = tuned(network, blocks, tmp_path, ElasticScheme(sampler), settings(3200), watched=watched)
     # `alternate` trains the smallest only through the weights that it shares.
     assert history.curve[-1]["smallest"] < history.curve[0]["smallest"] - 0.3
@@ -348,6 +349,8 @@ def test_dropout_is_off_wherever_a_family_keeps_it(config: PreTrainedConfig) -> 
 
 def test_healing_brings_a_network_nearer_to_the_base(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
     structure = describe(network.config)
+    learning = {"state": tmp_path / "b.safetensors", "accelerator": Accelerator(cpu=True)}
+    heal(network, network, blocks, settings(4800), loss=CE, **learning)  # what knows nothing teaches nothing
     cut = Architecture(32, (LayerSizes(2, 1, 32),) * 3)
     standalone = extract(network, structure, cut)
     batch = blocks[:4]
@@ -369,8 +372,8 @@ def test_healing_in_half_precision_keeps_steps_that_a_half_cannot_hold(
     base = copy.deepcopy(network).bfloat16()
     standalone = extract(base, describe(network.config), Architecture(32, (LayerSizes(2, 1, 32),) * 3))
     before = copy.deepcopy(standalone.state_dict())
-    how = settings(32 * 20, learning_rate=1e-6)
-    heal(standalone, base, blocks, how, state=tmp_path / "h.safetensors", accelerator=Accelerator(cpu=True))
+    how = settings(32 * 20, learning_rate=1e-6)  # by the text alone: a random base teaches nothing that would be kept
+    heal(standalone, base, blocks, how, state=tmp_path / "h.safetensors", accelerator=Accelerator(cpu=True), loss=CE)
     after = standalone.get_parameter("model.layers.0.mlp.up_proj.weight")
     moved = after != before["model.layers.0.mlp.up_proj.weight"]
     assert after.dtype == torch.float32 and moved.float().mean() > 0.9
