@@ -29,9 +29,9 @@ from compressor.job import Job
 from compressor.stages.finetuning import order_supernet
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import HeldOut
-from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants
+from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
 from evals.speed.table import SpeedTable
-from evals.warm_starts.blockwise import blockwise, refined
+from evals.warm_starts.blockwise import measured_blocks, refined
 from export.layouts.table import write_layout
 from export.quantization.cost import step_seconds
 from export.quantization.quantize import quantize_package
@@ -59,9 +59,17 @@ def proposals(job: Job, supernet: SuperNetwork, share: float) -> str:
     variants = layer_variants(job.space)
     batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
     began = time.perf_counter()
-    path = blockwise(supernet, variants, batches)
+    path, halves = measured_blocks(supernet, variants, batches)
     first = time.perf_counter() - began
-    refined(supernet, variants, batches, path, [int(share * job.structure.parameters(supernet.base))])
+    refined(
+        supernet,
+        variants,
+        batches,
+        path,
+        [int(share * job.structure.parameters(supernet.base))],
+        halves,
+        rounds_of(job),
+    )
     return f"{len(variants)} variants; block by block {first:.0f} s"
 
 

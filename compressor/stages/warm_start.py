@@ -14,7 +14,7 @@ from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import refined
+from evals.warm_starts.blockwise import ROUNDS, measured_blocks, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -86,8 +86,12 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
-        path = warm_starts()[name].propose(supernet, variants, batches)
-        path += refined(supernet, variants, batches, path, sizes_asked_for(job))
+        halves = None
+        if name == "blockwise":
+            path, halves = measured_blocks(supernet, variants, batches)
+        else:
+            path = warm_starts()[name].propose(supernet, variants, batches)
+        path += refined(supernet, variants, batches, path, sizes_asked_for(job), halves, rounds_of(job))
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
@@ -97,6 +101,11 @@ def blocks_to_read(job: Job) -> int:
     """How many blocks of training text the methods look at: fewer for large networks, whose passes cost more."""
     parameters = job.structure.parameters(job.structure.base)
     return min(BLOCKS, max(2, round(BLOCKS * LARGE / parameters)))
+
+
+def rounds_of(job: Job) -> int:
+    """How often at most is measured around what is proposed."""
+    return ROUNDS if job.structure.parameters(job.structure.base) <= LARGE else 2
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
