@@ -17,8 +17,8 @@ import torch
 from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor.inputs import training_blocks
-from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants
-from evals.warm_starts.blockwise import blockwise, refined
+from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
+from evals.warm_starts.blockwise import measured_blocks, refined
 from search.knapsack import Path
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -53,12 +53,12 @@ def main() -> None:
         variants = layer_variants(SearchSpace.preset("fine", job.structure))
         whole = job.structure.parameters(job.structure.base)
         sizes = [int(share * whole) for share in arguments.sizes]
-        path, first = timed(lambda: blockwise(supernet, variants, seen))
+        (path, halves), first = timed(lambda: measured_blocks(supernet, variants, seen))
         before = [[a for p, a in path if p <= size][-1] for size in sizes]
         after: Path = []
         spent = []
         for size in sizes:
-            found, seconds = timed(partial(refined, supernet, variants, seen, path, [size]))
+            found, seconds = timed(partial(refined, supernet, variants, seen, path, [size], halves, rounds_of(job)))
             after += found
             spent.append(seconds)
         print(

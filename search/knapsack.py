@@ -14,12 +14,10 @@ import numpy as np
 
 from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Structure
 
+LEAST = 1e-12
+"""The least degradation that is told from none."""
 GRID = 4096
 """Sizes that `assemble` tells apart, as parts of the base: rounding to them keeps deep networks quick."""
-
-GROWTH = 1.3
-"""A degradation grows with the mean square by which a half-block's output moves, to this power: between 1.25 and 1.4 by
-the median over half-blocks of small networks. In theory 1, for small moves of one block."""
 
 Variants = Sequence[tuple[int, LayerSizes]]
 """(layer, its sizes): a base in which just this layer, and just one half-block of it or the whole, is cut."""
@@ -53,39 +51,63 @@ def options(structure: Structure, degradations: Degradations) -> list[list[Optio
 
 @dataclass(frozen=True)
 class HalfSizes:
-    """The sizes of one half-block of a layer: the base's first, and each with how far its output moves (mean square),
-    ascending from 0; None where that is unknown."""
+    """The sizes of one half-block of a layer, the base's first, and a scale, ascending from 0, on which each size's
+    degradation lies: how far its output moves (mean square) or, once that is known, how much the base degrades. None
+    where nothing is known."""
 
     sizes: list[LayerSizes]
-    moved: list[float] | None
+    scale: list[float] | None
+
+    @property
+    def anchors(self) -> list[int]:
+        """Numbers of the sizes that are measured: the whole, the least and, of many, two between them, else one."""
+        last = len(self.sizes) - 1
+        inner = (1 / 3, 2 / 3) if last >= 6 else (1 / 3,)
+        return sorted({0, last, *(min(last, max(1, round(share * last))) for share in inner)})
 
     def to_measure(self, at: int) -> list[int]:
-        """Numbers of the sizes whose degradation is measured, where the half-block now has size `at`: all others where
-        nothing is known of them; else, of the whole, about two thirds and the least, the nearest above and all
-        below."""
+        """Numbers of the sizes whose degradation is measured where the half-block now has size `at`: all others where
+        nothing is known of them, all anchors around the whole, else one a sixth of the sizes larger, one as much
+        smaller, and the next anchor below."""
         last = len(self.sizes) - 1
-        if self.moved is None:
+        if self.scale is None:
             return [i for i in range(last + 1) if i != at]
-        anchors = sorted({0, min(last, 1 + round((last - 1) / 4)), last})
-        return [i for i in anchors if i < at][-1:] + [i for i in anchors if i > at]
+        if at == 0:
+            return self.anchors[1:]
+        step = max(1, last // 6)
+        below = [i for i in self.anchors if i > at + step][:1]
+        return sorted({max(0, at - step), min(last, at + step), *below} - {at})
 
     def degradations(self, at: int, measured: Mapping[int, float]) -> list[float]:
-        """Of every size, from those of a few by their numbers: straight lines in the mean square to the power of
-        `GROWTH`, which beyond the last ones go on as they are."""
-        if self.moved is None:
+        """Of every size, from those of a few by their numbers: straight lines on the scale, which beyond the last ones
+        go on as they are."""
+        if self.scale is None:
             return [0.0 if i == at else measured[i] for i in range(len(self.sizes))]
-        x = np.array(self.moved) ** GROWTH
+        x: np.ndarray = np.array(self.scale)
         known = {at: 0.0, **measured}
-        numbers = sorted(known)
-        numbers = [i for n, i in enumerate(numbers) if n == 0 or x[i] > x[numbers[n - 1]]]
+        numbers = [i for n, i in enumerate(sorted(known)) if n == 0 or x[i] > x[sorted(known)[n - 1]]]
         if len(numbers) == 1:
             return [known.get(i, 0.0) for i in range(len(self.sizes))]
         points, values = x[numbers], np.array([known[i] for i in numbers])
-        estimates = np.interp(x, points, values)
         slopes = np.diff(values) / np.diff(points)
+        estimates = np.interp(x, points, values)
         estimates = np.where(x < points[0], values[0] + slopes[0] * (x - points[0]), estimates)
         estimates = np.where(x > points[-1], values[-1] + slopes[-1] * (x - points[-1]), estimates)
         return [float(known.get(i, estimate)) for i, estimate in enumerate(estimates)]
+
+    def measured(self, degradations: Mapping[int, float]) -> HalfSizes:
+        """The same with the base's degradations as its scale, from those of the anchors: a power of the old scale
+        between two of them, and in proportion to it below the first and above the last."""
+        if self.scale is None:
+            given = [0.0, *(degradations[i] for i in range(1, len(self.sizes)))]
+            order = sorted(range(len(given)), key=lambda i: (i > 0, given[i]))
+            return HalfSizes([self.sizes[i] for i in order], np.maximum.accumulate([given[i] for i in order]).tolist())
+        numbers = sorted(degradations)
+        x = np.log(np.maximum(self.scale, LEAST))
+        points = x[numbers]
+        values = np.maximum.accumulate(np.log([max(degradations[i], LEAST) for i in numbers]))
+        estimates = np.interp(x, points, values) + np.minimum(x - points[0], 0) + np.maximum(x - points[-1], 0)
+        return HalfSizes(self.sizes, [0.0, *np.exp(np.maximum.accumulate(estimates[1:])).tolist()])
 
 
 def half_sizes(
@@ -116,12 +138,13 @@ def options_around(
     halves: Mapping[tuple[int, Half], HalfSizes],
     degradation: Callable[[Architecture], float],
     on_layer: Callable[[], None],
-) -> list[list[Option]]:
+) -> tuple[list[list[Option]], dict[tuple[int, Half], HalfSizes]]:
     """As `options`, with the degradation of exchanging one half-block, or the layer, of `at` rather than of the base,
     measured for a few sizes of each half-block and estimated for the others (`HalfSizes`). The last layer comes first,
     so that a cache of leading layers serves (`supernet.training.traces.LayerCache`); `on_layer` is called when a layer
-    is done."""
+    is done. Around the base, half-blocks come back with what was measured as their scale, else as they were."""
     before = degradation(at)
+    after = dict(halves)
 
     def more(index: int, sizes: LayerSizes) -> float:
         return degradation(with_layer(at, index, sizes)) - before
@@ -134,17 +157,21 @@ def options_around(
             own = halves.get((index, half), HalfSizes([full], None))
             units = _units_of(now, half)
             number = next(i for i, sizes in enumerate(own.sizes) if _units_of(sizes, half) == units)
-
-            def exchanged(sizes: LayerSizes, half: Half = half, now: LayerSizes = now) -> LayerSizes:
-                return joined(sizes, now) if half == "attention" else joined(now, sizes)
-
-            measured = {i: more(index, exchanged(own.sizes[i])) for i in own.to_measure(number)}
-            rows[half] = dict(zip(own.sizes, own.degradations(number, measured), strict=True))
+            measured = {
+                i: more(index, joined(own.sizes[i], now) if half == "attention" else joined(now, own.sizes[i]))
+                for i in own.to_measure(number)
+            }
+            if at == structure.base and (index, half) in halves:
+                own = after[index, half] = own.measured(measured)
+                assert own.scale is not None
+                rows[half] = dict(zip(own.sizes, own.scale, strict=True))
+            else:
+                rows[half] = dict(zip(own.sizes, own.degradations(number, measured), strict=True))
         removals = [sizes for layer, sizes in variants if layer == index and sizes.removed and sizes != now]
         both = {sizes: more(index, sizes) for sizes in removals}
         layers.append(_paired(structure, index, rows["attention"], rows["mlp"], both))
         on_layer()
-    return layers[::-1]
+    return layers[::-1], after
 
 
 def _units_of(sizes: LayerSizes, half: Half) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import passes_of, refined
+from evals.warm_starts.blockwise import ROUNDS, measured_blocks, passes_of, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -88,8 +88,12 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
-        path = warm_starts()[name].propose(supernet, variants, batches)
-        path += refined(supernet, variants, batches, path, sizes_asked_for(job))
+        halves = None
+        if name == "blockwise":
+            path, halves = measured_blocks(supernet, variants, batches)
+        else:
+            path = warm_starts()[name].propose(supernet, variants, batches)
+        path += refined(supernet, variants, batches, path, sizes_asked_for(job), halves, rounds_of(job))
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
@@ -101,12 +105,18 @@ def blocks_to_read(job: Job) -> int:
     return min(BLOCKS, max(2, round(BLOCKS * LARGE / parameters)))
 
 
+def rounds_of(job: Job) -> int:
+    """How often at most is measured around what is proposed."""
+    return ROUNDS if job.structure.parameters(job.structure.base) <= LARGE else 2
+
+
 def expected_passes(job: Job) -> tuple[float, int]:
     """Passes over the text that proposals will take, at most, and the blocks of text in each."""
     methods = [name for name in job.recipe.searching.warm_start if name in warm_starts()]
     if not methods or not layer_variants(job.declared_space):
         return 0, 0
-    return len(methods) * passes_of(len(job.structure.base.layers), len(sizes_asked_for(job))), blocks_to_read(job)
+    passes = passes_of(len(job.structure.base.layers), len(sizes_asked_for(job)), rounds_of(job))
+    return len(methods) * passes, blocks_to_read(job)
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:

@@ -19,6 +19,8 @@ from supernet.training.traces import LayerCache
 
 ROUNDS = 3
 """How often at most `refined` measures around an architecture."""
+WORTH = 0.02
+"""Share of the divergence that measuring around an architecture must gain to be worth doing again."""
 CAUTION = (1, 2, 4)
 """Factors on what is lost against what is gained, in which `refined` assembles from one measurement: losses add up to
 more than their sum, gains to less, and how much so differs from network to network."""
@@ -26,14 +28,16 @@ LOGITS = 2**23
 """Logits, tokens times vocabulary, that a degradation is measured on at most: 170 tokens of SmolLM2's vocabulary."""
 
 
-MEASURED = 4.0
-"""Passes that measuring around an architecture takes for each layer: two sizes of each half-block."""
+MEASURED = 5.0
+"""Passes that measuring around an architecture takes for each layer: two or three sizes of each half-block."""
+Halves = Mapping[tuple[int, Half], HalfSizes]
+"""The sizes of every half-block, by (layer, half-block)."""
 
 
-def passes_of(layers: int, sizes: int) -> float:
+def passes_of(layers: int, sizes: int, rounds: int) -> float:
     """Passes over the text that proposals and their refinement for so many sizes take, at most. Leading layers are
     shared, so that a pass computes half of them."""
-    return 2.0 + (1 + ROUNDS * sizes) * MEASURED * layers
+    return 2.0 + (1 + rounds * sizes) * MEASURED * layers
 
 
 def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]) -> Path:
@@ -42,49 +46,62 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
     as teacher).
 
     The degradation of a variant is KL(whole network || network with the one block replaced), in nats per token on
-    `batches`. It is measured for two sizes of each half-block, one pass over the batches each, and estimated for the
-    others from the closed-form errors of their outputs (`supernet.slice_errors`, `search.knapsack.HalfSizes`).
+    `batches`. It is measured for two or three sizes of each half-block, one pass over the batches each, and estimated
+    for the others from the closed-form errors of their outputs (`supernet.slice_errors`, `HalfSizes.measured`).
     """
+    return measured_blocks(supernet, variants, batches)[0]
+
+
+def measured_blocks(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch]) -> tuple[Path, Halves]:
+    """What `blockwise` proposes, and the sizes of half-blocks on the scale of what was measured, for `refined`."""
     halves = halves_of(supernet, variants, batches)
-    return assemble(supernet.structure, _measured_around(supernet, supernet.base, variants, halves, batches))
+    options, measured = _measured_around(supernet, supernet.base, variants, halves, batches)
+    return assemble(supernet.structure, options), measured
 
 
 def refined(
-    supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], path: Path, sizes: Sequence[int]
+    supernet: SuperNetwork,
+    variants: Variants,
+    batches: Sequence[Batch],
+    path: Path,
+    sizes: Sequence[int],
+    halves: Halves | None = None,
+    rounds: int = ROUNDS,
 ) -> Path:
     """For each of `sizes`, the last of `path` within it, improved by measuring around it.
 
     Degradations of single blocks do not add up where many are cut. So each block of that architecture is exchanged
     alone, for a smaller or a larger one, and the best of the size is assembled from the differences, with each of
-    `CAUTION`; at most twice, and only as long as KL(whole || architecture) falls.
+    `CAUTION`; at most `rounds` times, and only as long as KL(whole || architecture) falls by `WORTH` each time.
+    `halves`: of `measured_blocks`; without them the closed-form errors alone tell one size from another.
     """
     structure, improved = supernet.structure, []
     starts = [(size, within[-1]) for size in sizes if (within := [a for p, a in path if p <= size])]
-    halves = halves_of(supernet, variants, batches) if starts else {}
+    if starts and halves is None:
+        halves = halves_of(supernet, variants, batches)
     for size, best in starts:
+        assert halves is not None
         degradation = degradation_in(supernet, batches)
         least = degradation(best)
-        for _ in range(ROUNDS):
-            around = _measured_around(supernet, best, variants, halves, batches)
+        for _ in range(rounds):
+            around, _ = _measured_around(supernet, best, variants, halves, batches)
             paths = [assemble(structure, _cautious(around, factor)) for factor in CAUTION]
             found = {within[-1] for path in paths if (within := [a for p, a in path if p <= size])}
             tried = [(degradation(a), a) for a in sorted(found, key=lambda a: a.layers)]
             now, better = min(tried, key=lambda pair: pair[0], default=(least, best))
-            if now >= least:
+            before = least
+            if now < before:
+                best, least = better, now
+            if now > (1 - WORTH) * before:
                 break
-            best, least = better, now
         improved.append((structure.parameters(best), best))
     return improved
 
 
 def _measured_around(
-    supernet: SuperNetwork,
-    at: Architecture,
-    variants: Variants,
-    halves: Mapping[tuple[int, Half], HalfSizes],
-    batches: Sequence[Batch],
-) -> list[list[Option]]:
-    """Every layer's options, as measured around `at`."""
+    supernet: SuperNetwork, at: Architecture, variants: Variants, halves: Halves, batches: Sequence[Batch]
+) -> tuple[list[list[Option]], Halves]:
+    """Every layer's options, as measured around `at`, and half-blocks as `options_around` gives them."""
     what = "measuring every block" if at == supernet.base else "measuring around a proposal"
     with bar(what, len(supernet.base.layers)) as progress:
         degradation = degradation_in(supernet, batches)

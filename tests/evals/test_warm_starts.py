@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compressor.stages.warm_start import layer_variants
 from evals.warm_starts import warm_starts
 from evals.warm_starts.blockwise import blockwise, degradation_in, halves_of, refined
-from search.knapsack import GROWTH, HalfSizes, assemble, half_sizes, options, with_layer
+from search.knapsack import HalfSizes, assemble, half_sizes, options, with_layer
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture, Half, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.training.data import Batch
 from supernet.training.traces import LayerCache, trace
@@ -71,28 +71,44 @@ def model(tmp_path: Path) -> PreTrainedModel:
 
 
 def test_a_few_sizes_tell_the_others() -> None:
-    sizes = [LayerSizes(4, 2, width) for width in (128, 96, 64, 32, 0)]
-    moved = [0.0, 1.0, 2.0, 4.0, 8.0]
+    sizes = [LayerSizes(4, 2, width) for width in range(128, -1, -16)]
+    moved = [float(2**i - 1) for i in range(9)]
     half = HalfSizes(sizes, moved)
-    true = [3 * x**GROWTH for x in moved]
-    assert half.to_measure(0) == [2, 4] and half.to_measure(3) == [2, 4] and half.to_measure(4) == [2]
-    assert half.to_measure(1) == [0, 2, 4]
-    for at in range(5):
-        measured = {i: true[i] - true[at] for i in half.to_measure(at)}
-        assert half.degradations(at, measured) == pytest.approx([value - true[at] for value in true])
+    assert half.anchors == [0, 3, 5, 8] and half.to_measure(0) == [3, 5, 8]
+    assert half.to_measure(4) == [3, 5, 8] and half.to_measure(8) == [7] and half.to_measure(1) == [0, 2, 3]
+    # Around the base a degradation is a power of the error; here of the power 2.
+    true = [3 * x**2 for x in moved]
+    known = half.measured({i: true[i] for i in half.to_measure(0)})
+    assert known.sizes == sizes and known.scale is not None
+    assert known.scale[3:] == pytest.approx(true[3:])
+    assert known.scale[:3] == pytest.approx([true[3] * x / moved[3] for x in moved[:3]])  # below, in proportion
+    # Elsewhere it follows that of the base, here four times as steeply.
+    for at in range(1, 9):
+        measured = {i: 4 * (known.scale[i] - known.scale[at]) for i in known.to_measure(at)}
+        expected = [4 * (value - known.scale[at]) for value in known.scale]
+        assert known.degradations(at, measured) == pytest.approx(expected)
+
+
+def test_of_what_no_error_is_known_every_size_is_measured() -> None:
+    sizes = [LayerSizes(4, 2, width) for width in (128, 96, 64, 32, 0)]
     unknown = HalfSizes(sizes, None)
     assert unknown.to_measure(1) == [0, 2, 3, 4]
     assert unknown.degradations(1, {0: -1.0, 2: 1.0, 3: 5.0, 4: 2.0}) == [-1.0, 0.0, 1.0, 5.0, 2.0]
+    known = unknown.measured({1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0})
+    assert known.scale == [0.0, 1.0, 2.0, 3.0, 5.0]
+    assert [row.intermediate_size for row in known.sizes] == [128, 96, 32, 64, 0]
 
 
 def test_half_blocks_are_told_by_their_errors() -> None:
     variants = layer_variants(SearchSpace.from_dict({"ffn.0": [0, 32, 64, 128], "kv.1": [0, 1, 2]}, SMALL))
-    moved = {(0, "mlp", sizes): 100.0 - sizes.intermediate_size for layer, sizes in variants if layer == 0}
+    moved: dict[tuple[int, Half, LayerSizes], float] = {
+        (0, "mlp", sizes): 100.0 - sizes.intermediate_size for layer, sizes in variants if layer == 0
+    }
     moved[0, "mlp", LayerSizes(4, 2, 0)] = 1.0  # less than for the others: a removed half-block stays the last
-    halves = half_sizes(SMALL, variants, moved)  # type: ignore[arg-type]
+    halves = half_sizes(SMALL, variants, moved)
     assert [sizes.intermediate_size for sizes in halves[0, "mlp"].sizes] == [128, 64, 32, 0]
-    assert halves[0, "mlp"].moved == [0.0, 36.0, 68.0, 68.0]
-    assert halves[1, "attention"].moved is None and len(halves[1, "attention"].sizes) == 3
+    assert halves[0, "mlp"].scale == [0.0, 36.0, 68.0, 68.0]
+    assert halves[1, "attention"].scale is None and len(halves[1, "attention"].sizes) == 3
 
 
 def test_estimates_order_variants_as_measurements_do(model: PreTrainedModel) -> None:
@@ -107,7 +123,7 @@ def test_estimates_order_variants_as_measurements_do(model: PreTrainedModel) -> 
     for (layer, _), own in halves.items():
         each = [degradation(with_layer(supernet.base, layer, sizes)) for sizes in own.sizes]
         measured += each[1:]
-        estimated += own.degradations(0, {i: each[i] for i in own.to_measure(0)})[1:]
+        estimated += (own.measured({i: each[i] for i in own.to_measure(0)}).scale or [])[1:]
     assert len(measured) == len(variants)
     assert kendalltau(estimated, measured).statistic > 0.9
 
