@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from math import inf, nan
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from supernet.activation import SuperNetwork
@@ -221,3 +224,32 @@ def test_a_killed_run_that_went_back_ends_as_if_it_had_not_been_killed(
     assert resumed.curve == whole.curve and resumed.halved == whole.halved and resumed.kept == whole.kept
     for name, weight in later.state_dict().items():
         assert torch.equal(weight, learned.state_dict()[name]), name
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(
+    learned: PreTrainedModel, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state knows no best one: of those that follow, the best is kept."""
+    later, passes = copy.deepcopy(learned), 0
+
+    def dies(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 3 * 15:
+            raise Killed
+        return trace(*args)
+
+    how = settings(32 * 24, learning_rate=1e-3, checkpoint_seconds=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(supernet_training, "trace", dies)
+        finetuned(learned, blocks, tmp_path / "run", how)
+    state = tmp_path / "run" / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    for name in ("kept", "halved", "measuring"):
+        del facts["history"][name]
+    save_file(load_file(state), state, {"facts": json.dumps(facts)})
+    for best in state.parent.glob("*.best-*"):
+        best.unlink()
+    history = finetuned(later, blocks, tmp_path / "run", how)
+    assert history.kept in (18, 24) and history.curve[0]["step"] == 0
