@@ -47,8 +47,12 @@ SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
 PROCESS = 12.0
 """Seconds that a fresh process needs to import torch and transformers."""
-ROUNDING_START = 2.0
-"""Seconds that AutoRound needs for each scheme before it begins."""
+ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
+"""Seconds that AutoRound needs for each scheme beside its steps, and those for each parameter: some 17 for 135 M on an
+H200."""
+GPU_TIMED, GPU_SPOKEN = 2.5, 12.0
+"""Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
+replayed as graphs there, whose capture takes longer than their replay (81 seconds for 31 networks on an H200)."""
 PROBE_SECONDS = 1.0
 """A rate is measured on growing batches until one takes so long."""
 
@@ -193,6 +197,8 @@ def _timing(counts: _Counts, rates: Rates) -> StageCost:
     networks = SpeedTable.steps(counts.job.structure, counts.job.device)
     read, decoded = SpeedTable.work()
     each = (read * rates.read + decoded * rates.decode) * (1 + counts.searched) + rates.load / 2
+    if counts.job.device.type == "cuda":
+        each = GPU_TIMED
     return StageCost("timing the layers", f"{networks} networks", networks * each)
 
 
@@ -242,7 +248,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
     tuned = iterations * counts.layers * rates.rounding
-    each = ROUNDING_START + 2 * rates.load + counts.share * (samples + tuned)
+    each = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load + counts.share * (samples + tuned)
     seconds = counts.picks * (PROCESS + len(counts.schemes) * each)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8
@@ -255,6 +261,8 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     read += HELD_OUT_BLOCKS * counts.length
     each = read * rates.read + (written + 3 * 48) * rates.decode + rates.load
     spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
+    if counts.job.device.type == "cuda":
+        spoken = GPU_SPOKEN
     networks = 1 + counts.scored_packages * counts.share
     return StageCost("measuring", _packages(counts.packages), rates.load + networks * each + counts.packages * spoken)
 
@@ -415,6 +423,7 @@ def _scoring_rate(job: Job, model: torch.nn.Module) -> float | None:
     many = 16
     while spans:
         plan = lm.plan(spans[:many])
+        lm.answer(plan)  # new shapes are slow once
         seconds = _seconds(job.device, lambda plan=plan: lm.answer(plan))  # type: ignore[misc]
         if seconds > PROBE_SECONDS or many >= len(spans):
             return seconds / plan.tokens
