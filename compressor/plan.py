@@ -99,8 +99,7 @@ def make_plan(job: Job, asked: Recipe) -> Plan:
     say("measuring how fast this network is here")
     rates = kept.rates if kept is not None else measure_rates(job)
     if open_:
-        begun = {name for name, stage in STAGE_OF.items() if stage in job.schedule.times}
-        settled = {name: kept.budgets[name] for name in begun & set(open_)} if kept is not None else {}
+        settled = {name: kept.budgets[name] for name in open_ if is_settled(job, name)} if kept is not None else {}
         put(job, settled)
         fit(job, rates, [name for name in open_ if name not in settled], strict=True)
     return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}))
@@ -117,20 +116,18 @@ def current(job: Job, plan: Plan) -> Plan:
 def adjust(job: Job) -> bool:
     """After a stage ended: correct the kept plan's rates by how long it took, and choose the budgets of what has not
     begun anew from the time that is left. Returns whether a budget changed."""
-    plan = read_plan(job.run.plan_file)
-    if plan is None:
+    plan, done = read_plan(job.run.plan_file), job.schedule.newly_done()
+    if plan is None or not done:
         return False
-    # 1. Rates by the stages that are mostly made of them; a stage that was resumed says little.
+    # 1. Rates by the stages that are mostly made of them.
     factors: dict[str, float] = {}
     for stage, names in (("ordering", ["teach"]), ("fine-tuning", ["train", "teach"]), ("search", ["read"])):
-        tokens = job.recipe.finetuning.tokens if stage == "fine-tuning" else 1
-        if tokens and job.schedule.over(stage) and plan.expected.get(stage) and stage in job.schedule.here:
+        if stage in done and plan.expected.get(stage):
             ratio = min(3.0, max(1 / 3, job.schedule.times[stage].seconds / plan.expected[stage]))
             factors |= dict.fromkeys(names, ratio)
-            job.schedule.here.discard(stage)  # it corrects once
     plan = plan.model_copy(update={"rates": plan.rates.times(**factors)})
     # 2. Budgets.
-    open_ = [name for name in plan.open if STAGE_OF[name] not in job.schedule.times]
+    open_ = [name for name in plan.open if not is_settled(job, name)]
     before = {name: job.recipe.budget(name) for name in open_}
     if open_:
         fit(job, plan.rates, open_, strict=False)
@@ -140,6 +137,13 @@ def adjust(job: Job) -> bool:
         job.run.log(f"budgets by the time that is left: {steps}")
     write_plan(job, current(job, plan))
     return bool(changed)
+
+
+def is_settled(job: Job, budget: str) -> bool:
+    """Whether the stage that a budget is spent in has begun, in whatever process, or what it makes is there."""
+    made = {"fine-tuning": job.run.supernet / "manifest.json", "search": job.run.front}
+    stage = STAGE_OF[budget]
+    return stage in job.schedule.times or job.schedule.over(stage) or (stage in made and made[stage].is_file())
 
 
 def write_plan(job: Job, plan: Plan) -> None:

@@ -55,8 +55,7 @@ class Schedule:
         if file is not None and file.is_file():
             with reading(f"{file}: not what this version writes; remove it"):
                 self.times = {name: StageTime.model_validate(row) for name, row in read_json(file).items()}
-        self.here: set[str] = set()
-        """Stages that this process did all of."""
+        self._done: set[str] = set()
         self._running: tuple[str, float] | None = None
         self._earlier = sum(row.seconds for row in self.times.values())
         self._finished = self.over(STAGES[-1])
@@ -66,6 +65,11 @@ class Schedule:
     def elapsed(self) -> float:
         """Seconds since this process began its work, and what earlier ones spent in stages."""
         return time.monotonic() - self.began + self._earlier
+
+    def newly_done(self) -> set[str]:
+        """The stages that this process did from beginning to end since this was asked last."""
+        done, self._done = self._done, set()
+        return done
 
     def over(self, name: str) -> bool:
         """Whether a stage has nothing left to do: it ended, and one that comes after it began."""
@@ -96,8 +100,10 @@ class Schedule:
             yield
             return
         planned = [stage for stage, seconds in self.expected.items() if seconds]
-        if name in planned and name not in self.times:
+        first = name not in self.times
+        if name in planned and first:
             say(f"[{planned.index(name) + 1} of {len(planned)}] {name}; {left_of_all()}")
+        self.add(name, 0.0, ended=False)  # whoever goes on later must know that it began
         began = time.monotonic()
         self._running = name, began
         try:
@@ -108,14 +114,14 @@ class Schedule:
             raise
         else:
             self.add(name, time.monotonic() - began, ended=True)
+            if first:
+                self._done.add(name)
         finally:
             self._running = None
 
     def add(self, name: str, seconds: float, ended: bool) -> None:
         """Count the seconds of a stage, and keep them."""
         before = self.times.get(name, StageTime())
-        if ended and name not in self.times:
-            self.here.add(name)
         self.times[name] = StageTime(seconds=round(before.seconds + seconds, 3), ended=ended)
         if self.file is not None and (self.file.parent / "recipe.yaml").is_file():
             write_json(self.file, {name: row.model_dump() for name, row in self.times.items()})

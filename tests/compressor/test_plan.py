@@ -20,6 +20,7 @@ from compressor.plan import (
     WORTH_TRAINING,
     adjust,
     fit,
+    is_settled,
     largest,
     make_plan,
     open_budgets,
@@ -187,15 +188,37 @@ def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, 
     assert plan is not None
     heal, train = job.recipe.healing.tokens or 0, job.recipe.finetuning.tokens
     late = 3 * plan.expected["fine-tuning"]
+    with job.schedule.stage("fine-tuning"):
+        pass
     job.schedule.add("fine-tuning", late, ended=True)
     job.schedule.began -= late
     assert adjust(job)
     assert job.recipe.finetuning.tokens == train
     assert 0 < (job.recipe.healing.tokens or 0) < heal / 2
     after = read_plan(job.run.plan_file)
-    assert after is not None and after.rates.train == pytest.approx(3 * plan.rates.train)
+    assert after is not None and after.rates.train == pytest.approx(3 * plan.rates.train, rel=1e-3)
     left = sum(row.seconds for row in stage_costs(job, after.rates) if not job.schedule.over(row.name))
     assert job.schedule.elapsed + left <= 1200
+    assert not adjust(job)  # no stage ended since
+
+
+def test_what_was_begun_keeps_its_budget(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    """A run that was killed while it healed, and one whose base is searched as it is, go on with what they had."""
+    recipe = read_recipe(None, given | {"time": "20m"})
+    job = pipeline.start(recipe, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), job.schedule.stage("healing"):
+        raise KeyboardInterrupt
+    again = pipeline.start(recipe, tmp_path / "run")
+    heal = again.recipe.healing.tokens
+    again.schedule.began -= 600
+    with again.schedule.stage("picking"):
+        pass
+    adjust(again)
+    assert again.recipe.healing.tokens == heal
+    fresh = pipeline.start(recipe, tmp_path / "other")
+    fresh.run.supernet.mkdir()
+    (fresh.run.supernet / "manifest.json").write_text("{}")
+    assert is_settled(fresh, "train_tokens") and not is_settled(fresh, "heal_tokens")
 
 
 def test_a_plan_alone_leaves_nothing_behind(
