@@ -53,6 +53,10 @@ H200."""
 GPU_TIMED, GPU_SPOKEN = 2.5, 12.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there, whose capture takes longer than their replay (81 seconds for 31 networks on an H200)."""
+TASKS = 18.0
+"""Seconds that a fresh process needs to build lm-eval's tasks and to render their documents."""
+MEASURED_MORE = 6.0
+"""Seconds of measuring a package beside its scores and speed: loading it, unpacking weights, profiling its memory."""
 PROBE_SECONDS = 1.0
 """A rate is measured on growing batches until one takes so long."""
 
@@ -204,7 +208,7 @@ def _timing(counts: _Counts, rates: Rates) -> StageCost:
 
 def _proposals(counts: _Counts, rates: Rates) -> StageCost:
     passes, blocks = expected_passes(counts.job)
-    return StageCost("proposals", f"{passes:.0f} passes", passes * blocks * counts.length * rates.teach / 2)
+    return StageCost("proposals", f"{passes:.0f} passes", passes * blocks * counts.length * rates.teach)
 
 
 def _search(counts: _Counts, rates: Rates) -> StageCost:
@@ -264,7 +268,11 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     if counts.job.device.type == "cuda":
         spoken = GPU_SPOKEN
     networks = 1 + counts.scored_packages * counts.share
-    return StageCost("measuring", _packages(counts.packages), rates.load + networks * each + counts.packages * spoken)
+    return StageCost(
+        "measuring",
+        _packages(counts.packages),
+        rates.load + networks * each + counts.packages * (spoken + MEASURED_MORE),
+    )
 
 
 def _packages(count: int) -> str:
@@ -273,11 +281,12 @@ def _packages(count: int) -> str:
 
 def _proving(counts: _Counts, rates: Rates) -> StageCost:
     """In a fresh process on the CPU; where networks are computed there, scores are measured again."""
-    each = 2 * rates.load
+    start, each = PROCESS, 2 * rates.load
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
+        start += TASKS
         each += counts.share * (read * rates.read + written * rates.decode)
-    return StageCost("proving", _packages(counts.packages), PROCESS + counts.packages * each)
+    return StageCost("proving", _packages(counts.packages), start + counts.packages * each)
 
 
 COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
