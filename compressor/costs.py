@@ -177,15 +177,16 @@ def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     """Once over the calibration text, for the units' importance and the layers' together; some criteria go back too."""
     tokens = calibration_blocks(counts.job) * counts.length
     each = rates.train if counts.recipe.finetuning.ordering in ("taylor", "learned") else rates.teach
-    return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each)
+    stored = 0.0 if counts.train_tokens else float(counts.base * counts.job.stored_dtype.itemsize)
+    return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each + stored / DISK_RATE, disk=stored)
 
 
 def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
     """The members of a step, the teacher, and the held-out losses of three members at seven moments."""
     finetuning, tokens = counts.recipe.finetuning, counts.train_tokens
     disk = float(counts.base * counts.job.stored_dtype.itemsize)
-    if not tokens:
-        return StageCost("fine-tuning", "no tokens", disk / DISK_RATE, disk=disk)
+    if not tokens:  # what is stored then is the ordered base
+        return StageCost("fine-tuning", "no tokens", 0.0)
     others = {"sandwich": 1 + finetuning.random_members, "joint": finetuning.random_members}
     smaller = others.get(finetuning.sampler, 0) * counts.searched
     train = rates.train * (0.7 if finetuning.parameters == "lora" else 1.0)

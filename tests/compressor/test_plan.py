@@ -84,6 +84,9 @@ def test_every_stage_has_a_cost(given: dict[str, Any], tmp_path: Path) -> None:
     assert all(row.memory > 0 for row in rows)
     without = stage_costs(job_of(given | {"quantizing.schemes": ""}, tmp_path), RATES)
     assert "quantizing" not in [row.name for row in without]
+    as_it_is = stage_costs(job_of(given | {"finetuning.tokens": 0}, tmp_path), RATES)
+    assert "fine-tuning" not in [row.name for row in as_it_is]
+    assert sum(row.disk for row in as_it_is) == sum(row.disk for row in rows)  # the base is stored as it is
 
 
 def test_costs_follow_the_budgets(given: dict[str, Any], tmp_path: Path) -> None:
