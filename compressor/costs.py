@@ -20,8 +20,7 @@ from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
-from evals.scoring.prefix_tree import tokens_read
-from evals.scoring.tasks import EncodedRequests
+from evals.scoring.documents import Split
 from evals.speed.table import SpeedTable
 from export.models import Model
 from export.quantization.autoround_child import BATCH
@@ -138,25 +137,14 @@ class _Counts:
     def steps(self, tokens: int) -> int:
         return math.ceil(tokens / ((self.recipe.finetuning.batch_size or 1) * self.length))
 
-    def tokens_of(self, split: str) -> tuple[float, float]:
+    def tokens_of(self, split: Split) -> tuple[float, float]:
         """Tokens that scoring a network on the documents of a split reads, and those that it writes."""
         recipe, job = self.recipe, self.job
         if not recipe.tasks or not job.weights:
             documents = (recipe.searching.limit if split == "search" else 0) or 1000
             return documents * SCORED_TOKENS * max(1, len(recipe.tasks)), 0.0
         limit = recipe.searching.limit if split == "search" else None
-        return request_tokens(job, job.tasks.requests("search" if split == "search" else "report", limit))
-
-
-def request_tokens(job: Job, requests: EncodedRequests) -> tuple[float, float]:
-    """Tokens that a network reads and writes to answer these requests."""
-    read = float(tokens_read(requests.spans))
-    written = 0.0
-    for instance in requests.generation:
-        settings = job.tasks.encoder.generation(instance.args[1])
-        read += len(job.tasks.encoder.prompts([instance.args[0]], settings.new)[0])
-        written += settings.new
-    return read, written
+        return job.tasks.tokens(split, limit)
 
 
 def _preparing(counts: _Counts, rates: Rates) -> StageCost:

@@ -24,6 +24,7 @@ from lm_eval.config.group import AggMetricConfig
 
 from evals.scoring.documents import Document, Prompting, Split, Subtask
 from evals.scoring.encoding import CannotScore, Encoder
+from evals.scoring.prefix_tree import tokens_read
 from evals.scoring.task_loading import build, index_tasks, lm_eval_seeds, prepare, scored_items
 from supernet.common.errors import RequestError
 
@@ -159,6 +160,7 @@ class TaskSet:
     encoder: Encoder
     groups: dict[str, Group] = field(default_factory=dict)
     _requests: dict[tuple[Split, int | None], EncodedRequests] = field(default_factory=dict, repr=False)
+    _tokens: dict[tuple[Split, int | None], tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -235,6 +237,18 @@ class TaskSet:
         if (split, limit) not in self._requests:
             self._requests[split, limit] = EncodedRequests(self.documents(split, limit), self.encoder)
         return self._requests[split, limit]
+
+    def tokens(self, split: Split, limit: int | None = None) -> tuple[int, int]:
+        """Tokens that a network reads to answer these requests, shared prefixes once, and at most writes."""
+        if (split, limit) not in self._tokens:
+            requests = self.requests(split, limit)
+            read, written = tokens_read(requests.spans), 0
+            for instance in requests.generation:
+                new = self.encoder.generation(instance.args[1]).new
+                read += len(self.encoder.prompts([instance.args[0]], new)[0])
+                written += new
+            self._tokens[split, limit] = read, written
+        return self._tokens[split, limit]
 
     def chance(self, name: str, split: Split = "report", limit: int | None = None) -> float | None:
         """The task's score under uniform guessing among the choices, or None if it is not multiple choice."""

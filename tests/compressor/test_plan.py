@@ -109,7 +109,7 @@ def test_scoring_costs_what_is_read(given: dict[str, Any], tmp_path: Path) -> No
     job = job_of(given, tmp_path, **{"searching.limit": 5})
     spans = {span.tokens[:-1] for span in job.tasks.requests("search", 5).spans}
     prefixes = {tokens[: i + 1] for tokens in spans for i in range(len(tokens))}
-    assert costs.request_tokens(job, job.tasks.requests("search", 5)) == (len(prefixes), 0)
+    assert job.tasks.tokens("search", 5) == (len(prefixes), 0)
 
 
 @pytest.mark.parametrize("time", ["3m", "20m", "3h"])
