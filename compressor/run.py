@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,8 +114,11 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--output {self.path}: is a file; give a folder")
-        held = {self.lock_file, self.paths_file}
-        if self.path.is_dir() and set(self.path.iterdir()) - held and not self.recipe_file.is_file():
+        own = (self.lock_file, self.paths_file, self.recipe_file)  # the first that a run writes, whole or not
+        names = [pattern for file in own for pattern in (file.name, f".{file.name}.tmp-*")]
+        held = (file.name for file in self.path.iterdir()) if self.path.is_dir() else ()
+        others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]
+        if others and not self.recipe_file.is_file():
             raise RequestError(f"--output {self.path}: the folder holds something else; give a new or an empty folder")
 
     @classmethod

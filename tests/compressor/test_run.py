@@ -19,6 +19,7 @@ from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
+from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
 from tests.support import tiny
 
@@ -53,6 +54,15 @@ def test_a_kill_while_the_old_folder_makes_room_loses_neither(
     assert run.whole(run.supernet, "new inputs")
     assert (run.supernet / "weights").read_text() == "hours of training"
     assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+@pytest.mark.parametrize("left", [".lock", "paths.json", ".paths.json.tmp-999999", ".recipe.yaml.tmp-999999"])
+def test_a_run_that_was_killed_in_its_first_moment_goes_on(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).touch()
+    Run(tmp_path).check_free()
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(RequestError, match="the folder holds something else"):
+        Run(tmp_path).check_free()
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
