@@ -18,7 +18,7 @@ from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor.inputs import training_blocks
 from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
-from evals.warm_starts.blockwise import measured_blocks, refined
+from evals.warm_starts.blockwise import blockwise, refined
 from search.knapsack import Path
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -53,13 +53,14 @@ def main() -> None:
         variants = layer_variants(SearchSpace.preset("fine", job.structure))
         whole = job.structure.parameters(job.structure.base)
         sizes = [int(share * whole) for share in arguments.sizes]
-        (path, halves), first = timed(lambda: measured_blocks(supernet, variants, seen))
-        before = [[a for p, a in path if p <= size][-1] for size in sizes]
+        found, first = timed(lambda: blockwise(supernet, variants, seen))
+        before = [[a for p, a in found.path if p <= size][-1] for size in sizes]
         after: Path = []
         spent = []
         for size in sizes:
-            found, seconds = timed(partial(refined, supernet, variants, seen, path, [size], halves, rounds_of(job)))
-            after += found
+            around = partial(refined, supernet, variants, seen, found.path, [size], found.halves, rounds_of(job))
+            improved, seconds = timed(around)
+            after += improved
             spent.append(seconds)
         print(
             f"\n{job.checkpoint.path.name}: {len(variants)} variants; block-wise {first:.1f} s, measuring around "

@@ -31,7 +31,7 @@ from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import HeldOut
 from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
 from evals.speed.table import SpeedTable
-from evals.warm_starts.blockwise import measured_blocks, refined
+from evals.warm_starts.blockwise import blockwise, refined
 from export.layouts.table import write_layout
 from export.quantization.cost import step_seconds
 from export.quantization.quantize import quantize_package
@@ -59,15 +59,15 @@ def proposals(job: Job, supernet: SuperNetwork, share: float) -> str:
     variants = layer_variants(job.space)
     batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
     began = time.perf_counter()
-    path, halves = measured_blocks(supernet, variants, batches)
+    found = blockwise(supernet, variants, batches)
     first = time.perf_counter() - began
     refined(
         supernet,
         variants,
         batches,
-        path,
+        found.path,
         [int(share * job.structure.parameters(supernet.base))],
-        halves,
+        found.halves,
         rounds_of(job),
     )
     return f"{len(variants)} variants; block by block {first:.0f} s"

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,10 +29,14 @@ from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
+from supernet.training.loop import points_of
 from supernet.training.losses import Loss
-from supernet.training.optimizers import OPTIMIZERS
 from supernet.training.sources import is_generated
 from supernet.training.traces import trace
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's rate that a whole training or scoring step is taken to reach."""
@@ -44,6 +49,8 @@ HEALED = 0.7
 """Size of the sub-network that is healed where no target says it, beside the base that teaches it."""
 SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
+STEP_BYTES = 28
+"""Bytes that a step of AdamW reads and writes for each weight: four numbers read, three of them written."""
 PROCESS = 12.0
 """Seconds that a fresh process needs to import torch and transformers."""
 ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
@@ -170,17 +177,19 @@ def _ordering(counts: _Counts, rates: Rates) -> StageCost:
 
 
 def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
-    """The members of a step, the teacher, and the held-out losses of three members at seven moments."""
+    """The members of a step, the teacher, and the held-out losses on the way: of the largest, the middle, the smallest
+    and those of the sizes that were asked for."""
     finetuning, tokens = counts.recipe.finetuning, counts.train_tokens
     disk = float(counts.base * counts.job.stored_dtype.itemsize)
     if not tokens:  # what is stored then is the ordered base
         return StageCost("fine-tuning", "no tokens", 0.0)
     others = {"sandwich": 1 + finetuning.random_members, "joint": finetuning.random_members}
     smaller = others.get(finetuning.sampler, 0) * counts.searched
-    train = rates.train * (0.7 if finetuning.parameters == "lora" else 1.0)
+    train = rates.train - (rates.teach if finetuning.parameters == "lora" else 0.0)  # frozen weights have no gradients
     each = train * (1 + smaller) + rates.teach * finetuning.strong_teacher
-    watched = 7 * 3 * HELD_OUT_BLOCKS * counts.length * rates.teach * counts.searched
-    seconds = tokens * each + counts.steps(tokens) * rates.step + watched + 3 * disk / DISK_RATE
+    steps, members = counts.steps(tokens), 3 + counts.limits
+    watched = len(points_of(steps)) * members * HELD_OUT_BLOCKS * counts.length * rates.teach * counts.searched
+    seconds = tokens * each + steps * rates.step + watched + 3 * disk / DISK_RATE
     return StageCost("fine-tuning", f"{tokens:,} tokens", seconds, disk=disk)
 
 
@@ -226,8 +235,9 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
     each = 4 * rates.load + 4 * bytes_ / DISK_RATE
     if tokens:
-        each += tokens * (share * rates.train + rates.teach) + counts.steps(tokens) * share * rates.step
-        each += 7 * HELD_OUT_BLOCKS * counts.length * rates.teach * share
+        steps = counts.steps(tokens)
+        each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step
+        each += len(points_of(steps)) * HELD_OUT_BLOCKS * counts.length * rates.teach * share
     copies = counts.packages - counts.picks * (1 + len(counts.schemes))
     disk = bytes_ * (counts.picks * (3 if tokens else 2) + copies)
     return StageCost("healing", f"{tokens:,} tokens" if tokens else "no tokens", counts.picks * each, disk=disk)
@@ -314,7 +324,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
     return {
-        "preparing": 2 * weight_bytes,
+        "preparing": (4 * total if recipe.finetuning.parameters == "all" else weight_bytes) + activations,
         "writing text": scoring,
         "ordering": scoring,
         "fine-tuning": training + activations,
@@ -343,7 +353,7 @@ def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None
         read=read,
         teach=read,
         train=3 * read,
-        step=16 * total / bandwidth,
+        step=STEP_BYTES * total / bandwidth,
         decode=max(weights / bandwidth, len(structure.base.layers) * 2e-4),  # what launching a layer takes
         rounding=BATCH * job.length * 3 * read / len(structure.base.layers),
     )
@@ -363,53 +373,63 @@ def copy_rate(device: torch.device, size: int = 2**25) -> float:
 
 
 def measure_rates(job: Job) -> Rates:
-    """Rates of this network on this device: each measured until a batch takes a second, some ten in all for a network
-    of 135 M parameters on two cores."""
-    # 1. The base, as it will be trained.
+    """Rates of this network on this device, each measured until a batch takes a second: half a minute for a network of
+    135 M parameters on two cores. What is held at once is the network in float32, or in what is computed in where
+    weights are not trained, and the activations of a batch; no gradients and moments of weights."""
     began = time.perf_counter()
     dtype = torch.float32 if job.recipe.finetuning.parameters == "all" else job.compute_dtype
     model = job.load_base(dtype)
     load = time.perf_counter() - began
-    # 2. Training: a teacher's pass, then forward, backward and a step of the optimizer, as healing does them.
     job.threads(scoring=False)
-    counts, vocabulary = _Counts(job), job.structure.vocab_size
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[job.recipe.finetuning.optimizer]([{"params": parameters}], 0.0)
-    loss = Loss({"kl": 1.0})
-
-    def teach(batch: Batch) -> object:
-        with torch.no_grad(), job.accelerator.autocast():
-            return trace(model, batch)
-
-    def train(batch: Batch) -> None:
-        with job.accelerator.autocast():
-            states = trace(model, batch)
-            loss(states, states.detached()).backward()
-
-    most = job.recipe.finetuning.batch_size or 1
-    rows = {"teach": _per_row(job.device, teach, most, counts.length, vocabulary)}
-    rows["train"] = _per_row(job.device, train, most, counts.length, vocabulary)
-    step = min(_seconds(job.device, optimizer.step) for _ in range(2))
-    optimizer.zero_grad(set_to_none=True)
-    del optimizer
-    # 3. Scoring, on some of the tasks' own requests where they are read as spans.
+    teach, train = training_rates(model, job.accelerator, job.length, job.recipe.finetuning.batch_size or 1)
     job.threads(scoring=True)
     model = model.to(job.compute_dtype)
-    read = _scoring_rate(job, model) or rows["teach"] / counts.length
-    # 4. Generating.
-    ids = torch.randint(0, vocabulary, (1, min(32, counts.length // 2)), device=job.device)
-    new = min(8, counts.length // 2)
-    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        model.generate(ids, max_new_tokens=1, **options)
-        one = _seconds(job.device, lambda: model.generate(ids, max_new_tokens=1, **options))
-        several = _seconds(job.device, lambda: model.generate(ids, min_new_tokens=new, max_new_tokens=new, **options))
-    decode = max(several - one, 1e-6) / (new - 1) if new > 1 else one
-    # 5. A step of the rounding, where something is to be rounded.
+    read, decode = _scoring_rate(job, model) or teach, decoding_rate(model, job.length)
     job.threads(scoring=False)
-    rounding = step_seconds(model, counts.length) if job.recipe.quantizing.schemes else 0.0
-    per_token = {name: seconds / counts.length for name, seconds in rows.items()}
-    return Rates(load=load, read=read, step=step, decode=decode, rounding=rounding, **per_token)
+    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes else 0.0
+    step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
+    return Rates(load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding)
+
+
+def training_rates(model: PreTrainedModel, accelerator: Accelerator, length: int, most: int) -> tuple[float, float]:
+    """Seconds for each token of a teacher's pass, and of a student's forward and backward, as healing does them, on up
+    to `most` rows of `length` tokens. The network's matrices are frozen by this.
+
+    Gradients of matrices cost as much as the forward pass, and are counted so: to hold them, and moments, would take
+    four times the memory of a network of which perhaps nothing will be trained.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim <= 1)
+    loss, device, vocabulary = Loss({"kl": 1.0}), model.device, model.config.get_text_config().vocab_size
+
+    def teach(batch: Batch) -> None:
+        with torch.no_grad(), accelerator.autocast():
+            trace(model, batch)
+
+    def train(batch: Batch) -> None:
+        with accelerator.autocast():
+            states = trace(model, batch)
+            loss(states, states.detached()).backward()
+        model.zero_grad(set_to_none=True)
+
+    rows = [_per_row(device, work, most, length, vocabulary) / length for work in (teach, train)]
+    return rows[0], rows[0] + rows[1]
+
+
+def decoding_rate(model: PreTrainedModel, length: int) -> float:
+    """Seconds of one more token behind a prompt, with a cache; both together are at most `length` tokens."""
+    ids = torch.ones((1, max(1, min(32, length // 2))), dtype=torch.long, device=model.device)
+    new = max(2, min(8, length // 2))
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+
+    def generate(tokens: int) -> float:
+        return _seconds(
+            ids.device, lambda: model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options)
+        )
+
+    with torch.no_grad():
+        generate(1)  # the first time is slow
+        return max(generate(new) - generate(1), 1e-6) / (new - 1)
 
 
 def _scoring_rate(job: Job, model: torch.nn.Module) -> float | None:

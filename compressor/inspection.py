@@ -55,6 +55,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
             "smallest_parameters": smallest,
             "smallest_share": smallest / total,
         },
+        "time": recipe.time,
         "effort": recipe.effort,
         "device": str(job.device),
         **_expectation(job),
@@ -123,3 +124,5 @@ def print_inspection(facts: dict[str, Any]) -> None:
     cost.add_row("all", "", size(max(row["memory"] for row in stages)), disk, *sums)
     console.print(cost)
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")
+    if facts["time"] is not None:
+        console.print(f"the recipe names a time ({facts['time']}): compress --plan tells its budgets, not these")

@@ -34,7 +34,8 @@ from supernet.training.loop import TrainSettings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STAGES = ("finetune", "search", "export")
+REDOABLE = ("finetune", "search", "export")
+"""What --redo names."""
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -60,8 +61,8 @@ class Job:
         self.given = recipe
         self.paths = run.local_paths() if paths is None else paths
         self.recipe = localized(recipe, run.path, self.paths)
-        if redo is not None and redo not in STAGES:
-            raise unknown("--redo", redo, STAGES)
+        if redo is not None and redo not in REDOABLE:
+            raise unknown("--redo", redo, REDOABLE)
         self.redo = redo
         self.weights = weights
         self.schedule = Schedule(run.times_file if run.writes else None)

@@ -79,15 +79,18 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
 
 
 def prepare(
-    asked: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True
+    asked: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True, keep: bool = True
 ) -> tuple[Job, Plan | None]:
     """The job at `output`, checked, and its plan where the whole job is asked for or its budgets follow from a time.
 
-    Nothing is written. Raises `RequestError`.
+    Where there is no run yet nothing is made; in one that is there, `keep` says whether the time that this takes is
+    counted. Raises `RequestError`.
     """
     recipe, run = asked.resolved(), Run(output)
     paths = run.local_paths() | remembered(recipe, output)  # what lies here wins over what lay elsewhere
     job = Job(run, recipe, redo, paths=paths)
+    if not keep:
+        job.schedule.file = None
     if tasks_needed and not recipe.tasks:
         raise RequestError("--tasks is missing; name at least one lm-eval task to search for")
     run.check_free()
@@ -136,11 +139,12 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
     return result
 
 
-def show_plan(job: Job) -> dict[str, Any]:
-    """Print the stages of a planned job with minutes, memory and disk. Returns them as plain JSON types."""
+def show_plan(job: Job) -> None:
+    """Print what is left to do of a planned job, stage by stage with minutes, memory and disk."""
     plan = read_plan(job.run.plan_file)
     assert plan is not None
-    return print_plan(stage_costs(job, plan.rates), str(job.device))
+    if left := [cost for cost in stage_costs(job, plan.rates) if not job.schedule.over(cost.name)]:
+        print_plan(left, str(job.device))
 
 
 @quiet_libraries()
@@ -148,11 +152,10 @@ def plan(recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
     """What `compress` would do, measured for some seconds and printed; nothing is written. Returns its stages."""
     check_alone()
     with tempfile.TemporaryDirectory(prefix="compressor-plan-") as nowhere:
-        job, made = prepare(recipe, output or Path(nowhere) / "run")
+        job, made = prepare(recipe, output or Path(nowhere) / "run", keep=False)
         assert made is not None
-        return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets} | print_plan(
-            stage_costs(job, made.rates), str(job.device)
-        )
+        shown = print_plan(stage_costs(job, made.rates), str(job.device))
+    return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets} | shown
 
 
 def keep_time(job: Job) -> None:

@@ -20,9 +20,7 @@ def compress(
     output: Output = None,
     recipe: RecipeFile = None,
     redo: Redo = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="show what would be done, and what it costs; do nothing")
-    ] = False,
+    plan: Plan = False,
     json: Json = False,
 ) -> None:
     """Fine-tune once, search, slice, heal, quantize, prove, report.

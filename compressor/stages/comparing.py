@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
+from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
@@ -115,7 +115,7 @@ def compare(
     long = training_blocks(job, total)  # before networks are in memory, since the base may have to write some of it
     short = training_blocks(job, recipe.healing.tokens or 0)
     supernet, base = job.load_supernet(), job.load_base()
-    calibration = tuple(batch.ids for batch in long[:CALIBRATION_BLOCKS].to(job.device).split(8))
+    calibration = tuple(calibration_batches(job, long))
     run.comparison.mkdir(exist_ok=True)
     base_documents(job, base)
     rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused

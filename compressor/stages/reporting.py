@@ -56,8 +56,9 @@ def report(job: Job) -> dict[str, Any]:
     }
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
-    healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
-    data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
+    if recipe.healing.tokens:  # what an earlier export healed may still lie there
+        healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
+        data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
     if "finetune" in data or recipe.healing.tokens:
         data["hub_dataset"] = finetune.get("hub_dataset")
     checked = validate_report(data)

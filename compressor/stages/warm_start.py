@@ -15,7 +15,7 @@ from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
 from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import ROUNDS, measured_blocks, passes_of, refined
+from evals.warm_starts.blockwise import ROUNDS, passes_around, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -88,12 +88,9 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
-        halves = None
-        if name == "blockwise":
-            path, halves = measured_blocks(supernet, variants, batches)
-        else:
-            path = warm_starts()[name].propose(supernet, variants, batches)
-        path += refined(supernet, variants, batches, path, sizes_asked_for(job), halves, rounds_of(job))
+        found = warm_starts()[name].propose(supernet, variants, batches)
+        sizes, rounds = sizes_asked_for(job), rounds_of(job)
+        path = found.path + refined(supernet, variants, batches, found.path, sizes, found.halves, rounds)
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
@@ -111,12 +108,13 @@ def rounds_of(job: Job) -> int:
 
 
 def expected_passes(job: Job) -> tuple[float, int]:
-    """Passes over the text that proposals will take, at most, and the blocks of text in each."""
-    methods = [name for name in job.recipe.searching.warm_start if name in warm_starts()]
+    """Passes over the text that proposals take, at most, and the blocks of text in each."""
+    methods = [warm_starts()[name] for name in job.recipe.searching.warm_start if name in warm_starts()]
     if not methods or not layer_variants(job.declared_space):
         return 0, 0
-    passes = passes_of(len(job.structure.base.layers), len(sizes_asked_for(job)), rounds_of(job))
-    return len(methods) * passes, blocks_to_read(job)
+    layers = len(job.structure.base.layers)
+    around = rounds_of(job) * len(sizes_asked_for(job)) * passes_around(layers)
+    return sum(method.passes(layers) + around for method in methods), blocks_to_read(job)
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:

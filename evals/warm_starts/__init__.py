@@ -8,16 +8,31 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from search.knapsack import Path, Variants
+from search.knapsack import HalfSizes, Path, Variants
+from supernet.architecture import Half
 
 if TYPE_CHECKING:
     from supernet.activation import SuperNetwork
     from supernet.training.data import Batch
+
+
+Halves = Mapping[tuple[int, Half], HalfSizes]
+"""The sizes of every half-block, by (layer, half-block)."""
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a method finds."""
+
+    path: Path
+    """Architectures, the best of each size."""
+    halves: Halves | None = None
+    """Half-blocks' sizes on the scale of what was measured; None where they were not. `blockwise.refined` reads it."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +40,10 @@ class WarmStart:
     """A method by name."""
 
     name: str
-    propose: Callable[[SuperNetwork, Variants, Sequence[Batch]], Path]
-    """From a super-network, the variants of its layers and some text: architectures, the best that it finds of each
-    size."""
+    propose: Callable[[SuperNetwork, Variants, Sequence[Batch]], Proposals]
+    """From a super-network, the variants of its layers and some text."""
+    passes: Callable[[int], float]
+    """About how many passes over the text it takes for so many layers."""
 
 
 @cache

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evals.warm_starts import WarmStart
-from search.knapsack import Path, Variants, assemble, half_of, options, with_layer
+from evals.warm_starts import Proposals, WarmStart
+from search.knapsack import Variants, assemble, half_of, options, with_layer
 from supernet.activation import SuperNetwork
 from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Unit
 from supernet.common.errors import RequestError
@@ -26,11 +26,17 @@ from supernet.training.data import Batch
 from supernet.training.losses import divergence
 from supernet.training.traces import trace
 
+STEPS = 200
+"""Steps in which the mixture is trained."""
+PASSES = 2.0
+"""Passes over all of the text that a step costs: over one batch of two, the whole network's, the mixture's and back."""
 UNIT: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
 """What a half-block is made of."""
 
 
-def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], steps: int = 200) -> Path:
+def superposition(
+    supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch], steps: int = STEPS
+) -> Proposals:
     """The most probable architecture of each of 20 sizes, by a mixture over the sizes of every half-block.
 
     The alphas are trained (Adam; the weights are not) to keep the predictions, KL(whole || mixture), at an expected
@@ -58,7 +64,7 @@ def superposition(supernet: SuperNetwork, variants: Variants, batches: Sequence[
                 path = assemble(supernet.structure, options(supernet.structure, mixture.degradations()))
                 parameters, architecture = min(path, key=lambda point: abs(point[0] - target))
                 proposed[architecture] = parameters
-    return sorted(((p, a) for a, p in proposed.items()), key=lambda point: point[0])
+    return Proposals(sorted(((p, a) for a, p in proposed.items()), key=lambda point: point[0]))
 
 
 class _Mixture:
@@ -172,4 +178,4 @@ def _units(sizes: LayerSizes, half: Half) -> int:
     return sizes.num_key_value_heads if half == "attention" else sizes.intermediate_size
 
 
-WARM_STARTS = (WarmStart("superposition", superposition),)
+WARM_STARTS = (WarmStart("superposition", superposition, lambda layers: PASSES * STEPS),)

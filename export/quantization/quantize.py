@@ -49,6 +49,9 @@ GROUP_SIZES = (128, 64, 32)
 AUTOROUND_STEP = 32
 """AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
 
+STEP = r"^-- step (\d+)$\n?"
+"""A line by which the child says how many steps it has taken; it is for the bar alone."""
+
 Progress = Callable[[float, int, str], None]
 """Called with blocks done (of the one at work, the share of its steps), blocks in all, and what is being quantized."""
 
@@ -230,7 +233,7 @@ def _run_child(scratch: Path, job: AutoRoundJob, blocks: int, progress: Progress
             if child.poll() is None:
                 child.kill()
                 child.wait()
-    return printed.read_text(errors="replace")
+    return re.sub(STEP, "", printed.read_text(errors="replace"), flags=re.MULTILINE)
 
 
 def position(output: str, blocks: int, schemes: int, iterations: int) -> tuple[float, int, str]:
@@ -244,7 +247,7 @@ def position(output: str, blocks: int, schemes: int, iterations: int) -> tuple[f
         return 0, blocks * schemes, "starting"
     scheme, printed = started[-2:]
     counts = re.findall(r"Quantizing[^\r\n]*?(\d+)/\d+ \[", printed)
-    steps = re.findall(r"^-- step (\d+)$", printed, flags=re.MULTILINE)
+    steps = re.findall(STEP, printed, flags=re.MULTILINE)
     done = float(counts[-1]) if counts else 0.0
     if steps and iterations:
         done = max(done, min(int(steps[-1]) / iterations, blocks))

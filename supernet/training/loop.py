@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from supernet.common.errors import RequestError
 from supernet.common.files import replacing
 from supernet.common.progress import bar, say
 from supernet.training.best_state import BestState
@@ -56,6 +57,17 @@ BETWEEN = 2
 SAVING_SECONDS = 3.0
 """A state that takes longer than this to write is written less often in proportion, so that writing takes at most 5 %
 of the time (3 of 60 seconds): billions of weights and their moments are tens of gigabytes."""
+
+
+def points_of(steps: int) -> list[int]:
+    """The steps before which held-out losses are measured; the last one is after all of them."""
+    parts = 8 if steps >= 32 else 4  # of few steps, measuring would take a third of the time
+    points = [0]
+    for share in (*EARLY, 1 / 8, *(part / parts for part in range(1, parts))):
+        point = round(share * steps)
+        if points[-1] + BETWEEN <= point <= steps - BETWEEN:
+            points.append(point)
+    return [*points, steps]
 
 
 @dataclass(frozen=True)
@@ -99,17 +111,6 @@ class TrainSettings:
     def warmup(self) -> int:
         """Steps in which the learning rate rises."""
         return max(1, round(self.warmup_share * self.steps))
-
-    @property
-    def points(self) -> list[int]:
-        """The steps before which held-out losses are measured; the last one is after all of them."""
-        parts = 8 if self.steps >= 32 else 4  # of few steps, measuring would take a third of the time
-        points = [0]
-        for share in (*EARLY, 1 / 8, *(part / parts for part in range(1, parts))):
-            point = round(share * self.steps)
-            if points[-1] + BETWEEN <= point <= self.steps - BETWEEN:
-                points.append(point)
-        return [*points, self.steps]
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then down to `final_share` of the peak by the schedule, and constant
@@ -223,11 +224,11 @@ def train(
     model.train()
     started = saved = time.monotonic()
     pause, seconds_before = settings.checkpoint_seconds, history.seconds
-    tokens_of_step = settings.batch_size * settings.sequence_length
+    tokens_of_step, points = settings.batch_size * settings.sequence_length, points_of(settings.steps)
     with bar(what, settings.steps) as progress:
         progress.advance(first)
         for number in range(first, settings.steps):
-            if watch is not None and number in settings.points:
+            if watch is not None and number in points:
                 watch.measure(number)
             # 2. One step: gradients of all members, then the optimizer.
             for group in optimizer.param_groups:
@@ -289,6 +290,12 @@ class Watch:
             losses = _main_losses(self.losses(), self.accelerator)
         self.model.train()
         self.history.add(step, losses)
+        lost = [name for name, loss in losses.items() if not isfinite(loss)]
+        if step == 0 and lost:
+            raise RequestError(
+                f"{self.what}: held-out {lost[0]} is {losses[lost[0]]} before the first step: numbers overflow in "
+                "what is computed in; try another dtype"
+            )
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         say(f"{self.what}: after {step} of {self.settings.steps} steps held-out {shown}")
         # 2. The best state, which needs no file where nothing can follow that is worse.

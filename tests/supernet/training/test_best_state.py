@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.slicing import extract
 from supernet.training import loop, supernet_training
 from supernet.training.adapters import PARAMETERS
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.history import History, Rule
-from supernet.training.loop import Backward, TrainSettings, train
+from supernet.training.loop import Backward, TrainSettings, points_of, train
 from supernet.training.losses import Loss, held_out_loss
 from supernet.training.supernet_training import TOLERANCE, ElasticScheme, finetune_supernet, heal
 from supernet.training.traces import trace
@@ -90,9 +91,9 @@ def test_a_rise_is_allowed_as_long_as_the_steps_left_can_regain_it() -> None:
 
 
 def test_losses_are_measured_often_at_first_and_seldom_later() -> None:
-    assert settings(32 * 400).points == [0, 12, 25, 50, 100, 150, 200, 250, 300, 350, 400]
-    assert settings(32 * 20).points == [0, 2, 5, 10, 15, 20]
-    assert settings(32 * 1).points == [0, 1]
+    assert points_of(400) == [0, 12, 25, 50, 100, 150, 200, 250, 300, 350, 400]
+    assert points_of(20) == [0, 2, 5, 10, 15, 20]
+    assert points_of(1) == [0, 1]
 
 
 def test_a_rate_that_is_too_high_is_halved_and_the_network_is_not_lost(
@@ -150,6 +151,18 @@ def test_healing_never_ends_worse_than_it_began(learned: PreTrainedModel, blocks
     history = heal(cut, learned, blocks, how, state=state, accelerator=Accelerator(cpu=True))
     assert history.kept == 0 and history.halved
     assert all(torch.equal(weight, before[name]) for name, weight in cut.state_dict().items())
+
+
+def test_losses_that_are_no_numbers_from_the_start_are_refused(
+    learned: PreTrainedModel, blocks: Blocks, tmp_path: Path
+) -> None:
+    """With nothing to go back to, every step would be dropped without a word."""
+    with torch.no_grad():
+        learned.get_output_embeddings().weight.fill_(inf)
+    cut = copy.deepcopy(learned)
+    how, state = settings(32 * 4), tmp_path / "s.safetensors"
+    with pytest.raises(RequestError, match=r"healing: held-out loss is .* before the first step"):
+        heal(cut, learned, blocks, how, state=state, accelerator=Accelerator(cpu=True))
 
 
 def test_a_loss_that_is_no_number_is_gone_back_from_at_once(
