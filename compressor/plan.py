@@ -133,7 +133,7 @@ def adjust(job: Job) -> bool:
         fit(job, plan.rates, open_, strict=False)
     changed = {name: value for name, value in before.items() if value != job.recipe.budget(name)}
     if changed:
-        steps = ", ".join(f"{name} {value} -> {job.recipe.budget(name)}" for name, value in changed.items())
+        steps = ", ".join(f"{name} {value} → {job.recipe.budget(name)}" for name, value in changed.items())
         job.run.log(f"budgets by the time that is left: {steps}")
     write_plan(job, current(job, plan))
     return bool(changed)

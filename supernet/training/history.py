@@ -90,7 +90,7 @@ class History:
         elif self.kept == steps:
             kept = "kept is the last state"
         losses = [
-            f"{name} {self.start[name]:.3f} -> {loss:.3f}"
+            f"{name} {self.start[name]:.3f} → {loss:.3f}"
             for name, loss in best.items()
             if name not in ("step", "tokens") and name in self.start
         ]

@@ -163,7 +163,7 @@ def full_report() -> dict[str, Any]:
         "measuring": 0.5,
         "kept": 4,
         "halved": [2],
-        "outcome": "kept is the last state; held-out largest 3.000 -> 0.750",
+        "outcome": "kept is the last state; held-out largest 3.000 → 0.750",
     }
     report["healing"] = {
         "best": {
@@ -171,7 +171,7 @@ def full_report() -> dict[str, Any]:
             "tokens": 400,
             "seconds": 2.0,
             "kept": 0,
-            "outcome": "no state was better than the untrained one, which is kept; held-out loss 2.500 -> 2.500",
+            "outcome": "no state was better than the untrained one, which is kept; held-out loss 2.500 → 2.500",
         }
     }
     report["samples"] = [

@@ -109,7 +109,7 @@ def test_a_rate_that_is_too_high_is_halved_and_the_network_is_not_lost(
     assert max(point["largest"] for point in history.curve) > (1 + TOLERANCE) * before  # it was lost for a while
     said = capsys.readouterr().err
     assert "back to the state after 0 steps, with half the rate" in said
-    assert f"largest {before:.3f} -> {after:.3f}" in said and "of the time" in said
+    assert f"largest {before:.3f} → {after:.3f}" in said and "of the time" in said
     assert len(list((tmp_path / "run").iterdir())) <= 1  # at most the best state, where it was not the last one
 
 
