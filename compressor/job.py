@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from compressor.local_paths import LocalPaths, localized
+from compressor.names import REDOABLE
 from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from compressor.schedule import Schedule
@@ -34,8 +35,6 @@ from supernet.training.loop import TrainSettings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-REDOABLE = ("finetune", "search", "export")
-"""What --redo names."""
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -92,7 +91,7 @@ class Job:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        return make_accelerator(self.recipe.device, self.recipe.dtype)
+        return make_accelerator(self.recipe.device, self.recipe.dtype, self.recipe.report_to, self.run.tracking)
 
     @property
     def device(self) -> torch.device:

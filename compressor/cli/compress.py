@@ -27,7 +27,7 @@ def compress(
 
     The whole job. Stopped and run again, it resumes.
     """
-    asked = recipe_of(recipe, model, given)
+    asked = recipe_of(recipe, model, given, output, redo)
     from compressor import pipeline  # imports torch
 
     if plan:

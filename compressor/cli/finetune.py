@@ -19,7 +19,7 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Create a run and fine-tune its super-network."""
-    asked = recipe_of(recipe, model, given)
+    asked = recipe_of(recipe, model, given, output, redo)
     from compressor import pipeline  # imports torch
 
     job = pipeline.start(asked, required(output), redo=redo, tasks_needed=False)
