@@ -14,6 +14,7 @@ import torch
 from compressor import demo as bundled
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
 from compressor.costs import stage_costs
+from compressor.early_checks import check_request
 from compressor.inputs import text_fingerprint
 from compressor.job import Job
 from compressor.local_paths import remembered
@@ -26,10 +27,12 @@ from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
+from compressor.trackers import open_trackers
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration
-from supernet.common.progress import say, whole
+from supernet.common.metrics import send_to
+from supernet.common.progress import keep_lines, say, whole
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -74,8 +77,16 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         write_plan(job, plan)
     if recipe.tasks:
         job.tasks.keep(job.run.requests)
+    keep_records(job)
     job.run.log(f"started: {recipe.model}")
     return job
+
+
+def keep_records(job: Job) -> None:
+    """From here on, what is said goes to the run's log.txt too, and every number to its metrics.jsonl and trackers."""
+    if job.run.writes:
+        keep_lines(job.run.log)
+        send_to(job.run.keep_metric, *(open_trackers(job.recipe, job.accelerator) if job.recipe.report_to else ()))
 
 
 def prepare(
@@ -97,6 +108,7 @@ def prepare(
     if run.recipe_file.is_file():
         run.lock()
     run.settle()
+    check_request(job.recipe, redo)
     with job.schedule.stage("preparing"):
         check(job)
         plan: Plan | None = None
@@ -181,6 +193,7 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
             check_tasks(job)
             check_searching(job)
         run.remember(recipe, provenance(job), paths)
+    keep_records(job)
     return job
 
 

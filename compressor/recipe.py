@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -25,12 +25,15 @@ from pydantic import (
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
-from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
+from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
 ]
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Budget(BaseModel):
@@ -107,11 +110,25 @@ def _share(value: Any) -> Any:
     return value
 
 
+def _trackers(value: Any) -> Any:
+    """`none` names no tracker."""
+    return [] if value == "none" else _listed(value)
+
+
 Names = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _counted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Whole numbers may be written as `1e6`, `0.5M` or `10_000`."""
+        kinds = get_args(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, str) and (cls.model_fields[str(info.field_name)].annotation is int or int in kinds):
+            return parse_count(value)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -333,6 +350,9 @@ class Recipe(Section):
     """What networks are computed in; `auto` is float32 on a CPU, bfloat16 on a GPU."""
     seed: int = Field(default=0, ge=0)
     """The seed of everything random."""
+
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(default_factory=list)
+    """Trackers that get every measured number beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`."""
 
     @field_validator("time")
     @classmethod

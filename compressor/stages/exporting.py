@@ -67,7 +67,7 @@ def export(job: Job) -> list[dict[str, Any]]:
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
             with job.schedule.stage("proving"):
-                verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
+                verify_all(proofs, record=True, log=run.debug_file, tasks=tasks)
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
 
@@ -178,7 +178,7 @@ def quantize(
             group_size=quantizing.group_size,
             seed=job.recipe.seed,
             device=job.device.type,
-            log=job.run.log_file,
+            log=job.run.debug_file,
             progress=lambda done, _, what: progress.advance(done - progress.done, what),
         )
         progress.advance(blocks_to_do - progress.done)
