@@ -20,6 +20,7 @@ import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from compressor import __version__
+from compressor.cli.chat import chat
 from compressor.cli.compare import compare
 from compressor.cli.compress import compress
 from compressor.cli.demo import demo
@@ -56,6 +57,7 @@ COMMANDS = (
     report,
     status,
     recipe,
+    chat,
     evaluate,
     verify,
     push,

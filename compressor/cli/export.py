@@ -7,7 +7,7 @@ from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
 
 
-@recipe_options("quantize", "group_size", "formats", "heal_tokens", "repair")
+@recipe_options("quantize", "group_size", "rounding_steps", "formats", "heal_tokens", "repair", any_key=True)
 def export(run: RunFolder, given: Given, json: Json = False) -> None:
     """Slice, heal, quantize, package and prove what was picked."""
     run_recipe(run, given)

@@ -9,7 +9,7 @@ from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
 OPTIONS = ("data", "tasks", "include_path", "space", "effort", "train_tokens", "max_params", "seed", "device", "dtype")
 
 
-@recipe_options(*OPTIONS, "revision", "trust_remote_code")
+@recipe_options(*OPTIONS, "revision", "trust_remote_code", any_key=True)
 def finetune(
     given: Given,
     model: ModelUnlessInRecipe = None,

@@ -8,7 +8,7 @@ from compressor.cli.options import Given, Json, Model, RecipeFile, recipe_option
 from compressor.cli.output import emit
 
 
-@recipe_options("space", "effort", "revision", "trust_remote_code")
+@recipe_options("space", "effort", "revision", "trust_remote_code", any_key=True)
 def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = False) -> None:
     """What a checkpoint holds, what may be cut, what it would cost.
 

@@ -7,7 +7,9 @@ from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
 
 
-@recipe_options("tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers", "repair")
+@recipe_options(
+    "tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers", "repair", any_key=True
+)
 def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
     """Search a fine-tuned run.
 
