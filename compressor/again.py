@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from compressor.cli.options import RECIPE_OPTIONS
 from compressor.recipe import Recipe
 from compressor.run import Run
 
@@ -46,12 +47,13 @@ def said(recipe: BaseModel) -> dict[str, Any]:
 def command_line(recipe: Recipe, output: str) -> str:
     """The command that makes a run of this recipe, on one line."""
     flat = _flat(said(recipe))
+    flags = {option.key: option.flag or f"--{name.replace('_', '-')}" for name, option in RECIPE_OPTIONS.items()}
     words = ["compressor", "compress", str(flat.pop("model"))]
-    for key in ("data", "tasks", "include_path"):
-        if key in flat:
-            words += [f"--{key.replace('_', '-')}", _text(flat.pop(key))]
-    for key, value in flat.items():
-        words += ["--set", f"{key}={_text(value)}"]
+    for key, value in sorted(flat.items(), key=lambda item: item[0] not in flags):  # those that have an option first
+        if key not in flags:
+            words += ["--set", f"{key}={_text(value)}"]
+        else:
+            words += [flags[key]] if value is True else [flags[key], _text(value)]
     return shlex.join([*words, "--output", output])
 
 

@@ -309,12 +309,16 @@ def expected_memory(job: Job) -> dict[str, float]:
     recipe, structure = job.recipe, job.structure
     base = structure.base
     total = structure.parameters(base)
-    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
+    parts = math.ceil((recipe.finetuning.batch_size or 1) / recipe.finetuning.gradient_accumulation)
+    rows = parts * recipe.finetuning.sequence_length
     neurons = max(
         s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
         for s in base.layers
     )
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
+    of_layer = 10 * base.hidden_size + 4 * neurons
+    per_token = len(base.layers) * of_layer + 4 * structure.vocab_size
+    if recipe.finetuning.gradient_checkpointing:  # of each layer its input, of one at a time all
+        per_token = len(base.layers) * base.hidden_size + of_layer + 4 * structure.vocab_size
     weight_bytes = total * job.compute_dtype.itemsize
     activations = 4 * rows * per_token
     if recipe.finetuning.parameters == "lora":
@@ -332,7 +336,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         "proposals": 2 * scoring,
         "search": scoring,
         "picking": scoring,
-        "healing": weight_bytes + 16 * HEALED * total + activations,
+        "healing": weight_bytes + (16 * HEALED * total + activations if recipe.healing.tokens else 0),
         "quantizing": weight_bytes + 3 * kept,
         "measuring": 2 * scoring,
         "proving": scoring,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compressor.again import command_line
 from compressor.inputs import HEALING, text_fingerprint
 from compressor.job import Job
 from compressor.stages.comparing import comparison_rows
@@ -16,7 +17,7 @@ from compressor.stages.subnet_scores import known_scores
 from export.package_record import read_record, write_card
 from export.report.card import render_card
 from export.report.page import write_report
-from export.report.schema import Gene, Generation, Point, PredictorScore, Search, Space, validate_report
+from export.report.schema import Again, Gene, Generation, Point, PredictorScore, Search, Space, validate_report
 from export.report.table import footnotes, terminal_table
 from export.report.verdict import verdict
 from search.store import EvaluationStore
@@ -24,7 +25,8 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
 from supernet.common.progress import console, say
-from supernet.common.versions import versions
+from supernet.common.versions import machine, versions
+from supernet.device import device_name
 from supernet.training.history import History
 
 
@@ -53,6 +55,13 @@ def report(job: Job) -> dict[str, Any]:
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,
+        "again": Again(
+            command=command_line(job.given, "runs/again"),
+            run=str(run.path),
+            seconds=sum(time.seconds for time in job.schedule.times.values()),
+            machine=machine(),
+            device=device_name(job.device),
+        ),
     }
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
