@@ -8,7 +8,16 @@ from compressor.cli.request import run_recipe
 
 
 def report(run: RunFolder, json: Json = False) -> None:
-    """Write report.json and report.html from what the run holds."""
+    """Write report.json and report.html from what the run holds.
+
+    Where nothing changed since it was written, it is only shown.
+    """
+    from compressor.shown_report import current_report, show_report  # imports pydantic
+
+    if (written := current_report(run)) is not None:
+        show_report(written, run)
+        emit(written.model_dump(mode="json", by_alias=True, exclude_unset=True), json)
+        return
     run_recipe(run, {})
     from compressor import pipeline  # imports torch
 

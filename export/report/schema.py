@@ -268,7 +268,7 @@ class Again(Model):
     command: str
     """One line for a shell."""
     run: str
-    """The folder of the run, whose recipe `compressor recipe` prints."""
+    """The name of the folder of the run, whose recipe `compressor recipe` prints."""
     seconds: float
     """That all stages took together, in every process that worked on them."""
     machine: str
