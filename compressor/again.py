@@ -47,13 +47,18 @@ def said(recipe: BaseModel) -> dict[str, Any]:
 def command_line(recipe: Recipe, output: str) -> str:
     """The command that makes a run of this recipe, on one line."""
     flat = _flat(said(recipe))
-    flags = {option.key: option.flag or f"--{name.replace('_', '-')}" for name, option in RECIPE_OPTIONS.items()}
+    options = {option.key: (option, name) for name, option in RECIPE_OPTIONS.items()}
     words = ["compressor", "compress", str(flat.pop("model"))]
-    for key, value in sorted(flat.items(), key=lambda item: item[0] not in flags):  # those that have an option first
-        if key not in flags:
+    for key, value in sorted(flat.items(), key=lambda item: item[0] not in options):  # those that have an option first
+        if key not in options or isinstance(value, dict):
             words += ["--set", f"{key}={_text(value)}"]
+            continue
+        option, name = options[key]
+        flag = option.flag or f"--{name.replace('_', '-')}"
+        if option.kind is bool:
+            words += [flag] if value else []
         else:
-            words += [flags[key]] if value is True else [flags[key], _text(value)]
+            words += [flag, {True: "on", False: "off"}[value] if isinstance(value, bool) else _text(value)]
     return shlex.join([*words, "--output", output])
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressor import __version__
 from compressor.run import Run
 from export.report.schema import Report, validate_report
 from export.report.table import footnotes, terminal_table
 from export.report.verdict import verdict
 from supernet.common.files import read_json
 from supernet.common.progress import console, say
+from supernet.common.versions import versions
 
 
 def current_report(folder: Path) -> Report | None:
@@ -28,7 +28,10 @@ def current_report(folder: Path) -> Report | None:
     if any(file.is_file() and file.stat().st_mtime_ns > written for file in read):
         return None
     data = read_json(run.report)
-    if not isinstance(data, dict) or (data.get("versions") or {}).get("nas-compressor") != __version__:
+    if (
+        not isinstance(data, dict)
+        or (data.get("versions") or {}).get("nas-compressor") != versions(())["nas-compressor"]
+    ):
         return None
     return validate_report(data)
 
