@@ -124,7 +124,8 @@ def line(running: Bar, width: int) -> str:
     there is room, what is done, how much of it, a bar, a note, and the task's own time left."""
     whole_left = left_of_all()
     end = f"  {whole_left or running.left}".rstrip()
-    what = running.what[: max(8, min(28, width - len(end) - 2))]
+    free = max(0, width - len(end) - 2)
+    what = running.what[: min(28, free, max(12, free - 8))]  # eight are for how much of it is done
     room = width - len(end) - len(what) - 2
     shown = dict.fromkeys(("bar", "count", "note", "left"), "")
 
