@@ -96,5 +96,6 @@ def tasks_of(folder: Path) -> dict[str, Path]:
 
 
 def said_in(files: Iterable[Path], name: str) -> bool:
-    """Whether a file says this name anywhere: a group may define tasks in place."""
-    return any(name in read_text(file) for file in set(files))
+    """Whether a file says this name anywhere as a word: a group may define tasks in place."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return any(word.search(read_text(file)) for file in set(files))

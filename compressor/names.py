@@ -78,9 +78,9 @@ def lm_eval_tasks() -> list[str]:
 
 
 def in_lm_eval(name: str) -> bool:
-    """Whether lm-eval's task files say this name anywhere; False is certain."""
-    wanted = name.encode()
-    return any(wanted in text for text in _task_files())
+    """Whether lm-eval's task files say this name anywhere as a word; False is certain."""
+    wanted = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return any(wanted.search(text) for text in _task_files())
 
 
 @functools.cache

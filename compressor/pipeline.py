@@ -32,7 +32,7 @@ from export.report.schema import Comparison
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration
 from supernet.common.metrics import send_to
-from supernet.common.progress import keep_lines, say, whole
+from supernet.common.progress import keep_lines, say, whole, working
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -45,7 +45,8 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
     @functools.wraps(stage)
     def run(job: Job) -> Result:
         try:
-            return stage(job)
+            with working("reading"):  # what is not part of a stage with a name of its own
+                return stage(job)
         except (MemoryError, RuntimeError) as error:
             # torch on a CPU raises a plain RuntimeError; other RuntimeErrors are no lack of memory.
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(

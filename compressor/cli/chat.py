@@ -32,18 +32,21 @@ def chat(
     names = [package, *([beside] if beside else [])]
     for name in names:
         local_folder(name)  # refuses a path at which there is nothing
-    announce(" and ".join(names))
+    announce(" and ".join(names), "export.chat")
     from export.chat import open_speaker  # imports torch
 
-    with working("loading"):
+    with working("loading weights"):
         speakers = [open_speaker(name, device) for name in names]
-    kinds = {speaker.converses for speaker in speakers}
-    say("type a message" if True in kinds else "no chat template: type the beginning of a text, and it is continued")
+    say(
+        "type a message"
+        if any(speaker.render for speaker in speakers)
+        else "no chat template: type the beginning of a text, and it is continued"
+    )
     for line in _lines():
         for speaker in speakers:
             with working(f"{speaker.name} writes"):
                 answer = speaker.answer(line, max_tokens)
-            if not speaker.converses:
+            if speaker.render is None:
                 answer = line + answer
             print(f"{speaker.name}: {answer.strip()}" if len(speakers) > 1 else answer.strip(), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from compressor import __version__
 from compressor.cli.offline import offline_if_local
 from compressor.cli.options import Given
 from supernet.common.errors import RequestError
-from supernet.common.progress import say
+from supernet.common.progress import say, working
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -20,10 +21,18 @@ ModelUnlessInRecipe = Annotated[str | None, typer.Argument(help="a checkpoint: a
 
 
 def recipe_of(
-    file: Path | None, model: str | None, given: Given, output: Path | None = None, redo: str | None = None
+    file: Path | None,
+    model: str | None,
+    given: Given,
+    output: Path | None = None,
+    redo: str | None = None,
+    of: str = "compressor.pipeline",
 ) -> Recipe:
-    """The recipe that the options ask for. Raises `RequestError`, for all that is wrong with it and with `output` that
-    can be seen without torch."""
+    """The recipe that the options ask for, of the command whose work is done by a module; it is imported at the end.
+
+    Raises `RequestError` before that, for all that is wrong with the recipe and with `output` that can be seen without
+    torch.
+    """
     # Here, since pydantic takes longer to import than --help may.
     from compressor.early_checks import check_request
     from compressor.local_paths import localized, remembered
@@ -39,13 +48,16 @@ def recipe_of(
     else:
         check_request(recipe, redo)
     offline_if_local(recipe)
-    announce(recipe.model)
+    announce(recipe.model, of)
     return recipe
 
 
-def announce(what: str) -> None:
-    """The first line of a command that computes: it comes before the libraries, whose import takes seconds."""
-    say(f"compressor {__version__}: loading {what}")
+def announce(what: str, module: str = "compressor.pipeline") -> None:
+    """Say what a command that computes is about, then import the module that does it: with torch and others behind it,
+    that takes seconds."""
+    say(f"compressor {__version__}: {what}")
+    with working("loading libraries"):
+        import_module(module)
 
 
 def run_recipe(run: Path, given: Given) -> None:
