@@ -23,4 +23,4 @@ def test_the_lines_that_load_a_package_ask_no_question(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert "Llama" in done.stdout and "trust_remote_code" not in done.stdout + done.stderr
+    assert "Llama" in done.stdout and "trust_remote_code" not in done.stdout + done.stderr  # as the question says

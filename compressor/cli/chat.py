@@ -37,11 +37,10 @@ def chat(
 
     with working("loading weights"):
         speakers = [open_speaker(name, device) for name in names]
-    say(
-        "type a message"
-        if any(speaker.render for speaker in speakers)
-        else "no chat template: type the beginning of a text, and it is continued"
-    )
+    if any(speaker.render for speaker in speakers):
+        say("type a message")
+    else:
+        say("no chat template: type the beginning of a text, and it is continued")
     for line in _lines():
         for speaker in speakers:
             with working(f"{speaker.name} writes"):
