@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatch
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,7 +156,8 @@ class Run:
     def keep_metric(self, kind: str, step: int | None, values: dict[str, Number]) -> None:
         """Add measured numbers to metrics.jsonl, one line for each time that some come."""
         if self.writes:
-            row = {"time": round(time.time(), 3), "kind": kind, **({} if step is None else {"step": step}), **values}
+            finite = {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+            row = {"time": round(time.time(), 3), "kind": kind, **({} if step is None else {"step": step}), **finite}
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -15,7 +15,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from export.models import Model
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
-from supernet.common.progress import left_of_all, say, working
+from supernet.common.formatting import duration
+from supernet.common.progress import kept, left_of_all, say, working
 
 STAGES = (
     "preparing",
@@ -123,6 +124,7 @@ class Schedule:
             raise
         else:
             self.add(name, time.monotonic() - began, ended=True)
+            kept(f"{name} took {duration(time.monotonic() - began)}")
             if first:
                 self._done.add(name)
         finally:

@@ -20,14 +20,14 @@ def test_every_number_is_a_line_of_json(tmp_path: Path) -> None:
     send_to(run.keep_metric)
     try:
         record("healing", 3, loss=1.5, learning_rate=1e-3)
-        record("candidate", key="abc", quality=0.9)
+        record("candidate", key="abc", quality=float("nan"))
     finally:
         send_to()
     record("healing", 4, loss=1.4)  # nobody listens
     rows = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "time"} for row in rows] == [
         {"kind": "healing", "step": 3, "loss": 1.5, "learning_rate": 1e-3},
-        {"kind": "candidate", "key": "abc", "quality": 0.9},
+        {"kind": "candidate", "key": "abc", "quality": "nan"},  # JSON has no such number
     ]
 
 
