@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from export.report.schema import Comparison
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration
 from supernet.common.metrics import send_to
-from supernet.common.progress import keep_lines, say, whole, working
+from supernet.common.progress import keep_lines, kept, say, whole, working
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -125,6 +126,20 @@ def prepare(
     return job, plan
 
 
+@contextmanager
+def records_end() -> Iterator[None]:
+    """Within, a run may keep what is said and measured; what comes afterwards is not its. An error is its last line."""
+    try:
+        yield
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kept("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
+        raise
+    finally:
+        keep_lines()
+        send_to()
+
+
 def check_alone() -> None:
     """Only the fine-tuning is for several processes."""
     if processes() > 1:
@@ -137,18 +152,19 @@ def check_alone() -> None:
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
     """The whole job; returns what report.json holds."""
     check_alone()
-    job = start(recipe, Path(output), redo=redo)
-    show_plan(job)
-    with whole(job.schedule.left):
-        finetune(job)
-        keep_time(job)
-        search(job)
-        pick(job)
-        keep_time(job)
-        export(job)
-        result = report(job)
-    if recipe.time is not None:
-        say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
+    with records_end():
+        job = start(recipe, Path(output), redo=redo)
+        show_plan(job)
+        with whole(job.schedule.left):
+            finetune(job)
+            keep_time(job)
+            search(job)
+            pick(job)
+            keep_time(job)
+            export(job)
+            result = report(job)
+        if recipe.time is not None:
+            say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
     return result
 
 

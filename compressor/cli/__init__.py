@@ -39,7 +39,8 @@ from compressor.cli.status import status
 from compressor.cli.verify import verify
 from compressor.quiet import quiet_libraries
 from supernet.common.errors import RequestError, VerificationError, out_of_space
-from supernet.common.progress import console, kept
+from supernet.common.metrics import send_to
+from supernet.common.progress import console, keep_lines, kept
 
 INTERRUPTED = 130
 OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
@@ -92,6 +93,14 @@ def main() -> None:
 @quiet_libraries()
 def run(arguments: list[str]) -> int:
     """Run a command and return the exit status; whatever goes wrong is printed as one line."""
+    try:
+        return _run(arguments)
+    finally:  # what is said and measured next is not this command's
+        keep_lines()
+        send_to()
+
+
+def _run(arguments: list[str]) -> int:
     try:
         ended = app(arguments or ["--help"], standalone_mode=False)
         if ended != INTERRUPTED:  # what typer makes of Ctrl-C

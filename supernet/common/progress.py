@@ -31,7 +31,7 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _left_of_all: list[Callable[[], float | None]] = []
 """What says how many seconds are left of everything that was begun: the innermost counts."""
 _kept: list[Callable[[str], None]] = []
-"""Who else gets every line that is said: the innermost does."""
+"""Who else gets every line that is said."""
 
 
 @contextmanager
@@ -50,9 +50,9 @@ def left_of_all() -> str:
     return "" if seconds is None else f"about {duration(max(0.0, seconds))} left of the run"
 
 
-def keep_lines(keep: Callable[[str], None]) -> None:
-    """From here on, `keep` gets every line that is said, instead of who got them before."""
-    _kept[:] = [keep]
+def keep_lines(*keep: Callable[[str], None]) -> None:
+    """From here on, these get every line that is said, instead of who got them before."""
+    _kept[:] = keep
 
 
 def kept(line: str) -> None:

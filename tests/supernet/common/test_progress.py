@@ -36,7 +36,7 @@ def test_a_finished_bar_says_so_and_lines_are_kept(capsys: pytest.CaptureFixture
                 running.advance(note="quality 0.9")
         say("picked")
     finally:
-        keep_lines(lambda line: None)
+        keep_lines()
     shown = capsys.readouterr().err.splitlines()
     assert shown[0] == "searching ..." and shown[1].startswith("searching: 3 of 3 in ") and "quality 0.9" in shown[1]
     assert lines == ["picked"]
