@@ -18,6 +18,7 @@ from export.layouts.installed import check_installed
 from supernet.common.errors import RequestError, reading, unknown
 from supernet.common.files import read_text
 from supernet.raw_config import local_folder, read_raw_config
+from supernet.training.accelerator import check_device
 from supernet.training.sources import hub_dataset, is_generated, local_files
 
 
@@ -26,6 +27,8 @@ def check_request(recipe: Recipe, redo: str | None = None) -> None:
     check_names(recipe, redo)
     check_places(recipe)
     check_tasks(recipe)
+    if recipe.device == "cuda":
+        check_device(recipe.device)  # imports torch, which takes a second, and nothing beside it
 
 
 def check_names(recipe: Recipe, redo: str | None = None) -> None:

@@ -6,7 +6,9 @@ Packages that transformers loads run there, gguf packages in llama.cpp, which re
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,13 @@ def open_speaker(name: str, device: str = "auto") -> Speaker:
 def _in_transformers(name: str, device: str) -> Speaker:
     import torch
 
-    model, tokenizer = load_checkpoint(name, device, "auto", None, False)
+    # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
+    with redirect_stderr(StringIO()), torch.no_grad():
+        model, tokenizer = load_checkpoint(name, device, "auto", None, False)
+        model.eval()(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     torch.set_num_threads(1 if weights < SMALL_BYTES else available_cores())
-    network: Any = model.eval()
+    network: Any = model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def render(turns: Turns) -> list[int]:

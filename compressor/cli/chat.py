@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -41,13 +42,14 @@ def chat(
         say("type a message")
     else:
         say("no chat template: type the beginning of a text, and it is continued")
-    for line in _lines():
-        for speaker in speakers:
-            with working(f"{speaker.name} writes"):
-                answer = speaker.answer(line, max_tokens)
-            if speaker.render is None:
-                answer = line + answer
-            print(f"{speaker.name}: {answer.strip()}" if len(speakers) > 1 else answer.strip(), flush=True)
+    with suppress(KeyboardInterrupt):  # ends it as the end of stdin does
+        for line in _lines():
+            for speaker in speakers:
+                with working(f"{speaker.name} writes"):
+                    answer = speaker.answer(line, max_tokens)
+                if speaker.render is None:
+                    answer = line + answer
+                print(f"{speaker.name}: {answer.strip()}" if len(speakers) > 1 else answer.strip(), flush=True)
 
 
 def _lines() -> Iterator[str]:

@@ -16,12 +16,12 @@ def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = 
 
     Trains nothing.
     """
+    given = given | {"device": "auto"}  # a recipe for a GPU may be looked at without one
     asked = recipe_of(recipe, model, given, of="compressor.inspection")
     from compressor.inspection import inspect_job, print_inspection  # these import torch
     from compressor.job import Job
     from compressor.run import Run
 
-    asked = asked.model_copy(update={"device": "auto"})  # a recipe for a GPU may be looked at without one
     with working("looking at the network"):
         facts = inspect_job(Job(Run(Path()), asked.resolved(), weights=False))
     if not json:

@@ -7,6 +7,7 @@ On a terminal there is one live line, of the innermost work that runs, and it mo
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,7 +186,8 @@ class _Screen:
     def _begin(self) -> None:
         self.spoken = time.monotonic()
         if console.is_terminal:
-            self._progress = Progress(_Line(), console=console, transient=True)
+            console.file = sys.stderr  # also while something else is kept off it (contextlib.redirect_stderr)
+            self._progress = Progress(_Line(), console=console, transient=True, redirect_stdout=False)
             self._progress.start()
         elif not console.quiet:
             self._ended = threading.Event()
@@ -203,6 +205,7 @@ class _Screen:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            console.file = None  # type: ignore[assignment]  # what sys.stderr is then
         self._ended.set()
 
     def _break_silence(self, ended: threading.Event) -> None:

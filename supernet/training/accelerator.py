@@ -28,6 +28,14 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_device(device: str) -> None:
+    """Raises `RequestError` for a GPU that is not there."""
+    import torch  # here, since it takes a second to import, and is needed for nothing else in this file
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
+
+
 def make_accelerator(device: str, dtype: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The accelerator for a recipe's `device` and `dtype`, which can start trackers by name that write to `folder`.
 
@@ -36,9 +44,8 @@ def make_accelerator(device: str, dtype: str, trackers: Sequence[str] = (), fold
     import torch
     from accelerate import Accelerator
 
+    check_device(device)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if device == "cuda" and on_cpu:
-        raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
     if _is_set("ACCELERATE_USE_FSDP") or _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise RequestError(
             "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set: accelerate ignores them on a CPU, and elsewhere "
