@@ -9,6 +9,7 @@ from typing import Any
 
 from compressor.run import Run
 from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
+from supernet.common.errors import reading
 from supernet.common.files import read_json
 from supernet.common.formatting import duration, size
 from supernet.common.progress import say
@@ -59,8 +60,8 @@ def expected_seconds(run: Run) -> dict[str, float]:
     """Seconds of every stage by the run's plan; empty where it has none."""
     if not run.plan_file.is_file():
         return {}
-    plan = read_json(run.plan_file)
-    return dict(plan.get("expected", {})) if isinstance(plan, dict) else {}
+    with reading(f"{run.plan_file}: not what this version writes; remove it"):
+        return {str(name): float(seconds) for name, seconds in read_json(run.plan_file)["expected"].items()}
 
 
 def later_begun(name: str, begun: list[str]) -> bool:

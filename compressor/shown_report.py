@@ -8,9 +8,13 @@ from compressor.run import Run
 from export.report.schema import Report, validate_report
 from export.report.table import footnotes, terminal_table
 from export.report.verdict import verdict
+from supernet.common.errors import RequestError
 from supernet.common.files import read_json
 from supernet.common.progress import console, say
 from supernet.common.versions import versions
+
+TOGETHER = 5 * 10**9
+"""Nanoseconds within which page and report.json are written, one after the other; one that is newer was edited."""
 
 
 def current_report(folder: Path) -> Report | None:
@@ -21,19 +25,20 @@ def current_report(folder: Path) -> Report | None:
     page = folder / "report.html"
     if not run.report.is_file() or not page.is_file():
         return None
-    written = min(run.report.stat().st_mtime_ns, page.stat().st_mtime_ns)
+    times = [file.stat().st_mtime_ns for file in (page, run.report)]
+    if max(times) - min(times) > TOGETHER:
+        return None
+    written = min(times)
     read = [run.recipe_file, run.front, run.picks, run.evaluations, run.supernet / "manifest.json"]
     read += [*run.packages.glob("*.json"), *run.packages.glob("*/compression.json"), *run.comparison.glob("*.json")]
     read += run.subnets.glob("*/*.json")
     if any(file.is_file() and file.stat().st_mtime_ns > written for file in read):
         return None
-    data = read_json(run.report)
-    if (
-        not isinstance(data, dict)
-        or (data.get("versions") or {}).get("nas-compressor") != versions(())["nas-compressor"]
-    ):
+    try:
+        report = validate_report(read_json(run.report))
+    except (RequestError, ValueError):  # somebody spoiled it: it is written again
         return None
-    return validate_report(data)
+    return report if report.versions.get("nas-compressor") == versions(())["nas-compressor"] else None
 
 
 def show_report(report: Report, folder: Path) -> None:
