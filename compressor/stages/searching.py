@@ -148,7 +148,13 @@ class SearchProgress:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Move the bar by one measured sub-network, and record it."""
         values = {name: value for name, value in evaluation.values.items() if value is not None}
-        record("candidate", None, key=evaluation.architecture.key, generation=evaluation.generation, **values)
+        record(
+            "candidate",
+            int(self._bar.done) + 1,
+            key=evaluation.architecture.key,
+            generation=evaluation.generation,
+            **values,
+        )
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
         if self._largest is None or parameters <= self._largest:
