@@ -1,6 +1,6 @@
 """How long people wait: for the first output, for a refusal, and for any sign of life in a demo run.
 
-    python -m benchmarks.waiting [--run RUN] [--only refusals commands demo]
+    python -m benchmarks.waiting [--run RUN] [--only refusals commands demo] [--also COMMAND]
 
 Commands run as users start them, each in a process of its own. Those that show progress run on a pseudo-terminal of 80
 columns; movement of its live line counts as a sign of life.
@@ -12,6 +12,7 @@ import fcntl
 import os
 import pty
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -51,6 +52,8 @@ class Waited:
     longest: float
     """The longest time without any output, from the start to the end."""
     total: float
+    processor: float
+    """Seconds of a processor, which other work on the machine does not lengthen."""
     status: int
 
 
@@ -75,12 +78,63 @@ def on_terminal(*arguments: str) -> Waited:
             now = time.monotonic()
             first = now - began if first is None else first
             longest, last = max(longest, now - last), now
-        elif process.poll() is not None:
+        elif os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
-    status = process.wait()
+    _, status, used = os.wait4(process.pid, 0)
     ended = time.monotonic()
     os.close(child)
-    return Waited(ended - began if first is None else first, max(longest, ended - last), ended - began, status)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return Waited(
+        first=ended - began if first is None else first,
+        longest=max(longest, ended - last),
+        total=ended - began,
+        processor=used.ru_utime + used.ru_stime,
+        status=process.returncode,
+    )
+
+
+def refusals() -> None:
+    """Seconds until each wrong option is refused."""
+    print_header("refused", "seconds", "of a processor", right_from=1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        data.write_text('{"text": "the cat sees the dog"}\n')
+        for what, wrong in WRONG.items():
+            given = {"--data": str(data), "--tasks": "world_grammar", "--include-path": str(demo.TASKS)}
+            given |= {"--output": str(Path(folder) / "run")} | dict([wrong])
+            words = [word for pair in given.items() for word in pair]
+            waited = [on_terminal("compress", str(demo.MODEL), *words) for _ in range(REPEATS)]
+            assert all(one.status == 2 for one in waited), what
+            print_row(f"{what} (`{' '.join(wrong)}`)", spread(waited, "total"), spread(waited, "processor"))
+
+
+def commands(run: Path | None) -> None:
+    """Seconds of commands that compute no network, or next to nothing."""
+    print_header("command", "first output", "all of it", "of a processor", right_from=1)
+    rows = {"--version": ["--version"], "--help": ["--help"], "list tasks": ["list", "tasks"]}
+    rows["inspect"] = ["inspect", str(demo.MODEL)]
+    if run is not None:
+        rows |= {name: [name, str(run)] for name in ("status", "recipe", "report")}
+        rows["pick"] = ["pick", str(run), "--max-params", "0.8"]
+    for name, arguments in rows.items():
+        waited = [on_terminal(*arguments) for _ in range(REPEATS)]
+        assert all(one.status == 0 for one in waited), name
+        print_row(f"`{name}`", *(spread(waited, part) for part in ("first", "total", "processor")))
+
+
+def whole_runs(also: str | None) -> None:
+    """The longest silence of a demo, and of another command."""
+    print_header("run", "first output", "longest silence", "all of it", right_from=1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {"demo": ["demo", "--output", f"{folder}/run"]} | ({also: shlex.split(also)} if also else {})
+        for name, arguments in rows.items():
+            one = on_terminal(*arguments)
+            assert one.status == 0, name
+            print_row(f"`{name}`", f"{one.first:.1f} s", f"{one.longest:.1f} s", f"{one.total:.0f} s")
+
+
+def spread(waited: list[Waited], part: str) -> str:
+    return median_range([getattr(one, part) for one in waited], ".1f")
 
 
 def main() -> None:
@@ -88,40 +142,16 @@ def main() -> None:
         __doc__ or "",
         run=(Path, "a finished run, for the commands that read one"),
         only=["refusals", "commands", "demo"],
+        also=(str, "another command whose longest silence is measured, without the word compressor"),
     ).parse_args()
     if "refusals" in options.only:
-        print_header("refused", "seconds", right_from=1)
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data.jsonl"
-            data.write_text('{"text": "the cat sees the dog"}\n')
-            for what, wrong in WRONG.items():
-                given = {"--data": str(data), "--tasks": "world_grammar", "--include-path": str(demo.TASKS)}
-                given |= {"--output": str(Path(folder) / "run")} | dict([wrong])
-                words = [word for pair in given.items() for word in pair]
-                waited = [on_terminal("compress", str(demo.MODEL), *words) for _ in range(REPEATS)]
-                assert all(one.status == 2 for one in waited), what
-                print_row(f"{what} (`{' '.join(wrong)}`)", median_range([one.total for one in waited], ".1f"))
+        refusals()
     if "commands" in options.only:
         print()
-        print_header("command", "first output", "all of it", right_from=1)
-        rows = {"--version": ["--version"], "--help": ["--help"], "list tasks": ["list", "tasks"]}
-        rows["inspect"] = ["inspect", str(demo.MODEL)]
-        if options.run:
-            for name in ("status", "recipe", "report"):
-                rows[name] = [name, str(options.run)]
-            rows["pick"] = ["pick", str(options.run), "--max-params", "0.8"]
-        for name, arguments in rows.items():
-            waited = [on_terminal(*arguments) for _ in range(REPEATS)]
-            assert all(one.status == 0 for one in waited), name
-            first, total = ([getattr(one, part) for one in waited] for part in ("first", "total"))
-            print_row(f"`{name}`", median_range(first, ".1f"), median_range(total, ".1f"))
+        commands(options.run)
     if "demo" in options.only:
         print()
-        print_header("run", "first output", "longest silence", "all of it", right_from=1)
-        with tempfile.TemporaryDirectory() as folder:
-            one = on_terminal("demo", "--output", f"{folder}/run")
-        assert one.status == 0
-        print_row("`demo`", f"{one.first:.1f} s", f"{one.longest:.1f} s", f"{one.total:.0f} s")
+        whole_runs(options.also)
 
 
 if __name__ == "__main__":
