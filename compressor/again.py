@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from compressor.cli.options import RECIPE_OPTIONS
+from compressor.local_paths import localized
 from compressor.recipe import Recipe
 from compressor.run import Run
 
@@ -17,8 +18,6 @@ from compressor.run import Run
 def recipe_text(folder: Path) -> str:
     """The recipe of a run as YAML, budgets and all, without the keys that say nothing. What is local is named by where
     it lies now. Raises `RequestError` where the folder is no run, or something that it names is gone."""
-    from compressor.local_paths import localized  # which imports this module's neighbours
-
     run = Run(folder)
     run.check_exists()
     recipe = localized(run.recipe(), folder, run.local_paths())

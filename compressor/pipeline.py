@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,7 +133,8 @@ def records_end() -> Iterator[None]:
         yield
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        kept("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
+        with suppress(OSError):  # a full disk, perhaps: the first cause is what the user needs to see
+            kept("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
         raise
     finally:
         keep_lines()

@@ -147,6 +147,6 @@ def _keep_traceback() -> str:
 def _fail(status: int, line: str) -> int:
     printable = " ".join(line.split()).encode("utf-8", "backslashreplace").decode()
     with contextlib.suppress(OSError):  # nobody reads any more: the status still says it
-        kept(f"error: {printable}")
         console.print(f"error: {printable}", markup=False, soft_wrap=True, style="red")
+        kept(f"error: {printable}")
     return status

@@ -52,7 +52,7 @@ def _spaces() -> Listed:
 def _families() -> Listed:
     from supernet.families import families  # imports every family's file
 
-    return {name: f"{family.class_name('ForCausalLM')}" for name, family in sorted(families().items())}
+    return {name: family.class_name("ForCausalLM") for name, family in sorted(families().items())}
 
 
 def _baselines() -> Listed:
