@@ -21,12 +21,12 @@ from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
-from evals.scoring.documents import Split
 from evals.speed.table import SpeedTable
 from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
+from search.scores import Split
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
 from supernet.training.loop import points_of

@@ -15,9 +15,6 @@ from compressor.names import REDOABLE
 from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from compressor.schedule import Schedule
-from evals.scoring.encoding import Encoder
-from evals.scoring.scorer import NetworkLM, Scorer
-from evals.scoring.tasks import TaskSet
 from evals.speed.table import SpeedTable
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -34,6 +31,9 @@ from supernet.training.loop import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from evals.scoring.scorer import Scorer
+    from evals.scoring.tasks import TaskSet
 
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
@@ -156,6 +156,10 @@ class Job:
 
     @cached_property
     def tasks(self) -> TaskSet:
+        # These import lm-eval and datasets, a second that looking at a network does not need.
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.tasks import TaskSet
+
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
@@ -168,6 +172,8 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
+        from evals.scoring.scorer import NetworkLM, Scorer  # as above
+
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
