@@ -91,7 +91,7 @@ def check_names(job: Job) -> None:
     for key, name, known in named:
         if name not in known:
             raise unknown(key, name, known)
-    ordering = finetuning.ordering
+    ordering = job.recipe.ordering
     if Path(ordering).suffix == ".safetensors":
         load_ordering(Path(ordering), job.structure)
     elif ordering not in IMPORTANCES:

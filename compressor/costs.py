@@ -171,7 +171,9 @@ def _writing(counts: _Counts, rates: Rates) -> StageCost:
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     """Once over the calibration text, for the units' importance and the layers' together; some criteria go back too."""
     tokens = calibration_blocks(counts.job) * counts.length
-    each = rates.train if counts.recipe.finetuning.ordering in ("taylor", "learned") else rates.teach
+    each = {"taylor": rates.train, "learned": rates.train, "surgeon": 2 * rates.teach}.get(
+        counts.recipe.ordering, rates.teach
+    )
     stored = 0.0 if counts.train_tokens else float(counts.base * counts.job.stored_dtype.itemsize)
     return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each + stored / DISK_RATE, disk=stored)
 

@@ -158,8 +158,9 @@ class Finetuning(Section):
 
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 searches the base as it is. Unset: by `effort`."""
-    ordering: str = "wanda"
-    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model."""
+    ordering: str | None = None
+    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model. Unset:
+    `wanda`, and `surgeon` where what is cut is repaired."""
     sampler: str = "sandwich"
     """Who takes part in a step: `sandwich` (largest, random, smallest), `joint` or `alternate`."""
     random_members: int = Field(default=1, ge=0)
@@ -358,13 +359,19 @@ class Recipe(Section):
             generated_limit(source)
         return source
 
+    @property
+    def ordering(self) -> str:
+        """How units are ordered: the criterion that does best with the repair, or without it."""
+        return self.finetuning.ordering or ("surgeon" if self.repair.enabled else "wanda")
+
     def resolved(self) -> Recipe:
-        """The same recipe with the budgets of its effort filled in where nothing else was said."""
+        """The same recipe with the budgets of its effort, and the ordering, filled in where nothing else was said."""
         budget = BUDGETS[self.effort]
         recipe = self.model_copy(deep=True)
         for name in OPEN:
             if recipe.budget(name) is None:
                 recipe.set_budget(name, getattr(budget, name))
+        recipe.finetuning.ordering = recipe.ordering
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe
