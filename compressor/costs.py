@@ -27,6 +27,8 @@ from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
+from supernet.device import activation_bytes
+from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
 from supernet.training.loop import points_of
@@ -311,14 +313,13 @@ def expected_memory(job: Job) -> dict[str, float]:
     recipe, structure = job.recipe, job.structure
     base = structure.base
     total = structure.parameters(base)
-    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
+    rows = -(-(recipe.finetuning.batch_size or 1) // (processes() * job.parts_of_batch))
     neurons = max(
         s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
         for s in base.layers
     )
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
     weight_bytes = total * job.compute_dtype.itemsize
-    activations = 4 * rows * per_token
+    activations = activation_bytes(structure, rows * recipe.finetuning.sequence_length)
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:

@@ -25,10 +25,10 @@ from supernet.checkpoint import Checkpoint, open_checkpoint
 from supernet.common.errors import RequestError, reading, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
-from supernet.device import pass_tokens
+from supernet.device import parts_of_batch, pass_tokens
 from supernet.loading import check_fit, load_causal_lm
 from supernet.ordering import by_influence
-from supernet.training.accelerator import make_accelerator
+from supernet.training.accelerator import make_accelerator, processes
 from supernet.training.loop import TrainSettings
 
 if TYPE_CHECKING:
@@ -241,6 +241,15 @@ class Job:
             )
         return table
 
+    @property
+    def parts_of_batch(self) -> int:
+        """Parts that each process computes its share of a batch in."""
+        finetuning = self.recipe.finetuning
+        if finetuning.gradient_accumulation is not None:
+            return finetuning.gradient_accumulation
+        rows = max(1, (finetuning.batch_size or 1) // processes())
+        return parts_of_batch(self.structure, rows, finetuning.sequence_length, self.device)
+
     def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
         """The loop's settings for a section of the recipe, after `fill_in`."""
         assert section.tokens is not None and section.learning_rate is not None
@@ -256,7 +265,7 @@ class Job:
             sequence_length=length,
             learning_rate=section.learning_rate,
             seed=seed,
-            accumulation=finetuning.gradient_accumulation,
+            accumulation=self.parts_of_batch,
             optimizer=finetuning.optimizer,
             gradient_checkpointing=finetuning.gradient_checkpointing,
             **chosen,

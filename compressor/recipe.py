@@ -196,8 +196,9 @@ class Finetuning(Section):
     """`adamw` (fused), or `adamw-8bit` (bitsandbytes, GPU only)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences in a step, of fine-tuning and healing. Unset: by `effort`."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in."""
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    """Parts that a batch is computed in, of fine-tuning and healing. Unset: one on a GPU; on a CPU as many as keep what
+    a part's backward pass needs within 3 GiB."""
     gradient_checkpointing: bool = False
     """Whether layers are computed again in the backward pass, to save memory."""
     shard: bool = False

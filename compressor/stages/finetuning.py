@@ -51,10 +51,12 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     """All that the stage reads; another value of any of it makes another super-network."""
     recipe, space = job.recipe, job.declared_space  # which layers are important follows from the model and the data
     least, _ = smallest_in_training(job, space)
+    finetuning = former_names(job.given.finetuning.model_dump())
+    finetuning["gradient_accumulation"] = finetuning["gradient_accumulation"] or 1  # as where it was 1 when unset
     inputs = {
         "model": job.base_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
-        "finetuning": former_names(job.given.finetuning.model_dump()),
+        "finetuning": finetuning,
         "space": space.to_dict(),
         "smallest": least.to_dict(),
         "seed": recipe.seed,
