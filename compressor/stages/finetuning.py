@@ -226,7 +226,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     return finetune_supernet(
         make(supernet, load if scheme.needs_base else None, section.lora_rank, job.recipe.seed),
         blocks,
-        job.train_settings(section, blocks.length, job.recipe.seed),
+        job.in_parts(job.train_settings(section, blocks.length, job.recipe.seed)),
         scheme,
         range_,
         state=state,
