@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SPACES = ("llama-nas", "instatune", "depth", "uniform", "fine")
-ORDERINGS = ("magnitude", "activation", "wanda", "taylor", "learned", "random")
+ORDERINGS = ("magnitude", "activation", "wanda", "taylor", "learned", "surgeon", "random")
 SAMPLERS = ("sandwich", "joint", "alternate")
 DRAWS = ("sizes", "cuts", "genes", "shift")
 LOSSES = ("ce", "kl", "hidden", "relations")
