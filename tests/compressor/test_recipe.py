@@ -26,6 +26,7 @@ RECIPES = ROOT / "recipes"
         ("1.5b", 1_500_000_000),
         ("450", 450),
         ("2k", 2000),
+        ("4.5e8", 450_000_000),
     ],
 )
 def test_sizes(text: str, parameters: int) -> None:
@@ -39,7 +40,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072)]
+    ("text", "count"),
+    [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072), ("2e9", 2_000_000_000)],
 )
 def test_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
