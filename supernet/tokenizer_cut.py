@@ -69,7 +69,7 @@ def named_ids(config: Mapping[str, Any], rows: int) -> list[int]:
 
 
 def renumbered(config: Mapping[str, Any], new: Callable[[int], int | None]) -> dict[str, Any]:
-    """The keys of a configuration that hold ids of tokens, with what the function `new` makes of each id."""
+    """The keys of a configuration that hold ids of tokens, with what `new` makes of each id; lists lose what is None."""
 
     def value(key: str, held: Any) -> Any:
         if isinstance(held, bool) or held is None:
@@ -81,7 +81,7 @@ def renumbered(config: Mapping[str, Any], new: Callable[[int], int | None]) -> d
                 return [[position, value("", number)] for position, number in held]
             if key == "sequence_bias":  # pairs of ids and a bias
                 return [[value("", ids), bias] for ids, bias in held]
-            return [value("", one) for one in held]
+            return [one for one in (value("", entry) for entry in held) if one is not None]
         return held
 
     return {key: value(key, held) for key, held in config.items() if names_ids(key)}

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from supernet.common.errors import RequestError
@@ -34,6 +35,8 @@ ENOUGH, ENOUGH_OF_TASKS = 0.999, 0.98
 other domains have rare words of all kinds: 99.9 % of three tasks' tokens are nearly all of SmolLM2's vocabulary."""
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """Tokens of the bytes of what a tokenizer with byte fallback has no other token for."""
+SPACE = "▁"
+"""What stands for a space in SentencePiece's tokens. Spelled in bytes, decoders would not make a space of it."""
 
 
 def ids_of(described: Described) -> dict[str, int]:
@@ -55,7 +58,8 @@ def ids_of(described: Described) -> dict[str, int]:
 def pairs_of(described: Described) -> list[tuple[str, str]]:
     """The merges of a BPE tokenizer in their order; none of a Unigram one."""
     merges = described["model"].get("merges", [])
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in merges]
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges)
+    return [(first, second) for first, second in pairs]
 
 
 def merged(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> tuple[list[str], list[str]]:
@@ -63,7 +67,7 @@ def merged(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> tupl
     one of the lowest rank first, the leftmost of equals."""
     left, products = list(symbols), []
     while len(left) > 1:
-        rank, at = min((ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(left, left[1:], strict=False)))
+        rank, at = min((ranks.get(pair, math.inf), i) for i, pair in enumerate(pairwise(left)))
         if rank == math.inf:
             break
         left[at : at + 2] = [left[at] + left[at + 1]]
@@ -118,7 +122,7 @@ def _bpe(described: Described, ids: Mapping[str, int]) -> Tokens:
         elif model.get("ignore_merges"):
             parts[number], rank[number] = (number,), number
     if to_bytes:
-        fallback = {ids[token] for token in BYTES if token in ids}
+        fallback = {ids[token] for token in (*BYTES, SPACE) if token in ids}
     else:
         fallback = {number for token, number in model["vocab"].items() if len(token) == 1}
     return Tokens(ids, rank, parts, frozenset(fallback | _unknown(model.get("unk_token"), ids)))
@@ -131,7 +135,7 @@ def _unigram(described: Described, ids: Mapping[str, int]) -> Tokens:
     by_score = sorted(range(len(scores)), key=lambda number: -scores[number])
     fallback = {number for number, (token, _) in enumerate(model["vocab"]) if len(token) == 1}
     if model.get("byte_fallback"):
-        fallback = {ids[token] for token in BYTES if token in ids}
+        fallback = {ids[token] for token in (*BYTES, SPACE) if token in ids}
     # What is unknown costs the lowest score and a penalty: without that token, splits would weigh otherwise.
     fallback.add(by_score[-1])
     if model.get("unk_id") is not None:
@@ -141,7 +145,7 @@ def _unigram(described: Described, ids: Mapping[str, int]) -> Tokens:
 
 
 def _unknown(token: str | None, ids: Mapping[str, int]) -> set[int]:
-    return {ids[token]} if token in ids else set()
+    return {ids[token]} if token is not None and token in ids else set()
 
 
 def must_stay(tokens: Tokens, described: Described, named: Iterable[int]) -> list[int]:
@@ -155,9 +159,14 @@ def must_stay(tokens: Tokens, described: Described, named: Iterable[int]) -> lis
 
 def processed(described: Described) -> set[int]:
     """Ids that the post-processor and the padding of a tokenizer.json name."""
-    ids: set[int] = set()
-    renumber_processing(described, lambda number: ids.add(number) or number)
-    return ids
+    ids: list[int] = []
+
+    def note(number: int) -> int:
+        ids.append(number)
+        return number
+
+    renumber_processing(described, note)
+    return set(ids)
 
 
 def renumber_processing(described: Described, new: Callable[[int], int]) -> dict[str, Any]:
@@ -191,9 +200,7 @@ def _closed(tokens: Tokens, wanted: Iterable[int]) -> list[int]:
     return list(dict.fromkeys(part for number in wanted for part in tokens.parts.get(number, (number,))))
 
 
-def by_frequency(
-    tokens: Tokens, counts: Mapping[int, float], needed: Sequence[int], prior: float = PRIOR
-) -> list[int]:
+def by_frequency(tokens: Tokens, counts: Mapping[int, float], needed: Sequence[int], prior: float = PRIOR) -> list[int]:
     """All ids that text is split into: those `needed` first, then from the most to the least frequent, each behind what
     it is merged from. Any beginning that holds the needed ones is a vocabulary.
 

@@ -15,7 +15,7 @@ from torch import nn
 from supernet.checkpoint import Checkpoint
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json, write_json
-from supernet.tokenizer_cut import cut_tokenizer, named_ids, new_ids, renumbered
+from supernet.tokenizer_cut import cut_tokenizer, named_ids, names_ids, new_ids, renumbered
 from supernet.tokens import read_tokenizer
 from supernet.vocabulary import Described
 
@@ -61,12 +61,22 @@ def describe_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> dict[st
 def ids_in_configurations(checkpoint: Checkpoint) -> list[int]:
     """All ids that config.json, its defaults and generation_config.json name, and that have a row."""
     rows = checkpoint.structure.vocab_size
-    values = [checkpoint.config.to_dict(), _generation(checkpoint.path)]
-    return list(dict.fromkeys(number for value in values for number in named_ids(value, rows)))
+    ids = [
+        number for config in (_configuration(checkpoint), _generation(checkpoint)) for number in named_ids(config, rows)
+    ]
+    return list(dict.fromkeys(ids))
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
+def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with the defaults of ids that it leaves out, under the keys of today."""
+    stored = dict(read_json(checkpoint.path / "config.json"))
+    stored.pop("torch_dtype", None)  # a former name
+    loaded = checkpoint.config.to_dict()
+    return {key: loaded[key] for key in loaded if names_ids(key) and loaded[key] is not None} | stored
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    file = checkpoint.path / "generation_config.json"
     return dict(read_json(file)) if file.is_file() else {}
 
 
@@ -96,21 +106,24 @@ def write_cut(
     from transformers import GenerationConfig
 
     new = cut.new
-    # 1. Weights; transformers refuses to write some generation settings that it reads, so ours is written by hand.
+
+    def renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {**config, **renumbered(config, lambda number: new.get(number, number if number < 0 else None))}
+
+    # 1. Weights. transformers refuses to write some generation settings that it reads: its own are never written.
     cut_rows(model, cut.rows)
+    for key, value in renamed(model.config.to_dict()).items():
+        if names_ids(key):
+            setattr(model.config, key, value)
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
+    # 2. Configurations as they were, under the new ids.
+    config = renamed(_configuration(checkpoint))
+    config |= {"vocab_size": len(cut.rows), "tie_word_embeddings": checkpoint.config.tie_word_embeddings}
+    write_json(folder / "config.json", config | {"dtype": str(model.dtype).removeprefix("torch.")})
     (folder / "generation_config.json").unlink(missing_ok=True)
-    # 2. Configurations. Defaults that config.json leaves out name ids too: they are written out.
-    config = checkpoint.config.to_dict()
-    ids = renumbered(config, lambda number: new.get(number, number if number < 0 else None))
-    stored = read_json(checkpoint.path / "config.json")
-    stored |= {key: value for key, value in ids.items() if value != config[key] or key in stored}
-    stored |= {"vocab_size": len(cut.rows), "tie_word_embeddings": checkpoint.config.tie_word_embeddings}
-    write_json(folder / "config.json", stored)
-    if generation := _generation(checkpoint.path):
-        ids = renumbered(generation, lambda number: new.get(number, number if number < 0 else None))
-        write_json(folder / "generation_config.json", generation | ids)
+    if generation := _generation(checkpoint):
+        write_json(folder / "generation_config.json", renamed(generation))
     for code in checkpoint.path.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
     # 3. The tokenizer.
@@ -134,8 +147,8 @@ def write_cut(
 
 @dataclass(frozen=True)
 class Splits:
-    """How a text is split: `ids` of the whole tokenizer, `cut_ids` of the cut one, and the text that the whole one makes
-    of its ids."""
+    """How a text is split: `ids` of the whole tokenizer, `cut_ids` of the cut one, and the text that the former makes of
+    its ids."""
 
     text: str
     ids: tuple[int, ...]
