@@ -38,6 +38,7 @@ class Run:
         self.log_file = path / "log.txt"
         self.requests = path / "requests"
         self.data = path / "data"
+        self.base = path / "base"
         self.supernet = path / "supernet"
         self.speed_table = path / "speed.json"
         self.search = path / "search"

@@ -69,7 +69,7 @@ def named_ids(config: Mapping[str, Any], rows: int) -> list[int]:
 
 
 def renumbered(config: Mapping[str, Any], new: Callable[[int], int | None]) -> dict[str, Any]:
-    """The keys of a configuration that hold ids of tokens, with what `new` makes of each id; lists lose what is None."""
+    """The keys of a configuration that hold ids of tokens, with what `new` makes of each; lists lose what is None."""
 
     def value(key: str, held: Any) -> Any:
         if isinstance(held, bool) or held is None:

@@ -147,8 +147,8 @@ def write_cut(
 
 @dataclass(frozen=True)
 class Splits:
-    """How a text is split: `ids` of the whole tokenizer, `cut_ids` of the cut one, and the text that the former makes of
-    its ids."""
+    """How a text is split: `ids` of the whole tokenizer, `cut_ids` of the cut one, and the text that the whole one
+    makes of its ids."""
 
     text: str
     ids: tuple[int, ...]

@@ -50,6 +50,8 @@ RECIPE_OPTIONS = {
     "text_key": RecipeOption("text_key", str, "the column of the data with the text, where it is not called 'text'"),
     "include_path": RecipeOption("include_path", str, "folder of lm-eval task files"),
     "space": RecipeOption("space", str, "llama-nas, instatune, depth, uniform, fine, or a YAML file"),
+    "vocabulary": RecipeOption("vocabulary.size", str, "tokens to keep: 0.5, 24k, auto, or a text to choose by"),
+    "vocabulary_text": RecipeOption("vocabulary.text", str, "text that tokens are counted in; unset: the data"),
     "time": RecipeOption("time", str, "how long the whole job may take here, such as 3h or 90m: sets every budget"),
     "effort": RecipeOption("effort", str, "quick, standard or thorough: sets every budget, without a clock"),
     "train_tokens": RecipeOption("finetuning.tokens", int, "tokens for the one fine-tuning (0: none)"),

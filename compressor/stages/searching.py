@@ -150,7 +150,7 @@ class SearchProgress:
         parameters = structure.parameters(evaluation.architecture)
         if self._largest is None or parameters <= self._largest:
             self._best = max(self._best, (evaluation.values["quality"], parameters))
-        share = self._best[1] / structure.parameters(structure.base)
+        share = self._best[1] / self._job.untouched_parameters
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
 
     def generation(self, record: GenerationRecord) -> None:

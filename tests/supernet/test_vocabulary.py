@@ -1,4 +1,4 @@
-"""Which tokens stay, and tokenizers of every kind cut to them: no text is lost, that of kept tokens is split as before."""
+"""Which tokens stay, and tokenizers of every kind cut to them: no text is lost, that of kept tokens split as before."""
 
 from __future__ import annotations
 
