@@ -92,6 +92,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"vocabulary {facts['vocab_size']:,}{' (tied)' if facts['tied_embeddings'] else ''}; {size(facts['bytes'])} on "
         f"disk; {size(facts['kv_cache_bytes_per_token'])} of KV cache for each token"
     )
+    if "vocabulary" in facts:
+        print_vocabulary(facts)
     space = facts["space"]
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for gene, values in space["genes"].items():
@@ -126,3 +128,19 @@ def print_inspection(facts: dict[str, Any]) -> None:
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")
     if facts["time"] is not None:
         console.print(f"the recipe names a time ({facts['time']}): compress --plan tells its budgets, not these")
+
+
+def print_vocabulary(facts: dict[str, Any]) -> None:
+    """What sizes of the vocabulary would keep and save (`compressor.stages.trimming.sizes`)."""
+    say("\nvocabulary, on text that was not counted")
+    sizes = Table(box=box.SIMPLE)
+    sizes.add_column("size")
+    columns = ("tokens", "of the text", "of the tasks", "parameters saved", "share", "bytes saved", "tokens per byte")
+    for column in columns:
+        sizes.add_column(column, justify="right", overflow="fold")
+    for row in facts["vocabulary"]:
+        tasks = "" if row["tasks_coverage"] is None else f"{row['tasks_coverage']:.2%}"
+        saved = f"{row['parameters_saved']:,}", f"{row['share_saved']:.1%}", size(row["bytes_saved"])
+        each = f"{row['tokens_per_byte']:.4f}"
+        sizes.add_row(row["size"], f"{row['tokens']:,}", f"{row['coverage']:.2%}", tasks, *saved, each)
+    console.print(sizes)

@@ -78,6 +78,9 @@ class Job:
     @cached_property
     def untouched(self) -> Checkpoint:
         """The checkpoint that the recipe names: what quality, speed and reports compare with."""
+        return self.checkpoint if self.recipe.vocabulary.size is None else self._open_named()
+
+    def _open_named(self) -> Checkpoint:
         recipe = self.recipe
         return open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code, weights=self.weights)
 
@@ -85,7 +88,9 @@ class Job:
     def checkpoint(self) -> Checkpoint:
         """The base of the super-network, which also teaches: the untouched checkpoint, or what the run cut its
         vocabulary to (`use_base`)."""
-        if self.recipe.vocabulary.size is not None and self.weights:
+        if self.recipe.vocabulary.size is None:
+            return self._open_named()
+        if self.weights:
             if (self.run.base / VOCABULARY).is_file():
                 return self.cut_checkpoint(self.run.base)
             if self.run.manifest(self.run.supernet) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,5 +63,6 @@ def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
                 if kind == "data":
                     texts.append(value)
                 elif kind == "string":
-                    texts.append(str(ast.literal_eval(value)))
+                    unquoted = value[1:-1].encode("ascii", "backslashreplace")
+                    texts.append(unquoted.decode("unicode-escape"))  # as jinja2 does
     return texts

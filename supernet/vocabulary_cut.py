@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,15 @@ def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
 def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.path / "generation_config.json"
     return dict(read_json(file)) if file.is_file() else {}
+
+
+def cut_loaded(tokenizer: PreTrainedTokenizerBase, cut: VocabularyCut) -> PreTrainedTokenizerBase:
+    """A copy of a loaded tokenizer with the cut's tokens only."""
+    from tokenizers import Tokenizer
+
+    small: Any = copy.deepcopy(tokenizer)
+    small._tokenizer = Tokenizer.from_str(json.dumps(cut.described))
+    return small
 
 
 def cut_rows(model: PreTrainedModel, rows: Sequence[int]) -> None:

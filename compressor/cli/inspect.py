@@ -8,7 +8,18 @@ from compressor.cli.options import Given, Json, Model, RecipeFile, recipe_option
 from compressor.cli.output import emit
 
 
-@recipe_options("space", "effort", "revision", "trust_remote_code")
+@recipe_options(
+    "space",
+    "effort",
+    "vocabulary",
+    "vocabulary_text",
+    "data",
+    "text_key",
+    "tasks",
+    "include_path",
+    "revision",
+    "trust_remote_code",
+)
 def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = False) -> None:
     """What a checkpoint holds, what may be cut, what it would cost.
 
@@ -21,7 +32,14 @@ def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = 
 
     asked = read_recipe(recipe, {"model": model} | given)
     asked = asked.model_copy(update={"device": "auto"})  # a recipe for a GPU may be looked at without one
-    facts = inspect_job(Job(Run(Path()), asked.resolved(), weights=False))
+    job = Job(Run(Path()), asked.resolved(), weights=False)
+    facts = inspect_job(job)
+    if asked.vocabulary.size is not None:
+        from compressor.stages.trimming import sizes
+        from supernet.loading import checkpoint_folder
+
+        checkpoint_folder(model, asked.revision, weights=False, beside=True)  # a hub model's tokenizer, not its weights
+        facts["vocabulary"] = sizes(job, asked.vocabulary.size)
     if not json:
         print_inspection(facts)
     emit(facts, json)

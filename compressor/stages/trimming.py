@@ -28,11 +28,21 @@ from supernet.common.progress import say
 from supernet.tokens import template_texts
 from supernet.training.data import encode_row
 from supernet.training.sources import Row, is_generated, read_rows
-from supernet.vocabulary import ENOUGH, ENOUGH_OF_TASKS, Tokens, by_frequency, chosen_size, coverage, least_covering
+from supernet.vocabulary import (
+    AUTO,
+    ENOUGH,
+    ENOUGH_OF_TASKS,
+    Tokens,
+    by_frequency,
+    chosen_size,
+    coverage,
+    least_covering,
+)
 from supernet.vocabulary import must_stay as ids_that_stay
 from supernet.vocabulary_cut import (
     VocabularyCut,
     compare_splits,
+    cut_loaded,
     describe_tokenizer,
     ids_in_configurations,
     write_cut,
@@ -48,6 +58,8 @@ TEXTS, TEXT_LENGTH = 48, 160
 """Texts whose splits a package remembers, beside some that are hard to split; and their characters."""
 PROOF_TEXTS, PROOF_LENGTH = 8, 64
 """Texts of kept tokens on which logits are compared, and their tokens at most."""
+SHARES = ("1", "0.75", "0.5", "0.25")
+"""Sizes that `inspect` shows beside those asked for."""
 TOLERANCE = 1e-4
 """Largest difference of logits as a share of the largest one: a head with fewer rows is summed in another order."""
 
@@ -274,6 +286,38 @@ def measured(choice: Choice, size: int, untouched: Checkpoint, made: Checkpoint)
         bytes_per_token=bytes_per_token(choice.counts.rows, made.load_tokenizer()),
         base_bytes_per_token=bytes_per_token(choice.counts.rows, untouched.load_tokenizer()),
     )
+
+
+def sizes(job: Job, asked: str) -> list[dict[str, Any]]:
+    """What some sizes of the vocabulary, `auto` and the one `asked` for among them, would keep and save; nothing is
+    written. Raises `RequestError` as `trim` does."""
+    choice, tokenizer = order_tokens(job), job.untouched.load_tokenizer()
+    structure, base = job.untouched.structure, job.untouched.structure.base
+    shapes = (structure.shape(tensor, base) for tensor in structure.tensors if tensor.role in ("embedding", "head"))
+    for_each_row = sum(shape[1] for shape in shapes if shape)
+    choice.size(asked)  # refused before anything is measured
+    rows = []
+    for name in dict.fromkeys((*SHARES, AUTO, asked)):
+        try:
+            size = choice.size(name)
+        except RequestError:  # less than must stay
+            continue
+        share, tasks_share = choice.coverage(size)
+        cut = choice.cut(size)
+        saved = for_each_row * (structure.vocab_size - len(cut.rows))
+        rows.append(
+            {
+                "size": name,
+                "tokens": size,
+                "coverage": share,
+                "tasks_coverage": tasks_share,
+                "parameters_saved": saved,
+                "share_saved": saved / structure.parameters(base),
+                "bytes_saved": saved * structure.dtype_bytes,
+                "tokens_per_byte": 1 / bytes_per_token(choice.counts.rows, cut_loaded(tokenizer, cut)),
+            }
+        )
+    return rows
 
 
 def in_words(record: VocabularyRecord) -> str:

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from export.report.schema import Base, Package, Report
-from search.scores import Score
 from export.report.vocabulary import vocabulary_notes
+from search.scores import Score
 from supernet.common.formatting import count, percent, rate, size
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from export.report.schema import Base, Package, Report
-from search.scores import Score
 from export.report.vocabulary import decode_ratio
+from search.scores import Score
 from supernet.common.formatting import count, percent, size
 
 HEAVY = 0.9

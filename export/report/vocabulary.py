@@ -11,10 +11,8 @@ def text_speed(row: Base | Package) -> float | None:
     where tokens are the base's, or speed was not measured."""
     if row.speed is None:
         return None
-    if isinstance(row, Base):
-        each = row.bytes_per_token
-    else:
-        each = row.vocabulary.bytes_per_token if row.vocabulary else None
+    record = row if isinstance(row, Base) else row.vocabulary
+    each = None if record is None else record.bytes_per_token
     return None if each is None else row.speed.decode_tps * each
 
 
