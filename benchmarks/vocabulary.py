@@ -6,8 +6,8 @@
 
 Each size is a base as `compress --vocabulary` makes it: tokens are chosen by the data and the tasks' search documents.
 Bits per byte are of the same held-out texts at every size, their first bytes; `--limit` scores so many report
-documents of each task, `--speed` times decoding beside the untouched network. With `--priors`, only how much of held-out
-text each weight of the prior covers, and no network is read. One thread for speed and scores.
+documents of each task, `--speed` times decoding beside the untouched network. With `--priors`, only how much of
+held-out text each weight of the prior covers, and no network is read. One thread for speed and scores.
 """
 
 from __future__ import annotations
