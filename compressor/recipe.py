@@ -174,6 +174,12 @@ class Vocabulary(Section):
             return {**values, "size": AUTO, "text": size}
         return values
 
+    @model_validator(mode="after")
+    def _text_of_a_size(self) -> Vocabulary:
+        if self.text is not None and self.size is None:
+            raise ValueError("a text to choose tokens by, but no size; say --vocabulary auto too")
+        return self
+
     @field_validator("size", mode="before")
     @classmethod
     def _numbers(cls, size: Any) -> Any:

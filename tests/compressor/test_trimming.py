@@ -218,6 +218,21 @@ def test_a_text_as_size_means_auto_on_it() -> None:
         read_recipe(None, {"model": "m", "vocabulary.size": "autoo"})
     with pytest.raises(RequestError, match="is no size of a vocabulary"):
         read_recipe(None, {"model": "m", "vocabulary.size": "0"})
+    with pytest.raises(RequestError, match="no size; say --vocabulary auto too"):
+        read_recipe(None, {"model": "m", "vocabulary.text": "mine.jsonl"})
+
+
+def test_a_run_without_its_base_says_so(made: Made, tmp_path: Path) -> None:
+    moved = shutil.copytree(made.run, tmp_path / "run", ignore=shutil.ignore_patterns("base", ".lock"))
+    with pytest.raises(RequestError, match="the base of this run is missing"):
+        _ = Job(Run(moved), read_recipe(moved / "recipe.yaml", {})).checkpoint
+
+
+def test_no_run_is_left_where_the_request_is_wrong(made: Made, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    arguments = ["--output", str(other), "--vocabulary", "0.8", "--max-params", "0.99"]
+    assert run(made.arguments(*arguments)) == 2
+    assert not other.exists()
 
 
 def test_inspect_shows_sizes_beforehand(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
