@@ -69,8 +69,8 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
 
     Raises `RequestError` without leaving anything behind where the request is wrong.
     """
-    with scratch_folder() as scratch:
-        job, plan = prepare(recipe, output, Path(scratch), redo=redo, tasks_needed=tasks_needed)
+    with scratch_folder(recipe, output) as scratch:
+        job, plan = prepare(recipe, output, scratch, redo=redo, tasks_needed=tasks_needed)
         job.run = Run.create(output, job.given, provenance(job), job.paths)
         keep_base(job)
     if plan is not None:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from compressor.inputs import data_fingerprint
 from compressor.job import Job
+from compressor.recipe import Recipe
 from export.layouts.gguf.tokenizer import sample_texts
 from export.probe import logits_of
 from export.vocabulary_record import VOCABULARY, CutVocabulary, SplitText, VocabularyRecord
@@ -25,7 +27,7 @@ from supernet.checkpoint import Checkpoint
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import say
-from supernet.tokens import template_texts
+from supernet.tokens import no_row, template_texts, tokens_without_row
 from supernet.training.data import encode_row
 from supernet.training.sources import Row, is_generated, read_rows
 from supernet.vocabulary import (
@@ -134,15 +136,21 @@ def keep_base(job: Job) -> None:
     if job.run.writes and made != job.run.base:
         with job.run.stage(job.run.base, job.vocabulary.inputs) as (folder, _):
             for file in made.iterdir():
-                shutil.copyfile(file, folder / file.name)
+                shutil.move(file, folder / file.name)
         job.run.log(f"cut the vocabulary to {job.structure.vocab_size} tokens")
     job.accelerator.wait_for_everyone()  # until it is there
     job.use_base(job.run.base)
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where a base is made before there is a run to hold it."""
-    return tempfile.TemporaryDirectory(prefix="compressor-base-")
+@contextmanager
+def scratch_folder(recipe: Recipe, output: Path) -> Iterator[Path]:
+    """Where a base is made before there is a run to hold it: on the run's disk. Where none is made, the run's own."""
+    if recipe.vocabulary.size is None:
+        yield output
+        return
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-base-", dir=parent) as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,9 @@ def order_tokens(job: Job) -> Choice:
     """All tokens of the base in the order in which they stay, by the text and the tasks' search documents."""
     tokenizer = job.untouched.load_tokenizer()
     described = describe_tokenizer(job.given.model, tokenizer)
-    tokens = Tokens.read(described)
+    tokens, rows = Tokens.read(described), job.untouched.structure.vocab_size
+    if beyond := tokens_without_row(tokenizer, rows):
+        raise RequestError(f"--vocabulary: {no_row(*beyond[0], rows)}")
     counts = count(job, tokenizer)
     named = ids_in_configurations(job.untouched)
     in_template = (number for text in template_texts(tokenizer) for number in tokenizer(text).input_ids)

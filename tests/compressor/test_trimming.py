@@ -211,6 +211,15 @@ def test_other_tokenizers_and_generated_text_are_refused(tmp_path: Path) -> None
         trimming.trim(Job(Run(tmp_path / "other"), recipe.resolved()), tmp_path)
 
 
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(model)
+    with pytest.raises(RequestError, match=r"'<more>'.*has no row in the embedding"):
+        trimmed(tmp_path, model, data(tmp_path / "data.jsonl"), size="auto")
+
+
 def test_a_text_as_size_means_auto_on_it() -> None:
     recipe = read_recipe(None, {"model": "m", "vocabulary.size": "texts/mine.jsonl"})
     assert (recipe.vocabulary.size, recipe.vocabulary.text) == ("auto", "texts/mine.jsonl")
@@ -232,7 +241,7 @@ def test_no_run_is_left_where_the_request_is_wrong(made: Made, tmp_path: Path) -
     other = tmp_path / "other"
     arguments = ["--output", str(other), "--vocabulary", "0.8", "--max-params", "0.99"]
     assert run(made.arguments(*arguments)) == 2
-    assert not other.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_shows_sizes_beforehand(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
