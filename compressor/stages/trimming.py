@@ -6,6 +6,7 @@ with. Which tokens stay is chosen once: a run keeps its base while model, size a
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -56,8 +57,10 @@ LEAST = 10_000
 """Tokens that a text must have: fewer say nothing of what is frequent."""
 HELD = 10
 """One document of so many is not counted: coverage is stated on those."""
-TEXTS, TEXT_LENGTH = 48, 160
-"""Texts whose splits a package remembers, beside some that are hard to split; and their characters."""
+TEXTS, TEXT_LENGTH = 1000, 100
+"""Pieces of held-out text that both tokenizers split, beside some that are hard to split; and their characters."""
+REMEMBERED = 32
+"""How many of these a package remembers. They are readable in it, so they are few and short."""
 PROOF_TEXTS, PROOF_LENGTH = 8, 64
 """Texts of kept tokens on which logits are compared, and their tokens at most."""
 SHARES = ("1", "0.75", "0.5", "0.25")
@@ -182,7 +185,7 @@ class Choice:
     def texts(self) -> list[str]:
         """Texts to prove a cut on: some of those held out, and some that are hard to split."""
         texts = [piece for row in self.counts.rows for piece in pieces(row.text)]
-        return [*texts[:: max(1, len(texts) // TEXTS)][:TEXTS], *sample_texts(16)]
+        return [*texts[:: max(1, len(texts) // TEXTS)][:TEXTS], *sample_texts()]
 
 
 def order_tokens(job: Job) -> Choice:
@@ -257,8 +260,8 @@ def pieces(text: str) -> list[str]:
 
 
 def write_base(job: Job, cut: VocabularyCut, folder: Path, texts: Sequence[str]) -> tuple[list[SplitText], float]:
-    """Write the cut base; returns how it splits texts, and the largest difference of the kept tokens' logits, as a
-    share of the largest one.
+    """Write the cut base; returns how it splits some of the texts, and the largest difference of the kept tokens'
+    logits, as a share of the largest one.
 
     Raises `VerificationError` where text of kept tokens is split otherwise than before, or the logits differ.
     """
@@ -282,8 +285,8 @@ def write_base(job: Job, cut: VocabularyCut, folder: Path, texts: Sequence[str])
         difference = max(difference, moved.item())
     if not difference <= TOLERANCE:
         raise VerificationError(f"the cut base says otherwise of kept tokens, by {difference:.2g} of the largest logit")
-    remembered = [SplitText(text=s.text, ids=list(s.cut_ids), decoded=s.decoded, kept=s.kept) for s in splits]
-    return remembered, difference
+    few = splits[:: math.ceil(len(splits) / REMEMBERED)]
+    return [SplitText(text=s.text, ids=list(s.cut_ids), decoded=s.decoded, kept=s.kept) for s in few], difference
 
 
 def measured(choice: Choice, size: int, untouched: Checkpoint, made: Checkpoint) -> VocabularyRecord:
