@@ -16,7 +16,7 @@ from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_cost
 from compressor.job import Job
 from compressor.recipe import OPEN
 from supernet.architecture import HALVES
-from supernet.common.formatting import duration, size
+from supernet.common.formatting import count, duration, size
 from supernet.common.progress import console, say
 
 
@@ -135,12 +135,11 @@ def print_vocabulary(facts: dict[str, Any]) -> None:
     say("\nvocabulary, on text that was not counted")
     sizes = Table(box=box.SIMPLE)
     sizes.add_column("size")
-    columns = ("tokens", "of the text", "of the tasks", "parameters saved", "share", "bytes saved", "tokens per byte")
-    for column in columns:
+    for column in ("tokens", "of the text", "of the tasks", "parameters saved", "bytes saved", "tokens per byte"):
         sizes.add_column(column, justify="right", overflow="fold")
     for row in facts["vocabulary"]:
         tasks = "" if row["tasks_coverage"] is None else f"{row['tasks_coverage']:.2%}"
-        saved = f"{row['parameters_saved']:,}", f"{row['share_saved']:.1%}", size(row["bytes_saved"])
+        saved = f"{count(row['parameters_saved'])} ({row['share_saved']:.1%})", size(row["bytes_saved"])
         each = f"{row['tokens_per_byte']:.4f}"
         sizes.add_row(row["size"], f"{row['tokens']:,}", f"{row['coverage']:.2%}", tasks, *saved, each)
     console.print(sizes)

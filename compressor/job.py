@@ -94,7 +94,7 @@ class Job:
             if (self.run.base / VOCABULARY).is_file():
                 return self.cut_checkpoint(self.run.base)
             if self.run.manifest(self.run.supernet) is not None:
-                raise RequestError(f"{self.run.base}: the base of this run is missing; put it back")
+                raise RequestError(f"{self.run.base}: the base of this run is missing; compress again to make it anew")
         return self.untouched
 
     def cut_checkpoint(self, folder: Path) -> Checkpoint:

@@ -112,10 +112,12 @@ def trim(job: Job, scratch: Path) -> None:
     """
     if job.recipe.vocabulary.size is None:
         return
+    kept = job.run.base / VOCABULARY
+    if not kept.is_file():
+        job.checkpoint = job.untouched  # until there is one with fewer tokens
     text_of(job)
     describe_tokenizer(job.given.model, job.untouched_tokenizer)  # refused before anything is read
     inputs = fingerprint(trim_inputs(job))
-    kept = job.run.base / VOCABULARY
     if kept.is_file() and CutVocabulary.read(kept).inputs == inputs:
         job.use_base(job.run.base)
         return

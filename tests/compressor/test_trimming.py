@@ -235,6 +235,8 @@ def test_a_run_without_its_base_says_so(made: Made, tmp_path: Path) -> None:
     moved = shutil.copytree(made.run, tmp_path / "run", ignore=shutil.ignore_patterns("base", ".lock"))
     with pytest.raises(RequestError, match="the base of this run is missing"):
         _ = Job(Run(moved), read_recipe(moved / "recipe.yaml", {})).checkpoint
+    assert run(made.arguments("--output", str(moved))) == 0  # it is the same base, and everything else was there
+    assert made.job().base_fingerprint == Job(Run(moved), read_recipe(moved / "recipe.yaml", {})).base_fingerprint
 
 
 def test_no_run_is_left_where_the_request_is_wrong(made: Made, tmp_path: Path) -> None:
