@@ -8,6 +8,7 @@ import pytest
 
 from supernet.common.errors import RequestError
 from supernet.tokenizer_cut import cut_tokenizer, named_ids, new_ids, renumbered
+from supernet.tokens import template_texts
 from supernet.vocabulary import (
     Tokens,
     by_frequency,
@@ -18,6 +19,8 @@ from supernet.vocabulary import (
     merged,
     must_stay,
     parse_size,
+    processed,
+    renumber_processing,
     rounded,
 )
 from supernet.vocabulary_cut import compare_splits
@@ -142,3 +145,36 @@ def test_ids_in_configurations() -> None:
         "forced_decoder_ids": [[1, 2]],
         "sequence_bias": [[[1, 0], -3.5]],
     }
+
+
+def test_what_a_chat_template_says_stays() -> None:
+    described = KINDS["byte-level"]()
+    tokenizer = fast(described)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'walked\n' + m['content'] }}house{% endfor %}"
+    assert template_texts(tokenizer) == ["walked\n", "content", "house"]
+    tokenizer.chat_template = None
+    assert template_texts(tokenizer) == []
+    tokens = Tokens.read(described)
+    named = tokenizer("walked").input_ids
+    kept = must_stay(tokens, described, named)
+    assert set(named) <= set(kept) and not set(tokenizer("station").input_ids) <= set(kept)
+    assert all(set(tokens.parts[number]) <= set(kept) for number in named if number in tokens.parts)
+
+
+def test_post_processing_and_padding_name_ids_that_stay() -> None:
+    described = KINDS["byte-fallback"]()
+    described["padding"] = {"strategy": "BatchLongest", "pad_id": 300, "pad_token": "x"}
+    described["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            described["post_processor"],
+            {"type": "RobertaProcessing", "sep": ["</s>", 301], "cls": ["<s>", 302]},
+        ],
+    }
+    assert {1, 300, 301, 302} == processed(described)
+    new = {number: number - 1 for number in range(1, 400)}
+    renumbered_keys = renumber_processing(described, new.__getitem__)
+    assert renumbered_keys["padding"]["pad_id"] == 299
+    template, roberta = renumbered_keys["post_processor"]["processors"]
+    assert template["special_tokens"]["<s>"]["ids"] == [0]
+    assert (roberta["sep"], roberta["cls"]) == (["</s>", 300], ["<s>", 301])
