@@ -80,9 +80,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     model.add_column("part")
     model.add_column("parameters", justify="right")
     model.add_column("share", justify="right")
-    for part, count in facts["by_part"].items():
-        if count:
-            model.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    for part, number in facts["by_part"].items():
+        if number:
+            model.add_row(part, f"{number:,}", f"{number / total:.1%}")
     model.add_row("all", f"{total:,}", "100.0%", end_section=True)
     console.print(model)
     console.print(

@@ -17,8 +17,10 @@ from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages import trimming
 from compressor.stages.measuring import learnt_tokens, split_again
+from compressor.stages.searching import untouched_decode_tps, weights_read
 from export.package_record import read_record, update_record
 from export.verify import verify
+from supernet.checkpoint import open_checkpoint
 from supernet.common.errors import RequestError, VerificationError
 from supernet.training.data import pack
 from tests.support import tiny
@@ -140,6 +142,19 @@ def test_baselines_get_the_same_base(made: Made) -> None:
         config = json.loads((made.run / row["path"] / "config.json").read_text())
         assert config["vocab_size"] == 384
         assert read_record(made.run / row["path"]).entry.vocabulary is not None
+
+
+def test_a_speedup_is_one_of_text_over_the_untouched_base(made: Made) -> None:
+    job = made.job()
+    assert job.vocabulary is not None
+    record = job.vocabulary.record
+    expected = job.structure.parameters(job.structure.base) / job.untouched_parameters
+    expected *= record.base_bytes_per_token / record.bytes_per_token
+    assert untouched_decode_tps(job, lambda _: {"decode_tps": 10.0}) == pytest.approx(10 * expected)
+    assert weights_read(job.structure) == job.structure.parameters(job.structure.base)  # tied
+    untied = checkpoint(made.folder / "untied", tie_word_embeddings=False)
+    structure = open_checkpoint(str(untied)).structure
+    assert weights_read(structure) == structure.parameters(structure.base) - 32 * structure.vocab_size
 
 
 def test_the_base_teaches_by_its_kept_logits(made: Made) -> None:
