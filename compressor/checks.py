@@ -179,10 +179,13 @@ def check_targets(job: Job) -> None:
         if most is not None and most < least:
             raise RequestError(
                 f"--max-params: {most:,} parameters cannot be reached; the smallest sub-network of this space has "
-                f"{least:,} ({least / base:.3f} of the base)"
+                f"{least:,} ({least / job.untouched_parameters:.3f} of the base)"
             )
         if most is not None and most >= base:
-            raise RequestError(f"--max-params: {most:,} parameters are no fewer than the base's {base:,}; ask for less")
+            cut = "" if job.vocabulary is None else ", with its vocabulary cut"
+            raise RequestError(
+                f"--max-params: {most:,} parameters are no fewer than the base's {base:,}{cut}; ask for less"
+            )
     if len({most for _, most in limits}) < len(limits):
         raise RequestError(f"--max-params: {','.join(job.recipe.targets.max_params)} names one size twice")
     if len(limits) > 1 and job.recipe.targets.max_drop is not None:

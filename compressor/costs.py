@@ -61,6 +61,8 @@ H200."""
 GPU_TIMED, GPU_SPOKEN = 2.5, 12.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there, whose capture takes longer than their replay (81 seconds for 31 networks on an H200)."""
+COUNTING = 30.0
+"""Seconds to count the tokens of a text, where the vocabulary is cut, and to prove the cut."""
 GATHERED, IN_SEQUENCE = 2.0, 4.0
 """What it costs to gather the moments of text, and to repair in sequence on it, in passes over the text."""
 TASKS = 18.0
@@ -160,7 +162,11 @@ class _Counts:
 
 
 def _preparing(counts: _Counts, rates: Rates) -> StageCost:
-    return StageCost("preparing", "", PROCESS + 2 * rates.load)
+    if counts.recipe.vocabulary.size is None:
+        return StageCost("preparing", "", PROCESS + 2 * rates.load)
+    disk = float(counts.base * counts.job.stored_dtype.itemsize)  # of a base with fewer tokens
+    seconds = PROCESS + COUNTING + 4 * rates.load + 2 * disk / DISK_RATE
+    return StageCost("preparing", "a smaller vocabulary", seconds, disk=disk)
 
 
 def _writing(counts: _Counts, rates: Rates) -> StageCost:

@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from compressor.names import recipes
@@ -29,6 +30,7 @@ from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
+from supernet.vocabulary import AUTO, is_size, parse_size
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
@@ -170,6 +172,44 @@ class Targets(Section):
     @property
     def empty(self) -> bool:
         return not self.max_params and self.max_bytes is None and self.min_speedup is None and self.max_drop is None
+
+
+class Vocabulary(Section):
+    """Which tokens stay, chosen before anything else. Without a size, all do."""
+
+    size: str | None = None
+    """Tokens to keep: a share (`0.5`, `50%`), a number (`24k`), `auto` (those that cover 99.9 % of text that was not
+    counted, and 98 % of the tasks' search documents), or a text, which means `auto` on that text."""
+    text: str | None = None
+    """The text to count tokens in, of the kinds that `data` can be. Unset: `data`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_as_size(cls, values: Any) -> Any:
+        """A size that is the name of a text means auto on that text."""
+        if isinstance(values, dict) and isinstance(size := values.get("size"), str) and not is_size(size):
+            if values.get("text") is not None or not ("/" in size or "." in size or Path(size).exists()):
+                raise ValueError(f"'{size}' is no size of a vocabulary; write a share (0.5), a number (24k) or auto")
+            return {**values, "size": AUTO, "text": size}
+        return values
+
+    @model_validator(mode="after")
+    def _text_of_a_size(self) -> Vocabulary:
+        if self.text is not None and self.size is None:
+            raise ValueError("a text to choose tokens by, but no size; say --vocabulary auto too")
+        return self
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _numbers(cls, size: Any) -> Any:
+        return str(size) if isinstance(size, int | float) and not isinstance(size, bool) else size
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_size(size, 1_000_000)
+        return size
 
 
 class Finetuning(Section):
@@ -336,6 +376,7 @@ class Recipe(Section):
     set by itself (`docs/time.md`)."""
     effort: Literal["quick", "standard", "thorough"] = "standard"
     """Without a time, sets every budget that is not set by itself."""
+    vocabulary: Vocabulary = Field(default_factory=Vocabulary)
     targets: Targets = Field(default_factory=Targets)
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)

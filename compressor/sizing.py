@@ -24,7 +24,7 @@ def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
     wanted = job.recipe.targets.max_params
     if not wanted:
         return [("best", None)]
-    base = job.structure.parameters(job.structure.base)
+    base = job.untouched_parameters
     limits = []
     for size in wanted:
         try:

@@ -114,10 +114,11 @@ BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "
 """Files of a hub repository that are fetched beside the weights."""
 
 
-def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True, beside: bool = False) -> Path:
     """The folder `name`, or that of the hub repository `name`, of which what transformers loads is fetched.
 
-    Without `weights`, only configurations are. Raises `RequestError` where it is neither.
+    Without `weights`, only configurations are, and with `beside` all that lies beside the weights. Raises
+    `RequestError` where it is neither.
     """
     if (folder := local_folder(name)) is not None:
         return folder
@@ -127,7 +128,7 @@ def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) 
 
     try:
         if not weights:
-            return fetch("*config.json")
+            return fetch(*(BESIDE_WEIGHTS if beside else ("*config.json",)))
         folder = fetch(*BESIDE_WEIGHTS, SINGLE)
         if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             folder = fetch(*sorted(set(read_json(folder / INDEX)["weight_map"].values())))

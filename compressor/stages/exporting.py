@@ -7,7 +7,7 @@ something that changed: another `--quantize` or `--format` adds folders to what 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -131,8 +131,8 @@ def write_packages(
     lineage = {
         "base": {
             "name": job.given.model,
-            "fingerprint": job.base_fingerprint,
-            "logit_differences": (job.run.manifest(job.run.supernet) or {}).get("logit_differences"),
+            "fingerprint": job.untouched_fingerprint,
+            "logit_differences": logit_differences(job),
         },
         "supernet": job.run.supernet_weights,
         "target": picked["target"],
@@ -166,6 +166,24 @@ def write_packages(
         named = entry | {"name": folder.name}
         with job.schedule.stage("healing"):
             write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
+    remember_vocabulary(job, missing)
+
+
+def logit_differences(job: Job) -> dict[str, float] | None:
+    """By how much logits moved on the way to the super-network, as shares of the largest."""
+    differences = (job.run.manifest(job.run.supernet) or {}).get("logit_differences")
+    if job.vocabulary is None:
+        return differences
+    return {**(differences or {}), "vocabulary": job.vocabulary.logit_difference}
+
+
+def remember_vocabulary(job: Job, packages: Iterable[Path]) -> None:
+    """Let packages say what the base's vocabulary was cut to, and how texts are to be split: for their proof."""
+    if job.vocabulary is None:
+        return
+    record, splits = job.vocabulary.record.model_dump(), [split.model_dump() for split in job.vocabulary.splits]
+    for package in packages:
+        update_record(package, entry={"vocabulary": record}, probe={"splits": splits})
 
 
 def quantize(

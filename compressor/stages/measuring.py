@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from functools import cache, partial
 from io import StringIO
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
+from evals.scoring.tasks import TaskSet
 from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
@@ -36,7 +37,7 @@ from supernet.common.metrics import record
 from supernet.common.progress import bar
 from supernet.device import device_name
 from supernet.loading import load_network
-from supernet.training.data import HELD_OUT_BLOCKS, Blocks
+from supernet.training.data import HELD_OUT_BLOCKS, IGNORED, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
 
@@ -90,11 +91,12 @@ class PackageMeasurer:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.base = job, cache(job.load_base)
+        self.job, self.base = job, cache(job.load_untouched)
         self.text, self.prompts = unread_text(job), openings(job)
+        self.base_text = self.text if job.vocabulary is None else split_again(job, self.text)
         self.conditions: dict[str, str | int | None] = {
             "text": self.text.fingerprint,
-            "base": job.base_fingerprint,
+            "base": job.untouched_fingerprint,
             "device": device_name(job.device),
             "dtype": str(job.compute_dtype),
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
@@ -116,10 +118,15 @@ class PackageMeasurer:
 
     def measure_base(self, store: EvaluationStore) -> None:
         job = self.job
-        self.scores["base"] = report_scores(job, store, self.base, job.structure.base, job.base_fingerprint)
+        architecture, weights = job.untouched.structure.base, job.untouched_fingerprint
+        self.scores["base"] = report_scores(job, store, self.base, architecture, weights, job.untouched_tasks)
         if "base" not in self.losses:
-            self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
-        self.texts["base"] = continuations(job, self.prompts, self.base, self._earlier_texts.get("base", {}))
+            self.losses["base"] = held_out_loss(self.base(), self.base_text, 1, job.device)
+        prompts, tokenizer = self.prompts, job.untouched_tokenizer
+        if job.vocabulary is not None:
+            prompts = {text: tokenizer(text, return_tensors="pt").input_ids.to(job.device) for text in prompts}
+        known = self._earlier_texts.get("base", {})
+        self.texts["base"] = continuations(tokenizer, prompts, self.base, known)
 
     def measure(self, name: str, store: EvaluationStore) -> None:
         """Measure one package, after the one that it is a copy of, and record it there.
@@ -139,11 +146,11 @@ class PackageMeasurer:
         else:
             self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
             loss = entry.held_out_loss if current else None
-            self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
+            self.losses[name] = self.loss_of(model()) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(held, model)
         if entry.layout in LOADABLE:
             kept = self._earlier_texts.get(name, {}) if current else {}
-            self.texts[name] = continuations(job, self.prompts, model, kept)
+            self.texts[name] = continuations(job.tokenizer, self.prompts, model, kept)
         quality = relative_quality(self.scores[name], self.scores["base"])
         measured = {
             "tasks": dumped(self.scores[name]),
@@ -156,6 +163,11 @@ class PackageMeasurer:
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
         update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
+
+    def loss_of(self, model: PreTrainedModel) -> float:
+        """A package's held-out loss in nats for each of the untouched base's tokens, so that both compare."""
+        loss = held_out_loss(model, self.text, 1, self.job.device)
+        return loss * learnt_tokens(self.text) / learnt_tokens(self.base_text)
 
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
@@ -172,13 +184,14 @@ class PackageMeasurer:
         base = Base(
             name=Path(job.recipe.model).name,
             path=job.given.model,
-            params=job.structure.parameters(job.structure.base),
-            bytes=job.checkpoint.weight_bytes,
+            params=job.untouched_parameters,
+            bytes=job.untouched.weight_bytes,
             dtype=str(job.stored_dtype).removeprefix("torch."),
-            architecture=job.structure.base,
-            card=read_base_card(job.checkpoint.path),
+            architecture=job.untouched.structure.base,
+            card=read_base_card(job.untouched.path),
             hub_id=None if Path(job.recipe.model).expanduser().is_dir() else job.given.model,
             tasks=self.scores["base"],
+            bytes_per_token=None if job.vocabulary is None else job.vocabulary.record.base_bytes_per_token,
             held_out_loss=self.losses["base"],
             speed=self.speed,
         )
@@ -195,6 +208,44 @@ def unread_text(job: Job) -> Blocks:
     tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
     _, held_out = training_blocks(job, tokens).split()
     return held_out.part(0, HELD_OUT_BLOCKS)
+
+
+def split_again(job: Job, text: Blocks) -> Blocks:
+    """Blocks of the same text in the untouched base's tokens, each padded with tokens that are not learnt from.
+
+    What is learnt from and what is not are split apart, as far as they follow one another in a document.
+    """
+    blocks: list[list[tuple[list[int], bool, bool]]] = []  # ids, whether learnt from, whether a document begins
+    for ids, labels, positions in text.table:
+        begins = positions == 0
+        learnt = (labels != IGNORED) | (begins & (labels.roll(-1) != IGNORED))  # a document's first token never is
+        cuts = [0, *((learnt[1:] != learnt[:-1]) | begins[1:]).nonzero().flatten().add(1).tolist(), len(ids)]
+        blocks.append([])
+        for start, stop in pairwise(cuts):
+            said = job.tokenizer.decode(ids[start:stop])
+            again = job.untouched_tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+            blocks[-1].append((again, bool(learnt[start]), bool(begins[start])))
+    length = max(sum(len(ids) for ids, _, _ in block) for block in blocks)
+    table = torch.zeros(len(blocks), 3, length, dtype=torch.int32)
+    table[:, 1] = IGNORED
+    for row, block in zip(table, blocks, strict=True):
+        at = position = 0
+        for ids, learnt, begins in block:
+            position = 0 if begins else position
+            part = row[:, at : at + len(ids)]
+            part[0] = torch.tensor(ids, dtype=torch.int32)
+            part[2] = torch.arange(position, position + len(ids))
+            if learnt:
+                part[1] = part[0]
+            if position == 0:
+                part[1, :1] = IGNORED
+            at, position = at + len(ids), position + len(ids)
+    return Blocks(table, text.fingerprint, text.documents)
+
+
+def learnt_tokens(text: Blocks) -> int:
+    """Tokens that a held-out loss is the mean over."""
+    return int(text[:].learnt.sum())
 
 
 def scored_network(job: Job, record: PackageRecord) -> Any:
@@ -227,14 +278,19 @@ def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
 
 
 def report_scores(
-    job: Job, store: EvaluationStore, model: Callable[[], PreTrainedModel], architecture: Architecture, weights: str
+    job: Job,
+    store: EvaluationStore,
+    model: Callable[[], PreTrainedModel],
+    architecture: Architecture,
+    weights: str,
+    tasks: TaskSet | None = None,
 ) -> dict[str, Score]:
-    """Every task's score on the report split. `model` is loaded where a score is missing."""
+    """Every task's score on the report split. `model` is loaded where a score is missing; `tasks` are in its tokens."""
     keys = {name: task_key(job, task, "report") for name, task in job.tasks.tasks.items()}
 
     def measure() -> Measured:
         began = time.monotonic()
-        scores = job.scorer(model()).score("report")
+        scores = job.scorer(model(), tasks).score("report")
         seconds = (time.monotonic() - began) / len(scores)
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
@@ -259,7 +315,11 @@ def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
 
 
 def continuations(
-    job: Job, prompts: Mapping[str, torch.Tensor], network: Callable[[], Any], kept: Mapping[str, str], new: int = 48
+    tokenizer: Any,
+    prompts: Mapping[str, torch.Tensor],
+    network: Callable[[], Any],
+    kept: Mapping[str, str],
+    new: int = 48,
 ) -> dict[str, str]:
     """Greedy continuations of every prompt's token ids [1, length]; those in `kept` are known already."""
     texts = {}
@@ -273,7 +333,7 @@ def continuations(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
                 do_sample=False,
-                pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
-        texts[prompt] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return texts

@@ -107,7 +107,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
                     "values": dict(chosen.values),
                 }
             )
-            share = chosen.values["parameters"] / job.structure.parameters(job.structure.base)
+            share = chosen.values["parameters"] / job.untouched_parameters
             say(
                 f"picked {picks[-1]['name']}: {chosen.values['parameters']:,.0f} parameters ({share:.3f} of the base), "
                 f"quality {chosen.values['quality']:.3f} on the search documents"

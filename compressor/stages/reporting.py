@@ -38,7 +38,7 @@ def report(job: Job) -> dict[str, Any]:
     packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.packages]
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
-        "model": job.base_fingerprint,
+        "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "tasks": documents_scored(job),
     }

@@ -314,10 +314,12 @@ def base_scores(job: Job, store: EvaluationStore, keys: Keys, fidelity: Fidelity
         say("scoring the base")
         job.threads(scoring=True)
         with torch.no_grad():
-            return task_scores(job, job.scorer(job.load_base()), {fidelity: keys})
+            scorer = job.scorer(job.load_untouched(), job.untouched_tasks)
+            return task_scores(job, scorer, {fidelity: keys})
 
     wanted = {name: keys[name] for name in scored_tasks(job)}
-    scores = stored_scores(store, job.structure.base, job.base_fingerprint, wanted, measure)
+    weights = job.untouched_fingerprint
+    scores = stored_scores(store, job.untouched.structure.base, weights, wanted, measure)
     for name in job.tasks.tasks:
         check_base(name, scores[name])
     return scores

@@ -67,6 +67,8 @@ class Base(Model):
     architecture: JSONArchitecture
     tasks: Scores
     """Scores on the report split."""
+    bytes_per_token: float | None = None
+    """Bytes of text that a token stands for; None where packages have the same tokens."""
     held_out_loss: float | None = None
     """Nats per token on some of the user's text that was not trained on; None if it was not measured."""
     speed: Speed | None = None
