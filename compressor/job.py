@@ -18,6 +18,7 @@ from evals.scoring.encoding import Encoder
 from evals.scoring.scorer import NetworkLM, Scorer
 from evals.scoring.tasks import TaskSet
 from evals.speed.table import SpeedTable
+from export.quantization.quantize import linear_layers
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
@@ -81,6 +82,15 @@ class Job:
     @property
     def structure(self) -> Structure:
         return self.checkpoint.structure
+
+    @cached_property
+    def quantizable(self) -> bool:
+        """Whether compressed-tensors can hold the network: most weights are in linear layers."""
+        try:
+            linear_layers(self.checkpoint.config, self.recipe.trust_remote_code)
+        except RequestError:
+            return False
+        return True
 
     @cached_property
     def base_fingerprint(self) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
     field_validator,
 )
 
-from export.quantization.schemes import SchemeName
+from export.quantization.schemes import EmbeddingBits, SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
@@ -278,9 +278,18 @@ class Quantizing(Section):
     """Quantized packages beside the unquantized one."""
 
     schemes: Annotated[list[SchemeName], BeforeValidator(_listed)] = Field(default_factory=list)
-    """Any of `int8`, `int8-dynamic`, `int4`, `int8-auto-round`, `int4-auto-round`."""
+    """Any of `int8`, `int8-dynamic`, `int4`, `int3`, `int2`, `int8-auto-round`, `int4-auto-round`."""
+    bits: Literal["asked", "joint"] | None = None
+    """`joint` picks the size together with the bits of weights and embedding: the lowest loss that fits `max_bytes`,
+    the whole network among the candidates; `asked` writes only the schemes that are named. Unset: `joint` where
+    `max_bytes` is set."""
+    embedding: EmbeddingBits | None = None
+    """Bits of the embedding, and of a head of its own, in quantized packages: 16, 8 or 4. Those of a tied network need
+    the code file of an uneven package (or a gguf file): where a number is given, a network whose layers are alike is
+    written as one too, in the layout `uneven`. Unset: 8 where the package can hold it."""
     group_size: int | None = Field(default=None, ge=8)
-    """Input channels that share a scale, for 4 bits. Unset: the largest of 128, 64, 32 that divides all widths."""
+    """Input channels that share a scale, for fewer than 8 bits. Unset: the largest of 128, 64, 32 that divides all
+    widths."""
     iterations: int | None = Field(default=None, ge=0)
     """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
     samples: int | None = Field(default=None, ge=1)

@@ -70,6 +70,9 @@ RECIPE_OPTIONS = {
     "min_speedup": RecipeOption("targets.min_speedup", float, "decode tokens per second against the base"),
     "max_drop": RecipeOption("targets.max_drop", str, "largest loss of quality, for example 1%"),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated"),
+    "bits": RecipeOption(
+        "quantizing.bits", str, "joint: pick size and bits together, for --max-bytes; asked: only what --quantize names"
+    ),
     "group_size": RecipeOption(
         "quantizing.group_size", int, "int4's group size; unset: the largest that divides all widths"
     ),

@@ -24,7 +24,7 @@ from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, check_files, read_record, update_record
 from export.quantization.quantize import quantize_packages
-from export.quantization.schemes import SchemeName
+from export.quantization.schemes import EmbeddingBits, SchemeName
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
@@ -51,7 +51,7 @@ def export(job: Job) -> list[dict[str, Any]]:
         proofs: list[tuple[Path, Path | None]] = []
         for picked in picks:
             name = picked["name"]
-            wanted = package_inputs(job, name, network_inputs(job, picked["key"], blocks), blocks)
+            wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks), blocks)
             written += [folder.name for folder in wanted]
             missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
@@ -87,17 +87,26 @@ def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
     return {**cut, **read, "healing": asdict(settings)}
 
 
-def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
+def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
+    """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
+    was picked together with the size."""
+    quantizing, bits = job.recipe.quantizing, picked.get("bits") or {"scheme": None}
+    schemes = dict.fromkeys(quantizing.schemes, quantizing.embedding)
+    return schemes | ({bits["scheme"]: bits["embedding"]} if bits["scheme"] else {})
+
+
+def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
     """Of every folder that one pick asks for: its own layout first, quantized ones, then copies in other layouts."""
-    recipe = job.recipe
+    recipe, name = job.recipe, picked["name"]
     quantizing = {
-        **recipe.quantizing.model_dump(exclude={"schemes"}),
+        **recipe.quantizing.model_dump(exclude={"schemes", "bits", "embedding"}),
         "data": blocks.fingerprint,
         "length": blocks.length,
         "seed": recipe.seed,
     }
     inputs: dict[str, Inputs] = {"": {"network": network}}
-    inputs |= {f"-{scheme}": {"network": network, "quantizing": quantizing} for scheme in recipe.quantizing.schemes}
+    for scheme, embedding in schemes_of(job, picked).items():
+        inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
     for layout in recipe.formats:
         if layout in ("uneven", "uniform"):
             continue
@@ -116,7 +125,8 @@ def write_packages(
     quantizing = job.recipe.quantizing
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     own = job.run.packages / name
-    schemes = {scheme: f for scheme in quantizing.schemes if (f := job.run.packages / f"{name}-{scheme}") in missing}
+    embeddings = schemes_of(job, picked)
+    schemes = {scheme: f for scheme in embeddings if (f := job.run.packages / f"{name}-{scheme}") in missing}
     copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
     lineage = {
         "base": {
@@ -144,7 +154,7 @@ def write_packages(
             )
     if schemes:
         with job.schedule.stage("quantizing"):
-            quantize(job, own, architecture, schemes, blocks[: quantizing.samples].ids)
+            quantize(job, own, architecture, schemes, embeddings, blocks[: quantizing.samples].ids)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
@@ -163,9 +173,11 @@ def quantize(
     source: Path,
     architecture: Architecture,
     schemes: Mapping[SchemeName, Path],
+    embeddings: Mapping[SchemeName, EmbeddingBits | None],
     calibration: torch.Tensor,
 ) -> None:
-    """Write the quantized packages of one pick. `calibration`: token ids [samples, length]."""
+    """Write the quantized packages of one pick, their embeddings in these bits. `calibration`: token ids
+    [samples, length]."""
     quantizing = job.recipe.quantizing
     release_cached_memory(job.device)  # the child quantizes on the same device
     blocks_to_do = len(schemes) * len(architecture.kept)
@@ -176,6 +188,8 @@ def quantize(
             calibration=calibration,
             iterations=quantizing.iterations or 0,
             group_size=quantizing.group_size,
+            embedding=embeddings,
+            code=not source.name.endswith("-uniform"),
             seed=job.recipe.seed,
             device=job.device.type,
             log=job.run.log_file,
