@@ -29,7 +29,23 @@ from supernet.common.formatting import parse_bytes, parse_duration, parse_parame
 from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
-    "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
+    "uneven",
+    "uniform",
+    "padded",
+    "gguf",
+    "gguf-f32",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q6_k",
+    "gguf-q5_k",
+    "gguf-q5_1",
+    "gguf-q4_k",
+    "gguf-iq4_nl",
+    "gguf-q4_0",
+    "gguf-q3_k",
+    "gguf-q2_k",
+    "onnx",
+    "openvino",
 ]
 
 
@@ -330,8 +346,8 @@ class Recipe(Section):
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
-    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-q8_0` and so on), `onnx`,
-    `openvino`."""
+    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-` and one of `f32`, `bf16`, `q8_0`,
+    `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`), `onnx`, `openvino`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None

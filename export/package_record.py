@@ -27,7 +27,7 @@ CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
-Quantization = Literal[SchemeName, "q8_0", "q4_0"]
+Quantization = Literal[SchemeName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
 
 
 class QuantizationReport(Model):

@@ -79,7 +79,7 @@ RECIPE_OPTIONS = {
     "formats": RecipeOption(
         "formats",
         str,
-        "uneven, uniform, padded, gguf (f16; or gguf-q8_0, gguf-q4_0, …), onnx, openvino",
+        "uneven, uniform, padded, gguf (f16; or gguf-q8_0, gguf-q4_k, …), onnx, openvino",
         flag="--format",
     ),
     "seed": RecipeOption("seed", int, "the seed of everything random"),

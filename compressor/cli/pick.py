@@ -7,7 +7,7 @@ from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_optio
 from compressor.cli.output import emit
 
 
-@recipe_options(*TARGETS)
+@recipe_options(*TARGETS, "bits")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets."""
     offline_if_run_is_local(run)

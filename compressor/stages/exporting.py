@@ -112,6 +112,8 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
             continue
         if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
+            if layout.startswith("gguf-"):
+                inputs[f"-{layout}"] |= {"quantizing": quantizing | {"embedding": recipe.quantizing.embedding}}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
 
@@ -164,8 +166,11 @@ def write_packages(
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
+        more: dict[str, Any] = {}
+        if layout.startswith("gguf"):
+            more = {"embedding": quantizing.embedding, "calibration": blocks[: quantizing.samples].ids}
         with job.schedule.stage("healing"):
-            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
+            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options, **more)
 
 
 def quantize(
