@@ -19,6 +19,7 @@ from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
+from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
 from evals.scoring.documents import Split
@@ -139,6 +140,8 @@ class _Counts:
         self.schemes = recipe.quantizing.schemes
         copies = set(recipe.formats) - {"uneven", "uniform"}
         self.packages = self.picks * (1 + len(self.schemes)) + len(limits) * len(copies)
+        self.bases = len(base_schemes(job, [])) + len(base_layouts(job))
+        """Packages of the base itself in few bits."""
         self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"})
 
     def steps(self, tokens: int) -> int:
@@ -246,13 +249,17 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
     quantizing = counts.recipe.quantizing
-    if not counts.schemes:
+    if not counts.bases:
         return StageCost("quantizing", "", 0.0)
+    if not counts.schemes:  # only the base is rounded, without data
+        seconds = 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
+        return StageCost("quantizing", "of the base", seconds, disk=counts.bases * counts.base)
     iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
     tuned = iterations * counts.layers * rates.rounding
-    each = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load + counts.share * (samples + tuned)
-    seconds = counts.picks * (PROCESS + len(counts.schemes) * each)
+    start = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
+    seconds = counts.picks * (PROCESS + len(counts.schemes) * (start + counts.share * (samples + tuned)))
+    seconds += PROCESS + counts.bases * (start + samples + tuned)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
@@ -266,11 +273,12 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
     if counts.job.device.type == "cuda":
         spoken = GPU_SPOKEN
-    networks = 1 + counts.scored_packages * counts.share
+    networks = 1 + counts.scored_packages * counts.share + counts.bases
+    packages = counts.packages + counts.bases
     return StageCost(
         "measuring",
-        _packages(counts.packages),
-        rates.load + networks * each + counts.packages * (spoken + MEASURED_MORE),
+        _packages(packages),
+        rates.load + networks * each + packages * (spoken + MEASURED_MORE),
     )
 
 
@@ -280,12 +288,14 @@ def _packages(count: int) -> str:
 
 def _proving(counts: _Counts, rates: Rates) -> StageCost:
     """In a fresh process on the CPU; where networks are computed there, scores are measured again."""
-    start, each = PROCESS, 2 * rates.load
+    packages = counts.packages + counts.bases
+    seconds = PROCESS + packages * 2 * rates.load
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
-        start += TASKS
-        each += counts.share * (read * rates.read + written * rates.decode)
-    return StageCost("proving", _packages(counts.packages), start + counts.packages * each)
+        seconds += TASKS + (counts.packages * counts.share + counts.bases) * (
+            read * rates.read + written * rates.decode
+        )
+    return StageCost("proving", _packages(packages), seconds)
 
 
 COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {

@@ -19,19 +19,18 @@ from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
+from compressor.stages.quantized_base import base_inputs, write_base
+from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from compressor.stages.repairing import pick_variants, repair_inputs
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, check_files, read_record, update_record
-from export.quantization.quantize import quantize_packages
-from export.quantization.schemes import EmbeddingBits, SchemeName
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
-from supernet.common.progress import bar, say
+from supernet.common.progress import say
 from supernet.common.versions import versions
-from supernet.device import release_cached_memory
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
 from supernet.training.supernet_training import heal
@@ -61,7 +60,11 @@ def export(job: Job) -> list[dict[str, Any]]:
                     left.unlink()
                 # A copy of a package that was there already is compared with that package's probe.
                 proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
-        measure_packages(job, written)
+        bases = base_inputs(job, picks, blocks)
+        missing = {folder: i for folder, i in bases.items() if job.redo == "export" or not is_proved(folder, i)}
+        write_base(job, missing, picks, blocks)
+        proofs += [(folder, None) for folder in missing]
+        measure_packages(job, written, [folder.name for folder in bases])
         if proofs:
             say(f"proving {len(proofs)} package{'s' * (len(proofs) > 1)} in a fresh process")
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
@@ -87,23 +90,10 @@ def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
     return {**cut, **read, "healing": asdict(settings)}
 
 
-def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
-    """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
-    was picked together with the size."""
-    quantizing, bits = job.recipe.quantizing, picked.get("bits") or {"scheme": None}
-    schemes = dict.fromkeys(quantizing.schemes, quantizing.embedding)
-    return schemes | ({bits["scheme"]: bits["embedding"]} if bits["scheme"] else {})
-
-
 def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
     """Of every folder that one pick asks for: its own layout first, quantized ones, then copies in other layouts."""
     recipe, name = job.recipe, picked["name"]
-    quantizing = {
-        **recipe.quantizing.model_dump(exclude={"schemes", "bits", "embedding"}),
-        "data": blocks.fingerprint,
-        "length": blocks.length,
-        "seed": recipe.seed,
-    }
+    quantizing = quantizing_inputs(job, blocks)
     inputs: dict[str, Inputs] = {"": {"network": network}}
     for scheme, embedding in schemes_of(job, picked).items():
         inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
@@ -156,7 +146,7 @@ def write_packages(
             )
     if schemes:
         with job.schedule.stage("quantizing"):
-            quantize(job, own, architecture, schemes, embeddings, blocks[: quantizing.samples].ids)
+            quantize(job, own, len(architecture.kept), schemes, embeddings, blocks[: quantizing.samples].ids)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
@@ -171,36 +161,6 @@ def write_packages(
             more = {"embedding": quantizing.embedding, "calibration": blocks[: quantizing.samples].ids}
         with job.schedule.stage("healing"):
             write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options, **more)
-
-
-def quantize(
-    job: Job,
-    source: Path,
-    architecture: Architecture,
-    schemes: Mapping[SchemeName, Path],
-    embeddings: Mapping[SchemeName, EmbeddingBits | None],
-    calibration: torch.Tensor,
-) -> None:
-    """Write the quantized packages of one pick, their embeddings in these bits. `calibration`: token ids
-    [samples, length]."""
-    quantizing = job.recipe.quantizing
-    release_cached_memory(job.device)  # the child quantizes on the same device
-    blocks_to_do = len(schemes) * len(architecture.kept)
-    with bar(f"quantizing {source.name}", blocks_to_do) as progress:
-        quantize_packages(
-            source,
-            schemes,
-            calibration=calibration,
-            iterations=quantizing.iterations or 0,
-            group_size=quantizing.group_size,
-            embedding=embeddings,
-            code=not source.name.endswith("-uniform"),
-            seed=job.recipe.seed,
-            device=job.device.type,
-            log=job.run.log_file,
-            progress=lambda done, _, what: progress.advance(done - progress.done, what),
-        )
-        progress.advance(blocks_to_do - progress.done)
 
 
 def is_proved(folder: Path, inputs: Inputs) -> bool:

@@ -22,7 +22,7 @@ from compressor.sizing import JOINT, JOINT_EMBEDDINGS, smallest_storage, storage
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from export.quantization.quantize import linear_layers, plan_scheme
+from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, OuterBits, SchemeName
 from search.objectives import Evaluation
@@ -200,7 +200,7 @@ class RoundedLosses:
             self._supernet = job.load_supernet()
             self._supernet.use(search_variants(job, self._supernet))
         network = extract(self._supernet.model, job.structure, architecture, self._supernet.variants)
-        linear = linear_layers(network.config)
+        linear = linear_layers_in(network)
         group_size = job.recipe.quantizing.group_size if storage.bits < 8 else None
         plan = plan_scheme(linear.widths, scheme, group_size)
         round_network(network, replace(plan, outer=OuterBits(storage.embedding, storage.head)), linear)

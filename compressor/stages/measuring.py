@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 
 from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
@@ -34,7 +35,7 @@ from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
 from supernet.device import device_name
-from supernet.loading import load_network
+from supernet.loading import load_network, stop_rounding
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
@@ -53,6 +54,8 @@ class Measurements(Model):
     conditions: dict[str, str | int | None]
     """What the measurements depend on beside the networks."""
     packages: list[str]
+    quantized_base: list[str] = Field(default_factory=list)
+    """The packages that hold the base itself in few bits."""
     samples: list[Sample]
 
     @classmethod
@@ -63,8 +66,9 @@ class Measurements(Model):
 
 
 @stage("measuring")
-def measure_packages(job: Job, names: list[str]) -> None:
-    """Score base and packages on the report split, time them side by side, and record it in each package.
+def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
+    """Score base and packages, and those of the base itself in few bits, on the report split, time them side by side,
+    and record it in each package.
 
     Scores are rows of evaluations.db like any other, so nothing is scored twice.
     """
@@ -73,10 +77,11 @@ def measure_packages(job: Job, names: list[str]) -> None:
     measurer = PackageMeasurer(job)
     with EvaluationStore(job.run.evaluations) as store:
         measurer.measure_base(store)
-        for number, name in enumerate(names, start=1):
-            say(f"measuring {name} ({number} of {len(names)})")
-            measurer.measure(name, store)
-    measurer.write(names)
+        everything = [*names, *bases]
+        for number, name in enumerate(everything, start=1):
+            say(f"measuring {name} ({number} of {len(everything)})")
+            measurer.measure(name, store, sampled=name in names)
+    measurer.write(names, bases)
 
 
 class PackageMeasurer:
@@ -118,8 +123,9 @@ class PackageMeasurer:
             self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
         self.texts["base"] = continuations(job, self.prompts, self.base, self._earlier_texts.get("base", {}))
 
-    def measure(self, name: str, store: EvaluationStore) -> None:
-        """Measure one package, after the one that it is a copy of, and record it there.
+    def measure(self, name: str, store: EvaluationStore, sampled: bool = True) -> None:
+        """Measure one package, after the one that it is a copy of, and record it there; `sampled`: samples of its text
+        too.
 
         What transformers does not load is timed in its own runtime. A gguf file is scored with the weights that it
         holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
@@ -138,7 +144,7 @@ class PackageMeasurer:
             loss = entry.held_out_loss if current else None
             self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(record, model)
-        if entry.layout in LOADABLE:
+        if entry.layout in LOADABLE and sampled:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
@@ -160,7 +166,7 @@ class PackageMeasurer:
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
-    def write(self, names: list[str]) -> None:
+    def write(self, names: list[str], bases: list[str]) -> None:
         """Write `base.json`."""
         job = self.job
         base = Base(
@@ -180,7 +186,9 @@ class PackageMeasurer:
             Sample(prompt=prompt, continuations={name: texts[prompt] for name, texts in self.texts.items()})
             for prompt in self.prompts
         ]
-        measured = Measurements(base=base, conditions=self.conditions, packages=names, samples=samples)
+        measured = Measurements(
+            base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
+        )
         write_json(self.file, measured.model_dump(mode="json"))
 
 
@@ -198,6 +206,8 @@ def scored_network(job: Job, record: PackageRecord) -> Any:
     """
     if record.entry.layout != "gguf":
         return load_package(record.folder, job.compute_dtype, job.device)
+    if record.lineage.copy_of == "base":
+        return take_stored_weights(job.load_base(), record.folder)
     original = job.run.packages / (record.lineage.copy_of or "")
     return take_stored_weights(load_package(original, job.compute_dtype, job.device), record.folder)
 
@@ -209,6 +219,7 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         model, _ = load_network(folder, dtype, check_code(folder))
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        stop_rounding(model)
     return model
 
 

@@ -52,7 +52,7 @@ from supernet.slicing import build_standalone, family_of_standalone, standalone_
 from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 AUTOROUND_STEP = 32
 """AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
@@ -69,9 +69,13 @@ def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
 
     Raises `RequestError` where most weights are in modules of other kinds: compressed-tensors knows linear layers.
     """
-    family = family_of_standalone(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return linear_layers_in(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def linear_layers_in(model: PreTrainedModel) -> LinearLayers:
+    """The linear layers of a network. Raises `RequestError` as `linear_layers` does."""
+    config, family = model.config, family_of_standalone(model.config)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     prefix = family.layers + "."
     widths = {name: (m.out_features, m.in_features) for name, m in linear.items() if name.startswith(prefix)}

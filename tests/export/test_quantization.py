@@ -174,6 +174,7 @@ def test_what_it_costs_is_what_is_on_disk(
     assert 0 < 8 * entry.bytes - bits - others < 8 * 8192  # the file's header
     counted = describe(tiny_llama(head_dim=HEAD_DIM).config).bytes(ARCHITECTURE, form.storage_format())
     assert 0 < entry.bytes - counted < 8192 + 16 * len(widths)  # and the layers' shapes
+    assert counted == data_bytes(quantized[scheme].folder)
     left = {"model.embed_tokens", "lm_head"}
     assert set(report.exceptions) == (left if scheme == "int8-dynamic" else left | set(ODD))
 

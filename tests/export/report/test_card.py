@@ -79,7 +79,10 @@ def test_how_it_is_loaded() -> None:
     assert "pip install transformers compressed-tensors" in quantized
     assert "the speed there is that of floats" in quantized
     data["packages"][0] |= {"layout": "gguf", "file": "model-f16.gguf"}
-    assert "llama-cli -m model-f16.gguf -n 40" in card_of(data).text
+    for_llama_cpp = card_of(data).text
+    assert "`llama-cli -m model-f16.gguf -n 40 -p " in for_llama_cpp
+    assert "`llama-server -m model-f16.gguf --port 8080`" in for_llama_cpp
+    assert "`ollama create best -f Modelfile`" in for_llama_cpp
     named = code_block(card_of(full_report(), repo_id="me/tiny-small").text)
     assert 'name = "me/tiny-small"' in named
 

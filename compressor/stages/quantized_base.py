@@ -1,0 +1,114 @@
+"""The base itself in few bits, beside every compressed network: people must see whether pruning was worth it.
+
+Fills `packages/base-SCHEME` and `packages/base-gguf-TYPE`, made, scored, timed and proved like those of a pick.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.job import Job
+from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
+from export.layouts.gguf import checks as gguf_checks
+from export.layouts.gguf.types import QUANTIZED
+from export.layouts.table import write_layout
+from export.package import write_package
+from export.package_record import update_record
+from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
+from supernet.common.files import fingerprint
+from supernet.common.progress import say
+from supernet.training.data import Blocks
+
+ALWAYS: tuple[SchemeName, ...] = ("int8", "int4")
+"""Schemes of the base that every table shows."""
+ALWAYS_GGUF = ("gguf-q8_0", "gguf-q4_0")
+"""Layouts of the base that tables show where llama.cpp files are asked for."""
+BASE = "base"
+
+
+def base_schemes(job: Job, picks: Sequence[Mapping[str, Any]]) -> dict[SchemeName, EmbeddingBits]:
+    """The schemes that the base is quantized in, with the embedding's bits: those of every table, and those of the
+    picks. Its embedding is quantized unless the recipe says otherwise: what is compared at equal bytes is the best that
+    the base can do."""
+    if not job.quantizable:
+        return {}
+    named: dict[SchemeName, EmbeddingBits | None] = dict.fromkeys(ALWAYS)
+    for picked in picks:
+        named |= schemes_of(job, picked)
+    bits = job.recipe.quantizing.embedding or 8
+    return {scheme: named[scheme] or bits for scheme in SCHEMES if scheme in named}
+
+
+def base_layouts(job: Job) -> list[str]:
+    """The llama.cpp layouts that the base is written in."""
+    asked = [layout for layout in job.recipe.formats if layout.startswith("gguf")]
+    if not asked or not gguf_checks.holds(job.checkpoint.config, job.structure.base):
+        return []
+    more = [layout for layout in asked if layout.removeprefix("gguf-") in QUANTIZED]
+    return list(dict.fromkeys([*ALWAYS_GGUF, *more]))
+
+
+def base_inputs(job: Job, picks: Sequence[Mapping[str, Any]], blocks: Blocks) -> dict[Path, dict[str, Any]]:
+    """Of every folder, all that it depends on."""
+    bits: dict[str, int | None] = dict(base_schemes(job, picks).items())
+    bits.update(dict.fromkeys(base_layouts(job), job.recipe.quantizing.embedding))
+    quantizing = quantizing_inputs(job, blocks) | {"tuned": is_tuned(job, picks)}
+    return {
+        job.run.packages / f"{BASE}-{form}": {
+            "base": job.base_fingerprint,
+            "quantizing": quantizing | {"embedding": embedding},
+        }
+        for form, embedding in bits.items()
+    }
+
+
+def is_tuned(job: Job, picks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the base's rounding is tuned: as that of the picks is. Where none is quantized, neither is it tuned."""
+    return any(schemes_of(job, picked) for picked in picks)
+
+
+def write_base(
+    job: Job, missing: Mapping[Path, Mapping[str, Any]], picks: Sequence[Mapping[str, Any]], blocks: Blocks
+) -> None:
+    """Write the folders that are missing."""
+    if not missing:
+        return
+    say("packaging the base in few bits")
+    architecture = job.structure.base
+    base = job.load_base(torch.promote_types(job.stored_dtype, job.compute_dtype))
+    lineage = {"base": {"name": job.given.model, "fingerprint": job.base_fingerprint}}
+    calibration = blocks[: job.recipe.quantizing.samples].ids
+    options: dict[str, Any] = {
+        "tokenizer": job.tokenizer,
+        "dtype": job.stored_dtype,
+        "probe_ids": blocks.split()[1][:4].ids[:, :32],
+    }
+
+    def entry(name: str) -> dict[str, object]:
+        return {"name": name, "architecture": architecture.to_dict()}
+
+    forms = {folder.name.removeprefix(f"{BASE}-"): folder for folder in missing}
+    for layout, folder in forms.items():
+        if layout.startswith("gguf"):
+            own = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": BASE}
+            more = {"embedding": job.recipe.quantizing.embedding, "calibration": calibration}
+            with job.schedule.stage("quantizing"):
+                write_layout(
+                    layout, base, architecture, folder, entry=entry(folder.name), lineage=own, **options, **more
+                )
+    schemes = {scheme: forms[scheme] for scheme in SCHEMES if scheme in forms}
+    if not schemes:
+        return
+    with tempfile.TemporaryDirectory(prefix="compressor-base-") as scratch, job.schedule.stage("quantizing"):
+        source = Path(scratch) / BASE
+        write_package(base, source, entry=entry(BASE), lineage=lineage, **options)
+        del base
+        seen = calibration if is_tuned(job, picks) else None
+        quantize(job, source, len(architecture.kept), schemes, base_schemes(job, picks), seen)
+    for folder in schemes.values():
+        update_record(folder, lineage={"inputs": fingerprint(missing[folder])})

@@ -1,0 +1,65 @@
+"""What is quantized of a pick, and how: used for picks and for the base beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.job import Job
+from export.quantization.quantize import quantize_packages
+from export.quantization.schemes import EmbeddingBits, SchemeName
+from supernet.common.progress import bar
+from supernet.device import release_cached_memory
+from supernet.training.data import Blocks
+
+
+def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
+    """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
+    was picked together with the size."""
+    quantizing, bits = job.recipe.quantizing, picked.get("bits") or {"scheme": None}
+    schemes = dict.fromkeys(quantizing.schemes, quantizing.embedding)
+    return schemes | ({bits["scheme"]: bits["embedding"]} if bits["scheme"] else {})
+
+
+def quantizing_inputs(job: Job, blocks: Blocks) -> dict[str, Any]:
+    """All that rounding depends on beside the network, the scheme and the embedding's bits."""
+    recipe = job.recipe
+    return {
+        **recipe.quantizing.model_dump(exclude={"schemes", "bits", "embedding"}),
+        "data": blocks.fingerprint,
+        "length": blocks.length,
+        "seed": recipe.seed,
+    }
+
+
+def quantize(
+    job: Job,
+    source: Path,
+    layers: int,
+    schemes: Mapping[SchemeName, Path],
+    embeddings: Mapping[SchemeName, EmbeddingBits | None],
+    calibration: torch.Tensor | None,
+) -> None:
+    """Quantize the package in `source`, of so many layers, with the embeddings in these bits. `calibration` are token
+    ids [samples, length]; None: rounded to nearest without data."""
+    quantizing = job.recipe.quantizing
+    release_cached_memory(job.device)  # the child quantizes on the same device
+    blocks_to_do = len(schemes) * layers
+    with bar(f"quantizing {source.name}", blocks_to_do) as progress:
+        quantize_packages(
+            source,
+            schemes,
+            calibration=calibration,
+            iterations=0 if calibration is None else quantizing.iterations or 0,
+            group_size=quantizing.group_size,
+            embedding=embeddings,
+            code=not source.name.endswith("-uniform"),
+            seed=job.recipe.seed,
+            device=job.device.type,
+            log=job.run.log_file,
+            progress=lambda done, _, what: progress.advance(done - progress.done, what),
+        )
+        progress.advance(blocks_to_do - progress.done)
