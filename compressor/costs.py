@@ -292,9 +292,8 @@ def _proving(counts: _Counts, rates: Rates) -> StageCost:
     seconds = PROCESS + packages * 2 * rates.load
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
-        seconds += TASKS + (counts.packages * counts.share + counts.bases) * (
-            read * rates.read + written * rates.decode
-        )
+        networks = counts.packages * counts.share + counts.bases
+        seconds += TASKS + networks * (read * rates.read + written * rates.decode)
     return StageCost("proving", _packages(packages), seconds)
 
 
