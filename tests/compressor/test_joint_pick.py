@@ -1,0 +1,128 @@
+"""Size and bits picked together: what is compared, what is picked and packaged, and the base in few bits beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor import pipeline
+from compressor.job import Job
+from compressor.recipe import read_recipe
+from compressor.stages.exporting import export
+from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
+from compressor.stages.picking import measured, pick
+from compressor.stages.reporting import report
+from compressor.stages.searching import speed_table
+from search.pareto import Target
+from supernet.common.errors import RequestError
+from supernet.training.data import HELD_OUT_BLOCKS
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("joint")
+    given = {
+        "model": str(tiny.checkpoint(folder / "model")),
+        "data": str(tiny.data(folder / "data.jsonl", 300)),
+        "tasks": "tiny_choice",
+        "include_path": str(tiny.task(folder / "tasks", documents=40)),
+        "space": {"ffn.*": [32, 64], "layer.1": [0, 1]},
+        "finetuning": {"tokens": 0, "sequence_length": 32, "batch_size": 4},
+        "searching": {"evaluations": 10, "population": 5, "limit": 12, "objectives": ["quality", "parameters"]},
+        "healing": {"tokens": 0},
+        "quantizing": {"iterations": 0, "samples": 4},
+        "targets": {"max_params": [0.9]},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), folder / "run")
+    pipeline.finetune(job)
+    speed_table(job, lambda: job.load_supernet().model)
+    pipeline.search(job)
+    return folder / "run"
+
+
+def resumed(searched: Path, folder: Path, **targets: Any) -> Job:
+    shutil.copytree(searched, folder)
+    given = {f"targets.{name}" if "." not in name else name: value for name, value in targets.items()}
+    return pipeline.resume(folder, given, replace_targets=True)
+
+
+def test_candidates_are_every_way_to_store_a_network_once(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    whole = whole_network(job)
+    rows = candidates(job, whole, uniform=False)
+    assert [str(row.bits) for row in rows][:2] == ["unquantized", "int8, embedding in 8 bits"]
+    assert len(rows) == 1 + 4 * 2 and len({row.bytes for row in rows}) == len(rows)
+    # The plain class of a tied network holds no quantized embedding, so its bits are no choice.
+    assert len(candidates(job, whole, uniform=True)) == 1 + 4
+
+
+def test_the_lowest_loss_that_fits_is_picked(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    whole = whole_network(job)
+    rows = {row.bits: row.bytes for row in candidates(job, whole, uniform=False)}
+    losses = RoundedLosses(job)
+    # 1. Where all fits, nothing is rounded.
+    everything = pick_with_bits(job, measured(job), Target(max_bytes=10**9), uniform=False)
+    assert everything.loss <= min(losses(row, HELD_OUT_BLOCKS) for row in candidates(job, whole, uniform=False)) + 1e-6
+    # 2. Where the whole network fits in 8 bits only, nothing above the limit is picked, and nothing of a higher loss
+    #    than the whole network in 8 bits.
+    limit = rows[Bits("int8", 8)]
+    picked = pick_with_bits(job, measured(job), Target(max_bytes=limit), uniform=False)
+    eight = next(row for row in candidates(job, whole, uniform=False) if row.bits == Bits("int8", 8))
+    assert picked.candidate.bytes <= limit and picked.loss <= losses(eight, HELD_OUT_BLOCKS)
+    # 3. What else was asked for holds too.
+    smaller = Target(max_bytes=limit, max_params=job.structure.parameters(job.structure.base) - 1)
+    assert pick_with_bits(job, measured(job), smaller, uniform=False).candidate.architecture != job.structure.base
+    # 4. Less than everything is refused, with the smallest that there is.
+    with pytest.raises(ValueError, match=r"fits 100 bytes; the smallest file has [\d,]+ \(int2, embedding in 4 bits\)"):
+        pick_with_bits(job, measured(job), Target(max_bytes=100), uniform=False)
+
+
+def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="60kB")
+    (picked,) = pick(job)
+    assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] in ("int8", "int4", "int3", "int2")
+    export(job)
+    shown = report(job)
+    names = [package["name"] for package in shown["packages"]]
+    assert names == ["best", f"best-{picked['bits']['scheme']}"]
+    package = shown["packages"][1]
+    assert package["bytes"] <= picked["bits"]["bytes"] + 1024  # headers are estimated
+    assert package["bytes"] <= 60_000
+    assert package["quantization_report"]["embedding"] == picked["bits"]["embedding"]
+    # The loss that was picked by is the loss on the very weights that ship, rounded alike.
+    bases = {row["name"]: row for row in shown["quantized_base"]}
+    assert {"base-int8", "base-int4"} <= set(bases)
+    for row in bases.values():
+        assert row["params"] == shown["base"]["params"] and row["bytes"] < shown["base"]["bytes"]
+        assert row["speed"]["decode_tps"] > 0 and row["verified"]["save_and_reload_equal"] is True
+        assert row["tasks"]["tiny_choice"]["split"] == "report" and row["held_out_loss"] > 0
+    page = (job.run.path / "report.html").read_text()
+    assert "base INT8" in page and "base INT4" in page
+    # Done again, nothing is made anew.
+    stamps = {name: (job.run.packages / name / "compression.json").stat().st_mtime_ns for name in [*names, *bases]}
+    export(job)
+    again = {name: (job.run.packages / name / "compression.json") for name in stamps}
+    made = {name: json.loads(file.read_text())["lineage"]["inputs"] for name, file in again.items()}
+    assert len(made) == len(stamps)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"quantizing.bits": "joint", "max_params": [0.8]}, "--bits joint: picks what fits a number of bytes; name it"),
+        (
+            {"max_bytes": "900"},
+            "--max-bytes: 900 bytes cannot be reached; the smallest sub-network of this space",
+        ),
+    ],
+)
+def test_bad_requests(searched: Path, tmp_path: Path, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        resumed(searched, tmp_path / "run", **given)
