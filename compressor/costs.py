@@ -18,8 +18,10 @@ from compressor.generated import rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
-from compressor.sizing import parameter_limits
+from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits
+from compressor.stages.joint_pick import MEASURED
 from compressor.stages.quantized_base import base_layouts, base_schemes
+from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
 from evals.scoring.documents import Split
@@ -137,7 +139,9 @@ class _Counts:
         smallest = structure.parameters(job.declared_space.smallest()) / self.base
         self.searched = (max(sizes) + max(min(sizes) * 0.85, smallest)) / 2
         """Mean size of the sub-networks that the search measures."""
-        self.schemes = recipe.quantizing.schemes
+        self.schemes = list(recipe.quantizing.schemes)
+        if picks_bits(job) and "int4" not in self.schemes:
+            self.schemes.append("int4")  # which one is picked with the size is not known yet
         copies = set(recipe.formats) - {"uneven", "uniform"}
         self.packages = self.picks * (1 + len(self.schemes)) + len(limits) * len(copies)
         self.bases = len(base_schemes(job, [])) + len(base_layouts(job))
@@ -228,6 +232,8 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     """The held-out loss of those that tasks do not tell from the best, taken to be half of all: on a few blocks, and of
     the finalists on all."""
     blocks = FIRST_BLOCKS * counts.evaluations / 2 + FINALISTS * HELD_OUT_BLOCKS
+    if picks_bits(counts.job):  # some on a few blocks to know what bits cost, the best on all
+        blocks += len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + MEASURED * HELD_OUT_BLOCKS
     seconds = blocks * counts.length * rates.teach * counts.searched
     return StageCost("picking", "", rates.load + counts.limits * seconds)
 
@@ -258,8 +264,13 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
     tuned = iterations * counts.layers * rates.rounding
     start = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
-    seconds = counts.picks * (PROCESS + len(counts.schemes) * (start + counts.share * (samples + tuned)))
-    seconds += PROCESS + counts.bases * (start + samples + tuned)
+    # Schemes of 8 bits are rounded without data, tensor by tensor.
+    several = sum(is_tuned(name) for name in counts.schemes)
+    several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
+    plain = 2 * rates.load + 2 * counts.base / DISK_RATE
+    seconds = counts.picks * (PROCESS * bool(several) + several * (start + counts.share * (samples + tuned)))
+    seconds += PROCESS + several_bases * (start + samples + tuned)
+    seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)

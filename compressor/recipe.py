@@ -307,7 +307,8 @@ class Quantizing(Section):
     """Input channels that share a scale, for fewer than 8 bits. Unset: the largest of 128, 64, 32 that divides all
     widths."""
     iterations: int | None = Field(default=None, ge=0)
-    """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
+    """Steps for which AutoRound tunes the rounding of each block, for fewer than 8 bits (8 gain nothing by it); 0
+    rounds to nearest. Unset: by `effort`."""
     samples: int | None = Field(default=None, ge=1)
     """Sequences that the rounding is tuned on. Unset: by `effort`."""
 

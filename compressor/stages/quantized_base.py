@@ -57,7 +57,7 @@ def base_inputs(job: Job, picks: Sequence[Mapping[str, Any]], blocks: Blocks) ->
     """Of every folder, all that it depends on."""
     bits: dict[str, int | None] = dict(base_schemes(job, picks).items())
     bits.update(dict.fromkeys(base_layouts(job), job.recipe.quantizing.embedding))
-    quantizing = quantizing_inputs(job, blocks) | {"tuned": is_tuned(job, picks)}
+    quantizing = quantizing_inputs(job, blocks) | {"tuned": tunes(job, picks)}
     return {
         job.run.packages / f"{BASE}-{form}": {
             "base": job.base_fingerprint,
@@ -67,7 +67,7 @@ def base_inputs(job: Job, picks: Sequence[Mapping[str, Any]], blocks: Blocks) ->
     }
 
 
-def is_tuned(job: Job, picks: Sequence[Mapping[str, Any]]) -> bool:
+def tunes(job: Job, picks: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the base's rounding is tuned: as that of the picks is. Where none is quantized, neither is it tuned."""
     return any(schemes_of(job, picked) for picked in picks)
 
@@ -108,7 +108,7 @@ def write_base(
         source = Path(scratch) / BASE
         write_package(base, source, entry=entry(BASE), lineage=lineage, **options)
         del base
-        seen = calibration if is_tuned(job, picks) else None
+        seen = calibration if tunes(job, picks) else None
         quantize(job, source, len(architecture.kept), schemes, base_schemes(job, picks), seen)
     for folder in schemes.values():
         update_record(folder, lineage={"inputs": fingerprint(missing[folder])})

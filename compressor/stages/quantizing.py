@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from compressor.job import Job
 from export.quantization.quantize import quantize_packages
-from export.quantization.schemes import EmbeddingBits, SchemeName
-from supernet.common.progress import bar
+from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
+from supernet.common.progress import Bar, bar
 from supernet.device import release_cached_memory
 from supernet.training.data import Blocks
 
@@ -47,19 +48,33 @@ def quantize(
     ids [samples, length]; None: rounded to nearest without data."""
     quantizing = job.recipe.quantizing
     release_cached_memory(job.device)  # the child quantizes on the same device
-    blocks_to_do = len(schemes) * layers
-    with bar(f"quantizing {source.name}", blocks_to_do) as progress:
-        quantize_packages(
-            source,
-            schemes,
-            calibration=calibration,
-            iterations=0 if calibration is None else quantizing.iterations or 0,
-            group_size=quantizing.group_size,
-            embedding=embeddings,
-            code=not source.name.endswith("-uniform"),
-            seed=job.recipe.seed,
-            device=job.device.type,
-            log=job.run.log_file,
-            progress=lambda done, _, what: progress.advance(done - progress.done, what),
-        )
-        progress.advance(blocks_to_do - progress.done)
+    tuned = {name: folder for name, folder in schemes.items() if calibration is not None and is_tuned(name)}
+    plain = {name: folder for name, folder in schemes.items() if name not in tuned}
+    with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
+        for part, seen in ((plain, None), (tuned, calibration)):
+            if not part:
+                continue
+            before = progress.done
+            quantize_packages(
+                source,
+                part,
+                calibration=seen,
+                iterations=0 if seen is None else quantizing.iterations or 0,
+                group_size=quantizing.group_size,
+                embedding=embeddings,
+                seed=job.recipe.seed,
+                device=job.device.type,
+                log=job.run.log_file,
+                progress=partial(_follow, progress, before),
+            )
+            progress.advance(before + len(part) * layers - progress.done)
+
+
+def _follow(progress: Bar, before: float, done: float, _: int, what: str) -> None:
+    progress.advance(before + done - progress.done, what)
+
+
+def is_tuned(scheme: SchemeName) -> bool:
+    """Whether tuning a scheme's rounding is worth its time. At 8 bits it gains at most 0.02 % in bits per byte over
+    rounding to nearest (docs/results.md, "Quantization")."""
+    return SCHEMES[scheme].bits < 8
