@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from compressor.job import Job
+from export.package_record import PackageRecord
 from export.quantization.quantize import quantize_packages
 from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
-from supernet.common.progress import Bar, bar
+from supernet.common.progress import Bar, bar, say
 from supernet.device import release_cached_memory
 from supernet.training.data import Blocks
 
@@ -50,12 +51,13 @@ def quantize(
     release_cached_memory(job.device)  # the child quantizes on the same device
     tuned = {name: folder for name, folder in schemes.items() if calibration is not None and is_tuned(name)}
     plain = {name: folder for name, folder in schemes.items() if name not in tuned}
+    records: list[PackageRecord] = []
     with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
         for part, seen in ((plain, None), (tuned, calibration)):
             if not part:
                 continue
             before = progress.done
-            quantize_packages(
+            records += quantize_packages(
                 source,
                 part,
                 calibration=seen,
@@ -68,6 +70,18 @@ def quantize(
                 progress=partial(_follow, progress, before),
             )
             progress.advance(before + len(part) * layers - progress.done)
+    kept = [record.entry.name for record in records if keeps_embedding(record)]
+    if kept and quantizing.embedding is None:
+        say(
+            f"{', '.join(kept)}: the embedding stays in 16 bits, as transformers' plain class holds no quantized one; "
+            "with quantizing.embedding: 8 a code file does, and --format gguf-q8_0 does for llama.cpp"
+        )
+
+
+def keeps_embedding(record: PackageRecord) -> bool:
+    """Whether a package in compressed-tensors holds its embedding unquantized."""
+    report = record.entry.quantization_report
+    return report is not None and report.embedding == 16 and not report.scheme.endswith("auto-round")
 
 
 def _follow(progress: Bar, before: float, done: float, _: int, what: str) -> None:

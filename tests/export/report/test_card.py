@@ -74,7 +74,7 @@ def test_how_it_is_loaded() -> None:
     data["packages"][0]["layout"] = "uniform"
     uniform = card_of(data).text
     assert "trust_remote_code" not in uniform
-    assert "compressed-tensors" not in uniform
+    assert "pip install transformers compressed-tensors" not in uniform
     quantized = card_of(full_report(), "best-int8").text
     assert "pip install transformers compressed-tensors" in quantized
     assert "the speed there is that of floats" in quantized and "module.quantization_enabled = False" in quantized
