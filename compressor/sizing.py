@@ -82,6 +82,14 @@ def storage_of(
     return SCHEMES[scheme].storage_format(quantizing.group_size, outer)
 
 
+def can_hold(job: Job, scheme: SchemeName, architecture: Architecture) -> bool:
+    """Whether a scheme applies to any layer of a sub-network: below 8 bits both widths must be multiples of 32."""
+    if SCHEMES[scheme].bits == 8:
+        return True
+    shapes = [job.structure.shape(tensor, architecture) for tensor in job.structure.tensors if tensor.role == "linear"]
+    return any(shape is not None and not (shape[0] % 32 or shape[1] % 32) for shape in shapes)
+
+
 def smallest_storage(job: Job, architecture: Architecture | None = None) -> StorageFormat | None:
     """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized."""
     if picks_bits(job):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compressor.job import Job
+from compressor.sizing import can_hold
 from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf.types import QUANTIZED
@@ -37,7 +38,9 @@ def base_schemes(job: Job, picks: Sequence[Mapping[str, Any]]) -> dict[SchemeNam
     the base can do."""
     if not job.quantizable:
         return {}
-    named: dict[SchemeName, EmbeddingBits | None] = dict.fromkeys(ALWAYS)
+    base = job.structure.base
+    named: dict[SchemeName, EmbeddingBits | None] = {}
+    named |= dict.fromkeys(scheme for scheme in ALWAYS if can_hold(job, scheme, base))
     for picked in picks:
         named |= schemes_of(job, picked)
     bits = job.recipe.quantizing.embedding or 8
