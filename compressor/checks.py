@@ -11,7 +11,7 @@ import torch
 from compressor.costs import expected_memory
 from compressor.generated import repeated
 from compressor.job import Job
-from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
+from compressor.sizing import byte_limit, parameter_limits, smallest_storage
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
@@ -243,8 +243,8 @@ def check_targets(job: Job) -> None:
 
 def check_group_size(job: Job) -> None:
     """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
-    group, schemes = job.recipe.quantizing.group_size, job.recipe.quantizing.schemes
-    if group is None or (all(SCHEMES[name].bits == 8 for name in schemes) and not picks_bits(job)):
+    group = job.recipe.quantizing.group_size
+    if group is None or not job.quantizable:
         return
     genes = {gene.name: gene.values for gene in job.space.genes}
     base = job.structure.base
