@@ -406,7 +406,7 @@ def measure_rates(job: Job) -> Rates:
     model = model.to(job.compute_dtype)
     read, decode = _scoring_rate(job, model) or teach, decoding_rate(model, job.length)
     job.threads(scoring=False)
-    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes else 0.0
+    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes or picks_bits(job) else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     return Rates(load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding)
 

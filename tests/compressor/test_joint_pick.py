@@ -21,13 +21,16 @@ from search.pareto import Target
 from supernet.common.errors import RequestError
 from supernet.training.data import HELD_OUT_BLOCKS
 from tests.support import tiny
+from tests.support.export_networks import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joint")
+    model = tiny.checkpoint(folder / "model", vocab_size=320, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    tiny_tokenizer().save_pretrained(model)  # of a kind that llama.cpp knows
     given = {
-        "model": str(tiny.checkpoint(folder / "model")),
+        "model": str(model),
         "data": str(tiny.data(folder / "data.jsonl", 300)),
         "tasks": "tiny_choice",
         "include_path": str(tiny.task(folder / "tasks", documents=40)),
@@ -46,9 +49,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def resumed(searched: Path, folder: Path, **targets: Any) -> Job:
+def resumed(searched: Path, folder: Path, **given: Any) -> Job:
     shutil.copytree(searched, folder)
-    given = {f"targets.{name}" if "." not in name else name: value for name, value in targets.items()}
+    given = {f"targets.{name}" if name.startswith("max_") else name: value for name, value in given.items()}
     return pipeline.resume(folder, given, replace_targets=True)
 
 
@@ -85,23 +88,26 @@ def test_the_lowest_loss_that_fits_is_picked(searched: Path, tmp_path: Path) -> 
 
 
 def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path, tmp_path: Path) -> None:
-    job = resumed(searched, tmp_path / "run", max_bytes="60kB")
+    pytest.importorskip("xllamacpp")
+    given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0"}
+    job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
     (picked,) = pick(job)
     assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] in ("int8", "int4", "int3", "int2")
     export(job)
     shown = report(job)
     names = [package["name"] for package in shown["packages"]]
-    assert names == ["best", f"best-{picked['bits']['scheme']}"]
-    package = shown["packages"][1]
+    scheme = picked["bits"]["scheme"]
+    assert names == list(dict.fromkeys(["best", "best-int8", f"best-{scheme}", "best-gguf-q8_0"]))
+    package = next(row for row in shown["packages"] if row["name"] == f"best-{scheme}")
     assert package["bytes"] <= picked["bits"]["bytes"] + 1024  # headers are estimated
     assert package["bytes"] <= 60_000
     assert package["quantization_report"]["embedding"] == picked["bits"]["embedding"]
-    # The loss that was picked by is the loss on the very weights that ship, rounded alike.
     bases = {row["name"]: row for row in shown["quantized_base"]}
-    assert {"base-int8", "base-int4"} <= set(bases)
-    for row in bases.values():
+    assert {"base-int8", "base-int4", "base-gguf-q8_0", "base-gguf-q4_0"} <= set(bases)
+    for name, row in bases.items():
         assert row["params"] == shown["base"]["params"] and row["bytes"] < shown["base"]["bytes"]
-        assert row["speed"]["decode_tps"] > 0 and row["verified"]["save_and_reload_equal"] is True
+        assert row["speed"]["decode_tps"] > 0
+        assert ("mean_abs_logprob_difference" if "gguf" in name else "save_and_reload_equal") in row["verified"]
         assert row["tasks"]["tiny_choice"]["split"] == "report" and row["held_out_loss"] > 0
     page = (job.run.path / "report.html").read_text()
     assert "base INT8" in page and "base INT4" in page
