@@ -2,7 +2,7 @@
 
     python -m benchmarks.bits RUN [RUN ...] --bytes 3.3MB 2.9MB 2.55MB --new FILE.jsonl [--heal-tokens 200000]
 
-Each RUN is a run that was searched, of one seed each; nothing is written into it but measured losses. All ways choose
+Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways choose
 from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens, rounded
 without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best sub-network that
 fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with which all of it
@@ -29,6 +29,7 @@ from compressor.pipeline import resume
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import Candidate, RoundedLosses, candidates, pick_with_bits, whole_network
 from compressor.stages.picking import measured
+from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import lowest_held_out_loss
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
@@ -71,7 +72,9 @@ def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Can
 
 def made(job: Job, candidate: Candidate, tokens: int) -> Any:
     """The network of a candidate, healed and rounded."""
-    network = extract(job.load_supernet().model, job.structure, candidate.architecture)
+    architecture = candidate.architecture
+    variants = pick_variants(job, architecture)
+    network = extract(job.load_supernet().model, job.structure, architecture, variants)
     if tokens:
         blocks = training_blocks(job, tokens)
         section = job.recipe.healing.model_copy(update={"tokens": tokens})
