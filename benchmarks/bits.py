@@ -2,9 +2,9 @@
 
     python -m benchmarks.bits RUN [RUN ...] --bytes 3.3MB 2.9MB 2.55MB --new FILE.jsonl [--heal-tokens 200000]
 
-Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways choose
-from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens, rounded
-without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best sub-network that
+Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways
+choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
+rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best sub-network that
 fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with which all of it
 fits. `joint`: `compressor pick --bits joint`. A way that fits nothing has no number.
 """
