@@ -4,9 +4,9 @@
 
 Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways
 choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
-rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best sub-network that
-fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with which all of it
-fits. `joint`: `compressor pick --bits joint`. A way that fits nothing has no number.
+rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best
+sub-network that fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with
+which all of it fits. `joint`: `compressor pick --bits joint`. A way that fits nothing has no number.
 """
 
 from __future__ import annotations

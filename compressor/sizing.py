@@ -52,6 +52,12 @@ JOINT: tuple[SchemeName, ...] = ("int8", "int4", "int3", "int2")
 JOINT_EMBEDDINGS: tuple[EmbeddingBits, ...] = (8, 4)
 
 
+def joint_embeddings(job: Job) -> tuple[EmbeddingBits, ...]:
+    """Bits of the embedding that are compared: the recipe's, where it says any."""
+    asked = job.recipe.quantizing.embedding
+    return JOINT_EMBEDDINGS if asked is None else (asked,)
+
+
 def picks_bits(job: Job) -> bool:
     """Whether size and bits are picked together: where the recipe says so, or says nothing and limits the bytes."""
     bits = job.recipe.quantizing.bits
@@ -93,7 +99,7 @@ def can_hold(job: Job, scheme: SchemeName, architecture: Architecture) -> bool:
 def smallest_storage(job: Job, architecture: Architecture | None = None) -> StorageFormat | None:
     """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized."""
     if picks_bits(job):
-        return storage_of(job, JOINT[-1], architecture, JOINT_EMBEDDINGS[-1])
+        return storage_of(job, JOINT[-1], architecture, joint_embeddings(job)[-1])
     if not job.recipe.quantizing.schemes:
         return None
     smallest = min(job.recipe.quantizing.schemes, key=lambda name: (SCHEMES[name].bits, SCHEMES[name].auto_round))

@@ -41,9 +41,9 @@ class QuantizationReport(Model):
     bits_per_weight: float
     """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
     embedding: float = 16
-    """Bits of a code of the embedding."""
+    """Bits of the embedding's codes; in gguf files those stored for each weight."""
     head: float = 16
-    """Bits of a code of an output head that has its own weight."""
+    """The same of an output head that has its own weight."""
     bits_per_parameter: float
     """Stored bits of the whole file for each parameter, embeddings counted."""
     exceptions: dict[str, str] = Field(default_factory=dict)

@@ -18,7 +18,7 @@ import torch
 
 from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.sizing import JOINT, JOINT_EMBEDDINGS, can_hold, smallest_storage, storage_of
+from compressor.sizing import JOINT, can_hold, joint_embeddings, smallest_storage, storage_of
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
@@ -160,7 +160,7 @@ def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidat
     unquantized = structure.bytes(architecture) + HEADER_BYTES * tensors
     rows = [Candidate(evaluation, Bits(None), None, unquantized)]
     for scheme in (scheme for scheme in JOINT if can_hold(job, scheme, architecture)):
-        for embedding in JOINT_EMBEDDINGS:
+        for embedding in joint_embeddings(job):
             storage = storage_of(job, scheme, architecture, embedding, uniform)
             if storage not in [row.storage for row in rows]:
                 # A quantized weight is stored as three tensors.

@@ -108,7 +108,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
                     "architecture": chosen.architecture.to_dict(),
                     "key": chosen.architecture.key,
                     "weights": run.supernet_weights,
-                    "values": dict(chosen.values),
+                    "values": dict(chosen.values) | ({} if joint is None else {"bytes": joint.candidate.bytes}),
                     "bits": None if joint is None else joint.to_json(),
                 }
             )

@@ -61,6 +61,8 @@ def test_candidates_are_every_way_to_store_a_network_once(searched: Path, tmp_pa
     rows = candidates(job, whole, uniform=False)
     assert [str(row.bits) for row in rows][:2] == ["unquantized", "int8, embedding in 8 bits"]
     assert len(rows) == 1 + 4 * 2 and len({row.bytes for row in rows}) == len(rows)
+    asked = resumed(searched, tmp_path / "asked", max_bytes="1MB", **{"quantizing.embedding": 8})
+    assert len(candidates(asked, whole, uniform=False)) == 1 + 4
     # The plain class of a tied network holds no quantized embedding, so its bits are no choice.
     assert len(candidates(job, whole, uniform=True)) == 1 + 4
 

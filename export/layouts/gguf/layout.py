@@ -46,6 +46,8 @@ NARROW = 32
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 MODELFILE = "Modelfile"
 """What Ollama makes its model from; the chat template is in the gguf file."""
+OLLAMA_CONTEXT = 4096
+"""Tokens that Ollama is to hold, where the network can: its memory for keys and values grows with them."""
 
 
 def write(
@@ -110,8 +112,8 @@ def write(
         file = draft.folder / f"model-{gguf_type}.gguf"
         kinds = partial(type_of, gguf_type=gguf_type, embedding=embedding)
         matrices = _write_file(file, network, architecture, header, tokenizer, kinds, importance)
-        context_line = f"PARAMETER num_ctx {header['context_length']}\n"
-        (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\n{context_line}", encoding="utf-8")
+        read = min(header["context_length"], OLLAMA_CONTEXT)
+        (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\nPARAMETER num_ctx {read}\n", encoding="utf-8")
         draft.probe = probe
         draft.lineage["gguf"] = {"type": gguf_type, **versions(("gguf",))}
         draft.entry |= {"layout": "gguf", "file": file.name, "quantization": None, "params": params}
@@ -131,6 +133,8 @@ def _quantization_report(
         "scheme": gguf_type,
         "group_size": TYPES[gguf_type].block,
         "iterations": 0,
+        "embedding": TYPES[matrices["token_embd"][0]].bits,
+        "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,
         "bits_per_weight": sum(TYPES[kind].bits * n for kind, n in in_layers) / sum(n for _, n in in_layers),
         "bits_per_parameter": bits_per_parameter,
         "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},

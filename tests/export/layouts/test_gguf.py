@@ -373,6 +373,8 @@ def test_the_embedding_has_the_bits_that_were_asked_for(embedding: int | None, k
     reader = gguf.GGUFReader(package.folder / package.entry.file)
     assert {t.name: t.tensor_type.name for t in reader.tensors}["token_embd.weight"] == kind
     assert package.entry.bytes - reader.data_offset == file_bytes(model.config, EVEN, "q4_0", embedding)
+    bits = {"F16": 16, "Q8_0": 8.5, "IQ4_NL": 4.5}[kind]
+    assert (package.entry.quantization_report.embedding, package.entry.quantization_report.head) == (bits, bits)
     check_gguf(package)
 
 
