@@ -17,6 +17,7 @@ from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, le
 from compressor.run import Run
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
+from export.quantization.quantize import linear_layers
 from export.vocabulary_record import VOCABULARY, CutVocabulary
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -122,6 +123,15 @@ class Job:
     def untouched_parameters(self) -> int:
         """Parameters of the untouched checkpoint, of which targets are shares."""
         return self.untouched.structure.parameters(self.untouched.structure.base)
+
+    @cached_property
+    def quantizable(self) -> bool:
+        """Whether compressed-tensors can hold the network: most weights are in linear layers."""
+        try:
+            linear_layers(self.checkpoint.config, self.recipe.trust_remote_code)
+        except RequestError:
+            return False
+        return True
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -265,8 +275,8 @@ class Job:
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)
 
-    def load_untouched(self) -> Any:
-        return self.untouched.load_model(self.compute_dtype, self.device)
+    def load_untouched(self, dtype: torch.dtype | None = None) -> Any:
+        return self.untouched.load_model(dtype or self.compute_dtype, self.device)
 
     def supernet_of(self, model: Any) -> SuperNetwork:
         return SuperNetwork(model, structure=self.structure)

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from compressor.names import recipes
-from export.quantization.schemes import SchemeName
+from export.quantization.schemes import EmbeddingBits, SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
@@ -33,7 +33,23 @@ from supernet.training.sources import generated_limit, is_generated
 from supernet.vocabulary import AUTO, is_size, parse_size
 
 Layout = Literal[
-    "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
+    "uneven",
+    "uniform",
+    "padded",
+    "gguf",
+    "gguf-f32",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q6_k",
+    "gguf-q5_k",
+    "gguf-q5_1",
+    "gguf-q4_k",
+    "gguf-iq4_nl",
+    "gguf-q4_0",
+    "gguf-q3_k",
+    "gguf-q2_k",
+    "onnx",
+    "openvino",
 ]
 
 
@@ -340,11 +356,21 @@ class Quantizing(Section):
     """Quantized packages beside the unquantized one."""
 
     schemes: Annotated[list[SchemeName], BeforeValidator(_listed)] = Field(default_factory=list)
-    """Any of `int8`, `int8-dynamic`, `int4`, `int8-auto-round`, `int4-auto-round`."""
+    """Any of `int8`, `int8-dynamic`, `int4`, `int3`, `int2`, `int8-auto-round`, `int4-auto-round`."""
+    bits: Literal["asked", "joint"] | None = None
+    """`joint` picks the size together with the bits of weights and embedding: the lowest loss that fits `max_bytes`,
+    the whole network among the candidates; `asked` writes only the schemes that are named. Unset: `joint` where
+    `max_bytes` is set."""
+    embedding: EmbeddingBits | None = None
+    """Bits of the embedding, and of a head of its own, in quantized packages: 16, 8 or 4. Those of a tied network need
+    the code file of an uneven package (or a gguf file): where a number is given, a network whose layers are alike is
+    written as one too, in the layout `uneven`. Unset: 8 where the package can hold it."""
     group_size: int | None = Field(default=None, ge=8)
-    """Input channels that share a scale, for 4 bits. Unset: the largest of 128, 64, 32 that divides all widths."""
+    """Input channels that share a scale, for fewer than 8 bits. Unset: the largest of 128, 64, 32 that divides all
+    widths."""
     iterations: int | None = Field(default=None, ge=0)
-    """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
+    """Steps for which AutoRound tunes the rounding of each block, for fewer than 8 bits (8 gain nothing by it); 0
+    rounds to nearest. Unset: by `effort`."""
     samples: int | None = Field(default=None, ge=1)
     """Sequences that the rounding is tuned on. Unset: by `effort`."""
 
@@ -384,8 +410,8 @@ class Recipe(Section):
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
-    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-q8_0` and so on), `onnx`,
-    `openvino`."""
+    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-` and one of `f32`, `bf16`, `q8_0`,
+    `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`), `onnx`, `openvino`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None

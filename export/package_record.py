@@ -28,7 +28,7 @@ CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
-Quantization = Literal[SchemeName, "q8_0", "q4_0"]
+Quantization = Literal[SchemeName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
 
 
 class QuantizationReport(Model):
@@ -41,6 +41,10 @@ class QuantizationReport(Model):
     """Rounds of tuning; 0: rounded to nearest."""
     bits_per_weight: float
     """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
+    embedding: float = 16
+    """Bits of the embedding's codes; in gguf files those stored for each weight."""
+    head: float = 16
+    """The same of an output head that has its own weight."""
     bits_per_parameter: float
     """Stored bits of the whole file for each parameter, embeddings counted."""
     exceptions: dict[str, str] = Field(default_factory=dict)

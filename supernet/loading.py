@@ -110,6 +110,24 @@ def load_network(
     return model, info
 
 
+def stop_rounding(model: PreTrainedModel) -> None:
+    """Let a compressed-tensors network on a CPU, whose first pass has unpacked its weights, compute with them as they
+    are; nothing else changes, and other networks are left alone.
+
+    compressed-tensors 0.20 puts a forward into every quantized module that rounds the unpacked weight again at every
+    call, which changes no value and takes as long as the product itself (`docs/results.md`). Modules that round
+    activations keep theirs, and are told that the weight needs no rounding.
+    """
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or not hasattr(module, "weight"):
+            continue
+        if scheme.input_activations is None and scheme.output_activations is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.quantization_status = type(module.quantization_status).COMPRESSED
+
+
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 """Files of a hub repository that are fetched beside the weights."""
 

@@ -108,6 +108,12 @@ RECIPE_OPTIONS = {
         "targets.max_drop", str, "largest loss of quality, for example 1%", default="1% where no target is named"
     ),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated", default="none"),
+    "bits": RecipeOption(
+        "quantizing.bits",
+        str,
+        "joint: pick size and bits together, for --max-bytes; asked: only what --quantize names",
+        default="joint with --max-bytes",
+    ),
     "group_size": RecipeOption(
         "quantizing.group_size", int, "int4's group size", default="the largest of 128, 64, 32 that divides all widths"
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 
 from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
@@ -36,7 +37,7 @@ from supernet.common.files import read_json, write_json
 from supernet.common.metrics import record
 from supernet.common.progress import bar
 from supernet.device import device_name
-from supernet.loading import load_network
+from supernet.loading import load_network, stop_rounding
 from supernet.training.data import HELD_OUT_BLOCKS, IGNORED, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
@@ -55,6 +56,8 @@ class Measurements(Model):
     conditions: dict[str, str | int | None]
     """What the measurements depend on beside the networks."""
     packages: list[str]
+    quantized_base: list[str] = Field(default_factory=list)
+    """The packages that hold the base itself in few bits."""
     samples: list[Sample]
 
     @classmethod
@@ -65,22 +68,23 @@ class Measurements(Model):
 
 
 @stage("measuring")
-def measure_packages(job: Job, names: list[str]) -> None:
-    """Score base and packages on the report split, time them side by side, and record it in each package.
+def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
+    """Score base and packages, and those of the base itself in few bits, on the report split, time them side by side,
+    and record it in each package.
 
     Scores are rows of evaluations.db like any other, so nothing is scored twice.
     """
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
     measurer = PackageMeasurer(job)
-    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + 1) as progress:
+    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + len(bases) + 1) as progress:
         progress.advance(0, "the base")
         measurer.measure_base(store)
-        for name in names:
+        for name in (*names, *bases):
             progress.advance(note=name)
-            measurer.measure(name, store)
+            measurer.measure(name, store, of_base=name in bases)
         progress.advance()
-    measurer.write(names)
+    measurer.write(names, bases)
 
 
 class PackageMeasurer:
@@ -128,8 +132,9 @@ class PackageMeasurer:
         known = self._earlier_texts.get("base", {})
         self.texts["base"] = continuations(tokenizer, prompts, self.base, known)
 
-    def measure(self, name: str, store: EvaluationStore) -> None:
-        """Measure one package, after the one that it is a copy of, and record it there.
+    def measure(self, name: str, store: EvaluationStore, of_base: bool = False) -> None:
+        """Measure one package, after the one that it is a copy of, and record it there. `of_base`: one of the untouched
+        base in few bits, which reads the base's tokens and of which no text is sampled.
 
         What transformers does not load is timed in its own runtime. A gguf file is scored with the weights that it
         holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
@@ -144,11 +149,13 @@ class PackageMeasurer:
             original = lineage.copy_of or ""
             self.scores[name], self.losses[name] = self.scores[original], self.losses[original]
         else:
-            self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
+            tasks = job.untouched_tasks if of_base else job.tasks
+            weights = weights_fingerprint(package)
+            self.scores[name] = report_scores(job, store, model, entry.architecture, weights, tasks)
             loss = entry.held_out_loss if current else None
-            self.losses[name] = self.loss_of(model()) if loss is None else loss
+            self.losses[name] = self.loss_of(model(), of_base) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(held, model)
-        if entry.layout in LOADABLE:
+        if entry.layout in LOADABLE and not of_base:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job.tokenizer, self.prompts, model, kept)
         quality = relative_quality(self.scores[name], self.scores["base"])
@@ -164,8 +171,10 @@ class PackageMeasurer:
         base_speed = self.speed and self.speed.model_dump()
         update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
 
-    def loss_of(self, model: PreTrainedModel) -> float:
+    def loss_of(self, model: PreTrainedModel, of_base: bool) -> float:
         """A package's held-out loss in nats for each of the untouched base's tokens, so that both compare."""
+        if of_base:
+            return held_out_loss(model, self.base_text, 1, self.job.device)
         loss = held_out_loss(model, self.text, 1, self.job.device)
         return loss * learnt_tokens(self.text) / learnt_tokens(self.base_text)
 
@@ -178,7 +187,7 @@ class PackageMeasurer:
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
-    def write(self, names: list[str]) -> None:
+    def write(self, names: list[str], bases: list[str]) -> None:
         """Write `base.json`."""
         job = self.job
         base = Base(
@@ -199,7 +208,9 @@ class PackageMeasurer:
             Sample(prompt=prompt, continuations={name: texts[prompt] for name, texts in self.texts.items()})
             for prompt in self.prompts
         ]
-        measured = Measurements(base=base, conditions=self.conditions, packages=names, samples=samples)
+        measured = Measurements(
+            base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
+        )
         write_json(self.file, measured.model_dump(mode="json"))
 
 
@@ -255,6 +266,8 @@ def scored_network(job: Job, record: PackageRecord) -> Any:
     """
     if record.entry.layout != "gguf":
         return load_package(record.folder, job.compute_dtype, job.device)
+    if record.lineage.copy_of == "base":
+        return take_stored_weights(job.load_untouched(), record.folder)
     original = job.run.packages / (record.lineage.copy_of or "")
     return take_stored_weights(load_package(original, job.compute_dtype, job.device), record.folder)
 
@@ -266,6 +279,7 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         model, _ = load_network(folder, dtype, check_code(folder))
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        stop_rounding(model)
     return model
 
 

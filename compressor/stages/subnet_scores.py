@@ -157,6 +157,12 @@ def lowest_held_out_loss(job: Job, architectures: Sequence[Architecture]) -> int
     return min(zip(final, numbers, strict=True))[1]
 
 
+def held_out_losses(job: Job, architectures: Sequence[Architecture], blocks: int) -> list[float]:
+    """Held-out losses of sub-networks of the run's super-network on the first blocks, nats per token: from the store,
+    or else measured and recorded."""
+    return _HeldOutLosses(job).of(architectures, blocks)
+
+
 class _HeldOutLosses:
     """Held-out losses from the store; the super-network is loaded once, where one is missing."""
 

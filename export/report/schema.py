@@ -291,6 +291,8 @@ class Report(Model):
     front: list[Candidate]
     """The Pareto front of fully measured sub-networks."""
     packages: list[Package]
+    quantized_base: list[Package] = Field(default_factory=list)
+    """The base itself in few bits, measured as packages are."""
     comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None
@@ -308,8 +310,8 @@ class Report(Model):
 
     @property
     def rows(self) -> list[Base | Package]:
-        """The base, then the packages: the rows of every table."""
-        return [self.base, *self.packages]
+        """The base, the base in few bits, then the packages: the rows of every table."""
+        return [self.base, *self.quantized_base, *self.packages]
 
     def package(self, name: str) -> Package:
         """The package called `name`. Raises KeyError where there is none."""

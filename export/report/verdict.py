@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from export.report.quantized_base import quantized_base_sentences
 from export.report.schema import Base, Package, Report
 from export.report.vocabulary import decode_ratio
 from search.scores import Score
@@ -79,7 +80,7 @@ def verdict(report: Report) -> list[str]:
         sentences.append(
             f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality."
         )
-    return sentences
+    return [*sentences, *quantized_base_sentences(report)]
 
 
 def _text_loss(package: Package, base: Base) -> list[str]:

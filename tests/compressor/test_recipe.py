@@ -120,7 +120,7 @@ def test_keys_are_read_under_their_former_names_and_fingerprinted_as_then() -> N
         ("seed: 1\n", ["model", "missing"]),
         ("- a\n", ["keys and values"]),
         ("a: [\n", ["YAML"]),
-        ("model: m\nquantizing: {schemes: [int3]}\n", ["int3", "int4"]),
+        ("model: m\nquantizing: {schemes: [int5]}\n", ["int5", "int4"]),
         ("model: m\ntargets: {max_bytes: lots}\n", ["lots", "2GiB"]),
         ("model: m\ntargets: {max_params: true}\n", ["max_params", "True"]),
     ],
