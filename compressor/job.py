@@ -12,12 +12,10 @@ import torch
 import yaml
 
 from compressor.local_paths import LocalPaths, localized
+from compressor.names import REDOABLE
 from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from compressor.schedule import Schedule
-from evals.scoring.encoding import Encoder
-from evals.scoring.scorer import NetworkLM, Scorer
-from evals.scoring.tasks import TaskSet
 from evals.speed.table import SpeedTable
 from export.vocabulary_record import VOCABULARY, CutVocabulary
 from search.space import SearchSpace
@@ -36,8 +34,9 @@ from supernet.training.loop import TrainSettings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-REDOABLE = ("finetune", "search", "export")
-"""What --redo names."""
+    from evals.scoring.scorer import Scorer
+    from evals.scoring.tasks import TaskSet
+
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -142,7 +141,7 @@ class Job:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        return make_accelerator(self.recipe.device, self.recipe.dtype)
+        return make_accelerator(self.recipe.device, self.recipe.dtype, self.recipe.report_to, self.run.tracking)
 
     @property
     def device(self) -> torch.device:
@@ -208,6 +207,10 @@ class Job:
     @cached_property
     def untouched_tasks(self) -> TaskSet:
         """The tasks in the tokens of the untouched checkpoint."""
+        # These import lm-eval and datasets, a second that looking at a network does not need.
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.tasks import TaskSet
+
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
@@ -221,6 +224,8 @@ class Job:
     @cached_property
     def tasks(self) -> TaskSet:
         """The tasks in the tokens of the base."""
+        from evals.scoring.encoding import Encoder  # as above
+
         if self.checkpoint is self.untouched:
             return self.untouched_tasks
         return self.untouched_tasks.encoded_by(Encoder(self.tokenizer, self.checkpoint.config))
@@ -230,6 +235,8 @@ class Job:
 
         `tasks` are `untouched_tasks` for the untouched checkpoint.
         """
+        from evals.scoring.scorer import NetworkLM, Scorer  # as above
+
         tasks = tasks or self.tasks
         lm = NetworkLM(model, tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
@@ -326,7 +333,8 @@ class Job:
         if finetuning.gradient_accumulation is not None:
             return finetuning.gradient_accumulation
         rows = max(1, (finetuning.batch_size or 1) // processes())
-        return parts_of_batch(self.structure, rows, finetuning.sequence_length, self.device)
+        length, checkpointing = finetuning.sequence_length, finetuning.gradient_checkpointing
+        return parts_of_batch(self.structure, rows, length, self.device, checkpointing)
 
     def in_parts(self, settings: TrainSettings) -> TrainSettings:
         """The same, with batches computed in as many parts as this device needs."""
