@@ -20,7 +20,6 @@ from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
 from evals.quality import relative_quality
-from evals.scoring.tasks import TaskSet
 from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
@@ -44,6 +43,8 @@ from supernet.trust import check_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from evals.scoring.tasks import TaskSet
 
 LOADABLE = ("uneven", "uniform", "padded")
 """Layouts that transformers loads."""

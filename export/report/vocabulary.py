@@ -38,5 +38,5 @@ def vocabulary_notes(report: Report) -> list[str]:
         f"{percent(record.coverage)} of text that was not counted{tasks}. There a token stands for "
         f"{record.bytes_per_token:.2f} bytes, one of the base for {record.base_bytes_per_token:.2f}.",
         *([f"Text written, bytes a second: {written}."] if written else []),
-        "Losses are in nats for each token of the base.",
+        "Losses of base and packages are in nats for each token of the base, those of trainings for each that stayed.",
     ]
