@@ -168,7 +168,7 @@ class PackageMeasurer:
     def loss_of(self, model: PreTrainedModel) -> float:
         """A package's held-out loss in nats for each of the untouched base's tokens, so that both compare."""
         loss = held_out_loss(model, self.text, 1, self.job.device)
-        return loss * learnt_tokens(self.text) / learnt_tokens(self.base_text)
+        return loss * (learnt_tokens(self.text) / learnt_tokens(self.base_text))
 
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
