@@ -50,8 +50,8 @@ class CutVocabulary(Model):
     record: VocabularyRecord
     splits: list[SplitText]
     logit_difference: float
-    """The largest difference of the kept tokens' logits from the untouched base's on texts whose tokens were all kept,
-    as a share of the largest logit."""
+    """The largest difference of the kept tokens' logits from the untouched base's, on kept tokens of texts, as a share
+    of the largest logit."""
 
     @classmethod
     def read(cls, file: Path) -> CutVocabulary:

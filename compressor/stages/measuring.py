@@ -177,7 +177,7 @@ class PackageMeasurer:
         if of_base:
             return held_out_loss(model, self.base_text, 1, self.job.device)
         loss = held_out_loss(model, self.text, 1, self.job.device)
-        return loss * learnt_tokens(self.text) / learnt_tokens(self.base_text)
+        return loss * (learnt_tokens(self.text) / learnt_tokens(self.base_text))
 
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""

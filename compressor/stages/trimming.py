@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from export.probe import logits_of
 from export.vocabulary_record import VOCABULARY, CutVocabulary, SplitText, VocabularyRecord
 from supernet.checkpoint import Checkpoint
 from supernet.common.errors import RequestError, VerificationError
-from supernet.common.files import fingerprint, write_json
+from supernet.common.files import fingerprint, temporary_name, write_json
 from supernet.common.progress import say
 from supernet.tokens import no_row, template_texts, tokens_without_row
 from supernet.training.data import encode_row
@@ -149,13 +148,18 @@ def keep_base(job: Job) -> None:
 
 @contextmanager
 def scratch_folder(recipe: Recipe, output: Path) -> Iterator[Path]:
-    """Where a base is made before there is a run to hold it: on the run's disk. Where none is made, the run's own."""
+    """Where a base is made before there is a run to hold it: on the run's disk; what killed processes left there is
+    removed. Where none is made, the run's own folder."""
     if recipe.vocabulary.size is None:
         yield output
         return
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-base-", dir=parent) as folder:
-        yield Path(folder)
+    folder = temporary_name(parent / output.name, "base")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

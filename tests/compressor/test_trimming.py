@@ -261,6 +261,17 @@ def test_no_run_is_left_where_the_request_is_wrong(made: Made, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": "m", "vocabulary": {"size": "auto"}})
+    left = tmp_path / ".run.base-999999999"
+    left.mkdir()
+    with trimming.scratch_folder(recipe, tmp_path / "run") as scratch:
+        assert list(tmp_path.iterdir()) == [scratch] and not list(scratch.iterdir())
+    assert not list(tmp_path.iterdir())
+    with trimming.scratch_folder(Recipe(model="m"), tmp_path / "run"):
+        assert not list(tmp_path.iterdir())
+
+
 def test_inspect_shows_sizes_beforehand(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["inspect", str(made.model), "--vocabulary", "0.8", "--data", str(made.data), "--json"]
     assert run(arguments) == 0
