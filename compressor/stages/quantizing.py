@@ -66,7 +66,7 @@ def quantize(
                 embedding=embeddings,
                 seed=job.recipe.seed,
                 device=job.device.type,
-                log=job.run.log_file,
+                log=job.run.debug_file,
                 progress=partial(_follow, progress, before),
             )
             progress.advance(before + len(part) * layers - progress.done)
