@@ -115,12 +115,18 @@ def stop_rounding(model: PreTrainedModel) -> None:
     are; nothing else changes, and other networks are left alone.
 
     compressed-tensors 0.20 puts a forward into every quantized module that rounds the unpacked weight again at every
-    call, which changes no value and takes as long as the product itself (`docs/results.md`). Modules that round
-    activations keep theirs, and are told that the weight needs no rounding.
+    call, which changes no value, and one into every module that moves inputs to where its weights are. Both take time
+    (`docs/results.md`). Modules that round activations keep the first, and are told that the weight needs no rounding.
     """
-    for module in model.modules():
-        scheme = getattr(module, "quantization_scheme", None)
-        if scheme is None or not hasattr(module, "weight"):
+    quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme") and hasattr(m, "weight")]
+    if not quantized:
+        return
+    from compressed_tensors.offload.dispatch import remove_dispatch  # takes seconds to import
+
+    remove_dispatch(model, onload_tensors=True)
+    for module in quantized:
+        scheme = module.quantization_scheme
+        if scheme is None:
             continue
         if scheme.input_activations is None and scheme.output_activations is None:
             module.__dict__.pop("forward", None)
