@@ -132,7 +132,8 @@ class Targets(Section):
     min_speedup: float | None = Field(default=None, gt=0)
     """Least decode tokens per second, as a multiple of the base's."""
     max_drop: Annotated[float | None, BeforeValidator(_share)] = Field(default=None, ge=0, lt=1)
-    """Largest loss of quality on the search documents, before healing and quantization: `1%` keeps 0.99."""
+    """Largest loss of quality (docs/quality.md) on the search documents, before healing and quantization: `1%` keeps
+    0.99."""
 
     @field_validator("max_params")
     @classmethod

@@ -73,7 +73,7 @@ class PackageEntry(Model):
     bytes: int
     """Of the weight files as they are on disk."""
     quality: float | None = None
-    """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
+    """What it keeps of the base's scores on the report split (`evals.quality`)."""
     tasks: dict[str, Score] = Field(default_factory=dict)
     """Scores on the report split."""
     held_out_loss: float | None = None
@@ -101,6 +101,8 @@ class Lineage(Model):
     """Name of the package that this one holds in another layout."""
     task_documents: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of the documents of each task that was scored."""
+    scored_weights: str | None = None
+    """Fingerprint of the weights that were scored: the run keeps what they score on every document under it."""
     base_speed: Speed | None = None
     """The base's speed, beside which the package's was measured."""
 

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
-from evals.quality import relative_quality
+from evals.quality import QualityScale
+from evals.scoring.scorer import DocumentValues
 from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
@@ -60,6 +62,35 @@ class Measurements(Model):
         """Raises `RequestError` for a file that this version does not write."""
         with reading(f"{file}: not what this version writes; remove it and export again"):
             return cls.model_validate(read_json(file))
+
+
+class ReportDocuments(BaseModel):
+    """`search/documents/WEIGHTS.json`: what one network scored on every document of the report split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprints: dict[str, str]
+    """Of the documents of each task."""
+    values: DocumentValues
+
+    @classmethod
+    def of(cls, job: Job, values: DocumentValues) -> ReportDocuments:
+        return cls(fingerprints={name: job.tasks.fingerprint(name, "report") for name in values}, values=values)
+
+    @classmethod
+    def read(cls, job: Job, weights: str) -> DocumentValues:
+        """The values of the run's tasks, of those that are known: an earlier version kept none."""
+        file = job.run.documents / f"{weights}.json"
+        if not file.is_file():
+            return {}
+        with reading(f"{file}: not what this version writes; remove it"):
+            kept = cls.model_validate(read_json(file))
+        now = {name: job.tasks.fingerprint(name, "report") for name in job.tasks.tasks}
+        return {name: values for name, values in kept.values.items() if kept.fingerprints.get(name) == now.get(name)}
+
+    def write(self, job: Job, weights: str) -> None:
+        job.run.documents.mkdir(exist_ok=True)
+        write_json(job.run.documents / f"{weights}.json", self.model_dump(mode="json"))
 
 
 @stage("measuring")
@@ -106,6 +137,7 @@ class PackageMeasurer:
         self.losses: dict[str, float] = {} if loss is None else {"base": loss}
         self.texts: dict[str, dict[str, str]] = {}
         self.scores: dict[str, dict[str, Score]] = {}
+        self.weights: dict[str, str] = {}  # of what was scored, by name
         self._earlier_texts: dict[str, dict[str, str]] = {}  # of the last time, by name
         for row in before.samples if before else []:
             for name, text in row.continuations.items():
@@ -117,6 +149,11 @@ class PackageMeasurer:
         if "base" not in self.losses:
             self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
         self.texts["base"] = continuations(job, self.prompts, self.base, self._earlier_texts.get("base", {}))
+
+    @property
+    def scale(self) -> QualityScale:
+        """What qualities on the report split are measured against."""
+        return QualityScale(self.scores["base"], self.losses["base"])
 
     def measure(self, name: str, store: EvaluationStore) -> None:
         """Measure one package, after the one that it is a copy of, and record it there.
@@ -133,8 +170,10 @@ class PackageMeasurer:
         if entry.layout in ("onnx", "openvino"):
             original = lineage.copy_of or ""
             self.scores[name], self.losses[name] = self.scores[original], self.losses[original]
+            self.weights[name] = self.weights[original]
         else:
-            self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
+            self.weights[name] = weights_fingerprint(package)
+            self.scores[name] = report_scores(job, store, model, entry.architecture, self.weights[name])
             loss = entry.held_out_loss if current else None
             self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(record, model)
@@ -143,13 +182,14 @@ class PackageMeasurer:
             self.texts[name] = continuations(job, self.prompts, model, kept)
         measured = {
             "tasks": dumped(self.scores[name]),
-            "quality": relative_quality(self.scores[name], self.scores["base"]),
+            "quality": self.scale.quality(self.scores[name], self.losses[name]),
             "held_out_loss": self.losses[name],
             "speed": speed.model_dump(),
         }
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
-        update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
+        made_of = {"task_documents": documents, "scored_weights": self.weights[name], "base_speed": base_speed}
+        update_record(package, entry=measured, lineage=made_of)
 
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
@@ -223,13 +263,15 @@ def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
 def report_scores(
     job: Job, store: EvaluationStore, model: Callable[[], PreTrainedModel], architecture: Architecture, weights: str
 ) -> dict[str, Score]:
-    """Every task's score on the report split. `model` is loaded where a score is missing."""
+    """Every task's score on the report split. `model` is loaded where a score is missing; every document's value is
+    kept then, so that networks can be compared over the same documents."""
     keys = {name: task_key(job, task, "report") for name, task in job.tasks.tasks.items()}
 
     def measure() -> Measured:
         began = time.monotonic()
-        scores = job.scorer(model()).score("report")
+        scores, documents = job.scorer(model()).score_with_documents("report")
         seconds = (time.monotonic() - began) / len(scores)
+        ReportDocuments.of(job, documents).write(job, weights)
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
     return stored_scores(store, architecture, weights, keys, measure)

@@ -13,9 +13,11 @@ from compressor.schedule import stage
 from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
+from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import fidelities, measurable, score_keys
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
+from evals.quality import DEFINITION
 from evals.speed.table import SpeedTable
 from evals.warm_starts import GREEDY
 from export.layouts.table import copies_hold
@@ -26,7 +28,7 @@ from search.run import search as run_search
 from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import Bar, bar, say
 from supernet.device import device_name
@@ -51,7 +53,7 @@ def search(job: Job) -> dict[str, Any]:
     if run.front.is_file() and job.redo != "search":
         front = read_front(run.front)
         if front["inputs"] == inputs:
-            return front
+            return current_front(job)
     # 2. Prepare: timings of the layers, objectives, where the search starts.
     run.search.mkdir(exist_ok=True)
     job.threads(scoring=True)
@@ -72,13 +74,25 @@ def search(job: Job) -> dict[str, Any]:
     front = {
         "inputs": inputs,
         "weights": run.supernet_weights,
-        "base": {name: score.value for name, score in evaluator.base["full"].items()},
+        "base": {name: score.value for name, score in evaluator.base.items()},
+        "quality": quality_of(evaluator.scale),
         "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
         **result.to_dict(),
     }
     write_json(run.front, front)
     run.log(f"searched: {len(result.evaluations)} sub-networks measured")
     return front
+
+
+def current_front(job: Job) -> dict[str, Any]:
+    """What front.json holds, its qualities by today's definition. Raises `RequestError` where they cannot be."""
+    front = read_front(job.run.front)
+    if front.get("quality", {}).get("definition") == DEFINITION:
+        return front
+    # Every evaluation holds its speed, so only the base's is asked for here.
+    speed = dict.fromkeys(SPEEDS, front["base_decode_tps"])
+    with reading(f"{job.run.front}: an earlier version searched for other objectives; run compressor search"):
+        return requalified(job, front, *goals(job, lambda architecture: speed))
 
 
 def search_inputs(job: Job, weights: str) -> dict[str, Any]:
@@ -148,7 +162,7 @@ class SearchProgress:
         """Move the bar by one measured sub-network."""
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
-        if self._largest is None or parameters <= self._largest:
+        if evaluation.full and (self._largest is None or parameters <= self._largest):
             self._best = max(self._best, (evaluation.values["quality"], parameters))
         share = self._best[1] / structure.parameters(structure.base)
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")

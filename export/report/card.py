@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
 from export.report.schema import Base, BaseCard, Package, Report, Training
-from export.report.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
+from export.report.table import ABOUT_QUALITY, DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.report.verdict import verdict
 from supernet.architecture import Architecture
 
@@ -69,6 +69,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         rows=[report.base, *siblings],
         metric=lambda task: metric_name(report, task),
         measured_in=measured_in,
+        about_quality=ABOUT_QUALITY,
         notes=notes(report.model_copy(update={"packages": siblings})),
         picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
@@ -166,7 +167,7 @@ def eval_results(package: Package) -> list[EvalResult]:
         add(task, documents, score.metric, score.value, f"{score.metric}{stamp}")
         add(task, documents, f"{score.metric}_stderr", score.stderr)
     about = ("nas-compressor", "size and quality")
-    add(*about, "quality", package.quality, "mean over tasks of score / base's score")
+    add(*about, "quality", package.quality, "share of the base's scores that is kept, above chance")
     add(*about, "parameters", package.params)
     add(*about, "bytes", package.bytes, "bytes of weights on disk")
     if report := package.quantization_report:
