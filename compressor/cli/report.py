@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import reported
 from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
@@ -12,4 +13,4 @@ def report(run: RunFolder, json: Json = False) -> None:
     offline_if_run_is_local(run)
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.report(pipeline.resume(run, {})), json)
+    emit(reported(run, pipeline.report(pipeline.resume(run, {}))), json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
 from compressor.cli.output import emit
@@ -17,4 +18,4 @@ def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) 
     from compressor import pipeline  # imports torch
 
     job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)
-    emit(pipeline.search(job), json)
+    emit(ended("search", job, pipeline.search(job)), json)

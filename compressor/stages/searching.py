@@ -69,7 +69,9 @@ def search(job: Job) -> dict[str, Any]:
         closing(SubnetEvaluator(job, store, searched_weights(job))) as evaluator,
         bar("searching", recipe.searching.evaluations or 0) as progress,
     ):
-        result = run_searches(job, evaluator, objectives, constraints, starts, SearchProgress(job, progress))
+        shown = SearchProgress(job, progress)
+        result = run_searches(job, evaluator, objectives, constraints, starts, shown)
+    say(shown.outcome)
     # 4. Record.
     front = {
         "inputs": inputs,
@@ -156,16 +158,34 @@ class SearchProgress:
         self._job, self._bar = job, bar
         self._largest = max(sizes_asked_for(job), default=None)
         self._best = (0.0, 0)
+        self._best_stderr = 0.0
         self._set_aside: dict[str, list[str]] = {}
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Move the bar by one measured sub-network."""
+        """Move the bar by one measured sub-network. The best is of those that were scored on all documents of the
+        search, by the quality that a pick has."""
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
-        if evaluation.full and (self._largest is None or parameters <= self._largest):
-            self._best = max(self._best, (evaluation.values["quality"], parameters))
+        asked = evaluation.full and (self._largest is None or parameters <= self._largest)
+        if asked and (evaluation.values["quality"], parameters) > self._best:
+            self._best = evaluation.values["quality"], parameters
+            self._best_stderr = evaluation.values.get("quality_stderr", 0.0)
         share = self._best[1] / structure.parameters(structure.base)
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
+
+    @property
+    def outcome(self) -> str:
+        """The best that was measured, and how what is picked may differ from it."""
+        quality, parameters = self._best
+        structure = self._job.structure
+        share = parameters / structure.parameters(structure.base)
+        line = (
+            f"best quality {quality:.3f} ± {self._best_stderr:.3f} on the search documents, at {share:.2f} of the "
+            "parameters"
+        )
+        if self._job.recipe.targets.max_drop is None:
+            line += "; of all that this does not tell from it, the one of the lowest held-out loss is picked"
+        return line
 
     def generation(self, record: GenerationRecord) -> None:
         """Log a generation; say which predictors were set aside in it."""

@@ -1,0 +1,58 @@
+"""What a command says at its end, and that a further format is added to what a run has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import run
+from compressor.pipeline import added
+from compressor.recipe import Recipe, read_recipe
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("endings")
+    recipe = "searching: {population: 4, warm_start: [], objectives: [quality, parameters]}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    command = [
+        "compress", str(tiny.checkpoint(folder / "model")), "--recipe", str(folder / "recipe.yaml"),
+        "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
+        "--include-path", str(tiny.task(folder / "tasks", documents=40, solved=True)), "--output", str(folder / "run"),
+        "--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "6", "--limit", "12", "--max-params", "0.8",
+    ]  # fmt: skip
+    assert run(command) == 0
+    return folder / "run"
+
+
+def test_a_further_format_is_added(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", str(made), "--format", "padded"]) == 0
+    said = capsys.readouterr().err
+    assert f"package: {made}/packages/best, " in said and f"package: {made}/packages/best-padded, " in said
+    assert "quality" in said and f"next: compressor report {made}" in said
+    assert run(["export", str(made), "--format", "uniform"]) == 0  # which nothing was picked for yet
+    assert run(["report", str(made)]) == 0
+    said = capsys.readouterr().err
+    report = json.loads((made / "report.json").read_text())
+    assert [row["name"] for row in report["packages"]] == ["best", "best-padded", "best-uniform"]
+    assert (
+        report["recipe"]["formats"] == read_recipe(made / "recipe.yaml", {}).formats == ["uneven", "padded", "uniform"]
+    )
+    assert f"next: compressor verify {made}/packages/best" in said
+
+
+def test_every_stage_says_where_its_work_is_and_what_is_next(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, here, following in (("search", "front.json", "pick"), ("pick", "picks.json", "export")):
+        assert run([command, str(made)]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert any(f"{made}/search/{here}" in line for line in lines)
+        assert lines[-1].startswith(f"next: compressor {following} {made}")
+
+
+def test_what_is_named_twice_is_added_once() -> None:
+    recipe = Recipe(model="m", formats=["uneven", "gguf"])
+    assert added(recipe, {"formats": "padded,gguf"}) == {"formats": ["uneven", "gguf", "padded"]}
+    assert added(recipe, {"quantizing.schemes": ["int8"], "seed": 1}) == {"quantizing.schemes": ["int8"], "seed": 1}
