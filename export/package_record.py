@@ -26,7 +26,7 @@ RECORD = "compression.json"
 CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
-Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
+Layout = Literal["uneven", "uniform", "padded", "elastic", "gguf", "onnx", "openvino"]
 Quantization = Literal[SchemeName, "q8_0", "q4_0"]
 
 
@@ -52,6 +52,35 @@ class GraphCache(Model):
     key_value_heads: list[int]
     """Of every layer with attention."""
     head_dim: int
+
+
+class SizeProof(Model):
+    """What one size of an elastic package says about the probe's token ids."""
+
+    next_logprob: list[list[float]]
+    """As in `Probe`."""
+    max_abs_logit: float
+
+
+class ElasticSize(Model):
+    """One size of an elastic package, and what the search measured of it, before any healing."""
+
+    name: str
+    """Its share of the base's parameters, such as `0.67`."""
+    architecture: JSONArchitecture
+    params: int
+    quality: float | None = None
+    """On the search documents."""
+    quality_stderr: float | None = None
+    held_out_loss: float | None = None
+    decode_tps: float | None = None
+    """Tokens per second, by its layers' timings."""
+    tasks: dict[str, Score] = Field(default_factory=dict)
+    """Scores on the report split, of the three sizes that are proved."""
+    report_quality: float | None = None
+    """Quality on the report split, of these."""
+    proof: SizeProof | None = None
+    """None where the size is not among the three that are proved."""
 
 
 class PackageEntry(Model):
@@ -88,6 +117,10 @@ class PackageEntry(Model):
     """The one file of a gguf package."""
     cache: GraphCache | None = None
     """What a graph caches; None where there is no graph."""
+    sizes: list[ElasticSize] = Field(default_factory=list)
+    """Of an elastic package, every size that it has a name for."""
+    default_size: str | None = None
+    """Of these, the one that architecture, parameters and scores are of."""
 
 
 class Lineage(Model):
