@@ -147,6 +147,10 @@ def check_formats(job: Job) -> None:
     config = job.checkpoint.config
     for layout in job.recipe.formats:
         check_installed(layout)
+        if layout == "elastic" and job.recipe.repair.enabled:
+            raise RequestError(
+                "--format elastic: holds one set of weights, and a repair gives every size its own; leave one out"
+            )
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):

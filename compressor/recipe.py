@@ -29,7 +29,17 @@ from supernet.common.formatting import parse_bytes, parse_duration, parse_parame
 from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
-    "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
+    "uneven",
+    "uniform",
+    "padded",
+    "elastic",
+    "gguf",
+    "gguf-f32",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q4_0",
+    "onnx",
+    "openvino",
 ]
 
 

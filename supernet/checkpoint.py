@@ -22,6 +22,7 @@ from supernet.architecture import Structure
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import content_fingerprint
 from supernet.common.progress import say
+from supernet.elastic import ELASTIC_PREFIX
 from supernet.families import describe, family_named, family_of
 from supernet.loading import check_fit, checkpoint_folder, load_causal_lm, loaded_files
 from supernet.streaming import WeightFiles
@@ -150,6 +151,8 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedCo
         raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
     if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):
         raise RequestError(f"{name}: already an uneven package; compress the base it was made from")
+    if str(raw.get("model_type", "")).startswith(ELASTIC_PREFIX):
+        raise RequestError(f"{name}: an elastic package; cut a size out of it (compressor slice), or compress its base")
     if "model_type" not in raw:
         raise RequestError(f"{name}: config.json does not say its model_type")
     if "auto_map" not in raw:

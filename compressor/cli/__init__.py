@@ -29,6 +29,7 @@ from compressor.cli.pick import pick
 from compressor.cli.push import push
 from compressor.cli.report import report
 from compressor.cli.search import search
+from compressor.cli.slice import slice
 from compressor.cli.speed_table import speed_table
 from compressor.cli.verify import verify
 from compressor.quiet import quiet_libraries
@@ -52,6 +53,7 @@ COMMANDS = (
     evaluate,
     verify,
     push,
+    slice,
     speed_table,
 )
 

@@ -76,7 +76,7 @@ RECIPE_OPTIONS = {
     "formats": RecipeOption(
         "formats",
         str,
-        "uneven, uniform, padded, gguf (f16; or gguf-q8_0, gguf-q4_0, …), onnx, openvino",
+        "uneven, uniform, padded, elastic (any size in one), gguf (f16; or gguf-q8_0, gguf-q4_0, …), onnx, openvino",
         flag="--format",
     ),
     "seed": RecipeOption("seed", int, "the seed of everything random"),

@@ -17,6 +17,7 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
+from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 from compressor.stages.repairing import pick_variants, repair_inputs
@@ -49,9 +50,11 @@ def export(job: Job) -> list[dict[str, Any]]:
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
-        for picked in picks:
+        for number, picked in enumerate(picks):
             name = picked["name"]
             wanted = package_inputs(job, name, network_inputs(job, picked["key"], blocks), blocks)
+            if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
+                wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
             missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
@@ -99,11 +102,17 @@ def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict
     inputs: dict[str, Inputs] = {"": {"network": network}}
     inputs |= {f"-{scheme}": {"network": network, "quantizing": quantizing} for scheme in recipe.quantizing.schemes}
     for layout in recipe.formats:
-        if layout in ("uneven", "uniform"):
+        if layout in ("uneven", "uniform", "elastic"):
             continue
         if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
+
+
+def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
+    """Of the elastic package: it is the super-network, which is not healed, with the sizes that the search found."""
+    sizes = elastic_source(job, Architecture.from_dict(picked["architecture"])).sizes
+    return cut_inputs(job, picked["key"]) | {"sizes": [size.model_dump(mode="json") for size in sizes]}
 
 
 def write_packages(
@@ -148,9 +157,11 @@ def write_packages(
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
-        own_lineage = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": name}
+        own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
+        if folder.name != f"{name}-elastic":
+            own_lineage["copy_of"] = name
         layout = folder.name.removeprefix(f"{name}-")
-        built = network()
+        built = elastic_source(job, architecture) if layout == "elastic" else network()
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}

@@ -23,10 +23,11 @@ from evals.quality import QualityScale
 from evals.scoring.scorer import DocumentValues
 from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
+from export.layouts.elastic import load_size
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
 from export.models import Model
-from export.package_record import PackageRecord, read_record, update_record
+from export.package_record import ElasticSize, PackageRecord, read_record, update_record
 from export.report.card import read_base_card
 from export.report.schema import Base, Sample
 from search.scores import Score
@@ -44,7 +45,7 @@ from supernet.trust import check_code
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOADABLE = ("uneven", "uniform", "padded")
+LOADABLE = ("uneven", "uniform", "padded", "elastic")
 """Layouts that transformers loads."""
 
 
@@ -180,16 +181,31 @@ class PackageMeasurer:
         if entry.layout in LOADABLE:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
-        measured = {
+        measured: dict[str, object] = {
             "tasks": dumped(self.scores[name]),
             "quality": self.scale.quality(self.scores[name], self.losses[name]),
             "held_out_loss": self.losses[name],
             "speed": speed.model_dump(),
         }
+        if entry.sizes:
+            measured["sizes"] = [size.model_dump(mode="json") for size in self.sizes(record, store)]
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
         made_of = {"task_documents": documents, "scored_weights": self.weights[name], "base_speed": base_speed}
         update_record(package, entry=measured, lineage=made_of)
+
+    def sizes(self, record: PackageRecord, store: EvaluationStore) -> list[ElasticSize]:
+        """The sizes of an elastic package, with the scores of those that are proved."""
+        job, sizes = self.job, []
+        for size in record.entry.sizes:
+            if size.proof is not None:
+                model = cache(partial(load_one_size, job, record.folder, size.name))
+                weights = f"{self.weights[record.entry.name]}-{size.name}"
+                scores = report_scores(job, store, model, size.architecture, weights)
+                loss = held_out_loss(model(), self.text, 1, job.device) if self.scale.by_text else None
+                size = size.model_copy(update={"tasks": scores, "report_quality": self.scale.quality(scores, loss)})
+            sizes.append(size)
+        return sizes
 
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
@@ -250,6 +266,11 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
     return model
+
+
+def load_one_size(job: Job, folder: Path, name: str) -> Any:
+    """One size of an elastic package, ready to be scored."""
+    return load_size(folder, name, job.compute_dtype).to(job.device).eval()
 
 
 def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:

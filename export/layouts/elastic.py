@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.package import PackageDraft, package_draft, write_tokenizer
 from export.package_record import ElasticSize, PackageRecord, SizeProof, read_record
@@ -35,6 +35,7 @@ from supernet.elastic import (
 from supernet.families import describe, family_of
 from supernet.slicing import renumbered, standalone_config
 from supernet.streaming import StreamedNetwork, WeightFiles
+from supernet.trust import check_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -78,9 +79,8 @@ def write(
 ) -> PackageRecord:
     """Write the super-network of `source` as one package that without a size is `architecture`; returns its record.
 
-    Of three sizes, the smallest, that of `architecture` and the largest, the record holds what they say about
-    `probe_ids`, for the proof. The other arguments are those of `export.package.write_package`. Raises ValueError where
-    no size is `architecture`.
+    Of three sizes (`to_prove`) the record holds what they say about `probe_ids`. The other arguments are those of
+    `export.package.write_package`. Raises ValueError where no size is `architecture`.
     """
     family, structure = family_of(source.config), source.structure
     sizes = {size.name: size for size in source.sizes}
@@ -102,8 +102,7 @@ def write(
         draft.hashed = weights.hashed
         # 3. What three of the sizes say, cut out of the files that the run slices.
         ids = probe_ids if probe_ids is not None else default_ids(source.config)
-        by_size = sorted(sizes, key=lambda name: sizes[name].params)
-        for size in (sizes[name] for name in dict.fromkeys([by_size[0], default, by_size[-1]])):
+        for size in (sizes[name] for name in to_prove(source.sizes, default)):
             logits = source.size(size.architecture).logits(ids, dtype)
             proof = SizeProof(
                 next_logprob=next_log_probabilities(logits, ids).tolist(), max_abs_logit=logits.abs().max().item()
@@ -115,6 +114,14 @@ def write(
                     save_reference(reference, ids, logits)
         _record(draft, sizes, default)
     return read_record(destination)
+
+
+def to_prove(sizes: Sequence[ElasticSize], default: str) -> list[str]:
+    """Names of the three sizes that are proved: the smallest, the default and the largest; the middle one too where the
+    default is one of those. Fewer where there are fewer."""
+    by_size = [size.name for size in sorted(sizes, key=lambda size: size.params)]
+    ends = [by_size[0], by_size[-1]]
+    return list(dict.fromkeys([*ends, default, *([by_size[len(by_size) // 2]] if default in ends else [])]))
 
 
 def _record(draft: PackageDraft, sizes: dict[str, ElasticSize], default: str) -> None:
@@ -195,6 +202,14 @@ def open_elastic(package: Path) -> tuple[PackageRecord, ElasticSource]:
     model_type = str(values.pop("model_type")).removeprefix(ELASTIC_PREFIX)
     config = AutoConfig.for_model(model_type, **values)
     return record, ElasticSource(package, config, describe(config), record.entry.sizes)
+
+
+def load_size(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """The network of one size of an elastic package, as users load it. Raises `VerificationError` where the folder's
+    code is not what this version writes."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, size=name, dtype=dtype, local_files_only=True, trust_remote_code=check_code(folder)
+    )
 
 
 def nearest_size(sizes: Sequence[ElasticSize], most: int) -> ElasticSize:

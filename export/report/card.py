@@ -64,7 +64,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         file=package.file,
         file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
         prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
-        remote_code=package.layout == "uneven",
+        remote_code=package.layout in ("uneven", "elastic"),
         verdict=" ".join(verdict(alone)),
         rows=[report.base, *siblings],
         metric=lambda task: metric_name(report, task),
@@ -107,7 +107,7 @@ def card_data(report: Report, package: Package) -> ModelCardData:
     """The card's metadata. What is not known, such as the license of a base without a card, is left out."""
     base = report.base
     tags = ["nas-compressor", "neural-architecture-search", "pruned"]
-    in_transformers = package.layout in ("uneven", "uniform", "padded")
+    in_transformers = package.layout in ("uneven", "uniform", "padded", "elastic")
     if package.quantization:
         tags += [package.quantization, *([quantized_form(package)] if in_transformers else [])]
     datasets = list(base.card.datasets)

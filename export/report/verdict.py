@@ -88,6 +88,14 @@ def _text_loss(package: Package, base: Base) -> list[str]:
 def _size_sentences(report: Report, package: Package, first: bool) -> list[str]:
     """Size, quality and speed of an unquantized package against the base's."""
     base = report.base
+    if package.sizes:
+        least, most = (pick(package.sizes, key=lambda one: one.params) for pick in (min, max))
+        return [
+            f"{_sentence(package.label)} holds {len(package.sizes)} sizes in one set of weights ({size(package.bytes)} "
+            f"on disk), from {percent(least.params / base.params)} to {percent(most.params / base.params)} of the "
+            f"parameters of {base.name}; none is healed, and size {package.default_size} keeps "
+            f"{percent(package.quality)} of the quality."
+        ]
     quality = f"{percent(package.quality)} of its quality"
     if first and (tasks := len(report.scale.counted)):
         quality += f", measured by {tasks} task{'s' * (tasks != 1)} on documents that the search never saw"

@@ -16,13 +16,13 @@ from tests.support import tiny
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("endings")
-    recipe = "searching: {population: 4, warm_start: [], objectives: [quality, parameters]}\n"
+    recipe = "searching: {population: 4, warm_start: [], objectives: [quality, parameters, held_out_loss]}\n"
     (folder / "recipe.yaml").write_text(recipe)
     command = [
         "compress", str(tiny.checkpoint(folder / "model")), "--recipe", str(folder / "recipe.yaml"),
         "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
         "--include-path", str(tiny.task(folder / "tasks", documents=40, solved=True)), "--output", str(folder / "run"),
-        "--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "6", "--limit", "12", "--max-params", "0.8",
+        "--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "10", "--limit", "12", "--max-params", "0.8",
     ]  # fmt: skip
     assert run(command) == 0
     return folder / "run"
@@ -42,6 +42,32 @@ def test_a_further_format_is_added(made: Path, capsys: pytest.CaptureFixture[str
         report["recipe"]["formats"] == read_recipe(made / "recipe.yaml", {}).formats == ["uneven", "padded", "uniform"]
     )
     assert f"next: compressor verify {made}/packages/best" in said
+
+
+def test_an_elastic_package_is_written_proved_scored_and_cut(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(made), "--format", "elastic"]) == 0
+    assert run(["report", str(made)]) == 0
+    elastic = made / "packages" / "best-elastic"
+    (package,) = (p for p in json.loads((made / "report.json").read_text())["packages"] if p["name"] == "best-elastic")
+    proved = package["verified"]["sizes"]
+    assert len(proved) == min(3, len(package["sizes"])) and {"1.00", package["default_size"]} < set(proved)
+    for size in package["sizes"]:
+        assert (size["report_quality"] is not None) == (size["name"] in proved)
+    by_name = {size["name"]: size for size in package["sizes"]}
+    assert by_name["1.00"]["report_quality"] == 1.0  # untrained: the whole is the base
+    assert by_name[package["default_size"]]["report_quality"] == package["quality"]
+    assert "## Its sizes" in (elastic / "README.md").read_text()
+    smallest = min(package["sizes"], key=lambda size: size["params"])
+    capsys.readouterr()
+    assert run(["slice", str(elastic), str(tmp_path / "cut"), "--max-params", str(smallest["params"])]) == 0
+    assert f"package: {tmp_path / 'cut'}, " in capsys.readouterr().err
+    assert run(["verify", str(tmp_path / "cut")]) == 0
+    assert run(["slice", str(elastic), str(tmp_path / "other"), "--max-params", "100"]) == 2
+    assert "the smallest size" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert run(["slice", str(made / "packages" / "best"), str(tmp_path / "other"), "--max-params", "0.5"]) == 2
+    assert "--format elastic" in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_stage_says_where_its_work_is_and_what_is_next(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
