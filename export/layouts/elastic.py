@@ -152,7 +152,7 @@ def size_entry(
     dimension the ranges that are kept (None: all)]}. `config` and `structure` are the super-network's."""
     family = family_of(config)
     own = standalone_config(config, architecture)
-    values = json.loads(own.to_json_string(use_diff=False)) | {"dtype": str(dtype).removeprefix("torch.")}
+    values = _json_of(own) | {"dtype": str(dtype).removeprefix("torch.")}
     weights = {}
     for tensor in structure.tensors:
         if structure.shape(tensor, architecture) is None:
@@ -180,13 +180,18 @@ def elastic_config(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, An
     """config.json: the base's, as the elastic class."""
     family = family_of(config)
     return {
-        **json.loads(config.to_json_string(use_diff=False)),
+        **_json_of(config),
         "architectures": [f"Elastic{family.class_name('ForCausalLM')}"],
         "auto_map": elastic_auto_map(family),
         "model_type": ELASTIC_PREFIX + family.model_type,
         "dtype": str(dtype).removeprefix("torch."),
         "size": None,
     }
+
+
+def _json_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """A configuration as config.json holds it, without where it was read."""
+    return {key: value for key, value in json.loads(config.to_json_string()).items() if key != "_name_or_path"}
 
 
 def open_elastic(package: Path) -> tuple[PackageRecord, ElasticSource]:

@@ -60,6 +60,7 @@ def test_every_size_is_the_slice_of_the_super_network(family: str, tmp_path: Pat
     source = source_of(network, tmp_path / "supernet")
     folder = written(source, tmp_path / "elastic")
     assert check_code(folder)
+    assert str(tmp_path) not in (folder / "elastic.json").read_text() + (folder / "config.json").read_text()
     for size in source.sizes:
         expected = extract(network, source.structure, size.architecture)
         loaded = load(folder, size=size.name)
