@@ -18,7 +18,7 @@ from compressor.inputs import training_blocks, training_rows, weights_fingerprin
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
-from compressor.stages.subnet_scores import Measured, stored_scores
+from compressor.stages.subnet_scores import Measured, record, stored_scores
 from evals.quality import QualityScale
 from evals.scoring.scorer import DocumentValues
 from evals.speed.measured import Speed, speed_beside
@@ -295,6 +295,8 @@ def report_scores(
         ReportDocuments.of(job, documents).write(job, weights)
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
+    if not set(keys) <= set(ReportDocuments.read(job, weights)):  # as in a run of an earlier version
+        record(store, architecture, weights, measure())
     return stored_scores(store, architecture, weights, keys, measure)
 
 
