@@ -91,7 +91,7 @@ def check_names(job: Job) -> None:
     for key, name, known in named:
         if name not in known:
             raise unknown(key, name, known)
-    ordering = finetuning.ordering
+    ordering = job.recipe.ordering
     if Path(ordering).suffix == ".safetensors":
         load_ordering(Path(ordering), job.structure)
     elif ordering not in IMPORTANCES:
@@ -117,7 +117,7 @@ def check_finetuning(job: Job) -> None:
     to_be_trained = job.redo == "finetune" or job.run.manifest(job.run.supernet) is None
     if finetuning.shard and to_be_trained and processes() == 1:
         raise RequestError("finetuning.shard: there is one process only; start several with torchrun, or leave it out")
-    batch, parts = finetuning.batch_size or 1, finetuning.gradient_accumulation
+    batch, parts = finetuning.batch_size or 1, job.parts_of_batch
     if batch % (parts * processes()):
         raise RequestError(
             f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "

@@ -83,8 +83,9 @@ def _replaced(recipe: Recipe, replace: Callable[[str, str], str]) -> Recipe:
     # Names of spaces, criteria and warm starts are none of files, even where a file is called so.
     if isinstance(copy.space, str) and Path(copy.space).suffix in (".yaml", ".yml"):
         copy.space = replace("space", copy.space)
-    if Path(copy.finetuning.ordering).suffix == ".safetensors":
-        copy.finetuning.ordering = replace("finetuning.ordering", copy.finetuning.ordering)
+    ordering = copy.finetuning.ordering
+    if ordering is not None and Path(ordering).suffix == ".safetensors":
+        copy.finetuning.ordering = replace("finetuning.ordering", ordering)
     methods = warm_start_methods()
     copy.searching.warm_start = [
         name if name in methods else replace("searching.warm_start", name) for name in copy.searching.warm_start

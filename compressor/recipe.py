@@ -127,7 +127,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes, on and true are no 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("true or false is no value of it")
         return value
 
@@ -169,8 +169,9 @@ class Finetuning(Section):
 
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 searches the base as it is. Unset: by `effort`."""
-    ordering: str = "wanda"
-    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model."""
+    ordering: str | None = None
+    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model. Unset:
+    `wanda`, and `surgeon` where what is cut is repaired."""
     sampler: str = "sandwich"
     """Who takes part in a step: `sandwich` (largest, random, smallest), `joint` or `alternate`."""
     random_members: int = Field(default=1, ge=0)
@@ -206,8 +207,9 @@ class Finetuning(Section):
     """`adamw` (fused), or `adamw-8bit` (bitsandbytes, GPU only)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences in a step, of fine-tuning and healing. Unset: by `effort`."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in."""
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    """Parts that a batch is computed in, of fine-tuning and healing. Unset: one on a GPU; on a CPU as many as keep what
+    a part's backward pass needs within 3 GiB."""
     gradient_checkpointing: bool = False
     """Whether layers are computed again in the backward pass, to save memory."""
     shard: bool = False
@@ -270,8 +272,9 @@ class Healing(Section):
 class Repair(Section):
     """Output projections of cut half-blocks refitted by least squares, without training."""
 
-    enabled: bool = False
-    """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence."""
+    enabled: bool | None = None
+    """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence. Unset: where
+    fine-tuning and healing together read fewer tokens than a hundredth of the parameters."""
     tokens: int = Field(default=16384, ge=256)
     """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
     memory: str = "1GiB"
@@ -369,6 +372,16 @@ class Recipe(Section):
             generated_limit(source)
         return source
 
+    @property
+    def ordering(self) -> str:
+        """How units are ordered: the criterion that does best with the repair, or without it."""
+        return self.finetuning.ordering or ("surgeon" if self.repair.enabled else "wanda")
+
+    def trains_little(self, parameters: int) -> bool:
+        """Whether so few tokens are read for so many parameters that repair gains more than it gets in the way of."""
+        tokens = (self.finetuning.tokens or 0) + (self.healing.tokens or 0)
+        return self.data is not None and tokens < FEW_TOKENS * parameters
+
     def resolved(self) -> Recipe:
         """The same recipe with the budgets of its effort filled in where nothing else was said."""
         budget = BUDGETS[self.effort]
@@ -379,6 +392,13 @@ class Recipe(Section):
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe
+
+
+FEW_TOKENS = 0.01
+"""Tokens for each parameter, of fine-tuning and healing together, below which cut projections are repaired: what is
+healed on more than that ends as well without (docs/results.md)."""
+RATE_AFTER_REPAIR = 0.5
+"""The healing rate of a repaired network, as a share of a plain slice's: what was given back must not be undone."""
 
 
 def learning_rate_for(

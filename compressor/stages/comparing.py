@@ -134,7 +134,7 @@ def compare(
     `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
     where none is given; `others` are checkpoints, by folder or hub name, that were compressed elsewhere.
     """
-    known = methods(repair=job.recipe.repair.enabled)
+    known = methods(repair=job.repairs)
     for name in baselines:
         if name not in known:
             raise unknown("--baselines", name, known)
@@ -322,7 +322,7 @@ def heal_as_ours(
     section = job.recipe.healing.model_copy(update={"tokens": tokens})
     settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
     job.threads(scoring=False)
-    heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
+    heal(network, base, blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     round_as_stored(job, network)
 
 

@@ -241,7 +241,7 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)
     job.threads(scoring=False)
     network = cut.built(torch.float32, job.device)
-    history = heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
+    history = heal(network, job.load_base(), blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
     write_json(healed / HEALING, vars(history))
     round_as_stored(job, network)
