@@ -274,7 +274,8 @@ class Repair(Section):
 
     enabled: bool | None = None
     """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence. Unset: where
-    fine-tuning and healing together read fewer tokens than a hundredth of the parameters."""
+    fine-tuning and healing together read fewer tokens than a hundredth of the parameters, and no elastic package is
+    asked for."""
     tokens: int = Field(default=16384, ge=256)
     """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
     memory: str = "1GiB"

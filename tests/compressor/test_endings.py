@@ -23,6 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
         "--include-path", str(tiny.task(folder / "tasks", documents=40, solved=True)), "--output", str(folder / "run"),
         "--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "10", "--limit", "12", "--max-params", "0.8",
+        "--repair", "off",
     ]  # fmt: skip
     assert run(command) == 0
     return folder / "run"
@@ -76,6 +77,19 @@ def test_every_stage_says_where_its_work_is_and_what_is_next(made: Path, capsys:
         lines = capsys.readouterr().err.splitlines()
         assert any(f"{made}/search/{here}" in line for line in lines)
         assert lines[-1].startswith(f"next: compressor {following} {made}")
+
+
+def test_a_repair_and_an_elastic_package_exclude_one_another(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = made.parent
+    command = [
+        "compress", str(place / "model"), "--data", str(place / "data.jsonl"), "--tasks", "tiny_choice",
+        "--include-path", str(place / "tasks"), "--output", str(tmp_path / "run"), "--format", "elastic",
+    ]  # fmt: skip
+    assert run([*command, "--repair", "on"]) == 2
+    assert "--format elastic: holds one set of weights" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_named_twice_is_added_once() -> None:
