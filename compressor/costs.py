@@ -21,12 +21,12 @@ from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
-from evals.scoring.documents import Split
 from evals.speed.table import SpeedTable
 from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
+from search.scores import Split
 from supernet.device import activation_bytes
 from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
@@ -325,7 +325,8 @@ def expected_memory(job: Job) -> dict[str, float]:
         for s in base.layers
     )
     weight_bytes = total * job.compute_dtype.itemsize
-    activations = activation_bytes(structure, rows * recipe.finetuning.sequence_length)
+    tokens, checkpointing = rows * recipe.finetuning.sequence_length, recipe.finetuning.gradient_checkpointing
+    activations = activation_bytes(structure, tokens, checkpointing)
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
@@ -341,7 +342,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         "proposals": 2 * scoring,
         "search": scoring,
         "picking": scoring,
-        "healing": weight_bytes + 16 * HEALED * total + activations,
+        "healing": weight_bytes + (16 * HEALED * total + activations if recipe.healing.tokens else 0),
         "quantizing": weight_bytes + 3 * kept,
         "measuring": 2 * scoring,
         "proving": scoring,

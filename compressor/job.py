@@ -12,12 +12,10 @@ import torch
 import yaml
 
 from compressor.local_paths import LocalPaths, localized
+from compressor.names import REDOABLE
 from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from compressor.schedule import Schedule
-from evals.scoring.encoding import Encoder
-from evals.scoring.scorer import NetworkLM, Scorer
-from evals.scoring.tasks import TaskSet
 from evals.speed.table import SpeedTable
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -35,8 +33,9 @@ from supernet.training.loop import TrainSettings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-REDOABLE = ("finetune", "search", "export")
-"""What --redo names."""
+    from evals.scoring.scorer import Scorer
+    from evals.scoring.tasks import TaskSet
+
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -93,7 +92,7 @@ class Job:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        return make_accelerator(self.recipe.device, self.recipe.dtype)
+        return make_accelerator(self.recipe.device, self.recipe.dtype, self.recipe.report_to, self.run.tracking)
 
     @property
     def device(self) -> torch.device:
@@ -158,6 +157,10 @@ class Job:
 
     @cached_property
     def tasks(self) -> TaskSet:
+        # These import lm-eval and datasets, a second that looking at a network does not need.
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.tasks import TaskSet
+
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
@@ -170,6 +173,8 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
+        from evals.scoring.scorer import NetworkLM, Scorer  # as above
+
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
@@ -264,7 +269,8 @@ class Job:
         if finetuning.gradient_accumulation is not None:
             return finetuning.gradient_accumulation
         rows = max(1, (finetuning.batch_size or 1) // processes())
-        return parts_of_batch(self.structure, rows, finetuning.sequence_length, self.device)
+        length, checkpointing = finetuning.sequence_length, finetuning.gradient_checkpointing
+        return parts_of_batch(self.structure, rows, length, self.device, checkpointing)
 
     def in_parts(self, settings: TrainSettings) -> TrainSettings:
         """The same, with batches computed in as many parts as this device needs."""

@@ -6,9 +6,10 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 
 from __future__ import annotations
 
+import re
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -22,10 +23,11 @@ from pydantic import (
     field_validator,
 )
 
+from compressor.names import recipes
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
-from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
+from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
@@ -41,6 +43,9 @@ Layout = Literal[
     "onnx",
     "openvino",
 ]
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Budget(BaseModel):
@@ -117,11 +122,25 @@ def _share(value: Any) -> Any:
     return value
 
 
+def _trackers(value: Any) -> Any:
+    """`none` names no tracker."""
+    return [] if value == "none" else _listed(value)
+
+
 Names = Annotated[list[str], BeforeValidator(_listed)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _counted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Whole numbers may be written as `1e6`, `0.5M` or `10_000`."""
+        kinds = get_args(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, str) and (cls.model_fields[str(info.field_name)].annotation is int or int in kinds):
+            return parse_count(value)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -349,6 +368,9 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     """The seed of everything random."""
 
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(default_factory=list)
+    """Trackers that get every measured number beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`."""
+
     @field_validator("time")
     @classmethod
     def _time(cls, text: str | None) -> str | None:
@@ -430,7 +452,9 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
     if file is not None:
         where = f"--recipe {file}"
         if not file.is_file():
-            raise RequestError(f"--recipe {file}: no such file")
+            if str(file) not in recipes():
+                raise RequestError(f"--recipe {file}: no such file{did_you_mean(str(file), recipes())}")
+            file = recipes()[str(file)]
         with reading(f"--recipe {file}: not valid YAML"):
             loaded = yaml.safe_load(read_text(file))
         if not isinstance(loaded, dict):
@@ -462,13 +486,26 @@ def explain(error: ValidationError) -> str:
         section: Any = Recipe
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation if part in section.model_fields else section
-        known = list(getattr(section, "model_fields", Recipe.model_fields))
-        return (
-            f"unknown key '{path}'{did_you_mean(str(problem['loc'][-1]), known) or '; known are ' + ', '.join(known)}"
-        )
+        known, word = list(getattr(section, "model_fields", Recipe.model_fields)), str(problem["loc"][-1])
+        elsewhere = [key for key in keys() if section is Recipe and key.endswith(f".{word}")]
+        if elsewhere:
+            return f"unknown key '{path}'; did you mean {', '.join(elsewhere)}?"
+        return f"unknown key '{path}'{did_you_mean(word, known) or '; known are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{path}' is missing"
-    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    hint = ""
+    if problem["type"] == "literal_error":
+        hint = did_you_mean(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]), 1)
+    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r}){hint}"
+
+
+def keys() -> list[str]:
+    """Every key of a recipe with its section, such as `healing.tokens`."""
+    dotted = []
+    for name, field in Recipe.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        dotted += [name] if inner is None else [f"{name}.{key}" for key in inner]
+    return dotted
 
 
 def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:

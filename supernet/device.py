@@ -46,19 +46,25 @@ def cache_bytes(device: torch.device) -> int:
     return max(CACHE_BYTES, int(SHARE_FOR_CACHE * _free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
 
 
-def activation_bytes(structure: Structure, tokens: int) -> int:
-    """Bytes, about, that the backward pass of so many tokens needs in float32: what the layers keep, and the logits."""
+def activation_bytes(structure: Structure, tokens: int, checkpointing: bool = False) -> int:
+    """Bytes, about, that the backward pass of so many tokens needs in float32: what the layers keep, and the logits.
+    With `checkpointing` a layer keeps its input, and one at a time all."""
     base, each = structure.base, structure.experts_per_token
     neurons = max(s.intermediate_size * min(s.num_experts, each) or s.intermediate_size for s in base.layers)
-    return 4 * tokens * (len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size)
+    layers, of_layer = len(base.layers), 10 * base.hidden_size + 4 * neurons
+    kept = layers * base.hidden_size + of_layer if checkpointing else layers * of_layer
+    return 4 * tokens * (kept + 4 * structure.vocab_size)
 
 
-def parts_of_batch(structure: Structure, rows: int, length: int, device: torch.device) -> int:
+def parts_of_batch(
+    structure: Structure, rows: int, length: int, device: torch.device, checkpointing: bool = False
+) -> int:
     """Equal parts that a batch is to be computed in, so that a CPU holds `ACTIVATION_BYTES`, or one row's."""
     if device.type == "cuda":
         return 1
+    row = activation_bytes(structure, length, checkpointing)
     fitting = (n for n in range(1, rows + 1) if rows % n == 0)
-    return next((n for n in fitting if activation_bytes(structure, rows // n * length) <= ACTIVATION_BYTES), rows)
+    return next((n for n in fitting if rows // n * row <= ACTIVATION_BYTES), rows)
 
 
 def pass_tokens(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from compressor.cli.ending import reported
 from compressor.cli.offline import stay_offline
 from compressor.cli.options import Json
 from compressor.cli.output import emit
+from compressor.cli.request import announce
 
 
 def demo(
@@ -18,6 +19,7 @@ def demo(
 ) -> None:
     """The whole job on a bundled checkpoint: about three minutes."""
     stay_offline()
+    announce("the demo, on the bundled checkpoint")
     from compressor import pipeline  # imports torch
 
     emit(reported(output, pipeline.demo(output)), json)

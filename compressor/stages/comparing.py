@@ -163,7 +163,6 @@ def compare(
                 done += run_method(comparison, method, seeds, tokens, blocks)
             except RequestError as error:  # it does not reach the size, or does not suit the family
                 say(f"{method.name} is left out at {comparison.size}: {error}")
-                run.log(f"{method.name} is left out at {comparison.size}: {error}")
         if len(chosen) > 1 and len(done) == seeds:
             raise RequestError(
                 f"no method could be compared with ours at {comparison.size}, for the reasons above; compare at "
@@ -360,7 +359,7 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
     folders = sorted({job.run.path / FinishedRow.read(row).row.path for row in rows})
     unproved = [folder for folder in folders if not read_record(folder).entry.verified]
     if unproved:
-        verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
+        verify_all([(folder, None) for folder in unproved], record=True, log=job.run.debug_file)
 
 
 def time_beside_base(job: Job, base: PreTrainedModel, rows: Sequence[Path]) -> None:

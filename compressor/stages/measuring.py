@@ -18,7 +18,8 @@ from compressor.inputs import training_blocks, training_rows, weights_fingerprin
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
-from compressor.stages.subnet_scores import Measured, record, stored_scores
+from compressor.stages.subnet_scores import Measured, stored_scores
+from compressor.stages.subnet_scores import record as store_scores
 from evals.quality import QualityScale
 from evals.scoring.scorer import DocumentValues
 from evals.speed.measured import Speed, speed_beside
@@ -35,7 +36,8 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
-from supernet.common.progress import say
+from supernet.common.metrics import record
+from supernet.common.progress import bar
 from supernet.device import device_name
 from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
@@ -103,11 +105,13 @@ def measure_packages(job: Job, names: list[str]) -> None:
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
     measurer = PackageMeasurer(job)
-    with EvaluationStore(job.run.evaluations) as store:
+    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + 1) as progress:
+        progress.advance(0, "the base")
         measurer.measure_base(store)
-        for number, name in enumerate(names, start=1):
-            say(f"measuring {name} ({number} of {len(names)})")
+        for name in names:
+            progress.advance(note=name)
             measurer.measure(name, store)
+        progress.advance()
     measurer.write(names)
 
 
@@ -164,9 +168,9 @@ class PackageMeasurer:
         in their runtimes is for the proof to say.
         """
         job, package = self.job, self.job.run.packages / name
-        record = read_record(package)
-        entry, lineage = record.entry, record.lineage
-        model = cache(partial(scored_network, job, record))  # loaded when, and if, it is needed
+        held = read_record(package)
+        entry, lineage = held.entry, held.lineage
+        model = cache(partial(scored_network, job, held))  # loaded when, and if, it is needed
         current = self.speed is not None and lineage.base_speed == self.speed
         if entry.layout in ("onnx", "openvino"):
             original = lineage.copy_of or ""
@@ -177,18 +181,21 @@ class PackageMeasurer:
             self.scores[name] = report_scores(job, store, model, entry.architecture, self.weights[name])
             loss = entry.held_out_loss if current else None
             self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
-        speed = (entry.speed if current else None) or self.time(record, model)
+        speed = (entry.speed if current else None) or self.time(held, model)
         if entry.layout in LOADABLE:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
+        quality = self.scale.quality(self.scores[name], self.losses[name])
         measured: dict[str, object] = {
             "tasks": dumped(self.scores[name]),
-            "quality": self.scale.quality(self.scores[name], self.losses[name]),
+            "quality": quality,
             "held_out_loss": self.losses[name],
             "speed": speed.model_dump(),
         }
         if entry.sizes:
-            measured["sizes"] = [size.model_dump(mode="json") for size in self.sizes(record, store)]
+            measured["sizes"] = [size.model_dump(mode="json") for size in self.sizes(held, store)]
+        scores = {task: score.value for task, score in self.scores[name].items()}
+        record("package", name=name, quality=quality, decode_tps=speed.decode_tps, **scores)
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
         made_of = {"task_documents": documents, "scored_weights": self.weights[name], "base_speed": base_speed}
@@ -296,7 +303,7 @@ def report_scores(
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
     if not set(keys) <= set(ReportDocuments.read(job, weights)):  # as in a run of an earlier version
-        record(store, architecture, weights, measure())
+        store_scores(store, architecture, weights, measure())
     return stored_scores(store, architecture, weights, keys, measure)
 
 

@@ -30,6 +30,7 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, write_json
+from supernet.common.metrics import record
 from supernet.common.progress import Bar, bar, say
 from supernet.device import device_name
 from supernet.slicing import extract, fits_plain_class
@@ -164,6 +165,14 @@ class SearchProgress:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Move the bar by one measured sub-network. The best is of those that were scored on all documents of the
         search, by the quality that a pick has."""
+        values = {name: value for name, value in evaluation.values.items() if value is not None}
+        record(
+            "candidate",
+            int(self._bar.done) + 1,
+            key=evaluation.architecture.key,
+            generation=evaluation.generation,
+            **values,
+        )
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
         asked = evaluation.full and (self._largest is None or parameters <= self._largest)
@@ -187,10 +196,11 @@ class SearchProgress:
             line += "; of all that this does not tell from it, the one of the lowest held-out loss is picked"
         return line
 
-    def generation(self, record: GenerationRecord) -> None:
+    def generation(self, made: GenerationRecord) -> None:
         """Log a generation; say which predictors were set aside in it."""
-        self._job.run.log(generation_line(record))
-        for name, predictors in record.get("predictors", {}).items():
+        self._job.run.log(generation_line(made))
+        record("generation", made["generation"], evaluations=made["evaluations"], hypervolume=made["hypervolume"])
+        for name, predictors in made.get("predictors", {}).items():
             for kind in set(predictors["set_aside"]) - set(self._set_aside.get(name, [])):
                 say(f"predictor {kind} of {name} ranked the newest sub-networks no better than chance: set aside")
             self._set_aside[name] = predictors["set_aside"]
