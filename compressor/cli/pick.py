@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -13,4 +14,5 @@ def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.pick(pipeline.resume(run, given, replace_targets=True)), json)
+    job = pipeline.resume(run, given, replace_targets=True)
+    emit(ended("pick", job, pipeline.pick(job)), json)

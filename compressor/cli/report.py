@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import reported
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -21,4 +22,4 @@ def report(run: RunFolder, json: Json = False) -> None:
     run_recipe(run, {})
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.report(pipeline.resume(run, {})), json)
+    emit(reported(run, pipeline.report(pipeline.resume(run, {}))), json)

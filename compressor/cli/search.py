@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -19,4 +20,4 @@ def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) 
     from compressor import pipeline  # imports torch
 
     job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)
-    emit(pipeline.search(job), json)
+    emit(ended("search", job, pipeline.search(job)), json)
