@@ -195,7 +195,7 @@ def test_targets_that_a_search_is_given_replace_the_runs(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(made.run, tmp_path / "run")
-    monkeypatch.setattr(pipeline, "search", lambda job: None)
+    monkeypatch.setattr(pipeline, "search", lambda job: {"evaluations": [], "front": []})
     assert Run(tmp_path / "run").recipe().targets.max_drop == 0.01  # nobody named it
     assert cli.run(["search", str(tmp_path / "run"), "--max-params", "0.8,0.7"]) == 0
     targets = Run(tmp_path / "run").recipe().targets
