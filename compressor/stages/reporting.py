@@ -64,7 +64,7 @@ def report(job: Job) -> dict[str, Any]:
             update_record(record.folder, entry={"quality": entry["quality"]})
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
-        "model": job.base_fingerprint,
+        "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "tasks": documents_scored(job),
     }
@@ -77,6 +77,9 @@ def report(job: Job) -> dict[str, Any]:
         "quality": QualityBasis.of(scale),
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,
+        "quantized_base": [
+            read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.quantized_base
+        ],
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,

@@ -158,6 +158,12 @@ def lowest_held_out_loss(job: Job, architectures: Sequence[Architecture]) -> int
     return min(zip(final, numbers, strict=True))[1]
 
 
+def held_out_losses(job: Job, architectures: Sequence[Architecture], blocks: int) -> list[float]:
+    """Held-out losses of sub-networks of the run's super-network on the first blocks, nats per token: from the store,
+    or else measured and recorded."""
+    return _HeldOutLosses(job).of(architectures, blocks)
+
+
 class _HeldOutLosses:
     """Held-out losses from the store; the super-network is loaded once, where one is missing."""
 
@@ -318,11 +324,12 @@ def base_scores(job: Job, store: EvaluationStore) -> dict[str, Score]:
         say("scoring the base")
         job.threads(scoring=True)
         with torch.no_grad():
-            return task_scores(job, job.scorer(job.load_base()), {"full": keys})
+            scorer = job.scorer(job.load_untouched(), job.untouched_tasks)
+            return task_scores(job, scorer, {"full": keys})
 
     keys = score_keys(job, "full")
     wanted = {name: keys[name] for name in scored_tasks(job)}
-    return stored_scores(store, job.structure.base, job.base_fingerprint, wanted, measure)
+    return stored_scores(store, job.untouched.structure.base, job.untouched_fingerprint, wanted, measure)
 
 
 def search_scale(job: Job, store: EvaluationStore, scores: Mapping[str, Score]) -> QualityScale:

@@ -16,6 +16,7 @@ from export.layouts import elastic, graphs
 from export.layouts.elastic import ElasticSource
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import layout as gguf_layout
+from export.layouts.gguf.types import TYPES as GGUF_TYPES
 from export.layouts.installed import check_installed
 from export.layouts.padded import pad
 from export.package import write_package
@@ -64,7 +65,7 @@ LAYOUTS: dict[str, Write] = {
     "padded": write_padded,
     "elastic": elastic.write,
     "gguf": gguf_layout.write,
-    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in ("f32", "bf16", "q8_0", "q4_0")},
+    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in GGUF_TYPES if kind != "f16"},
     "onnx": partial(graphs.write, "onnx"),
     "openvino": partial(graphs.write, "openvino"),
 }
