@@ -69,7 +69,7 @@ def speed_cell(package: PackageRecord) -> str:
 
 
 def main() -> None:
-    own = {"iterations": (200, "0: nothing is tuned"), "samples": 64}
+    own = {"iterations": (200, "0: nothing is tuned"), "samples": 64, "documents": (HELD_OUT, "that are scored")}
     schemes = ("int8,int8-dynamic,int4", "empty: only what is for other runtimes")
     arguments = make_parser(__doc__, "checkpoint", "data", **own, schemes=schemes).parse_args()
     torch.set_num_threads(1)
@@ -83,7 +83,8 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
     texts = [json.loads(line)["text"] for line in lines]
     folder, architecture, network = job.run.path, job.structure.base, job.load_base(torch.float32)
     length = min(256, network.config.max_position_embeddings)
-    score = partial(bits_per_byte, length=length, tokenizer=job.tokenizer, texts=texts[-HELD_OUT:])
+    held_out = texts[-HELD_OUT:][: arguments.documents]
+    score = partial(bits_per_byte, length=length, tokenizer=job.tokenizer, texts=held_out)
 
     def write(layout: str, name: str) -> Path:
         entry = {"name": name, "architecture": architecture.to_dict()}
