@@ -25,6 +25,7 @@ from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
+from compressor.stages.search_parts import further_search
 from compressor.stages.searching import check_searching, check_speedup
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
@@ -182,6 +183,13 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
             check_searching(job)
         run.remember(recipe, provenance(job), paths)
     return job
+
+
+def resume_search(path: Path, given: dict[str, Any], *, redo: str | None = None) -> Job:
+    """A run for `compressor search`. Of a run that was searched, another size or a further budget is searched from
+    what was measured: `--evaluations` are then so many more."""
+    further = further_search(Run(path), given) if redo is None else {}
+    return resume(path, given | further, redo=redo, replace_targets="targets.max_params" in given)
 
 
 def is_given(name: str, overrides: Mapping[str, Any]) -> bool:

@@ -219,13 +219,26 @@ class Finetuning(Section):
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
 
+class EarlierSearch(Section):
+    """A search that came before the one of the present targets."""
+
+    targets: Targets
+    """What it looked for."""
+    evaluations: int = Field(ge=2)
+    """Sub-networks that it measured."""
+
+
 class Searching(Section):
     """The search."""
 
     algorithm: str = "linas"
     """`linas`, `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
-    """Sub-networks to measure. Unset: by `effort`."""
+    """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
+    `effort`."""
+    earlier: list[EarlierSearch] = Field(default_factory=list)
+    """Searches for other targets that it goes on from, each with its `targets` and `evaluations`; `compressor search`
+    writes them here."""
     population: int = Field(default=18, ge=4)
     """Sub-networks in a generation."""
     limit: int | None = Field(default=None, ge=1)

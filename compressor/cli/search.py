@@ -11,10 +11,14 @@ from compressor.cli.output import emit
 def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
     """Search a fine-tuned run.
 
-    Measured sub-networks are kept and never measured twice.
+    Measured sub-networks are kept and never measured twice. Of a run that was searched, --max-params and --evaluations
+    ask for so many more, around that size; then it is picked.
     """
     offline_if_run_is_local(run)
     from compressor import pipeline  # imports torch
 
-    job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)
-    emit(pipeline.search(job), json)
+    job = pipeline.resume_search(run, given, redo=redo)
+    front = pipeline.search(job)
+    if "targets.max_params" in given:
+        pipeline.pick(job)
+    emit(front, json)

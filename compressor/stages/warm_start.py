@@ -49,17 +49,18 @@ def sources(job: Job) -> dict[str, str]:
 
 
 @stage("proposals")
-def proposals(job: Job) -> list[Architecture]:
-    """Architectures for the first generation to measure, a third of a population from each source, spread over sizes.
+def proposals(job: Job, above: int | None = None) -> list[Architecture]:
+    """Architectures for the first generation to measure, a third of a population from each source, spread over sizes:
+    those asked for, or all `above` so many parameters.
 
     Raises `RequestError` where an earlier run has nothing to offer.
     """
     architectures: list[Architecture] = []
     for name in job.recipe.searching.warm_start:
         if name in warm_starts():
-            architectures += spread_over_sizes(job, proposed(job, name))
+            architectures += spread_over_sizes(job, proposed(job, name), above)
         elif name != GREEDY:
-            architectures += spread_over_sizes(job, earlier_front(job, Path(name)))
+            architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above)
     return list(dict.fromkeys(architectures))
 
 
@@ -133,13 +134,20 @@ def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
     return list(variants)
 
 
-def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Architecture]:
+def spread_over_sizes(job: Job, architectures: list[Architecture], above: int | None = None) -> list[Architecture]:
     """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
-    the largest that the targets allow."""
+    the largest that the targets allow. Or even steps of those `above` so many parameters, without the base."""
     n = job.recipe.searching.population // 3
-    sizes = sizes_asked_for(job)
-    ordered = sorted(architectures, key=lambda a: (job.structure.parameters(a), a.key))
-    allowed = [a for a in ordered if not sizes or job.structure.parameters(a) <= max(sizes)] or ordered
-    fitting = [[a for a in allowed if job.structure.parameters(a) <= size] for size in sizes]
+    parameters = job.structure.parameters
+    ordered = sorted(architectures, key=lambda a: (parameters(a), a.key))
+    if above is None:
+        sizes = sizes_asked_for(job)
+        allowed = [a for a in ordered if not sizes or parameters(a) <= max(sizes)] or ordered
+        fitting = [few[-1] for size in sizes if (few := [a for a in allowed if parameters(a) <= size])]
+    else:
+        sizes, fitting = [], []
+        allowed = [a for a in ordered if above < parameters(a) < parameters(job.structure.base)]
+        if not allowed:
+            return []
     steps = np.linspace(0, len(allowed) - 1, min(n, len(allowed))).round().astype(int)
-    return list(dict.fromkeys([few[-1] for few in fitting if few] + [allowed[i] for i in steps]))[: max(n, len(sizes))]
+    return list(dict.fromkeys([*fitting, *(allowed[i] for i in steps)]))[: max(n, len(sizes))]
