@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from export.quantization.schemes import SchemeName
+from search.preference import Preference
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
@@ -250,9 +251,9 @@ class Searching(Section):
         default=None, gt=0, le=0.5, validation_alias=AliasChoices("screening", "first_look")
     )
     """Share of the documents that candidates are scored on first. Unset: all documents at once."""
-    warm_start: Names = Field(default_factory=lambda: ["blockwise"])
+    warm_start: Names = Field(default_factory=lambda: ["blockwise", "published"])
     """What the first generation also measures: earlier runs' folders (their fronts), `blockwise`, `superposition`,
-    `greedy`."""
+    `greedy`, and `published`: what depth and width baselines would cut."""
     workers: int = Field(default=1, ge=1)
     """Processes or Ray actors that measure side by side."""
     executor: Literal["processes", "ray"] = "processes"
@@ -328,6 +329,11 @@ class Recipe(Section):
     effort: Literal["quick", "standard", "thorough"] = "standard"
     """Without a time, sets every budget that is not set by itself."""
     targets: Targets = Field(default_factory=Targets)
+    prefer: Preference = "quality"
+    """Of those that meet the targets and are otherwise as good as equal: the lowest held-out loss (`quality`), the
+    fastest (`speed`), or the least loss of both together (`balanced`)."""
+    key: str | None = None
+    """The measured sub-network to pick instead, by its key in `compressor front` or the beginning of it."""
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
     repair: Repair = Field(default_factory=Repair)
@@ -363,6 +369,11 @@ class Recipe(Section):
         """Set the budget of this name (`OPEN`)."""
         section, _, key = OPEN[name].partition(".")
         setattr(getattr(self, section), key, value)
+
+    @field_validator("key")
+    @classmethod
+    def _named(cls, key: str | None) -> str | None:
+        return key or None
 
     @field_validator("data")
     @classmethod

@@ -24,6 +24,7 @@ from compressor.cli.demo import demo
 from compressor.cli.evaluate import evaluate
 from compressor.cli.export import export
 from compressor.cli.finetune import finetune
+from compressor.cli.front import front
 from compressor.cli.inspect import inspect
 from compressor.cli.pick import pick
 from compressor.cli.push import push
@@ -45,6 +46,7 @@ COMMANDS = (
     compress,
     finetune,
     search,
+    front,
     pick,
     export,
     compare,

@@ -13,7 +13,7 @@ from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
 Plan = Annotated[bool, typer.Option("--plan", help="show what would be done, and what it costs; do nothing")]
 
 
-@recipe_options(*RECIPE_OPTIONS)
+@recipe_options(*(name for name in RECIPE_OPTIONS if name != "key"))
 def compress(
     given: Given,
     model: ModelUnlessInRecipe = None,

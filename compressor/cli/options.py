@@ -60,7 +60,7 @@ RECIPE_OPTIONS = {
     "warm_start": RecipeOption(
         "searching.warm_start",
         str,
-        "what the search starts from: earlier runs, greedy, blockwise, superposition, comma-separated",
+        "what the search starts from: earlier runs, greedy, blockwise, published, superposition, comma-separated",
     ),
     "workers": RecipeOption("searching.workers", int, "processes that measure sub-networks side by side"),
     "max_params": RecipeOption("targets.max_params", str, "0.67, 67%, 450M, or several with commas"),
@@ -69,6 +69,8 @@ RECIPE_OPTIONS = {
     ),
     "min_speedup": RecipeOption("targets.min_speedup", float, "decode tokens per second against the base"),
     "max_drop": RecipeOption("targets.max_drop", str, "largest loss of quality, for example 1%"),
+    "prefer": RecipeOption("prefer", str, "of those as good as equal: quality, speed or balanced"),
+    "key": RecipeOption("key", str, "a measured sub-network by its key, or the beginning of it (compressor front)"),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated"),
     "group_size": RecipeOption(
         "quantizing.group_size", int, "int4's group size; unset: the largest that divides all widths"

@@ -1,4 +1,4 @@
-"""`compressor pick RUN --max-params 0.8`"""
+"""`compressor pick RUN --max-params 0.8`, or `--prefer speed`, or `--key KEY`"""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_optio
 from compressor.cli.output import emit
 
 
-@recipe_options(*TARGETS)
+@recipe_options(*TARGETS, "prefer", "key")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
-    """Choose from what was measured, for new targets."""
+    """Choose from what was measured, for new targets or by a key."""
     offline_if_run_is_local(run)
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.pick(pipeline.resume(run, given, replace_targets=True)), json)
+    targets = any(name.startswith("targets.") for name in given)
+    if given:
+        given = {"key": ""} | given  # what was picked by its key is forgotten where targets are named again
+    emit(pipeline.pick(pipeline.resume(run, given, replace_targets=targets)), json)

@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
+from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.measuring import load_package
-from compressor.stages.picking import choose, measured, read_picks
+from compressor.stages.picking import measured, read_picks
 from evals.baselines import Cut
 from evals.comparison import paired_interval, qualities, resampled
 from evals.quality import relative_quality

@@ -1,0 +1,27 @@
+"""`compressor front RUN`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from compressor.cli.offline import offline_if_run_is_local
+from compressor.cli.options import Json, RunFolder
+from compressor.cli.output import emit
+
+Sort = Annotated[str, typer.Option(help="size, quality, speed or loss")]
+
+
+def front(run: RunFolder, sort: Sort = "size", json: Json = False) -> None:
+    """What a search found: its Pareto front as a table.
+
+    Each line is a network that `compressor pick RUN --key KEY` picks.
+    """
+    offline_if_run_is_local(run)
+    from compressor.front_table import front_rows, print_front  # imports torch
+
+    rows = front_rows(run, sort)
+    if not json:
+        print_front(run, rows)
+    emit([row.model_dump() for row in rows], json)
