@@ -265,6 +265,9 @@ class Healing(Section):
 
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 leaves the sub-network as cut out. Unset: by `effort`."""
+    finalists: int = Field(default=1, ge=1, le=8)
+    """The nearest picks that are healed on a share of the tokens, the better half on more, and so on to the one that
+    ships: of as many tokens in all."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Unset: 0.2 / residual width; less where weights are small (two hundredths of their root mean
     square)."""

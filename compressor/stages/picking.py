@@ -20,6 +20,8 @@ from supernet.slicing import fits_plain_class
 
 GAP = 0.05
 """Share of a size by which a pick may be smaller without a word."""
+SLOWER = 0.03
+"""Share by which a finalist may be slower than a pick that was preferred for its speed."""
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -117,14 +119,11 @@ def keyed(
 
 def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None) -> dict[str, Any]:
     """A pick as picks.json holds it, with what the other preferences take; says both."""
-    evaluation = chosen.evaluation
     row: dict[str, Any] = {
         "name": name,
         "target": target,
-        "architecture": evaluation.architecture.to_dict(),
-        "key": chosen.key,
+        **network_of(chosen),
         "weights": job.run.supernet_weights,
-        "values": dict(evaluation.values),
     }
     say(f"picked {name}: {described(job, chosen)} (key {chosen.key[:8]})")
     if found is None:
@@ -138,9 +137,24 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
                 f"  by {preference} it would be {described(job, other)}: compressor pick {job.run.path} "
                 f"--prefer {preference}, then compressor export {job.run.path}"
             )
-    nearest = [choice for choice in found.nearest if choice.key != chosen.key]
-    row["finalists"] = [choice.evaluation.architecture.to_dict() for choice in (chosen, *nearest)]
+    row["finalists"] = [network_of(choice) for choice in finalists(job, chosen, found)]
     return row
+
+
+def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
+    """What may be healed beside a pick: first itself, then the nearest by held-out loss. Where speed is preferred, none
+    that is slower by more than `SLOWER`."""
+    others = [choice for choice in found.nearest if choice.key != chosen.key]
+    if job.recipe.prefer != "quality":
+        least = (1 - SLOWER) * (chosen.decode_tps or 0.0)
+        others = [choice for choice in others if (choice.decode_tps or 0.0) >= least]
+    return [chosen, *others]
+
+
+def network_of(choice: Choice) -> dict[str, Any]:
+    """The network of a choice and what was measured of it, as picks.json holds them."""
+    architecture = choice.evaluation.architecture
+    return {"architecture": architecture.to_dict(), "key": choice.key, "values": dict(choice.evaluation.values)}
 
 
 def numbers(choice: Choice) -> dict[str, Any]:
