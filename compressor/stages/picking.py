@@ -80,6 +80,8 @@ def pick(job: Job) -> list[dict[str, Any]]:
             for uniform in kinds:
                 own = f"{name}-uniform" if uniform else name
                 picks.append(picked_for(job, own, size, plain if uniform else evaluations))
+    if recipe.formats and all(layout.startswith("gguf") for layout in recipe.formats):
+        say("  (these speeds are of layers in transformers; llama.cpp's will be measured of the packages)")
     write_json(run.picks, picks)
     return picks
 
@@ -132,7 +134,7 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     row["others"] = []
     for preference, other in found.by_preference.items():
         if other.key != chosen.key:
-            row["others"].append({"prefer": preference} | numbers(other))
+            row["others"].append({"prefer": preference} | numbers(job, other))
             say(
                 f"  by {preference} it would be {described(job, other)}: compressor pick {job.run.path} "
                 f"--prefer {preference}, then compressor export {job.run.path}"
@@ -157,14 +159,15 @@ def network_of(choice: Choice) -> dict[str, Any]:
     return {"architecture": architecture.to_dict(), "key": choice.key, "values": dict(choice.evaluation.values)}
 
 
-def numbers(choice: Choice) -> dict[str, Any]:
+def numbers(job: Job, choice: Choice) -> dict[str, Any]:
     """What is known of a choice, as picks.json holds it."""
+    base = read_front(job.run.front)["base_decode_tps"]
     return {
         "key": choice.key,
         "parameters": choice.evaluation.values["parameters"],
         "quality": choice.evaluation.values["quality"],
         "held_out_loss": None if choice.loss is None else choice.loss.value,
-        "decode_tps": choice.decode_tps,
+        "speedup": None if choice.decode_tps is None else choice.decode_tps / base,
     }
 
 
@@ -192,7 +195,7 @@ def say_what_is_nearest(job: Job, size: int, picked: float, evaluations: list[Ev
     nearest = max(e.values["parameters"] for e in evaluations if e.full and e.values["parameters"] <= size)
     missing = f"{1 - picked / size:.0%} below the {size:,} that were asked for"
     if nearest >= (1 - GAP) * size:
-        say(f"  that is {missing}; the nearest that was measured has {nearest:,.0f} and is not told from it or worse")
+        say(f"  that is {missing}; the nearest that was measured has {nearest:,.0f}, and was not found better")
         return
     asked = f"{size / job.structure.parameters(job.structure.base):.3g}"
     say(

@@ -14,9 +14,10 @@ from compressor.stages.measuring import Measurements
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.subnet_scores import known_scores
 from export.package_record import read_record, write_card
+from export.report.alternatives import alternatives
 from export.report.card import render_card
 from export.report.page import write_report
-from export.report.schema import Gene, Generation, Point, PredictorScore, Search, Space, validate_report
+from export.report.schema import Alternative, Gene, Generation, Point, PredictorScore, Search, Space, validate_report
 from export.report.table import footnotes, terminal_table
 from export.report.verdict import verdict
 from search.store import EvaluationStore
@@ -53,6 +54,7 @@ def report(job: Job) -> dict[str, Any]:
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,
+        "alternatives": other_picks(job, exported.packages),
     }
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
@@ -66,10 +68,33 @@ def report(job: Job) -> dict[str, Any]:
     for package in checked.packages:
         write_card(run.packages / package.name, render_card(checked, package.name))
     console.print(terminal_table(checked))
-    for line in [*footnotes(checked), "", *verdict(checked)]:
+    for line in [*footnotes(checked), "", *verdict(checked), *alternatives(checked)]:
         say(line)
     say(f"report: {page}")
     return read_json(run.report)
+
+
+def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
+    """What other preferences would have picked in the place of what was packaged."""
+    run = job.run
+    if not run.picks.is_file():
+        return []
+    commands = f"compressor pick {run.path} --prefer {{}}, then compressor export {run.path}"
+    return [
+        Alternative(
+            name=pick["name"],
+            prefer=other["prefer"],
+            key=other["key"],
+            params=int(other["parameters"]),
+            quality=other["quality"],
+            held_out_loss=other["held_out_loss"],
+            speedup=other["speedup"],
+            command=commands.format(other["prefer"]),
+        )
+        for pick in read_json(run.picks)
+        if pick["name"] in packages and pick["weights"] == run.supernet_weights
+        for other in pick.get("others", [])
+    ]
 
 
 def training(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,8 @@ def run_searches(
             evaluations=len(result.evaluations) + larger,
             constraints=[Constraint(computed(job.structure)["parameters"], minimum=max(sizes))],
             include=uniform[: larger // 4],
-            warm_start=proposals(job, above=max(sizes))[: larger // 2],
+            # So few evaluations are better spent on what is known to be good than on what may be fast.
+            warm_start=proposals(job, above=max(sizes), most=larger - larger // 4),
             known=result.evaluations,
             generations=result.generations,
         )

@@ -53,9 +53,9 @@ def sources(job: Job) -> dict[str, str]:
 
 
 @stage("proposals")
-def proposals(job: Job, above: int | None = None) -> list[Architecture]:
-    """Architectures for the first generation to measure, a third of a population from each source, spread over sizes:
-    those asked for, or all `above` so many parameters; and shapes of the sizes asked for.
+def proposals(job: Job, above: int | None = None, most: int | None = None) -> list[Architecture]:
+    """Architectures for the first generation to measure, a third of a population from each source (or at most `most`),
+    spread over sizes: those asked for, or all `above` so many parameters; and shapes of the sizes asked for.
 
     Raises `RequestError` where an earlier run has nothing to offer.
     """
@@ -63,13 +63,13 @@ def proposals(job: Job, above: int | None = None) -> list[Architecture]:
     for name in job.recipe.searching.warm_start:
         method = warm_starts().get(name)
         if isinstance(method, Shapes):
-            most = int(SHAPES_SHARE * (job.recipe.searching.evaluations or 0))
-            architectures += shapes(job, method)[:most] if above is None else []
+            share = int(SHAPES_SHARE * (job.recipe.searching.evaluations or 0))
+            architectures += shapes(job, method)[:share] if above is None else []
         elif method is not None:
-            architectures += spread_over_sizes(job, proposed(job, name), above)
+            architectures += spread_over_sizes(job, proposed(job, name), above, most)
         elif name != GREEDY:
-            architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above)
-    return list(dict.fromkeys(architectures))
+            architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above, most)
+    return list(dict.fromkeys(architectures))[:most]
 
 
 def earlier_front(job: Job, path: Path) -> list[Architecture]:
@@ -164,10 +164,13 @@ def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
     return list(variants)
 
 
-def spread_over_sizes(job: Job, architectures: list[Architecture], above: int | None = None) -> list[Architecture]:
-    """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
-    the largest that the targets allow. Or even steps of those `above` so many parameters, without the base."""
-    n = job.recipe.searching.population // 3
+def spread_over_sizes(
+    job: Job, architectures: list[Architecture], above: int | None = None, most: int | None = None
+) -> list[Architecture]:
+    """A third of a population of them, or `most`: the largest within each size asked for, then even steps from the
+    smallest to the largest that the targets allow. Or even steps of those `above` so many parameters, without the
+    base."""
+    n = job.recipe.searching.population // 3 if most is None else most
     parameters = job.structure.parameters
     ordered = sorted(architectures, key=lambda a: (parameters(a), a.key))
     if above is None:

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from export.report.alternatives import alternatives
 from export.report.comparison import comparison_plots, summarize, summary
 from export.report.plots import (
     Dot,
@@ -66,7 +67,7 @@ def render_html(report: Report) -> str:
         tasks=report.tasks,
         metric=lambda task: metric_name(report, task),
         change=change,
-        verdict=verdict(report),
+        verdict=[*verdict(report), *alternatives(report)],
         notes=notes(report),
         where=measured_in,
         runtimes=runtimes(report),
