@@ -20,7 +20,7 @@ from export.models import Model
 from export.package_record import RECORD, read_record
 from search.objectives import Evaluation
 from search.store import EvaluationStore
-from supernet.common.errors import RequestError, unknown
+from supernet.common.errors import unknown
 from supernet.common.formatting import count, size
 from supernet.common.progress import console, say
 
@@ -66,8 +66,7 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
     if sort not in SORTS:
         raise unknown("--sort", sort, SORTS)
     run = Run(path)
-    if not run.recipe_file.is_file():
-        raise RequestError(f"{path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+    run.check_exists()
     job = Job(run, run.recipe().resolved(), weights=False)
     evaluations = {e.architecture.key: e for e in measured(job)}
     names: dict[str, list[str]] = {}

@@ -12,8 +12,6 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from search.pareto import knee, non_dominated, spread
-
 Preference = Literal["quality", "speed", "balanced"]
 PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 
@@ -39,6 +37,8 @@ def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers) -> dict[Prefer
 
     `losses` and `stderrs` [n] in nats per token, `speeds` [n] in tokens per second.
     """
+    from search.pareto import knee  # pymoo takes longer to import than a wrong name may take to be refused
+
     within = equals(losses, stderrs)
     fastest = max(within, key=lambda i: speeds[i])  # of the same speed the lower loss, which comes first
     between = [i for i in within if losses[i] <= losses[fastest] and speeds[i] >= speeds[within[0]]]
@@ -49,6 +49,8 @@ def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers) -> dict[Prefer
 def shortlist(losses: Numbers, stderrs: Numbers, speeds: Numbers, n: int) -> list[int]:
     """Indices of what is worth measuring closer, by increasing loss: the `n` of the lowest loss, and of the `equals`
     at most `n` that no other of them beats in loss and speed, spread along that front."""
+    from search.pareto import non_dominated, spread  # as above
+
     within = equals(losses, stderrs)
     values = np.array([[losses[i], -speeds[i]] for i in within])
     front = non_dominated(values)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
+from compressor.cli.request import run_recipe
 
 Sort = Annotated[str, typer.Option(help="size, quality, speed or loss")]
 
@@ -18,7 +18,7 @@ def front(run: RunFolder, sort: Sort = "size", json: Json = False) -> None:
 
     Each line is a network that `compressor pick RUN --key KEY` picks.
     """
-    offline_if_run_is_local(run)
+    run_recipe(run, {})
     from compressor.front_table import front_rows, print_front  # imports torch
 
     rows = front_rows(run, sort)

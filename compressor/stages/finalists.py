@@ -149,7 +149,7 @@ class _Rounds:
         state = job.run.subnets / f".{self.name}-{fingerprint(inputs)}.training.safetensors"
         job.threads(scoring=False)
         with job.schedule.stage("healing"):
-            base, settings = job.load_base(), self.settings(number)
+            base, settings = job.load_base(), job.in_parts(self.settings(number))
             history = heal(network, base, self.blocks, settings, state=state, accelerator=job.accelerator)
         loss = (history.best or {}).get("loss", inf)
         write_package(

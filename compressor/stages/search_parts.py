@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.job import Job
-from compressor.recipe import EarlierSearch, Targets, former_names
+from compressor.recipe import EarlierSearch, Searching, Targets, former_names
 from compressor.run import Run
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs
@@ -102,7 +102,8 @@ def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     recipe = run.recipe().resolved()
     sizes = given.get("targets.max_params")
     targets = recipe.targets if sizes is None else Targets(max_params=sizes)
-    evaluations = given.get("searching.evaluations", parts[-1]["evaluations"])
+    named = given.get("searching.evaluations", parts[-1]["evaluations"])
+    evaluations = Searching.model_validate({"evaluations": named}).evaluations
     searches = [{"targets": part["targets"], "evaluations": part["evaluations"]} for part in parts]
     asked = {"targets": targets.model_dump(), "evaluations": evaluations}
     earlier = searches[: searches.index(asked)] if asked in searches else searches

@@ -280,6 +280,20 @@ class Comparison(Model):
     """Over all seeds of this method and size; None for ours."""
 
 
+class Again(Model):
+    """How to get the same again, and what it took."""
+
+    command: str
+    """One line for a shell."""
+    run: str
+    """The name of the folder of the run, whose recipe `compressor recipe` prints."""
+    seconds: float
+    """That all stages took together, in every process that worked on them."""
+    machine: str
+    device: str
+    """The GPU's name, or `cpu`."""
+
+
 class Report(Model):
     """`report.json`."""
 
@@ -303,6 +317,7 @@ class Report(Model):
     samples: list[Sample] = Field(default_factory=list)
     alternatives: list[Alternative] = Field(default_factory=list)
     """What other preferences would have picked."""
+    again: Again | None = None
 
     @property
     def tasks(self) -> list[str]:
