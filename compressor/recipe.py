@@ -500,7 +500,10 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation if part in section.model_fields else section
+            if part in getattr(section, "model_fields", {}):
+                section = section.model_fields[part].annotation
+            elif isinstance(part, int):  # one of a list
+                section = get_args(section)[0]
         known, word = list(getattr(section, "model_fields", Recipe.model_fields)), str(problem["loc"][-1])
         elsewhere = [key for key in keys() if section is Recipe and key.endswith(f".{word}")]
         if elsewhere:

@@ -21,7 +21,7 @@ from compressor.stages.subnet_files import Inputs, cut_inputs, is_made_from, loa
 from export.package import write_package
 from export.package_record import read_record
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 from supernet.streaming import StreamedNetwork
@@ -73,23 +73,28 @@ def best_finalist(job: Job, picked: dict[str, Any], blocks: Blocks) -> tuple[dic
             f"healing.finalists: {len(finalists)} networks share {healing.tokens:,} tokens, and a step takes {step:,}; "
             "give more --heal-tokens, or fewer finalists"
         )
+    with reading(f"{job.run.picks}: not what this version writes; run compressor pick"):
+        networks = [Architecture.from_dict(row["architecture"]) for row in finalists]
+        keys = [network.key for network in networks]
+        places = {row["key"]: {name: row[name] for name in ("key", "architecture", "values")} for row in finalists}
+        if keys != list(places):
+            raise ValueError("keys of finalists are not those of their architectures")
     # 1. What was chosen before is as it was.
     rounds = _Rounds(job, picked["name"], blocks, plan)
     file = job.run.subnets / f"{picked['name']}-finalists.json"
-    wanted = fingerprint([[row["key"] for row in finalists], plan, rounds.inputs_of(finalists[0]["key"], 0)])
-    known = read_json(file) if file.is_file() else {}
+    wanted = fingerprint([keys, plan, rounds.inputs_of(keys[0], 0)])
+    with reading(f"{file}: not what this version writes; remove it"):
+        known = dict(read_json(file)) if file.is_file() else {}
     best = str(known.get("best"))
     if known.get("inputs") != wanted or not is_made_from(rounds.folder(best), rounds.inputs_of(best)):
         # 2. Round after round, the better half of what is left.
-        best, record = rounds.run([Architecture.from_dict(row["architecture"]) for row in finalists])
+        best, record = rounds.run(networks)
         write_json(file, {"inputs": wanted, "best": best, "rounds": record})
         for folder in job.run.subnets.glob(f"{picked['name']}-finalist-*"):
             if folder != rounds.folder(best):
                 shutil.rmtree(folder)
-    chosen = next(row for row in finalists if row["key"] == best)
-    changed = {name: chosen[name] for name in ("key", "architecture", "values")}
     start = Start(rounds.folder(best), fingerprint(rounds.inputs_of(best)), plan[-1][1], rounds.seed(len(plan) - 1))
-    return picked | changed, start
+    return picked | places[best], start
 
 
 class _Rounds:

@@ -31,7 +31,7 @@ from export.report.schema import (
 )
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json
 from supernet.common.versions import machine, versions
 from supernet.device import device_name
@@ -92,22 +92,23 @@ def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
     run = job.run
     if not run.picks.is_file():
         return []
-    commands = f"compressor pick {run.path} --prefer {{}}, then compressor export {run.path}"
-    return [
-        Alternative(
-            name=pick["name"],
-            prefer=other["prefer"],
-            key=other["key"],
-            params=int(other["parameters"]),
-            quality=other["quality"],
-            held_out_loss=other["held_out_loss"],
-            speedup=other["speedup"],
-            command=commands.format(other["prefer"]),
-        )
-        for pick in read_json(run.picks)
-        if pick["name"] in packages and pick["weights"] == run.supernet_weights
-        for other in pick.get("others", [])
-    ]
+    picks = read_json(run.picks)
+    with reading(f"{run.picks}: not what this version writes; run compressor pick"):
+        return [
+            Alternative(
+                name=pick["name"],
+                prefer=other["prefer"],
+                key=other["key"],
+                params=int(other["parameters"]),
+                quality=other["quality"],
+                held_out_loss=other["held_out_loss"],
+                speedup=other["speedup"],
+                command=f"compressor pick {run.path} --prefer {other['prefer']}, then compressor export {run.path}",
+            )
+            for pick in picks
+            if pick["name"] in packages and pick["weights"] == run.supernet_weights
+            for other in pick.get("others", [])
+        ]
 
 
 def training(recorded: Mapping[str, Any]) -> dict[str, Any]:

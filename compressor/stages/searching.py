@@ -8,6 +8,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from compressor.checks import check_targets
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import (
@@ -266,6 +267,9 @@ def check_searching(job: Job) -> None:
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
+    if job.recipe.searching.earlier:
+        for part, _ in searches_in_turn(job):
+            check_targets(part)
     try:
         algorithm(job.recipe.searching.algorithm)(job.space, objectives, constraints=constraints)
     except ValueError as error:

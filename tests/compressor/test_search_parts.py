@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -17,6 +18,7 @@ from compressor.recipe import read_recipe
 from compressor.run import Run
 from compressor.stages.picking import measured
 from compressor.stages.searching import LARGER_SHARE, speed_table
+from supernet.common.errors import RequestError
 from tests.support import tiny
 
 EVALUATIONS = 28
@@ -107,6 +109,20 @@ def test_a_search_goes_on_for_another_size(made: Made, tmp_path: Path, capsys: p
     (run / "search" / "front.json").unlink()
     assert cli.run(["search", str(run)]) == 0
     assert keys(front_of(run)) == keys(found) and scored(run) == before + 10
+
+
+@pytest.mark.parametrize(
+    ("earlier", "said"),
+    [
+        ([{"targets": {"max_params": "0.01"}, "evaluations": 4}], "cannot be reached"),
+        ([{"targets": {}, "evaluations": 4, "evaluation": 1}], "did you mean evaluations?"),
+        ([{"targets": {}}], "'searching.earlier.0.evaluations' is missing"),
+    ],
+)
+def test_earlier_searches_that_make_no_sense(made: Made, tmp_path: Path, earlier: Any, said: str) -> None:
+    run = made.copy(tmp_path / "run")
+    with pytest.raises(RequestError, match=re.escape(said)):
+        pipeline.resume(run, {"searching.earlier": earlier})
 
 
 def test_the_recipe_of_the_first_search_finds_it_done(made: Made, tmp_path: Path) -> None:
