@@ -5,11 +5,14 @@ from __future__ import annotations
 from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
+from supernet.common.errors import RequestError
 
 
 @recipe_options(*TARGETS, "prefer", "key")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets or by a key."""
+    if given.get("key") and any(name.startswith("targets.") for name in given):
+        raise RequestError("--key names one network; leave the targets out, or the key")
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 

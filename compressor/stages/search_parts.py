@@ -86,6 +86,11 @@ def earlier_result(job: Job, front: dict[str, Any], parts: Sequence[dict[str, An
     return SearchResult(job.space, (), (), front["algorithm"], job.recipe.seed, evaluations, generations)
 
 
+def named_in(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The targets that say anything."""
+    return {name: value for name, value in targets.items() if value not in (None, [])}
+
+
 def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `compressor search` that ask a searched run for another size or a further budget, as keys of the
     recipe: with them, the search goes on from what was measured. Nothing where they ask for anything else.
@@ -104,7 +109,7 @@ def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     targets = recipe.targets if sizes is None else Targets(max_params=sizes)
     named = given.get("searching.evaluations", parts[-1]["evaluations"])
     evaluations = Searching.model_validate({"evaluations": named}).evaluations
-    searches = [{"targets": part["targets"], "evaluations": part["evaluations"]} for part in parts]
-    asked = {"targets": targets.model_dump(), "evaluations": evaluations}
+    searches = [{"targets": named_in(part["targets"]), "evaluations": part["evaluations"]} for part in parts]
+    asked = {"targets": named_in(targets.model_dump()), "evaluations": evaluations}
     earlier = searches[: searches.index(asked)] if asked in searches else searches
     return {"searching.earlier": earlier, "searching.evaluations": evaluations}

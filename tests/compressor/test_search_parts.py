@@ -212,6 +212,8 @@ def test_a_network_is_picked_by_the_beginning_of_its_key(
     for wrong, hint in (("", "picked best"), (key[:-1] + "x", key), ("zz", "compressor front")):
         assert cli.run(["pick", str(run), "--key", wrong]) == (0 if not wrong else 2)
         assert hint in " ".join(capsys.readouterr().err.split())
+    assert cli.run(["pick", str(run), "--key", unique, "--max-params", "0.7"]) == 2
+    assert "leave the targets out" in capsys.readouterr().err
     # Targets that are named again take the key's place.
     assert cli.run(["pick", str(run), "--key", unique]) == 0
     assert cli.run(["pick", str(run), "--max-params", "0.7"]) == 0
