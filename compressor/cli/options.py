@@ -85,7 +85,7 @@ RECIPE_OPTIONS = {
         "healing.tokens", int, "tokens to heal each chosen sub-network with; 0: none", default=BY_EFFORT
     ),
     "repair": RecipeOption(
-        "repair.enabled", str, "on or off: refit what was cut by least squares, without training", default="off"
+        "repair.enabled", str, "on or off: refit what was cut by least squares", default="on where little is trained"
     ),
     "limit": RecipeOption("searching.limit", int, "documents per task in the search", default=BY_EFFORT),
     "warm_start": RecipeOption(
