@@ -20,7 +20,6 @@ from export.models import Model
 from export.package_record import RECORD, read_record
 from search.objectives import Evaluation
 from search.store import EvaluationStore
-from supernet.common.errors import unknown
 from supernet.common.formatting import count, size
 from supernet.common.progress import console, say
 
@@ -52,7 +51,7 @@ class FrontRow(Model):
     """Names of the picks that are this network."""
 
 
-SORTS: dict[str, Callable[[FrontRow], Any]] = {
+ORDERS: dict[str, Callable[[FrontRow], Any]] = {
     "size": lambda row: -row.parameters,
     "quality": lambda row: -row.quality,
     "speed": lambda row: -(row.measured_speedup or row.speedup or 0.0),
@@ -61,10 +60,8 @@ SORTS: dict[str, Callable[[FrontRow], Any]] = {
 
 
 def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
-    """The front of a run, by one of `SORTS`. Reads only, also while the run works. Raises `RequestError` where nothing
+    """The front of a run, by one of `ORDERS`. Reads only, also while the run works. Raises `RequestError` where nothing
     was searched yet."""
-    if sort not in SORTS:
-        raise unknown("--sort", sort, SORTS)
     run = Run(path)
     run.check_exists()
     job = Job(run, run.recipe().resolved(), weights=False)
@@ -93,7 +90,7 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
                 picked=names.get(key, []),
             )
         )
-    return sorted(rows, key=SORTS[sort])
+    return sorted(rows, key=ORDERS[sort])
 
 
 def measured_speedups(run: Run) -> dict[str, float]:

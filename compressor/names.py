@@ -59,6 +59,8 @@ TRACKERS: Mapping[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
 }
 """Trackers of experiments, each with the modules of which one must be installed."""
+FRONT_ORDERS = ("size", "quality", "speed", "loss")
+"""By what `compressor front` sorts."""
 REDOABLE = ("finetune", "search", "export")
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with the program."""

@@ -9,8 +9,10 @@ import typer
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
+from compressor.names import FRONT_ORDERS
+from supernet.common.errors import unknown
 
-Sort = Annotated[str, typer.Option(help="size, quality, speed or loss")]
+Sort = Annotated[str, typer.Option(help=f"by {', '.join(FRONT_ORDERS)}")]
 
 
 def front(run: RunFolder, sort: Sort = "size", json: Json = False) -> None:
@@ -18,6 +20,8 @@ def front(run: RunFolder, sort: Sort = "size", json: Json = False) -> None:
 
     Each line is a network that `compressor pick RUN --key KEY` picks.
     """
+    if sort not in FRONT_ORDERS:
+        raise unknown("--sort", sort, FRONT_ORDERS)
     run_recipe(run, {})
     from compressor.front_table import front_rows, print_front  # imports torch
 

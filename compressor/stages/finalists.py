@@ -66,6 +66,8 @@ def best_finalist(job: Job, picked: dict[str, Any], blocks: Blocks) -> tuple[dic
     finalists = picked.get("finalists", [])[: healing.finalists]
     if not healing.tokens or len(finalists) < 2:
         return picked, None
+    if len(finalists) < healing.finalists:
+        say(f"{picked['name']}: {len(finalists)} finalists, for no more were measured that are as good")
     plan = rounds_of(len(finalists), healing.tokens)
     step = (job.recipe.finetuning.batch_size or 1) * blocks.length
     if min(each for _, each in plan) < step:
