@@ -108,6 +108,7 @@ def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
             for pick in picks
             if pick["name"] in packages and pick["weights"] == run.supernet_weights
             for other in pick.get("others", [])
+            if other["key"] != pick["key"]  # a finalist may have taken the pick's place
         ]
 
 
