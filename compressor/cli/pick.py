@@ -8,7 +8,7 @@ from compressor.cli.request import run_recipe
 from supernet.common.errors import RequestError
 
 
-@recipe_options(*TARGETS, "prefer", "key")
+@recipe_options(*TARGETS, "prefer", "key", "bits")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets or by a key."""
     if given.get("key") and any(name.startswith("targets.") for name in given):

@@ -6,9 +6,10 @@ from typing import Any
 
 from compressor.job import Job
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, parameter_limits, smallest_storage
+from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front
+from compressor.stages.joint_pick import pick_with_bits
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
 from search.pareto import Target
@@ -39,7 +40,7 @@ def measured(job: Job) -> list[Evaluation]:
         architecture = Architecture.from_dict(row["architecture"])
         values = row["values"] | {
             "parameters": job.structure.parameters(architecture),
-            "bytes": job.structure.bytes(architecture, smallest_storage(job)),
+            "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
         }
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
@@ -79,14 +80,14 @@ def pick(job: Job) -> list[dict[str, Any]]:
         for name, size in parameter_limits(job):
             for uniform in kinds:
                 own = f"{name}-uniform" if uniform else name
-                picks.append(picked_for(job, own, size, plain if uniform else evaluations))
+                picks.append(picked_for(job, own, size, plain if uniform else evaluations, uniform))
     if recipe.formats and all(layout.startswith("gguf") for layout in recipe.formats):
         say("  (these speeds are of layers in transformers; llama.cpp's will be measured of the packages)")
     write_json(run.picks, picks)
     return picks
 
 
-def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation]) -> dict[str, Any]:
+def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> dict[str, Any]:
     """The pick called `name` of the most parameters `size` and the recipe's other targets, which is also said. Raises
     `RequestError` where nothing meets them."""
     targets = job.recipe.targets
@@ -94,6 +95,13 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
         max_params=size, max_bytes=byte_limit(job), min_speedup=targets.min_speedup, max_drop=targets.max_drop
     )
     try:
+        if picks_bits(job):
+            joint = pick_with_bits(job, evaluations, target, uniform)
+            candidate = joint.candidate
+            choice = Choice(candidate.evaluation, None, decode_speeds(job, [candidate.evaluation])[0])
+            row = pick_row(job, name, str(target), choice, None, f"; {joint}")
+            row["values"]["bytes"], row["bits"] = candidate.bytes, joint.to_json()
+            return row
         found = choices(job, evaluations, target)
     except ValueError as error:
         raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
@@ -119,15 +127,16 @@ def keyed(
     return pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None)
 
 
-def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None) -> dict[str, Any]:
-    """A pick as picks.json holds it, with what the other preferences take; says both."""
+def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> dict[str, Any]:
+    """A pick as picks.json holds it, with what the other preferences take; says both, and `bits` behind the first."""
     row: dict[str, Any] = {
         "name": name,
         "target": target,
         **network_of(chosen),
         "weights": job.run.supernet_weights,
+        "bits": None,
     }
-    say(f"picked {name}: {described(job, chosen)} (key {chosen.key[:8]})")
+    say(f"picked {name}: {described(job, chosen)} (key {chosen.key[:8]}){bits}")
     if found is None:
         return row
     row["prefer"] = job.recipe.prefer
@@ -174,7 +183,7 @@ def numbers(job: Job, choice: Choice) -> dict[str, Any]:
 def described(job: Job, choice: Choice) -> str:
     """A choice in words: its size, its quality and loss, and how fast it should be."""
     values = choice.evaluation.values
-    share = values["parameters"] / job.structure.parameters(job.structure.base)
+    share = values["parameters"] / job.untouched_parameters
     parts = [
         f"{values['parameters']:,.0f} parameters ({share:.3f} of the base)",
         f"quality {values['quality']:.3f} on the search documents",
@@ -197,7 +206,7 @@ def say_what_is_nearest(job: Job, size: int, picked: float, evaluations: list[Ev
     if nearest >= (1 - GAP) * size:
         say(f"  that is {missing}; the nearest that was measured has {nearest:,.0f}, and was not found better")
         return
-    asked = f"{size / job.structure.parameters(job.structure.base):.3g}"
+    asked = f"{size / job.untouched_parameters:.3g}"
     say(
         f"  that is {missing}, and nothing nearer than {nearest:,.0f} was measured: compressor search {job.run.path} "
         f"--max-params {asked} --evaluations 30 measures there, from what is known, and picks again"
