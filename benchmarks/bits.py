@@ -30,7 +30,7 @@ from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import Candidate, RoundedLosses, candidates, pick_with_bits, whole_network
 from compressor.stages.picking import measured
 from compressor.stages.repairing import pick_variants
-from compressor.stages.subnet_scores import lowest_held_out_loss
+from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import OuterBits
@@ -59,7 +59,8 @@ def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Can
             if (row.bits.scheme, row.bits.embedding) == (scheme, 8) and row.bytes <= limit
         ]
         if rows:
-            chosen[f"{scheme} after"] = rows[lowest_held_out_loss(job, [row.architecture for row in rows])]
+            own = held_out_losses(job, [row.architecture for row in rows], HELD_OUT_BLOCKS)
+            chosen[f"{scheme} after"] = rows[min(range(len(rows)), key=own.__getitem__)]
     # 2. Bits only.
     losses = RoundedLosses(job)
     fitting = [row for row in candidates(job, whole, False) if row.bits.scheme and row.bytes <= limit]

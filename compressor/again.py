@@ -78,4 +78,4 @@ def _text(value: Any) -> str:
         return ",".join(value)
     if isinstance(value, str):
         return value
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

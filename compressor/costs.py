@@ -246,7 +246,7 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
 def _picking(counts: _Counts, rates: Rates) -> StageCost:
     """The held-out loss of those that tasks do not tell from the best, taken to be half of all: on a few blocks, and of
     the finalists on all."""
-    blocks = FIRST_BLOCKS * counts.evaluations / 2 + FINALISTS * HELD_OUT_BLOCKS
+    blocks = FIRST_BLOCKS * counts.evaluations / 2 + 2 * FINALISTS * HELD_OUT_BLOCKS
     if picks_bits(counts.job):  # some on a few blocks to know what bits cost, the best on all
         blocks += len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + MEASURED * HELD_OUT_BLOCKS
     seconds = blocks * counts.length * rates.teach * counts.searched

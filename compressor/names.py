@@ -38,7 +38,7 @@ BASELINES = (
     "flap",
     "slicegpt",
 )
-WARM_STARTS = ("greedy", "blockwise", "superposition")
+WARM_STARTS = ("greedy", "blockwise", "published", "superposition")
 OWN_METHODS = ("random", "untrained-search", "scratch")
 """What a comparison makes to show what each part of ours adds."""
 FORMATS: Mapping[str, str] = {
@@ -67,6 +67,8 @@ TRACKERS: Mapping[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
 }
 """Trackers of experiments, each with the modules of which one must be installed."""
+FRONT_ORDERS = ("size", "quality", "speed", "loss")
+"""By what `compressor front` sorts."""
 REDOABLE = ("finetune", "search", "export")
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that come with the program."""

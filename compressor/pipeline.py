@@ -27,6 +27,7 @@ from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick, read_picks
 from compressor.stages.reporting import report
+from compressor.stages.search_parts import further_search
 from compressor.stages.searching import check_searching, check_speedup
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
@@ -244,6 +245,13 @@ def added(recipe: Recipe, overrides: Mapping[str, Any]) -> dict[str, Any]:
         named = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else [*given]
         more[key] = list(dict.fromkeys([*names, *named]))
     return {**overrides, **more}
+
+
+def resume_search(path: Path, given: dict[str, Any], *, redo: str | None = None) -> Job:
+    """A run for `compressor search`. Of a run that was searched, another size or a further budget is searched from
+    what was measured: `--evaluations` are then so many more."""
+    further = further_search(Run(path), given) if redo is None else {}
+    return resume(path, given | further, redo=redo, replace_targets="targets.max_params" in given)
 
 
 def is_given(name: str, overrides: Mapping[str, Any]) -> bool:

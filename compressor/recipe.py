@@ -26,6 +26,7 @@ from pydantic import (
 
 from compressor.names import recipes
 from export.quantization.schemes import EmbeddingBits, SchemeName
+from search.preference import Preference
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
@@ -298,13 +299,26 @@ class Finetuning(Section):
         return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
 
 
+class EarlierSearch(Section):
+    """A search that came before the one of the present targets."""
+
+    targets: Targets
+    """What it looked for."""
+    evaluations: int = Field(ge=2)
+    """Sub-networks that it measured."""
+
+
 class Searching(Section):
     """The search."""
 
     algorithm: str = "linas"
     """`linas`, `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
-    """Sub-networks to measure. Unset: by `effort`."""
+    """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
+    `effort`."""
+    earlier: list[EarlierSearch] = Field(default_factory=list)
+    """Searches for other targets that it goes on from, each with its `targets` and `evaluations`; `compressor search`
+    writes them here."""
     population: int = Field(default=18, ge=4)
     """Sub-networks in a generation."""
     limit: int | None = Field(default=None, ge=1)
@@ -316,9 +330,9 @@ class Searching(Section):
         default=None, gt=0, le=0.5, validation_alias=AliasChoices("screening", "first_look")
     )
     """Share of the documents that candidates are scored on first. Unset: all documents at once."""
-    warm_start: Names = Field(default_factory=lambda: ["blockwise"])
+    warm_start: Names = Field(default_factory=lambda: ["blockwise", "published"])
     """What the first generation also measures: earlier runs' folders (their fronts), `blockwise`, `superposition`,
-    `greedy`."""
+    `greedy`, and `published`: what depth and width baselines would cut."""
     workers: int = Field(default=1, ge=1)
     """Processes or Ray actors that measure side by side."""
     executor: Literal["processes", "ray"] = "processes"
@@ -330,6 +344,9 @@ class Healing(Section):
 
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 leaves the sub-network as cut out. Unset: by `effort`."""
+    finalists: int = Field(default=1, ge=1, le=8)
+    """The nearest picks that are healed on a share of the tokens, the better half on more, and so on to the one that
+    ships: of as many tokens in all."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Unset: 0.2 / residual width; less where weights are small (two hundredths of their root mean
     square)."""
@@ -407,6 +424,11 @@ class Recipe(Section):
     """Without a time, sets every budget that is not set by itself."""
     vocabulary: Vocabulary = Field(default_factory=Vocabulary)
     targets: Targets = Field(default_factory=Targets)
+    prefer: Preference = "quality"
+    """Of those that meet the targets and are otherwise as good as equal: the lowest held-out loss (`quality`), the
+    fastest (`speed`), or the least loss of both together (`balanced`)."""
+    key: str | None = None
+    """The measured sub-network to pick instead, by its key in `compressor front` or the beginning of it."""
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
     repair: Repair = Field(default_factory=Repair)
@@ -445,6 +467,11 @@ class Recipe(Section):
         """Set the budget of this name (`OPEN`)."""
         section, _, key = OPEN[name].partition(".")
         setattr(getattr(self, section), key, value)
+
+    @field_validator("key")
+    @classmethod
+    def _named(cls, key: str | None) -> str | None:
+        return key or None
 
     @field_validator("data")
     @classmethod
@@ -543,7 +570,10 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in problem["loc"][:-1]:
-            section = section.model_fields[part].annotation if part in section.model_fields else section
+            if part in getattr(section, "model_fields", {}):
+                section = section.model_fields[part].annotation
+            elif isinstance(part, int):  # one of a list
+                section = get_args(section)[0]
         known, word = list(getattr(section, "model_fields", Recipe.model_fields)), str(problem["loc"][-1])
         elsewhere = [key for key in keys() if section is Recipe and key.endswith(f".{word}")]
         if elsewhere:

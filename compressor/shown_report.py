@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.run import Run
+from export.report.alternatives import alternatives
 from export.report.schema import Report, validate_report
 from export.report.table import footnotes, terminal_table
 from export.report.verdict import verdict
@@ -44,6 +45,6 @@ def current_report(folder: Path) -> Report | None:
 def show_report(report: Report, folder: Path) -> None:
     """Print the report's table, its footnotes and its verdict on stderr."""
     console.print(terminal_table(report))
-    for line in [*footnotes(report), "", *verdict(report)]:
+    for line in [*footnotes(report), "", *verdict(report), *alternatives(report)]:
         say(line)
     say(f"report: {folder / 'report.html'}")

@@ -42,6 +42,13 @@ def sizes_asked_for(job: Job) -> list[int]:
     return [limit for _, limit in parameter_limits(job) if limit is not None]
 
 
+def sizes_searched_for(job: Job) -> list[int]:
+    """The same, and those of the searches that this one goes on from."""
+    base = job.untouched_parameters
+    earlier = [size for search in job.recipe.searching.earlier for size in search.targets.max_params]
+    return [parse_parameters(size, base) for size in earlier] + sizes_asked_for(job)
+
+
 def byte_limit(job: Job) -> int | None:
     """The bytes of `--max-bytes`."""
     return None if job.recipe.targets.max_bytes is None else parse_bytes(job.recipe.targets.max_bytes)
@@ -139,7 +146,7 @@ def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Ar
     base = job.structure.parameters(job.structure.base)
     share = job.recipe.finetuning.smallest_share
     if share is None:
-        share = 0.85 * min((size / base for size in sizes_asked_for(job)), default=0.6)
+        share = 0.85 * min((size / base for size in sizes_searched_for(job)), default=0.6)
     low = max(share * base, job.structure.parameters(space.smallest()))
     return uniform_near(job, low, space), low
 

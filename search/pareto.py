@@ -123,14 +123,11 @@ class Target:
         return " and ".join(parts)
 
 
-def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evaluation]:
-    """The measured architectures that a target asks for, as far as their measurements tell them apart, best first.
+def meeting(evaluations: Iterable[Evaluation], target: Target) -> list[Evaluation]:
+    """The measured architectures that meet a target: the best quality first or, with `max_drop`, the fewest parameters.
 
-    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop. Otherwise, of those that meet
-    the sizes asked for, all whose quality is within two standard errors (`quality_stderr`) of the best: the idea of the
-    one-standard-error rule (Breiman et al. 1984, section 3.4.3), with one more because the best of many noisy values
-    owes some of its lead to luck. Values need `quality`, `parameters`, and `bytes` or `speedup` (decode speed over the
-    base's) where the target names them. Raises ValueError, naming the nearest, where none meets it.
+    Values need `quality`, `parameters`, and `bytes` or `speedup` (decode speed over the base's) where the target names
+    them. Raises ValueError, naming the nearest, where none meets it.
     """
     candidates = [e for e in evaluations if e.full]
     if not candidates:
@@ -138,14 +135,27 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     if not target.bounds() and target.max_drop is None:
         raise ValueError("a target needs at least one of max_params, max_bytes, min_speedup and max_drop")
 
-    meeting = [e for e in candidates if target.misses(e) == 0.0]
-    if not meeting:
+    found = [e for e in candidates if target.misses(e) == 0.0]
+    if not found:
         nearest = min(candidates, key=lambda e: (target.misses(e), e.architecture.key))
         names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
         values = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
         raise ValueError(f"no measured architecture has {target}; the nearest has {values}")
     if target.max_drop is not None:
-        return [min(meeting, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))]
-    meeting.sort(key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))
-    least = meeting[0].values["quality"] - 2 * meeting[0].values.get("quality_stderr", 0.0)
-    return [e for e in meeting if e.values["quality"] >= least]
+        return sorted(found, key=lambda e: (e.values["parameters"], -e.values["quality"], e.architecture.key))
+    return sorted(found, key=lambda e: (-e.values["quality"], e.values["parameters"], e.architecture.key))
+
+
+def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evaluation]:
+    """The measured architectures that a target asks for, as far as their measurements tell them apart, best first.
+
+    With `max_drop` the one of fewest parameters whose quality is at least 1 - max_drop. Otherwise, of those that meet
+    the sizes asked for, all whose quality is within two standard errors (`quality_stderr`) of the best: the idea of the
+    one-standard-error rule (Breiman et al. 1984, section 3.4.3), with one more because the best of many noisy values
+    owes some of its lead to luck. Raises ValueError as `meeting` does.
+    """
+    found = meeting(evaluations, target)
+    if target.max_drop is not None:
+        return found[:1]
+    least = found[0].values["quality"] - 2 * found[0].values.get("quality_stderr", 0.0)
+    return [e for e in found if e.values["quality"] >= least]

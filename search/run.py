@@ -73,6 +73,7 @@ class SearchResult:
     space: SearchSpace
     objectives: tuple[Objective, ...]
     constraints: tuple[Constraint, ...]
+    """What the front lies within."""
     algorithm: str
     seed: int
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -124,6 +125,8 @@ def search(
     include: Iterable[Architecture] = (),
     warm_start: Iterable[Architecture] = (),
     known: Iterable[Evaluation] = (),
+    generations: Iterable[GenerationRecord] = (),
+    within: Sequence[Constraint] | None = None,
     screening: Measure | None = None,
     share: float = 0.25,
     reference: Sequence[float] | None = None,
@@ -135,7 +138,10 @@ def search(
     The first generation is the base, the smallest, `include` (such as `uniform_members(space, 8)`), `warm_start`, and
     random architectures spread over all sizes within the constraints, `population` in all; then `algorithm` decides.
     `known` are evaluations of an earlier phase of the same search: they count towards the budget and the front, and
-    are not asked for again. `on_evaluation` is called the moment each full measurement arrives, `on_generation` with
+    are not asked for again. Where `generations` has the records of an earlier search that measured them, this one goes
+    on from it: its first generation is what is new of the base, the smallest, `include` and `warm_start`, and nothing
+    at random. `within` bounds the front and the hypervolume where that is not what steers the search (`constraints`).
+    `on_evaluation` is called the moment each full measurement arrives, `on_generation` with
     each generation's record.
 
     `screening` measures on a `share` of the documents. After the first generation it goes first, and only what can
@@ -154,7 +160,9 @@ def search(
     if evaluations < 2 or population < 2:
         raise ValueError("a search needs a budget of at least two evaluations and a population of at least two")
     rng = np.random.default_rng(seed)
-    initial = first_generation(space, min(population, evaluations), rng, [*include, *warm_start], constraints)
+    earlier = list(generations)
+    least = 0 if earlier else min(population, evaluations)
+    initial = first_generation(space, least, rng, [*include, *warm_start], constraints)
     searcher = algorithm_named(algorithm)(
         space,
         objectives,
@@ -164,11 +172,12 @@ def search(
         constraints=constraints,
         initial=initial[:evaluations],
     )
-    result = SearchResult(space, tuple(objectives), tuple(constraints), algorithm, seed, list(known))
+    bounds = tuple(constraints if within is None else within)
+    result = SearchResult(space, tuple(objectives), bounds, algorithm, seed, list(known), earlier)
     searcher.tell([(e.architecture, e.values) for e in result.evaluations])
-    generations = _Generations(result, searcher, measure, screening, share, reference, on_evaluation)
-    while asked := generations.ask(population if result.generations else len(initial)):
-        record = generations.run(asked)
+    running = _Generations(result, searcher, measure, screening, share, reference, on_evaluation)
+    while asked := running.ask(max(population, len(initial)) if running.first else population):
+        record = running.run(asked)
         if on_generation is not None:
             on_generation(record)
     return result
@@ -187,15 +196,21 @@ class _Generations:
     on_evaluation: OnEvaluation | None
 
     def __post_init__(self) -> None:
-        self.filter = ScreeningFilter(self.result.objectives, self.result.constraints)
+        self.filter = ScreeningFilter(self.result.objectives, self.searcher.constraints)
         self.spent = float(len(self.result.evaluations))
+        self.earlier = len(self.result.generations)
         self.box: tuple[Costs, Costs] | None = None
         self.began = time.perf_counter()
 
     @property
+    def first(self) -> bool:
+        """Whether the coming generation is the first of this search."""
+        return len(self.result.generations) == self.earlier
+
+    @property
     def screens(self) -> bool:
         """Whether the coming generation is screened: not the first, which teaches what a screening is worth."""
-        return self.screening is not None and bool(self.result.generations)
+        return self.screening is not None and not self.first
 
     def ask(self, n: int) -> list[Architecture]:
         """The next generation: up to `n` architectures, as many as the budget still pays for."""
@@ -349,7 +364,7 @@ def _measured(
 
 def _box(result: SearchResult, reference: Sequence[float] | None) -> tuple[Costs, Costs]:
     """Best and worst of each objective in the first generation, less is better; the worst may be given."""
-    values = costs(result.evaluations, result.objectives)
+    values = costs([e for e in result.evaluations if e.generation == 0], result.objectives)
     values = values[np.isfinite(values).all(axis=1)]
     if not len(values):
         raise ValueError("no architecture of the first generation has a finite score")

@@ -27,6 +27,7 @@ from compressor.cli.demo import demo
 from compressor.cli.evaluate import evaluate
 from compressor.cli.export import export
 from compressor.cli.finetune import finetune
+from compressor.cli.front import front
 from compressor.cli.inspect import inspect
 from compressor.cli.list import list_names
 from compressor.cli.pick import pick
@@ -53,6 +54,7 @@ COMMANDS = (
     compress,
     finetune,
     search,
+    front,
     pick,
     export,
     compare,

@@ -96,7 +96,7 @@ RECIPE_OPTIONS = {
         "searching.warm_start",
         str,
         f"what the search starts from: {', '.join(WARM_STARTS)}, earlier runs; comma-separated",
-        default="blockwise",
+        default="blockwise,published",
     ),
     "workers": RecipeOption("searching.workers", int, "processes that measure sub-networks side by side", default="1"),
     "max_params": RecipeOption("targets.max_params", str, "0.67, 67%, 450M, or several with commas"),
@@ -107,6 +107,8 @@ RECIPE_OPTIONS = {
     "max_drop": RecipeOption(
         "targets.max_drop", str, "largest loss of quality, for example 1%", default="1% where no target is named"
     ),
+    "prefer": RecipeOption("prefer", str, "of those as good as equal: quality, speed or balanced", default="quality"),
+    "key": RecipeOption("key", str, "a measured sub-network by its key, or the beginning of it (compressor front)"),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated", default="none"),
     "bits": RecipeOption(
         "quantizing.bits",

@@ -1,4 +1,4 @@
-"""`compressor pick RUN --max-params 0.8`"""
+"""`compressor pick RUN --max-params 0.8`, or `--prefer speed`, or `--key KEY`"""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ from compressor.cli.ending import ended
 from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
+from supernet.common.errors import RequestError
 
 
-@recipe_options(*TARGETS, "bits")
+@recipe_options(*TARGETS, "prefer", "key", "bits")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
-    """Choose from what was measured, for new targets."""
+    """Choose from what was measured, for new targets or by a key."""
+    if given.get("key") and any(name.startswith("targets.") for name in given):
+        raise RequestError("--key names one network; leave the targets out, or the key")
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    job = pipeline.resume(run, given, replace_targets=True)
+    targets = any(name.startswith("targets.") for name in given)
+    if given:
+        given = {"key": ""} | given  # what was picked by its key is forgotten where targets are named again
+    job = pipeline.resume(run, given, replace_targets=targets)
     emit(ended("pick", job, pipeline.pick(job)), json)

@@ -14,10 +14,16 @@ from compressor.cli.request import run_recipe
 def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
     """Search a fine-tuned run.
 
-    Measured sub-networks are kept and never measured twice.
+    Measured sub-networks are kept and never measured twice. Of a run that was searched, --max-params and --evaluations
+    ask for so many more, around that size; then it is picked.
     """
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)
-    emit(ended("search", job, pipeline.search(job)), json)
+    job = pipeline.resume_search(run, given, redo=redo)
+    front = pipeline.search(job)
+    if "targets.max_params" in given:
+        ended("pick", job, pipeline.pick(job))
+    else:
+        ended("search", job, front)
+    emit(front, json)

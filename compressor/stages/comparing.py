@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
+from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
 from compressor.stages.measuring import load_package, unread_text
-from compressor.stages.picking import choose, measured, read_picks
+from compressor.stages.picking import measured, read_picks
 from evals.baselines import Cut
 from evals.comparison import paired_interval, resampled, text_qualities
 from evals.quality import QualityScale

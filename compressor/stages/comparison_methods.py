@@ -16,8 +16,9 @@ import torch
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import draw_near
+from compressor.stages.choosing import choose
 from compressor.stages.finetuning import finetune
-from compressor.stages.picking import choose, measured
+from compressor.stages.picking import measured
 from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs
 from compressor.stages.searching import search
 from evals.baselines import Baseline, Cut, PruningContext, baselines

@@ -18,26 +18,25 @@ import torch
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.stages.elastic_sizes import elastic_source
+from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
-from compressor.stages.repairing import pick_variants, repair_inputs
+from compressor.stages.repairing import pick_variants
+from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
-from export.package_record import RECORD, check_files, read_record, update_record
+from export.package_record import read_record, update_record
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import Bar, bar, say
 from supernet.common.versions import versions
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
+from supernet.training.loop import TrainSettings
 from supernet.training.supernet_training import heal
-
-Inputs = dict[str, Any]
-"""All that something depends on."""
 
 
 def export(job: Job) -> list[dict[str, Any]]:
@@ -49,16 +48,20 @@ def export(job: Job) -> list[dict[str, Any]]:
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
-        for number, picked in enumerate(picks):
+        for number, row in enumerate(picks):
+            picked, start = best_finalist(job, row, blocks)
+            if picked != row:
+                picks[number] = picked
+                write_json(run.picks, picks)
             name = picked["name"]
-            wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks), blocks)
+            wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks, start), blocks)
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
                 wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
             missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
                 reference = Path(scratch) / f"{name}.safetensors"
-                write_packages(job, picked, blocks, missing, reference)
+                write_packages(job, picked, blocks, missing, reference, start)
                 for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # other inputs' too
                     left.unlink()
                 # A copy of a package that was there already is compared with that package's probe.
@@ -88,19 +91,23 @@ def progress_by_name(progress: Bar) -> Callable[[str], None]:
     return begins
 
 
-def cut_inputs(job: Job, architecture: str) -> Inputs:
-    """Of a sub-network as it is cut out; `architecture` is its key."""
-    return {"weights": job.run.supernet_weights, "architecture": architecture} | repair_inputs(job)
-
-
-def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
+def network_inputs(job: Job, architecture: str, blocks: Blocks, start: Start | None = None) -> Inputs:
     """Of a sub-network as it ships: what it is cut out of and, where it is healed, all that healing reads."""
     cut = cut_inputs(job, architecture)
     if not job.recipe.healing.tokens:
         return cut
-    settings = job.train_settings(job.recipe.healing, blocks.length, job.recipe.seed + 1)
+    settings = healing_settings(job, blocks, start)
+    begun = {} if start is None else {"start": start.inputs}
     read = {"base": job.base_fingerprint, "data": blocks.fingerprint, "dtype": str(job.compute_dtype)}
-    return {**cut, **read, "healing": asdict(settings)}
+    return {**cut, **read, **begun, "healing": asdict(settings)}
+
+
+def healing_settings(job: Job, blocks: Blocks, start: Start | None) -> TrainSettings:
+    """How a pick is healed; of several finalists the best one, with what is left of the tokens."""
+    section, seed = job.recipe.healing, job.recipe.seed + 1
+    if start is not None:
+        section, seed = section.model_copy(update={"tokens": start.tokens_left}), start.seed
+    return job.train_settings(section, blocks.length, seed)
 
 
 def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
@@ -127,7 +134,12 @@ def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
 
 
 def write_packages(
-    job: Job, picked: dict[str, Any], blocks: Blocks, missing: Mapping[Path, Inputs], reference: Path
+    job: Job,
+    picked: dict[str, Any],
+    blocks: Blocks,
+    missing: Mapping[Path, Inputs],
+    reference: Path,
+    start: Start | None = None,
 ) -> None:
     """Write the `missing` folders of one pick.
 
@@ -149,7 +161,7 @@ def write_packages(
         "target": picked["target"],
         "versions": versions(),
     }
-    network = cache(lambda: shipped_network(job, blocks, picked, lineage))
+    network = cache(lambda: shipped_network(job, blocks, picked, lineage, start))
     entry = {"name": name, "architecture": architecture.to_dict()}
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
@@ -207,19 +219,11 @@ def is_proved(folder: Path, inputs: Inputs) -> bool:
     return is_made_from(folder, inputs) and bool(read_record(folder).entry.verified)
 
 
-def is_made_from(folder: Path, inputs: Inputs) -> bool:
-    """Whether this package is there, whole as its record says, and was made from the same inputs."""
-    if not (folder / RECORD).is_file():
-        return False
-    try:
-        return check_files(folder).lineage.inputs == fingerprint(inputs)
-    except (RequestError, VerificationError) as error:
-        say(f"warning: {error}; it is made again")
-        return False
-
-
-def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any]) -> Any:
-    """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`).
+def shipped_network(
+    job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any], start: Start | None = None
+) -> Any:
+    """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`), from `start` where
+    it was one of several finalists.
 
     It is cut out of the super-network's files, of which no more than one tensor at a time is in memory. Where nothing
     is healed it stays a `StreamedNetwork`, which never is in memory as a whole. A repair needs the super-network in
@@ -241,38 +245,21 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
         write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
     if not recipe.healing.tokens:
         return cut
-    inputs = network_inputs(job, picked["key"], blocks)
+    inputs = network_inputs(job, picked["key"], blocks, start)
     if is_made_from(healed, inputs):
         return load_healed(cut, healed, held_dtype(job)).to(job.device)
     state = run.subnets / f".{name}-{fingerprint(inputs)}.training.safetensors"
-    settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)
+    settings = healing_settings(job, blocks, start)
     job.threads(scoring=False)
-    network = cut.built(torch.float32, job.device)
+    if start is None:
+        network = cut.built(torch.float32, job.device)
+    else:
+        network = load_healed(cut, start.folder, torch.float32).to(job.device)
     history = heal(network, job.load_base(), blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
     write_json(healed / HEALING, vars(history))
     round_as_stored(job, network)
     return network
-
-
-def load_healed(cut: StreamedNetwork, folder: Path, dtype: torch.dtype) -> Any:
-    """The network of the same shape as `cut` whose weights an earlier export left in `folder`.
-
-    Loaded as the class that it was written from, since transformers knows that class's names in memory from those in
-    the files. Raises ValueError where a weight is missing or left over.
-    """
-    model: Any
-    model, info = type(cut.model).from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise ValueError(f"{folder}: {wrong[0]} does not fit the network")
-    return model.eval()
-
-
-def held_dtype(job: Job) -> torch.dtype:
-    """What a network that ships is held in: what networks are computed in, unless weights as stored need more."""
-    return torch.promote_types(job.stored_dtype, job.compute_dtype)
 
 
 def round_as_stored(job: Job, network: Any) -> None:

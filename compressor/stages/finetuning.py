@@ -21,7 +21,7 @@ from compressor.inputs import (
 from compressor.job import Job
 from compressor.recipe import former_names
 from compressor.schedule import stage
-from compressor.sizing import sizes_asked_for, smallest_in_training, training_range, uniform_near
+from compressor.sizing import sizes_searched_for, smallest_in_training, training_range, uniform_near
 from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError, VerificationError
@@ -208,7 +208,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
         "middle": [uniform_near(job, sum(range_.sizes) / 2)],
         "smallest": [range_.least],
     }
-    if asked := sizes_asked_for(job):
+    if asked := sizes_searched_for(job):
         watched["asked"] = [uniform_near(job, size) for size in asked]
     model: Any = supernet.model
 

@@ -41,8 +41,17 @@ class _Objective(BaseModel):
     kind: str
 
 
+class _Part(BaseModel):
+    inputs: str
+    targets: dict[str, Any]
+    evaluations: int
+    measured: int
+    generations: int
+
+
 class _Front(BaseModel):
     inputs: str
+    parts: list[_Part] = []
     weights: str
     base_decode_tps: float
     algorithm: str

@@ -7,17 +7,23 @@ from typing import Any
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
+from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
+from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.searching import current_front
-from compressor.stages.subnet_scores import lowest_held_out_loss
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
-from search.pareto import Target, contenders
+from search.pareto import Target
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
+
+GAP = 0.05
+"""Share of a size by which a pick may be smaller without a word."""
+SLOWER = 0.03
+"""Share by which a finalist may be slower than a pick that was preferred for its speed."""
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -43,24 +49,6 @@ def measured(job: Job) -> list[Evaluation]:
     return evaluations
 
 
-def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:
-    """The measured architecture for a target. Where tasks do not tell the best apart, held-out loss does: a mean over
-    every token of some blocks, whose order healing keeps almost whole (docs/results.md, "is what is searched what
-    ships?"), where a task's accuracy rests on few documents.
-
-    Raises ValueError where nothing meets the target.
-    """
-    equals = contenders(evaluations, target)
-    if len(equals) == 1:
-        return equals[0]
-    if 2 * len(equals) > len(evaluations):
-        say(
-            f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
-            "documents (--limit) would. Held-out loss decides"
-        )
-    return equals[lowest_held_out_loss(job, [e.architecture for e in equals])]
-
-
 def read_picks(job: Job) -> list[dict[str, Any]]:
     """What `pick` left. Raises `RequestError` where that is nothing, or was picked in another super-network."""
     if not job.run.picks.is_file():
@@ -78,45 +66,149 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
 
 @stage("picking")
 def pick(job: Job) -> list[dict[str, Any]]:
-    """Choose from everything that was measured, for the recipe's targets; returns what picks.json holds."""
+    """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds."""
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
     config = job.checkpoint.config
     plain = [e for e in evaluations if fits_plain_class(config, e.architecture)]
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
-    picks = []
-    for name, size in parameter_limits(job):
-        target = Target(
-            max_params=size,
-            max_bytes=byte_limit(job),
-            min_speedup=recipe.targets.min_speedup,
-            max_drop=recipe.targets.max_drop,
-        )
-        kinds = [False] if set(recipe.formats) - {"uniform"} else []
-        for uniform in [*kinds, True] if "uniform" in recipe.formats else kinds:
-            among, joint = plain if uniform else evaluations, None
-            try:
-                if picks_bits(job):
-                    joint = pick_with_bits(job, among, target, uniform)
-                chosen = choose(job, among, target) if joint is None else joint.candidate.evaluation
-            except ValueError as error:
-                raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
-            picks.append(
-                {
-                    "name": f"{name}-uniform" if uniform else name,
-                    "target": str(target),
-                    "architecture": chosen.architecture.to_dict(),
-                    "key": chosen.architecture.key,
-                    "weights": run.supernet_weights,
-                    "values": dict(chosen.values) | ({} if joint is None else {"bytes": joint.candidate.bytes}),
-                    "bits": None if joint is None else joint.to_json(),
-                }
-            )
-            share = chosen.values["parameters"] / job.untouched_parameters
-            say(
-                f"picked {picks[-1]['name']}: {chosen.values['parameters']:,.0f} parameters ({share:.3f} of the base), "
-                f"quality {chosen.values['quality']:.3f} on the search documents"
-                + ("" if joint is None else f"; {joint}")
-            )
+    kinds = [False] if set(recipe.formats) - {"uniform"} else []
+    kinds += [True] if "uniform" in recipe.formats else []
+    if recipe.key is not None:
+        picks = [keyed(job, evaluations, plain, recipe.key, kinds)]
+    else:
+        picks = []
+        for name, size in parameter_limits(job):
+            for uniform in kinds:
+                own = f"{name}-uniform" if uniform else name
+                picks.append(picked_for(job, own, size, plain if uniform else evaluations, uniform))
+    if recipe.formats and all(layout.startswith("gguf") for layout in recipe.formats):
+        say("  (these speeds are of layers in transformers; llama.cpp's will be measured of the packages)")
     write_json(run.picks, picks)
     return picks
+
+
+def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> dict[str, Any]:
+    """The pick called `name` of the most parameters `size` and the recipe's other targets, which is also said. Raises
+    `RequestError` where nothing meets them."""
+    targets = job.recipe.targets
+    target = Target(
+        max_params=size, max_bytes=byte_limit(job), min_speedup=targets.min_speedup, max_drop=targets.max_drop
+    )
+    try:
+        if picks_bits(job):
+            joint = pick_with_bits(job, evaluations, target, uniform)
+            candidate = joint.candidate
+            choice = Choice(candidate.evaluation, None, decode_speeds(job, [candidate.evaluation])[0])
+            row = pick_row(job, name, str(target), choice, None, f"; {joint}")
+            row["values"]["bytes"], row["bits"] = candidate.bytes, joint.to_json()
+            return row
+        found = choices(job, evaluations, target)
+    except ValueError as error:
+        raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
+    row = pick_row(job, name, str(target), found.by_preference[job.recipe.prefer], found)
+    if size is not None:
+        say_what_is_nearest(job, size, row["values"]["parameters"], evaluations)
+    return row
+
+
+def keyed(
+    job: Job, evaluations: list[Evaluation], plain: list[Evaluation], key: str, kinds: list[bool]
+) -> dict[str, Any]:
+    """The pick of the recipe's key, which is also said. Raises `RequestError` where no measured sub-network has it, or
+    where the formats hold only uniform ones and it is none."""
+    chosen = by_key(evaluations, key)
+    uniform = kinds == [True]
+    if uniform and chosen not in plain:
+        raise RequestError(
+            f"--key {key}: its layers differ, and --format uniform holds only networks whose layers are alike; pick "
+            "another, or export --format uneven"
+        )
+    choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
+    return pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None)
+
+
+def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> dict[str, Any]:
+    """A pick as picks.json holds it, with what the other preferences take; says both, and `bits` behind the first."""
+    row: dict[str, Any] = {
+        "name": name,
+        "target": target,
+        **network_of(chosen),
+        "weights": job.run.supernet_weights,
+        "bits": None,
+    }
+    say(f"picked {name}: {described(job, chosen)} (key {chosen.key[:8]}){bits}")
+    if found is None:
+        return row
+    row["prefer"] = job.recipe.prefer
+    row["others"] = []
+    for preference, other in found.by_preference.items():
+        if other.key != chosen.key:
+            row["others"].append({"prefer": preference} | numbers(job, other))
+            say(
+                f"  by {preference} it would be {described(job, other)}: compressor pick {job.run.path} "
+                f"--prefer {preference}, then compressor export {job.run.path}"
+            )
+    row["finalists"] = [network_of(choice) for choice in finalists(job, chosen, found)]
+    return row
+
+
+def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
+    """What may be healed beside a pick: first itself, then the nearest by held-out loss. Where speed is preferred, none
+    that is slower by more than `SLOWER`."""
+    others = [choice for choice in found.nearest if choice.key != chosen.key]
+    if job.recipe.prefer != "quality":
+        least = (1 - SLOWER) * (chosen.decode_tps or 0.0)
+        others = [choice for choice in others if (choice.decode_tps or 0.0) >= least]
+    return [chosen, *others]
+
+
+def network_of(choice: Choice) -> dict[str, Any]:
+    """The network of a choice and what was measured of it, as picks.json holds them."""
+    architecture = choice.evaluation.architecture
+    return {"architecture": architecture.to_dict(), "key": choice.key, "values": dict(choice.evaluation.values)}
+
+
+def numbers(job: Job, choice: Choice) -> dict[str, Any]:
+    """What is known of a choice, as picks.json holds it."""
+    base = read_front(job.run.front)["base_decode_tps"]
+    return {
+        "key": choice.key,
+        "parameters": choice.evaluation.values["parameters"],
+        "quality": choice.evaluation.values["quality"],
+        "held_out_loss": None if choice.loss is None else choice.loss.value,
+        "speedup": None if choice.decode_tps is None else choice.decode_tps / base,
+    }
+
+
+def described(job: Job, choice: Choice) -> str:
+    """A choice in words: its size, its quality and loss, and how fast it should be."""
+    values = choice.evaluation.values
+    share = values["parameters"] / job.untouched_parameters
+    parts = [
+        f"{values['parameters']:,.0f} parameters ({share:.3f} of the base)",
+        f"quality {values['quality']:.3f} on the search documents",
+    ]
+    if choice.loss is not None:
+        parts.append(f"held-out loss {choice.loss.value:.3f}")
+    if choice.decode_tps is not None:
+        base = read_front(job.run.front)["base_decode_tps"]
+        parts.append(f"{choice.decode_tps / base:.2f} times as fast as the base by its layers' timings")
+    return ", ".join(parts)
+
+
+def say_what_is_nearest(job: Job, size: int, picked: float, evaluations: list[Evaluation]) -> None:
+    """Where a pick is smaller than what was asked for by more than `GAP`: whether nothing nearer was measured, and how
+    to measure there, or that something was, which is no better."""
+    if picked >= (1 - GAP) * size:
+        return
+    nearest = max(e.values["parameters"] for e in evaluations if e.full and e.values["parameters"] <= size)
+    missing = f"{1 - picked / size:.0%} below the {size:,} that were asked for"
+    if nearest >= (1 - GAP) * size:
+        say(f"  that is {missing}; the nearest that was measured has {nearest:,.0f}, and was not found better")
+        return
+    asked = f"{size / job.untouched_parameters:.3g}"
+    say(
+        f"  that is {missing}, and nothing nearer than {nearest:,.0f} was measured: compressor search {job.run.path} "
+        f"--max-params {asked} --evaluations 30 measures there, from what is known, and picks again"
+    )

@@ -23,6 +23,7 @@ from export.report.page import write_report
 from export.report.schema import (
     SCHEMA,
     Again,
+    Alternative,
     Base,
     Difference,
     Gene,
@@ -39,7 +40,7 @@ from export.report.schema import (
 )
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json
 from supernet.common.versions import machine, versions
 from supernet.device import device_name
@@ -83,6 +84,7 @@ def report(job: Job) -> dict[str, Any]:
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,
+        "alternatives": other_picks(job, exported.packages),
         "again": Again(
             command=command_line(job.given, "runs/again"),
             run=run.path.resolve().name,
@@ -115,7 +117,7 @@ def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) ->
     def drawn(fingerprint: str | None) -> Resampled:
         return resampled(tasks, ReportDocuments.read(job, fingerprint)) if fingerprint else {}
 
-    base = drawn(job.base_fingerprint)
+    base = drawn(job.untouched_fingerprint)
     known = {name: drawn(fingerprint) for name, fingerprint in weights.items()}
 
     def change(package: Package, before: Base | Package, ours: Resampled, theirs: Resampled) -> PairedChange | None:
@@ -144,6 +146,31 @@ def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) ->
         }
         packages.append(package.model_copy(update=changes))
     return report.model_copy(update={"packages": packages})
+
+
+def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
+    """What other preferences would have picked in the place of what was packaged."""
+    run = job.run
+    if not run.picks.is_file():
+        return []
+    picks = read_json(run.picks)
+    with reading(f"{run.picks}: not what this version writes; run compressor pick"):
+        return [
+            Alternative(
+                name=pick["name"],
+                prefer=other["prefer"],
+                key=other["key"],
+                params=int(other["parameters"]),
+                quality=other["quality"],
+                held_out_loss=other["held_out_loss"],
+                speedup=other["speedup"],
+                command=f"compressor pick {run.path} --prefer {other['prefer']}, then compressor export {run.path}",
+            )
+            for pick in picks
+            if pick["name"] in packages and pick["weights"] == run.supernet_weights
+            for other in pick.get("others", [])
+            if other["key"] != pick["key"]  # a finalist may have taken the pick's place
+        ]
 
 
 def training(recorded: Mapping[str, Any]) -> dict[str, Any]:

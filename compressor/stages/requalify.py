@@ -45,7 +45,7 @@ def requalified(
     keys = {name: key for name, key in score_keys(job, "full").items() if name in job.tasks.tasks}
     rows = []
     with EvaluationStore(job.run.evaluations) as store:
-        base = known_scores(store, job.structure.base, job.base_fingerprint, keys)
+        base = known_scores(store, job.untouched.structure.base, job.untouched_fingerprint, keys)
         if missing := [name for name in keys if name not in base]:
             raise RequestError(f"{job.run.front}: {missing[0]} was not scored in this search; run compressor search")
         scale = QualityScale(base)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
+from compressor.checks import check_targets
 from compressor.job import Job
-from compressor.recipe import former_names
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, sizes_asked_for, smallest_in_training, smallest_storage
+from compressor.sizing import (
+    byte_limit,
+    sizes_asked_for,
+    sizes_searched_for,
+    smallest_in_training,
+    smallest_storage,
+)
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
-from compressor.stages.score_keys import fidelities, measurable, score_keys
+from compressor.stages.score_keys import measurable
+from compressor.stages.search_parts import earlier_result, parts_of, searches_in_turn
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
 from evals.quality import DEFINITION
@@ -30,20 +38,24 @@ from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture, Structure
 from supernet.common.errors import RequestError, reading
-from supernet.common.files import fingerprint, write_json
+from supernet.common.files import write_json
 from supernet.common.metrics import record
 from supernet.common.progress import Bar, bar, say
-from supernet.device import device_name
 from supernet.slicing import extract, fits_plain_class
 
-NOT_MEASURED = {"workers", "executor"}
-"""Of the recipe's section: who measures, which moves no number."""
 GREEDY_SHARE = 0.25
 """Share of the evaluations that a warm start from greedy perturbation may take."""
+LARGER_SHARE = 1 / 7
+"""Share of the evaluations that goes to sizes between the largest asked for and the base, so that any of them can be
+picked later."""
 
 
 def search(job: Job) -> dict[str, Any]:
-    """Measure sub-networks and find the Pareto front. Everything measured is kept; returns what front.json holds."""
+    """Measure sub-networks and find the Pareto front. Everything measured is kept; returns what front.json holds.
+
+    A recipe may name earlier searches for other targets (`searching.earlier`): each search goes on from what the ones
+    before it measured, and the front is that of all.
+    """
     recipe, run = job.recipe, job.run
     if not recipe.tasks:
         raise RequestError(f"{run.path}: no tasks yet; say --tasks")
@@ -51,40 +63,59 @@ def search(job: Job) -> dict[str, Any]:
         raise RequestError(f"{run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
     # 1. What was searched already is as it was.
     check_searching(job)
-    inputs = fingerprint(search_inputs(job, run.supernet_weights))
-    if run.front.is_file() and job.redo != "search":
-        front = read_front(run.front)
-        if front["inputs"] == inputs:
-            return current_front(job)
+    searches = searches_in_turn(job)
+    wanted = [inputs for _, inputs in searches]
+    front = read_front(run.front) if run.front.is_file() and job.redo != "search" else None
+    done = [part["inputs"] for part in parts_of(front)]
+    if front is not None and wanted == done[: len(wanted)]:
+        return current_front(job)
     # 2. Prepare: timings of the layers, objectives, where the search starts.
     run.search.mkdir(exist_ok=True)
     job.threads(scoring=True)
     speed = speed_table(job, lambda: job.load_supernet().model)
-    objectives, constraints = goals(job, speed.predict)
     if repair_inputs(job):
         search_variants(job, job.load_supernet())  # moments are gathered once, before workers want them
-    starts = proposals(job)
-    # 3. Search.
+    # 3. One search after another, each from what those before it measured. Below what was trained is no front.
+    sizes = computed(job.structure)["parameters"]
+    within = [Constraint(sizes, minimum=smallest_in_training(job)[1])] if sizes_searched_for(job) else []
+    in_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, done, strict=False)))
+    if in_common:
+        front = current_front(job)
+    parts = parts_of(front)[:in_common]
+    result = earlier_result(job, front, parts) if front is not None and parts else None
     with (
-        job.schedule.stage("search"),
         EvaluationStore(run.evaluations) as store,
         closing(SubnetEvaluator(job, store, searched_weights(job))) as evaluator,
-        bar("searching", recipe.searching.evaluations or 0) as progress,
     ):
-        shown = SearchProgress(job, progress)
-        result = run_searches(job, evaluator, objectives, constraints, starts, shown)
-    say(shown.outcome)
-    # 4. Record.
-    front = {
-        "inputs": inputs,
-        "weights": run.supernet_weights,
-        "base": {name: score.value for name, score in evaluator.base.items()},
-        "quality": quality_of(evaluator.scale),
-        "base_decode_tps": untouched_decode_tps(job, speed.predict),
-        **result.to_dict(),
-    }
-    write_json(run.front, front)
-    run.log(f"searched: {len(result.evaluations)} sub-networks measured")
+        for part, inputs in searches[in_common:]:
+            starts = proposals(part)
+            budget = part.recipe.searching.evaluations or 0
+            with job.schedule.stage("search"), bar("searching", budget) as progress:
+                shown = SearchProgress(part, progress)
+                result = run_searches(part, evaluator, speed.predict, starts, shown, within, result)
+            say(shown.outcome)
+            # 4. Record.
+            parts.append(
+                {
+                    "inputs": inputs,
+                    "targets": part.recipe.targets.model_dump(),
+                    "evaluations": budget,
+                    "measured": len(result.evaluations),
+                    "generations": len(result.generations),
+                }
+            )
+            front = {
+                "inputs": inputs,
+                "weights": run.supernet_weights,
+                "base": {name: score.value for name, score in evaluator.base.items()},
+                "quality": quality_of(evaluator.scale),
+                "base_decode_tps": untouched_decode_tps(job, speed.predict),
+                "parts": parts,
+                **result.to_dict(),
+            }
+            write_json(run.front, front)
+            run.log(f"searched: {len(result.evaluations)} sub-networks measured")
+    assert front is not None
     return front
 
 
@@ -99,58 +130,73 @@ def current_front(job: Job) -> dict[str, Any]:
         return requalified(job, front, *goals(job, lambda architecture: speed))
 
 
-def search_inputs(job: Job, weights: str) -> dict[str, Any]:
-    """All that the search depends on; another value of any of it makes another search."""
-    recipe = job.recipe
-    return {
-        "weights": weights,
-        "scores": [{name: key.place for name, key in score_keys(job, one).items()} for one in fidelities(job)],
-        "searching": former_names(job.given.searching.model_dump(exclude=NOT_MEASURED)),
-        "warm_start": sources(job),
-        "targets": recipe.targets.model_dump(),
-        "space": job.space.to_dict(),
-        "seed": recipe.seed,
-        "device": device_name(job.device),
-        "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
-        **repair_inputs(job),
-    }
-
-
 def run_searches(
     job: Job,
     evaluator: SubnetEvaluator,
-    objectives: list[Objective],
-    constraints: list[Constraint],
+    predict: Callable[[Architecture], dict[str, float]],
     starts: list[Architecture],
     progress: SearchProgress,
+    within: Sequence[Constraint],
+    before: SearchResult | None = None,
 ) -> SearchResult:
-    """Greedy perturbation first, where the warm start names it, then the recipe's algorithm."""
+    """Search by the recipe's algorithm, from what was measured `before` where anything was; the result holds both, and
+    its front lies `within` these bounds.
+
+    A first search begins with greedy perturbation, where the warm start names it, and ends among the sizes that are
+    larger than those asked for (`LARGER_SHARE`).
+    """
     settings = job.recipe.searching
     budget = settings.evaluations or 1
+    objectives, constraints = goals(job, predict)
     common: dict[str, Any] = {
-        "constraints": constraints,
         "population": settings.population,
         "seed": job.recipe.seed,
         "on_evaluation": progress.evaluated,
     }
-    known = []
-    if GREEDY in settings.warm_start:
-        share = int(GREEDY_SHARE * budget)
-        known = greedy_path(job.space, objectives, evaluator.measure, evaluations=share, **common)
-    return run_search(
+    searching = partial(
+        run_search,
         job.space,
         objectives,
         evaluator.measure,
         algorithm=settings.algorithm,
-        evaluations=budget,
-        include=uniform_architectures(job),
-        warm_start=starts,
-        known=known,
+        within=within,
         screening=partial(evaluator.measure, fidelity="screening") if "screening" in evaluator.keys else None,
         share=settings.screening or 0.0,
         on_generation=progress.generation,
         **common,
     )
+    # 1. The sizes asked for.
+    sizes = sizes_asked_for(job)
+    larger = round(LARGER_SHARE * budget) if sizes and before is None else 0
+    if sizes and max(sizes) >= job.structure.parameters(job.structure.base):  # what its vocabulary is cut to is smaller
+        larger = 0
+    known = [] if before is None else before.evaluations
+    if GREEDY in settings.warm_start and before is None:
+        share = int(GREEDY_SHARE * budget)
+        known = greedy_path(
+            job.space, objectives, evaluator.measure, evaluations=share, constraints=constraints, **common
+        )
+    result = searching(
+        evaluations=(0 if before is None else len(known)) + budget - larger,
+        constraints=constraints,
+        include=uniform_architectures(job),
+        warm_start=starts,
+        known=known,
+        generations=() if before is None else before.generations,
+    )
+    # 2. Those between them and the base.
+    if larger:
+        uniform = uniform_architectures(job, larger=True)
+        result = searching(
+            evaluations=len(result.evaluations) + larger,
+            constraints=[Constraint(computed(job.structure)["parameters"], minimum=max(sizes))],
+            include=uniform[: larger // 4],
+            # So few evaluations are better spent on what is known to be good than on what may be fast.
+            warm_start=proposals(job, above=max(sizes), most=larger - larger // 4),
+            known=result.evaluations,
+            generations=result.generations,
+        )
+    return result
 
 
 class SearchProgress:
@@ -193,7 +239,7 @@ class SearchProgress:
             "parameters"
         )
         if self._job.recipe.targets.max_drop is None:
-            line += "; of all that this does not tell from it, the one of the lowest held-out loss is picked"
+            line += "; of all that this does not tell from it, held-out loss and --prefer pick one"
         return line
 
     def generation(self, made: GenerationRecord) -> None:
@@ -258,21 +304,28 @@ def check_searching(job: Job) -> None:
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
+    if job.recipe.searching.earlier:
+        for part, _ in searches_in_turn(job):
+            check_targets(part)
     try:
         algorithm(job.recipe.searching.algorithm)(job.space, objectives, constraints=constraints)
     except ValueError as error:
         raise RequestError(f"searching.algorithm: {error}") from error
 
 
-def uniform_architectures(job: Job) -> list[Architecture]:
-    """A few architectures within the sizes asked for that the plain layout can hold: every search measures some."""
+def uniform_architectures(job: Job, larger: bool = False) -> list[Architecture]:
+    """A few architectures that the plain layout can hold, within the sizes asked for, or `larger` ones: every search
+    measures some."""
     sizes = sizes_asked_for(job)
-    config = job.checkpoint.config
+    config, parameters = job.checkpoint.config, job.structure.parameters
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
-    uniform = [a for a in uniform_members(job.space, 6, max(sizes, default=None), holds) if fits_plain_class(config, a)]
+    most = None if larger else max(sizes, default=None)
+    uniform = [a for a in uniform_members(job.space, 6, most, holds) if fits_plain_class(config, a)]
+    if larger:
+        return [a for a in uniform if max(sizes) < parameters(a) < parameters(job.structure.base)]
     if sizes:
         _, low = smallest_in_training(job)
-        uniform = [a for a in uniform if job.structure.parameters(a) >= low] or uniform[-1:]
+        uniform = [a for a in uniform if parameters(a) >= low] or uniform[-1:]
     return uniform
 
 

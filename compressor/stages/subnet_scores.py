@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from evals.scoring.scorer import Scorer
 
 FIRST_BLOCKS, FINALISTS = 4, 3
-"""Blocks of held-out text on which all sub-networks are measured that tasks do not tell apart, and how many of them
-then on all blocks."""
+"""Blocks of held-out text on which all sub-networks are measured that tasks do not tell apart, and how many of the
+best of them, and of the fastest, then on all blocks."""
 
 Measured = list[tuple[ScoreKey, Score, float]]
 """Scores with where they are kept and the seconds that each took."""
@@ -142,37 +142,22 @@ class HeldOut:
         return measured
 
 
-def lowest_held_out_loss(job: Job, architectures: Sequence[Architecture]) -> int:
-    """The number of the sub-network of the run's super-network whose held-out loss is the lowest.
-
-    Where there are more than `FINALISTS`, all are measured on `FIRST_BLOCKS` blocks, and on all blocks only the best
-    `FINALISTS`: on the same text, losses of networks that are alike differ by far less than from text to text. Every
-    loss is taken from the store, or else measured and recorded.
-    """
-    numbers = list(range(len(architectures)))
-    losses = _HeldOutLosses(job)
-    if len(numbers) > FINALISTS:
-        first = losses.of(architectures, FIRST_BLOCKS)
-        numbers = sorted(numbers, key=lambda number: first[number])[:FINALISTS]
-    final = losses.of([architectures[number] for number in numbers], HELD_OUT_BLOCKS)
-    return min(zip(final, numbers, strict=True))[1]
-
-
 def held_out_losses(job: Job, architectures: Sequence[Architecture], blocks: int) -> list[float]:
     """Held-out losses of sub-networks of the run's super-network on the first blocks, nats per token: from the store,
     or else measured and recorded."""
-    return _HeldOutLosses(job).of(architectures, blocks)
+    return [score.value for score in HeldOutLosses(job).of(architectures, blocks)]
 
 
-class _HeldOutLosses:
+class HeldOutLosses:
     """Held-out losses from the store; the super-network is loaded once, where one is missing."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._weights = job, searched_weights(job)
         self._opened: tuple[SuperNetwork, HeldOut] | None = None
 
-    def of(self, architectures: Sequence[Architecture], blocks: int) -> list[float]:
-        """Of sub-networks on the first blocks, in nats per token."""
+    def of(self, architectures: Sequence[Architecture], blocks: int) -> list[Score]:
+        """Of sub-networks of the run's super-network on the first blocks, in nats per token: from the store, or else
+        measured and recorded."""
         keys = held_out_keys(self._job, ["held_out_loss"], blocks)
         key, weights = keys["held_out_loss"], self._weights
         with EvaluationStore(self._job.run.evaluations) as store:
@@ -187,7 +172,7 @@ class _HeldOutLosses:
                         record(store, architecture, weights, held_out.scores(supernet, keys, blocks))
                         progress.advance()
             scores = [store.get(architecture, weights, key) for architecture in architectures]
-        return [score.value for score in scores if score is not None]
+        return [score for score in scores if score is not None]
 
     def _open(self) -> tuple[SuperNetwork, HeldOut]:
         if self._opened is None:

@@ -14,7 +14,7 @@ from compressor.schedule import stage
 from compressor.sizing import sizes_asked_for
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants
-from evals.warm_starts import GREEDY, warm_start_methods, warm_starts
+from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import ROUNDS, passes_around, refined
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
@@ -25,6 +25,10 @@ from supernet.common.progress import say
 BLOCKS, BATCH = 8, 4
 """Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
 fewer, down to 2: what is measured on 2 is ordered as differently from 8 as what is measured on 8 others."""
+SHAPES_SHARE = 1 / 8
+"""Share of the evaluations that shapes of the sizes asked for may take."""
+SHAPES_SIZES = (0.9, 0.8, 0.7)
+"""Sizes, as shares of the base, for which shapes are proposed where no size is asked for."""
 METHOD = "2"
 """Part of a proposals file's fingerprint; another number where the methods propose otherwise from the same inputs."""
 
@@ -49,18 +53,23 @@ def sources(job: Job) -> dict[str, str]:
 
 
 @stage("proposals")
-def proposals(job: Job) -> list[Architecture]:
-    """Architectures for the first generation to measure, a third of a population from each source, spread over sizes.
+def proposals(job: Job, above: int | None = None, most: int | None = None) -> list[Architecture]:
+    """Architectures for the first generation to measure, a third of a population from each source (or at most `most`),
+    spread over sizes: those asked for, or all `above` so many parameters; and shapes of the sizes asked for.
 
     Raises `RequestError` where an earlier run has nothing to offer.
     """
     architectures: list[Architecture] = []
     for name in job.recipe.searching.warm_start:
-        if name in warm_starts():
-            architectures += spread_over_sizes(job, proposed(job, name))
+        method = warm_starts().get(name)
+        if isinstance(method, Shapes):
+            share = int(SHAPES_SHARE * (job.recipe.searching.evaluations or 0))
+            architectures += shapes(job, method)[:share] if above is None else []
+        elif method is not None:
+            architectures += spread_over_sizes(job, proposed(job, name), above, most)
         elif name != GREEDY:
-            architectures += spread_over_sizes(job, earlier_front(job, Path(name)))
-    return list(dict.fromkeys(architectures))
+            architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above, most)
+    return list(dict.fromkeys(architectures))[:most]
 
 
 def earlier_front(job: Job, path: Path) -> list[Architecture]:
@@ -81,6 +90,8 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
+        method = warm_starts()[name]
+        assert isinstance(method, WarmStart)
         if not variants:
             say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
             return []
@@ -88,12 +99,29 @@ def proposed(job: Job, name: str) -> list[Architecture]:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
         supernet.use(search_variants(job, supernet))
-        found = warm_starts()[name].propose(supernet, variants, batches)
+        found = method.propose(supernet, variants, batches)
         sizes, rounds = sizes_asked_for(job), rounds_of(job)
         path = found.path + refined(supernet, variants, batches, found.path, sizes, found.halves, rounds)
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
     architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
     return [architecture for architecture in architectures if architecture in job.space]
+
+
+def shapes(job: Job, method: Shapes) -> list[Architecture]:
+    """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
+    whole = job.structure.parameters(job.structure.base)
+    sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
+    inputs = [job.run.supernet_weights, job.space.to_dict(), text_fingerprint(job, 0), sizes]
+    inputs += [*repair_inputs(job).values()]
+    file = job.run.search / f"proposals-{method.name}.json"
+    if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
+        say(f"{method.name}: what baselines would cut")
+        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
+        supernet = job.load_supernet()
+        supernet.use(search_variants(job, supernet))
+        found = method.propose(supernet, job.space, batches, sizes)
+        write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for a in found]})
+    return [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
 
 
 def blocks_to_read(job: Job) -> int:
@@ -110,11 +138,14 @@ def rounds_of(job: Job) -> int:
 def expected_passes(job: Job) -> tuple[float, int]:
     """Passes over the text that proposals take, at most, and the blocks of text in each."""
     methods = [warm_starts()[name] for name in job.recipe.searching.warm_start if name in warm_starts()]
-    if not methods or not layer_variants(job.declared_space):
+    if not methods:
         return 0, 0
     layers = len(job.structure.base.layers)
     around = rounds_of(job) * len(sizes_asked_for(job)) * passes_around(layers)
-    return sum(method.passes(layers) + around for method in methods), blocks_to_read(job)
+    passes = [method.passes(layers) for method in methods if isinstance(method, Shapes)]
+    if layer_variants(job.declared_space):
+        passes += [method.passes(layers) + around for method in methods if isinstance(method, WarmStart)]
+    return sum(passes), blocks_to_read(job)
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
@@ -133,13 +164,23 @@ def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
     return list(variants)
 
 
-def spread_over_sizes(job: Job, architectures: list[Architecture]) -> list[Architecture]:
-    """A third of a population of them: the largest within each size asked for, then even steps from the smallest to
-    the largest that the targets allow."""
-    n = job.recipe.searching.population // 3
-    sizes = sizes_asked_for(job)
-    ordered = sorted(architectures, key=lambda a: (job.structure.parameters(a), a.key))
-    allowed = [a for a in ordered if not sizes or job.structure.parameters(a) <= max(sizes)] or ordered
-    fitting = [[a for a in allowed if job.structure.parameters(a) <= size] for size in sizes]
+def spread_over_sizes(
+    job: Job, architectures: list[Architecture], above: int | None = None, most: int | None = None
+) -> list[Architecture]:
+    """A third of a population of them, or `most`: the largest within each size asked for, then even steps from the
+    smallest to the largest that the targets allow. Or even steps of those `above` so many parameters, without the
+    base."""
+    n = job.recipe.searching.population // 3 if most is None else most
+    parameters = job.structure.parameters
+    ordered = sorted(architectures, key=lambda a: (parameters(a), a.key))
+    if above is None:
+        sizes = sizes_asked_for(job)
+        allowed = [a for a in ordered if not sizes or parameters(a) <= max(sizes)] or ordered
+        fitting = [few[-1] for size in sizes if (few := [a for a in allowed if parameters(a) <= size])]
+    else:
+        sizes, fitting = [], []
+        allowed = [a for a in ordered if above < parameters(a) < parameters(job.structure.base)]
+        if not allowed:
+            return []
     steps = np.linspace(0, len(allowed) - 1, min(n, len(allowed))).round().astype(int)
-    return list(dict.fromkeys([few[-1] for few in fitting if few] + [allowed[i] for i in steps]))[: max(n, len(sizes))]
+    return list(dict.fromkeys([*fitting, *(allowed[i] for i in steps)]))[: max(n, len(sizes))]

@@ -1,6 +1,6 @@
 """Where a search may start: architectures proposed from the network's outputs or gradients instead of task scores.
 
-One file here is one method. It estimates how much each size of a half-block degrades the network with all else whole;
+One file here is one method. Most estimate how much each size of a half-block degrades the network with all else whole;
 `search.knapsack` assembles the best combination for every size from that.
 """
 
@@ -17,7 +17,9 @@ from search.knapsack import HalfSizes, Path, Variants
 from supernet.architecture import Half
 
 if TYPE_CHECKING:
+    from search.space import SearchSpace
     from supernet.activation import SuperNetwork
+    from supernet.architecture import Architecture
     from supernet.training.data import Batch
 
 
@@ -46,8 +48,19 @@ class WarmStart:
     """About how many passes over the text it takes for so many layers."""
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """A method that knows networks of the sizes asked for, each to be measured as it is."""
+
+    name: str
+    propose: Callable[[SuperNetwork, SearchSpace, Sequence[Batch], Sequence[int]], list[Architecture]]
+    """From a super-network, its space, some text, and sizes in parameters: what is to be measured first comes first."""
+    passes: Callable[[int], float]
+    """About how many passes over the text it takes for so many layers."""
+
+
 @cache
-def warm_starts() -> dict[str, WarmStart]:
+def warm_starts() -> dict[str, WarmStart | Shapes]:
     """Every method of this folder by its name."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return {method.name: method for module in modules for method in module.WARM_STARTS}

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from export.report.alternatives import alternatives
 from export.report.comparison import comparison_plots, summarize, summary
 from export.report.plots import (
     Dot,
@@ -68,7 +69,7 @@ def render_html(report: Report) -> str:
         change=lambda row, task: change(
             report.base.tasks[task], row.tasks[task], row.change and row.change.tasks.get(task)
         ),
-        verdict=verdict(report),
+        verdict=[*verdict(report), *alternatives(report)],
         about_quality=ABOUT_QUALITY,
         notes=notes(report),
         where=measured_in,

@@ -267,6 +267,24 @@ class Sample(Model):
     """Greedy continuations, by package name and `base`."""
 
 
+class Alternative(Model):
+    """What another preference would have picked in the place of a package's network."""
+
+    name: str
+    """Of the package."""
+    prefer: str
+    key: str
+    params: int
+    quality: float
+    """On the search split, before healing."""
+    held_out_loss: float | None = None
+    """Nats per token on held-out text, before healing."""
+    speedup: float | None = None
+    """Decode speed over the base's, by the layers' timings."""
+    command: str
+    """What makes it."""
+
+
 class Comparison(Model):
     """One method at one size and seed, healed and scored as ours."""
 
@@ -335,6 +353,8 @@ class Report(Model):
     hub_dataset: str | None = None
     """Name of the data set that was fine-tuned or healed on, if it was loaded from the hub."""
     samples: list[Sample] = Field(default_factory=list)
+    alternatives: list[Alternative] = Field(default_factory=list)
+    """What other preferences would have picked."""
     again: Again | None = None
 
     @field_validator("schema_")

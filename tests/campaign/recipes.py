@@ -40,7 +40,8 @@ def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     """All keys of the recipe, those of its sections with a dot."""
     found = []
     for name, field in model.model_fields.items():
-        kinds = [field.annotation, *typing.get_args(field.annotation)]
+        listed = typing.get_origin(field.annotation) is list  # what is in a list has no dotted key
+        kinds = [] if listed else [field.annotation, *typing.get_args(field.annotation)]
         sections = [kind for kind in kinds if isinstance(kind, type) and not isinstance(kind, types.GenericAlias)]
         section = next((kind for kind in sections if issubclass(kind, BaseModel)), None)
         found += [prefix + name, *(keys(section, f"{prefix}{name}.") if section else [])]

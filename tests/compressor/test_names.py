@@ -7,6 +7,7 @@ import sys
 from typing import get_args
 
 from compressor import names
+from compressor.front_table import ORDERS
 from compressor.recipe import Layout
 from evals.baselines import baselines
 from evals.warm_starts import warm_start_methods
@@ -31,6 +32,7 @@ def test_names_are_those_of_the_tables() -> None:
     assert set(names.ALGORITHMS) == set(algorithms())
     assert set(names.WARM_STARTS) == set(warm_start_methods())
     assert set(names.BASELINES) == set(baselines())
+    assert tuple(ORDERS) == names.FRONT_ORDERS
     assert set(names.FORMATS) == set(get_args(Layout))
 
 

@@ -20,7 +20,8 @@ from compressor.recipe import read_recipe
 from compressor.run import Run
 from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets
-from compressor.stages.picking import choose, measured
+from compressor.stages.choosing import choose
+from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import held_out_keys, score_keys
 from compressor.stages.searching import current_front, speed_table
@@ -196,6 +197,7 @@ def test_targets_that_a_search_is_given_replace_the_runs(
 ) -> None:
     shutil.copytree(made.run, tmp_path / "run")
     monkeypatch.setattr(pipeline, "search", lambda job: {"evaluations": [], "front": []})
+    monkeypatch.setattr(pipeline, "pick", lambda job: [])
     assert Run(tmp_path / "run").recipe().targets.max_drop == 0.01  # nobody named it
     assert cli.run(["search", str(tmp_path / "run"), "--max-params", "0.8,0.7"]) == 0
     targets = Run(tmp_path / "run").recipe().targets
@@ -307,8 +309,9 @@ def test_held_out_loss_decides_where_tasks_cannot(made: Made, tmp_path: Path, mo
             for blocks in sizes
         }
     finalists = sorted(losses[FIRST_BLOCKS], key=lambda a: losses[FIRST_BLOCKS][a])[:FINALISTS]
-    assert len(losses[FIRST_BLOCKS]) == len(noisy) and set(losses[HELD_OUT_BLOCKS]) == set(finalists)
-    assert chosen == min(finalists, key=lambda a: losses[HELD_OUT_BLOCKS][a])
+    assert len(losses[FIRST_BLOCKS]) == len(noisy) and set(losses[HELD_OUT_BLOCKS]) >= set(finalists)
+    assert len(losses[HELD_OUT_BLOCKS]) <= 2 * FINALISTS  # the fastest of those as good are measured too
+    assert chosen == min(losses[HELD_OUT_BLOCKS], key=lambda a: losses[HELD_OUT_BLOCKS][a])
     supernet = job.load_supernet()
     supernet.activate(chosen)
     held_out = training_blocks(job, 0).split()[1].part(0, HELD_OUT_BLOCKS)
@@ -322,5 +325,5 @@ def test_held_out_loss_decides_where_tasks_cannot(made: Made, tmp_path: Path, mo
 
 def test_a_space_without_sizes_of_single_layers_is_searched_without_proposals(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.run, tmp_path / "run")
-    job = pipeline.resume(tmp_path / "run", {"space": {"ffn": [16, 32, 64]}})
-    assert job.recipe.searching.warm_start == ["blockwise"] and proposals(job) == []
+    given = {"space": {"ffn": [16, 32, 64]}, "searching.warm_start": "blockwise"}
+    assert proposals(pipeline.resume(tmp_path / "run", given)) == []

@@ -365,3 +365,32 @@ def test_known_evaluations_count_and_are_not_asked_for_again() -> None:
     result = run(LISTED, after, evaluations=50, population=10, known=known, seed=1)
     assert result.evaluations[:n] == known and len(result.evaluations) == 50
     assert len(after.asked) == 50 - n and not set(after.asked) & set(before.asked)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_search_goes_on_from_another(name: str) -> None:
+    first = run(
+        FINE, name=name, evaluations=30, population=10, seed=1, constraints=[Constraint(PARAMETERS, 0.6 * FULL)]
+    )
+    measure, start = FakeMeasure(PROSE), uniform_members(FINE, 4)
+    larger, within = [Constraint(PARAMETERS, minimum=0.8 * FULL)], [Constraint(PARAMETERS, minimum=0.3 * FULL)]
+    options: dict[str, Any] = {"evaluations": 42, "population": 10, "seed": 1, "constraints": larger, "within": within}
+    options |= {"known": first.evaluations, "generations": first.generations, "warm_start": start}
+    result = run(FINE, measure, name, **options)
+    # What was known stays and is not asked for again; what is new begins with the warm start, and nothing at random.
+    n = len(first.evaluations)
+    assert result.evaluations[:n] == first.evaluations and not set(measure.asked) & {
+        e.architecture for e in first.evaluations
+    }
+    assert len(result.evaluations) == n + len(measure.asked) == 42
+    new = [a for a in start if a not in {e.architecture for e in first.evaluations}]
+    assert set(measure.requests[0]) == set(new)
+    records = result.generations
+    assert records[: len(first.generations)] == first.generations
+    assert [record["generation"] for record in records] == list(range(len(records)))
+    assert [e.index for e in result.evaluations[n:]] == list(range(n, 42))
+    # The front lies within its own bounds, not within those that steered.
+    sizes = [PROSE.parameters(e.architecture) / FULL for e in result.front]
+    assert min(sizes) >= 0.3 and min(sizes) < 0.8
+    again = run(FINE, FakeMeasure(PROSE), name, **options)
+    assert [e.architecture for e in again.evaluations] == [e.architecture for e in result.evaluations]

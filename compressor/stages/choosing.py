@@ -1,0 +1,123 @@
+"""Which of the measured sub-networks a target and a preference ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compressor.job import Job
+from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOutLosses
+from evals.speed.table import SpeedTable
+from search.objectives import Evaluation
+from search.pareto import Target, contenders, knee, meeting
+from search.preference import Preference, preferred, shortlist
+from search.scores import Score
+from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.progress import say
+from supernet.training.data import HELD_OUT_BLOCKS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A measured sub-network with its held-out loss, in nats per token, and its decode speed by the layers' timings, in
+    tokens per second; None where they were not looked at."""
+
+    evaluation: Evaluation
+    loss: Score | None
+    decode_tps: float | None
+
+    @property
+    def key(self) -> str:
+        return self.evaluation.architecture.key
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What each preference takes, and the nearest of what they were taken from, by increasing loss."""
+
+    by_preference: dict[Preference, Choice]
+    nearest: list[Choice]
+
+
+def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:
+    """The measured architecture for a target, by the recipe's preference. Raises ValueError where nothing meets it."""
+    return choices(job, evaluations, target).by_preference[job.recipe.prefer].evaluation
+
+
+def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
+    """The measured architectures for a target, by every preference.
+
+    Where tasks do not tell the best apart, held-out loss does: a mean over every token of some blocks, whose order
+    healing keeps almost whole (docs/results.md, "is what is searched what ships?"), where a task's accuracy rests on
+    few documents. What loss does not tell apart either is told by the preference (`search.preference`). Where there are
+    more than `FINALISTS`, all are measured on `FIRST_BLOCKS` blocks, and on all blocks the best and the fastest.
+
+    For a largest drop of quality, `quality` is the one of fewest parameters, `speed` the fastest of those within it.
+    Raises ValueError where nothing meets the target.
+    """
+    if target.max_drop is not None:
+        return within_drop(job, meeting(evaluations, target))
+    equals = contenders(evaluations, target)
+    speeds = decode_speeds(job, equals)
+    if len(equals) == 1:
+        only = Choice(equals[0], None, speeds[0])
+        return Choices({"quality": only, "speed": only, "balanced": only}, [only])
+    if 2 * len(equals) > len(evaluations):
+        say(
+            f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
+            "documents (--limit) would. Held-out loss decides"
+        )
+    measurer, numbers = HeldOutLosses(job), list(range(len(equals)))
+    timed = [speed or 0.0 for speed in speeds]
+    if len(equals) > FINALISTS:
+        first = measurer.of([e.architecture for e in equals], FIRST_BLOCKS)
+        numbers = shortlist(*loss_columns(first), timed, FINALISTS)
+    losses = measurer.of([equals[i].architecture for i in numbers], HELD_OUT_BLOCKS)
+    taken = preferred(*loss_columns(losses), [timed[i] for i in numbers])
+    listed = [Choice(equals[i], loss, speeds[i]) for i, loss in zip(numbers, losses, strict=True)]
+    nearest = sorted(listed, key=lambda choice: choice.loss.value if choice.loss else 0.0)
+    return Choices({name: listed[i] for name, i in taken.items()}, nearest)
+
+
+def within_drop(job: Job, found: list[Evaluation]) -> Choices:
+    """By every preference, of what is within a largest drop of quality, the fewest parameters first."""
+    speeds = decode_speeds(job, found)
+    listed = [Choice(e, None, speed) for e, speed in zip(found, speeds, strict=True)]
+    fastest = max(range(len(found)), key=lambda i: speeds[i] or 0.0)
+    values = np.array([[e.values["parameters"], -(s or 0.0)] for e, s in zip(found, speeds, strict=True)])
+    return Choices({"quality": listed[0], "speed": listed[fastest], "balanced": listed[knee(values)]}, listed[:1])
+
+
+def by_key(evaluations: Sequence[Evaluation], key: str) -> Evaluation:
+    """The measured sub-network of this key, or of the one key that begins so. Raises `RequestError` where there is
+    none, or more than one."""
+    known = {e.architecture.key: e for e in evaluations if e.full}
+    found = [name for name in known if name.startswith(key.lower())]
+    if len(found) == 1:
+        return known[found[0]]
+    if found:
+        raise RequestError(f"--key {key}: {len(found)} keys begin so ({', '.join(sorted(found)[:3])}); give more of it")
+    raise RequestError(
+        f"--key {key}: no measured sub-network has this key{did_you_mean(key, known)}; compressor front RUN lists them"
+    )
+
+
+def decode_speeds(job: Job, evaluations: Sequence[Evaluation]) -> list[float | None]:
+    """Decode speeds by the layers' timings, in tokens per second: as the search computed them, or from speed.json; None
+    where layers were never timed."""
+    table: SpeedTable | None = None
+    speeds = []
+    for evaluation in evaluations:
+        speed = evaluation.values.get("decode_tps")
+        if speed is None and job.run.speed_table.is_file():
+            table = table or SpeedTable.load(job.run.speed_table)
+            speed = table.predict(evaluation.architecture)["decode_tps"]
+        speeds.append(speed)
+    return speeds
+
+
+def loss_columns(scores: Sequence[Score]) -> tuple[list[float], list[float]]:
+    """Values and standard errors of losses."""
+    return [score.value for score in scores], [score.stderr or 0.0 for score in scores]
