@@ -146,5 +146,6 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
         space=Space(
             name=job.space.name, genes=[Gene(name=gene.name, values=list(gene.values)) for gene in job.space.genes]
         ),
+        base_decode_tps=front["base_decode_tps"],
         targets={name: value for name, value in job.recipe.targets.model_dump().items() if value},
     )

@@ -166,6 +166,8 @@ class Search(Model):
     points: list[Point]
     """Every measured sub-network."""
     space: Space
+    base_decode_tps: float | None = None
+    """Of the base, computed from speed.json as for the points; None in reports of earlier versions."""
     targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 
