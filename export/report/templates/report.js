@@ -128,7 +128,8 @@
     parts.append(facts, side);
     card.replaceChildren(element("h3", title), parts);
     if (item.key && item.kind !== "screened") {
-      var command = "compressor pick " + folder + " --key " + item.key + "\ncompressor export " + folder;
+      var command = "compressor pick " + folder + " --key " + item.key + "\ncompressor export " + folder +
+        "\ncompressor report " + folder;
       var copy = element("button", "Copy", { type: "button" }), box = element("pre", command);
       copy.addEventListener("click", function () {
         var range = document.createRange();

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ from export.report.plots import Dot, lines, scatter, shades, times_tick
 from export.report.plots import Line as Curve
 from export.report.schema import validate_report
 from supernet.architecture import Architecture
+from tests.support import ROOT
 from tests.support.report_helpers import BASE, CUT, HOSTILE, THIN, full_report, minimal_report
+
+SCRIPT = ROOT / "export" / "report" / "templates" / "report.js"
 
 
 def view(data: dict[str, Any]) -> FrontView:
@@ -150,6 +155,16 @@ def test_hostile_names_cannot_leave_the_data() -> None:
     told = re.search('id="front-data">(.*?)</script>', html)
     assert told and HOSTILE in json.loads(told[1])["further"]
     assert "<img" not in html
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_is_one() -> None:
+    checked = subprocess.run(["node", "--check", str(SCRIPT)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_script_sets_text_as_text_only() -> None:
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", SCRIPT.read_text())
 
 
 def test_shades_are_not_taken_by_a_few_far_values() -> None:
