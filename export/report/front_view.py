@@ -202,6 +202,7 @@ def _plot(items: Sequence[Item], report: Report, by_params: bool, floor: float) 
         limits=_size_limits(report) if by_params else (),
         x_text=percent_tick if by_params else times_tick,
         ramp=ramp,
+        stairs_of=("base", "point", "front", "chosen"),  # scored in full, on the search split
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -120,13 +120,13 @@ def scatter(
     limits: Sequence[float] = (),
     x_text: Callable[[float], str] | None = None,
     ramp: Ramp | None = None,
+    stairs_of: Container[Kind] = ("base", "ours", "other"),
     height: int = 300,
 ) -> Markup:
-    """Dots, with a staircase along those that no other dominates. The y axis is a share, such as quality, and more is
-    better. Empty where all dots lie at one x: such a plot shows nothing.
+    """Dots, with a staircase along those of the kinds `stairs_of` that no other of these dominates. The y axis is a
+    share, such as quality, and more is better. Empty where all dots lie at one x: such a plot shows nothing.
 
-    `limits` are vertical lines: the sizes that were asked for. `x_text` writes the ticks of the x axis. Screened dots
-    take no part in the staircase, since their scores are estimates.
+    `limits` are vertical lines: the sizes that were asked for. `x_text` writes the ticks of the x axis.
     """
     if len({dot.x for dot in dots}) < 2:
         return Markup("")
@@ -144,7 +144,7 @@ def scatter(
         if x.low <= limit <= x.high
     ]
     # 2. The staircase.
-    stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind != "screened"], less_is_better)
+    stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind in stairs_of], less_is_better)
     corners = [
         *stairs[:1],
         *(c for a, b in pairwise(stairs) for c in ((b[0], a[1]) if less_is_better else (a[0], b[1]), b)),

@@ -79,6 +79,21 @@ def test_the_base_is_in_every_plot_and_picks_have_their_names() -> None:
     assert re.findall("asked for: at most ([0-9.]+ %)", shown.plots["params"]) == ["67 %", "80 %"]  # 50 % lies outside
 
 
+def test_methods_of_other_documents_make_no_front() -> None:
+    """Ours, healed, lies above everything that the search measured at its size, on the documents of the report."""
+    data = points((0.67, 0.8, 1.1), (0.5, 0.7, 1.2))
+    data["comparison"] = full_report()["comparison"]
+    data["comparison"][0]["quality"] = 0.99
+
+    def stairs(plot: str) -> str:
+        return re.findall('class="stairs" points="(.*?)"', plot)[0]
+
+    shown = view(data)
+    assert stairs(shown.plots["params"]).count(" ") == 4  # three networks with the base, and a corner between each two
+    data["comparison"] = []
+    assert stairs(view(data).plots["params"]).count(" ") == 4
+
+
 def test_screened_networks_are_hollow_and_take_no_part_in_the_front() -> None:
     data = points((0.5, 0.9, 1.1), (0.4, 0.95, 1.2))
     data["search"]["points"][1]["full"] = False
