@@ -42,7 +42,7 @@ def test_the_whole_job_and_then_its_report(folder: Path) -> None:
     found = execute("whole_job.ipynb", folder)
     run = folder / "runs" / "notebook"
     report = json.loads((run / "report.json").read_text())
-    assert found["dots"] == len(report["search"]["points"]) == 40
+    assert found["dots"] == len(report["search"]["points"]) == 30
     assert (run / "packages" / "best" / "model.safetensors").is_file()
     assert report["packages"][0]["params"] <= 0.7 * report["base"]["params"]
 
