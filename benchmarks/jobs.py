@@ -17,7 +17,7 @@ from compressor.recipe import Recipe
 from compressor.run import Run
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
-from supernet.importance import wanda
+from supernet.importance import IMPORTANCES
 from supernet.ordering import apply_ordering, order_by
 from supernet.training.data import Blocks
 from supernet.training.losses import held_out_loss
@@ -35,10 +35,10 @@ def temporary_job(checkpoint: str, data: str | None = None, documents: int = 600
         yield Job(Run(Path(name)), Recipe(**keys).resolved())
 
 
-def ordered_supernet(job: Job, calibration: Sequence[Tensor]) -> SuperNetwork:
-    """The base in float32 as a super-network whose units are ordered by Wanda on token ids, [batch, length] each."""
+def ordered_supernet(job: Job, calibration: Sequence[Tensor], criterion: str = "wanda") -> SuperNetwork:
+    """The base in float32 as a super-network, its units ordered by a criterion on token ids, [batch, length] each."""
     supernet = job.supernet_of(job.load_base(torch.float32))
-    apply_ordering(supernet, order_by(wanda(supernet, calibration)))
+    apply_ordering(supernet, order_by(IMPORTANCES[criterion](supernet, calibration)))
     return supernet
 
 

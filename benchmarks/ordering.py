@@ -1,6 +1,6 @@
 """Which ordering of neurons and heads is best? Held-out loss of untrained sub-networks, cut alike in every layer.
 
-    python -m benchmarks.ordering [--checkpoint DIR --data FILE] [--seeds 5] [--blocks 64]
+    python -m benchmarks.ordering [--checkpoint DIR --data FILE] [--criteria wanda surgeon] [--seeds 5]
 
 Every criterion sees the same calibration blocks; the loss is measured on blocks from the other end of the data. A size
 is reached without removing layers, by shares of the head groups and of the FFN width that are as equal as they can be.
@@ -17,7 +17,9 @@ from benchmarks.jobs import subnet_loss, temporary_job
 from compressor.inputs import training_blocks
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.importance import IMPORTANCES, random
+from supernet.moments import gather
 from supernet.ordering import Scores, apply_ordering, order_by
+from supernet.repair import RepairedVariants
 
 SIZES = (0.9, 0.8, 0.67)
 
@@ -38,9 +40,11 @@ def evenly_cut(structure: Structure, size: float) -> Architecture:
 
 
 def main() -> None:
+    criteria = ([name for name in IMPORTANCES if name != "random"], "orderings by name")
     seeds = (5, "random orderings behind the row `random`")
     blocks_option = (64, "calibration blocks of 256 tokens, and held-out ones")
-    arguments = make_parser(__doc__, "checkpoint", "data", seeds=seeds, blocks=blocks_option).parse_args()
+    parser = make_parser(__doc__, "checkpoint", "data", criteria=criteria, seeds=seeds, blocks=blocks_option)
+    arguments = parser.parse_args()
     with temporary_job(arguments.checkpoint, arguments.data) as job:
         job.threads(scoring=True)
         blocks = training_blocks(job, 3 * arguments.blocks * 256)
@@ -49,10 +53,12 @@ def main() -> None:
         full = job.structure.parameters(job.structure.base)
         cuts = [evenly_cut(job.structure, size) for size in SIZES]
 
-        def losses(scores: Scores) -> list[float]:
+        def losses(scores: Scores, repaired: bool = False) -> list[float]:
             """Of the cuts of the base, its units ordered by these scores."""
             supernet = job.supernet_of(job.load_base(torch.float32))
             apply_ordering(supernet, order_by(scores))
+            if repaired:
+                supernet.use(RepairedVariants(supernet, dict(gather(supernet, batches)).__getitem__, 2**30))
             return [subnet_loss(supernet, cut, held_out) for cut in cuts]
 
         untouched = job.supernet_of(job.load_base(torch.float32))
@@ -60,13 +66,16 @@ def main() -> None:
         print(f"Base: {base:.3f} nats per token. Cuts, as head groups and FFN width of every layer: ", end="")
         print("; ".join(f"{a.layers[0].num_key_value_heads} and {a.layers[0].intermediate_size}" for a in cuts) + "\n")
         shares = [f"{job.structure.parameters(cut) / full:.3f}" for cut in cuts]
-        print_header("ordering", *shares, "seconds", right_from=1)
-        for name, criterion in IMPORTANCES.items():
-            if name != "random":
-                scores, seconds = timed(partial(criterion, untouched, batches))
-                print_row(name, *(f"{loss:.3f}" for loss in losses(scores)), f"{seconds:.1f}")
-        by_cut = zip(*(losses(random(untouched, [], seed)) for seed in range(arguments.seeds)), strict=True)
-        print_row(f"random, {arguments.seeds} seeds", *map(mean_spread, by_cut), "0.0")
+        print_header("ordering", *shares, *(f"{share}, repaired" for share in shares), "seconds", right_from=1)
+        for name in arguments.criteria:
+            scores, seconds = timed(partial(IMPORTANCES[name], untouched, batches))
+            print_row(
+                name, *(f"{loss:.3f}" for loss in losses(scores) + losses(scores, repaired=True)), f"{seconds:.1f}"
+            )
+        if arguments.seeds:
+            runs = [random(untouched, [], seed) for seed in range(arguments.seeds)]
+            by_cut = zip(*(losses(scores) + losses(scores, repaired=True) for scores in runs), strict=True)
+            print_row(f"random, {arguments.seeds} seeds", *map(mean_spread, by_cut), "0.0")
 
 
 if __name__ == "__main__":

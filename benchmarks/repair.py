@@ -1,15 +1,21 @@
 """How much of a slice's loss does repair give back, without training? Held-out loss of uniform cuts.
 
     python -m benchmarks.repair [--checkpoint DIR --data FILE] [--tokens 4096 16384] [--shares 0.8 0.67 0.5]
+        [--ordering wanda] [--halves 4]
+    python -m benchmarks.repair --inputs 11008 --outputs 4096       # what one projection of this size costs
 
-Cuts are those of `benchmarks.ordering`, of the base ordered by Wanda. Each is sliced plainly; repaired from moments of
+Cuts are those of `benchmarks.ordering`. Each is sliced plainly; repaired from moments of
 the whole network, as in a search; and repaired in sequence, as a pick is. The held-out blocks are from the other end of
-the data, and the excess is the loss less the base's. One thread.
+the data, and the excess is the loss less the base's. `--halves` removes one half-block of so many layers instead. One
+thread, two for `--inputs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from math import isfinite
 from statistics import mean
 
 import torch
@@ -20,8 +26,8 @@ from benchmarks.jobs import ordered_supernet, subnet_loss, temporary_job
 from benchmarks.ordering import evenly_cut
 from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
 from supernet.activation import SuperNetwork
-from supernet.architecture import Half
-from supernet.moments import Moments, gather
+from supernet.architecture import Architecture, Half
+from supernet.moments import Moments, Sums, choose_ridge, factorised, gather, prefix_weight
 from supernet.repair import RepairedVariants, repair_in_sequence
 
 ROWS = 8
@@ -33,13 +39,91 @@ def gathered(supernet: SuperNetwork, text: list[Tensor]) -> dict[int, dict[Half,
     return dict(gather(supernet, text))
 
 
+def one_half_less(base: Architecture, half: Half, index: int) -> Architecture:
+    """The base without one half-block of one layer."""
+    layers, full = list(base.layers), base.layers[index]
+    layers[index] = replace(full, num_key_value_heads=0) if half == "attention" else replace(full, intermediate_size=0)
+    return replace(base, layers=tuple(layers))
+
+
+def removed_halves(
+    supernet: SuperNetwork, loss: Callable[[Architecture], float], text: list[Tensor], many: int
+) -> None:
+    """A table of single removed half-blocks, repaired without and with what they said."""
+    moments = gathered(supernet, text)
+    apart = {i: {half: replace(m, other=None) for half, m in layer.items()} for i, layer in moments.items()}
+    print_header("removed", "layer", "sliced", "each half-block for itself", "each layer for itself", "in sequence")
+    layers = len(supernet.base.layers)
+    for half in ("attention", "mlp"):
+        for index in (round((n + 0.5) * layers / many) for n in range(many)):
+            cut = one_half_less(supernet.base, half, index)
+            ways = [None, *(RepairedVariants(supernet, of.__getitem__, 2**30) for of in (apart, moments))]
+            losses = []
+            for variants in (*ways, repair_in_sequence(supernet, cut, text)):
+                supernet.use(variants)
+                losses.append(f"{loss(cut):.3f}")
+                supernet.use(None)
+            print_row(half, str(index), *losses)
+
+
+def cost_of_one(inputs: int, outputs: int, widths: int = 10) -> None:
+    """Seconds and memory of refitting one projection for so many widths, from moments of random text."""
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(inputs // 4, inputs, generator=generator) / inputs**0.5
+    parts = []
+    for rows in (3, 1):  # to fit to, and held out
+        sums = Sums(inputs)
+        for _ in range(rows * 4):
+            noise = torch.randn(2048, inputs, generator=generator)
+            sums.add(torch.randn(2048, inputs // 4, generator=generator) @ mixing + noise)
+        parts.append(sums)
+    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    second = (parts[0] + parts[1]).moments(False)[0]
+
+    def all_widths() -> None:
+        ridge = choose_ridge(weight, parts[0], parts[1], False)
+        lower = factorised(second, ridge if isfinite(ridge) else 0.1)
+        products = weight @ lower
+        for n in range(widths):
+            prefix_weight(products, lower, (n + 1) * inputs // (widths + 1))
+
+    _, seconds = timed(all_widths)
+    print(f"{inputs:,} inputs, {outputs:,} outputs, {widths} widths: {seconds:.0f} s with the ridge chosen; ", end="")
+    print(f"peak memory {resident('VmHWM') / 2**30:.1f} GiB, 8,192 tokens' sums among it.")
+
+
+def cost_of_switching(supernet: SuperNetwork, variants: RepairedVariants, cuts: list[Architecture]) -> None:
+    """Milliseconds to switch between cuts whose variants are held."""
+    supernet.use(variants)
+    for cut in cuts:
+        supernet.activate(cut)
+
+    def switch() -> None:
+        for cut in cuts * 50:
+            supernet.activate(cut)
+
+    _, seconds = timed(switch)
+    supernet.activate(supernet.base)
+    supernet.use(None)
+    each = 1000 * seconds / 50 / len(cuts)
+    print(f"\nTo switch between repaired cuts: {each:.2f} ms, of {len(supernet.base.layers)} layers.")
+
+
 def main() -> None:
     own = {
+        "ordering": ("wanda", "criterion by which units are ordered"),
+        "halves": (0, "layers whose half-blocks are removed one at a time; no uniform cuts then"),
+        "inputs": (0, "inputs of one projection whose cost is measured; nothing else then"),
+        "outputs": (4096, "its outputs"),
         "tokens": ([4096, 16384], "calibration tokens"),
         "shares": ([0.8, 0.67, 0.5], "sizes, as shares of the parameters"),
         "blocks": (48, "held-out blocks"),
     }
     arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
+    if arguments.inputs:
+        cost_of_one(arguments.inputs, arguments.outputs)
+        return
     torch.set_num_threads(1)
     removed: dict[int, list[float]] = {tokens: [] for tokens in arguments.tokens}
     with temporary_job(arguments.checkpoint, arguments.data) as job:
@@ -48,10 +132,13 @@ def main() -> None:
         calibration, held_out = blocks.split(least=arguments.blocks)
         held_out = held_out.part(0, min(arguments.blocks, len(held_out)))
         batches = [batch.ids for batch in calibration[: -(-most // blocks.length)].split(ROWS)]
-        supernet = ordered_supernet(job, batches[: CALIBRATION_BLOCKS // ROWS])
+        supernet = ordered_supernet(job, batches[: CALIBRATION_BLOCKS // ROWS], arguments.ordering)
         loss = partial(subnet_loss, supernet, held_out=held_out)
         base, full = loss(supernet.base), job.structure.parameters(supernet.base)
         print(f"Base: {base:.3f} nats per token.\n")
+        if arguments.halves:
+            removed_halves(supernet, loss, batches[: max(1, most // (ROWS * blocks.length))], arguments.halves)
+            return
         print_header(
             "parameters", "tokens", "sliced", "repaired", "in sequence", "excess removed", "seconds", right_from=1
         )
@@ -72,6 +159,7 @@ def main() -> None:
                 cells = [f"{one:.3f}" for one in losses] + [" and ".join(f"{100 * one:.0f} %" for one in gone)]
                 size = job.structure.parameters(cut) / full
                 print_row(f"{size:.3f}", f"{tokens:,}", *cells, f"{gathering:.1f} and {seconds:.1f}")
+        cost_of_switching(supernet, repaired, [evenly_cut(job.structure, share) for share in arguments.shares])
     print(f"\nSeconds: moments of all layers, and one sequence. Peak memory {resident('VmHWM') / 2**30:.1f} GiB.")
     print(f"excess removed without training: {100 * mean(removed[max(removed)]):.0f} %")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,25 +17,21 @@ from export.layouts.gguf import tokenizer as gguf_tokenizer
 from export.layouts.installed import check_installed
 from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES
-from search.algorithms import algorithms
-from supernet.common.errors import RequestError, unknown
+from supernet.common.errors import RequestError
 from supernet.common.formatting import size
 from supernet.common.progress import say
-from supernet.importance import IMPORTANCES
 from supernet.ordering import load_ordering
 from supernet.tokens import no_row, tokens_without_row
 from supernet.training.accelerator import processes
-from supernet.training.adapters import PARAMETERS, adapted
-from supernet.training.losses import LOSSES
-from supernet.training.optimizers import OPTIMIZERS, check_optimizer
-from supernet.training.samplers import DRAWS, SAMPLERS
+from supernet.training.adapters import adapted
+from supernet.training.optimizers import check_optimizer
 from supernet.training.sources import GENERATED, is_generated, local_files, other_files, read_rows
 
 
 def check(job: Job) -> None:
     """Look at everything that the recipe names. Raises `RequestError` for the first thing that is wrong with it."""
     recipe = job.recipe
-    check_names(job)
+    check_ordering(job)
     check_finetuning(job)
     check_memory(job)
     check_tokens(job)
@@ -77,25 +72,11 @@ def check_generated(job: Job) -> None:
             say(f"warning: --data {source}: the base writes the text; what lies here as {name} is read as ./{name}")
 
 
-def check_names(job: Job) -> None:
-    """Refuse what no table knows."""
-    finetuning = job.recipe.finetuning
-    named: list[tuple[str, str, Iterable[str]]] = [
-        ("finetuning.sampler", finetuning.sampler, SAMPLERS),
-        ("finetuning.draw", finetuning.draw, DRAWS),
-        *(("finetuning.loss", loss, LOSSES) for loss in finetuning.losses),
-        ("finetuning.parameters", finetuning.parameters, PARAMETERS),
-        ("finetuning.optimizer", finetuning.optimizer, OPTIMIZERS),
-        ("searching.algorithm", job.recipe.searching.algorithm, algorithms()),
-    ]
-    for key, name, known in named:
-        if name not in known:
-            raise unknown(key, name, known)
-    ordering = finetuning.ordering
+def check_ordering(job: Job) -> None:
+    """Refuse an ordering of another network."""
+    ordering = job.recipe.ordering
     if Path(ordering).suffix == ".safetensors":
         load_ordering(Path(ordering), job.structure)
-    elif ordering not in IMPORTANCES:
-        raise unknown("finetuning.ordering", ordering, IMPORTANCES, also=", or a .safetensors file")
 
 
 def check_finetuning(job: Job) -> None:
@@ -117,7 +98,7 @@ def check_finetuning(job: Job) -> None:
     to_be_trained = job.redo == "finetune" or job.run.manifest(job.run.supernet) is None
     if finetuning.shard and to_be_trained and processes() == 1:
         raise RequestError("finetuning.shard: there is one process only; start several with torchrun, or leave it out")
-    batch, parts = finetuning.batch_size or 1, finetuning.gradient_accumulation
+    batch, parts = finetuning.batch_size or 1, job.parts_of_batch
     if batch % (parts * processes()):
         raise RequestError(
             f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "

@@ -21,12 +21,14 @@ from compressor.schedule import STAGES
 from compressor.sizing import parameter_limits
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
-from evals.scoring.documents import Split
 from evals.speed.table import SpeedTable
 from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
+from search.scores import Split
+from supernet.device import activation_bytes
+from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
 from supernet.training.loop import points_of
@@ -59,6 +61,8 @@ H200."""
 GPU_TIMED, GPU_SPOKEN = 2.5, 12.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there, whose capture takes longer than their replay (81 seconds for 31 networks on an H200)."""
+GATHERED, IN_SEQUENCE = 2.0, 4.0
+"""What it costs to gather the moments of text, and to repair in sequence on it, in passes over the text."""
 TASKS = 18.0
 """Seconds that a fresh process needs to build lm-eval's tasks and to render their documents."""
 MEASURED_MORE = 6.0
@@ -125,6 +129,7 @@ class _Counts:
         self.length = job.length
         self.train_tokens = recipe.finetuning.tokens or 0
         self.heal_tokens = recipe.healing.tokens or 0
+        self.repaired_tokens = recipe.repair.tokens if job.repairs else 0
         self.evaluations = recipe.searching.evaluations or 0
         limits = [limit for _, limit in parameter_limits(job)]
         self.limits = len(limits)
@@ -171,7 +176,8 @@ def _writing(counts: _Counts, rates: Rates) -> StageCost:
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     """Once over the calibration text, for the units' importance and the layers' together; some criteria go back too."""
     tokens = calibration_blocks(counts.job) * counts.length
-    each = rates.train if counts.recipe.finetuning.ordering in ("taylor", "learned") else rates.teach
+    ordering = counts.recipe.finetuning.ordering or ("surgeon" if counts.repaired_tokens else "wanda")
+    each = {"taylor": rates.train, "learned": rates.train, "surgeon": 2 * rates.teach}.get(ordering, rates.teach)
     stored = 0.0 if counts.train_tokens else float(counts.base * counts.job.stored_dtype.itemsize)
     return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each + stored / DISK_RATE, disk=stored)
 
@@ -218,7 +224,8 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
     networks = 1 + counts.evaluations * counts.searched
     limit = counts.recipe.searching.limit
     budget = f"{counts.evaluations} sub-networks, {'all' if limit is None else limit} documents"
-    return StageCost("search", budget, 2 * rates.load + networks * each, disk=1e4 * counts.evaluations)
+    moments = GATHERED * counts.repaired_tokens * rates.teach
+    return StageCost("search", budget, 2 * rates.load + moments + networks * each, disk=1e4 * counts.evaluations)
 
 
 def _picking(counts: _Counts, rates: Rates) -> StageCost:
@@ -233,7 +240,7 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
     """Of each pick, with the slicing before and the packaging after it."""
     tokens, share = counts.heal_tokens, counts.share
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
-    each = 4 * rates.load + 4 * bytes_ / DISK_RATE
+    each = 4 * rates.load + 4 * bytes_ / DISK_RATE + IN_SEQUENCE * counts.repaired_tokens * rates.teach
     if tokens:
         steps = counts.steps(tokens)
         each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step
@@ -309,14 +316,14 @@ def expected_memory(job: Job) -> dict[str, float]:
     recipe, structure = job.recipe, job.structure
     base = structure.base
     total = structure.parameters(base)
-    rows = (recipe.finetuning.batch_size or 1) * recipe.finetuning.sequence_length
+    rows = -(-(recipe.finetuning.batch_size or 1) // (processes() * job.parts_of_batch))
     neurons = max(
         s.intermediate_size * min(s.num_experts, structure.experts_per_token) or s.intermediate_size
         for s in base.layers
     )
-    per_token = len(base.layers) * (10 * base.hidden_size + 4 * neurons) + 4 * structure.vocab_size
     weight_bytes = total * job.compute_dtype.itemsize
-    activations = 4 * rows * per_token
+    tokens, checkpointing = rows * recipe.finetuning.sequence_length, recipe.finetuning.gradient_checkpointing
+    activations = activation_bytes(structure, tokens, checkpointing)
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
@@ -332,7 +339,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         "proposals": 2 * scoring,
         "search": scoring,
         "picking": scoring,
-        "healing": weight_bytes + 16 * HEALED * total + activations,
+        "healing": weight_bytes + (16 * HEALED * total + activations if recipe.healing.tokens else 0),
         "quantizing": weight_bytes + 3 * kept,
         "measuring": 2 * scoring,
         "proving": scoring,

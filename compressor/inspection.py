@@ -66,9 +66,16 @@ def _expectation(job: Job) -> dict[str, Any]:
     """Every stage under the recipe's budgets: here, and on a current GPU; rates are estimated from counts."""
     on_gpu = {cost.name: cost for cost in stage_costs(job, estimate_rates(job, GPU_RATE, GPU_BANDWIDTH))}
     here = stage_costs(job, estimate_rates(job))
+    stages = [asdict(cost) | {"seconds_on_gpu": on_gpu[cost.name].seconds} for cost in here]
     return {
         "budget": {name: job.recipe.budget(name) for name in OPEN},
-        "stages": [asdict(cost) | {"seconds_on_gpu": on_gpu[cost.name].seconds} for cost in here],
+        "stages": stages,
+        "all": {
+            "seconds": sum(row["seconds"] for row in stages),
+            "seconds_on_gpu": sum(row["seconds_on_gpu"] for row in stages),
+            "memory": max(row["memory"] for row in stages),
+            "disk": sum(row["disk"] for row in stages),
+        },
     }
 
 
@@ -119,9 +126,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
         each = [duration(row[name]) for name in ("seconds", "seconds_on_gpu")]
         cost.add_row(row["name"], row["budget"], size(row["memory"]), disk, *each)
     cost.add_section()
-    sums = [duration(sum(row[name] for row in stages)) for name in ("seconds", "seconds_on_gpu")]
-    disk = size(sum(row["disk"] for row in stages))
-    cost.add_row("all", "", size(max(row["memory"] for row in stages)), disk, *sums)
+    whole = facts["all"]
+    sums = [duration(whole[name]) for name in ("seconds", "seconds_on_gpu")]
+    cost.add_row("all", "", size(whole["memory"]), size(whole["disk"]), *sums)
     console.print(cost)
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")
     if facts["time"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,10 @@ import torch
 import yaml
 
 from compressor.local_paths import LocalPaths, localized
-from compressor.recipe import Finetuning, Healing, Recipe, learning_rate_for
+from compressor.names import REDOABLE
+from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run
 from compressor.schedule import Schedule
-from evals.scoring.encoding import Encoder
-from evals.scoring.scorer import NetworkLM, Scorer
-from evals.scoring.tasks import TaskSet
 from evals.speed.table import SpeedTable
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -25,17 +24,18 @@ from supernet.checkpoint import Checkpoint, open_checkpoint
 from supernet.common.errors import RequestError, reading, unknown
 from supernet.common.files import read_json, write_json
 from supernet.common.processes import available_cores
-from supernet.device import pass_tokens
+from supernet.device import parts_of_batch, pass_tokens
 from supernet.loading import check_fit, load_causal_lm
 from supernet.ordering import by_influence
-from supernet.training.accelerator import make_accelerator
+from supernet.training.accelerator import make_accelerator, processes
 from supernet.training.loop import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-REDOABLE = ("finetune", "search", "export")
-"""What --redo names."""
+    from evals.scoring.scorer import Scorer
+    from evals.scoring.tasks import TaskSet
+
 SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
@@ -92,7 +92,7 @@ class Job:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        return make_accelerator(self.recipe.device, self.recipe.dtype)
+        return make_accelerator(self.recipe.device, self.recipe.dtype, self.recipe.report_to, self.run.tracking)
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +157,10 @@ class Job:
 
     @cached_property
     def tasks(self) -> TaskSet:
+        # These import lm-eval and datasets, a second that looking at a network does not need.
+        from evals.scoring.encoding import Encoder
+        from evals.scoring.tasks import TaskSet
+
         include = [self.recipe.include_path] if self.recipe.include_path else []
         if self.recipe.include_path and not Path(self.recipe.include_path).is_dir():
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
@@ -169,6 +173,8 @@ class Job:
 
     def scorer(self, model: Any) -> Scorer:
         """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
+        from evals.scoring.scorer import NetworkLM, Scorer  # as above
+
         lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
@@ -213,11 +219,24 @@ class Job:
         hidden_size = self.structure.base.hidden_size
         for recipe in (self.given, self.recipe):
             finetuning, healing = recipe.finetuning, recipe.healing
+            recipe.repair.enabled = self.repairs
+            finetuning.ordering = recipe.ordering
             if finetuning.learning_rate is None:
                 adapters = finetuning.parameters == "lora"
                 finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
             if healing.learning_rate is None:
                 healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
+                healing.learning_rate *= RATE_AFTER_REPAIR if recipe.repair.enabled else 1
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained."""
+        enabled = self.recipe.repair.enabled
+        if enabled is None and self.run.recipe_file.is_file():
+            enabled = self.run.recipe().repair.enabled
+        if enabled is None:
+            return self.recipe.trains_little(self.structure.parameters(self.structure.base))
+        return enabled
 
     @cached_property
     def weight_scale(self) -> float | None:
@@ -241,6 +260,20 @@ class Job:
             )
         return table
 
+    @property
+    def parts_of_batch(self) -> int:
+        """Parts that each process computes its share of a batch in."""
+        finetuning = self.recipe.finetuning
+        if finetuning.gradient_accumulation is not None:
+            return finetuning.gradient_accumulation
+        rows = max(1, (finetuning.batch_size or 1) // processes())
+        length, checkpointing = finetuning.sequence_length, finetuning.gradient_checkpointing
+        return parts_of_batch(self.structure, rows, length, self.device, checkpointing)
+
+    def in_parts(self, settings: TrainSettings) -> TrainSettings:
+        """The same, with batches computed in as many parts as this device needs."""
+        return replace(settings, accumulation=self.parts_of_batch)
+
     def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
         """The loop's settings for a section of the recipe, after `fill_in`."""
         assert section.tokens is not None and section.learning_rate is not None
@@ -256,7 +289,7 @@ class Job:
             sequence_length=length,
             learning_rate=section.learning_rate,
             seed=seed,
-            accumulation=finetuning.gradient_accumulation,
+            accumulation=finetuning.gradient_accumulation or 1,
             optimizer=finetuning.optimizer,
             gradient_checkpointing=finetuning.gradient_checkpointing,
             **chosen,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from compressor.names import WARM_STARTS
 from compressor.recipe import Recipe
-from evals.warm_starts import warm_start_methods
 from supernet.common.errors import RequestError
 from supernet.training.sources import is_generated
 
@@ -83,11 +83,11 @@ def _replaced(recipe: Recipe, replace: Callable[[str, str], str]) -> Recipe:
     # Names of spaces, criteria and warm starts are none of files, even where a file is called so.
     if isinstance(copy.space, str) and Path(copy.space).suffix in (".yaml", ".yml"):
         copy.space = replace("space", copy.space)
-    if Path(copy.finetuning.ordering).suffix == ".safetensors":
-        copy.finetuning.ordering = replace("finetuning.ordering", copy.finetuning.ordering)
-    methods = warm_start_methods()
+    ordering = copy.finetuning.ordering
+    if ordering is not None and Path(ordering).suffix == ".safetensors":
+        copy.finetuning.ordering = replace("finetuning.ordering", ordering)
     copy.searching.warm_start = [
-        name if name in methods else replace("searching.warm_start", name) for name in copy.searching.warm_start
+        name if name in WARM_STARTS else replace("searching.warm_start", name) for name in copy.searching.warm_start
     ]
     return copy
 

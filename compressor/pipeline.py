@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import torch
 from compressor import demo as bundled
 from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
 from compressor.costs import stage_costs
+from compressor.early_checks import check_request
 from compressor.inputs import text_fingerprint
 from compressor.job import Job
 from compressor.local_paths import remembered
@@ -26,10 +28,12 @@ from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
+from compressor.trackers import open_trackers
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration
-from supernet.common.progress import say, whole
+from supernet.common.metrics import send_to
+from supernet.common.progress import keep_lines, kept, say, whole, working
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -42,7 +46,8 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
     @functools.wraps(stage)
     def run(job: Job) -> Result:
         try:
-            return stage(job)
+            with working("reading"):  # what is not part of a stage with a name of its own
+                return stage(job)
         except (MemoryError, RuntimeError) as error:
             # torch on a CPU raises a plain RuntimeError; other RuntimeErrors are no lack of memory.
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(
@@ -74,8 +79,16 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         write_plan(job, plan)
     if recipe.tasks:
         job.tasks.keep(job.run.requests)
+    keep_records(job)
     job.run.log(f"started: {recipe.model}")
     return job
+
+
+def keep_records(job: Job) -> None:
+    """From here on, what is said goes to the run's log.txt too, and every number to its metrics.jsonl and trackers."""
+    if job.run.writes:
+        keep_lines(job.run.log)
+        send_to(job.run.keep_metric, *(open_trackers(job.recipe, job.accelerator) if job.recipe.report_to else ()))
 
 
 def prepare(
@@ -97,6 +110,7 @@ def prepare(
     if run.recipe_file.is_file():
         run.lock()
     run.settle()
+    check_request(job.recipe, redo)
     with job.schedule.stage("preparing"):
         check(job)
         plan: Plan | None = None
@@ -112,6 +126,21 @@ def prepare(
     return job, plan
 
 
+@contextmanager
+def records_end() -> Iterator[None]:
+    """Within, a run may keep what is said and measured; what comes afterwards is not its. An error is its last line."""
+    try:
+        yield
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        with suppress(OSError):  # a full disk, perhaps: the first cause is what the user needs to see
+            kept("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
+        raise
+    finally:
+        keep_lines()
+        send_to()
+
+
 def check_alone() -> None:
     """Only the fine-tuning is for several processes."""
     if processes() > 1:
@@ -124,18 +153,19 @@ def check_alone() -> None:
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
     """The whole job; returns what report.json holds."""
     check_alone()
-    job = start(recipe, Path(output), redo=redo)
-    show_plan(job)
-    with whole(job.schedule.left):
-        finetune(job)
-        keep_time(job)
-        search(job)
-        pick(job)
-        keep_time(job)
-        export(job)
-        result = report(job)
-    if recipe.time is not None:
-        say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
+    with records_end():
+        job = start(recipe, Path(output), redo=redo)
+        show_plan(job)
+        with whole(job.schedule.left):
+            finetune(job)
+            keep_time(job)
+            search(job)
+            pick(job)
+            keep_time(job)
+            export(job)
+            result = report(job)
+        if recipe.time is not None:
+            say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
     return result
 
 
@@ -181,6 +211,7 @@ def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replac
             check_tasks(job)
             check_searching(job)
         run.remember(recipe, provenance(job), paths)
+    keep_records(job)
     return job
 
 

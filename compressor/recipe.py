@@ -6,9 +6,10 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 
 from __future__ import annotations
 
+import re
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -22,15 +23,19 @@ from pydantic import (
     field_validator,
 )
 
+from compressor.names import recipes
 from export.quantization.schemes import SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
-from supernet.common.formatting import parse_bytes, parse_duration, parse_parameters
+from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
 
 Layout = Literal[
     "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
 ]
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Budget(BaseModel):
@@ -107,6 +112,11 @@ def _share(value: Any) -> Any:
     return value
 
 
+def _trackers(value: Any) -> Any:
+    """`none` names no tracker."""
+    return [] if value == "none" else _listed(value)
+
+
 Names = Annotated[list[str], BeforeValidator(_listed)]
 
 
@@ -115,9 +125,18 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _counted(cls, value: Any, info: ValidationInfo) -> Any:
+        """Whole numbers may be written as `1e6`, `0.5M` or `10_000`."""
+        kinds = get_args(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, str) and (cls.model_fields[str(info.field_name)].annotation is int or int in kinds):
+            return parse_count(value)
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's yes, on and true are no 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError("true or false is no value of it")
         return value
 
@@ -158,8 +177,9 @@ class Finetuning(Section):
 
     tokens: int | None = Field(default=None, ge=0)
     """Tokens to read; 0 searches the base as it is. Unset: by `effort`."""
-    ordering: str = "wanda"
-    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model."""
+    ordering: str | None = None
+    """The criterion by which units are ordered, or the `ordering.safetensors` of another run of the same model. Unset:
+    `wanda`, and `surgeon` where what is cut is repaired."""
     sampler: str = "sandwich"
     """Who takes part in a step: `sandwich` (largest, random, smallest), `joint` or `alternate`."""
     random_members: int = Field(default=1, ge=0)
@@ -195,8 +215,9 @@ class Finetuning(Section):
     """`adamw` (fused), or `adamw-8bit` (bitsandbytes, GPU only)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences in a step, of fine-tuning and healing. Unset: by `effort`."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in."""
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    """Parts that a batch is computed in, of fine-tuning and healing. Unset: one on a GPU; on a CPU as many as keep what
+    a part's backward pass needs within 3 GiB."""
     gradient_checkpointing: bool = False
     """Whether layers are computed again in the backward pass, to save memory."""
     shard: bool = False
@@ -259,8 +280,9 @@ class Healing(Section):
 class Repair(Section):
     """Output projections of cut half-blocks refitted by least squares, without training."""
 
-    enabled: bool = False
-    """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence."""
+    enabled: bool | None = None
+    """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence. Unset: where
+    fine-tuning and healing together read fewer tokens than a hundredth of the parameters."""
     tokens: int = Field(default=16384, ge=256)
     """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
     memory: str = "1GiB"
@@ -334,6 +356,9 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     """The seed of everything random."""
 
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(default_factory=list)
+    """Trackers that get every measured number beside `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`."""
+
     @field_validator("time")
     @classmethod
     def _time(cls, text: str | None) -> str | None:
@@ -358,6 +383,16 @@ class Recipe(Section):
             generated_limit(source)
         return source
 
+    @property
+    def ordering(self) -> str:
+        """How units are ordered: the criterion that does best with the repair, or without it."""
+        return self.finetuning.ordering or ("surgeon" if self.repair.enabled else "wanda")
+
+    def trains_little(self, parameters: int) -> bool:
+        """Whether so few tokens are read for so many parameters that repair gains more than it gets in the way of."""
+        tokens = (self.finetuning.tokens or 0) + (self.healing.tokens or 0)
+        return self.data is not None and tokens < FEW_TOKENS * parameters
+
     def resolved(self) -> Recipe:
         """The same recipe with the budgets of its effort filled in where nothing else was said."""
         budget = BUDGETS[self.effort]
@@ -368,6 +403,13 @@ class Recipe(Section):
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
         return recipe
+
+
+FEW_TOKENS = 0.01
+"""Tokens for each parameter, of fine-tuning and healing together, below which cut projections are repaired: what is
+healed on more than that ends as well without (docs/results.md)."""
+RATE_AFTER_REPAIR = 0.5
+"""The healing rate of a repaired network, as a share of a plain slice's: what was given back must not be undone."""
 
 
 def learning_rate_for(
@@ -398,7 +440,9 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
     if file is not None:
         where = f"--recipe {file}"
         if not file.is_file():
-            raise RequestError(f"--recipe {file}: no such file")
+            if str(file) not in recipes():
+                raise RequestError(f"--recipe {file}: no such file{did_you_mean(str(file), recipes())}")
+            file = recipes()[str(file)]
         with reading(f"--recipe {file}: not valid YAML"):
             loaded = yaml.safe_load(read_text(file))
         if not isinstance(loaded, dict):
@@ -430,13 +474,26 @@ def explain(error: ValidationError) -> str:
         section: Any = Recipe
         for part in problem["loc"][:-1]:
             section = section.model_fields[part].annotation if part in section.model_fields else section
-        known = list(getattr(section, "model_fields", Recipe.model_fields))
-        return (
-            f"unknown key '{path}'{did_you_mean(str(problem['loc'][-1]), known) or '; known are ' + ', '.join(known)}"
-        )
+        known, word = list(getattr(section, "model_fields", Recipe.model_fields)), str(problem["loc"][-1])
+        elsewhere = [key for key in keys() if section is Recipe and key.endswith(f".{word}")]
+        if elsewhere:
+            return f"unknown key '{path}'; did you mean {', '.join(elsewhere)}?"
+        return f"unknown key '{path}'{did_you_mean(word, known) or '; known are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{path}' is missing"
-    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    hint = ""
+    if problem["type"] == "literal_error":
+        hint = did_you_mean(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]), 1)
+    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r}){hint}"
+
+
+def keys() -> list[str]:
+    """Every key of a recipe with its section, such as `healing.tokens`."""
+    dotted = []
+    for name, field in Recipe.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        dotted += [name] if inner is None else [f"{name}.{key}" for key in inner]
+    return dotted
 
 
 def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:

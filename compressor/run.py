@@ -8,6 +8,7 @@ is done again.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatch
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,7 @@ from compressor.local_paths import LocalPath, LocalPaths
 from compressor.recipe import Recipe, read_recipe, write_recipe
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, follow_umask, read_json, write_json
+from supernet.common.metrics import Number
 from supernet.training.accelerator import is_main
 
 _LOCKED: dict[Path, IO[str]] = {}
@@ -36,6 +39,9 @@ class Run:
         self.path = path
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "log.txt"
+        self.debug_file = path / "debug.log"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tracking = path / "tracking"
         self.requests = path / "requests"
         self.data = path / "data"
         self.supernet = path / "supernet"
@@ -121,12 +127,16 @@ class Run:
         if others and not self.recipe_file.is_file():
             raise RequestError(f"--output {self.path}: the folder holds something else; give a new or an empty folder")
 
+    def check_exists(self) -> None:
+        """Raises `RequestError` where the folder is no run."""
+        if not self.recipe_file.is_file():
+            raise RequestError(f"{self.path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+
     @classmethod
     def open(cls, path: Path) -> Run:
         """An existing run, locked. Raises `RequestError` where there is none, or another process works in it."""
         run = cls(path)
-        if not run.recipe_file.is_file():
-            raise RequestError(f"{path}: not a run (there is no recipe.yaml); make one with compress or finetune")
+        run.check_exists()
         run.lock()
         run.settle()
         return run
@@ -135,12 +145,21 @@ class Run:
         return read_recipe(self.recipe_file, {})
 
     def log(self, line: str) -> None:
+        """Add a line to log.txt, which is for people."""
         if not self.writes:
             return
         if self.log_file.exists() and not self.log_file.is_file():
             raise RequestError(f"{self.log_file}: not a file that can be written")
         with self.log_file.open("a") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
+    def keep_metric(self, kind: str, step: int | None, values: dict[str, Number]) -> None:
+        """Add measured numbers to metrics.jsonl, one line for each time that some come."""
+        if self.writes:
+            finite = {k: str(v) if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
+            row = {"time": round(time.time(), 3), "kind": kind, **({} if step is None else {"step": step}), **finite}
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def whole(self, folder: Path, inputs: Any) -> bool:
         """Whether the stage that fills `folder` is whole and was made from the same inputs."""

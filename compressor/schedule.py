@@ -15,7 +15,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from export.models import Model
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
-from supernet.common.progress import left_of_all, say
+from supernet.common.formatting import duration
+from supernet.common.progress import kept, left_of_all, say, working
 
 STAGES = (
     "preparing",
@@ -42,6 +43,8 @@ class StageTime(Model):
     seconds: float = 0.0
     ended: bool = False
     """Whether it came to its end, and was not interrupted."""
+    began: float = 0.0
+    """When work on it began last, in seconds since 1970; 0 in runs of versions that did not keep it."""
 
 
 class Schedule:
@@ -60,6 +63,12 @@ class Schedule:
         self._earlier = sum(row.seconds for row in self.times.values())
         self._finished = self.over(STAGES[-1])
         self.began = time.monotonic()
+
+    @property
+    def running(self) -> str | None:
+        """The stage that was begun last and has not ended, in whatever process; None where there is none."""
+        begun = [name for name, row in self.times.items() if not row.ended]
+        return max(begun, key=lambda name: self.times[name].began, default=None)
 
     @property
     def elapsed(self) -> float:
@@ -107,13 +116,15 @@ class Schedule:
         began = time.monotonic()
         self._running = name, began
         try:
-            yield
+            with working(name):
+                yield
         except BaseException:
             with contextlib.suppress(OSError):  # the first cause is what the user needs to see
                 self.add(name, time.monotonic() - began, ended=False)
             raise
         else:
             self.add(name, time.monotonic() - began, ended=True)
+            kept(f"{name} took {duration(time.monotonic() - began)}")
             if first:
                 self._done.add(name)
         finally:
@@ -122,7 +133,8 @@ class Schedule:
     def add(self, name: str, seconds: float, ended: bool) -> None:
         """Count the seconds of a stage, and keep them."""
         before = self.times.get(name, StageTime())
-        self.times[name] = StageTime(seconds=round(before.seconds + seconds, 3), ended=ended)
+        began = before.began if seconds else round(time.time(), 3)
+        self.times[name] = StageTime(seconds=round(before.seconds + seconds, 3), ended=ended, began=began)
         if self.file is not None and (self.file.parent / "recipe.yaml").is_file():
             write_json(self.file, {name: row.model_dump() for name, row in self.times.items()})
 

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from export.package_record import check_files, read_record, update_record
 from export.shards import weight_bytes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.processes import fresh_environment, last_line
+
+BEGINS = "proof begins: "
+"""How the process tells of a package whose proof begins."""
 
 
 def verify(
@@ -37,13 +40,14 @@ def verify_all(
     record: bool = False,
     log: Path | None = None,
     tasks: TaskFiles | None = None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> list[Claims]:
     """What was proved of each package, in order, all in one fresh process.
 
     Each comes with the full logits that export saved (`write_package(reference=…)`; the unquantized network's, for a
     quantized package), or None to compare with the compact probe inside the package. With `tasks`, every score that a
     package has in the report is measured again. With `record`, the result is written into each package's
-    compression.json. The process's own output goes to `log`.
+    compression.json. The process's own output goes to `log`; `progress` is told each package whose proof begins.
 
     Raises `VerificationError` naming the file or the first claim that does not hold, and `RequestError` where a folder
     is no package or the runtime that it is for is not installed.
@@ -56,7 +60,7 @@ def verify_all(
         jobs, results = Path(scratch) / "jobs.json", Path(scratch) / "results.json"
         pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
         jobs.write_text(json.dumps({"packages": pairs, "tasks": tasks and asdict(tasks)}), encoding="utf-8")
-        process = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "export.verify", str(jobs), str(results)],
             env=fresh_environment(Path(scratch), max(weight_bytes(p) for p, _ in packages)),
             cwd=scratch,
@@ -66,9 +70,10 @@ def verify_all(
             text=True,
             errors="replace",
         )
+        said = _listen(process, progress)
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
-                stream.write(process.stdout)
+                stream.write(said)
         answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     # 3. Report, and record.
     if "refused" in answer:
@@ -76,12 +81,31 @@ def verify_all(
     if "error" in answer:
         raise VerificationError(answer["error"])
     if "results" not in answer:
-        raise VerificationError(f"{packages[0][0]}: the checking process died: {last_line(process.stdout)}")
+        raise VerificationError(f"{packages[0][0]}: the checking process died: {last_line(said)}")
     for (package, _), claims in zip(packages, answer["results"], strict=True):
         own = claims.pop(OWN, None)
         if record:
             update_record(package, entry={"verified": claims}, probe={} if own is None else {OWN: own})
     return answer["results"]
+
+
+def _listen(process: subprocess.Popen[str], progress: Callable[[str], None]) -> str:
+    """What the process printed until its end, without what it tells of its progress. It ends with this one."""
+    assert process.stdout is not None
+    lines = []
+    try:
+        for line in process.stdout:
+            if line.startswith(BEGINS):
+                progress(line.removeprefix(BEGINS).strip())
+            else:
+                lines.append(line)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.stdout.close()
+        process.wait()
+    return "".join(lines)
 
 
 def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None = None) -> Claims:
@@ -101,7 +125,11 @@ def _main(jobs_file: Path, results_file: Path) -> None:
     try:
         tasks = None if jobs["tasks"] is None else TaskFiles(**jobs["tasks"])
         pairs = [(Path(package), Path(reference) if reference else None) for package, reference in jobs["packages"]]
-        answer = {"results": [check(*pair, tasks) for pair in pairs]}
+        results = []
+        for package, reference in pairs:
+            print(f"{BEGINS}{package.name}", flush=True)
+            results.append(check(package, reference, tasks))
+        answer = {"results": results}
     except VerificationError as error:
         answer = {"error": str(error)}
     except RequestError as error:

@@ -274,6 +274,11 @@ class SuperNetwork:
         """The base's decoder layers, also those that are removed in the active sub-network."""
         return [layer.module for layer in self._layers]
 
+    def halves(self, index: int) -> dict[Half, nn.Module]:
+        """The modules of a layer's half-blocks, of those that can be removed."""
+        layer = self._layers[index]
+        return {half: layer.module.get_submodule(block.module) for half, block in layer.blocks.items()}
+
     def use(self, variants: Variants | None) -> None:
         """From here on, what `variants` has stands in the place of prefixes, in the active sub-network too. None: all
         are prefixes. Outputs of layers that were kept from before must not be used any more."""

@@ -6,7 +6,6 @@ The checks need only config.json and the headers of the safetensors files; weigh
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,11 +21,11 @@ from supernet.architecture import Structure
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import content_fingerprint
 from supernet.common.progress import say
-from supernet.families import describe, family_named, family_of
+from supernet.families import describe, family_of
 from supernet.loading import check_fit, checkpoint_folder, load_causal_lm, loaded_files
+from supernet.raw_config import read_raw_config
 from supernet.streaming import WeightFiles
 from supernet.tokens import read_tokenizer
-from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -116,10 +115,6 @@ def open_checkpoint(
     Without `weights`, only config.json is fetched and checked, to inspect a model without downloading it.
     """
     path = checkpoint_folder(name, revision, weights=weights)
-    if not (path / "config.json").is_file():
-        if (path / "adapter_config.json").is_file():
-            raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
-        raise RequestError(f"{name}: there is no config.json in {path}; give the folder of a Hugging Face checkpoint")
     config = _read_config(name, path, trust_remote_code)
     shapes = _check_weights(name, path) if weights else {}
     if weights:
@@ -136,24 +131,7 @@ def _read_config(name: str, path: Path, trust_remote_code: bool) -> PreTrainedCo
     """The configuration. Raises `RequestError` where it is not that of a network that can be compressed."""
     from transformers import AutoConfig
 
-    try:
-        raw = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise RequestError(f"{name}: config.json is not valid JSON ({error})") from error
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise RequestError(f"{name}: already quantized ({method}); give the unquantized checkpoint")
-    if any(key in raw for key in ("vision_config", "audio_config", "text_config")):
-        raise RequestError(f"{name}: a multimodal wrapper; extract its text model first and give that")
-    architectures = raw.get("architectures") or []
-    if architectures and not any("CausalLM" in entry or "LMHead" in entry for entry in architectures):
-        raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
-    if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):
-        raise RequestError(f"{name}: already an uneven package; compress the base it was made from")
-    if "model_type" not in raw:
-        raise RequestError(f"{name}: config.json does not say its model_type")
-    if "auto_map" not in raw:
-        family_named(raw["model_type"])
+    read_raw_config(name, path)
     with reading(f"{name}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     family_of(config)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from supernet.architecture import Structure
+
 LOGITS = 2**25
 """Logits computed at a time on a CPU, tokens times vocabulary: 128 MiB in float32."""
 CACHE_BYTES = 2**28
 """Bytes of layers' outputs that scoring keeps on a CPU for the next sub-network."""
+ACTIVATION_BYTES = 3 * 2**30
+"""Bytes that a step's backward pass may need on a CPU; larger batches are computed in parts."""
 SHARE_FOR_LOGITS, SHARE_FOR_CACHE = 1 / 16, 1 / 3
 """Shares of a GPU's free memory for the same."""
 
@@ -40,6 +44,27 @@ def logits_at_once(device: torch.device) -> int:
 def cache_bytes(device: torch.device) -> int:
     """Bytes of layers' outputs that scoring may keep for the next sub-network."""
     return max(CACHE_BYTES, int(SHARE_FOR_CACHE * _free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
+
+
+def activation_bytes(structure: Structure, tokens: int, checkpointing: bool = False) -> int:
+    """Bytes, about, that the backward pass of so many tokens needs in float32: what the layers keep, and the logits.
+    With `checkpointing` a layer keeps its input, and one at a time all."""
+    base, each = structure.base, structure.experts_per_token
+    neurons = max(s.intermediate_size * min(s.num_experts, each) or s.intermediate_size for s in base.layers)
+    layers, of_layer = len(base.layers), 10 * base.hidden_size + 4 * neurons
+    kept = layers * base.hidden_size + of_layer if checkpointing else layers * of_layer
+    return 4 * tokens * (kept + 4 * structure.vocab_size)
+
+
+def parts_of_batch(
+    structure: Structure, rows: int, length: int, device: torch.device, checkpointing: bool = False
+) -> int:
+    """Equal parts that a batch is to be computed in, so that a CPU holds `ACTIVATION_BYTES`, or one row's."""
+    if device.type == "cuda":
+        return 1
+    row = activation_bytes(structure, length, checkpointing)
+    fitting = (n for n in range(1, rows + 1) if rows % n == 0)
+    return next((n for n in fitting if rows // n * row <= ACTIVATION_BYTES), rows)
 
 
 def pass_tokens(device: torch.device) -> int:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import TensorSpec
+from supernet.architecture import Half, TensorSpec, Unit
 from supernet.device import logits_at_once
 from supernet.hooks import Hooks
 from supernet.learned_masks import learn_masks
+from supernet.moments import gather, projections
 from supernet.ordering import Scores, UnitSlice, readers, score_shapes, unit_slices
+from supernet.surgeon import removal_errors
 
 Batches = Iterable[Tensor]
 """Token ids, [batch, length] each, on the super-network's device."""
@@ -103,6 +105,20 @@ def learned(supernet: SuperNetwork, batches: Batches) -> Scores:
     return first | learnt
 
 
+def surgeon(supernet: SuperNetwork, batches: Batches) -> Scores:
+    """Errors after repair: what the other neurons, or head groups, of a half-block can say best goes first
+    (`supernet.surgeon`; ZipLM, arXiv 2302.04089). Query heads, experts and residual channels as Wanda scores them."""
+    batches = list(batches)
+    scores = wanda(supernet, batches)
+    names: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
+    by_half = projections(supernet)
+    for layer, moments in gather(supernet, batches):
+        for half, found in moments.items():
+            units = layer, names[half]
+            scores[units] = removal_errors(by_half[layer, half], found, len(scores[units]))
+    return scores
+
+
 def random(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
     """Uniform random numbers in [0, 1): the baseline that every criterion has to beat."""
     generator = torch.Generator().manual_seed(seed)
@@ -118,6 +134,7 @@ IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
     "wanda": wanda,
     "taylor": taylor,
     "learned": learned,
+    "surgeon": surgeon,
     "random": random,
 }
 OF_ACTIVATIONS = ("activation", "wanda")

@@ -89,7 +89,39 @@ class LayerWalk:
             return
 
         def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            outputs.append(output if isinstance(output, Tensor) else output[0])
+            outputs.append(first_of(output))
 
         with Hooks([own.register_forward_hook(keep)]):
             yield
+
+
+def first_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The tensor that a module puts out, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def residual_scale(supernet: SuperNetwork, ids: Tensor) -> float | None:
+    """What the outputs of half-blocks are multiplied by when they are added to the residual stream; None where they are
+    not simply added, as in families with a norm behind them. Asked of one pass of the first layer with both."""
+    scale = float(getattr(supernet.model.config, "residual_multiplier", 1.0))
+    index = next((i for i, full in enumerate(supernet.base.layers) if not full.skip), None)
+    if index is None:
+        return None
+    layer, added = supernet.layers[index], []
+
+    def add(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        added.append(first_of(output).flatten(0, -2))
+
+    ends: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        ends.extend([inputs[0].flatten(0, -2), first_of(output).flatten(0, -2)])
+
+    halves = supernet.halves(index).values()
+    with Hooks([*(half.register_forward_hook(add) for half in halves), layer.register_forward_hook(keep)]):
+        walk = LayerWalk(supernet, [ids])
+        for number in range(index + 1):
+            walk.step(number)
+    gap = ends[1] - ends[0] - scale * sum(added)
+    return scale if float(gap.abs().max()) <= 0.01 * float((ends[1] - ends[0]).abs().max()) else None

@@ -12,6 +12,7 @@ from torch import nn
 
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
+from supernet.raw_config import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -118,13 +119,8 @@ def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) 
 
     Without `weights`, only configurations are. Raises `RequestError` where it is neither.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise RequestError(f"{name}: is a file; give the folder that holds config.json and the weights")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RequestError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+    if (folder := local_folder(name)) is not None:
+        return folder
 
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))

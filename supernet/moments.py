@@ -23,7 +23,7 @@ from supernet.common.errors import RequestError, reading
 from supernet.common.files import replacing
 from supernet.common.progress import say
 from supernet.hooks import Hooks
-from supernet.layer_walk import LayerWalk
+from supernet.layer_walk import LayerWalk, first_of, residual_scale
 from supernet.ordering import output_projections
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -37,6 +37,10 @@ JUDGED_OUTPUTS = 256
 """Outputs of a projection, at most, whose errors judge the ridge for all sizes."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
 """Shares of the inputs that are kept where the ridge for all sizes is judged."""
+
+
+OTHER: dict[Half, Half] = {"attention": "mlp", "mlp": "attention"}
+"""The other half-block of a layer."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +148,28 @@ def is_held_out(tokens: int, length: int, first_row: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Other:
+    """E[o xᵀ] [outputs, inputs] and E[o] [outputs] in float32, and the ridge that fits o to x best."""
+
+    product: Tensor
+    mean: Tensor
+    ridge: float
+
+
+@dataclass(frozen=True)
 class Moments:
     """Of one projection's inputs: E[x xᵀ] [inputs, inputs] and E[x] [inputs] in float32, the tokens that they are of,
-    and the ridge that serves all sizes best (infinite where the plain slice does)."""
+    and the ridge that serves all sizes best (infinite where the plain slice does).
+
+    `other` is of what the layer's other half-block puts out, o: with it, this one says what it can of o where the other
+    is removed.
+    """
 
     second: Tensor
     mean: Tensor
     tokens: int
     ridge: float
+    other: Other | None = None
 
     def of(self, centred: bool) -> Tensor:
         """Second moments in float64; with `centred`, of the inputs less their means."""
@@ -196,6 +214,28 @@ def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> f
     return best
 
 
+def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Tensor, float]:
+    """The weight W [outputs, inputs] of least E|t - W x|² + λ|W - start|², and λ as a share of the moments' mean
+    diagonal: of several, the one of the least held-out error. The weight is `start`, and λ infinite, where no other is
+    better."""
+    judged, second = held.moments(centred), training.moments(centred)
+
+    def solved(xx: Tensor, xt: Tensor, ridge: float) -> Tensor:
+        return start + torch.cholesky_solve(xt - xx @ start.T, factorised(xx, ridge)).T
+
+    def error(weight: Tensor) -> float:
+        xx, xt, tt = judged
+        return tt - 2 * float((weight.T * xt).sum()) + float(((weight @ xx) * weight).sum())
+
+    best, least = math.inf, error(start)
+    for ridge in RIDGES if start.shape[1] <= WIDE else RIDGES_OF_WIDE:
+        if (found := error(solved(*second[:2], ridge))) < least:
+            best, least = ridge, found
+    if math.isinf(best):
+        return start, best
+    return solved(*(training + held).moments(centred)[:2], best), best
+
+
 def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[Half, Moments]]]:
     """Each layer's moments on token ids [rows, length], first layer first. The full network is active meanwhile.
 
@@ -203,24 +243,41 @@ def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[
     """
     by_half = projections(supernet)
     walk = LayerWalk(supernet, batches)
+    adds = bool(batches) and residual_scale(supernet, batches[0][:1]) is not None
     first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
     few: list[tuple[int, int]] = []
-    for index in range(len(supernet.layers)):
+    for index, layer in enumerate(supernet.layers):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
+        halves = supernet.halves(index) if adds else {}
         sums: dict[Half, tuple[Sums, Sums]] = {}
+        read: dict[Half, Tensor] = {}
+        said: dict[Half, Tensor] = {}
 
-        def collect(half: Half, sums: dict[Half, tuple[Sums, Sums]] = sums) -> Callable[..., None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0].detach().flatten(0, -2)
+        def reads(half: Half, read: dict[Half, Tensor] = read) -> Callable[..., None]:
+            return lambda _, inputs: read.update({half: inputs[0].detach().flatten(0, -2)})
+
+        def says(half: Half, said: dict[Half, Tensor] = said) -> Callable[..., None]:
+            return lambda _, __, output: said.update({half: first_of(output).detach().flatten(0, -2)})
+
+        def collect(
+            *_: object,
+            sums: dict[Half, tuple[Sums, Sums]] = sums,
+            read: dict[Half, Tensor] = read,
+            said: dict[Half, Tensor] = said,
+        ) -> None:
+            """At the layer's end, where both half-blocks have run."""
+            for half, x in read.items():
+                other = said.get(OTHER[half])
                 if half not in sums:
-                    sums[half] = (Sums(x.shape[1], device=x.device), Sums(x.shape[1], device=x.device))
+                    shape = x.shape[1], 0 if other is None else other.shape[1], x.device
+                    sums[half] = Sums(*shape), Sums(*shape)
                 held = is_held_out(len(x), batches[walk.number].shape[1], first_rows[walk.number]).to(x.device)
-                sums[half][0].add(x[~held])
-                sums[half][1].add(x[held])
+                for part, chosen in zip(sums[half], (~held, held), strict=True):
+                    part.add(x[chosen], None if other is None else other[chosen])
 
-            return hook
-
-        with Hooks([p.module.register_forward_pre_hook(collect(half)) for half, p in here.items()]):
+        hooks = [p.module.register_forward_pre_hook(reads(half)) for half, p in here.items()]
+        hooks += [module.register_forward_hook(says(half)) for half, module in halves.items()]
+        with Hooks([*hooks, layer.register_forward_hook(collect)]):
             walk.step(index)
         moments = {half: _moments(here[half], *pair) for half, pair in sums.items()}
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
@@ -240,11 +297,16 @@ def _moments(projection: Projection, training: Sums, held: Sums) -> Moments:
             f"repair: what {projection.name} reads is not finite on the calibration text; compute in float32 "
             "(--dtype float32), or leave repair off (--repair off)"
         )
-    ridge = math.inf  # nothing to judge by: the plain slice
+    centred = projection.bias() is not None
+    second, product, _ = both.moments(False)
+    ridge, other = math.inf, None  # nothing to judge by: the plain slice
     if training.tokens and held.tokens:
-        ridge = choose_ridge(projection.weight(), training, held, projection.bias() is not None)
-    second, _, _ = both.moments(False)
-    return Moments(second.float().cpu(), (both.x / both.tokens).float().cpu(), both.tokens, ridge)
+        ridge = choose_ridge(projection.weight(), training, held, centred)
+        if len(both.t):
+            nothing = torch.zeros_like(product.T)
+            fits = refit(nothing, training, held, centred)[1]
+            other = Other(product.T.float().cpu(), (both.t / both.tokens).float().cpu(), fits)
+    return Moments(second.float().cpu(), (both.x / both.tokens).float().cpu(), both.tokens, ridge, other)
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -253,11 +315,14 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def save_moments(moments: Mapping[Half, Moments], file: Path, of: str) -> None:
     """Write a layer's moments; `of` is the fingerprint of the weights and of the text that they are of."""
-    tensors = {
-        f"{half}.{key}": value for half, m in moments.items() for key, value in (("second", m.second), ("mean", m.mean))
-    }
-    facts = {"of": of} | {f"{half}.tokens": str(m.tokens) for half, m in moments.items()}
-    facts |= {f"{half}.ridge": repr(m.ridge) for half, m in moments.items()}
+    tensors: dict[str, Tensor] = {}
+    facts = {"of": of}
+    for half, m in moments.items():
+        tensors |= {f"{half}.second": m.second, f"{half}.mean": m.mean}
+        facts |= {f"{half}.tokens": str(m.tokens), f"{half}.ridge": repr(m.ridge)}
+        if m.other is not None:
+            tensors |= {f"{half}.other.product": m.other.product.contiguous(), f"{half}.other.mean": m.other.mean}
+            facts[f"{half}.other.ridge"] = repr(m.other.ridge)
     with replacing(file) as temporary:
         save_file(tensors, temporary, facts)
 
@@ -265,21 +330,28 @@ def save_moments(moments: Mapping[Half, Moments], file: Path, of: str) -> None:
 def load_moments(file: Path, of: str) -> dict[Half, Moments]:
     """A layer's moments from a file of `save_moments`. Raises `RequestError` where they are of something else, or not
     finite."""
-    halves: tuple[Half, Half] = ("attention", "mlp")
     with reading(f"{file}: not moments; remove {file.parent}"), safe_open(file, "pt") as stored:
         facts, names = stored.metadata() or {}, set(stored.keys())
         if facts.get("of") != of:
             raise RequestError(f"{file}: moments of other weights or another text; remove {file.parent}")
-        moments: dict[Half, Moments] = {
+        moments = {
             half: Moments(
                 stored.get_tensor(f"{half}.second"),
                 stored.get_tensor(f"{half}.mean"),
                 int(facts[f"{half}.tokens"]),
                 float(facts[f"{half}.ridge"]),
+                Other(
+                    stored.get_tensor(f"{half}.other.product"),
+                    stored.get_tensor(f"{half}.other.mean"),
+                    float(facts[f"{half}.other.ridge"]),
+                )
+                if f"{half}.other.product" in names
+                else None,
             )
-            for half in halves
+            for half in OTHER
             if f"{half}.second" in names
         }
-    if any(not torch.isfinite(m.second).all() or not torch.isfinite(m.mean).all() for m in moments.values()):
+        values = [stored.get_tensor(name) for name in names]
+    if any(not torch.isfinite(value).all() for value in values):
         raise RequestError(f"{file}: its moments are not finite; remove {file.parent}")
     return moments

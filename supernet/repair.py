@@ -11,7 +11,7 @@ is the optimum (optimal brain surgery for groups: Kurtić et al., ZipLM, arXiv 2
 both places, so that a large λ gives the plain slice W_K, and not zero. A projection with a bias is fitted to inputs
 less their means, which the bias then carries (all that FLAP does, An et al., arXiv 2312.11983).
 
-`RepairedVariants` repairs any sub-network from moments of the full network, each half-block for itself: for a search.
+`RepairedVariants` repairs any sub-network from moments of the full network, each layer for itself: for a search.
 `repair_in_sequence` repairs one, from the first layer to the last, on its own activations.
 """
 
@@ -29,18 +29,18 @@ from torch import Tensor, nn
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes
 from supernet.hooks import Hooks
-from supernet.layer_walk import LayerWalk, Through
+from supernet.layer_walk import LayerWalk, Through, residual_scale
 from supernet.moments import (
-    RIDGES,
-    RIDGES_OF_WIDE,
-    WIDE,
+    OTHER,
     Moments,
+    Other,
     Projection,
     Sums,
     factorised,
     is_held_out,
     prefix_weight,
     projections,
+    refit,
 )
 from supernet.variants import FixedVariants
 
@@ -78,7 +78,10 @@ class RepairedVariants:
 
     `load` gives a layer's moments. What was made is kept within `memory` bytes, and made again where it was dropped; so
     are the factorisations, in as much again, of which one serves all sizes with the same query heads in each group.
-    Removed half-blocks are not compensated for.
+
+    Where one half-block of a layer is removed, the other one is fitted to what both put out, in families that simply
+    add them to the residual: with C = E[o xᵀ] of the removed one's output o, W H + C stands for W H above. What a
+    removed layer said is not made up for.
     """
 
     def __init__(self, supernet: SuperNetwork, load: Callable[[int], Mapping[Half, Moments]], memory: int) -> None:
@@ -97,37 +100,44 @@ class RepairedVariants:
 
     def tensor(self, name: str, kept: LayerSizes) -> Tensor | None:
         projection = self._by_name[name]
-        full = self._full[projection.layer]
-        units = _units(projection.half, kept)
-        if units == _units(projection.half, full) or not units[0]:
+        full, half = self._full[projection.layer], projection.half
+        units, alone = _units(half, kept), OTHER[half] in kept.skip and OTHER[half] not in full.skip
+        if not units[0] or (units == _units(half, full) and not alone):
             return None
-        key = (projection.layer, projection.half, *units)
+        key = (projection.layer, half, *units, alone)
         if key in self._made:
             made = self._made[key]
         else:
-            made = self._make(projection, kept)
+            made = self._make(projection, kept, alone)
             self._made.put(key, made, 0 if made is None else made.bytes)
         if made is None:
             return None
         return made.weight if name == projection.weight_name else made.bias
 
-    def _make(self, projection: Projection, kept: LayerSizes) -> _Repaired | None:
-        """The refitted projection of a layer of these sizes; None where the plain slice is better."""
+    def _make(self, projection: Projection, kept: LayerSizes, alone: bool) -> _Repaired | None:
+        """The refitted projection of a layer of these sizes, where the other half-block is removed if `alone`; None
+        where the plain slice is better."""
         moments = self._load(projection.layer)[projection.half]
-        if math.isinf(moments.ridge):
+        other = moments.other if alone and moments.other is not None and math.isfinite(moments.other.ridge) else None
+        whole = _units(projection.half, kept) == _units(projection.half, self._full[projection.layer])
+        if math.isinf(moments.ridge) or (whole and other is None):
             return None
         bias = projection.bias()
         chosen = projection.kept(kept, self._full[projection.layer])
-        factor = self._factor(projection, kept, moments, bias is not None)
+        factor = self._factor(projection, kept, moments, other)
         weight = prefix_weight(factor.products, factor.lower, len(chosen))
         new_bias = None
         if bias is not None:
             mean = moments.mean.double().to(bias.device)
-            new_bias = projection.stored(bias + projection.weight() @ mean - weight.to(bias.device) @ mean[chosen])
+            added = bias + projection.weight() @ mean
+            if other is not None:
+                added += other.mean.double().to(bias.device)
+            new_bias = projection.stored(added - weight.to(bias.device) @ mean[chosen])
         return _Repaired(projection.stored(weight), new_bias)
 
-    def _factor(self, projection: Projection, kept: LayerSizes, moments: Moments, centred: bool) -> _Factor:
-        """Of the inputs in the order in which sizes with as many query heads in a group keep them, then the others."""
+    def _factor(self, projection: Projection, kept: LayerSizes, moments: Moments, other: Other | None) -> _Factor:
+        """Of the inputs in the order in which sizes with as many query heads in a group keep them, then the others;
+        with `other`, of what fits to its output too."""
         full = self._full[projection.layer]
         heads = 0
         if projection.half == "attention":
@@ -135,16 +145,24 @@ class RepairedVariants:
             widest = LayerSizes(heads * full.num_key_value_heads, full.num_key_value_heads, full.intermediate_size)
         else:
             widest = full
-        key = (projection.layer, projection.half, heads)
-        if key not in self._factors:
-            first = projection.kept(widest, full)
-            last = torch.ones(len(moments.mean), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
-            order = torch.cat([first, last])
-            lower = factorised(moments.of(centred)[order][:, order], moments.ridge)
-            factor = _Factor(order, projection.weight().cpu()[:, order] @ lower, lower)
-            self._factors.put(key, factor, factor.bytes)
-            return factor
-        return self._factors[key]
+        key = (projection.layer, projection.half, heads, other is not None)
+        if key in self._factors:
+            return self._factors[key]
+        first = projection.kept(widest, full)
+        last = torch.ones(len(moments.mean), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
+        order = torch.cat([first, last])
+        centred = projection.bias() is not None
+        ridge = moments.ridge if other is None else max(moments.ridge, other.ridge)
+        lower = factorised(moments.of(centred)[order][:, order], ridge)
+        products = projection.weight().cpu()[:, order] @ lower
+        if other is not None:
+            product = other.product.double()
+            if centred:
+                product = product - torch.outer(other.mean.double(), moments.mean.double())
+            products += torch.linalg.solve_triangular(lower.T, product[:, order], upper=True, left=False)
+        factor = _Factor(order, products, lower)
+        self._factors.put(key, factor, factor.bytes)
+        return factor
 
 
 def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:
@@ -175,28 +193,6 @@ class _Kept(OrderedDict[Key, Value]):
         while self._held > self._memory:
             dropped, _ = self.popitem(last=False)
             self._held -= self._bytes.pop(dropped)
-
-
-def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Tensor, float]:
-    """The weight W [outputs, inputs] of least E|t - W x|² + λ|W - start|², and λ as a share of the moments' mean
-    diagonal: of several, the one of the least held-out error. The weight is `start`, and λ infinite, where no other is
-    better."""
-    judged, second = held.moments(centred), training.moments(centred)
-
-    def solved(xx: Tensor, xt: Tensor, ridge: float) -> Tensor:
-        return start + torch.cholesky_solve(xt - xx @ start.T, factorised(xx, ridge)).T
-
-    def error(weight: Tensor) -> float:
-        xx, xt, tt = judged
-        return tt - 2 * float((weight.T * xt).sum()) + float(((weight @ xx) * weight).sum())
-
-    best, least = math.inf, error(start)
-    for ridge in RIDGES if start.shape[1] <= WIDE else RIDGES_OF_WIDE:
-        if (found := error(solved(*second[:2], ridge))) < least:
-            best, least = ridge, found
-    if math.isinf(best):
-        return start, best
-    return solved(*(training + held).moments(centred)[:2], best), best
 
 
 def repair_in_sequence(
@@ -304,33 +300,3 @@ class _Sequence:
     def _show(self, *, whole: bool) -> None:
         self.supernet.use(None if whole else self.variants)
         self.supernet.activate(self.supernet.base if whole else self.architecture)
-
-
-@torch.no_grad()
-def residual_scale(supernet: SuperNetwork, ids: Tensor) -> float | None:
-    """What the outputs of half-blocks are multiplied by when they are added to the residual stream; None where they are
-    not simply added, as in families with a norm behind them. Asked of one pass of the first layer with both."""
-    scale = float(getattr(supernet.model.config, "residual_multiplier", 1.0))
-    index = next((i for i, full in enumerate(supernet.base.layers) if not full.skip), None)
-    if index is None:
-        return None
-    layer, added = supernet.layers[index], []
-
-    def first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return value if isinstance(value, Tensor) else value[0]
-
-    def add(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        added.append(first(output).flatten(0, -2))
-
-    ends: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        ends.extend([inputs[0].flatten(0, -2), first(output).flatten(0, -2)])
-
-    halves = [layer.get_submodule(supernet.family.attention), layer.get_submodule(supernet.family.mlp)]
-    with Hooks([*(half.register_forward_hook(add) for half in halves), layer.register_forward_hook(keep)]):
-        walk = LayerWalk(supernet, [ids])
-        for number in range(index + 1):
-            walk.step(number)
-    gap = ends[1] - ends[0] - scale * sum(added)
-    return scale if float(gap.abs().max()) <= 0.01 * float((ends[1] - ends[0]).abs().max()) else None

@@ -14,10 +14,13 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
+from compressor import __version__
+from compressor.cli.chat import chat
 from compressor.cli.compare import compare
 from compressor.cli.compress import compress
 from compressor.cli.demo import demo
@@ -25,15 +28,19 @@ from compressor.cli.evaluate import evaluate
 from compressor.cli.export import export
 from compressor.cli.finetune import finetune
 from compressor.cli.inspect import inspect
+from compressor.cli.list import list_names
 from compressor.cli.pick import pick
 from compressor.cli.push import push
+from compressor.cli.recipe import recipe
 from compressor.cli.report import report
 from compressor.cli.search import search
 from compressor.cli.speed_table import speed_table
+from compressor.cli.status import status
 from compressor.cli.verify import verify
 from compressor.quiet import quiet_libraries
 from supernet.common.errors import RequestError, VerificationError, out_of_space
-from supernet.common.progress import console
+from supernet.common.metrics import send_to
+from supernet.common.progress import console, keep_lines, kept
 
 INTERRUPTED = 130
 OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
@@ -49,9 +56,13 @@ COMMANDS = (
     export,
     compare,
     report,
+    status,
+    recipe,
+    chat,
     evaluate,
     verify,
     push,
+    list_names,
     speed_table,
 )
 
@@ -62,7 +73,16 @@ app = typer.Typer(
     help="Turn a pre-trained checkpoint into smaller, quantized, proven ones.",
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command("list" if command is list_names else None)(command)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True)] = False,
+) -> None:
+    if version:  # `run` makes sure that there is a command otherwise
+        print(f"nas-compressor {__version__}")
+        raise Exit(0)
 
 
 def main() -> None:
@@ -74,9 +94,17 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run a command and return the exit status; whatever goes wrong is printed as one line."""
     try:
-        status = app(arguments or ["--help"], standalone_mode=False)
-        if status != INTERRUPTED:  # what typer makes of Ctrl-C
-            return status if isinstance(status, int) else 0
+        return _run(arguments)
+    finally:  # what is said and measured next is not this command's
+        keep_lines()
+        send_to()
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        ended = app(arguments or ["--help"], standalone_mode=False)
+        if ended != INTERRUPTED:  # what typer makes of Ctrl-C
+            return ended if isinstance(ended, int) else 0
     except RequestError as error:
         return _fail(2, str(error))
     except VerificationError as error:
@@ -120,4 +148,5 @@ def _fail(status: int, line: str) -> int:
     printable = " ".join(line.split()).encode("utf-8", "backslashreplace").decode()
     with contextlib.suppress(OSError):  # nobody reads any more: the status still says it
         console.print(f"error: {printable}", markup=False, soft_wrap=True, style="red")
+        kept(f"error: {printable}")
     return status

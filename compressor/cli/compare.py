@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
+from compressor.cli.request import run_recipe
+from compressor.names import BASELINES, OWN_METHODS
+from supernet.common.errors import unknown
 from supernet.common.progress import console, say
 
 
@@ -30,7 +32,11 @@ def compare(
 
     Same base, text, tokens, tasks, documents and size for all.
     """
-    offline_if_run_is_local(run)
+    known = ("ours", *OWN_METHODS, *BASELINES)
+    for name in _listed(baselines):
+        if name.removesuffix("-repaired") not in known and name != "ours-unrepaired":
+            raise unknown("--baselines", name, known)
+    run_recipe(run, {})
     from compressor import pipeline  # these import torch
     from export.report.comparison import summarize, summary, terminal_table
 

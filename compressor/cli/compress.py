@@ -13,7 +13,7 @@ from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
 Plan = Annotated[bool, typer.Option("--plan", help="show what would be done, and what it costs; do nothing")]
 
 
-@recipe_options(*RECIPE_OPTIONS)
+@recipe_options(*RECIPE_OPTIONS, any_key=True)
 def compress(
     given: Given,
     model: ModelUnlessInRecipe = None,
@@ -27,7 +27,7 @@ def compress(
 
     The whole job. Stopped and run again, it resumes.
     """
-    asked = recipe_of(recipe, model, given)
+    asked = recipe_of(recipe, model, given, output, redo)
     from compressor import pipeline  # imports torch
 
     if plan:

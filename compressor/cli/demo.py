@@ -10,6 +10,7 @@ import typer
 from compressor.cli.offline import stay_offline
 from compressor.cli.options import Json
 from compressor.cli.output import emit
+from compressor.cli.request import announce
 
 
 def demo(
@@ -17,6 +18,7 @@ def demo(
 ) -> None:
     """The whole job on a bundled checkpoint: about three minutes."""
     stay_offline()
+    announce("the demo, on the bundled checkpoint")
     from compressor import pipeline  # imports torch
 
     emit(pipeline.demo(output), json)

@@ -11,8 +11,10 @@ from rich.table import Table
 
 from compressor.cli.options import RECIPE_OPTIONS, Given, IncludePath, Json, recipe_options
 from compressor.cli.output import emit, writable
+from compressor.cli.request import announce
 from supernet.common.files import write_json
-from supernet.common.progress import console
+from supernet.common.progress import console, working
+from supernet.raw_config import local_folder
 
 
 @recipe_options("device", "dtype", "revision", "trust_remote_code")
@@ -29,13 +31,19 @@ def evaluate(
 
     Ours or not, quantized or not, with the code that the search uses.
     """
-    from compressor.recipe import read_recipe  # these import pydantic and torch
-    from evals.scoring.evaluate import evaluate as run_evaluation
+    from compressor.early_checks import check_tasks  # these import pydantic
+    from compressor.recipe import read_recipe
 
-    read_recipe(None, {"model": path_or_repo} | given)  # refuses values that these options cannot have
+    asked = read_recipe(None, {"model": path_or_repo, "tasks": tasks, "include_path": include_path} | given)
+    check_tasks(asked)
+    local_folder(path_or_repo)
     if output is not None:
         writable("--output", output)
-    results = run_evaluation(path_or_repo, tasks.split(","), include_path=include_path, limit=limit, **given)
+    announce(path_or_repo, "evals.scoring.evaluate")
+    from evals.scoring.evaluate import evaluate as run_evaluation  # imports torch
+
+    with working("scoring"):
+        results = run_evaluation(path_or_repo, tasks.split(","), include_path=include_path, limit=limit, **given)
     if output is not None:
         write_json(output, results)
     if not json:

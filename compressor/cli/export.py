@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
+from compressor.cli.request import run_recipe
 
 
-@recipe_options("quantize", "group_size", "formats", "heal_tokens", "repair")
+@recipe_options("quantize", "group_size", "rounding_steps", "formats", "heal_tokens", "repair", any_key=True)
 def export(run: RunFolder, given: Given, json: Json = False) -> None:
     """Slice, heal, quantize, package and prove what was picked."""
-    offline_if_run_is_local(run)
+    run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
     emit(pipeline.export(pipeline.resume(run, given)), json)

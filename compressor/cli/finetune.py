@@ -9,7 +9,7 @@ from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
 OPTIONS = ("data", "tasks", "include_path", "space", "effort", "train_tokens", "max_params", "seed", "device", "dtype")
 
 
-@recipe_options(*OPTIONS, "revision", "trust_remote_code")
+@recipe_options(*OPTIONS, "revision", "trust_remote_code", any_key=True)
 def finetune(
     given: Given,
     model: ModelUnlessInRecipe = None,
@@ -19,7 +19,7 @@ def finetune(
     json: Json = False,
 ) -> None:
     """Create a run and fine-tune its super-network."""
-    asked = recipe_of(recipe, model, given)
+    asked = recipe_of(recipe, model, given, output, redo)
     from compressor import pipeline  # imports torch
 
     job = pipeline.start(asked, required(output), redo=redo, tasks_needed=False)

@@ -31,14 +31,6 @@ def offline_if_local(recipe: Recipe) -> None:
         stay_offline()
 
 
-def offline_if_run_is_local(run: Path) -> None:
-    """The same for the recipe of a run, before a stage command imports anything."""
-    from compressor.recipe import read_recipe  # here, since pydantic takes longer to import than --help may
-
-    if (run / "recipe.yaml").is_file():
-        offline_if_local(read_recipe(run / "recipe.yaml", {}))
-
-
 def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
     """Whether every task is a file of `include_path`, and none of those files wants data from the hub."""
     if include_path is None:

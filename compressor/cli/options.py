@@ -9,16 +9,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
+from compressor.names import FORMATS, SPACES, TRACKERS, WARM_STARTS
 from export.quantization.schemes import SCHEMES
+from supernet.common.errors import RequestError
 
 Model = Annotated[str, typer.Argument(help="a checkpoint: a folder or a hub name")]
 RunFolder = Annotated[Path, typer.Argument(help="a run directory made by compress or finetune", metavar="RUN")]
 Output = Annotated[Path | None, typer.Option(help="the run directory")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="a YAML recipe; options given here win over it")]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="a YAML recipe, or the name of one (compressor list recipes); options win over it"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE for any key of a recipe, such as healing.learning_rate=1e-4; repeatable"),
+]
 IncludePath = Annotated[str | None, typer.Option(help="folder of lm-eval task files")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
-Redo = Annotated[str | None, typer.Option(help="a stage to do again, although that throws measured work away")]
+Redo = Annotated[
+    str | None, typer.Option(help="finetune, search or export: do it again, although that throws measured work away")
+]
 
 
 Given = dict[str, Any]
@@ -27,19 +39,26 @@ Given = dict[str, Any]
 
 @dataclass(frozen=True)
 class RecipeOption:
-    """An option that sets a key of the recipe. `flag` is its name where that is not its name in the table."""
+    """An option that sets a key of the recipe. `flag` is its name where that is not its name in the table, `default`
+    what holds where nothing is said, in words where it follows from something else. `int` may be written `1e6`, `0.5M`.
+    """
 
     key: str
     kind: type
     help: str
     flag: str | None = None
+    default: str = ""
 
     @property
     def annotation(self) -> Any:
         flags = () if self.flag is None else (self.flag,)
-        return Annotated[self.kind | None, typer.Option(*flags, help=self.help)]
+        text = f"{self.help} [default: {self.default}]" if self.default else self.help
+        if self.kind is int:
+            return Annotated[str | None, typer.Option(*flags, help=text, metavar="NUMBER")]
+        return Annotated[self.kind | None, typer.Option(*flags, help=text)]
 
 
+BY_EFFORT = "by --effort or --time"
 RECIPE_OPTIONS = {
     "data": RecipeOption(
         "data",
@@ -47,42 +66,63 @@ RECIPE_OPTIONS = {
         "training text: .txt, .jsonl, .parquet, a folder, a hub dataset; generated: the model's own",
     ),
     "tasks": RecipeOption("tasks", str, "lm-eval tasks, comma-separated; T:METRIC names a task's metric"),
-    "text_key": RecipeOption("text_key", str, "the column of the data with the text, where it is not called 'text'"),
-    "include_path": RecipeOption("include_path", str, "folder of lm-eval task files"),
-    "space": RecipeOption("space", str, "llama-nas, instatune, depth, uniform, fine, or a YAML file"),
+    "text_key": RecipeOption(
+        "text_key", str, "the column of the data to read", default="the columns that have a meaning, such as text"
+    ),
+    "include_path": RecipeOption("include_path", str, "folder of lm-eval task files", default="lm-eval's own tasks"),
+    "space": RecipeOption("space", str, f"{', '.join(SPACES)}, or a YAML file", default="fine"),
     "time": RecipeOption("time", str, "how long the whole job may take here, such as 3h or 90m: sets every budget"),
-    "effort": RecipeOption("effort", str, "quick, standard or thorough: sets every budget, without a clock"),
-    "train_tokens": RecipeOption("finetuning.tokens", int, "tokens for the one fine-tuning (0: none)"),
-    "evaluations": RecipeOption("searching.evaluations", int, "sub-networks to measure in the search"),
-    "heal_tokens": RecipeOption("healing.tokens", int, "tokens to heal each chosen sub-network with (0: none)"),
-    "repair": RecipeOption("repair.enabled", str, "on or off: refit what was cut by least squares, without training"),
-    "limit": RecipeOption("searching.limit", int, "documents per task in the search"),
+    "effort": RecipeOption(
+        "effort", str, "quick, standard or thorough: sets every budget, without a clock", default="standard"
+    ),
+    "train_tokens": RecipeOption(
+        "finetuning.tokens", int, "tokens for the one fine-tuning; 0: none", default=BY_EFFORT
+    ),
+    "evaluations": RecipeOption(
+        "searching.evaluations", int, "sub-networks to measure in the search", default=BY_EFFORT
+    ),
+    "heal_tokens": RecipeOption(
+        "healing.tokens", int, "tokens to heal each chosen sub-network with; 0: none", default=BY_EFFORT
+    ),
+    "repair": RecipeOption(
+        "repair.enabled", str, "on or off: refit what was cut by least squares", default="on where little is trained"
+    ),
+    "limit": RecipeOption("searching.limit", int, "documents per task in the search", default=BY_EFFORT),
     "warm_start": RecipeOption(
         "searching.warm_start",
         str,
-        "what the search starts from: earlier runs, greedy, blockwise, superposition, comma-separated",
+        f"what the search starts from: {', '.join(WARM_STARTS)}, earlier runs; comma-separated",
+        default="blockwise",
     ),
-    "workers": RecipeOption("searching.workers", int, "processes that measure sub-networks side by side"),
+    "workers": RecipeOption("searching.workers", int, "processes that measure sub-networks side by side", default="1"),
     "max_params": RecipeOption("targets.max_params", str, "0.67, 67%, 450M, or several with commas"),
     "max_bytes": RecipeOption(
         "targets.max_bytes", str, "of the smallest requested variant's weights, for example 2GiB"
     ),
-    "min_speedup": RecipeOption("targets.min_speedup", float, "decode tokens per second against the base"),
-    "max_drop": RecipeOption("targets.max_drop", str, "largest loss of quality, for example 1%"),
-    "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated"),
+    "min_speedup": RecipeOption("targets.min_speedup", float, "decode tokens per second against the base, such as 1.3"),
+    "max_drop": RecipeOption(
+        "targets.max_drop", str, "largest loss of quality, for example 1%", default="1% where no target is named"
+    ),
+    "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated", default="none"),
     "group_size": RecipeOption(
-        "quantizing.group_size", int, "int4's group size; unset: the largest that divides all widths"
+        "quantizing.group_size", int, "int4's group size", default="the largest of 128, 64, 32 that divides all widths"
+    ),
+    "rounding_steps": RecipeOption(
+        "quantizing.iterations", int, "steps that tune each block's rounding; 0: round to nearest", default=BY_EFFORT
     ),
     "formats": RecipeOption(
-        "formats",
-        str,
-        "uneven, uniform, padded, gguf (f16; or gguf-q8_0, gguf-q4_0, …), onnx, openvino",
-        flag="--format",
+        "formats", str, f"{', '.join(FORMATS)}; comma-separated", flag="--format", default="uneven"
     ),
-    "seed": RecipeOption("seed", int, "the seed of everything random"),
-    "device": RecipeOption("device", str, "auto, cpu or cuda"),
-    "dtype": RecipeOption("dtype", str, "auto, float32, bfloat16 or float16: what is computed in"),
-    "revision": RecipeOption("revision", str, "the hub revision of the model"),
+    "report_to": RecipeOption(
+        "report_to",
+        str,
+        f"{', '.join(TRACKERS)} or none: who gets every measured number beside RUN/metrics.jsonl",
+        default="none",
+    ),
+    "seed": RecipeOption("seed", int, "the seed of everything random", default="0"),
+    "device": RecipeOption("device", str, "auto, cpu or cuda", default="auto"),
+    "dtype": RecipeOption("dtype", str, "auto, float32, bfloat16 or float16: what is computed in", default="auto"),
+    "revision": RecipeOption("revision", str, "the hub revision of the model", default="main"),
     "trust_remote_code": RecipeOption(
         "trust_remote_code", bool, "run code that the checkpoint brings", flag="--trust-remote-code"
     ),
@@ -92,18 +132,21 @@ KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 TARGETS = ("max_params", "max_bytes", "min_speedup", "max_drop")
 
 
-def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def recipe_options(*names: str, any_key: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these names; it receives what was given as `given`, {recipe key: value}.
 
-    They stand in the help before the command's own options, behind its arguments.
+    They stand in the help before the command's own options, behind its arguments. With `any_key`, there is `--set` too.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
             shared = {RECIPE_OPTIONS[name].key: values.pop(name) for name in names}
+            shared |= _settings(values.pop("set_", None) or [])
             command(given={key: value for key, value in shared.items() if value is not None}, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+        if any_key:
+            own.append(inspect.Parameter("set_", KEYWORD_ONLY, default=None, annotation=Set))
         arguments = [p for p in own if _is_argument(p)]
         options = [
             inspect.Parameter(name, KEYWORD_ONLY, default=None, annotation=RECIPE_OPTIONS[name].annotation)
@@ -121,3 +164,17 @@ def recipe_options(*names: str) -> Callable[[Callable[..., None]], Callable[...,
 def _is_argument(parameter: inspect.Parameter) -> bool:
     marks = getattr(parameter.annotation, "__metadata__", ())
     return any(isinstance(mark, typer.models.ArgumentInfo) for mark in marks)
+
+
+def _settings(pairs: list[str]) -> Given:
+    """What `--set key=value` says, values as YAML reads them. Raises `RequestError` for what is no such pair."""
+    given: Given = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise RequestError(f"--set {pair}: expected KEY=VALUE, such as healing.tokens=2M")
+        try:
+            given[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            given[key.strip()] = text
+    return given

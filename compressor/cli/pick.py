@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
+from compressor.cli.request import run_recipe
 
 
 @recipe_options(*TARGETS)
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets."""
-    offline_if_run_is_local(run)
+    run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
     emit(pipeline.pick(pipeline.resume(run, given, replace_targets=True)), json)

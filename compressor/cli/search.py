@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from compressor.cli.offline import offline_if_run_is_local
 from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
 from compressor.cli.output import emit
+from compressor.cli.request import run_recipe
 
 
-@recipe_options("tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers", "repair")
+@recipe_options(
+    "tasks", "include_path", "evaluations", "limit", "max_params", "warm_start", "workers", "repair", any_key=True
+)
 def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) -> None:
     """Search a fine-tuned run.
 
     Measured sub-networks are kept and never measured twice.
     """
-    offline_if_run_is_local(run)
+    run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
     job = pipeline.resume(run, given, redo=redo, replace_targets="targets.max_params" in given)

@@ -9,7 +9,9 @@ import typer
 
 from compressor.cli.options import Model
 from compressor.cli.output import writable
-from supernet.common.progress import say
+from compressor.cli.request import announce
+from supernet.common.progress import bar, say
+from supernet.raw_config import local_folder
 
 
 def speed_table(model: Model, file: Annotated[Path, typer.Argument(help="where to write the table")]) -> None:
@@ -17,15 +19,21 @@ def speed_table(model: Model, file: Annotated[Path, typer.Argument(help="where t
 
     The search's recipe names the file: `speed_table: FILE`.
     """
+    writable("FILE", file)
+    local_folder(model)
+    announce(model, "evals.speed.table")
     import torch  # these take seconds to import
 
     from evals.speed.table import SpeedTable
     from supernet.checkpoint import open_checkpoint
     from supernet.slicing import extract
 
-    writable("FILE", file)
     checkpoint = open_checkpoint(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = checkpoint.load_model(torch.float32 if device.type == "cpu" else "auto", device)
-    SpeedTable.measure(lambda a: extract(network, checkpoint.structure, a), checkpoint.structure).save(file)
+    with bar("timing the layers", SpeedTable.steps(checkpoint.structure, device)) as progress:
+        table = SpeedTable.measure(
+            lambda a: extract(network, checkpoint.structure, a), checkpoint.structure, on_step=progress.advance
+        )
+    table.save(file)
     say(f"{file}: written; name it in the recipe of the search (speed_table: {file})")

@@ -9,8 +9,9 @@ import typer
 
 from compressor.cli.options import IncludePath, Json
 from compressor.cli.output import emit
+from compressor.cli.request import announce
 from supernet.common.errors import RequestError, VerificationError
-from supernet.common.progress import say
+from supernet.common.progress import say, working
 
 
 def verify(
@@ -20,11 +21,15 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check again, in a fresh process, what a package claims."""
+    if not package.is_dir():
+        raise RequestError(f"{package}: no such folder; give the folder of a package")
+    announce(str(package), "export.verify")
     from export.verify import TaskFiles  # imports transformers
     from export.verify import verify as run_verification
 
     try:
-        result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
+        with working("proving in a fresh process"):
+            result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
     except VerificationError as error:  # of the package and not of this program
         raise RequestError(f"{error}; fetch or export the package again") from error
     if not json:

@@ -102,7 +102,7 @@ def compare(
     `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
     where none is given; `others` are checkpoints, by folder or hub name, that were compressed elsewhere.
     """
-    known = methods(repair=job.recipe.repair.enabled)
+    known = methods(repair=job.repairs)
     for name in baselines:
         if name not in known:
             raise unknown("--baselines", name, known)
@@ -129,7 +129,6 @@ def compare(
                 done += run_method(comparison, method, seeds, tokens, blocks)
             except RequestError as error:  # it does not reach the size, or does not suit the family
                 say(f"{method.name} is left out at {comparison.size}: {error}")
-                run.log(f"{method.name} is left out at {comparison.size}: {error}")
         if len(chosen) > 1 and len(done) == seeds:
             raise RequestError(
                 f"no method could be compared with ours at {comparison.size}, for the reasons above; compare at "
@@ -278,7 +277,7 @@ def heal_as_ours(
     section = job.recipe.healing.model_copy(update={"tokens": tokens})
     settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
     job.threads(scoring=False)
-    heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
+    heal(network, base, blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     round_as_stored(job, network)
 
 
@@ -305,7 +304,7 @@ def prove(job: Job, rows: Sequence[Path]) -> None:
     folders = sorted({job.run.path / FinishedRow.read(row).row.path for row in rows})
     unproved = [folder for folder in folders if not read_record(folder).entry.verified]
     if unproved:
-        verify_all([(folder, None) for folder in unproved], record=True, log=job.run.log_file)
+        verify_all([(folder, None) for folder in unproved], record=True, log=job.run.debug_file)
 
 
 def time_beside_base(job: Job, base: PreTrainedModel, rows: Sequence[Path]) -> None:

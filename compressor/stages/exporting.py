@@ -7,7 +7,7 @@ something that changed: another `--quantize` or `--format` adds folders to what 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
-from supernet.common.progress import bar, say
+from supernet.common.progress import Bar, bar, say
 from supernet.common.versions import versions
 from supernet.device import release_cached_memory
 from supernet.streaming import StreamedNetwork
@@ -63,13 +63,23 @@ def export(job: Job) -> list[dict[str, Any]]:
                 proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
         measure_packages(job, written)
         if proofs:
-            say(f"proving {len(proofs)} package{'s' * (len(proofs) > 1)} in a fresh process")
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
-            with job.schedule.stage("proving"):
-                verify_all(proofs, record=True, log=run.log_file, tasks=tasks)
+            with job.schedule.stage("proving"), bar("proving", len(proofs)) as progress:
+                proved = progress_by_name(progress)
+                verify_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
+                progress.advance(len(proofs) - progress.done)
     run.log(f"exported: {', '.join(written)}")
     return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
+
+
+def progress_by_name(progress: Bar) -> Callable[[str], None]:
+    """Moves a bar on by one for each name but the first, whose work begins."""
+
+    def begins(name: str) -> None:
+        progress.advance(1 if progress.note else 0, name)
+
+    return begins
 
 
 def cut_inputs(job: Job, architecture: str) -> Inputs:
@@ -178,7 +188,7 @@ def quantize(
             group_size=quantizing.group_size,
             seed=job.recipe.seed,
             device=job.device.type,
-            log=job.run.log_file,
+            log=job.run.debug_file,
             progress=lambda done, _, what: progress.advance(done - progress.done, what),
         )
         progress.advance(blocks_to_do - progress.done)
@@ -230,7 +240,7 @@ def shipped_network(job: Job, blocks: Blocks, picked: dict[str, Any], lineage: d
     settings = job.train_settings(recipe.healing, blocks.length, recipe.seed + 1)
     job.threads(scoring=False)
     network = cut.built(torch.float32, job.device)
-    history = heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
+    history = heal(network, job.load_base(), blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
     write_json(healed / HEALING, vars(history))
     round_as_stored(job, network)

@@ -51,20 +51,22 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     """All that the stage reads; another value of any of it makes another super-network."""
     recipe, space = job.recipe, job.declared_space  # which layers are important follows from the model and the data
     least, _ = smallest_in_training(job, space)
+    finetuning = former_names(job.given.finetuning.model_dump())
+    finetuning["gradient_accumulation"] = finetuning["gradient_accumulation"] or 1  # as where it was 1 when unset
     inputs = {
         "model": job.base_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
-        "finetuning": former_names(job.given.finetuning.model_dump()),
+        "finetuning": finetuning,
         "space": space.to_dict(),
         "smallest": least.to_dict(),
         "seed": recipe.seed,
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
-        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.finetuning.ordering}
+        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.ordering}
     if recipe.text_key is not None:
         inputs["text_key"] = recipe.text_key
-    if recipe.finetuning.ordering not in IMPORTANCES:
-        inputs["ordering_file"] = data_fingerprint(recipe.finetuning.ordering)
+    if recipe.ordering not in IMPORTANCES:
+        inputs["ordering_file"] = data_fingerprint(recipe.ordering)
     return inputs
 
 
@@ -123,7 +125,7 @@ def finetune(job: Job) -> dict[str, Any]:
             model = job.load_base(torch.float32)  # one that is whole, to be stored
             model.load_state_dict(state)
         if run.writes:
-            save_ordering(order, influence, folder / "ordering.safetensors", recipe.finetuning.ordering)
+            save_ordering(order, influence, folder / "ordering.safetensors", recipe.ordering)
             # As stored, so that what is searched is what will be shipped, bit for bit.
             trained = logits_of(model, ids)
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
@@ -179,7 +181,7 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Or
 
     `ordering` names a criterion, which is measured on the first blocks of the data, or a file that another run left.
     """
-    named = job.recipe.finetuning.ordering
+    named = job.recipe.ordering
     if named in IMPORTANCES:
         say(f"ordering units by importance ({named}) on {calibration_blocks(job)} blocks of the data")
         scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks))
@@ -224,7 +226,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     return finetune_supernet(
         make(supernet, load if scheme.needs_base else None, section.lora_rank, job.recipe.seed),
         blocks,
-        job.train_settings(section, blocks.length, job.recipe.seed),
+        job.in_parts(job.train_settings(section, blocks.length, job.recipe.seed)),
         scheme,
         range_,
         state=state,

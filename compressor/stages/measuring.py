@@ -32,7 +32,8 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
-from supernet.common.progress import say
+from supernet.common.metrics import record
+from supernet.common.progress import bar
 from supernet.device import device_name
 from supernet.loading import load_network
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
@@ -71,11 +72,13 @@ def measure_packages(job: Job, names: list[str]) -> None:
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
     measurer = PackageMeasurer(job)
-    with EvaluationStore(job.run.evaluations) as store:
+    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + 1) as progress:
+        progress.advance(0, "the base")
         measurer.measure_base(store)
-        for number, name in enumerate(names, start=1):
-            say(f"measuring {name} ({number} of {len(names)})")
+        for name in names:
+            progress.advance(note=name)
             measurer.measure(name, store)
+        progress.advance()
     measurer.write(names)
 
 
@@ -126,9 +129,9 @@ class PackageMeasurer:
         in their runtimes is for the proof to say.
         """
         job, package = self.job, self.job.run.packages / name
-        record = read_record(package)
-        entry, lineage = record.entry, record.lineage
-        model = cache(partial(scored_network, job, record))  # loaded when, and if, it is needed
+        held = read_record(package)
+        entry, lineage = held.entry, held.lineage
+        model = cache(partial(scored_network, job, held))  # loaded when, and if, it is needed
         current = self.speed is not None and lineage.base_speed == self.speed
         if entry.layout in ("onnx", "openvino"):
             original = lineage.copy_of or ""
@@ -137,16 +140,19 @@ class PackageMeasurer:
             self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
             loss = entry.held_out_loss if current else None
             self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
-        speed = (entry.speed if current else None) or self.time(record, model)
+        speed = (entry.speed if current else None) or self.time(held, model)
         if entry.layout in LOADABLE:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job, self.prompts, model, kept)
+        quality = relative_quality(self.scores[name], self.scores["base"])
         measured = {
             "tasks": dumped(self.scores[name]),
-            "quality": relative_quality(self.scores[name], self.scores["base"]),
+            "quality": quality,
             "held_out_loss": self.losses[name],
             "speed": speed.model_dump(),
         }
+        scores = {task: score.value for task, score in self.scores[name].items()}
+        record("package", name=name, quality=quality, decode_tps=speed.decode_tps, **scores)
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
         update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})

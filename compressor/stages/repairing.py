@@ -20,6 +20,8 @@ from supernet.variants import FixedVariants, Variants
 
 BATCH = 8
 """Blocks of calibration text in a pass."""
+METHOD = "halves"
+"""Changes with what is refitted, so that scores of repaired networks are of one kind."""
 
 
 def repair_inputs(job: Job) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def repair_inputs(job: Job) -> dict[str, Any]:
         return {}
     settings = job.recipe.finetuning
     text = [text_fingerprint(job, settings.tokens or 0), job.recipe.text_key, settings.sequence_length]
-    return {"repair": [job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
+    return {"repair": [METHOD, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
 
 
 def searched_weights(job: Job) -> str:

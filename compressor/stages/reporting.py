@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compressor.again import command_line
 from compressor.inputs import HEALING, text_fingerprint
 from compressor.job import Job
+from compressor.shown_report import show_report
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.front import read_front
@@ -16,15 +18,13 @@ from compressor.stages.subnet_scores import known_scores
 from export.package_record import read_record, write_card
 from export.report.card import render_card
 from export.report.page import write_report
-from export.report.schema import Gene, Generation, Point, PredictorScore, Search, Space, validate_report
-from export.report.table import footnotes, terminal_table
-from export.report.verdict import verdict
+from export.report.schema import Again, Gene, Generation, Point, PredictorScore, Search, Space, validate_report
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
-from supernet.common.progress import console, say
-from supernet.common.versions import versions
+from supernet.common.versions import machine, versions
+from supernet.device import device_name
 from supernet.training.history import History
 
 
@@ -53,6 +53,13 @@ def report(job: Job) -> dict[str, Any]:
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,
+        "again": Again(
+            command=command_line(job.given, "runs/again"),
+            run=run.path.resolve().name,
+            seconds=sum(time.seconds for time in job.schedule.times.values()),
+            machine=machine(),
+            device=device_name(job.device),
+        ),
     }
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
@@ -62,13 +69,10 @@ def report(job: Job) -> dict[str, Any]:
     if "finetune" in data or recipe.healing.tokens:
         data["hub_dataset"] = finetune.get("hub_dataset")
     checked = validate_report(data)
-    page = write_report(checked, run.path)
     for package in checked.packages:
         write_card(run.packages / package.name, render_card(checked, package.name))
-    console.print(terminal_table(checked))
-    for line in [*footnotes(checked), "", *verdict(checked)]:
-        say(line)
-    say(f"report: {page}")
+    write_report(checked, run.path)  # last: newer than all that it is made from, it is up to date
+    show_report(checked, run.path)
     return read_json(run.report)
 
 

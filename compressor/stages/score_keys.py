@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from compressor.inputs import text_fingerprint
 from compressor.job import Job
-from evals.scoring.tasks import ScoredTask
 from search.objectives import Direction
 from search.scores import ScoreKey, Split
 from supernet.common.files import fingerprint
 from supernet.training.data import HELD_OUT_BLOCKS
+
+if TYPE_CHECKING:
+    from evals.scoring.tasks import ScoredTask
 
 HELD_OUT = ("held_out_loss", "kl_to_base")
 

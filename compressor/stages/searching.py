@@ -28,6 +28,7 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, write_json
+from supernet.common.metrics import record
 from supernet.common.progress import Bar, bar, say
 from supernet.device import device_name
 from supernet.slicing import extract, fits_plain_class
@@ -145,7 +146,15 @@ class SearchProgress:
         self._set_aside: dict[str, list[str]] = {}
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Move the bar by one measured sub-network."""
+        """Move the bar by one measured sub-network, and record it."""
+        values = {name: value for name, value in evaluation.values.items() if value is not None}
+        record(
+            "candidate",
+            int(self._bar.done) + 1,
+            key=evaluation.architecture.key,
+            generation=evaluation.generation,
+            **values,
+        )
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
         if self._largest is None or parameters <= self._largest:
@@ -153,10 +162,11 @@ class SearchProgress:
         share = self._best[1] / structure.parameters(structure.base)
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
 
-    def generation(self, record: GenerationRecord) -> None:
+    def generation(self, made: GenerationRecord) -> None:
         """Log a generation; say which predictors were set aside in it."""
-        self._job.run.log(generation_line(record))
-        for name, predictors in record.get("predictors", {}).items():
+        self._job.run.log(generation_line(made))
+        record("generation", made["generation"], evaluations=made["evaluations"], hypervolume=made["hypervolume"])
+        for name, predictors in made.get("predictors", {}).items():
             for kind in set(predictors["set_aside"]) - set(self._set_aside.get(name, [])):
                 say(f"predictor {kind} of {name} ranked the newest sub-networks no better than chance: set aside")
             self._set_aside[name] = predictors["set_aside"]

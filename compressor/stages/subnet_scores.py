@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,6 @@ from compressor.stages.score_keys import (
     scored_tasks,
 )
 from evals.quality import check_base, quality_stderr, relative_quality
-from evals.scoring.scorer import Scorer
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
@@ -41,6 +40,9 @@ from supernet.families import family_of
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import divergence, token_losses
 from supernet.training.traces import HiddenStates, LayerCache, trace
+
+if TYPE_CHECKING:
+    from evals.scoring.scorer import Scorer
 
 FIRST_BLOCKS, FINALISTS = 4, 3
 """Blocks of held-out text on which all sub-networks are measured that tasks do not tell apart, and how many of them

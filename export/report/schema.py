@@ -264,6 +264,20 @@ class Comparison(Model):
     """Over all seeds of this method and size; None for ours."""
 
 
+class Again(Model):
+    """How to get the same again, and what it took."""
+
+    command: str
+    """One line for a shell."""
+    run: str
+    """The name of the folder of the run, whose recipe `compressor recipe` prints."""
+    seconds: float
+    """That all stages took together, in every process that worked on them."""
+    machine: str
+    device: str
+    """The GPU's name, or `cpu`."""
+
+
 class Report(Model):
     """`report.json`."""
 
@@ -285,6 +299,7 @@ class Report(Model):
     hub_dataset: str | None = None
     """Name of the data set that was fine-tuned or healed on, if it was loaded from the hub."""
     samples: list[Sample] = Field(default_factory=list)
+    again: Again | None = None
 
     @property
     def tasks(self) -> list[str]:

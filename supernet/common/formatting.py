@@ -76,6 +76,16 @@ def parse_tokens(size: str) -> int:
     return tokens
 
 
+def parse_count(text: str) -> int:
+    """The whole number in `1e6`, `0.5M`, `500k`, `10_000` or `10,000`. Raises ValueError for anything else."""
+    plain = re.sub(r"(?<=\d)[_,](?=\d)", "", text.strip().lower())
+    match = re.fullmatch(r"([+-]?\d+(?:\.\d*)?(?:e\+?\d{1,2})?)\s*([kmb]?)", plain)
+    number = float(match[1]) * _PARAMETERS[match[2]] if match else 0.5
+    if number != round(number):
+        raise ValueError(f"'{text}' is no whole number; write for example 1000, 1e6 or 0.5M")
+    return round(number)
+
+
 def parse_bytes(size: str) -> int:
     """The number of bytes in `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())

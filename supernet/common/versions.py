@@ -6,6 +6,8 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 
+from supernet.common.processes import available_cores
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -17,6 +19,12 @@ PACKAGES = (
     "datasets",
     "safetensors",
 )
+
+
+def machine() -> str:
+    """The kind of processor and the number of cores for this process, such as `x86_64, 2 cores`."""
+    cores = available_cores()
+    return f"{platform.machine()}, {cores} core{'s' * (cores > 1)}"
 
 
 def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:

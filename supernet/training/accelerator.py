@@ -7,6 +7,8 @@ its part of every layer (`supernet.training.sharding`).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supernet.common.errors import RequestError
@@ -26,14 +28,24 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def make_accelerator(device: str, dtype: str) -> Accelerator:
-    """The accelerator for a recipe's `device` and `dtype`. Raises `RequestError` for settings that would be ignored."""
+def check_device(device: str) -> None:
+    """Raises `RequestError` for a GPU that is not there."""
+    import torch  # here, since it takes a second to import, and is needed for nothing else in this file
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
+
+
+def make_accelerator(device: str, dtype: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """The accelerator for a recipe's `device` and `dtype`, which can start trackers by name that write to `folder`.
+
+    Raises `RequestError` for settings that would be ignored.
+    """
     import torch
     from accelerate import Accelerator
 
+    check_device(device)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if device == "cuda" and on_cpu:
-        raise RequestError("--device cuda: torch sees no GPU here; use --device cpu or install a GPU build of torch")
     if _is_set("ACCELERATE_USE_FSDP") or _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise RequestError(
             "ACCELERATE_USE_FSDP or ACCELERATE_USE_DEEPSPEED is set: accelerate ignores them on a CPU, and elsewhere "
@@ -49,7 +61,9 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
         raise RequestError(f"ACCELERATE_MIXED_PRECISION={asked} would be ignored; say --dtype (bfloat16 or float32)")
     if on_cpu and processes() > 1 and not _is_set("ACCELERATE_USE_CPU"):
         raise RequestError("several processes on a CPU need ACCELERATE_USE_CPU=true in the environment")
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=precision, log_with=list(trackers) or None, project_dir=folder if trackers else None
+    )
     prepare(accelerator.device)
     if accelerator.num_processes != processes():
         raise RequestError(

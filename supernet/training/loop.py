@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from supernet.common.errors import RequestError
 from supernet.common.files import replacing
+from supernet.common.metrics import record
 from supernet.common.progress import bar, say
 from supernet.training.best_state import BestState
 from supernet.training.data import Batch, Blocks
@@ -248,6 +249,7 @@ def train(
             history.tokens += tokens_of_step
             history.seconds = seconds_before + time.monotonic() - started
             speed = (number + 1 - first) * tokens_of_step
+            record(what, number + 1, loss=loss, learning_rate=optimizer.param_groups[0]["lr"], tokens=history.tokens)
             progress.advance(note=f"loss {loss:.3f}, {speed / (time.monotonic() - started):,.0f} tokens/s")
             if _main_decides(time.monotonic() - saved > pause, accelerator):
                 began = time.monotonic()
@@ -296,6 +298,7 @@ class Watch:
                 f"{self.what}: held-out {lost[0]} is {losses[lost[0]]} before the first step: numbers overflow in "
                 "what is computed in; try another dtype"
             )
+        record(f"{self.what} held out", step, **losses)
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         say(f"{self.what}: after {step} of {self.settings.steps} steps held-out {shown}")
         # 2. The best state, which needs no file where nothing can follow that is worse.

@@ -36,6 +36,8 @@ def test_inspect_tells_and_leaves_nothing_behind(
     found = json.loads(capsys.readouterr().out)
     structure = describe(AutoConfig.from_pretrained(model))
     assert found["parameters"] == structure.parameters(structure.base) == sum(found["by_part"].values())
+    for name in ("seconds", "seconds_on_gpu", "disk"):
+        assert found["all"][name] == pytest.approx(sum(stage[name] for stage in found["stages"]))
     assert found["space"]["size"] == 3 * 2**3 and found["budget"]["train_tokens"] == 100_000
     assert list(tmp_path.iterdir()) == [] and before == {file: file.stat().st_mtime_ns for file in model.iterdir()}
 

@@ -30,7 +30,8 @@ def inputs(tmp_path: Path, given: dict[str, Any]) -> tuple[Inputs, dict[str, Inp
     for key, value in given.items():
         parts[key] = parts.get(key, {}) | value if isinstance(value, dict) else value
     job = Job(Run(tmp_path), Recipe.model_validate({"model": "m", **parts}))
-    job.base_fingerprint, job.checkpoint = "b", SimpleNamespace(config=LlamaConfig(**tiny.SIZES))
+    config = LlamaConfig(**tiny.SIZES)
+    job.base_fingerprint, job.checkpoint = "b", SimpleNamespace(config=config, structure=describe(config))
     blocks: Any = SimpleNamespace(fingerprint="d", length=parts["finetuning"].get("sequence_length", 32))
     network = network_inputs(job, "a", blocks)
     return network, {folder.name: read for folder, read in package_inputs(job, "best", network, blocks).items()}

@@ -81,6 +81,27 @@ def test_everything_is_where_it_should_be(made: Made) -> None:
     assert left == []
 
 
+def test_numbers_and_lines_of_the_run_are_kept(made: Made) -> None:
+    rows = [json.loads(line) for line in (made.run / "metrics.jsonl").read_text().splitlines()]
+    kinds = {row["kind"] for row in rows}
+    assert {"fine-tuning", "fine-tuning held out", "healing", "candidate", "generation", "package"} <= kinds
+    assert len([row for row in rows if row["kind"] == "candidate"]) == 14
+    log = (made.run / "log.txt").read_text()
+    assert "picked best:" in log and "held-out" in log and "\x1b" not in log
+    assert (made.run / "debug.log").is_file() and "Traceback" not in log
+
+
+def test_the_report_says_how_to_get_it_again(made: Made) -> None:
+    again = made.report()["again"]
+    assert again["command"].startswith(f"compressor compress {made.model} --data {made.data}")
+    assert again["seconds"] > 0 and again["run"] == made.run.name
+    card = (made.run / "packages" / "best" / "README.md").read_text()
+    assert again["command"] in card and str(made.folder / "run") not in card
+    before = (made.run / "report.json").stat().st_mtime_ns
+    assert run(["report", str(made.run)]) == 0  # up to date: it is shown and not written again
+    assert (made.run / "report.json").stat().st_mtime_ns == before
+
+
 def test_the_report_says_what_is_on_disk(made: Made) -> None:
     report = made.report()
     names = ["best", "best-int8", "best-int4", "best-padded", "best-gguf-q8_0", "best-onnx"]

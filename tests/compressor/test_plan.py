@@ -326,7 +326,7 @@ def test_largest() -> None:
 
 def test_a_whole_run_by_the_clock(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
     """Its recipe names every budget, so that it gives the same run without a clock."""
-    recipe = read_recipe(None, given | {"time": "80s", "quantizing.schemes": ""})
+    recipe = read_recipe(None, given | {"time": "100s", "quantizing.schemes": ""})
     pipeline.compress(recipe, tmp_path / "run")
     resolved = read_recipe(tmp_path / "run" / "recipe.yaml", {})
     assert not open_budgets(resolved)

@@ -114,7 +114,7 @@ def test_keys_are_read_under_their_former_names_and_fingerprinted_as_then() -> N
     [
         ("model: m\nsearhcing: {}\n", ["searhcing", "searching"]),
         ("model: m\ntargets: {max_parms: 1}\n", ["targets.max_parms", "max_params"]),
-        ("model: m\nseed: none\n", ["seed", "integer"]),
+        ("model: m\nseed: none\n", ["seed", "whole number"]),
         ("seed: 1\n", ["model", "missing"]),
         ("- a\n", ["keys and values"]),
         ("a: [\n", ["YAML"]),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from compressor import pipeline
 from compressor.cli import run
 from compressor.job import Job
+from compressor.recipe import read_recipe
 from compressor.run import Run
 from compressor.stages.comparison_methods import methods
 from compressor.stages.repairing import pick_variants, repair_inputs, search_variants, searched_weights
@@ -111,3 +112,27 @@ def test_a_comparison_tells_what_comes_from_the_repair(folder: Path, tmp_path: P
 
 def test_without_repair_nothing_is_compared_with_it() -> None:
     assert {"ours-unrepaired", "wanda-repaired"} <= set(methods(repair=True)) - set(methods())
+
+
+def test_what_is_trained_little_is_repaired(tmp_path: Path) -> None:
+    """By the tokens for each parameter, where nothing else is said; a run that has begun stays as it began."""
+    base, data = str(tiny.checkpoint(tmp_path / "base")), str(tiny.data(tmp_path / "data.jsonl", 40))
+
+    def job(folder: str, **keys: object) -> Job:
+        given = {"model": base, "data": data, "finetuning.tokens": 0, "healing.tokens": 0} | keys
+        job = Job(Run(tmp_path / folder), read_recipe(None, given).resolved())
+        job.fill_in()
+        return job
+
+    little, size = job("a"), job("a").structure.parameters(job("a").structure.base)
+    assert little.recipe.repair.enabled and little.recipe.finetuning.ordering == "surgeon"
+    much = job("a", **{"healing.tokens": size // 100 + 1})
+    assert much.recipe.repair.enabled is False and much.recipe.finetuning.ordering == "wanda"
+    assert little.recipe.healing.learning_rate == pytest.approx(0.5 * much.recipe.healing.learning_rate)  # type: ignore[operator]
+    assert not job("a", **{"finetuning.tokens": size // 100 + 1}).recipe.repair.enabled
+    assert not job("a", data=None).recipe.repair.enabled
+    assert job("a", **{"repair.enabled": True, "healing.tokens": size}).recipe.finetuning.ordering == "surgeon"
+    assert not job("a", **{"repair.enabled": False}).recipe.repair.enabled
+    assert job("a", **{"finetuning.ordering": "taylor"}).recipe.ordering == "taylor"
+    Run.create(tmp_path / "b", much.given, {}, {})
+    assert not job("b").recipe.repair.enabled

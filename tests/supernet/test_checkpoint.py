@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compressor.stages.finetuning import difference
-from supernet import checkpoint as checkpoints
 from supernet.checkpoint import open_checkpoint
 from supernet.common.errors import RequestError, VerificationError
-from supernet.families import describe
+from supernet.families import describe, family_named, family_of
 from supernet.loading import checkpoint_folder
 from supernet.slicing import extract
 from tests.support import tiny
@@ -27,7 +26,7 @@ TIED = sorted(name for name in CONFIGS if tiny_network(name).config.tie_word_emb
 def head_of_its_own(folder: Path, noise: float) -> torch.nn.Module:
     """Give the tied checkpoint in `folder` a head, the embedding with noise; what transformers alone loads of it."""
     config = json.loads((folder / "config.json").read_text())
-    family = checkpoints.family_named(config["model_type"])
+    family = family_named(config["model_type"])
     weights = load_file(folder / "model.safetensors")
     embedding = weights[family.embedding]
     weights[family.head] = embedding + noise * torch.randn(embedding.shape, generator=torch.manual_seed(0))
@@ -67,7 +66,7 @@ def test_what_is_loaded_has_the_parameters_that_are_counted(family: str, tmp_pat
     model.save_pretrained(tmp_path)
     tiny.byte_tokenizer().save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    name = checkpoints.family_of(model.config)
+    name = family_of(model.config)
     if name.embedding not in stored:
         pytest.skip("stored under other names")
     head_of_its_own(tmp_path, noise=0.3)
@@ -80,7 +79,7 @@ def test_what_is_loaded_has_the_parameters_that_are_counted(family: str, tmp_pat
 def test_structure_and_weights_that_part_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing before it finds the difference, the loaded network itself shows it."""
     head_of_its_own(folder, noise=0.3)
-    monkeypatch.setattr(checkpoints, "_untie", lambda *_: None)
+    monkeypatch.setattr("supernet.checkpoint._untie", lambda *_: None)
     with pytest.raises(RequestError, match=r"transformers loads lm_head\.weight as"):
         open_checkpoint(str(folder)).load_model(torch.float32, "cpu")
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
-from supernet.layer_walk import LayerWalk
+from supernet.hooks import Hooks
+from supernet.layer_walk import LayerWalk, residual_scale
 from supernet.moments import (
     Moments,
     Sums,
@@ -26,9 +27,10 @@ from supernet.moments import (
     load_moments,
     prefix_weight,
     projections,
+    refit,
     save_moments,
 )
-from supernet.repair import RepairedVariants, refit, repair_in_sequence, residual_scale
+from supernet.repair import RepairedVariants, repair_in_sequence
 from supernet.slicing import extract
 from tests.support.tiny_families import CONFIGS, assert_close, logits, random_architecture, tiny_network
 
@@ -173,6 +175,51 @@ def test_half_blocks_come_nearer_to_the_uncut_ones(family: str) -> None:
     assert gap(repair_in_sequence(supernet, architecture, rows)) < plain
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "granite"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_half_that_stays_says_what_the_other_said(family: str, width: int) -> None:
+    """Without the attention of the first layer, its MLP, whole or of half its neurons, is the optimum of least squares
+    for the sum of both; computed directly from what the whole network's layer reads and puts out."""
+    supernet = SuperNetwork(tiny_network(family))
+    full, rows = supernet.base.layers[0], text(96, 16)
+    sizes = LayerSizes(0, 0, full.intermediate_size // width, full.num_experts)
+    moments = dict(gather(supernet, rows))
+    mine = moments[0]["mlp"]
+    assert mine.other is not None and math.isfinite(mine.other.ridge)
+    variants = RepairedVariants(supernet, moments.__getitem__, 2**20)
+    projection = projections(supernet)[0, "mlp"]
+    weight = variants.tensor(projection.weight_name, sizes)
+    assert weight is not None
+
+    read, said = [], []
+    hooks = [
+        projection.module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, -2).double())),
+        supernet.halves(0)["attention"].register_forward_hook(lambda _, __, out: said.append(out[0].flatten(0, -2))),
+    ]
+    with Hooks(hooks):
+        LayerWalk(supernet, rows).outputs(0)
+    x, other = torch.cat(read), torch.cat(said).double()
+    target = x @ projection.weight().T + other
+    biased = projection.bias() is not None
+    if biased:
+        shift = target.mean(0)
+        x, target = x - x.mean(0), target - shift
+    ridge = max(mine.ridge, mine.other.ridge) * x.square().sum(1).mean() / x.shape[1] * len(x)
+    kept = projection.kept(sizes, full)
+    eye = torch.eye(x.shape[1], dtype=torch.float64)[:, kept] * ridge  # towards the plain slice
+    left = x[:, kept].T @ x[:, kept] + ridge * torch.eye(len(kept), dtype=torch.float64)
+    by_hand = torch.linalg.solve(left, x[:, kept].T @ target + eye.T @ projection.weight().T).T
+    assert (projection.stored(by_hand) - weight).abs().max() <= 1e-3 * by_hand.abs().max()
+    assert variants.tensor(projection.weight_name, full) is None
+
+
+@pytest.mark.parametrize("family", sorted(POST_NORM))
+def test_where_norms_stand_behind_half_blocks_nothing_is_carried(family: str) -> None:
+    supernet = SuperNetwork(tiny_network(family))
+    moments = dict(gather(supernet, text()))
+    assert all(m.other is None for layer in moments.values() for m in layer.values())
+
+
 def test_a_walk_sees_what_a_pass_sees() -> None:
     for family in ("llama", "gemma3_text", "gpt2", "qwen3_5_text"):
         model = tiny_network(family)
@@ -229,6 +276,9 @@ def test_moments_are_kept(tmp_path: Path) -> None:
         for half, one in moments.items():
             assert torch.equal(again[half].second, one.second) and torch.equal(again[half].mean, one.mean)
             assert (again[half].tokens, again[half].ridge) == (one.tokens, one.ridge) and one.tokens == 192
+            mine, other = again[half].other, one.other
+            assert mine is not None and other is not None and mine.ridge == other.ridge
+            assert torch.equal(mine.product, other.product) and torch.equal(mine.mean, other.mean)
 
 
 def spoil_nothing(file: Path) -> None:

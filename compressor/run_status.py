@@ -1,0 +1,134 @@
+"""How far a run is, read from what it left on disk; nothing is opened that another process works with."""
+
+from __future__ import annotations
+
+import fcntl
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from compressor.run import Run
+from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
+from supernet.common.errors import reading
+from supernet.common.files import read_json
+from supernet.common.formatting import duration, size
+from supernet.common.progress import say
+
+
+def run_status(folder: Path) -> dict[str, Any]:
+    """What is done, what is running and since when, what is left, disk used and the last error, as plain JSON types.
+
+    Raises `RequestError` where the folder is no run.
+    """
+    run = Run(folder)
+    run.check_exists()
+    schedule = Schedule(run.times_file)
+    expected = expected_seconds(run)
+    holder = lock_holder(run)
+    begun = [name for name in STAGES if name in schedule.times]
+    current = schedule.running if holder else None
+    stages = []
+    for name in STAGES:
+        if name not in schedule.times and (expected and not expected.get(name)):
+            continue  # this run has no such stage
+        time = schedule.times.get(name)
+        done = time is not None and time.ended and (name not in FOR_EACH_PICK or later_begun(name, begun))
+        state = "running" if name == current else "done" if done else "interrupted" if time else "to do"
+        stages.append(
+            {
+                "name": name,
+                "state": state,
+                "seconds": time.seconds if time else None,
+                "expected": expected.get(name),
+                "began": time.began if time and time.began else None,
+            }
+        )
+    return {
+        "run": str(folder),
+        "model": run.recipe().model,
+        "stages": stages,
+        "running": holder,
+        "finished": run.report.is_file() and all(stage["state"] == "done" for stage in stages),
+        "report": str(folder / "report.html") if run.report.is_file() else None,
+        "left": left(stages) if expected else None,
+        "bytes": disk_used(folder),
+        "last_error": last_error(run),
+    }
+
+
+def expected_seconds(run: Run) -> dict[str, float]:
+    """Seconds of every stage by the run's plan; empty where it has none."""
+    if not run.plan_file.is_file():
+        return {}
+    with reading(f"{run.plan_file}: not what this version writes; remove it"):
+        return {str(name): float(seconds) for name, seconds in read_json(run.plan_file)["expected"].items()}
+
+
+def later_begun(name: str, begun: list[str]) -> bool:
+    """Whether a stage behind this one began that does not take turns with it."""
+    later = STAGES[STAGES.index(name) + 1 :]
+    return any(other in begun for other in later if other not in FOR_EACH_PICK)
+
+
+def left(stages: list[dict[str, Any]]) -> float:
+    """Seconds that the stages that are not done will take, by the plan."""
+    rest = 0.0
+    for stage in stages:
+        if stage["state"] != "done":
+            rest += max(0.0, (stage["expected"] or 0.0) - (stage["seconds"] or 0.0))
+    return rest
+
+
+def lock_holder(run: Run) -> str | None:
+    """The process that works in a run and since when; None where nobody does."""
+    if not run.lock_file.is_file():
+        return None
+    with run.lock_file.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip().rstrip(",") or "another process"
+    return None
+
+
+def disk_used(folder: Path) -> int:
+    """Bytes of all files in a folder; files that vanish meanwhile count nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() and not file.is_symlink() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def last_error(run: Run) -> str | None:
+    """The last line of the log that tells of an error, where nothing was done since."""
+    if not run.log_file.is_file():
+        return None
+    lines = [line for line in run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines[-3:]) if " error: " in line), None)
+
+
+def print_status(status: dict[str, Any]) -> None:
+    """What `run_status` found, as lines on stderr."""
+    say(f"{status['run']}: {status['model']}")
+    number = len(status["stages"])
+    for place, stage in enumerate(status["stages"], start=1):
+        took = duration(stage["seconds"]) if stage["seconds"] is not None else ""
+        of = f"of about {duration(stage['expected'])}" if stage["expected"] and stage["state"] != "done" else ""
+        if stage["state"] == "running" and stage["began"]:
+            began = datetime.fromtimestamp(stage["began"])
+            took = f"since {began:%H:%M:%S}, {duration((datetime.now() - began).total_seconds())}"
+        say(f"  {place:>2} of {number}  {stage['name']:<18} {stage['state']:<12} {took} {of}".rstrip())
+    if status["running"]:
+        say(f"working in it: {status['running']}")
+    elif status["finished"]:
+        say(f"finished: {status['report']}")
+    else:
+        say("nobody works in it; the command that began it goes on where it was")
+    if status["left"] and not status["finished"]:
+        say(f"left: about {duration(status['left'])}")
+    say(f"on disk: {size(status['bytes'])}")
+    if status["last_error"]:
+        say(f"last error: {status['last_error']}")

@@ -1,0 +1,54 @@
+"""What can be refused of a checkpoint by its name and its config.json as text, without torch or transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from supernet.common.errors import RequestError
+from supernet.families import family_named
+from supernet.uneven import UNEVEN_PREFIX
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a checkpoint's name is, or None where it can only be a repository of the hub.
+
+    Raises `RequestError` for a file, and for a path at which there is nothing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise RequestError(f"{name}: is a file; give the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RequestError(f"{name}: no such folder; give the folder of a Hugging Face checkpoint")
+    return None
+
+
+def read_raw_config(name: str, path: Path) -> dict[str, Any]:
+    """The values of a checkpoint's config.json. Raises `RequestError` where there is none, and where it is not that of
+    a network that can be compressed."""
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
+        raise RequestError(f"{name}: there is no config.json in {path}; give the folder of a Hugging Face checkpoint")
+    try:
+        raw = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise RequestError(f"{name}: config.json is not valid JSON ({error})") from error
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise RequestError(f"{name}: already quantized ({method}); give the unquantized checkpoint")
+    if any(key in raw for key in ("vision_config", "audio_config", "text_config")):
+        raise RequestError(f"{name}: a multimodal wrapper; extract its text model first and give that")
+    architectures = raw.get("architectures") or []
+    if architectures and not any("CausalLM" in entry or "LMHead" in entry for entry in architectures):
+        raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
+    if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):
+        raise RequestError(f"{name}: already an uneven package; compress the base it was made from")
+    if "model_type" not in raw:
+        raise RequestError(f"{name}: config.json does not say its model_type")
+    if "auto_map" not in raw:
+        family_named(raw["model_type"])
+    return raw

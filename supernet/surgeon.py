@@ -1,0 +1,62 @@
+"""An order of units that knows of the repair: what costs least to say with the others is removed next.
+
+With A = H + λI, the second moments of what an output projection W reads, and what stays refitted by least squares
+(`supernet.repair`), removing the inputs S of one unit raises the mean square error of the output by
+
+    tr(W_S ((A⁻¹)_SS)⁻¹ W_Sᵀ),
+
+and leaves the weight W - W_S ((A⁻¹)_SS)⁻¹ (A⁻¹)_S: and the inverse A⁻¹ - (A⁻¹)_:S ((A⁻¹)_SS)⁻¹ (A⁻¹)_S: (optimal brain
+surgery for groups: Kurtić et al., ZipLM, arXiv 2302.04089, eq. 2 and 4; Ling et al., SlimGPT, arXiv 2412.18110, removes
+several at a time as is done here). Of two neurons that say the same, Wanda keeps both or neither; this keeps one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from supernet.moments import Moments, Projection, factorised
+
+STEPS = 128
+"""Units are removed in so many steps at most, several at once where there are more."""
+RIDGE = 1e-2
+"""The ridge, as a share of the mean diagonal, where moments could not judge one."""
+
+
+def removal_errors(projection: Projection, moments: Moments, units: int) -> Tensor:
+    """The error at which each of a projection's units goes, when one after another is removed and the others are
+    refitted, summed up to it: [units], float64, least for the one that goes first. A unit is as many inputs, one behind
+    the other, as there are inputs by `units`."""
+    second = moments.of(projection.bias() is not None)
+    ridge = moments.ridge if moments.ridge < 1 else RIDGE
+    inverse = torch.cholesky_inverse(factorised(second, ridge))
+    return removed_in_turn(projection.weight().to(inverse.device), inverse, units)
+
+
+def removed_in_turn(weight: Tensor, inverse: Tensor, units: int, steps: int = STEPS) -> Tensor:
+    """The same of a weight [outputs, inputs] and the inverse of the moments [inputs, inputs]."""
+    weight, inverse = weight.clone(), inverse.clone()
+    width = len(inverse) // units
+    at_once = max(1, units // steps)
+    left = torch.arange(units)
+    errors = torch.empty(units, dtype=torch.float64)
+    gone = 0.0
+    while len(left):
+        # 1. What each unit that is left costs. Blocks on the diagonal: [units, width, width].
+        blocks = inverse.view(units, width, units, width)[left, :, left]
+        own = weight.view(-1, units, width)[:, left].permute(1, 2, 0)  # [units, width, outputs]
+        costs = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+        # 2. The cheapest go, the cheaper of them first.
+        chosen = costs.argsort(stable=True)[:at_once]
+        errors[left[chosen]] = gone + costs[chosen].cumsum(0).cpu()
+        removed = (left[chosen, None] * width + torch.arange(width)).flatten()
+        # 3. The others take over what they said. Rows and columns of what is gone become zero, and are not read again.
+        taken = torch.linalg.solve(inverse[removed][:, removed], torch.cat([inverse[removed], weight[:, removed].T], 1))
+        shift, said = taken[:, : len(inverse)], taken[:, len(inverse) :]
+        gone += float((weight[:, removed] * said.T).sum())
+        weight -= weight[:, removed] @ shift
+        inverse -= inverse[:, removed] @ shift
+        keep = torch.ones(len(left), dtype=torch.bool)
+        keep[chosen] = False
+        left = left[keep]
+    return errors

@@ -1,0 +1,48 @@
+"""Names that are known without torch are those of the tables that give them a meaning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import get_args
+
+from compressor import names
+from compressor.recipe import Layout
+from evals.baselines import baselines
+from evals.warm_starts import warm_start_methods
+from search.algorithms import algorithms
+from search.presets import PRESETS
+from supernet.importance import IMPORTANCES
+from supernet.training.adapters import PARAMETERS
+from supernet.training.losses import LOSSES
+from supernet.training.optimizers import OPTIMIZERS
+from supernet.training.samplers import DRAWS, SAMPLERS
+from tests.support import ROOT
+
+
+def test_names_are_those_of_the_tables() -> None:
+    assert set(names.SPACES) == set(PRESETS)
+    assert set(names.ORDERINGS) == set(IMPORTANCES)
+    assert set(names.SAMPLERS) == set(SAMPLERS)
+    assert set(names.DRAWS) == set(DRAWS)
+    assert set(names.LOSSES) == set(LOSSES)
+    assert set(names.TRAINED) == set(PARAMETERS)
+    assert set(names.OPTIMIZERS) == set(OPTIMIZERS)
+    assert set(names.ALGORITHMS) == set(algorithms())
+    assert set(names.WARM_STARTS) == set(warm_start_methods())
+    assert set(names.BASELINES) == set(baselines())
+    assert set(names.FORMATS) == set(get_args(Layout))
+
+
+def test_lm_evals_tasks_are_found_without_lm_eval() -> None:
+    found = names.lm_eval_tasks()
+    assert {"arc_easy", "hellaswag", "mmlu", "winogrande", "piqa"} <= set(found)
+    assert names.in_lm_eval("arc_easy") and not names.in_lm_eval("arc_eezy")
+
+
+def test_names_need_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "lm_eval", "pymoo", "sklearn")
+    code = (
+        f"import sys, compressor.early_checks, compressor.cli; sys.exit(any(name in sys.modules for name in {heavy}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,66 @@
+"""What `compressor status` reads of a run, while somebody works in it and afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import run
+from compressor.recipe import Recipe
+from compressor.run import Run
+from compressor.run_status import run_status
+from compressor.schedule import Schedule
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Run:
+    """A run that was stopped in its search, with a plan."""
+    made = Run(tmp_path / "run")
+    made.path.mkdir()
+    made.remember(Recipe(model="m"), {}, {})
+    schedule = Schedule(made.times_file)
+    for name, seconds, ended in (("preparing", 4.0, True), ("ordering", 2.0, True), ("search", 10.0, False)):
+        schedule.add(name, 0.0, ended=False)
+        schedule.add(name, seconds, ended=ended)
+    expected = {"preparing": 4.0, "ordering": 2.0, "fine-tuning": 0.0, "search": 30.0, "picking": 5.0}
+    made.plan_file.write_text(json.dumps({"expected": expected}))
+    return made
+
+
+def states(run: Run) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in run_status(run.path)["stages"]}
+
+
+def test_an_interrupted_run(made: Run) -> None:
+    made.log("error: no disk space left")
+    found = run_status(made.path)
+    assert states(made) == {"preparing": "done", "ordering": "done", "search": "interrupted", "picking": "to do"}
+    assert found["left"] == 25.0 and found["running"] is None and not found["finished"]
+    assert found["last_error"].endswith("error: no disk space left")
+    assert found["bytes"] == sum(file.stat().st_size for file in made.path.iterdir())
+
+
+def test_a_run_that_somebody_works_in(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    made.lock()
+    assert states(made)["search"] == "running"
+    found = run_status(made.path)
+    assert found["running"].startswith("process ") and found["stages"][2]["began"] > 0
+    assert run(["status", str(made.path)]) == 0
+    shown = capsys.readouterr().err
+    assert "3 of 4  search             running      since" in shown and "working in it: process" in shown
+    assert run(["status", str(made.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "m"
+
+
+def test_an_error_counts_only_until_work_goes_on(made: Run) -> None:
+    made.log("error: no disk space left")
+    for generation in range(3):
+        made.log(f"generation {generation}: 20 measured")
+    assert run_status(made.path)["last_error"] is None
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", str(tmp_path)]) == 2
+    assert "not a run" in capsys.readouterr().err

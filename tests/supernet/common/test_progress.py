@@ -1,0 +1,49 @@
+"""The one line that a terminal shows, and what a log without one gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from supernet.common import progress
+from supernet.common.progress import Bar, bar, keep_lines, line, say, whole, working
+
+
+@pytest.mark.parametrize("width", [36, 40, 60, 80, 120])
+def test_the_time_left_is_the_last_thing_that_is_cut(width: int) -> None:
+    running = Bar("measuring around a proposal", 12, 5, "best quality 0.912 at 0.67 of the parameters")
+    with whole(lambda: 4000.0):
+        shown = line(running, width)
+    assert len(shown) <= width and shown.endswith("about 1 h 6 min left of the run")
+    if width >= 60:
+        assert "about 1 h 6 min left of the run" in shown and "5/12" in shown
+    if width >= 80:
+        assert "━" in shown
+
+
+def test_a_task_of_its_own_says_what_is_left_of_it() -> None:
+    running = Bar("searching", 10, 5)
+    running.began -= 20
+    assert line(running, 80).endswith("20 s left")
+    assert "left" not in line(Bar("proving"), 80)
+
+
+def test_a_finished_bar_says_so_and_lines_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    keep_lines(lines.append)
+    try:
+        with working("search"), bar("searching", 3) as running:
+            for _ in range(3):
+                running.advance(note="quality 0.9")
+        say("picked")
+    finally:
+        keep_lines()
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == "searching ..." and shown[1].startswith("searching: 3 of 3 in ") and "quality 0.9" in shown[1]
+    assert lines == ["picked"]
+
+
+def test_silence_is_broken_by_what_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    with working("proving") as running:
+        while "proving" not in capsys.readouterr().err:  # said by a thread, within a second or so
+            assert running.seconds < 60
