@@ -29,6 +29,7 @@ from compressor.stages.measuring import load_package
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
+from export.layouts.gguf.types import QUANTIZED
 from export.layouts.table import write_layout
 from export.package_record import PackageRecord, read_record
 from export.quantization.quantize import pack_texts, quantize_packages
@@ -87,9 +88,12 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
     def write(layout: str, name: str) -> Path:
         entry = {"name": name, "architecture": architecture.to_dict()}
         options = {"entry": entry, "tokenizer": job.tokenizer, "dtype": job.checkpoint.config.dtype}
+        if layout.startswith("gguf"):
+            options["calibration"] = calibration
         write_layout(layout, network, architecture, folder / name, **options)
         return folder / name
 
+    calibration = torch.zeros(0)
     whole = write("uneven", "whole")
     calibration = pack_texts(whole, texts[:-HELD_OUT], 256)[: arguments.samples]
     reference = score(logits_of(network))
@@ -126,7 +130,7 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
             quantize = partial(quantize_packages, whole, packages, calibration=seen, iterations=iterations)
             _, seconds = timed(quantize)
             row(f"{scheme}, {how}", packages[scheme], seconds, loaded(packages[scheme]))
-    for layout in ("gguf-f32", "gguf", "gguf-q8_0", "gguf-q4_0"):
+    for layout in ("gguf-f32", "gguf", *(f"gguf-{kind}" for kind in QUANTIZED)):
         package, seconds = timed(partial(write, layout, layout))
         stored = take_stored_weights(copy.deepcopy(network), package)
         row(layout, package, seconds, logits_of(stored))

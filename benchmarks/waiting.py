@@ -122,11 +122,12 @@ def commands(run: Path | None) -> None:
         print_row(f"`{name}`", *(spread(waited, part) for part in ("first", "total", "processor")))
 
 
-def whole_runs(also: str | None) -> None:
-    """The longest silence of a demo, and of another command."""
+def whole_runs(with_demo: bool, also: str | None) -> None:
+    """The longest silence of a demo, of another command, or of both."""
     print_header("run", "first output", "longest silence", "all of it", right_from=1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = {"demo": ["demo", "--output", f"{folder}/run"]} | ({also: shlex.split(also)} if also else {})
+        rows = {"demo": ["demo", "--output", f"{folder}/run"]} if with_demo else {}
+        rows |= {also: shlex.split(also)} if also else {}
         for name, arguments in rows.items():
             one = on_terminal(*arguments)
             assert one.status == 0, name
@@ -141,7 +142,7 @@ def main() -> None:
     options = make_parser(
         __doc__ or "",
         run=(Path, "a finished run, for the commands that read one"),
-        only=["refusals", "commands", "demo"],
+        only=(["refusals", "commands", "demo"], "what is measured; another word: nothing but --also"),
         also=(str, "another command whose longest silence is measured, without the word compressor"),
     ).parse_args()
     if "refusals" in options.only:
@@ -149,9 +150,9 @@ def main() -> None:
     if "commands" in options.only:
         print()
         commands(options.run)
-    if "demo" in options.only:
+    if "demo" in options.only or options.also:
         print()
-        whole_runs(options.also)
+        whole_runs("demo" in options.only, options.also)
 
 
 if __name__ == "__main__":

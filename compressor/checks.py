@@ -142,8 +142,30 @@ def check_formats(job: Job) -> None:
                     f"--format {layout}: llama.cpp holds {config.model_type} networks only where all layers are alike; "
                     f"let one be picked for it: --format uniform,{layout}"
                 )
-    if job.recipe.quantizing.schemes:
+    quantizing = job.recipe.quantizing
+    if quantizing.bits == "joint" and job.recipe.targets.max_bytes is None:
+        raise RequestError("--bits joint: picks what fits a number of bytes; name it with --max-bytes")
+    if quantizing.schemes or quantizing.bits == "joint":
         linear_layers(config, job.recipe.trust_remote_code)
+    check_embedding(job)
+
+
+def check_embedding(job: Job) -> None:
+    """Refuse bits of the embedding that no package asked for can hold; say once where a plain class keeps bfloat16."""
+    recipe, asked = job.recipe, job.recipe.quantizing.embedding
+    schemes = recipe.quantizing.schemes
+    if not schemes or asked == 16:
+        return
+    holds = "layouts that hold a quantized embedding are uneven (compressed-tensors) and gguf"
+    if asked is not None and all(SCHEMES[name].auto_round for name in schemes):
+        raise RequestError(f"quantizing.embedding: {asked} bits, but auto-round's own form holds none; {holds}")
+    if job.structure.tied and set(recipe.formats) == {"uniform"}:
+        if asked is not None:
+            raise RequestError(
+                f"quantizing.embedding: {asked} bits, but a plain class holds no quantized embedding that is the head "
+                f"too; {holds}"
+            )
+        say(f"the embedding stays in 16 bits: a plain class holds no quantized one that is the head too; {holds}")
 
 
 def check_tokens(job: Job) -> None:
@@ -179,10 +201,13 @@ def check_targets(job: Job) -> None:
         if most is not None and most < least:
             raise RequestError(
                 f"--max-params: {most:,} parameters cannot be reached; the smallest sub-network of this space has "
-                f"{least:,} ({least / base:.3f} of the base)"
+                f"{least:,} ({least / job.untouched_parameters:.3f} of the base)"
             )
         if most is not None and most >= base:
-            raise RequestError(f"--max-params: {most:,} parameters are no fewer than the base's {base:,}; ask for less")
+            cut = "" if job.vocabulary is None else ", with its vocabulary cut"
+            raise RequestError(
+                f"--max-params: {most:,} parameters are no fewer than the base's {base:,}{cut}; ask for less"
+            )
     if len({most for _, most in limits}) < len(limits):
         raise RequestError(f"--max-params: {','.join(job.recipe.targets.max_params)} names one size twice")
     if len(limits) > 1 and job.recipe.targets.max_drop is not None:
@@ -192,7 +217,7 @@ def check_targets(job: Job) -> None:
         )
     limit = byte_limit(job)
     if limit is not None:
-        bytes_ = job.structure.bytes(smallest, smallest_storage(job))
+        bytes_ = job.structure.bytes(smallest, smallest_storage(job, smallest))
         if limit < bytes_:
             raise RequestError(
                 f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "
@@ -203,7 +228,7 @@ def check_targets(job: Job) -> None:
 def check_group_size(job: Job) -> None:
     """Refuse a group size of the user's that does not divide an input width that the space can give a layer."""
     group = job.recipe.quantizing.group_size
-    if group is None or all(SCHEMES[name].bits > 4 for name in job.recipe.quantizing.schemes):
+    if group is None or not job.quantizable:
         return
     genes = {gene.name: gene.values for gene in job.space.genes}
     base = job.structure.base

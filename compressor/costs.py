@@ -18,7 +18,10 @@ from compressor.generated import rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
-from compressor.sizing import parameter_limits
+from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits
+from compressor.stages.joint_pick import MEASURED
+from compressor.stages.quantized_base import base_layouts, base_schemes
+from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
 from evals.speed.table import SpeedTable
@@ -61,6 +64,8 @@ H200."""
 GPU_TIMED, GPU_SPOKEN = 2.5, 12.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there, whose capture takes longer than their replay (81 seconds for 31 networks on an H200)."""
+COUNTING = 30.0
+"""Seconds to count the tokens of a text, where the vocabulary is cut, and to prove the cut."""
 GATHERED, IN_SEQUENCE = 2.0, 4.0
 """What it costs to gather the moments of text, and to repair in sequence on it, in passes over the text."""
 TASKS = 18.0
@@ -141,9 +146,13 @@ class _Counts:
         smallest = structure.parameters(job.declared_space.smallest()) / self.base
         self.searched = (max(sizes) + max(min(sizes) * 0.85, smallest)) / 2
         """Mean size of the sub-networks that the search measures."""
-        self.schemes = recipe.quantizing.schemes
+        self.schemes = list(recipe.quantizing.schemes)
+        if picks_bits(job) and "int4" not in self.schemes:
+            self.schemes.append("int4")  # which one is picked with the size is not known yet
         copies = set(recipe.formats) - {"uneven", "uniform"}
         self.packages = self.picks * (1 + len(self.schemes)) + len(limits) * len(copies)
+        self.bases = len(base_schemes(job, [])) + len(base_layouts(job))
+        """Packages of the base itself in few bits."""
         self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"})
 
     def steps(self, tokens: int) -> int:
@@ -160,7 +169,11 @@ class _Counts:
 
 
 def _preparing(counts: _Counts, rates: Rates) -> StageCost:
-    return StageCost("preparing", "", PROCESS + 2 * rates.load)
+    if counts.recipe.vocabulary.size is None:
+        return StageCost("preparing", "", PROCESS + 2 * rates.load)
+    disk = float(counts.base * counts.job.stored_dtype.itemsize)  # of a base with fewer tokens
+    seconds = PROCESS + COUNTING + 4 * rates.load + 2 * disk / DISK_RATE
+    return StageCost("preparing", "a smaller vocabulary", seconds, disk=disk)
 
 
 def _writing(counts: _Counts, rates: Rates) -> StageCost:
@@ -232,6 +245,8 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     """The held-out loss of those that tasks do not tell from the best, taken to be half of all: on a few blocks, and of
     the finalists on all."""
     blocks = FIRST_BLOCKS * counts.evaluations / 2 + FINALISTS * HELD_OUT_BLOCKS
+    if picks_bits(counts.job):  # some on a few blocks to know what bits cost, the best on all
+        blocks += len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + MEASURED * HELD_OUT_BLOCKS
     seconds = blocks * counts.length * rates.teach * counts.searched
     return StageCost("picking", "", rates.load + counts.limits * seconds)
 
@@ -253,13 +268,22 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
     quantizing = counts.recipe.quantizing
-    if not counts.schemes:
+    if not counts.bases:
         return StageCost("quantizing", "", 0.0)
+    if not counts.schemes:  # only the base is rounded, without data
+        seconds = 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
+        return StageCost("quantizing", "of the base", seconds, disk=counts.bases * counts.base)
     iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
     tuned = iterations * counts.layers * rates.rounding
-    each = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load + counts.share * (samples + tuned)
-    seconds = counts.picks * (PROCESS + len(counts.schemes) * each)
+    start = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
+    # Schemes of 8 bits are rounded without data, tensor by tensor.
+    several = sum(is_tuned(name) for name in counts.schemes)
+    several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
+    plain = 2 * rates.load + 2 * counts.base / DISK_RATE
+    seconds = counts.picks * (PROCESS * bool(several) + several * (start + counts.share * (samples + tuned)))
+    seconds += PROCESS + several_bases * (start + samples + tuned)
+    seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
@@ -273,11 +297,12 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
     if counts.job.device.type == "cuda":
         spoken = GPU_SPOKEN
-    networks = 1 + counts.scored_packages * counts.share
+    networks = 1 + counts.scored_packages * counts.share + counts.bases
+    packages = counts.packages + counts.bases
     return StageCost(
         "measuring",
-        _packages(counts.packages),
-        rates.load + networks * each + counts.packages * (spoken + MEASURED_MORE),
+        _packages(packages),
+        rates.load + networks * each + packages * (spoken + MEASURED_MORE),
     )
 
 
@@ -287,12 +312,13 @@ def _packages(count: int) -> str:
 
 def _proving(counts: _Counts, rates: Rates) -> StageCost:
     """In a fresh process on the CPU; where networks are computed there, scores are measured again."""
-    start, each = PROCESS, 2 * rates.load
+    packages = counts.packages + counts.bases
+    seconds = PROCESS + packages * 2 * rates.load
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
-        start += TASKS
-        each += counts.share * (read * rates.read + written * rates.decode)
-    return StageCost("proving", _packages(counts.packages), start + counts.packages * each)
+        networks = counts.packages * counts.share + counts.bases
+        seconds += TASKS + networks * (read * rates.read + written * rates.decode)
+    return StageCost("proving", _packages(packages), seconds)
 
 
 COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
@@ -393,7 +419,7 @@ def measure_rates(job: Job) -> Rates:
     model = model.to(job.compute_dtype)
     read, decode = _scoring_rate(job, model) or teach, decoding_rate(model, job.length)
     job.threads(scoring=False)
-    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes else 0.0
+    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes or picks_bits(job) else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     return Rates(load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding)
 

@@ -16,7 +16,7 @@ from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_cost
 from compressor.job import Job
 from compressor.recipe import OPEN
 from supernet.architecture import HALVES
-from supernet.common.formatting import duration, size
+from supernet.common.formatting import count, duration, size
 from supernet.common.progress import console, say
 
 
@@ -87,9 +87,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     model.add_column("part")
     model.add_column("parameters", justify="right")
     model.add_column("share", justify="right")
-    for part, count in facts["by_part"].items():
-        if count:
-            model.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    for part, number in facts["by_part"].items():
+        if number:
+            model.add_row(part, f"{number:,}", f"{number / total:.1%}")
     model.add_row("all", f"{total:,}", "100.0%", end_section=True)
     console.print(model)
     console.print(
@@ -99,6 +99,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"vocabulary {facts['vocab_size']:,}{' (tied)' if facts['tied_embeddings'] else ''}; {size(facts['bytes'])} on "
         f"disk; {size(facts['kv_cache_bytes_per_token'])} of KV cache for each token"
     )
+    if "vocabulary" in facts:
+        print_vocabulary(facts)
     space = facts["space"]
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for gene, values in space["genes"].items():
@@ -133,3 +135,18 @@ def print_inspection(facts: dict[str, Any]) -> None:
     console.print("estimates from counts; compress --plan measures rates here, and --time sets budgets by them")
     if facts["time"] is not None:
         console.print(f"the recipe names a time ({facts['time']}): compress --plan tells its budgets, not these")
+
+
+def print_vocabulary(facts: dict[str, Any]) -> None:
+    """What sizes of the vocabulary would keep and save (`compressor.stages.trimming.sizes`)."""
+    say("\nvocabulary, on text that was not counted")
+    sizes = Table(box=box.SIMPLE)
+    sizes.add_column("size")
+    for column in ("tokens", "of the text", "of the tasks", "parameters saved", "bytes saved", "tokens per byte"):
+        sizes.add_column(column, justify="right", overflow="fold")
+    for row in facts["vocabulary"]:
+        tasks = "" if row["tasks_coverage"] is None else f"{row['tasks_coverage']:.2%}"
+        saved = f"{count(row['parameters_saved'])} ({row['share_saved']:.1%})", size(row["bytes_saved"])
+        each = f"{row['tokens_per_byte']:.4f}"
+        sizes.add_row(row["size"], f"{row['tokens']:,}", f"{row['coverage']:.2%}", tasks, *saved, each)
+    console.print(sizes)

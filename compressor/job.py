@@ -17,6 +17,8 @@ from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, le
 from compressor.run import Run
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
+from export.quantization.quantize import linear_layers
+from export.vocabulary_record import VOCABULARY, CutVocabulary
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
@@ -74,21 +76,78 @@ class Job:
         """Uniform cuts of a space, listed once (`compressor.sizing.uniform_near`)."""
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
+    def untouched(self) -> Checkpoint:
+        """The checkpoint that the recipe names: what quality, speed and reports compare with."""
+        return self.checkpoint if self.recipe.vocabulary.size is None else self._open_named()
+
+    def _open_named(self) -> Checkpoint:
         recipe = self.recipe
         return open_checkpoint(recipe.model, recipe.revision, recipe.trust_remote_code, weights=self.weights)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base of the super-network, which also teaches: the untouched checkpoint, or what the run cut its
+        vocabulary to (`use_base`)."""
+        if self.recipe.vocabulary.size is None:
+            return self._open_named()
+        if self.weights:
+            if (self.run.base / VOCABULARY).is_file():
+                return self.cut_checkpoint(self.run.base)
+            if self.run.manifest(self.run.supernet) is not None:
+                raise RequestError(f"{self.run.base}: the base of this run is missing; compress again to make it anew")
+        return self.untouched
+
+    def cut_checkpoint(self, folder: Path) -> Checkpoint:
+        """The base with a smaller vocabulary in this folder, under the name of the untouched one."""
+        made = open_checkpoint(str(folder), trust_remote_code=self.recipe.trust_remote_code)
+        return replace(made, name=self.untouched.name)
+
+    def use_base(self, folder: Path) -> None:
+        """From here on, the checkpoint in this folder is the base of the super-network."""
+        for name in ("checkpoint", "base_fingerprint", "tokenizer", "tasks", "space", "declared_space", "vocabulary"):
+            self.__dict__.pop(name, None)
+        self.checkpoint = self.cut_checkpoint(folder)
+
+    @cached_property
+    def vocabulary(self) -> CutVocabulary | None:
+        """What the base's vocabulary was cut to; None where it was not."""
+        if self.checkpoint is self.untouched:
+            return None
+        return CutVocabulary.read(self.checkpoint.path / VOCABULARY)
 
     @property
     def structure(self) -> Structure:
         return self.checkpoint.structure
+
+    @property
+    def untouched_parameters(self) -> int:
+        """Parameters of the untouched checkpoint, of which targets are shares."""
+        return self.untouched.structure.parameters(self.untouched.structure.base)
+
+    @cached_property
+    def quantizable(self) -> bool:
+        """Whether compressed-tensors can hold the network: most weights are in linear layers."""
+        try:
+            linear_layers(self.checkpoint.config, self.recipe.trust_remote_code)
+        except RequestError:
+            return False
+        return True
 
     @cached_property
     def base_fingerprint(self) -> str:
         return self.checkpoint.fingerprint()
 
     @cached_property
+    def untouched_fingerprint(self) -> str:
+        return self.base_fingerprint if self.checkpoint is self.untouched else self.untouched.fingerprint()
+
+    @cached_property
     def tokenizer(self) -> Any:
         return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def untouched_tokenizer(self) -> Any:
+        return self.tokenizer if self.checkpoint is self.untouched else self.untouched.load_tokenizer()
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -156,7 +215,8 @@ class Job:
             raise RequestError(f"--space: {error}") from error
 
     @cached_property
-    def tasks(self) -> TaskSet:
+    def untouched_tasks(self) -> TaskSet:
+        """The tasks in the tokens of the untouched checkpoint."""
         # These import lm-eval and datasets, a second that looking at a network does not need.
         from evals.scoring.encoding import Encoder
         from evals.scoring.tasks import TaskSet
@@ -166,27 +226,40 @@ class Job:
             raise RequestError(f"--include-path {self.recipe.include_path}: no such folder")
         return TaskSet.load(
             self.recipe.tasks,
-            encoder=Encoder(self.tokenizer, self.checkpoint.config),
+            encoder=Encoder(self.untouched_tokenizer, self.untouched.config),
             include_path=include,
             kept=self.run.requests,
         )
 
-    def scorer(self, model: Any) -> Scorer:
-        """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run."""
+    @cached_property
+    def tasks(self) -> TaskSet:
+        """The tasks in the tokens of the base."""
+        from evals.scoring.encoding import Encoder  # as above
+
+        if self.checkpoint is self.untouched:
+            return self.untouched_tasks
+        return self.untouched_tasks.encoded_by(Encoder(self.tokenizer, self.checkpoint.config))
+
+    def scorer(self, model: Any, tasks: TaskSet | None = None) -> Scorer:
+        """Scores `model` with as many passes side by side as is fastest here: found out once, kept with the run.
+
+        `tasks` are `untouched_tasks` for the untouched checkpoint.
+        """
         from evals.scoring.scorer import NetworkLM, Scorer  # as above
 
-        lm = NetworkLM(model, self.tasks.encoder, max_tokens=self.batch_tokens)
+        tasks = tasks or self.tasks
+        lm = NetworkLM(model, tasks.encoder, max_tokens=self.batch_tokens)
         if self.device.type == "cpu":
             cores = str(self.cores)
             if cores not in self._passes and self.run.passes.is_file():
                 self._passes = read_json(self.run.passes)
             if cores not in self._passes:
-                lm.tune(self.tasks.requests("search", self.recipe.searching.limit).spans, self.cores)
+                lm.tune(tasks.requests("search", self.recipe.searching.limit).spans, self.cores)
                 self._passes[cores] = lm.workers
                 if self.run.search.is_dir():
                     write_json(self.run.passes, self._passes)
             lm.set_workers(self._passes[cores], self.cores)
-        return Scorer(self.tasks, lm)
+        return Scorer(tasks, lm)
 
     @property
     def cores(self) -> int:
@@ -201,6 +274,9 @@ class Job:
 
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)
+
+    def load_untouched(self, dtype: torch.dtype | None = None) -> Any:
+        return self.untouched.load_model(dtype or self.compute_dtype, self.device)
 
     def supernet_of(self, model: Any) -> SuperNetwork:
         return SuperNetwork(model, structure=self.structure)

@@ -80,6 +80,8 @@ def _replaced(recipe: Recipe, replace: Callable[[str, str], str]) -> Recipe:
         value = getattr(copy, key)
         if value is not None and not (key == "data" and is_generated(value)):
             setattr(copy, key, replace(key, value))
+    if copy.vocabulary.text is not None:
+        copy.vocabulary.text = replace("vocabulary.text", copy.vocabulary.text)
     # Names of spaces, criteria and warm starts are none of files, even where a file is called so.
     if isinstance(copy.space, str) and Path(copy.space).suffix in (".yaml", ".yml"):
         copy.space = replace("space", copy.space)

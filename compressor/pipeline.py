@@ -28,6 +28,7 @@ from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick
 from compressor.stages.reporting import report
 from compressor.stages.searching import check_searching, check_speedup
+from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
 from export.report.schema import Comparison
 from supernet.common.errors import RequestError
@@ -73,8 +74,10 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
 
     Raises `RequestError` without leaving anything behind where the request is wrong.
     """
-    job, plan = prepare(recipe, output, redo=redo, tasks_needed=tasks_needed)
-    job.run = Run.create(output, job.given, provenance(job), job.paths)
+    with scratch_folder(recipe, output) as scratch:
+        job, plan = prepare(recipe, output, scratch, redo=redo, tasks_needed=tasks_needed)
+        job.run = Run.create(output, job.given, provenance(job), job.paths)
+        keep_base(job)
     if plan is not None:
         write_plan(job, plan)
     if recipe.tasks:
@@ -92,12 +95,12 @@ def keep_records(job: Job) -> None:
 
 
 def prepare(
-    asked: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True, keep: bool = True
+    asked: Recipe, output: Path, scratch: Path, *, redo: str | None = None, tasks_needed: bool = True, keep: bool = True
 ) -> tuple[Job, Plan | None]:
     """The job at `output`, checked, and its plan where the whole job is asked for or its budgets follow from a time.
 
-    Where there is no run yet nothing is made; in one that is there, `keep` says whether the time that this takes is
-    counted. Raises `RequestError`.
+    Where there is no run yet nothing is made: a base whose vocabulary is cut lies in the empty folder `scratch` then.
+    In one that is there, `keep` says whether the time that this takes is counted. Raises `RequestError`.
     """
     recipe, run = asked.resolved(), Run(output)
     paths = run.local_paths() | remembered(recipe, output)  # what lies here wins over what lay elsewhere
@@ -112,6 +115,7 @@ def prepare(
     run.settle()
     check_request(job.recipe, redo)
     with job.schedule.stage("preparing"):
+        trim(job, scratch)
         check(job)
         plan: Plan | None = None
         if open_budgets(asked) and (not recipe.tasks or processes() > 1):
@@ -182,7 +186,9 @@ def plan(recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
     """What `compress` would do, measured for some seconds and printed; nothing is written. Returns its stages."""
     check_alone()
     with tempfile.TemporaryDirectory(prefix="compressor-plan-") as nowhere:
-        job, made = prepare(recipe, output or Path(nowhere) / "run", keep=False)
+        base = Path(nowhere) / "base"
+        base.mkdir()
+        job, made = prepare(recipe, output or Path(nowhere) / "run", base, keep=False)
         assert made is not None
         shown = print_plan(stage_costs(job, made.rates), str(job.device))
     return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets} | shown
@@ -223,7 +229,7 @@ def is_given(name: str, overrides: Mapping[str, Any]) -> bool:
 def provenance(job: Job) -> dict[str, Any]:
     """What a reader of recipe.yaml may want to know: versions, and fingerprints of model and data."""
     data = text_fingerprint(job, job.recipe.finetuning.tokens or 0)
-    return {"versions": versions(), "model": job.base_fingerprint, "data": data}
+    return {"versions": versions(), "model": job.untouched_fingerprint, "data": data}
 
 
 def compare(

@@ -21,17 +21,35 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from compressor.names import recipes
-from export.quantization.schemes import SchemeName
+from export.quantization.schemes import EmbeddingBits, SchemeName
 from supernet.common.errors import RequestError, did_you_mean, reading
 from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
+from supernet.vocabulary import AUTO, is_size, parse_size
 
 Layout = Literal[
-    "uneven", "uniform", "padded", "gguf", "gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q4_0", "onnx", "openvino"
+    "uneven",
+    "uniform",
+    "padded",
+    "gguf",
+    "gguf-f32",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q6_k",
+    "gguf-q5_k",
+    "gguf-q5_1",
+    "gguf-q4_k",
+    "gguf-iq4_nl",
+    "gguf-q4_0",
+    "gguf-q3_k",
+    "gguf-q2_k",
+    "onnx",
+    "openvino",
 ]
 
 
@@ -172,6 +190,44 @@ class Targets(Section):
         return not self.max_params and self.max_bytes is None and self.min_speedup is None and self.max_drop is None
 
 
+class Vocabulary(Section):
+    """Which tokens stay, chosen before anything else. Without a size, all do."""
+
+    size: str | None = None
+    """Tokens to keep: a share (`0.5`, `50%`), a number (`24k`), `auto` (those that cover 99.9 % of text that was not
+    counted, and 98 % of the tasks' search documents), or a text, which means `auto` on that text."""
+    text: str | None = None
+    """The text to count tokens in, of the kinds that `data` can be. Unset: `data`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_as_size(cls, values: Any) -> Any:
+        """A size that is the name of a text means auto on that text."""
+        if isinstance(values, dict) and isinstance(size := values.get("size"), str) and not is_size(size):
+            if values.get("text") is not None or not ("/" in size or "." in size or Path(size).exists()):
+                raise ValueError(f"'{size}' is no size of a vocabulary; write a share (0.5), a number (24k) or auto")
+            return {**values, "size": AUTO, "text": size}
+        return values
+
+    @model_validator(mode="after")
+    def _text_of_a_size(self) -> Vocabulary:
+        if self.text is not None and self.size is None:
+            raise ValueError("a text to choose tokens by, but no size; say --vocabulary auto too")
+        return self
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _numbers(cls, size: Any) -> Any:
+        return str(size) if isinstance(size, int | float) and not isinstance(size, bool) else size
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_size(size, 1_000_000)
+        return size
+
+
 class Finetuning(Section):
     """The one fine-tuning of the super-network."""
 
@@ -300,11 +356,21 @@ class Quantizing(Section):
     """Quantized packages beside the unquantized one."""
 
     schemes: Annotated[list[SchemeName], BeforeValidator(_listed)] = Field(default_factory=list)
-    """Any of `int8`, `int8-dynamic`, `int4`, `int8-auto-round`, `int4-auto-round`."""
+    """Any of `int8`, `int8-dynamic`, `int4`, `int3`, `int2`, `int8-auto-round`, `int4-auto-round`."""
+    bits: Literal["asked", "joint"] | None = None
+    """`joint` picks the size together with the bits of weights and embedding: the lowest loss that fits `max_bytes`,
+    the whole network among the candidates; `asked` writes only the schemes that are named. Unset: `joint` where
+    `max_bytes` is set."""
+    embedding: EmbeddingBits | None = None
+    """Bits of the embedding, and of a head of its own, in quantized packages: 16, 8 or 4. Those of a tied network need
+    the code file of an uneven package (or a gguf file): where a number is given, a network whose layers are alike is
+    written as one too, in the layout `uneven`. Unset: 8 where the package can hold it."""
     group_size: int | None = Field(default=None, ge=8)
-    """Input channels that share a scale, for 4 bits. Unset: the largest of 128, 64, 32 that divides all widths."""
+    """Input channels that share a scale, for fewer than 8 bits. Unset: the largest of 128, 64, 32 that divides all
+    widths."""
     iterations: int | None = Field(default=None, ge=0)
-    """Steps for which AutoRound tunes the rounding of each block; 0 rounds to nearest. Unset: by `effort`."""
+    """Steps for which AutoRound tunes the rounding of each block, for fewer than 8 bits (8 gain nothing by it); 0
+    rounds to nearest. Unset: by `effort`."""
     samples: int | None = Field(default=None, ge=1)
     """Sequences that the rounding is tuned on. Unset: by `effort`."""
 
@@ -336,6 +402,7 @@ class Recipe(Section):
     set by itself (`docs/time.md`)."""
     effort: Literal["quick", "standard", "thorough"] = "standard"
     """Without a time, sets every budget that is not set by itself."""
+    vocabulary: Vocabulary = Field(default_factory=Vocabulary)
     targets: Targets = Field(default_factory=Targets)
     finetuning: Finetuning = Field(default_factory=Finetuning)
     searching: Searching = Field(default_factory=Searching)
@@ -343,8 +410,8 @@ class Recipe(Section):
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
-    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-q8_0` and so on), `onnx`,
-    `openvino`."""
+    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-` and one of `f32`, `bf16`, `q8_0`,
+    `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`), `onnx`, `openvino`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None

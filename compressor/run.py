@@ -44,6 +44,7 @@ class Run:
         self.tracking = path / "tracking"
         self.requests = path / "requests"
         self.data = path / "data"
+        self.base = path / "base"
         self.supernet = path / "supernet"
         self.speed_table = path / "speed.json"
         self.search = path / "search"

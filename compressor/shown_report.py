@@ -31,8 +31,8 @@ def current_report(folder: Path) -> Report | None:
     written = min(times)
     read = [run.recipe_file, run.front, run.picks, run.evaluations, run.supernet / "manifest.json"]
     read += [*run.packages.glob("*.json"), *run.packages.glob("*/compression.json"), *run.comparison.glob("*.json")]
-    read += run.subnets.glob("*/*.json")
-    if any(file.is_file() and file.stat().st_mtime_ns > written for file in read):
+    read += [*run.subnets.glob("*/*.json"), run.packages, run.comparison]  # folders: something may have been removed
+    if any(path.exists() and path.stat().st_mtime_ns > written for path in read):
         return None
     try:
         report = validate_report(read_json(run.report))

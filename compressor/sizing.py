@@ -7,12 +7,13 @@ import re
 import numpy as np
 
 from compressor.job import Job
-from export.quantization.schemes import SCHEMES
+from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName, outer_bits
 from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
 from supernet.architecture import Architecture, StorageFormat
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
+from supernet.slicing import fits_plain_class
 from supernet.training.samplers import TrainingRange
 
 TRIES = 64
@@ -24,7 +25,7 @@ def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
     wanted = job.recipe.targets.max_params
     if not wanted:
         return [("best", None)]
-    base = job.structure.parameters(job.structure.base)
+    base = job.untouched_parameters
     limits = []
     for size in wanted:
         try:
@@ -46,12 +47,63 @@ def byte_limit(job: Job) -> int | None:
     return None if job.recipe.targets.max_bytes is None else parse_bytes(job.recipe.targets.max_bytes)
 
 
-def smallest_storage(job: Job) -> StorageFormat | None:
-    """How the smallest requested variant stores its linear layers: what `--max-bytes` is about. None: unquantized."""
+JOINT: tuple[SchemeName, ...] = ("int8", "int4", "int3", "int2")
+"""Schemes that are compared where size and bits are picked together."""
+JOINT_EMBEDDINGS: tuple[EmbeddingBits, ...] = (8, 4)
+
+
+def joint_embeddings(job: Job) -> tuple[EmbeddingBits, ...]:
+    """Bits of the embedding that are compared: the recipe's, where it says any."""
+    asked = job.recipe.quantizing.embedding
+    return JOINT_EMBEDDINGS if asked is None else (asked,)
+
+
+def picks_bits(job: Job) -> bool:
+    """Whether size and bits are picked together: where the recipe says so, or says nothing and limits the bytes."""
+    bits = job.recipe.quantizing.bits
+    if bits is None:
+        return job.recipe.targets.max_bytes is not None and job.quantizable
+    return bits == "joint"
+
+
+def storage_of(
+    job: Job,
+    scheme: SchemeName,
+    architecture: Architecture | None = None,
+    embedding: EmbeddingBits | None = None,
+    uniform: bool | None = None,
+) -> StorageFormat:
+    """How a quantized package of a sub-network stores its weights; `embedding` is in place of the recipe's bits.
+
+    A network whose layers are alike is written in the family's plain class, which has no code file. Without an
+    architecture, one whose layers differ. `uniform`: the package must be of the plain class; by the recipe's formats
+    where it is not said.
+    """
+    quantizing = job.recipe.quantizing
+    asked = embedding or quantizing.embedding
+    plain = architecture is not None and fits_plain_class(job.checkpoint.config, architecture)
+    uniform = set(job.recipe.formats) == {"uniform"} if uniform is None else uniform
+    code = not uniform and (not plain or asked is not None)
+    outer = outer_bits(SCHEMES[scheme], tied=job.structure.tied, code=code, asked=asked)
+    return SCHEMES[scheme].storage_format(quantizing.group_size, outer)
+
+
+def can_hold(job: Job, scheme: SchemeName, architecture: Architecture) -> bool:
+    """Whether a scheme applies to any layer of a sub-network: below 8 bits both widths must be multiples of 32."""
+    if SCHEMES[scheme].bits == 8:
+        return True
+    shapes = [job.structure.shape(tensor, architecture) for tensor in job.structure.tensors if tensor.role == "linear"]
+    return any(shape is not None and not (shape[0] % 32 or shape[1] % 32) for shape in shapes)
+
+
+def smallest_storage(job: Job, architecture: Architecture | None = None) -> StorageFormat | None:
+    """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized."""
+    if picks_bits(job):
+        return storage_of(job, JOINT[-1], architecture, joint_embeddings(job)[-1])
     if not job.recipe.quantizing.schemes:
         return None
-    smallest = min((SCHEMES[name] for name in job.recipe.quantizing.schemes), key=lambda s: (s.bits, s.auto_round))
-    return smallest.storage_format(job.recipe.quantizing.group_size)
+    smallest = min(job.recipe.quantizing.schemes, key=lambda name: (SCHEMES[name].bits, SCHEMES[name].auto_round))
+    return storage_of(job, smallest, architecture)
 
 
 def training_range(job: Job) -> TrainingRange:

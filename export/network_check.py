@@ -253,7 +253,21 @@ class NetworkCheck:
         fault = tokenizer_fault(load_tokenizer(self.folder), self.probe)
         if fault is not None:
             raise self.fail(fault)
-        return {"tokenizer_equal": True}
+        return {"tokenizer_equal": True} | self.vocabulary()
+
+    def vocabulary(self) -> Claims:
+        """Of a cut vocabulary: texts of kept tokens are split as before, and every text decodes to what it did."""
+        if not self.probe.splits:
+            return {}
+        tokenizer = load_tokenizer(self.folder)
+        for split in self.probe.splits:
+            ids = tokenizer(split.text, verbose=False).input_ids
+            if ids != split.ids:
+                raise self.fail(f"its tokenizer splits {split.text!r} into {ids}, not into {split.ids}")
+            if (decoded := tokenizer.decode(ids)) != split.decoded:
+                raise self.fail(f"its tokenizer makes {decoded!r} of {split.text!r}, not {split.decoded!r}")
+        before = sum(split.kept for split in self.probe.splits)
+        return {"texts_split_as_before": before, "texts_decoded_as_before": len(self.probe.splits)}
 
     def reported_tasks(self) -> TaskSet | None:
         """The report's tasks, on the same documents; None where nothing is to be scored again."""

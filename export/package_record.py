@@ -15,6 +15,7 @@ from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
 from export.quantization.schemes import SchemeName
 from export.shards import FileRecord
+from export.vocabulary_record import SplitText, VocabularyRecord
 from search.scores import Score
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json, sha256, write_json
@@ -27,7 +28,7 @@ CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
-Quantization = Literal[SchemeName, "q8_0", "q4_0"]
+Quantization = Literal[SchemeName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
 
 
 class QuantizationReport(Model):
@@ -40,6 +41,10 @@ class QuantizationReport(Model):
     """Rounds of tuning; 0: rounded to nearest."""
     bits_per_weight: float
     """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
+    embedding: float = 16
+    """Bits of the embedding's codes; in gguf files those stored for each weight."""
+    head: float = 16
+    """The same of an output head that has its own weight."""
     bits_per_parameter: float
     """Stored bits of the whole file for each parameter, embeddings counted."""
     exceptions: dict[str, str] = Field(default_factory=dict)
@@ -77,7 +82,7 @@ class PackageEntry(Model):
     tasks: dict[str, Score] = Field(default_factory=dict)
     """Scores on the report split."""
     held_out_loss: float | None = None
-    """Nats per token on some of the user's text that was not trained on; None where it was not measured."""
+    """Nats per token of the base on some of the user's text that was not trained on; None where it was not measured."""
     speed: Speed | None = None
     verified: dict[str, object] | None = None
     """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
@@ -88,6 +93,8 @@ class PackageEntry(Model):
     """The one file of a gguf package."""
     cache: GraphCache | None = None
     """What a graph caches; None where there is no graph."""
+    vocabulary: VocabularyRecord | None = None
+    """What the base's vocabulary was cut to; None where it was not."""
 
 
 class Lineage(Model):
@@ -136,6 +143,8 @@ class Probe(Model):
     """Texts and their token ids, where another runtime has its own tokenizer."""
     composed: bool = False
     """Whether the texts were composed (NFC) first."""
+    splits: list[SplitText] = Field(default_factory=list)
+    """Texts as the tokenizer must split them, where the base's vocabulary was cut."""
     greedy: Greedy | None = None
     exact_to: str | None = None
     """The number format that a gguf file is as exact as; None: its own."""

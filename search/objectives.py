@@ -130,9 +130,10 @@ def computed(
     behind `context` others; `kv_cache_bytes` of one token; and what `speed` computes: `decode_tps`, `prefill_tps`
     (tokens per second), `latency` (seconds). Raises ValueError for an unknown name in `speed`.
     """
+    additive = scheme is None or scheme.group_size is not None  # one group size for all layers depends on all
     objectives = [
         Objective("parameters", "min", structure.parameters, additive=True),
-        Objective("bytes", "min", lambda a: structure.bytes(a, scheme), additive=True),
+        Objective("bytes", "min", lambda a: structure.bytes(a, scheme), additive=additive),
         Objective("macs", "min", lambda a: structure.macs(a, context), additive=True),
         Objective("kv_cache_bytes", "min", structure.kv_cache_bytes, additive=True),
     ]

@@ -106,6 +106,16 @@ class Target:
         ]
         return [(name, float(bound), upper) for name, bound, upper in wanted if bound is not None]
 
+    def misses(self, evaluation: Evaluation) -> float:
+        """By how much an evaluation misses, as a sum of shares of the bounds; 0 where the target is met."""
+        total = 0.0
+        for name, bound, upper in self.bounds():
+            value = evaluation.values[name]
+            total += max(0.0, (value - bound if upper else bound - value) / abs(bound or 1.0))
+        if self.max_drop is not None:
+            total += max(0.0, 1 - self.max_drop - evaluation.values["quality"])
+        return total
+
     def __str__(self) -> str:
         parts = [f"{name} {'at most' if upper else 'at least'} {number(bound)}" for name, bound, upper in self.bounds()]
         if self.max_drop is not None:
@@ -128,19 +138,9 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     if not target.bounds() and target.max_drop is None:
         raise ValueError("a target needs at least one of max_params, max_bytes, min_speedup and max_drop")
 
-    def misses(evaluation: Evaluation) -> float:
-        """By how much, as a sum of shares of the bounds; 0 where the target is met."""
-        total = 0.0
-        for name, bound, upper in target.bounds():
-            value = evaluation.values[name]
-            total += max(0.0, (value - bound if upper else bound - value) / abs(bound or 1.0))
-        if target.max_drop is not None:
-            total += max(0.0, 1 - target.max_drop - evaluation.values["quality"])
-        return total
-
-    meeting = [e for e in candidates if misses(e) == 0.0]
+    meeting = [e for e in candidates if target.misses(e) == 0.0]
     if not meeting:
-        nearest = min(candidates, key=lambda e: (misses(e), e.architecture.key))
+        nearest = min(candidates, key=lambda e: (target.misses(e), e.architecture.key))
         names = ["quality", "parameters", *(name for name, _, _ in target.bounds() if name != "parameters")]
         values = ", ".join(f"{name} {number(nearest.values[name])}" for name in names)
         raise ValueError(f"no measured architecture has {target}; the nearest has {values}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any, Literal, TypedDict
 
 Half = Literal["attention", "mlp"]
@@ -205,18 +205,45 @@ def unit_counts(hidden_size: int, layer: LayerSizes | None = None) -> dict[Unit,
     return counts
 
 
+GROUP_SIZES = (128, 64, 32)
+"""Input channels that may share a scale, unless the user says otherwise; the largest that divides is taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class StorageFormat:
     """How many bits a quantized weight takes: `bits` each, and one scale of `scale_bits` for each group of input
-    channels (`group_size` -1: one group per output channel). Activations are not stored and do not count.
+    channels. `group_size` -1: one group per output channel; None: the largest of `GROUP_SIZES` that divides the inputs
+    of all layers that are not left out. Activations are not stored and do not count.
 
     A layer that cannot be quantized so is stored in `fallback` bits: 8 with one scale per output channel, or 16.
+
+    The codes of an output channel fill whole words of `word` bits, and each layer has `extra` bytes more (its shape).
+    `embedding` and `head` are the bits of the two: 16, 8 with one scale per row, or 4 with one per group.
     """
 
     bits: int
-    group_size: int
+    group_size: int | None
     scale_bits: int = 16
     fallback: Literal[8, 16] = 8
+    word: int = 32
+    extra: int = 16
+    embedding: int = 16
+    head: int = 16
+
+    def rows_bytes(self, rows: int, columns: int, bits: int, group_size: int) -> int:
+        """Bytes of a weight [rows, columns] with the scales of its groups, and its shape."""
+        groups = 1 if group_size < 0 else columns // group_size
+        codes = -(-columns * bits // self.word) * self.word
+        return rows * (codes + groups * self.scale_bits) // 8 + self.extra
+
+
+def table_format(bits: int, columns: int) -> tuple[int, int]:
+    """Bits and group size of an embedding or a head of `columns` channels where `bits` are asked for: 4 bits need a
+    group that divides the channels, or become 8."""
+    if bits == 4:
+        group = next((size for size in GROUP_SIZES if columns % size == 0), None)
+        return (8, -1) if group is None else (4, group)
+    return bits, -1
 
 
 @dataclass(frozen=True)
@@ -264,25 +291,39 @@ class Structure:
     def bytes(self, arch: Architecture, storage: StorageFormat | None = None) -> int:
         """Bytes of all weights as stored: unquantized at `dtype_bytes`, or with the linear layers in `storage`.
 
-        Quantized packages keep embeddings, head and norms at 16 bits. A layer whose input width the group size does
-        not divide, or with a width that is no multiple of 32, is stored in the `fallback`, as export does.
+        A layer whose input width the group size does not divide, or with a width that is no multiple of 32, is stored
+        in the `fallback`, as export does; norms and biases are stored in 16 bits. It is what the files hold but for
+        their headers.
         """
         if storage is None:
             return self.dtype_bytes * self.parameters(arch)
+        group = self.group_size(arch) if storage.group_size is None else storage.group_size
 
         def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
+            asked = {"embedding": storage.embedding, "head": storage.head}.get(tensor.role, 16)
+            if asked < 16:
+                outer = replace(storage, scale_bits=16, word=32, extra=16)
+                return outer.rows_bytes(shape[0], shape[1], *table_format(asked, shape[1]))
             if tensor.role != "linear":
                 return 2 * prod(shape)
             outputs, inputs = shape
-            bits, group = storage.bits, storage.group_size
-            if inputs % 32 or outputs % 32 or (group > 0 and inputs % group):
-                if storage.fallback == 16:
-                    return 2 * prod(shape)
-                bits, group = 8, -1
-            groups = 1 if group < 0 else inputs // group
-            return -(-outputs * (inputs * bits + groups * storage.scale_bits) // 8)
+            odd = inputs % 32 or outputs % 32 or (group > 0 and inputs % group)
+            if odd and storage.fallback == 16:
+                return 2 * prod(shape)
+            return storage.rows_bytes(outputs, inputs, *((8, -1) if odd else (storage.bits, group)))
 
-        return self._sum(("bytes", storage), arch, cost)
+        return self._sum(("bytes", storage, group), arch, cost)
+
+    def group_size(self, arch: Architecture) -> int:
+        """The largest of `GROUP_SIZES` that divides the input width of every linear layer whose widths are multiples
+        of 32; the smallest where none does."""
+        key = ("inputs", arch)
+        if key not in self._sums:
+            shapes = [self.shape(tensor, arch) for tensor in self.tensors if tensor.role == "linear"]
+            inputs = {shape[1] for shape in shapes if shape is not None and not (shape[0] % 32 or shape[1] % 32)}
+            common = gcd(*inputs) if inputs else GROUP_SIZES[-1]
+            self._sums[key] = next((size for size in GROUP_SIZES if common % size == 0), GROUP_SIZES[-1])
+        return self._sums[key]
 
     def macs(self, arch: Architecture, context: int = 0) -> int:
         """Multiply-accumulates to compute one token's logits after `context` earlier tokens.

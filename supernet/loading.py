@@ -110,14 +110,39 @@ def load_network(
     return model, info
 
 
+def stop_rounding(model: PreTrainedModel) -> None:
+    """Let a compressed-tensors network on a CPU, whose first pass has unpacked its weights, compute with them as they
+    are; nothing else changes, and other networks are left alone.
+
+    compressed-tensors 0.20 puts a forward into every quantized module that rounds the unpacked weight again at every
+    call, which changes no value, and one into every module that moves inputs to where its weights are. Both take time
+    (`docs/results.md`). Modules that round activations keep the first, and are told that the weight needs no rounding.
+    """
+    quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme") and hasattr(m, "weight")]
+    if not quantized:
+        return
+    from compressed_tensors.offload.dispatch import remove_dispatch  # takes seconds to import
+
+    remove_dispatch(model, onload_tensors=True)
+    for module in quantized:
+        scheme = module.quantization_scheme
+        if scheme is None:
+            continue
+        if scheme.input_activations is None and scheme.output_activations is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.quantization_status = type(module.quantization_status).COMPRESSED
+
+
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 """Files of a hub repository that are fetched beside the weights."""
 
 
-def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True, beside: bool = False) -> Path:
     """The folder `name`, or that of the hub repository `name`, of which what transformers loads is fetched.
 
-    Without `weights`, only configurations are. Raises `RequestError` where it is neither.
+    Without `weights`, only configurations are, and with `beside` all that lies beside the weights. Raises
+    `RequestError` where it is neither.
     """
     if (folder := local_folder(name)) is not None:
         return folder
@@ -127,7 +152,7 @@ def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True) 
 
     try:
         if not weights:
-            return fetch("*config.json")
+            return fetch(*(BESIDE_WEIGHTS if beside else ("*config.json",)))
         folder = fetch(*BESIDE_WEIGHTS, SINGLE)
         if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             folder = fetch(*sorted(set(read_json(folder / INDEX)["weight_map"].values())))

@@ -45,8 +45,12 @@ def sliced(tensor: TensorSpec, full: Tensor, structure: Structure, architecture:
     return slice_parameter(full, tensor.axes, counts, kept)
 
 
-def standalone_config(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
+def standalone_config(
+    config: PreTrainedConfig, architecture: Architecture, always_uneven: bool = False
+) -> PreTrainedConfig:
     """The configuration of the extracted model: the family's where the architecture is uniform, else the uneven one.
+
+    `always_uneven` gives the uneven one of a uniform architecture too: its code file holds a quantized embedding.
 
     Kept layers count from 0. Global sizes of an uneven configuration are the base's; `per_layer_config` has the sizes
     of each layer.
@@ -67,7 +71,7 @@ def standalone_config(config: PreTrainedConfig, architecture: Architecture) -> P
     new.num_hidden_layers = len(kept)
     new.hidden_size = architecture.hidden_size
     # 2. The family's configuration.
-    if fits_plain_class(config, architecture):
+    if fits_plain_class(config, architecture) and not always_uneven:
         for sizes, _ in kept:
             for name, value in _settings(config, family, sizes).items():
                 setattr(new, name, value)

@@ -49,3 +49,20 @@ def check_rows(what: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
 def rendering(what: str) -> AbstractContextManager[None]:
     """Within, whatever a chat template raises becomes a `RequestError`: it is a program of the model's author."""
     return reading(f"{what}: the chat template cannot render it")
+
+
+def template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All text that the chat templates of a tokenizer hold: what they print, and strings in their code."""
+    import jinja2
+
+    template = tokenizer.chat_template or {}
+    texts = []
+    for text in [template] if isinstance(template, str) else template.values():
+        with rendering("the tokenizer"):
+            for _, kind, value in jinja2.Environment().lex(text):
+                if kind == "data":
+                    texts.append(value)
+                elif kind == "string":
+                    unquoted = value[1:-1].encode("ascii", "backslashreplace")
+                    texts.append(unquoted.decode("unicode-escape"))  # as jinja2 does
+    return texts

@@ -2,7 +2,7 @@
 
 `modeling_source` is the whole file as a package ships it, rendered from `modeling_uneven.py.j2`. `uneven_classes` runs
 the same text in memory, so networks in memory and loaded packages have the same code. The file subclasses the family's
-classes instead of copying them, so it is about 60 lines long and does not depend on the family's forward pass.
+classes instead of copying them, so it is about 100 lines long and does not depend on the family's forward pass.
 """
 
 from __future__ import annotations

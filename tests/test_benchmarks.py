@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.common import Measurements, make_parser, mean_spread, median_range
-from tests.support import ROOT, tiny
+from tests.support import ROOT, tiny, tiny_tokenizers
 from tests.support.report_helpers import full_report, minimal_report, score
 
 SHARED = {"common", "jobs"}
@@ -151,3 +151,22 @@ def test_safe_training_has_a_row_for_every_checkpoint_and_number_of_tokens(
     assert [row[:2] for row in rows] == [[name, tokens] for name in "ab" for tokens in ("1,000", "2,000")]
     for row in rows:
         assert len(row) == 14 and all("\N{RIGHTWARDS ARROW}" in row[cell] for cell in (4, 5, 6, 12))
+
+
+def test_a_vocabulary_has_a_row_for_each_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    tokenizer = tiny_tokenizers.fast(tiny_tokenizers.KINDS["byte-level"]())
+    tiny.checkpoint(folder, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_tokenizers.texts(1600, 5, odd=0.02)))
+    options = ["--checkpoint", str(folder), "--data", str(data)]
+    call(monkeypatch, "vocabulary", *options, "--sizes", "1", "0.8", "--documents", "3")
+    header, rule, whole, cut = capsys.readouterr().out.splitlines()[-4:]
+    assert header.count("|") == rule.count("|") == cut.count("|")
+    assert whole.startswith(f"| 1 | {len(tokenizer)} |") and cut.startswith("| 0.8 | 384 |")
+    call(monkeypatch, "vocabulary", *options, "--priors", "0", "1", "--sizes", "0.8")
+    *_, least, most = capsys.readouterr().out.splitlines()
+    assert least.startswith("| 0 | ") and most.startswith("| 1 | ")

@@ -32,7 +32,9 @@ def chat(
         raise RequestError(f"--max-tokens: {max_tokens} is no length of an answer; say 1 or more")
     names = [package, *([beside] if beside else [])]
     for name in names:
-        local_folder(name)  # refuses a path at which there is nothing
+        folder = local_folder(name)
+        if folder is not None and not any((folder / file).is_file() for file in ("config.json", "compression.json")):
+            raise RequestError(f"{name}: neither a checkpoint nor a package (no config.json, no compression.json)")
     announce(" and ".join(names), "export.chat")
     from export.chat import open_speaker  # imports torch
 

@@ -10,7 +10,19 @@ from compressor.cli.request import recipe_of
 from supernet.common.progress import working
 
 
-@recipe_options("space", "effort", "revision", "trust_remote_code", any_key=True)
+@recipe_options(
+    "space",
+    "effort",
+    "vocabulary",
+    "vocabulary_text",
+    "data",
+    "text_key",
+    "tasks",
+    "include_path",
+    "revision",
+    "trust_remote_code",
+    any_key=True,
+)
 def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = False) -> None:
     """What a checkpoint holds, what may be cut, what it would cost.
 
@@ -23,7 +35,15 @@ def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = 
     from compressor.run import Run
 
     with working("looking at the network"):
-        facts = inspect_job(Job(Run(Path()), asked.resolved(), weights=False))
+        job = Job(Run(Path()), asked.resolved(), weights=False)
+        facts = inspect_job(job)
+        if asked.vocabulary.size is not None:
+            from compressor.stages.trimming import sizes
+            from supernet.loading import checkpoint_folder
+
+            # Of a hub model its tokenizer, and not its weights.
+            checkpoint_folder(model, asked.revision, weights=False, beside=True)
+            facts["vocabulary"] = sizes(job, asked.vocabulary.size)
     if not json:
         print_inspection(facts)
     emit(facts, json)

@@ -17,11 +17,15 @@ Listed = dict[str, str]
 
 
 def list_names(
-    what: Annotated[str, typer.Argument(help="tasks, spaces, families, baselines, recipes, algorithms or formats")],
+    what: Annotated[
+        str | None, typer.Argument(help="tasks, spaces, families, baselines, recipes, algorithms or formats")
+    ] = None,
     include_path: IncludePath = None,
     json: Json = False,
 ) -> None:
     """Show the names that an option or a recipe takes, one a line."""
+    if what is None:
+        raise RequestError(f"list: say what: {', '.join(LISTS)}")
     if what not in LISTS:
         raise unknown("list", what, LISTS)
     listed = _tasks(include_path) if what == "tasks" else LISTS[what]()

@@ -71,6 +71,10 @@ RECIPE_OPTIONS = {
     ),
     "include_path": RecipeOption("include_path", str, "folder of lm-eval task files", default="lm-eval's own tasks"),
     "space": RecipeOption("space", str, f"{', '.join(SPACES)}, or a YAML file", default="fine"),
+    "vocabulary": RecipeOption(
+        "vocabulary.size", str, "tokens to keep: 0.5, 24k, auto, or a text to choose by", default="all"
+    ),
+    "vocabulary_text": RecipeOption("vocabulary.text", str, "text that tokens are counted in", default="the data"),
     "time": RecipeOption("time", str, "how long the whole job may take here, such as 3h or 90m: sets every budget"),
     "effort": RecipeOption(
         "effort", str, "quick, standard or thorough: sets every budget, without a clock", default="standard"
@@ -104,6 +108,12 @@ RECIPE_OPTIONS = {
         "targets.max_drop", str, "largest loss of quality, for example 1%", default="1% where no target is named"
     ),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated", default="none"),
+    "bits": RecipeOption(
+        "quantizing.bits",
+        str,
+        "joint: pick size and bits together, for --max-bytes; asked: only what --quantize names",
+        default="joint with --max-bytes",
+    ),
     "group_size": RecipeOption(
         "quantizing.group_size", int, "int4's group size", default="the largest of 128, 64, 32 that divides all widths"
     ),

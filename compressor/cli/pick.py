@@ -7,7 +7,7 @@ from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
 
 
-@recipe_options(*TARGETS)
+@recipe_options(*TARGETS, "bits")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets."""
     run_recipe(run, given)

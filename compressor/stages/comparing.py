@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
-from compressor.stages.exporting import round_as_stored
+from compressor.stages.exporting import remember_vocabulary, round_as_stored
 from compressor.stages.measuring import load_package
 from compressor.stages.picking import choose, measured, read_picks
 from evals.baselines import Cut
@@ -115,9 +115,10 @@ def compare(
     long = training_blocks(job, total)  # before networks are in memory, since the base may have to write some of it
     short = training_blocks(job, recipe.healing.tokens or 0)
     supernet, base = job.load_supernet(), job.load_base()
+    untouched = base if job.vocabulary is None else job.load_untouched()
     calibration = tuple(calibration_batches(job, long))
     run.comparison.mkdir(exist_ok=True)
-    base_documents(job, base)
+    base_documents(job, untouched)
     rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
     comparisons = [SizeComparison(job, size, one, supernet, base, calibration, long) for size, one in picked]
     for comparison in comparisons:
@@ -135,7 +136,7 @@ def compare(
                 "another size (--max-params)"
             )
         prove(job, done)
-        time_beside_base(job, base, [row for row in done if row.stem.endswith("-0")])
+        time_beside_base(job, untouched, [row for row in done if row.stem.endswith("-0")])
         rows += done
     run.log(f"compared: {', '.join(row.stem for row in rows)}")
     return comparison_rows(job)
@@ -143,7 +144,7 @@ def compare(
 
 def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architecture]]:
     """(label, architecture of ours) of every size: picked anew from what was measured, or the run's own picks."""
-    full = job.structure.parameters(job.structure.base)
+    full = job.untouched_parameters
     if not asked:
         picks = read_picks(job)
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
@@ -241,9 +242,10 @@ def write_method_package(
         entry={"name": folder.name, "architecture": architecture.to_dict(), "quality": row.quality, "tasks": scores},
         tokenizer=job.tokenizer,
         dtype=job.stored_dtype,
-        lineage=lineage | {"base": {"name": job.given.model, "fingerprint": job.base_fingerprint}},
+        lineage=lineage | {"base": {"name": job.given.model, "fingerprint": job.untouched_fingerprint}},
         probe_ids=blocks.split()[1][:4].ids[:, :32],
     )
+    remember_vocabulary(job, [folder])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -294,7 +296,7 @@ def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocumen
     inputs = fingerprint(documents_scored(job))
     if base is not None and not (file.is_file() and read_json(file)["inputs"] == inputs):
         job.threads(scoring=True)
-        scores, documents = job.scorer(base).score_with_documents("report")
+        scores, documents = job.scorer(base, job.untouched_tasks).score_with_documents("report")
         write_json(file, BaseDocuments(inputs=inputs, tasks=scores, documents=documents).model_dump(mode="json"))
     return BaseDocuments.model_validate(read_json(file))
 

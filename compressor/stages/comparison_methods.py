@@ -123,6 +123,8 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     recipe = job.recipe.model_copy(deep=True)
     recipe.finetuning.tokens = 0
     plain = Job(Run.create(job.run.comparison / "untrained-search", recipe, {"versions": versions()}), recipe)
+    if job.vocabulary is not None:  # the same base, however the tasks may have changed since it was cut
+        shutil.copytree(job.run.base, plain.run.base, dirs_exist_ok=True)
     if job.run.speed_table.is_file():  # the same device, and timings do not depend on what the weights are
         shutil.copy(job.run.speed_table, plain.run.speed_table)
     finetune(plain)

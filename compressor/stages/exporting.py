@@ -7,7 +7,7 @@ something that changed: another `--quantize` or `--format` adds folders to what 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -19,19 +19,18 @@ from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
+from compressor.stages.quantized_base import base_inputs, write_base
+from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from compressor.stages.repairing import pick_variants, repair_inputs
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import RECORD, check_files, read_record, update_record
-from export.quantization.quantize import quantize_packages
-from export.quantization.schemes import SchemeName
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import Bar, bar, say
 from supernet.common.versions import versions
-from supernet.device import release_cached_memory
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
 from supernet.training.supernet_training import heal
@@ -51,7 +50,7 @@ def export(job: Job) -> list[dict[str, Any]]:
         proofs: list[tuple[Path, Path | None]] = []
         for picked in picks:
             name = picked["name"]
-            wanted = package_inputs(job, name, network_inputs(job, picked["key"], blocks), blocks)
+            wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks), blocks)
             written += [folder.name for folder in wanted]
             missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
@@ -61,7 +60,11 @@ def export(job: Job) -> list[dict[str, Any]]:
                     left.unlink()
                 # A copy of a package that was there already is compared with that package's probe.
                 proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
-        measure_packages(job, written)
+        bases = base_inputs(job, picks, blocks)
+        missing = {folder: i for folder, i in bases.items() if job.redo == "export" or not is_proved(folder, i)}
+        write_base(job, missing, picks, blocks)
+        proofs += [(folder, None) for folder in missing]
+        measure_packages(job, written, [folder.name for folder in bases])
         if proofs:
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
@@ -97,22 +100,20 @@ def network_inputs(job: Job, architecture: str, blocks: Blocks) -> Inputs:
     return {**cut, **read, "healing": asdict(settings)}
 
 
-def package_inputs(job: Job, name: str, network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
+def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
     """Of every folder that one pick asks for: its own layout first, quantized ones, then copies in other layouts."""
-    recipe = job.recipe
-    quantizing = {
-        **recipe.quantizing.model_dump(exclude={"schemes"}),
-        "data": blocks.fingerprint,
-        "length": blocks.length,
-        "seed": recipe.seed,
-    }
+    recipe, name = job.recipe, picked["name"]
+    quantizing = quantizing_inputs(job, blocks)
     inputs: dict[str, Inputs] = {"": {"network": network}}
-    inputs |= {f"-{scheme}": {"network": network, "quantizing": quantizing} for scheme in recipe.quantizing.schemes}
+    for scheme, embedding in schemes_of(job, picked).items():
+        inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
     for layout in recipe.formats:
         if layout in ("uneven", "uniform"):
             continue
         if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
+            if layout.startswith("gguf-"):
+                inputs[f"-{layout}"] |= {"quantizing": quantizing | {"embedding": recipe.quantizing.embedding}}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
 
@@ -126,13 +127,14 @@ def write_packages(
     quantizing = job.recipe.quantizing
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     own = job.run.packages / name
-    schemes = {scheme: f for scheme in quantizing.schemes if (f := job.run.packages / f"{name}-{scheme}") in missing}
+    embeddings = schemes_of(job, picked)
+    schemes = {scheme: f for scheme in embeddings if (f := job.run.packages / f"{name}-{scheme}") in missing}
     copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
     lineage = {
         "base": {
             "name": job.given.model,
-            "fingerprint": job.base_fingerprint,
-            "logit_differences": (job.run.manifest(job.run.supernet) or {}).get("logit_differences"),
+            "fingerprint": job.untouched_fingerprint,
+            "logit_differences": logit_differences(job),
         },
         "supernet": job.run.supernet_weights,
         "target": picked["target"],
@@ -154,7 +156,7 @@ def write_packages(
             )
     if schemes:
         with job.schedule.stage("quantizing"):
-            quantize(job, own, architecture, schemes, blocks[: quantizing.samples].ids)
+            quantize(job, own, len(architecture.kept), schemes, embeddings, blocks[: quantizing.samples].ids)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
@@ -164,34 +166,29 @@ def write_packages(
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
+        more: dict[str, Any] = {}
+        if layout.startswith("gguf"):
+            more = {"embedding": quantizing.embedding, "calibration": blocks[: quantizing.samples].ids}
         with job.schedule.stage("healing"):
-            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options)
+            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options, **more)
+    remember_vocabulary(job, missing)
 
 
-def quantize(
-    job: Job,
-    source: Path,
-    architecture: Architecture,
-    schemes: Mapping[SchemeName, Path],
-    calibration: torch.Tensor,
-) -> None:
-    """Write the quantized packages of one pick. `calibration`: token ids [samples, length]."""
-    quantizing = job.recipe.quantizing
-    release_cached_memory(job.device)  # the child quantizes on the same device
-    blocks_to_do = len(schemes) * len(architecture.kept)
-    with bar(f"quantizing {source.name}", blocks_to_do) as progress:
-        quantize_packages(
-            source,
-            schemes,
-            calibration=calibration,
-            iterations=quantizing.iterations or 0,
-            group_size=quantizing.group_size,
-            seed=job.recipe.seed,
-            device=job.device.type,
-            log=job.run.debug_file,
-            progress=lambda done, _, what: progress.advance(done - progress.done, what),
-        )
-        progress.advance(blocks_to_do - progress.done)
+def logit_differences(job: Job) -> dict[str, float] | None:
+    """By how much logits moved on the way to the super-network, as shares of the largest."""
+    differences = (job.run.manifest(job.run.supernet) or {}).get("logit_differences")
+    if job.vocabulary is None:
+        return differences
+    return {**(differences or {}), "vocabulary": job.vocabulary.logit_difference}
+
+
+def remember_vocabulary(job: Job, packages: Iterable[Path]) -> None:
+    """Let packages say what the base's vocabulary was cut to, and how texts are to be split: for their proof."""
+    if job.vocabulary is None:
+        return
+    record, splits = job.vocabulary.record.model_dump(), [split.model_dump() for split in job.vocabulary.splits]
+    for package in packages:
+        update_record(package, entry={"vocabulary": record}, probe={"splits": splits})
 
 
 def is_proved(folder: Path, inputs: Inputs) -> bool:

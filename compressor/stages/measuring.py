@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from functools import cache, partial
 from io import StringIO
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 
 from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
@@ -35,13 +36,15 @@ from supernet.common.files import read_json, write_json
 from supernet.common.metrics import record
 from supernet.common.progress import bar
 from supernet.device import device_name
-from supernet.loading import load_network
-from supernet.training.data import HELD_OUT_BLOCKS, Blocks
+from supernet.loading import load_network, stop_rounding
+from supernet.training.data import HELD_OUT_BLOCKS, IGNORED, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from evals.scoring.tasks import TaskSet
 
 LOADABLE = ("uneven", "uniform", "padded")
 """Layouts that transformers loads."""
@@ -54,6 +57,8 @@ class Measurements(Model):
     conditions: dict[str, str | int | None]
     """What the measurements depend on beside the networks."""
     packages: list[str]
+    quantized_base: list[str] = Field(default_factory=list)
+    """The packages that hold the base itself in few bits."""
     samples: list[Sample]
 
     @classmethod
@@ -64,22 +69,23 @@ class Measurements(Model):
 
 
 @stage("measuring")
-def measure_packages(job: Job, names: list[str]) -> None:
-    """Score base and packages on the report split, time them side by side, and record it in each package.
+def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
+    """Score base and packages, and those of the base itself in few bits, on the report split, time them side by side,
+    and record it in each package.
 
     Scores are rows of evaluations.db like any other, so nothing is scored twice.
     """
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
     measurer = PackageMeasurer(job)
-    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + 1) as progress:
+    with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + len(bases) + 1) as progress:
         progress.advance(0, "the base")
         measurer.measure_base(store)
-        for name in names:
+        for name in (*names, *bases):
             progress.advance(note=name)
-            measurer.measure(name, store)
+            measurer.measure(name, store, of_base=name in bases)
         progress.advance()
-    measurer.write(names)
+    measurer.write(names, bases)
 
 
 class PackageMeasurer:
@@ -90,11 +96,12 @@ class PackageMeasurer:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.base = job, cache(job.load_base)
+        self.job, self.base = job, cache(job.load_untouched)
         self.text, self.prompts = unread_text(job), openings(job)
+        self.base_text = self.text if job.vocabulary is None else split_again(job, self.text)
         self.conditions: dict[str, str | int | None] = {
             "text": self.text.fingerprint,
-            "base": job.base_fingerprint,
+            "base": job.untouched_fingerprint,
             "device": device_name(job.device),
             "dtype": str(job.compute_dtype),
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
@@ -116,13 +123,19 @@ class PackageMeasurer:
 
     def measure_base(self, store: EvaluationStore) -> None:
         job = self.job
-        self.scores["base"] = report_scores(job, store, self.base, job.structure.base, job.base_fingerprint)
+        architecture, weights = job.untouched.structure.base, job.untouched_fingerprint
+        self.scores["base"] = report_scores(job, store, self.base, architecture, weights, job.untouched_tasks)
         if "base" not in self.losses:
-            self.losses["base"] = held_out_loss(self.base(), self.text, 1, job.device)
-        self.texts["base"] = continuations(job, self.prompts, self.base, self._earlier_texts.get("base", {}))
+            self.losses["base"] = held_out_loss(self.base(), self.base_text, 1, job.device)
+        prompts, tokenizer = self.prompts, job.untouched_tokenizer
+        if job.vocabulary is not None:
+            prompts = {text: tokenizer(text, return_tensors="pt").input_ids.to(job.device) for text in prompts}
+        known = self._earlier_texts.get("base", {})
+        self.texts["base"] = continuations(tokenizer, prompts, self.base, known)
 
-    def measure(self, name: str, store: EvaluationStore) -> None:
-        """Measure one package, after the one that it is a copy of, and record it there.
+    def measure(self, name: str, store: EvaluationStore, of_base: bool = False) -> None:
+        """Measure one package, after the one that it is a copy of, and record it there. `of_base`: one of the untouched
+        base in few bits, which reads the base's tokens and of which no text is sampled.
 
         What transformers does not load is timed in its own runtime. A gguf file is scored with the weights that it
         holds, and a graph has the scores and the loss of the package that it is a copy of: that both compute the same
@@ -137,13 +150,15 @@ class PackageMeasurer:
             original = lineage.copy_of or ""
             self.scores[name], self.losses[name] = self.scores[original], self.losses[original]
         else:
-            self.scores[name] = report_scores(job, store, model, entry.architecture, weights_fingerprint(package))
+            tasks = job.untouched_tasks if of_base else job.tasks
+            weights = weights_fingerprint(package)
+            self.scores[name] = report_scores(job, store, model, entry.architecture, weights, tasks)
             loss = entry.held_out_loss if current else None
-            self.losses[name] = held_out_loss(model(), self.text, 1, job.device) if loss is None else loss
+            self.losses[name] = self.loss_of(model(), of_base) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(held, model)
-        if entry.layout in LOADABLE:
+        if entry.layout in LOADABLE and not of_base:
             kept = self._earlier_texts.get(name, {}) if current else {}
-            self.texts[name] = continuations(job, self.prompts, model, kept)
+            self.texts[name] = continuations(job.tokenizer, self.prompts, model, kept)
         quality = relative_quality(self.scores[name], self.scores["base"])
         measured = {
             "tasks": dumped(self.scores[name]),
@@ -157,6 +172,13 @@ class PackageMeasurer:
         base_speed = self.speed and self.speed.model_dump()
         update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
 
+    def loss_of(self, model: PreTrainedModel, of_base: bool) -> float:
+        """A package's held-out loss in nats for each of the untouched base's tokens, so that both compare."""
+        if of_base:
+            return held_out_loss(model, self.base_text, 1, self.job.device)
+        loss = held_out_loss(model, self.text, 1, self.job.device)
+        return loss * (learnt_tokens(self.text) / learnt_tokens(self.base_text))
+
     def time(self, record: PackageRecord, model: Callable[[], PreTrainedModel]) -> Speed:
         """Speed of a package, in turn with the base where transformers loads it."""
         self.job.threads(scoring=True)
@@ -166,19 +188,20 @@ class PackageMeasurer:
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
-    def write(self, names: list[str]) -> None:
+    def write(self, names: list[str], bases: list[str]) -> None:
         """Write `base.json`."""
         job = self.job
         base = Base(
             name=Path(job.recipe.model).name,
             path=job.given.model,
-            params=job.structure.parameters(job.structure.base),
-            bytes=job.checkpoint.weight_bytes,
+            params=job.untouched_parameters,
+            bytes=job.untouched.weight_bytes,
             dtype=str(job.stored_dtype).removeprefix("torch."),
-            architecture=job.structure.base,
-            card=read_base_card(job.checkpoint.path),
+            architecture=job.untouched.structure.base,
+            card=read_base_card(job.untouched.path),
             hub_id=None if Path(job.recipe.model).expanduser().is_dir() else job.given.model,
             tasks=self.scores["base"],
+            bytes_per_token=None if job.vocabulary is None else job.vocabulary.record.base_bytes_per_token,
             held_out_loss=self.losses["base"],
             speed=self.speed,
         )
@@ -186,7 +209,9 @@ class PackageMeasurer:
             Sample(prompt=prompt, continuations={name: texts[prompt] for name, texts in self.texts.items()})
             for prompt in self.prompts
         ]
-        measured = Measurements(base=base, conditions=self.conditions, packages=names, samples=samples)
+        measured = Measurements(
+            base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
+        )
         write_json(self.file, measured.model_dump(mode="json"))
 
 
@@ -197,6 +222,44 @@ def unread_text(job: Job) -> Blocks:
     return held_out.part(0, HELD_OUT_BLOCKS)
 
 
+def split_again(job: Job, text: Blocks) -> Blocks:
+    """Blocks of the same text in the untouched base's tokens, each padded with tokens that are not learnt from.
+
+    What is learnt from and what is not are split apart, as far as they follow one another in a document.
+    """
+    blocks: list[list[tuple[list[int], bool, bool]]] = []  # ids, whether learnt from, whether a document begins
+    for ids, labels, positions in text.table:
+        begins = positions == 0
+        learnt = (labels != IGNORED) | (begins & (labels.roll(-1) != IGNORED))  # a document's first token never is
+        cuts = [0, *((learnt[1:] != learnt[:-1]) | begins[1:]).nonzero().flatten().add(1).tolist(), len(ids)]
+        blocks.append([])
+        for start, stop in pairwise(cuts):
+            said = job.tokenizer.decode(ids[start:stop])
+            again = job.untouched_tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+            blocks[-1].append((again, bool(learnt[start]), bool(begins[start])))
+    length = max(sum(len(ids) for ids, _, _ in block) for block in blocks)
+    table = torch.zeros(len(blocks), 3, length, dtype=torch.int32)
+    table[:, 1] = IGNORED
+    for row, block in zip(table, blocks, strict=True):
+        at = position = 0
+        for ids, learnt, begins in block:
+            position = 0 if begins else position
+            part = row[:, at : at + len(ids)]
+            part[0] = torch.tensor(ids, dtype=torch.int32)
+            part[2] = torch.arange(position, position + len(ids))
+            if learnt:
+                part[1] = part[0]
+            if position == 0:
+                part[1, :1] = IGNORED
+            at, position = at + len(ids), position + len(ids)
+    return Blocks(table, text.fingerprint, text.documents)
+
+
+def learnt_tokens(text: Blocks) -> int:
+    """Tokens that a held-out loss is the mean over."""
+    return int(text[:].learnt.sum())
+
+
 def scored_network(job: Job, record: PackageRecord) -> Any:
     """What a package's scores are computed with: the package; for a gguf file, what it is a copy of, with its weights.
 
@@ -204,6 +267,8 @@ def scored_network(job: Job, record: PackageRecord) -> Any:
     """
     if record.entry.layout != "gguf":
         return load_package(record.folder, job.compute_dtype, job.device)
+    if record.lineage.copy_of == "base":
+        return take_stored_weights(job.load_untouched(), record.folder)
     original = job.run.packages / (record.lineage.copy_of or "")
     return take_stored_weights(load_package(original, job.compute_dtype, job.device), record.folder)
 
@@ -215,6 +280,7 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         model, _ = load_network(folder, dtype, check_code(folder))
         model = model.to(device).eval()
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        stop_rounding(model)
     return model
 
 
@@ -227,14 +293,19 @@ def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
 
 
 def report_scores(
-    job: Job, store: EvaluationStore, model: Callable[[], PreTrainedModel], architecture: Architecture, weights: str
+    job: Job,
+    store: EvaluationStore,
+    model: Callable[[], PreTrainedModel],
+    architecture: Architecture,
+    weights: str,
+    tasks: TaskSet | None = None,
 ) -> dict[str, Score]:
-    """Every task's score on the report split. `model` is loaded where a score is missing."""
+    """Every task's score on the report split. `model` is loaded where a score is missing; `tasks` are in its tokens."""
     keys = {name: task_key(job, task, "report") for name, task in job.tasks.tasks.items()}
 
     def measure() -> Measured:
         began = time.monotonic()
-        scores = job.scorer(model()).score("report")
+        scores = job.scorer(model(), tasks).score("report")
         seconds = (time.monotonic() - began) / len(scores)
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
@@ -259,7 +330,11 @@ def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
 
 
 def continuations(
-    job: Job, prompts: Mapping[str, torch.Tensor], network: Callable[[], Any], kept: Mapping[str, str], new: int = 48
+    tokenizer: Any,
+    prompts: Mapping[str, torch.Tensor],
+    network: Callable[[], Any],
+    kept: Mapping[str, str],
+    new: int = 48,
 ) -> dict[str, str]:
     """Greedy continuations of every prompt's token ids [1, length]; those in `kept` are known already."""
     texts = {}
@@ -273,7 +348,7 @@ def continuations(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
                 do_sample=False,
-                pad_token_id=job.tokenizer.pad_token_id or job.tokenizer.eos_token_id or 0,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
-        texts[prompt] = job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return texts

@@ -6,8 +6,9 @@ from typing import Any
 
 from compressor.job import Job
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, parameter_limits, smallest_storage
+from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
 from compressor.stages.front import read_front
+from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.subnet_scores import lowest_held_out_loss
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
@@ -34,7 +35,7 @@ def measured(job: Job) -> list[Evaluation]:
         architecture = Architecture.from_dict(row["architecture"])
         values = row["values"] | {
             "parameters": job.structure.parameters(architecture),
-            "bytes": job.structure.bytes(architecture, smallest_storage(job)),
+            "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
         }
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
@@ -93,8 +94,11 @@ def pick(job: Job) -> list[dict[str, Any]]:
         )
         kinds = [False] if set(recipe.formats) - {"uniform"} else []
         for uniform in [*kinds, True] if "uniform" in recipe.formats else kinds:
+            among, joint = plain if uniform else evaluations, None
             try:
-                chosen = choose(job, plain if uniform else evaluations, target)
+                if picks_bits(job):
+                    joint = pick_with_bits(job, among, target, uniform)
+                chosen = choose(job, among, target) if joint is None else joint.candidate.evaluation
             except ValueError as error:
                 raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
             picks.append(
@@ -104,13 +108,15 @@ def pick(job: Job) -> list[dict[str, Any]]:
                     "architecture": chosen.architecture.to_dict(),
                     "key": chosen.architecture.key,
                     "weights": run.supernet_weights,
-                    "values": dict(chosen.values),
+                    "values": dict(chosen.values) | ({} if joint is None else {"bytes": joint.candidate.bytes}),
+                    "bits": None if joint is None else joint.to_json(),
                 }
             )
-            share = chosen.values["parameters"] / job.structure.parameters(job.structure.base)
+            share = chosen.values["parameters"] / job.untouched_parameters
             say(
                 f"picked {picks[-1]['name']}: {chosen.values['parameters']:,.0f} parameters ({share:.3f} of the base), "
                 f"quality {chosen.values['quality']:.3f} on the search documents"
+                + ("" if joint is None else f"; {joint}")
             )
     write_json(run.picks, picks)
     return picks

@@ -38,7 +38,7 @@ def report(job: Job) -> dict[str, Any]:
     packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.packages]
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
-        "model": job.base_fingerprint,
+        "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "tasks": documents_scored(job),
     }
@@ -50,6 +50,9 @@ def report(job: Job) -> dict[str, Any]:
         "base": exported.base,
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,
+        "quantized_base": [
+            read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.quantized_base
+        ],
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -25,7 +26,7 @@ from search.run import GenerationRecord, SearchResult, greedy_path
 from search.run import search as run_search
 from search.sampling import uniform_members
 from search.store import EvaluationStore
-from supernet.architecture import Architecture
+from supernet.architecture import Architecture, Structure
 from supernet.common.errors import RequestError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.metrics import record
@@ -74,7 +75,7 @@ def search(job: Job) -> dict[str, Any]:
         "inputs": inputs,
         "weights": run.supernet_weights,
         "base": {name: score.value for name, score in evaluator.base["full"].items()},
-        "base_decode_tps": speed.predict(job.structure.base)["decode_tps"],
+        "base_decode_tps": untouched_decode_tps(job, speed.predict),
         **result.to_dict(),
     }
     write_json(run.front, front)
@@ -159,7 +160,7 @@ class SearchProgress:
         parameters = structure.parameters(evaluation.architecture)
         if self._largest is None or parameters <= self._largest:
             self._best = max(self._best, (evaluation.values["quality"], parameters))
-        share = self._best[1] / structure.parameters(structure.base)
+        share = self._best[1] / self._job.untouched_parameters
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
 
     def generation(self, made: GenerationRecord) -> None:
@@ -212,7 +213,7 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     if byte_limit(job) is not None:
         constraints.append(Constraint(exact["bytes"], maximum=byte_limit(job)))
     if targets.min_speedup is not None:
-        base = predict(job.structure.base)["decode_tps"]
+        base = untouched_decode_tps(job, predict)
         constraints.append(Constraint(exact["decode_tps"], minimum=targets.min_speedup * base))
     if targets.max_drop is not None:
         constraints.append(Constraint(Objective("quality", measured["quality"]), minimum=1 - targets.max_drop))
@@ -269,13 +270,34 @@ def speed_table(job: Job, load_model: Callable[[], Any]) -> SpeedTable:
     return job.speed
 
 
+def untouched_decode_tps(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> float:
+    """Decode tokens per second of the untouched base, in tokens of the base, so that a ratio to it is one of text.
+
+    Where the vocabulary is cut, the untouched base is taken to be slower by as much as it reads more weights for each
+    token, and each of its tokens stands for more text. The report measures both.
+    """
+    tps = predict(job.structure.base)["decode_tps"]
+    if job.vocabulary is None:
+        return tps
+    record = job.vocabulary.record
+    read, read_by_untouched = (weights_read(structure) for structure in (job.structure, job.untouched.structure))
+    return tps * read / read_by_untouched * record.base_bytes_per_token / record.bytes_per_token
+
+
+def weights_read(structure: Structure) -> int:
+    """Weights that a base reads for each token: all but an embedding that is not the head too."""
+    looked_up = [tensor for tensor in structure.tensors if tensor.role == "embedding" and not structure.tied]
+    shapes = (structure.shape(tensor, structure.base) or (0,) for tensor in looked_up)
+    return structure.parameters(structure.base) - sum(map(math.prod, shapes))
+
+
 def check_speedup(job: Job) -> None:
     """Refuse a speed-up that not even the smallest sub-network of the space reaches on this device."""
     wanted = job.recipe.targets.min_speedup
     if wanted is None:
         return
     table = speed_table(job, job.load_base)
-    smallest, base = (table.predict(a)["decode_tps"] for a in (job.space.smallest(), job.structure.base))
+    smallest, base = table.predict(job.space.smallest())["decode_tps"], untouched_decode_tps(job, table.predict)
     if smallest < wanted * base:
         raise RequestError(
             f"--min-speedup: {wanted:g} cannot be reached; the smallest sub-network of this space is "

@@ -157,6 +157,12 @@ def lowest_held_out_loss(job: Job, architectures: Sequence[Architecture]) -> int
     return min(zip(final, numbers, strict=True))[1]
 
 
+def held_out_losses(job: Job, architectures: Sequence[Architecture], blocks: int) -> list[float]:
+    """Held-out losses of sub-networks of the run's super-network on the first blocks, nats per token: from the store,
+    or else measured and recorded."""
+    return _HeldOutLosses(job).of(architectures, blocks)
+
+
 class _HeldOutLosses:
     """Held-out losses from the store; the super-network is loaded once, where one is missing."""
 
@@ -314,10 +320,12 @@ def base_scores(job: Job, store: EvaluationStore, keys: Keys, fidelity: Fidelity
         say("scoring the base")
         job.threads(scoring=True)
         with torch.no_grad():
-            return task_scores(job, job.scorer(job.load_base()), {fidelity: keys})
+            scorer = job.scorer(job.load_untouched(), job.untouched_tasks)
+            return task_scores(job, scorer, {fidelity: keys})
 
     wanted = {name: keys[name] for name in scored_tasks(job)}
-    scores = stored_scores(store, job.structure.base, job.base_fingerprint, wanted, measure)
+    weights = job.untouched_fingerprint
+    scores = stored_scores(store, job.untouched.structure.base, weights, wanted, measure)
     for name in job.tasks.tasks:
         check_base(name, scores[name])
     return scores

@@ -211,6 +211,10 @@ class TaskSet:
                 tasks[scored.name] = scored
         return cls(tasks, encoder, groups)
 
+    def encoded_by(self, encoder: Encoder) -> TaskSet:
+        """The same tasks, documents and prompts in the tokens of another encoder."""
+        return TaskSet(self.tasks, encoder, self.groups)
+
     def keep(self, folder: Path) -> None:
         """Write the prompts rendered so far, so that `load` with `kept=folder` need not render them again."""
         for task in self.tasks.values():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import layout as gguf_layout
+from export.layouts.gguf.types import TYPES as GGUF_TYPES
 from export.layouts.installed import check_installed
 from export.layouts.padded import pad
 from export.package import write_package
@@ -61,7 +62,7 @@ LAYOUTS: dict[str, Write] = {
     "uniform": write_uniform,
     "padded": write_padded,
     "gguf": gguf_layout.write,
-    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in ("f32", "bf16", "q8_0", "q4_0")},
+    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in GGUF_TYPES if kind != "f16"},
     "onnx": partial(graphs.write, "onnx"),
     "openvino": partial(graphs.write, "openvino"),
 }

@@ -21,8 +21,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from export.models import Model
-from export.quantization.round_to_nearest import CHANNEL_GROUP, CHANNEL_INT8, QuantizationConfig, configuration, packed
-from export.quantization.schemes import SCHEMES, SchemePlan
+from export.quantization.round_to_nearest import (
+    CHANNEL_GROUP,
+    CHANNEL_INT8,
+    QuantizationConfig,
+    configuration,
+    outer_modules,
+    packed,
+    packed_table,
+    with_outer,
+)
+from export.quantization.schemes import SCHEMES, LinearLayers, SchemePlan
 from export.shards import WeightWriter, weight_files
 from supernet.common.files import read_json, write_json
 from supernet.loading import check_fit, load_causal_lm
@@ -44,8 +53,7 @@ class AutoRoundJob(Model):
     """AutoRound's steps for each block."""
     seed: int
     device: str
-    linear: list[str]
-    """Linear layers inside blocks."""
+    linear: LinearLayers
     schemes: list[SchemePlan]
 
 
@@ -84,7 +92,7 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     model, info = load_causal_lm(source, dtype, check_code(source))
     check_fit(str(source), info)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    outside = set(linear) - set(job.linear)
+    outside = set(linear) - set(job.linear.widths)
     auto_round_form = SCHEMES[plan.scheme].auto_round
     target.mkdir()
     # 1. Weights and configuration: AutoRound's, or the source's where no layer is under the scheme.
@@ -100,18 +108,24 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
             raise RuntimeError(f"AutoRound left out other layers than expected: {unexpected}")
         if not auto_round_form:
             config = _with_left_out(config, linear, plan.left_out)
-    write_json(target / "quantization_config.json", config)
-    # 2. Write them: layers that were left out become INT8 in compressed-tensors, and all the rest is bfloat16.
+    # 2. Write them: layers that were left out become INT8 in compressed-tensors, embedding and head what the plan says,
+    #    rounded to nearest, and all the rest is bfloat16.
+    outer, tables = outer_modules(plan, job.linear), dict[str, tuple[int, int]]()
     with WeightWriter(target) as weights:
         for name, tensor in _stored(raw):
             module, _, part = name.rpartition(".")
-            if auto_round_form and module in job.linear and module not in plan.left_out:
+            if module in outer:
+                tables[module] = outer[module], tensor.shape[1]
+                for suffix, value in packed_table(tensor, outer[module]).items():
+                    weights.add(f"{module}.{suffix}", value)
+            elif auto_round_form and module in job.linear.widths and module not in plan.left_out:
                 weights.add(name, tensor)
             elif module in plan.left_out and part == "weight" and not auto_round_form:
                 for suffix, value in packed(tensor, 8, -1).items():
                     weights.add(f"{module}.{suffix}", value)
             else:
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
+    write_json(target / "quantization_config.json", with_outer(config, job.linear, tables))
 
 
 def _autoround(model: PreTrainedModel, job: AutoRoundJob, plan: SchemePlan, ids: Tensor, output: Path) -> Path:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,24 +29,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from export.package import check_destination, package_draft
+from export.package import check_destination, package_draft, write_config
 from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record
 from export.quantization.autoround_child import AutoRoundJob
 from export.quantization.round_to_nearest import QuantizationConfig, round_files
-from export.quantization.schemes import SCHEMES, LinearLayers, SchemeName, SchemePlan
+from export.quantization.schemes import (
+    SCHEMES,
+    EmbeddingBits,
+    LinearLayers,
+    SchemeName,
+    SchemePlan,
+    outer_bits,
+)
 from export.shards import weight_bytes, weight_files
+from supernet.architecture import GROUP_SIZES
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, sha256, write_json
 from supernet.common.processes import fresh_environment, last_line
 from supernet.common.versions import versions
-from supernet.families import families
-from supernet.slicing import family_of_standalone
-from supernet.trust import UNEVEN_PREFIX, check_code, load_tokenizer
+from supernet.families import describe
+from supernet.slicing import build_standalone, family_of_standalone, standalone_config
+from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-GROUP_SIZES = (128, 64, 32)
 AUTOROUND_STEP = 32
 """AutoRound leaves a weight-only linear layer out unless both its widths are multiples of this."""
 
@@ -61,9 +69,13 @@ def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
 
     Raises `RequestError` where most weights are in modules of other kinds: compressed-tensors knows linear layers.
     """
-    family = family_of_standalone(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return linear_layers_in(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def linear_layers_in(model: PreTrainedModel) -> LinearLayers:
+    """The linear layers of a network. Raises `RequestError` as `linear_layers` does."""
+    config, family = model.config, family_of_standalone(model.config)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     prefix = family.layers + "."
     widths = {name: (m.out_features, m.in_features) for name, m in linear.items() if name.startswith(prefix)}
@@ -71,7 +83,10 @@ def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> 
     if 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
         kind = family.model_type
         raise RequestError(f"{kind} networks cannot be quantized: most of their weights are not in linear layers")
-    return LinearLayers(widths, [name for name in linear if name not in widths], family.layers)
+    head = family.head.removesuffix(".weight")
+    embedding = family.embedding.removesuffix(".weight")
+    outside = [name for name in linear if name not in widths]
+    return LinearLayers(widths, outside, family.layers, embedding, head, bool(config.tie_word_embeddings))
 
 
 def linear_layers_of(source: Path) -> LinearLayers:
@@ -127,6 +142,8 @@ def quantize_packages(
     calibration: Tensor | Sequence[str] | None,
     iterations: int,
     group_size: int | None = None,
+    embedding: EmbeddingBits | Mapping[SchemeName, EmbeddingBits | None] | None = None,
+    code: bool = True,
     seed: int = 0,
     device: str = "cpu",
     log: Path | None = None,
@@ -137,7 +154,11 @@ def quantize_packages(
     `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
     for each block; 0 rounds to nearest with scales chosen on the calibration data. Without calibration data, weights
     are rounded to nearest and nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is
-    the user's, for int4. The child's output is appended to `log`.
+    the user's, for fewer than 8 bits. The child's output is appended to `log`.
+
+    `embedding` are the bits of embedding and head, of all schemes or by scheme. A plain class holds no
+    quantized embedding: where bits are asked for, the package gets a code file, unless `code` is false. None: 8 bits,
+    where that needs no other class.
 
     Raises `RequestError` (a group size that does not divide, a destination that holds something else, no disk space)
     before anything is computed, and RuntimeError with the last line that the child printed where it fails.
@@ -155,9 +176,14 @@ def quantize_packages(
     for destination in destinations.values():
         check_destination(destination, weight_bytes(source))
     # 2. Plan every scheme.
-    plans = [
-        plan_scheme(linear.widths, scheme, group_size if SCHEMES[scheme].bits < 8 else None) for scheme in destinations
-    ]
+    has_code = check_code(source)
+    plans = []
+    for scheme in destinations:
+        plan = plan_scheme(linear.widths, scheme, group_size if SCHEMES[scheme].bits < 8 else None)
+        asked = embedding.get(scheme) if isinstance(embedding, Mapping) else embedding
+        with_code = has_code or (code and asked is not None)
+        outer = outer_bits(SCHEMES[scheme], tied=linear.tied, code=with_code, asked=asked)
+        plans.append(replace(plan, outer=outer))
     assemble = functools.partial(_assemble, record, destinations, linear, iterations)
     # 3. Without data: round to nearest in this process.
     if calibration is None:
@@ -179,7 +205,7 @@ def quantize_packages(
             iterations=iterations,
             seed=seed,
             device=device,
-            linear=list(linear.widths),
+            linear=linear,
             schemes=plans,
         )
         write_json(scratch / "job.json", job.model_dump())
@@ -278,13 +304,20 @@ def _assemble(
         "quantizer": versions(tools),
     }
     with package_draft(destination, weight_bytes(source.folder), entry=entry, lineage=lineage) as draft:
-        # 1. What the source has besides weights.
+        # 1. What the source has besides weights, and a code file where the plain class cannot hold the embedding.
+        config = read_json(source.folder / "config.json")
+        if plan.outer.embedding < 16:
+            if "auto_map" not in config:
+                plain = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+                uneven = standalone_config(plain, describe(plain).base, always_uneven=True)
+                draft.entry["layout"] = write_config(build_standalone(uneven), draft.folder, torch.bfloat16)
+                config = read_json(draft.folder / "config.json")
+            config["quantized_embedding"] = True
         skipped = {CARD, "config.json", "model.safetensors.index.json"}
         skipped |= {file.name for file in weight_files(source.folder)}
         for name in source.files.keys() - skipped:
             shutil.copyfile(source.folder / name, draft.folder / name)
         # 2. Weights and configuration.
-        config = read_json(source.folder / "config.json")
         config["dtype"] = "bfloat16"
         config["quantization_config"] = write_weights(draft.folder)
         write_json(draft.folder / "config.json", config)
@@ -293,6 +326,8 @@ def _assemble(
             scheme=plan.scheme,
             group_size=plan.group_size,
             iterations=iterations,
+            embedding=plan.outer.embedding,
+            head=plan.outer.head,
             bits_per_weight=stored_bits(draft.folder, linear.widths),
             bits_per_parameter=8 * weight_bytes(draft.folder) / source.entry.params,
             exceptions=_exceptions(linear, plan, config),
@@ -304,10 +339,10 @@ def _assemble(
 
 def _exceptions(linear: LinearLayers, plan: SchemePlan, config: Mapping[str, Any]) -> dict[str, str]:
     """The linear layers and embeddings that are not under the scheme, and what became of each."""
-    family = families()[str(config["model_type"]).removeprefix(UNEVEN_PREFIX)]
-    exceptions = {family.embedding.removesuffix(".weight"): "bfloat16 (embeddings are not quantized)"}
-    if not config.get("tie_word_embeddings"):
-        exceptions |= dict.fromkeys(linear.outside, "bfloat16 (the output head is not quantized)")
+    bits = {linear.embedding: plan.outer.embedding} | dict.fromkeys(linear.outside, 16) | {linear.head: plan.outer.head}
+    if linear.tied:
+        del bits[linear.head]
+    exceptions = {n: "bfloat16" if b == 16 else f"{b} bits, rounded to nearest" for n, b in bits.items()}
     instead = "bfloat16" if SCHEMES[plan.scheme].auto_round else "per-channel INT8, rounded to nearest"
     return exceptions | dict.fromkeys(plan.left_out, f"{instead} (a width is no multiple of {AUTOROUND_STEP})")
 

@@ -5,14 +5,16 @@ Data-free packages hold such weights, and so do the layers of tuned ones that Au
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.quantization.schemes import SCHEMES, LinearLayers, SchemePlan
 from export.shards import WeightWriter
+from supernet.architecture import table_format
 from supernet.streaming import WeightFiles
 
 QuantizationConfig = dict[str, Any]
@@ -60,6 +62,24 @@ def round_to_nearest(
     return codes.to(torch.int8).view(rows, columns), scale.squeeze(-1)
 
 
+def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """The values [out, in] that a weight has once it is rounded so, in its own dtype."""
+    codes, scale = round_to_nearest(weight, bits, group_size)
+    return (codes.unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(1).to(weight.dtype)
+
+
+@torch.no_grad()
+def round_network(network: nn.Module, plan: SchemePlan, linear: LinearLayers) -> None:
+    """Give a network in memory the weights that a package of the scheme holds where they are rounded without data."""
+    bits, group_size = SCHEMES[plan.scheme].bits, plan.group_size
+    for name in linear.widths:
+        parameter = network.get_parameter(f"{name}.weight")
+        parameter.copy_(rounded(parameter, *((8, -1) if name in plan.left_out else (bits, group_size))))
+    for name, asked in outer_modules(plan, linear).items():
+        parameter = network.get_parameter(f"{name}.weight")
+        parameter.copy_(rounded(parameter, *table_format(asked, parameter.shape[1])))
+
+
 def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
     """A linear layer's tensors as `pack-quantized` names and stores them: codes in words of 32 bits."""
     # compressed-tensors takes seconds to import.
@@ -86,6 +106,46 @@ def packed_by_auto_round(weight: Tensor, bits: int, group_size: int) -> dict[str
     }
 
 
+def outer_modules(plan: SchemePlan, linear: LinearLayers) -> dict[str, int]:
+    """The bits of embedding and head, by module name; without what stays bfloat16."""
+    bits = {linear.embedding: plan.outer.embedding}
+    if not linear.tied:
+        bits[linear.head] = plan.outer.head
+    return {name: number for name, number in bits.items() if number < 16}
+
+
+def packed_table(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """An embedding's or a head's tensors, as `packed` gives a layer's."""
+    return packed(weight, *table_format(bits, weight.shape[1]))
+
+
+def with_outer(config: QuantizationConfig, linear: LinearLayers, stored: Mapping[str, tuple[int, int]]) -> Any:
+    """A compressed-tensors configuration with embedding and head under groups of their own; `stored`: bits and
+    channels of each, by module name."""
+    if not stored:
+        return config
+    groups = dict(config["config_groups"])
+    for name, (bits, columns) in stored.items():
+        bits, group = table_format(bits, columns)
+        groups[f"group_{len(groups)}"] = {**CHANNEL_GROUP, "targets": [name], "weights": _weights(bits, group)}
+    formats = {group["format"] for group in groups.values()}
+    # A head that is the embedding is no linear layer any more.
+    gone = {*stored, linear.head} if linear.tied else set(stored)
+    return {
+        **config,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": [name for name in config["ignore"] if name not in gone],
+    }
+
+
+def _weights(bits: int, group_size: int) -> dict[str, Any]:
+    """compressed-tensors' description of weights: one scale for each output channel, or for each group of inputs."""
+    if group_size < 0:
+        return {**CHANNEL_INT8, "num_bits": bits}
+    return {**CHANNEL_INT8, "num_bits": bits, "strategy": "group", "group_size": group_size}
+
+
 def _words(codes: Tensor, bits: int) -> Tensor:
     """Unsigned int32 codes [n, m] as words [n * bits / 32, m], the first in the lowest bits."""
     count = 32 // bits
@@ -94,17 +154,24 @@ def _words(codes: Tensor, bits: int) -> Tensor:
 
 
 def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Path) -> QuantizationConfig:
-    """Write `source`'s weights to `target` with the linear layers inside blocks rounded; returns their configuration.
+    """Write `source`'s weights to `target` with the linear layers inside blocks rounded, and embedding and head where
+    the plan says so; returns their configuration.
 
     Layers that the plan leaves out are rounded to 8 bits, or (in auto-round's own form) not at all. Needs memory for a
     few tensors and shards.
     """
     # 1. The weights, tensor by tensor.
     files, form, left_out = WeightFiles(source), SCHEMES[plan.scheme], plan.left_out
+    outer, tables = outer_modules(plan, linear), dict[str, tuple[int, int]]()
     with WeightWriter(target) as weights:
         for name in files:
             tensor = files.read(name)
             module, _, part = name.rpartition(".")
+            if module in outer:
+                tables[module] = outer[module], tensor.shape[1]
+                for suffix, value in packed_table(tensor, outer[module]).items():
+                    weights.add(f"{module}.{suffix}", value)
+                continue
             if module not in linear.widths or (form.auto_round and module in left_out):
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
                 continue
@@ -134,13 +201,12 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
     groups = {"group_0": CHANNEL_GROUP}
     if form.dynamic:
         groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
-    elif form.bits == 4:
-        four_bits = {**CHANNEL_INT8, "num_bits": 4, "strategy": "group", "group_size": plan.group_size}
-        groups = {"group_0": {**CHANNEL_GROUP, "weights": four_bits}}
+    elif form.bits < 8:
+        groups = {"group_0": {**CHANNEL_GROUP, "weights": _weights(form.bits, plan.group_size)}}
         if left_out:
             groups["group_0"]["targets"] = [name for name in linear.widths if name not in left_out]
             groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
-    return configuration(groups, ignored=linear.outside)
+    return with_outer(configuration(groups, ignored=linear.outside), linear, tables)
 
 
 def configuration(groups: dict[str, dict[str, Any]], ignored: list[str]) -> QuantizationConfig:

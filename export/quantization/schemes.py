@@ -1,8 +1,9 @@
 """The quantization schemes by name: what is stored, in which form, and how large an error is allowed. To add one, add a
 line.
 
-Weights of linear layers become whole numbers times scales; embeddings, output head and norms stay bfloat16. Packages
-are compressed-tensors, but for names that end in `-auto-round`: those are in auto-round's own form, which is GPTQ's.
+Weights of linear layers become whole numbers times scales, and so do embedding and output head where the package can
+hold them (`OuterBits`); norms and biases stay bfloat16. Packages are compressed-tensors, but for names that end in
+`-auto-round`: those are in auto-round's own form, which is GPTQ's.
 int8-dynamic has no such form: auto-round has no layer that runs it on a CPU.
 """
 
@@ -13,14 +14,15 @@ from typing import Literal
 
 from supernet.architecture import StorageFormat
 
-SchemeName = Literal["int8", "int8-dynamic", "int4", "int8-auto-round", "int4-auto-round"]
+SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "int8-auto-round", "int4-auto-round"]
+EmbeddingBits = Literal[16, 8, 4]
 
 
 @dataclass(frozen=True)
 class Scheme:
     """`preset` is AutoRound's name of the number formats, `bits` are those of a weight.
 
-    8 bits have one scale for each output channel, 4 bits one for each group of input channels. `bound` is the largest
+    8 bits have one scale for each output channel, fewer one for each group of input channels. `bound` is the largest
     mean |Δ log-probability| (nats) of next tokens that a package may show: networks of a few hundred thousand
     parameters come to half of it at 4 bits; weights or scales that were misread cost several nats. It finds errors in
     storage; whether the loss is acceptable is for tasks to show. `dynamic`: activations are rounded to 8 bits while the
@@ -33,18 +35,40 @@ class Scheme:
     dynamic: bool = False
     auto_round: bool = False
 
-    def storage_format(self, group_size: int | None = None) -> StorageFormat:
-        """How linear layers are stored, to count bytes exactly; `group_size` is the user's, for 4 bits."""
-        group_size = -1 if self.bits == 8 else group_size or 32
+    def storage_format(self, group_size: int | None = None, outer: OuterBits | None = None) -> StorageFormat:
+        """How weights are stored, to count bytes exactly; `group_size` is the user's, for fewer than 8 bits."""
+        group_size = -1 if self.bits == 8 else group_size
         if self.auto_round:  # a zero point beside every scale, and layers that do not fit stay as they are
-            return StorageFormat(self.bits, group_size, scale_bits=16 + self.bits, fallback=16)
-        return StorageFormat(self.bits, group_size)
+            return StorageFormat(self.bits, group_size, scale_bits=16 + self.bits, fallback=16, extra=0)
+        outer = outer or OuterBits()
+        word, extra = (8, 0) if self.dynamic else (32, 16)  # int8-dynamic packs nothing
+        return StorageFormat(self.bits, group_size, word=word, extra=extra, embedding=outer.embedding, head=outer.head)
+
+
+@dataclass(frozen=True)
+class OuterBits:
+    """Bits of the embedding and of an output head that is not the embedding."""
+
+    embedding: int = 16
+    head: int = 16
+
+
+def outer_bits(form: Scheme, *, tied: bool, code: bool, asked: EmbeddingBits | None = None) -> OuterBits:
+    """What embedding and head are stored in where `asked` (None: 8) is wanted of both.
+
+    Packages with a code file hold both; transformers' plain classes hold a head that has its own weight, and no
+    embedding (5.23: "Embedding has no attribute weight"). auto-round's own form holds neither.
+    """
+    bits = 16 if form.auto_round else asked or 8
+    return OuterBits(bits if code else 16, 16 if tied else bits)
 
 
 SCHEMES: dict[SchemeName, Scheme] = {
     "int8": Scheme("W8A16", 8, 0.1),
     "int8-dynamic": Scheme("INT8_W8A8", 8, 0.25, dynamic=True),
     "int4": Scheme("W4A16", 4, 1.0),
+    "int3": Scheme("W3A16", 3, 2.0),
+    "int2": Scheme("W2A16", 2, 4.0),
     "int8-auto-round": Scheme("W8A16", 8, 0.1, auto_round=True),
     "int4-auto-round": Scheme("W4A16", 4, 1.0, auto_round=True),
 }
@@ -60,6 +84,12 @@ class LinearLayers:
     """All others, such as the output head."""
     blocks: str
     """Name of the list of blocks."""
+    embedding: str = ""
+    """Name of the embedding."""
+    head: str = ""
+    """Name of the output head, which is among those outside."""
+    tied: bool = False
+    """Whether the head's weight is the embedding's."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +101,5 @@ class SchemePlan:
     """Input channels that share a scale; -1: all of an output channel's."""
     left_out: list[str]
     """Linear layers inside blocks that are not under the scheme."""
+    outer: OuterBits = OuterBits()
+    """Of what lies outside the blocks."""

@@ -66,7 +66,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
         remote_code=package.layout == "uneven",
         verdict=" ".join(verdict(alone)),
-        rows=[report.base, *siblings],
+        rows=[report.base, *report.quantized_base, *siblings],
         metric=lambda task: metric_name(report, task),
         measured_in=measured_in,
         notes=notes(report.model_copy(update={"packages": siblings})),

@@ -67,6 +67,8 @@ class Base(Model):
     architecture: JSONArchitecture
     tasks: Scores
     """Scores on the report split."""
+    bytes_per_token: float | None = None
+    """Bytes of text that a token stands for; None where packages have the same tokens."""
     held_out_loss: float | None = None
     """Nats per token on some of the user's text that was not trained on; None if it was not measured."""
     speed: Speed | None = None
@@ -291,6 +293,8 @@ class Report(Model):
     front: list[Candidate]
     """The Pareto front of fully measured sub-networks."""
     packages: list[Package]
+    quantized_base: list[Package] = Field(default_factory=list)
+    """The base itself in few bits, measured as packages are."""
     comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None
@@ -308,8 +312,8 @@ class Report(Model):
 
     @property
     def rows(self) -> list[Base | Package]:
-        """The base, then the packages: the rows of every table."""
-        return [self.base, *self.packages]
+        """The base, the base in few bits, then the packages: the rows of every table."""
+        return [self.base, *self.quantized_base, *self.packages]
 
     def package(self, name: str) -> Package:
         """The package called `name`. Raises KeyError where there is none."""

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from export.report.schema import Base, Package, Report
+from export.report.vocabulary import vocabulary_notes
 from search.scores import Score
 from supernet.common.formatting import count, percent, rate, size
 
@@ -92,6 +93,7 @@ def notes(report: Report) -> list[str]:
     lines = ["Scores on documents that the search never saw, ± one standard error."]
     if speeds:
         lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
+    lines += vocabulary_notes(report)
     if any(decompressed_at_load(package) for package in report.packages):
         lines.append(f"* {DECOMPRESSED}")
     stamps = {score.stamp for row in report.rows for score in row.tasks.values()}
@@ -121,11 +123,12 @@ def decompressed_at_load(package: Package) -> bool:
     """Whether the measured speed is that of floats: plain transformers unpacks compressed-tensors when it loads them on
     a CPU."""
     speed = package.speed
-    if speed is None or package.quantization is None:
+    if speed is None or package.quantization is None or package.quantization.endswith("auto-round"):
         return False
     return "decompress" in speed.runtime or (speed.runtime.startswith("transformers") and speed.device == "cpu")
 
 
 DECOMPRESSED = (
-    "Plain transformers decompresses quantized weights when it loads them on a CPU: the speed there is that of floats."
+    "Transformers unpacks compressed-tensors on a CPU: the speed there is that of floats, measured with weights that "
+    "were unpacked once. compressed-tensors by itself rounds them again at every call, which is slower."
 )

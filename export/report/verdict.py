@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from export.report.quantized_base import quantized_base_sentences
 from export.report.schema import Base, Package, Report
+from export.report.vocabulary import decode_ratio
 from search.scores import Score
 from supernet.common.formatting import count, percent, size
 
@@ -78,7 +80,7 @@ def verdict(report: Report) -> list[str]:
         sentences.append(
             f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality."
         )
-    return sentences
+    return [*sentences, *quantized_base_sentences(report)]
 
 
 def _text_loss(package: Package, base: Base) -> list[str]:
@@ -117,11 +119,12 @@ def _size_sentences(package: Package, base: Base, first: bool) -> list[str]:
         f"{size(base.bytes)}, and keeps {quality}."
     ]
     if package.speed and base.speed and package.speed.comparable(base.speed):
-        ratio = package.speed.decode_tps / base.speed.decode_tps
+        ratio = decode_ratio(package, base)
+        what = "tokens" if package.vocabulary is None else "text"
         sentences.append(
-            f"It generates tokens {ratio:.2f} times as fast ({base.speed.where})."
+            f"It generates {what} {ratio:.2f} times as fast ({base.speed.where})."
             if ratio >= 1.02
-            else f"It is not faster: {ratio:.2f} times the base's tokens per second ({base.speed.where})."
+            else f"It is not faster: {ratio:.2f} times the base's {what} per second ({base.speed.where})."
         )
     return sentences
 

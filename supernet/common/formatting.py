@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
+_NUMBER = r"\d+(?:\.\d+)?(?:e\+?\d{1,2})?"
 _PARAMETERS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -53,13 +55,14 @@ def _three_digits(number: float) -> str:
 
 
 def parse_parameters(size: str, base: int) -> int:
-    """The number of parameters in `0.67`, `67%` (shares of `base`), `450M` or `450000`. Raises ValueError otherwise."""
+    """The number of parameters in `0.67`, `67%` (shares of `base`), `450M`, `4.5e8` or `450000`. Raises ValueError for
+    anything else."""
     text = size.strip().lower()
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
         share = float(match[1]) / 100
     elif re.fullmatch(r"\d*\.\d+|1", text):
         share = float(text)
-    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text):
+    elif match := re.fullmatch(rf"({_NUMBER})([kmb]?)", text):
         return int(float(match[1]) * _PARAMETERS[match[2]])
     else:
         raise ValueError(f"'{size}' is not a size; write a share (0.67 or 67%) or a number of parameters (450M)")
@@ -70,7 +73,7 @@ def parse_parameters(size: str, base: int) -> int:
 
 def parse_tokens(size: str) -> int:
     """The number of tokens in `2M`, `500k` or a plain number, at least 1. Raises ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", size.strip().lower())
+    match = re.fullmatch(rf"({_NUMBER})([kmb]?)", size.strip().lower())
     if not match or (tokens := int(float(match[1]) * _PARAMETERS[match[2]])) < 1:
         raise ValueError(f"'{size}' is not a number of tokens")
     return tokens
@@ -80,15 +83,15 @@ def parse_count(text: str) -> int:
     """The whole number in `1e6`, `0.5M`, `500k`, `10_000` or `10,000`. Raises ValueError for anything else."""
     plain = re.sub(r"(?<=\d)[_,](?=\d)", "", text.strip().lower())
     match = re.fullmatch(r"([+-]?\d+(?:\.\d*)?(?:e\+?\d{1,2})?)\s*([kmb]?)", plain)
-    number = float(match[1]) * _PARAMETERS[match[2]] if match else 0.5
-    if number != round(number):
+    number = Decimal(match[1]) * _PARAMETERS[match[2]] if match else Decimal("0.5")
+    if number != int(number):
         raise ValueError(f"'{text}' is no whole number; write for example 1000, 1e6 or 0.5M")
-    return round(number)
+    return int(number)
 
 
 def parse_bytes(size: str) -> int:
     """The number of bytes in `2GiB`, `1500 MB` or a plain number. Raises ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", size.strip().lower())
+    match = re.fullmatch(rf"({_NUMBER})\s*([kmg]?i?b?)", size.strip().lower())
     if not match or match[2] not in _BYTES:
         raise ValueError(f"'{size}' is not a size in bytes; write for example 2GiB or 500MB")
     return int(float(match[1]) * _BYTES[match[2]])

@@ -38,6 +38,8 @@ def test_tasks_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(["list", "tasks", "--include-path", str(tiny.task(tmp_path / "tasks"))]) == 0
     assert capsys.readouterr().out == "tiny_choice\n"
     assert run(["list", "tasks", "--include-path", str(tmp_path / "nowhere")]) == 2
+    assert run(["list"]) == 2 and "recipes" in capsys.readouterr().err
+    assert run(["lits"]) == 2 and "Did you mean 'list'?" in capsys.readouterr().err
     assert run(["list", "task"]) == 2
     assert "did you mean tasks?" in capsys.readouterr().err
 

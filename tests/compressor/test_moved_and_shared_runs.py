@@ -64,10 +64,12 @@ def test_a_run_moves_with_its_inputs_and_not_without(
         (place / name).rename(place / f"{name}.away")
     try:
         monkeypatch.chdir(tmp_path)
-        assert run(["report", str(moved / "run1")]) == 0
+        assert run(["pick", str(moved / "run1")]) == 0
+        assert run(["report", str(moved / "run1")]) == 0  # written anew, since something was picked
         (moved / "link").rename(tmp_path / "link")
         capsys.readouterr()
-        assert run(["report", str(moved / "run1")]) == 2
+        assert run(["report", str(moved / "run1")]) == 0  # up to date: it is shown, which needs no inputs
+        assert run(["pick", str(moved / "run1")]) == 2
         message = capsys.readouterr().err
         assert "model: link lay at" in message and "hub" not in message
     finally:

@@ -44,7 +44,10 @@ def test_the_values_in_the_help_are_the_recipes() -> None:
                 assert value in option.help, option.key
 
 
-@pytest.mark.parametrize(("text", "number"), [("1e6", 1_000_000), ("0.5M", 500_000), ("2k", 2000), ("10_000", 10_000)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1e6", 1_000_000), ("0.5M", 500_000), ("2k", 2000), ("10_000", 10_000), ("12345678901234567", 12345678901234567)],
+)
 def test_whole_numbers_as_people_write_them(text: str, number: int, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: m\nfinetuning: {{tokens: {text}}}\n")

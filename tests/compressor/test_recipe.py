@@ -26,6 +26,7 @@ RECIPES = ROOT / "recipes"
         ("1.5b", 1_500_000_000),
         ("450", 450),
         ("2k", 2000),
+        ("4.5e8", 450_000_000),
     ],
 )
 def test_sizes(text: str, parameters: int) -> None:
@@ -39,7 +40,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072)]
+    ("text", "count"),
+    [("2GiB", 2 * 2**30), ("500MB", 500_000_000), ("1500", 1500), ("3 kib", 3072), ("2e9", 2_000_000_000)],
 )
 def test_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
@@ -118,7 +120,7 @@ def test_keys_are_read_under_their_former_names_and_fingerprinted_as_then() -> N
         ("seed: 1\n", ["model", "missing"]),
         ("- a\n", ["keys and values"]),
         ("a: [\n", ["YAML"]),
-        ("model: m\nquantizing: {schemes: [int3]}\n", ["int3", "int4"]),
+        ("model: m\nquantizing: {schemes: [int5]}\n", ["int5", "int4"]),
         ("model: m\ntargets: {max_bytes: lots}\n", ["lots", "2GiB"]),
         ("model: m\ntargets: {max_params: true}\n", ["max_params", "True"]),
     ],

@@ -39,7 +39,7 @@ def test_what_is_up_to_date_is_shown(made: Run) -> None:
     assert report is not None and report.packages
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "packages/best/compression.json", "report.json"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "packages/best/compression.json", "packages", "report.json"])
 def test_what_changed_is_written_again(made: Run, name: str) -> None:
     later(made.path / name, 10)
     assert current_report(made.path) is None

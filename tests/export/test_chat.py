@@ -61,5 +61,6 @@ def test_lines_of_stdin_are_answered_beside_the_base(
     names = [line.partition(": ")[0] for line in lines if line.startswith(("other: ", "base: "))]
     assert names == ["other", "base"] * 2 and lines[0].startswith("other: the cat")
     assert run(["chat", str(tmp_path / "nowhere")]) == 2
+    assert run(["chat", str(tmp_path)]) == 2
     assert run(["chat", base, "--max-tokens", "0"]) == 2
     assert "--max-tokens" in capsys.readouterr().err

@@ -74,14 +74,19 @@ def test_bytes_under_a_scheme_by_hand() -> None:
     structure = describe(config)
     other = 2 * (10 * 32 + 3 * 32)  # embedding and three norms at 16 bits
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
-    int8 = sum(o * i + 2 * o for o, i in shapes)
+    int8 = sum(o * i + 2 * o + 16 for o, i in shapes)  # with the shape of each, two numbers of 64 bits
     assert structure.bytes(structure.base, StorageFormat(8, -1)) == other + int8
     # k and v have 16 outputs, no multiple of 32, and the last layer's 48 inputs hold no whole number of groups:
     # these three fall back to 8 bits by channel
     whole = [(32, 32), (32, 32)]
-    int4 = sum(o * i // 2 + 2 * o * (i // 32) for o, i in whole)
-    int4 += sum(o * i + 2 * o for o, i in shapes if (o, i) not in whole)
+    int4 = sum(o * i // 2 + 2 * o * (i // 32) + 16 for o, i in whole)
+    int4 += sum(o * i + 2 * o + 16 for o, i in shapes if (o, i) not in whole)
     assert structure.bytes(structure.base, StorageFormat(4, 32)) == other + int4
+    assert structure.bytes(structure.base, StorageFormat(4, None)) == other + int4  # 32 is all that divides
+    embedding = 10 * 32 // 2 + 2 * 10 + 16
+    assert structure.bytes(structure.base, StorageFormat(4, 32, embedding=4)) == other + int4 - 2 * 10 * 32 + embedding
+    # Codes of 3 bits fill words of 32 bits: 48 of them take 160 bits.
+    assert StorageFormat(3, -1).rows_bytes(5, 48, 3, -1) == 5 * (160 // 8 + 2) + 16
     left_out = [(16, 32), (16, 32), (48, 32), (48, 32), (32, 48)]  # with a width that is no multiple of 32
-    kept = sum(o * i + 2 * o for o, i in whole) + sum(2 * o * i for o, i in left_out)
+    kept = sum(o * i + 2 * o + 16 for o, i in whole) + sum(2 * o * i for o, i in left_out)
     assert structure.bytes(structure.base, StorageFormat(8, -1, fallback=16)) == other + kept

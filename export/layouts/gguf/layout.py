@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from export.layouts.gguf.checks import check_network, table_of
 from export.layouts.gguf.families import GGUFFamily, Header
 from export.layouts.gguf.tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
+from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes, type_of
 from export.package import check_destination, package_draft
 from export.package_record import PackageRecord, read_record
 from export.probe import TOP, default_ids, greedy, logits_of, make_probe, stored_network
@@ -32,18 +35,19 @@ from supernet.common.errors import RequestError
 from supernet.common.versions import versions
 from supernet.families import head_dim
 from supernet.hooks import Hooks
+from supernet.slicing import build_standalone, family_of_standalone, standalone_config
 from supernet.trust import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-QUANTIZED = ("q8_0", "q4_0")
-BLOCK = 32
-"""Weights that share a scale in q8_0 and q4_0; also the width of the zero FFN."""
+NARROW = 32
+"""Width of the zero FFN: the smallest that quantized types hold."""
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
-"""Stored bits for each weight: blocks share one 16-bit scale."""
+MODELFILE = "Modelfile"
+"""What Ollama makes its model from; the chat template is in the gguf file."""
+OLLAMA_CONTEXT = 4096
+"""Tokens that Ollama is to hold, where the network can: its memory for keys and values grows with them."""
 
 
 def write(
@@ -54,6 +58,8 @@ def write(
     tokenizer: PreTrainedTokenizerBase | Path,
     entry: Mapping[str, object],
     gguf_type: str = "f16",
+    embedding: int | None = None,
+    calibration: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     lineage: Mapping[str, object] | None = None,
     probe_ids: Tensor | None = None,
@@ -63,9 +69,11 @@ def write(
 ) -> PackageRecord:
     """Write a standalone model as `model-TYPE.gguf` with compression.json beside it; returns the package's record.
 
-    Weights whose rows are no multiple of 32 stay f16 in the quantized types, and so are listed; embeddings and head
-    are never below 8 bits. `texts` are compared between the two tokenizers besides fixed ones. `dtype` is the base's:
-    weights are rounded to it first, so that the file holds what the other packages hold. `reference` is not used.
+    Weights whose rows a type's blocks do not divide are stored in another type (`types.type_of`), and so are listed;
+    `embedding` are the bits of embedding and head in quantized files (None: 8). `calibration` are token ids [sequences,
+    length], by whose activations the types whose scales are searched weigh the inputs. `texts` are compared between
+    the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the file
+    holds what the other packages hold. `reference` is not used.
 
     Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
     """
@@ -87,6 +95,8 @@ def write(
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
     ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
     held = _as_held(network, gguf_type)
+    searched = gguf_type in QUANTIZED and calibration is not None
+    importance = input_squares(network, calibration[:, :context]) if searched and calibration is not None else {}
     probe = make_probe(
         logits_of(held, ids),
         ids,
@@ -100,7 +110,10 @@ def write(
     # 3. The file, and what it costs.
     with package_draft(destination, needed, entry=entry, lineage=lineage, card=card) as draft:
         file = draft.folder / f"model-{gguf_type}.gguf"
-        matrices = _write_file(file, network, architecture, header, tokenizer, gguf_type)
+        kinds = partial(type_of, gguf_type=gguf_type, embedding=embedding)
+        matrices = _write_file(file, network, architecture, header, tokenizer, kinds, importance)
+        read = min(header["context_length"], OLLAMA_CONTEXT)
+        (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\nPARAMETER num_ctx {read}\n", encoding="utf-8")
         draft.probe = probe
         draft.lineage["gguf"] = {"type": gguf_type, **versions(("gguf",))}
         draft.entry |= {"layout": "gguf", "file": file.name, "quantization": None, "params": params}
@@ -118,9 +131,11 @@ def _quantization_report(
     in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
     return {
         "scheme": gguf_type,
-        "group_size": BLOCK,
+        "group_size": TYPES[gguf_type].block,
         "iterations": 0,
-        "bits_per_weight": sum(BITS[kind] * n for kind, n in in_layers) / sum(n for _, n in in_layers),
+        "embedding": TYPES[matrices["token_embd"][0]].bits,
+        "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,
+        "bits_per_weight": sum(TYPES[kind].bits * n for kind, n in in_layers) / sum(n for _, n in in_layers),
         "bits_per_parameter": bits_per_parameter,
         "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
     }
@@ -180,9 +195,12 @@ def _write_file(
     architecture: Architecture,
     header: Header,
     tokenizer: PreTrainedTokenizerBase,
-    gguf_type: str,
+    kind_of: Callable[[str, tuple[int, ...]], str],
+    importance: Mapping[str, Tensor],
 ) -> dict[str, tuple[str, int]]:
-    """Write the file. Returns the type and the number of weights of each matrix, by its name in the file."""
+    """Write the file, each tensor in the type that `kind_of` gives its name and shape. `importance` has that of the
+    inputs of matrices, by their parameters' names. Returns the type and the number of weights of each matrix, by its
+    name in the file."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants  # an optional dependency
 
     config, family = model.config, table_of(model.config)
@@ -197,27 +215,76 @@ def _write_file(
     # 2. The tensors.
     matrices: dict[str, tuple[str, int]] = {}
 
-    def add(name: str, values: Tensor, kind: str) -> None:
+    def add(name: str, values: Tensor, kind: str, weight: Tensor | None = None) -> None:
         ggml = GGMLQuantizationType[kind.upper()]
-        writer.add_tensor(name, quants.quantize(np.ascontiguousarray(values.numpy()), ggml), raw_dtype=ggml)
+        if TYPES[kind].searched:
+            stored = blocks_of(values, kind, weight)
+        else:
+            stored = quants.quantize(np.ascontiguousarray(values.numpy()), ggml)
+        writer.add_tensor(name, stored, raw_dtype=ggml)
 
     for factors, values in _rotary_factors(config, family.rope(config)).items():
         add(f"{factors}.weight", values, "f32")
     for source, parameter in model.named_parameters():
         stored = family.stored(source)
         for final, values in stored.to_file(parameter.detach().float().cpu(), config).items():
-            kind = "f32" if stored.exact else _type_of(final, tuple(values.shape), gguf_type)
+            kind = "f32" if stored.exact else kind_of(final, tuple(values.shape))
             if values.dim() > 1:
                 matrices[final.removesuffix(".weight")] = kind, values.numel()
-            add(final, values, kind)
+            add(final, values, kind, importance.get(source))
     for final, values in _stand_ins(config, family, architecture).items():
-        add(final, values, _type_of(final, tuple(values.shape), gguf_type))
+        add(final, values, kind_of(final, tuple(values.shape)))
     # 3. Write both.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return matrices
+
+
+@torch.no_grad()
+def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """The mean square of every input channel of each linear layer of the blocks on some text, [inputs], by the name of
+    its weight: what llama.cpp calls an importance matrix."""
+    sums: dict[str, Tensor] = {}
+
+    def adds(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def before(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            squares = inputs[0].detach().float().square().flatten(0, -2).mean(0)
+            sums[name] = sums.get(name, 0.0) + squares
+
+        return before
+
+    blocks = family_of_standalone(network.config).layers + "."
+    linear = {
+        f"{name}.weight": module
+        for name, module in network.named_modules()
+        if name.startswith(blocks) and isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    with Hooks([module.register_forward_pre_hook(adds(name)) for name, module in linear.items()]):
+        for part in ids.split(8):
+            logits_of(network, part)
+    return sums
+
+
+def file_bytes(
+    config: PreTrainedConfig, architecture: Architecture, gguf_type: str, embedding: int | None = None
+) -> int:
+    """Bytes of all tensors of the file that `write` writes of a sub-network of the base with this configuration: the
+    file less its header."""
+    model = build_standalone(standalone_config(config, architecture))
+    family = table_of(model.config)
+    shapes: list[tuple[tuple[int, ...], str]] = []
+    for source, parameter in model.named_parameters():
+        stored = family.stored(source)
+        for final, values in stored.to_file(parameter.detach(), model.config).items():
+            shape = tuple(values.shape)
+            shapes.append((shape, "f32" if stored.exact else type_of(final, shape, gguf_type, embedding)))
+    for final, values in _stand_ins(model.config, family, architecture).items():
+        shapes.append((tuple(values.shape), type_of(final, tuple(values.shape), gguf_type)))
+    for values in _rotary_factors(model.config, family.rope(model.config)).values():
+        shapes.append((tuple(values.shape), "f32"))
+    return sum(stored_bytes(shape, kind) for shape, kind in shapes)
 
 
 def _header(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> Header:
@@ -247,7 +314,7 @@ def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
     sizes = [architecture.layers[i] for i in architecture.kept]
     if not family.listed:
         return sizes
-    sizes = [replace(layer, intermediate_size=layer.intermediate_size or BLOCK) for layer in sizes]
+    sizes = [replace(layer, intermediate_size=layer.intermediate_size or NARROW) for layer in sizes]
     if not sizes[0].num_attention_heads:  # llama.cpp takes the width of a head from the first layer
         sizes[0] = replace(sizes[0], num_attention_heads=1, num_key_value_heads=1)
     return sizes
@@ -268,21 +335,10 @@ def _stand_ins(config: PreTrainedConfig, family: GGUFFamily, architecture: Archi
     if family.listed:
         for index, layer in enumerate(architecture.layers[i] for i in architecture.kept):
             if "mlp" in layer.skip:
-                tensors |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", BLOCK)
+                tensors |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", NARROW)
             if "attention" in layer.skip and not index:
                 tensors |= half_block(index, "attn_norm", ("attn_q", "attn_k", "attn_v"), "attn_output", width)
     return tensors
-
-
-def _type_of(name: str, shape: tuple[int, ...], gguf_type: str) -> str:
-    """The stored type of a tensor: vectors are f32; rows that blocks do not divide are f16."""
-    if len(shape) == 1:
-        return "f32"
-    if gguf_type in QUANTIZED and shape[-1] % BLOCK:
-        return "f16"
-    if gguf_type == "q4_0" and not name.startswith("blk."):
-        return "q8_0"
-    return gguf_type
 
 
 def _context(config: PreTrainedConfig, rope: Mapping[str, Any]) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.speed.measured import Speed
-from export.layouts.gguf.layout import QUANTIZED, weight_file
+from export.layouts.gguf.layout import weight_file
+from export.layouts.gguf.types import QUANTIZED, TYPES
 from export.layouts.installed import check_installed
 from export.package_record import PackageRecord, Probe
 from export.probe import compare_greedy
@@ -20,9 +21,8 @@ from supernet.common.versions import versions
 # Largest |Δ log-probability| (nats) against transformers, for each nat of the largest |logit|: llama.cpp rounds
 # activations to the type of the weights that they meet, and reads GELU from a table of half-precision values (so the
 # record of a float32 file may say that it is as exact as a half-precision one). A network that amplifies rounding may
-# differ by what the probe found rounding to cost. Quantized: largest mean, as for other packages.
+# differ by what the probe found rounding to cost. Quantized ones have a largest mean, which is their type's.
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 8e-3}
-BOUNDS = {"q8_0": 0.1, "q4_0": 1.0}
 CHECKED_POSITIONS = 8
 
 
@@ -133,9 +133,10 @@ def check_gguf(package: PackageRecord) -> dict[str, object]:
     differences = _differences(runtime, probe)
     mean, largest = sum(differences) / len(differences), max(differences)
     if gguf_type in QUANTIZED:
-        if not mean <= BOUNDS[gguf_type]:
+        bound = TYPES[gguf_type].bound or 0.0
+        if not mean <= bound:
             raise VerificationError(f"{file}: log-probabilities are off by {mean:.4f} on average")
-        result |= {"mean_abs_logprob_difference": mean, "bound": BOUNDS[gguf_type]}
+        result |= {"mean_abs_logprob_difference": mean, "bound": bound}
     else:
         allowed = max(TOLERANCE[probe.exact_to or gguf_type] * max(1.0, probe.max_abs_logit), probe.rounding)
         if not largest <= allowed:

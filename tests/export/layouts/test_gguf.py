@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
-from export.layouts.gguf.layout import TYPES, take_stored_weights
+from export.layouts.gguf.layout import file_bytes, take_stored_weights
 from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
+from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes
 from export.layouts.table import copies_hold, needs_uniform
 from export.package_record import PackageRecord, check_files
 from export.verify import verify
@@ -338,24 +339,66 @@ def test_uneven_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gguf_type", TYPES)
 def test_types(gguf_type: str, tmp_path: Path) -> None:
-    # Rows of 80 are no multiple of 32.
-    layers = (LayerSizes(4, 2, 96), LayerSizes(2, 1, 80), LayerSizes(0, 0, 96), LayerSizes(4, 2, 32))
-    architecture = Architecture(64, layers)
-    network = cut(tiny_llama(head_dim=32), architecture)
-    package = write(tmp_path / "p", architecture, network, gguf_type=gguf_type)
+    """Every type in llama.cpp, where its blocks divide rows of 256 and 512 and not those of 320 and 80."""
+    layers = (LayerSizes(4, 2, 512), LayerSizes(4, 2, 80), LayerSizes(0, 0, 320))
+    architecture = Architecture(256, layers)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
+    network = cut(tiny_llama(**sizes), architecture)
+    package = write(tmp_path / "p", architecture, network, gguf_type=gguf_type, calibration=probe_ids())
     report = package.entry.quantization_report
-    if gguf_type in ("q8_0", "q4_0"):
-        result = check_gguf(package)
-        assert result["mean_abs_logprob_difference"] <= result["bound"]
-        expected = {"blk.1.ffn_down": "f16"}
-        if gguf_type == "q4_0":
-            expected |= {"token_embd": "q8_0", "output": "q8_0"}
-        assert package.entry.quantization == report.scheme == gguf_type and report.exceptions == expected
-        bits, rare = {"q8_0": (8.5, 16), "q4_0": (4.5, 16)}[gguf_type]
-        total = sum(p.numel() for n, p in network.named_parameters() if "proj" in n)
-        assert report.bits_per_weight == pytest.approx((bits * (total - 64 * 80) + rare * 64 * 80) / total)
-    else:
+    header = gguf.GGUFReader(package.folder / package.entry.file).data_offset
+    config = tiny_llama(**sizes).config
+    assert package.entry.bytes - header == file_bytes(config, architecture, gguf_type)
+    if gguf_type not in QUANTIZED:
         assert proved(package, 1) and report is None
+        return
+    result = check_gguf(package)
+    assert result["mean_abs_logprob_difference"] <= result["bound"]
+    instead = TYPES[gguf_type].instead if TYPES[gguf_type].block == 256 else gguf_type
+    expected = {"blk.1.ffn_down": "f16", "blk.2.ffn_down": instead, "token_embd": "q8_0", "output": "q8_0"}
+    assert package.entry.quantization == report.scheme == gguf_type
+    assert report.exceptions == {name: kind for name, kind in expected.items() if kind != gguf_type}
+    total = sum(p.numel() for n, p in network.named_parameters() if "proj" in n)
+    odd, less = 256 * 80, 256 * 320
+    bits = TYPES[gguf_type].bits * (total - odd - less) + 16 * odd + TYPES[instead].bits * less
+    assert report.bits_per_weight == pytest.approx(bits / total)
+    modelfile = (package.folder / "Modelfile").read_text()
+    assert modelfile.startswith(f"FROM ./model-{gguf_type}.gguf\n")
+
+
+@pytest.mark.parametrize(("embedding", "kind"), [(16, "F16"), (None, "Q8_0"), (8, "Q8_0"), (4, "IQ4_NL")])
+def test_the_embedding_has_the_bits_that_were_asked_for(embedding: int | None, kind: str, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    package = write(tmp_path / "p", EVEN, cut(model, EVEN), gguf_type="q4_0", embedding=embedding)
+    reader = gguf.GGUFReader(package.folder / package.entry.file)
+    assert {t.name: t.tensor_type.name for t in reader.tensors}["token_embd.weight"] == kind
+    assert package.entry.bytes - reader.data_offset == file_bytes(model.config, EVEN, "q4_0", embedding)
+    bits = {"F16": 16, "Q8_0": 8.5, "IQ4_NL": 4.5}[kind]
+    assert (package.entry.quantization_report.embedding, package.entry.quantization_report.head) == (bits, bits)
+    check_gguf(package)
+
+
+@pytest.mark.parametrize("gguf_type", [name for name, kind in TYPES.items() if kind.searched])
+def test_searched_blocks(gguf_type: str) -> None:
+    """The reader of the gguf package finds the values within the error of the type, and what counts more is nearer."""
+    torch.manual_seed(0)
+    weight, kind = torch.randn(8, 512) * torch.rand(8, 1), TYPES[gguf_type]
+    # The mean squared error of a normal weight, a little above that of the best quantizer with so many levels.
+    limits = {"q6_k": 4e-4, "q5_k": 2e-3, "q4_k": 7e-3, "iq4_nl": 7e-3, "q3_k": 0.03, "q2_k": 0.1}
+    important = torch.ones(512)
+    important[::7] = 1000.0
+
+    def errors(importance: torch.Tensor | None) -> torch.Tensor:
+        blocks = blocks_of(weight, gguf_type, importance)
+        assert blocks.nbytes == stored_bytes((8, 512), gguf_type) == 8 * 512 * kind.bits / 8
+        read = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[gguf_type.upper()])
+        return (torch.from_numpy(read) - weight).square()
+
+    plain = errors(None)
+    assert plain.mean() <= limits[gguf_type] * weight.square().mean()
+    assert errors(important)[:, ::7].mean() < 0.9 * plain[:, ::7].mean()
+    nothing = blocks_of(torch.zeros(2, 256), gguf_type)
+    assert not gguf.quants.dequantize(nothing, gguf.GGMLQuantizationType[gguf_type.upper()]).any()
 
 
 @pytest.mark.parametrize("gguf_type", ["bf16", "f16"])

@@ -74,12 +74,16 @@ def test_how_it_is_loaded() -> None:
     data["packages"][0]["layout"] = "uniform"
     uniform = card_of(data).text
     assert "trust_remote_code" not in uniform
-    assert "compressed-tensors" not in uniform
+    assert "pip install transformers compressed-tensors" not in uniform
     quantized = card_of(full_report(), "best-int8").text
     assert "pip install transformers compressed-tensors" in quantized
-    assert "the speed there is that of floats" in quantized
+    assert "the speed there is that of floats" in quantized and "module.quantization_enabled = False" in quantized
+    assert "quantization_enabled" not in uniform
     data["packages"][0] |= {"layout": "gguf", "file": "model-f16.gguf"}
-    assert "llama-cli -m model-f16.gguf -n 40" in card_of(data).text
+    for_llama_cpp = card_of(data).text
+    assert "`llama-cli -m model-f16.gguf -n 40 -p " in for_llama_cpp
+    assert "`llama-server -m model-f16.gguf --port 8080`" in for_llama_cpp
+    assert "`ollama create best -f Modelfile`" in for_llama_cpp
     named = code_block(card_of(full_report(), repo_id="me/tiny-small").text)
     assert 'name = "me/tiny-small"' in named
 

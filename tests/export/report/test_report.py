@@ -241,7 +241,7 @@ def test_terminal_rows() -> None:
     assert shown.count("near chance") == 5  # four rows and the note
     assert "¹ transformers, cpu, 1 thread, float32\n" in re.sub(" +\n", "\n", shown)
     assert "² transformers (decompressed at load), cpu, 1 thread, float32 *" in shown
-    assert "* Plain transformers decompresses" in shown
+    assert "* Transformers unpacks compressed-tensors" in shown
     assert "byte ↓" in shown
 
 

@@ -1,0 +1,94 @@
+"""What is quantized of a pick, and how: used for picks and for the base beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.job import Job
+from export.package_record import PackageRecord
+from export.quantization.quantize import quantize_packages
+from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
+from supernet.common.progress import Bar, bar, say
+from supernet.device import release_cached_memory
+from supernet.training.data import Blocks
+
+
+def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
+    """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
+    was picked together with the size."""
+    quantizing, bits = job.recipe.quantizing, picked.get("bits") or {"scheme": None}
+    schemes = dict.fromkeys(quantizing.schemes, quantizing.embedding)
+    return schemes | ({bits["scheme"]: bits["embedding"]} if bits["scheme"] else {})
+
+
+def quantizing_inputs(job: Job, blocks: Blocks) -> dict[str, Any]:
+    """All that rounding depends on beside the network, the scheme and the embedding's bits."""
+    recipe = job.recipe
+    return {
+        **recipe.quantizing.model_dump(exclude={"schemes", "bits", "embedding"}),
+        "data": blocks.fingerprint,
+        "length": blocks.length,
+        "seed": recipe.seed,
+    }
+
+
+def quantize(
+    job: Job,
+    source: Path,
+    layers: int,
+    schemes: Mapping[SchemeName, Path],
+    embeddings: Mapping[SchemeName, EmbeddingBits | None],
+    calibration: torch.Tensor | None,
+) -> None:
+    """Quantize the package in `source`, of so many layers, with the embeddings in these bits. `calibration` are token
+    ids [samples, length]; None: rounded to nearest without data."""
+    quantizing = job.recipe.quantizing
+    release_cached_memory(job.device)  # the child quantizes on the same device
+    tuned = {name: folder for name, folder in schemes.items() if calibration is not None and is_tuned(name)}
+    plain = {name: folder for name, folder in schemes.items() if name not in tuned}
+    records: list[PackageRecord] = []
+    with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
+        for part, seen in ((plain, None), (tuned, calibration)):
+            if not part:
+                continue
+            before = progress.done
+            records += quantize_packages(
+                source,
+                part,
+                calibration=seen,
+                iterations=0 if seen is None else quantizing.iterations or 0,
+                group_size=quantizing.group_size,
+                embedding=embeddings,
+                seed=job.recipe.seed,
+                device=job.device.type,
+                log=job.run.debug_file,
+                progress=partial(_follow, progress, before),
+            )
+            progress.advance(before + len(part) * layers - progress.done)
+    kept = [record.entry.name for record in records if keeps_embedding(record)]
+    if kept and quantizing.embedding is None:
+        say(
+            f"{', '.join(kept)}: the embedding stays in 16 bits, as transformers' plain class holds no quantized one; "
+            "with quantizing.embedding: 8 a code file does, and --format gguf-q8_0 does for llama.cpp"
+        )
+
+
+def keeps_embedding(record: PackageRecord) -> bool:
+    """Whether a package in compressed-tensors holds its embedding unquantized."""
+    report = record.entry.quantization_report
+    return report is not None and report.embedding == 16 and not report.scheme.endswith("auto-round")
+
+
+def _follow(progress: Bar, before: float, done: float, _: int, what: str) -> None:
+    progress.advance(before + done - progress.done, what)
+
+
+def is_tuned(scheme: SchemeName) -> bool:
+    """Whether tuning a scheme's rounding is worth its time. At 8 bits it gains at most 0.02 % in bits per byte over
+    rounding to nearest (docs/results.md, "Quantization")."""
+    return SCHEMES[scheme].bits < 8

@@ -1,0 +1,143 @@
+"""Size and bits picked together: what is compared, what is picked and packaged, and the base in few bits beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor import pipeline
+from compressor.job import Job
+from compressor.recipe import read_recipe
+from compressor.stages.exporting import export
+from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
+from compressor.stages.picking import measured, pick
+from compressor.stages.reporting import report
+from compressor.stages.searching import speed_table
+from search.pareto import Target
+from supernet.common.errors import RequestError
+from supernet.training.data import HELD_OUT_BLOCKS
+from tests.support import tiny
+from tests.support.export_networks import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("joint")
+    model = tiny.checkpoint(folder / "model", vocab_size=320, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    tiny_tokenizer().save_pretrained(model)  # of a kind that llama.cpp knows
+    given = {
+        "model": str(model),
+        "data": str(tiny.data(folder / "data.jsonl", 300)),
+        "tasks": "tiny_choice",
+        "include_path": str(tiny.task(folder / "tasks", documents=40)),
+        "space": {"ffn.*": [32, 64], "layer.1": [0, 1]},
+        "finetuning": {"tokens": 0, "sequence_length": 32, "batch_size": 4},
+        "searching": {"evaluations": 10, "population": 5, "limit": 12, "objectives": ["quality", "parameters"]},
+        "healing": {"tokens": 0},
+        "quantizing": {"iterations": 0, "samples": 4},
+        "targets": {"max_params": [0.9]},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), folder / "run")
+    pipeline.finetune(job)
+    speed_table(job, lambda: job.load_supernet().model)
+    pipeline.search(job)
+    return folder / "run"
+
+
+def resumed(searched: Path, folder: Path, **given: Any) -> Job:
+    shutil.copytree(searched, folder)
+    given = {f"targets.{name}" if name.startswith("max_") else name: value for name, value in given.items()}
+    return pipeline.resume(folder, given, replace_targets=True)
+
+
+def test_candidates_are_every_way_to_store_a_network_once(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    whole = whole_network(job)
+    rows = candidates(job, whole, uniform=False)
+    assert [str(row.bits) for row in rows][:2] == ["unquantized", "int8, embedding in 8 bits"]
+    assert len(rows) == 1 + 4 * 2 and len({row.bytes for row in rows}) == len(rows)
+    asked = resumed(searched, tmp_path / "asked", max_bytes="1MB", **{"quantizing.embedding": 8})
+    assert len(candidates(asked, whole, uniform=False)) == 1 + 4
+    # The plain class of a tied network holds no quantized embedding, so its bits are no choice.
+    assert len(candidates(job, whole, uniform=True)) == 1 + 4
+
+
+def test_the_lowest_loss_that_fits_is_picked(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    whole = whole_network(job)
+    rows = {row.bits: row.bytes for row in candidates(job, whole, uniform=False)}
+    losses = RoundedLosses(job)
+    # 1. Where all fits, nothing is rounded.
+    everything = pick_with_bits(job, measured(job), Target(max_bytes=10**9), uniform=False)
+    assert everything.loss <= min(losses(row, HELD_OUT_BLOCKS) for row in candidates(job, whole, uniform=False)) + 1e-6
+    # 2. Where the whole network fits in 8 bits only, nothing above the limit is picked, and nothing of a higher loss
+    #    than the whole network in 8 bits.
+    limit = rows[Bits("int8", 8)]
+    picked = pick_with_bits(job, measured(job), Target(max_bytes=limit), uniform=False)
+    eight = next(row for row in candidates(job, whole, uniform=False) if row.bits == Bits("int8", 8))
+    assert picked.candidate.bytes <= limit and picked.loss <= losses(eight, HELD_OUT_BLOCKS)
+    # 3. What else was asked for holds too.
+    smaller = Target(max_bytes=limit, max_params=job.structure.parameters(job.structure.base) - 1)
+    assert pick_with_bits(job, measured(job), smaller, uniform=False).candidate.architecture != job.structure.base
+    # 4. Less than everything is refused, with the smallest that there is.
+    with pytest.raises(ValueError, match=r"fits 100 bytes; the smallest file has [\d,]+ \(int2, embedding in 4 bits\)"):
+        pick_with_bits(job, measured(job), Target(max_bytes=100), uniform=False)
+
+
+def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0"}
+    job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
+    (picked,) = pick(job)
+    assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] in ("int8", "int4", "int3", "int2")
+    export(job)
+    shown = report(job)
+    names = [package["name"] for package in shown["packages"]]
+    scheme = picked["bits"]["scheme"]
+    assert names == list(dict.fromkeys(["best", "best-int8", f"best-{scheme}", "best-gguf-q8_0"]))
+    package = next(row for row in shown["packages"] if row["name"] == f"best-{scheme}")
+    assert package["bytes"] <= picked["bits"]["bytes"] + 1024  # headers are estimated
+    assert package["bytes"] <= 60_000
+    assert package["quantization_report"]["embedding"] == picked["bits"]["embedding"]
+    bases = {row["name"]: row for row in shown["quantized_base"]}
+    assert {"base-int8", "base-int4", "base-gguf-q8_0", "base-gguf-q4_0"} <= set(bases)
+    for name, row in bases.items():
+        assert row["params"] == shown["base"]["params"] and row["bytes"] < shown["base"]["bytes"]
+        assert row["speed"]["decode_tps"] > 0
+        assert ("mean_abs_logprob_difference" if "gguf" in name else "save_and_reload_equal") in row["verified"]
+        assert row["tasks"]["tiny_choice"]["split"] == "report" and row["held_out_loss"] > 0
+    page = (job.run.path / "report.html").read_text()
+    assert "base INT8" in page and "base INT4" in page
+    # Done again, nothing is made anew.
+    files = [file for name in [*names, *bases] for file in (job.run.packages / name).glob("model[.-]*")]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    export(job)
+    assert len(files) == len(names) + len(bases) and [file.stat().st_mtime_ns for file in files] == stamps
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            {"quantizing.schemes": "int4", "quantizing.embedding": 4, "formats": "uniform", "max_params": [0.8]},
+            "quantizing.embedding: 4 bits, but a plain class holds no quantized embedding that is the head too",
+        ),
+        (
+            {"quantizing.schemes": "int8-auto-round", "quantizing.embedding": 8, "max_params": [0.8]},
+            "quantizing.embedding: 8 bits, but auto-round's own form holds none; layouts that hold",
+        ),
+        ({"quantizing.embedding": 5}, "'quantizing.embedding': Input should be 16, 8 or 4"),
+        ({"quantizing.bits": "joint", "max_params": [0.8]}, "--bits joint: picks what fits a number of bytes; name it"),
+        (
+            {"max_bytes": "900"},
+            "--max-bytes: 900 bytes cannot be reached; the smallest sub-network of this space",
+        ),
+    ],
+)
+def test_bad_requests(searched: Path, tmp_path: Path, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        resumed(searched, tmp_path / "run", **given)
