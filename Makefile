@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 COMPAT := .venv-compat
 OLDEST_TRANSFORMERS := 5.15.0
 
-.PHONY: demo test test-compat lint
+.PHONY: demo test test-compat lint docs
 demo: $(VENV)/installed
 	$(BIN)/compressor demo
 
@@ -21,6 +21,10 @@ test-compat: $(VENV)/installed-test $(COMPAT)/installed
 	mkdir -p build/compat
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.compat write build/compat
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(COMPAT)/bin/python -m tests.compat verify build/compat
+
+# The documentation as a site in build/docs; a warning, such as a link that leads nowhere, fails it.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -37,6 +41,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

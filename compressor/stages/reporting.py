@@ -248,5 +248,6 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
             name=job.space.name, genes=[Gene(name=gene.name, values=list(gene.values)) for gene in job.space.genes]
         ),
         quality=QualityBasis(**{key: front["quality"][key] for key in ("counted", "left_out", "remark")}),
+        base_decode_tps=front["base_decode_tps"],
         targets={name: value for name, value in job.recipe.targets.model_dump().items() if value},
     )

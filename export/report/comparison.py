@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from export.report.plots import Dot, scatter
+from export.report.plots import Dot, percent_tick, scatter, times_tick
 from export.report.schema import Comparison
 from search.scores import Score
 from supernet.common.formatting import count, percent
@@ -186,14 +186,12 @@ def comparison_plots(tables: Sequence[Sequence[MethodSummary]], base_params: int
     methods = [method for table in tables for method in table]
     if not methods:
         return {}
-    best = {(table[0].method, table[0].size) for table in tables}
 
     def dot(method: MethodSummary, x: float) -> Dot:
-        named = method.ours or (method.method, method.size) in best
         quality = f"quality {percent(method.quality)} ± {100 * method.stderr:.1f}"
         title = f"{method.method}: {quality}, {count(method.params)} parameters"
-        kind: Literal["chosen", "front"] = "chosen" if method.ours else "front"
-        return Dot(x, method.quality, title, kind, method.method if named else "", method.stderr)
+        kind: Literal["ours", "other"] = "ours" if method.ours else "other"
+        return Dot(x, method.quality, title, kind, method.method, method.stderr)
 
     base = Dot(1.0, 1.0, f"base: {count(base_params)} parameters", "base", "base")
     plots = {
@@ -202,7 +200,7 @@ def comparison_plots(tables: Sequence[Sequence[MethodSummary]], base_params: int
             "parameters, share of the base's",
             "quality on the report split",
             less_is_better=True,
-            x_is_share=True,
+            x_text=percent_tick,
         )
     }
     timed = [(method, method.speedup) for method in methods if method.speedup is not None]
@@ -212,5 +210,6 @@ def comparison_plots(tables: Sequence[Sequence[MethodSummary]], base_params: int
             "decode speed, multiple of the base's",
             "quality on the report split",
             less_is_better=False,
+            x_text=times_tick,
         )
-    return plots
+    return {name: plot for name, plot in plots.items() if plot}

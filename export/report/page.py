@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,14 @@ from markupsafe import Markup
 
 from export.report.alternatives import alternatives
 from export.report.comparison import comparison_plots, summarize, summary
-from export.report.plots import (
-    Dot,
-    Line,
-    architecture_picture,
-    lines,
-    scatter,
-    sizes_text,
-    usage_map,
-)
-from export.report.schema import Candidate, Generation, Package, Point, Report
+from export.report.front_view import front_view, quality_text, speed_text
+from export.report.plots import Line, architecture_picture, lines, usage_map
+from export.report.schema import Generation, Package, Report, Sample
 from export.report.table import ABOUT_QUALITY, measured_in, metric_name, notes, runtimes, trainings
 from export.report.verdict import change, verdict
 from supernet.architecture import Architecture
 from supernet.common.files import write_json, write_text
-from supernet.common.formatting import count, duration, parse_parameters, percent, rate, size
+from supernet.common.formatting import count, duration, percent, rate, size
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -48,6 +40,9 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
 def breakable(name: str) -> Markup:
@@ -77,12 +72,15 @@ def render_html(report: Report) -> str:
         compared=summarize(report.comparison),
         summary=summary,
         is_package=lambda row: isinstance(row, Package),
-        crowded=_crowded(report),
+        front=front_view(report),
+        quality_text=quality_text,
+        speed_text=speed_text,
         pictures=_pictures(report),
         plots=_plots(report),
         usage=_usage(report),
-        checks=lambda package: list(flattened(package.verified)),
+        checks=lambda package: list(flattened(checked(package))),
         space_size=_space_size(report),
+        written=written,
         recipe=yaml.safe_dump(_plain(report.recipe), sort_keys=False, allow_unicode=True),
         fingerprints=list(flattened(report.recipe.get("fingerprints") or {})),
     )
@@ -107,6 +105,19 @@ def flattened(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
             yield name, value
 
 
+def checked(package: Package) -> dict[str, object]:
+    """What was proved of a package. What it does not have, such as the quantization of one without, is left out."""
+    return {name: value for name, value in package.verified.items() if value is not None or name != "quantization"}
+
+
+def written(sample: Sample) -> list[tuple[list[str], str]]:
+    """What was written to a prompt, each text once, with the names of all that wrote it."""
+    names: dict[str, list[str]] = {}
+    for name, text in sample.continuations.items():
+        names.setdefault(text.strip(), []).append(name)
+    return [(who, text) for text, who in names.items()]
+
+
 def _pictures(report: Report) -> list[tuple[str, Architecture, Markup]]:
     """Names of the packages that share an architecture, the architecture, and its picture."""
     named: dict[Architecture, list[str]] = {}
@@ -116,91 +127,21 @@ def _pictures(report: Report) -> list[tuple[str, Architecture, Markup]]:
     return [(", ".join(names), sizes, architecture_picture(sizes, base)) for sizes, names in named.items()]
 
 
-def _candidates(report: Report) -> list[Candidate]:
-    """All measured sub-networks; without a search only those of the front."""
-    return [*(report.search.points if report.search else report.front)]
-
-
-def _dots(report: Report, against_speed: bool) -> list[Dot]:
-    """A dot for every measured sub-network: quality against its share of parameters, or against its speed."""
-    names: dict[str, list[str]] = {}
-    for package in report.packages:
-        if package.quantization is None:
-            names.setdefault(package.architecture.key, []).append(package.name)
-    front = {candidate.key for candidate in report.front}
-    dots = []
-    crowded = _crowded(report)
-    for candidate in _candidates(report):
-        x = candidate.decode_tps if against_speed else candidate.params / report.base.params
-        if x is None:
-            continue
-        chosen = names.get(candidate.architecture.key)
-        on_front = candidate.key in front or (isinstance(candidate, Point) and candidate.on_front)
-        dots.append(
-            Dot(
-                x=x,
-                y=candidate.quality,
-                title=_hover(
-                    candidate,
-                    report,
-                    scores=not (crowded and against_speed),
-                    sizes=not against_speed and (on_front or bool(chosen) or not crowded),
-                ),
-                kind="chosen" if chosen else "front" if on_front else "point",
-                label=", ".join(chosen) if chosen else "",
-            )
-        )
-    return dots
-
-
-def _crowded(report: Report) -> bool:
-    """Whether the sizes of all measured sub-networks would make the page too large; then only the front's are shown."""
-    return len(_candidates(report)) * len(report.base.architecture.layers) > 20_000
-
-
-def _hover(candidate: Candidate, report: Report, scores: bool, sizes: bool) -> str:
-    """What a measured sub-network is, with its score on every task and its sizes if asked for."""
-    text = [f"quality {candidate.quality:.4g}, {percent(candidate.params / report.base.params)} of the parameters"]
-    if candidate.decode_tps is not None:
-        text[0] += f", {rate(candidate.decode_tps)} tokens/s"
-    if isinstance(candidate, Point):
-        text[0] += f", generation {candidate.generation}" + ("" if candidate.full else " (screening only)")
-    if scores:
-        text += [f"{task} {s.text}{' (' + s.stamp + ')' if s.stamp else ''}" for task, s in candidate.tasks.items()]
-        text += [f"{name} {value:.4g}" for name, value in candidate.further.items()]
-    if sizes:
-        text.append(sizes_text(candidate.architecture))
-    return "\n".join(text)
-
-
 def _plots(report: Report) -> dict[str, Markup]:
     """The plots that the report's data allow, by name."""
     plots: dict[str, Markup] = {}
-    base = Dot(1.0, 1.0, f"{report.base.name}: the base", "base", "base")
-    if dots := _dots(report, against_speed=False):
-        plots["params"] = scatter(
-            [*dots, base],
-            "parameters, share of the base's",
-            "quality on the search split",
-            less_is_better=True,
-            limits=_size_limits(report),
-            x_is_share=True,
-        )
-    if dots := _dots(report, against_speed=True):
-        plots["speed"] = scatter(
-            dots, "decode tokens per second, from speed.json", "quality on the search split", less_is_better=False
-        )
     if report.search and len(report.search.generations) > 1:
         plots |= _search_plots(report.search.generations)
     if report.finetune:
         curve = report.finetune.curve
         losses = _named_lines(
-            (f"{name} network", [(point.tokens, getattr(point, name)) for point in curve])
+            (name, [(point.tokens, getattr(point, name)) for point in curve])
             for name in ("largest", "middle", "smallest")
         )
         if losses:
             plots["training"] = lines(losses, "training tokens", "loss")
-    return plots | comparison_plots(summarize(report.comparison), report.base.params)
+    plots |= comparison_plots(summarize(report.comparison), report.base.params)
+    return {name: plot for name, plot in plots.items() if plot}
 
 
 def _search_plots(generations: Sequence[Generation]) -> dict[str, Markup]:
@@ -227,16 +168,6 @@ def _named_lines(curves: Iterable[tuple[str, Sequence[tuple[int, float | None]]]
         for colour, (name, points) in enumerate(curves, start=1)
     ]
     return [line for line in named if line.points]
-
-
-def _size_limits(report: Report) -> list[float]:
-    """The sizes that were asked for, as shares of the base."""
-    sizes = (report.search.targets.get("max_params") if report.search else None) or []
-    limits = []
-    for text in sizes if isinstance(sizes, list) else [sizes]:
-        with suppress(ValueError):  # a report that was edited by hand
-            limits.append(parse_parameters(str(text), report.base.params) / report.base.params)
-    return limits
 
 
 def _usage(report: Report) -> list[tuple[str, Markup]]:

@@ -1,55 +1,83 @@
 """The pictures of a report as inline SVG.
 
 Every function returns markup without external resources: colours are CSS classes of the page, so that light and dark
-mode both work, and what shows on hover is a `<title>`. All text that comes from outside is escaped.
+mode both work, and what shows on hover is a `<title>`. All text that comes from outside is escaped. All pictures are
+400 units wide, which a phone shows whole and a page for a desk beside one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, get_args
 
 from markupsafe import Markup
 
 from supernet.architecture import Architecture, LayerSizes
 
-WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 42
+WIDTH = 400
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40
 MOST_COLUMNS = 24
+SHADES = 7
+LETTER = 7.3
+"""Width of a letter at the pictures' font size, roughly: what keeps labels apart."""
 
 
-def runs(values: Iterable[int]) -> str:
-    """Values in order, equal neighbours written once: `3x768 512 0 2x768`."""
-    counted = [(value, len(list(group))) for value, group in groupby(values)]
-    return " ".join(str(value) if times == 1 else f"{times}x{value}" for value, times in counted)
-
-
-def sizes_text(architecture: Architecture) -> str:
-    """An architecture in one line: FFN widths and key-value heads of every layer of the base, 0 where removed."""
-    text = (
-        f"FFN {runs(layer.intermediate_size for layer in architecture.layers)}; "
-        f"KV heads {runs(layer.num_key_value_heads for layer in architecture.layers)}"
-    )
-    if any(layer.num_experts for layer in architecture.layers):
-        text += f"; experts {runs(layer.num_experts for layer in architecture.layers)}"
-    return text
+Kind = Literal["screened", "point", "front", "chosen", "other", "ours", "base"]
+"""What a dot is, in the order of drawing: the last hides the first. `screened`: measured on part of the documents;
+`other` and `ours`: methods of a comparison; `chosen`: what was packaged."""
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a scatter plot. `label` is written beside it; `title` shows on hover."""
+    """A point of a scatter plot. `label` is written beside it where there is room; `title` shows on hover."""
 
     x: float
     y: float
-    title: str
-    kind: Literal["point", "front", "chosen", "base"] = "point"
+    title: str = ""
+    kind: Kind = "point"
     label: str = ""
     error: float = 0.0
     """Half the length of a bar along y, such as one standard error."""
+    shade: int | None = None
+    """Its colour on the ramp of shades, 1 to 7; None: the colour of its kind."""
+    number: int | None = None
+    """By which the page's script finds it."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """What the shades of a scatter plot mean: `name`, and the values of the first and the last shade as text."""
+
+    name: str
+    low: str
+    high: str
+
+
+def shades(
+    values: Sequence[float | None], name: str, text: Callable[[float], str]
+) -> tuple[list[int | None], Ramp | None]:
+    """The shade of every value, 1 for the least to 7 for the most, and the ramp that says so.
+
+    The ramp spans the middle nine tenths, so that a few far values do not take all colours. Where these are alike no
+    value has a shade, and there is no ramp.
+    """
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return [None] * len(values), None
+    cut = len(known) // 20
+    low, high = known[cut], known[-1 - cut]
+    if low == high:
+        return [None] * len(values), None
+
+    def shade(value: float) -> int:
+        return min(SHADES, max(1, 1 + int(SHADES * (value - low) / (high - low))))
+
+    ends = ("≤ " * (known[0] < low) + text(low), "≥ " * (known[-1] > high) + text(high))
+    return [None if value is None else shade(value) for value in values], Ramp(name, *ends)
 
 
 @dataclass(frozen=True)
@@ -90,53 +118,127 @@ def scatter(
     *,
     less_is_better: bool,
     limits: Sequence[float] = (),
-    x_is_share: bool = False,
-    height: int = 340,
+    x_text: Callable[[float], str] | None = None,
+    ramp: Ramp | None = None,
+    stairs_of: Container[Kind] = ("base", "ours", "other"),
+    height: int = 300,
 ) -> Markup:
-    """Dots, with a staircase along those that are dominated by no other. The y axis is a share, such as quality, and
-    more of it is better.
+    """Dots, with a staircase along those of the kinds `stairs_of` that no other of these dominates. The y axis is a
+    share, such as quality, and more is better. Empty where all dots lie at one x: such a plot shows nothing.
 
-    `limits` are vertical lines: the sizes that were asked for. Emphasised dots are drawn last, so that none is hidden.
+    `limits` are vertical lines: the sizes that were asked for. `x_text` writes the ticks of the x axis.
     """
-    # 1. Axes, and the sizes that were asked for.
+    if len({dot.x for dot in dots}) < 2:
+        return Markup("")
+    # 1. Axes, the meaning of the colours, and the sizes that were asked for.
     ends = [dot.y + sign * dot.error for dot in dots for sign in (-1, 1)]
-    x, y, parts = _frame([dot.x for dot in dots], ends, x_label, y_label, height, x_is_share, True)
+    x_text = x_text or _tick_text
+    x, y, parts = _frame([dot.x for dot in dots], ends, x_label, y_label, height, x_text, percent_tick)
+    if ramp:
+        parts += _ramp(ramp)
     parts += [
         Markup(
             '<line class="limit" x1="{0}" x2="{0}" y1="{1}" y2="{2}"><title>asked for: at most {3}</title></line>'
-        ).format(x(limit), TOP, height - BOTTOM, _tick_text(limit, x_is_share))
+        ).format(x(limit), TOP, height - BOTTOM, x_text(limit))
         for limit in limits
         if x.low <= limit <= x.high
     ]
     # 2. The staircase.
-    stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind != "base"], less_is_better)
+    stairs = undominated([(dot.x, dot.y) for dot in dots if dot.kind in stairs_of], less_is_better)
     corners = [
-        stairs[0],
+        *stairs[:1],
         *(c for a, b in pairwise(stairs) for c in ((b[0], a[1]) if less_is_better else (a[0], b[1]), b)),
     ]
     parts.append(
         Markup('<polyline class="stairs" points="{}"/>').format(" ".join(f"{x(a)},{y(b)}" for a, b in corners))
     )
-    # 3. The dots.
-    order = ("point", "front", "base", "chosen")
-    for dot in sorted(dots, key=lambda dot: order.index(dot.kind)):
+    # 3. The dots, and then the labels that find room.
+    ordered = sorted(dots, key=lambda dot: _DRAWN.index(dot.kind))
+    for dot in ordered:
         if dot.error:
             parts.append(
                 Markup('<line class="error" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
                     x(dot.x), y(dot.y - dot.error), y(dot.y + dot.error)
                 )
             )
-        radius = {"point": 3, "front": 4.5, "base": 6, "chosen": 7}[dot.kind]
-        parts.append(
-            Markup('<circle class="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
-                dot.kind, x(dot.x), y(dot.y), radius, dot.title
-            )
+        parts.append(_marker(dot, x(dot.x), y(dot.y)))
+    placed = [(float(x(dot.x)), float(y(dot.y)), dot) for dot in ordered if dot.label or dot.kind == "front"]
+    parts += _labels(sorted(placed, key=lambda place: _NAMED.index(place[2].kind)), height - BOTTOM)
+    chosen_from = Markup(" data-plot") if any(dot.number is not None for dot in dots) else Markup("")
+    return _svg(parts, height, f"{y_label} against {x_label}", chosen_from)
+
+
+_DRAWN: tuple[Kind, ...] = get_args(Kind)
+_NAMED: tuple[Kind, ...] = ("chosen", "base", "ours", "other", "front", "point", "screened")
+_RADIUS = {"screened": 2.5, "point": 3.0, "front": 4.5, "other": 6.0, "ours": 6.0, "base": 5.0, "chosen": 7.0}
+
+
+def _marker(dot: Dot, x: str, y: str) -> Markup:
+    """A circle for what the search measured, a diamond for a method of a comparison, a square for the base."""
+    css = dot.kind if dot.shade is None else f"{dot.kind} s{dot.shade}"
+    number = "" if dot.number is None else Markup(' data-i="{}"').format(dot.number)
+    r = _RADIUS[dot.kind]
+    if dot.kind == "base":
+        shape = Markup('<rect class="{}"{} x="{:.1f}" y="{:.1f}" width="{:g}" height="{:g}"').format(
+            css, number, float(x) - r, float(y) - r, 2 * r, 2 * r
         )
-        if dot.label:
-            near_edge = float(x(dot.x)) > WIDTH - 120
-            left, anchor = float(x(dot.x)) + (-11 if near_edge else 11), "end" if near_edge else "start"
-            parts.append(_text(left, float(y(dot.y)) + 4, dot.label, anchor, "label"))
-    return _svg(parts, height, f"{y_label} against {x_label}")
+    elif dot.kind in ("other", "ours"):
+        path = f"M{x} {float(y) - r:.1f}l{r:g} {r:g}-{r:g} {r:g}-{r:g}-{r:g}z"
+        shape = Markup('<path class="{}"{} d="{}"').format(css, number, path)
+    else:
+        shape = Markup('<circle class="{}"{} cx="{}" cy="{}" r="{:g}"').format(css, number, x, y, r)
+    if not dot.title:
+        return shape + Markup("/>")
+    return shape + Markup("><title>{}</title></{}>").format(dot.title, shape[1:].partition(" ")[0])
+
+
+def _labels(placed: Sequence[tuple[float, float, Dot]], bottom: float) -> list[Markup]:
+    """Labels beside the dots (x, y, dot), where no other label or dot of these is. The first come first; one that finds
+    no room is left out, since its dot says its name too."""
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in placed]
+    parts = []
+    for own, (x, y, dot) in enumerate(placed):
+        width = 7.8 * len(dot.label)  # bold
+        sides = (
+            (x + 10, y + 4, "start", x + 10),
+            (x - 10, y + 4, "end", x - 10 - width),
+            (x, y - 11, "middle", x - width / 2),
+            (x, y + 19, "middle", x - width / 2),
+            (x + 8, y - 9, "start", x + 8),
+            (x + 8, y + 17, "start", x + 8),
+            (x - 8, y - 9, "end", x - 8 - width),
+            (x - 8, y + 17, "end", x - 8 - width),
+            (x + 8, y - 22, "start", x + 8),
+            (x + 8, y + 30, "start", x + 8),
+        )
+        for at, line, anchor, left in sides if dot.label else ():
+            box = (left, line - 10, left + width, line + 3)
+            inside = box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 12 and box[3] <= bottom
+            free = not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+                for index, other in enumerate(taken)
+                if index != own
+            )
+            if inside and free:
+                taken.append(box)
+                parts.append(_text(f"{at:.1f}", f"{line:.1f}", dot.label, anchor, "label"))
+                break
+    return parts
+
+
+def _ramp(ramp: Ramp) -> list[Markup]:
+    """The shades in a row at the top right, between the texts of the least and the most value."""
+    right = WIDTH - RIGHT - LETTER * len(ramp.high) - 4
+    left = right - 9 * SHADES
+    parts = [
+        Markup('<rect class="s{}" x="{:.1f}" y="4" width="9" height="9"/>').format(shade, left + 9 * (shade - 1))
+        for shade in range(1, SHADES + 1)
+    ]
+    return [
+        *parts,
+        _text(f"{left - 4:.1f}", 12, f"{ramp.name} {ramp.low}", "end"),
+        _text(WIDTH - RIGHT, 12, ramp.high, "end"),
+    ]
 
 
 def undominated(points: Iterable[tuple[float, float]], less_is_better: bool) -> list[tuple[float, float]]:
@@ -148,9 +250,12 @@ def undominated(points: Iterable[tuple[float, float]], less_is_better: bool) -> 
     return sorted(front)
 
 
-def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 240) -> Markup:
-    """Curves with a dot at every value, and a legend on top if there are several."""
+def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 220) -> Markup:
+    """Curves with a dot at every value, and a legend on top if there are several. Empty where all values lie at one x:
+    one dot on an axis shows nothing."""
     values = [point for curve in curves for point in curve.points]
+    if len({x for x, _ in values}) < 2:
+        return Markup("")
     x, y, parts = _frame([v[0] for v in values], [v[1] for v in values], x_label, y_label, height)
     for curve in curves:
         path = " ".join(f"{x(a)},{y(b)}" for a, b in curve.points)
@@ -163,14 +268,16 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str, height: int = 240)
                 for a, b in curve.points
             ]
     if len(curves) > 1:
-        at = LEFT + 12
-        for curve in curves:
+        at: float = WIDTH - RIGHT
+        for curve in reversed(curves):
+            at -= LETTER * len(curve.name)
             parts.append(
                 Markup(
-                    '<rect class="f{}" x="{}" y="{}" width="10" height="10" rx="2"/><text x="{}" y="{}">{}</text>'
-                ).format(curve.colour, at, 2, at + 15, 11, curve.name)
+                    '<rect class="f{}" x="{:.1f}" y="3" width="10" height="10" rx="2"/>'
+                    '<text x="{:.1f}" y="12">{}</text>'
+                ).format(curve.colour, at - 14, at, curve.name)
             )
-            at += 34 + 7 * len(curve.name)
+            at -= 24
     return _svg(parts, height, f"{y_label} against {x_label}")
 
 
@@ -180,8 +287,8 @@ def architecture_picture(architecture: Architecture, base: Architecture) -> Mark
     step = (WIDTH - LEFT - RIGHT) / depth
     bar = min(step * 0.72, 44)
     panels: list[tuple[str, str, int, int]] = [
-        ("KV heads", "num_key_value_heads", TOP, 70),
-        ("FFN width", "intermediate_size", TOP + 70 + 26, 110),
+        ("KV heads", "num_key_value_heads", TOP, 60),
+        ("FFN width", "intermediate_size", TOP + 60 + 28, 100),
     ]
     parts: list[Markup] = []
     for name, attribute, top, height in panels:
@@ -189,11 +296,7 @@ def architecture_picture(architecture: Architecture, base: Architecture) -> Mark
         most = max(getattr(layer, attribute) for layer in base.layers) or 1
         bottom = top + height
         parts += [_text(LEFT - 8, top + 10, most, "end"), _text(LEFT - 8, bottom, 0, "end")]
-        parts.append(
-            Markup(
-                '<text class="panel" transform="translate({},{}) rotate(-90)" text-anchor="middle">{}</text>'
-            ).format(12, top + height / 2, name)
-        )
+        parts.append(_text(LEFT, top - 8, name, "start"))
         # 2. A bar for every layer in the outline of the base's, cut between key-value heads, and a cross where removed.
         for index, (layer, full) in enumerate(zip(architecture.layers, base.layers, strict=True)):
             left = LEFT + index * step + (step - bar) / 2
@@ -218,8 +321,8 @@ def architecture_picture(architecture: Architecture, base: Architecture) -> Mark
                 parts.append(_text(f"{left + bar / 2:.1f}", f"{bottom - 5:.1f}", "✕", css="gone"))
             parts.append(Markup("</g>"))
     # 3. The layers' numbers.
-    bottom = TOP + 70 + 26 + 110
-    every = max(1, math.ceil(depth / 32))
+    bottom = TOP + 60 + 28 + 100
+    every = max(1, math.ceil(depth / 16))
     parts += [_text(f"{LEFT + (index + 0.5) * step:.1f}", bottom + 16, index) for index in range(0, depth, every)]
     parts.append(_text((LEFT + WIDTH) / 2, bottom + 34, "layer of the base"))
     return _svg(parts, bottom + 42, "sizes of every layer")
@@ -286,7 +389,7 @@ def usage_map(architectures: Sequence[Architecture], attribute: str, declared: I
                     f"layer {row}: {names[index]} in {count} of {len(architectures)}",
                 )
             )
-            if height > 10 and width >= 26:
+            if height > 10 and width >= 20:
                 centre, css = f"{LEFT + (index + 0.5) * width:.1f}", "on-dark" if share > 0.6 else "on-light"
                 texts.append(_text(centre, f"{middle + 4:.0f}", f"{100 * share:.0f}", css=css))
     parts.append(Markup("</g>"))
@@ -299,8 +402,8 @@ def _frame(
     x_label: str,
     y_label: str,
     height: int,
-    x_is_share: bool = False,
-    y_is_share: bool = False,
+    x_text: Callable[[float], str] | None = None,
+    y_text: Callable[[float], str] | None = None,
 ) -> tuple[_Axis, _Axis, list[Markup]]:
     """Both axes, and the markup of their ticks and labels; an x axis of whole numbers has ticks at these only."""
     x = _Axis(*_padded(xs), LEFT, WIDTH - RIGHT)
@@ -310,23 +413,19 @@ def _frame(
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick))
         )
-        parts.append(_text(LEFT - 6, f"{float(y(tick)) + 4:.1f}", _tick_text(tick, y_is_share), "end"))
+        parts.append(_text(LEFT - 6, f"{float(y(tick)) + 4:.1f}", (y_text or _tick_text)(tick), "end"))
     whole = all(float(value).is_integer() for value in xs)
     for tick in ticks(x.low, x.high, 7):
         if whole and not math.isclose(tick, round(tick), abs_tol=1e-9):
             continue
-        parts.append(_text(x(tick), height - BOTTOM + 17, _tick_text(tick, x_is_share)))
+        parts.append(_text(x(tick), height - BOTTOM + 17, (x_text or _tick_text)(tick)))
     parts.append(
         Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
             LEFT, WIDTH - RIGHT, height - BOTTOM, height - BOTTOM
         )
     )
     parts.append(_text((LEFT + WIDTH) / 2, height - 6, x_label))
-    parts.append(
-        Markup('<text transform="translate(12,{}) rotate(-90)" text-anchor="middle">{}</text>').format(
-            (TOP + height - BOTTOM) / 2, y_label
-        )
-    )
+    parts.append(_text(2, 12, y_label, "start"))
     return x, y, parts
 
 
@@ -341,16 +440,24 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _tick_text(value: float, is_share: bool = False) -> str:
-    if is_share:
-        return f"{100 * value:.4g} %"
+def percent_tick(value: float) -> str:
+    """A share as a tick of an axis: `40 %`."""
+    return f"{100 * value:.4g} %"
+
+
+def times_tick(value: float) -> str:
+    """A multiple as a tick of an axis: 1.5 and a multiplication sign."""
+    return f"{value:.3g}\N{MULTIPLICATION SIGN}"
+
+
+def _tick_text(value: float) -> str:
     for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= scale:
             return f"{value / scale:.4g}{unit}"
     return f"{value:.4g}" if abs(value) > 1e-12 else "0"
 
 
-def _svg(parts: Sequence[Markup], height: float, description: str) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        WIDTH, height, description, Markup("").join(parts)
+def _svg(parts: Sequence[Markup], height: float, description: str, mark: str = "") -> Markup:
+    return Markup('<svg{} viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        mark, WIDTH, height, description, Markup("").join(parts)
     )

@@ -215,6 +215,8 @@ class Search(Model):
     space: Space
     quality: QualityBasis | None = None
     """What qualities on the search documents rest on."""
+    base_decode_tps: float | None = None
+    """Of the base, computed from speed.json as for the points; None in reports of earlier versions."""
     targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 

@@ -148,6 +148,7 @@ def full_report() -> dict[str, Any]:
             point | thin | {"generation": 2, "on_front": False, "full": False, "further": {"kl_to_base": 0.25}},
         ],
         "space": {"name": "fine", "genes": [{"name": "ffn.0", "values": [64, 128, 192, 256]}]},
+        "base_decode_tps": 100.0,
         "targets": {"max_params": ["0.67", "50%", "800K"]},
     }
     report["finetune"] = {
