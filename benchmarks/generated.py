@@ -24,7 +24,7 @@ from compressor import demo
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.sizing import uniform_near
-from evals.quality import quality_stderr, relative_quality
+from evals.quality import QualityScale
 from search.scores import Score
 from supernet.device import release_cached_memory
 from supernet.slicing import extract
@@ -118,7 +118,8 @@ def measure(
         held_out = [blocks.split()[1].part(0, HELD_OUT_BLOCKS) for blocks in texts.values()]
         losses = [held_out_loss(network, blocks, 8, job.device) for blocks in held_out]
         scores = job.scorer(network).score("search", job.recipe.searching.limit)
-    quality = f"{relative_quality(scores, base):.3f} ± {quality_stderr(scores, base):.3f}" if base else "1"
+    scale = QualityScale(base or scores)
+    quality = f"{scale.quality(scores):.3f} ± {scale.stderr(scores):.3f}" if base and scale.counted else ""
     print_row(name, *(f"{loss:.3f}" for loss in losses), *(score.text for score in scores.values()), quality)
     return scores
 

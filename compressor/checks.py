@@ -128,6 +128,11 @@ def check_formats(job: Job) -> None:
     config = job.checkpoint.config
     for layout in job.recipe.formats:
         check_installed(layout)
+        if layout == "elastic" and job.repairs:
+            raise RequestError(
+                "--format elastic: holds one set of weights, and this run repairs what it cuts, which gives every size "
+                "its own; search without (--repair off)"
+            )
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):

@@ -306,12 +306,14 @@ class Job:
 
     @property
     def repairs(self) -> bool:
-        """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained."""
+        """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained and
+        no elastic package is asked for, which has one set of weights for all sizes."""
         enabled = self.recipe.repair.enabled
         if enabled is None and self.run.recipe_file.is_file():
             enabled = self.run.recipe().repair.enabled
         if enabled is None:
-            return self.recipe.trains_little(self.structure.parameters(self.structure.base))
+            little = self.recipe.trains_little(self.structure.parameters(self.structure.base))
+            return little and "elastic" not in self.recipe.formats
         return enabled
 
     @cached_property

@@ -45,6 +45,7 @@ FORMATS: Mapping[str, str] = {
     "uneven": "every layer its own sizes, with a small code file beside the weights (the default)",
     "uniform": "all layers alike, a plain network that loads everywhere",
     "padded": "the uneven network made plain with zeros, as large as the base in each layer",
+    "elastic": "any size of the front in one package: the super-network itself, unhealed",
     "gguf": "llama.cpp, 16-bit floats",
     "gguf-f32": "llama.cpp, 32-bit floats",
     "gguf-bf16": "llama.cpp, bfloat16",

@@ -25,7 +25,7 @@ from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages import comparing, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
-from compressor.stages.picking import pick
+from compressor.stages.picking import pick, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search
 from compressor.stages.searching import check_searching, check_speedup
@@ -67,7 +67,16 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
 
 finetune = explain_oom(finetuning.finetune)
 search = explain_oom(searching.search)
-export = explain_oom(exporting.export)
+
+
+def export_all(job: Job) -> list[dict[str, Any]]:
+    """As `exporting.export`. A format that wants layers that are alike is picked for first, where that was not done."""
+    if "uniform" in job.recipe.formats and not any(row["name"].endswith("-uniform") for row in read_picks(job)):
+        pick(job)
+    return exporting.export(job)
+
+
+export = explain_oom(export_all)
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
@@ -201,11 +210,16 @@ def keep_time(job: Job) -> None:
         job.run.remember(job.given, provenance(job), {})
 
 
-def resume(path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False) -> Job:
-    """An existing run, with the options of a stage command put into its recipe."""
+def resume(
+    path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False, add: bool = False
+) -> Job:
+    """An existing run, with the options of a stage command put into its recipe; `add`: formats and quantizations behind
+    those that the run has."""
     check_alone()
     run = Run.open(path)
     overrides = {name: value for name, value in given.items() if value is not None}
+    if add:
+        overrides = added(run.recipe(), overrides)
     recipe = read_recipe(run.recipe_file, overrides, new_targets=replace_targets and bool(overrides)).resolved()
     here = remembered(recipe, path)  # of what is given now; the rest lies where the run knows it
     paths = here | run.local_paths() | {name: place for name, place in here.items() if is_given(name, overrides)}
@@ -227,6 +241,17 @@ def resume_search(path: Path, given: dict[str, Any], *, redo: str | None = None)
     what was measured: `--evaluations` are then so many more."""
     further = further_search(Run(path), given) if redo is None else {}
     return resume(path, given | further, redo=redo, replace_targets="targets.max_params" in given)
+
+
+def added(recipe: Recipe, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with what the recipe has of formats and quantizations before what they name."""
+    before: dict[str, list[str]] = {"formats": [*recipe.formats], "quantizing.schemes": [*recipe.quantizing.schemes]}
+    more = {key: names for key, names in before.items() if key in overrides}
+    for key, names in more.items():
+        given = overrides[key]
+        named = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else [*given]
+        more[key] = list(dict.fromkeys([*names, *named]))
+    return {**overrides, **more}
 
 
 def is_given(name: str, overrides: Mapping[str, Any]) -> bool:

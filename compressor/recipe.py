@@ -37,6 +37,7 @@ Layout = Literal[
     "uneven",
     "uniform",
     "padded",
+    "elastic",
     "gguf",
     "gguf-f32",
     "gguf-bf16",
@@ -170,7 +171,8 @@ class Targets(Section):
     min_speedup: float | None = Field(default=None, gt=0)
     """Least decode tokens per second, as a multiple of the base's."""
     max_drop: Annotated[float | None, BeforeValidator(_share)] = Field(default=None, ge=0, lt=1)
-    """Largest loss of quality on the search documents, before healing and quantization: `1%` keeps 0.99."""
+    """Largest loss of quality (docs/quality.md) on the search documents, before healing and quantization: `1%` keeps
+    0.99."""
 
     @field_validator("max_params")
     @classmethod
@@ -355,7 +357,8 @@ class Repair(Section):
 
     enabled: bool | None = None
     """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence. Unset: where
-    fine-tuning and healing together read fewer tokens than a hundredth of the parameters."""
+    fine-tuning and healing together read fewer tokens than a hundredth of the parameters, and no elastic package is
+    asked for."""
     tokens: int = Field(default=16384, ge=256)
     """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
     memory: str = "1GiB"

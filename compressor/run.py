@@ -49,6 +49,7 @@ class Run:
         self.speed_table = path / "speed.json"
         self.search = path / "search"
         self.evaluations = path / "search" / "evaluations.db"
+        self.documents = path / "search" / "documents"
         self.passes = path / "search" / "passes.json"
         self.front = path / "search" / "front.json"
         self.picks = path / "search" / "picks.json"

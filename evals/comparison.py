@@ -10,7 +10,6 @@ import numpy as np
 from lm_eval.api.metrics import mean
 from numpy.typing import NDArray
 
-from evals.quality import mean_ratio
 from evals.scoring.scorer import DocumentValues
 from evals.scoring.tasks import ScoredTask
 
@@ -55,22 +54,31 @@ def _aggregates(
     return np.array([float(aggregation([items[i] for i in draw])) for draw in draws])
 
 
-def qualities(tasks: Mapping[str, ScoredTask], scores: Resampled, base: Resampled) -> NDArray[np.float64]:
-    """Quality in each resample: the mean over tasks of score / base's score, inverted where lower is better.
+def score_intervals(
+    tasks: Mapping[str, ScoredTask], ours: Resampled, theirs: Resampled
+) -> dict[str, tuple[float, float] | None]:
+    """For each task that both have, `paired_interval` of the difference of scores, positive where ours is better."""
+    signs = {name: 1 if tasks[name].higher_is_better else -1 for name in ours if name in theirs}
+    return {name: paired_interval([sign * ours[name]], [sign * theirs[name]]) for name, sign in signs.items()}
 
-    Not a number where the base itself scores nothing on the documents drawn.
-    """
-    quality = mean_ratio({name: tasks[name].higher_is_better for name in scores}, scores, base)
-    return np.where(np.isfinite(quality), quality, np.nan)
+
+def text_qualities(
+    losses: Sequence[float], base: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """Quality in each resample where no task counts, from the losses of both on each block of held-out text: blocks are
+    drawn with replacement, the same ones for everybody."""
+    draws = np.random.default_rng([seed, len(base)]).integers(0, len(base), (resamples, len(base)))
+    return np.exp((np.asarray(base) - np.asarray(losses))[draws].mean(1))
 
 
 def paired_interval(
     ours: Sequence[NDArray[np.float64]], theirs: Sequence[NDArray[np.float64]], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Central 95 % of the difference of mean quality, ours less theirs, from each side's `qualities` for every seed.
+    """Central 95 % of the difference of mean quality or score, ours less theirs, from each side's numbers in all
+    resamples, for every seed.
 
     Where a side has several seeds they are drawn with replacement too, so that chance in training counts as chance.
-    None where no resample gives both a quality.
+    None where no resample gives both a number.
     """
     rng = np.random.default_rng(seed)
 

@@ -1,9 +1,21 @@
-"""Quality: a network's scores on all tasks over the base's, as one number with its error."""
+"""Quality: what a network keeps of the base's scores on all tasks, as one number with its error.
+
+The one definition; search, pick, report, comparison and cards use it. It is the mean over the tasks that count of
+
+    (score - chance) / (base's score - chance)    where it is known what guessing scores,
+    score / base's score                          elsewhere, inverted where lower is better,
+
+and never below 0. The base is 1.0; a network that guesses is 0 on tasks of the first kind. A task on which the base
+itself is not above chance by two standard errors does not count. Where none counts, quality is the base's perplexity
+over the network's, on text that was not trained on.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,46 +23,98 @@ from numpy.typing import NDArray
 from search.scores import Score
 from supernet.common.errors import RequestError
 
-Values = Mapping[str, NDArray[np.float64]]
-"""{task: its scores}."""
+DEFINITION = 2
+"""Number of this definition in files that hold qualities. 1, until 0.1.0: score / base's score."""
+
+Resampled = Mapping[str, NDArray[np.float64]]
+"""{task: its score in each resample}."""
 
 
-def mean_ratio(higher_is_better: Mapping[str, bool], scores: Values, base: Values) -> NDArray[np.float64]:
-    """Mean over tasks of score / base's score, inverted where lower is better; not finite where the base scores 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = [
-            scores[name] / base[name] if higher else base[name] / scores[name]
-            for name, higher in higher_is_better.items()
-        ]
-    return sum(ratios[1:], ratios[0]) / len(ratios)
+@dataclass(frozen=True)
+class QualityScale:
+    """What qualities on some documents are measured against."""
 
+    base: Mapping[str, Score]
+    """The base's score on every task. Raises `RequestError` where no share can be taken of one."""
+    base_loss: float | None = None
+    """The base's held-out loss, nats per token; needed where no task counts."""
 
-def relative_quality(scores: Mapping[str, Score], base: Mapping[str, Score]) -> float:
-    """Mean over the base's tasks of score / base's score, inverted where lower is better: the base is 1.0.
+    def __post_init__(self) -> None:
+        for name, score in self.base.items():
+            if not math.isfinite(score.value) or (score.chance is None and score.value <= 0):
+                raise RequestError(
+                    f"task {name}: the base scores {score.value:g}, so nothing can be measured against it; choose "
+                    "another"
+                )
 
-    Raises `RequestError` where the base itself scores nothing.
-    """
-    for name, score in base.items():
-        check_base(name, score)
-    values, base_values = ({name: np.asarray(row[name].value) for name in base} for row in (scores, base))
-    return float(mean_ratio({name: score.higher_is_better for name, score in base.items()}, values, base_values))
+    @cached_property
+    def counted(self) -> list[str]:
+        """Names of the tasks that count: the base's score is above chance there, or chance has no meaning."""
+        return [name for name, score in self.base.items() if score.above_chance]
 
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the others."""
+        return [name for name in self.base if name not in self.counted]
 
-def quality_stderr(scores: Mapping[str, Score], base: Mapping[str, Score]) -> float:
-    """Standard error of `relative_quality` over the choice of documents, the base's scores taken as exact."""
-    squares = 0.0
-    for name, base_score in base.items():
-        score = scores[name]
-        if score.higher_is_better:
-            squares += (score.uncertainty / base_score.value) ** 2
-        elif score.value:
-            squares += (score.uncertainty * base_score.value / score.value**2) ** 2
-    return math.sqrt(squares) / len(base)
+    @property
+    def by_text(self) -> bool:
+        """Whether no task counts, so that the loss on held-out text stands in."""
+        return not self.counted
 
+    @property
+    def remark(self) -> str:
+        """One sentence on the tasks that do not count, and on what stands in where none does; empty where all do."""
+        if not self.left_out:
+            return ""
+        names = ", ".join(self.left_out)
+        why = "the base is not above chance there by two standard errors"
+        if not self.by_text:
+            return f"Quality does not count {names}: {why}."
+        return f"No task counts ({names}): {why}. Quality is the base's perplexity over the network's on held-out text."
 
-def check_base(task: str, score: Score) -> None:
-    """Raises `RequestError` for a score of the base that no share can be taken of."""
-    if not 0 < score.value < math.inf:
-        raise RequestError(
-            f"task {task}: the base scores {score.value:g}, so nothing can be measured against it; choose another"
-        )
+    def quality(self, scores: Mapping[str, Score], loss: float | None = None) -> float:
+        """Quality of a network with these scores, at least 0. `loss` is its held-out loss, nats per token, on the
+        same text as the base's; it is read where no task counts. Raises ValueError where it is missing then."""
+        if self.by_text:
+            return self.kept_of_text(loss)
+        return max(0.0, math.fsum(float(self._share(n, scores[n].value)) for n in self.counted) / len(self.counted))
+
+    def kept_of_text(self, loss: float | None) -> float:
+        """The base's perplexity over that of a network with this loss. Raises ValueError where one is missing."""
+        if loss is None or self.base_loss is None:
+            raise ValueError("no task counts, and the held-out loss that stands in for them is missing")
+        return math.exp(self.base_loss - loss)
+
+    def stderr(self, scores: Mapping[str, Score], loss: float | None = None, loss_stderr: float | None = None) -> float:
+        """Standard error of `quality` over the choice of documents, the base's scores taken as exact."""
+        if self.by_text:
+            return self.kept_of_text(loss) * (loss_stderr or 0.0)
+        squares = 0.0
+        for name in self.counted:
+            base, score = self.base[name], scores[name]
+            if base.chance is not None:
+                squares += (score.uncertainty / (base.value - base.chance)) ** 2
+            elif base.higher_is_better:
+                squares += (score.uncertainty / base.value) ** 2
+            elif score.value:
+                squares += (score.uncertainty * base.value / score.value**2) ** 2
+        return math.sqrt(squares) / len(self.counted)
+
+    def resampled(self, scores: Resampled) -> NDArray[np.float64]:
+        """Quality by tasks in each resample, the base's scores taken as exact: a difference of two networks' rests on
+        the documents drawn alone. Not a number where it is not finite. Raises ValueError where no task counts."""
+        if self.by_text:
+            raise ValueError("no task counts, so documents say nothing about quality")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = [self._share(name, scores[name]) for name in self.counted]
+        quality = np.maximum(0.0, np.sum(shares, axis=0) / len(shares))
+        return np.where(np.isfinite(quality), quality, np.nan)
+
+    def _share(self, name: str, value: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """What scores keep of the base's."""
+        base, values = self.base[name], np.asarray(value, dtype=float)
+        if base.chance is not None:
+            return (values - base.chance) / (base.value - base.chance)
+        with np.errstate(divide="ignore"):
+            return values / base.value if base.higher_is_better else base.value / values

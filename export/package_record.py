@@ -27,7 +27,7 @@ RECORD = "compression.json"
 CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
-Layout = Literal["uneven", "uniform", "padded", "gguf", "onnx", "openvino"]
+Layout = Literal["uneven", "uniform", "padded", "elastic", "gguf", "onnx", "openvino"]
 Quantization = Literal[SchemeName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
 
 
@@ -59,6 +59,35 @@ class GraphCache(Model):
     head_dim: int
 
 
+class SizeProof(Model):
+    """What one size of an elastic package says about the probe's token ids."""
+
+    next_logprob: list[list[float]]
+    """As in `Probe`."""
+    max_abs_logit: float
+
+
+class ElasticSize(Model):
+    """One size of an elastic package, and what the search measured of it, before any healing."""
+
+    name: str
+    """Its share of the base's parameters, such as `0.67`."""
+    architecture: JSONArchitecture
+    params: int
+    quality: float | None = None
+    """On the search documents."""
+    quality_stderr: float | None = None
+    held_out_loss: float | None = None
+    decode_tps: float | None = None
+    """Tokens per second, by its layers' timings."""
+    tasks: dict[str, Score] = Field(default_factory=dict)
+    """Scores on the report split, of the three sizes that are proved."""
+    report_quality: float | None = None
+    """Quality on the report split, of these."""
+    proof: SizeProof | None = None
+    """None where the size is not among the three that are proved."""
+
+
 class PackageEntry(Model):
     """What a package is, and what was measured and proved of it so far.
 
@@ -78,7 +107,7 @@ class PackageEntry(Model):
     bytes: int
     """Of the weight files as they are on disk."""
     quality: float | None = None
-    """Mean over tasks of score / base's score (inverted where lower is better), on the report split."""
+    """What it keeps of the base's scores on the report split (`evals.quality`)."""
     tasks: dict[str, Score] = Field(default_factory=dict)
     """Scores on the report split."""
     held_out_loss: float | None = None
@@ -95,6 +124,10 @@ class PackageEntry(Model):
     """What a graph caches; None where there is no graph."""
     vocabulary: VocabularyRecord | None = None
     """What the base's vocabulary was cut to; None where it was not."""
+    sizes: list[ElasticSize] = Field(default_factory=list)
+    """Of an elastic package, every size that it has a name for."""
+    default_size: str | None = None
+    """Of these, the one that architecture, parameters and scores are of."""
 
 
 class Lineage(Model):
@@ -108,6 +141,8 @@ class Lineage(Model):
     """Name of the package that this one holds in another layout."""
     task_documents: dict[str, str] = Field(default_factory=dict)
     """Fingerprint of the documents of each task that was scored."""
+    scored_weights: str | None = None
+    """Fingerprint of the weights that were scored: the run keeps what they score on every document under it."""
     base_speed: Speed | None = None
     """The base's speed, beside which the package's was measured."""
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from export.elastic_check import check_sizes
 from export.layouts.gguf.runtime import check_gguf
 from export.layouts.graphs import check_graph
 from export.network_check import OWN, Claims, NetworkCheck, TaskFiles
@@ -115,7 +116,10 @@ def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None 
         return check_gguf(record)
     if record.entry.layout in ("onnx", "openvino"):
         return check_graph(record)
-    return NetworkCheck(record, reference, tasks).run()
+    network = NetworkCheck(record, reference, tasks)
+    if record.entry.layout == "elastic":
+        return network.run() | check_sizes(network)
+    return network.run()
 
 
 def _main(jobs_file: Path, results_file: Path) -> None:

@@ -151,14 +151,19 @@ def options_around(
 
     layers = []
     for index, full in reversed(list(enumerate(structure.base.layers))):
-        now = at.layers[index]
+        now, removed = at.layers[index], dict[LayerSizes, float]()
+        of_half = {half: halves.get((index, half), HalfSizes([full], None)) for half in HALVES}
+        shift = 0.0
+        if now.removed and any(all(half not in s.skip for s in own.sizes) for half, own in of_half.items()):
+            # Where a layer goes as a whole only, its half-blocks have no size 0 to be exchanged for another: their
+            # sizes are measured around the whole layer.
+            removed, now, shift = {now: 0.0}, full, more(index, full)
         rows: dict[Half, dict[LayerSizes, float]] = {}
-        for half in HALVES:
-            own = halves.get((index, half), HalfSizes([full], None))
+        for half, own in of_half.items():
             units = _units_of(now, half)
             number = next(i for i, sizes in enumerate(own.sizes) if _units_of(sizes, half) == units)
             measured = {
-                i: more(index, joined(own.sizes[i], now) if half == "attention" else joined(now, own.sizes[i]))
+                i: more(index, joined(own.sizes[i], now) if half == "attention" else joined(now, own.sizes[i])) - shift
                 for i in own.to_measure(number)
             }
             if at == structure.base and (index, half) in halves:
@@ -167,8 +172,11 @@ def options_around(
                 rows[half] = dict(zip(own.sizes, own.scale, strict=True))
             else:
                 rows[half] = dict(zip(own.sizes, own.degradations(number, measured), strict=True))
-        removals = [sizes for layer, sizes in variants if layer == index and sizes.removed and sizes != now]
-        both = {sizes: more(index, sizes) for sizes in removals}
+        removals = [
+            sizes for layer, sizes in variants if layer == index and sizes.removed and sizes not in (now, *removed)
+        ]
+        both = removed | {sizes: more(index, sizes) for sizes in removals}
+        rows["attention"] = {sizes: shift + degradation for sizes, degradation in rows["attention"].items()}
         layers.append(_paired(structure, index, rows["attention"], rows["mlp"], both))
         on_layer()
     return layers[::-1], after

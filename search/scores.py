@@ -40,6 +40,14 @@ class Score(BaseModel):
         return "near chance" if abs(above) <= margin else "below chance" if above < 0 else ""
 
     @property
+    def above_chance(self) -> bool:
+        """Whether the score is better than guessing by more than two standard errors (`uncertainty`, where few
+        documents give none), or chance has no meaning."""
+        if self.chance is None:
+            return True
+        return (self.value - self.chance) * (1 if self.higher_is_better else -1) > 2 * self.uncertainty + 1e-9
+
+    @property
     def near_chance(self) -> bool:
         """Whether the score is within two known standard errors of chance, and so cannot be told from guessing."""
         return self.stderr is not None and self.stamp == "near chance"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from supernet.common.errors import RequestError
+from supernet.elastic import ELASTIC_PREFIX
 from supernet.families import family_named
 from supernet.uneven import UNEVEN_PREFIX
 
@@ -47,6 +48,8 @@ def read_raw_config(name: str, path: Path) -> dict[str, Any]:
         raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
     if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):
         raise RequestError(f"{name}: already an uneven package; compress the base it was made from")
+    if str(raw.get("model_type", "")).startswith(ELASTIC_PREFIX):
+        raise RequestError(f"{name}: an elastic package; cut a size out of it (compressor slice), or compress its base")
     if "model_type" not in raw:
         raise RequestError(f"{name}: config.json does not say its model_type")
     if "auto_map" not in raw:

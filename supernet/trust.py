@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
+from supernet.elastic import ELASTIC_PREFIX, elastic_auto_map, elastic_file_name, elastic_source
 from supernet.families import families
 from supernet.tokens import read_tokenizer
 from supernet.uneven import UNEVEN_PREFIX, auto_map, modeling_file_name, modeling_source
@@ -31,10 +32,17 @@ def check_code(folder: Path) -> bool:
         raise VerificationError(f"{code[0]}: a code file that this version does not write")
     if mapped is None:
         return False
-    family = families().get(str(config.get("model_type")).removeprefix(UNEVEN_PREFIX))
-    if family is None or config["model_type"] == family.model_type or mapped != auto_map(family):
+    model_type = str(config.get("model_type"))
+    family = families().get(plain_type(model_type))
+    if family is not None and model_type == ELASTIC_PREFIX + family.model_type:
+        wanted, name, source = elastic_auto_map(family), elastic_file_name(family), elastic_source(family)
+    elif family is not None and model_type == UNEVEN_PREFIX + family.model_type:
+        wanted, name, source = auto_map(family), modeling_file_name(family), modeling_source(family)
+    else:
+        wanted, name, source = {}, "", ""
+    if not wanted or mapped != wanted:
         raise VerificationError(f"{folder / 'config.json'}: its auto_map is not what this version writes")
-    expected = folder / modeling_file_name(family)
+    expected = folder / name
     for file in sorted(folder.rglob("*")):
         if file.suffix == ".py" and file != expected:
             raise VerificationError(f"{file}: a code file that this version does not write")
@@ -42,9 +50,14 @@ def check_code(folder: Path) -> bool:
             raise VerificationError(f"{file}: a link to a folder, whose code would be trusted too")
     if not expected.is_file():
         raise VerificationError(f"{expected}: the code file is missing")
-    if expected.read_bytes() != modeling_source(family).encode():
+    if expected.read_bytes() != source.encode():
         raise VerificationError(f"{expected}: the code file differs from what this version writes")
     return True
+
+
+def plain_type(model_type: str) -> str:
+    """The family's `model_type` behind that of an uneven or elastic package."""
+    return model_type.removeprefix(ELASTIC_PREFIX).removeprefix(UNEVEN_PREFIX)
 
 
 def brings_code(folder: Path) -> bool:
@@ -55,12 +68,12 @@ def brings_code(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a package or checkpoint folder. Runs no code from it."""
     model_type = str(_config(folder).get("model_type"))
-    if not model_type.startswith(UNEVEN_PREFIX):
+    if plain_type(model_type) == model_type:
         return read_tokenizer(folder)
     from transformers import AutoConfig
 
-    # With the uneven configuration AutoTokenizer would ask for the code file, which a tokenizer does not need.
-    return read_tokenizer(folder, config=AutoConfig.for_model(model_type.removeprefix(UNEVEN_PREFIX)))
+    # With these configurations AutoTokenizer would ask for the code file, which a tokenizer does not need.
+    return read_tokenizer(folder, config=AutoConfig.for_model(plain_type(model_type)))
 
 
 def _config(folder: Path) -> dict[str, object]:

@@ -31,10 +31,15 @@ def family_of_standalone(config: PreTrainedConfig) -> Family:
 
 def modeling_source(family: Family) -> str:
     """The code file of an uneven package of `family`; the same text for every package of a family."""
+    return render("modeling_uneven.py.j2", family)
+
+
+def render(template: str, family: Family) -> str:
+    """A code file from its template in this folder."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)
     prefix = family.attention + "."
-    return environment.get_template("modeling_uneven.py.j2").render(
+    return environment.get_template(template).render(
         family=family,
         plain=family.class_prefix,
         config=family.class_name("Config"),

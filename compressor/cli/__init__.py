@@ -35,6 +35,7 @@ from compressor.cli.push import push
 from compressor.cli.recipe import recipe
 from compressor.cli.report import report
 from compressor.cli.search import search
+from compressor.cli.slice import slice
 from compressor.cli.speed_table import speed_table
 from compressor.cli.status import status
 from compressor.cli.verify import verify
@@ -64,6 +65,7 @@ COMMANDS = (
     evaluate,
     verify,
     push,
+    slice,
     list_names,
     speed_table,
 )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.ending import ended
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -48,6 +49,7 @@ def compare(
     console.print(terminal_table(tables))
     for table in tables:
         say(summary(table))
+    ended("compare", job, rows)
     emit([row.model_dump(mode="json") for row in rows], json)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.ending import reported
 from compressor.cli.options import RECIPE_OPTIONS, Given, Json, Output, RecipeFile, Redo, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
@@ -33,4 +34,5 @@ def compress(
     if plan:
         emit(pipeline.plan(asked, output), json)
         return
-    emit(pipeline.compress(asked, required(output), redo=redo), json)
+    run = required(output)
+    emit(reported(run, pipeline.compress(asked, run, redo=redo)), json)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.ending import reported
 from compressor.cli.offline import stay_offline
 from compressor.cli.options import Json
 from compressor.cli.output import emit
@@ -21,4 +22,4 @@ def demo(
     announce("the demo, on the bundled checkpoint")
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.demo(output), json)
+    emit(reported(output, pipeline.demo(output)), json)

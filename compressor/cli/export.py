@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -9,8 +10,12 @@ from compressor.cli.request import run_recipe
 
 @recipe_options("quantize", "group_size", "rounding_steps", "formats", "heal_tokens", "repair", any_key=True)
 def export(run: RunFolder, given: Given, json: Json = False) -> None:
-    """Slice, heal, quantize, package and prove what was picked."""
+    """Slice, heal, quantize, package and prove what was picked.
+
+    Formats and quantizations named here are added to those that the run has.
+    """
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.export(pipeline.resume(run, given)), json)
+    job = pipeline.resume(run, given, add=True)
+    emit(ended("export", job, pipeline.export(job)), json)

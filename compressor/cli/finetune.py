@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import Given, Json, Output, RecipeFile, Redo, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
@@ -23,4 +24,4 @@ def finetune(
     from compressor import pipeline  # imports torch
 
     job = pipeline.start(asked, required(output), redo=redo, tasks_needed=False)
-    emit(pipeline.finetune(job), json)
+    emit(ended("finetune", job, pipeline.finetune(job)), json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import TARGETS, Given, Json, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -19,4 +20,5 @@ def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     targets = any(name.startswith("targets.") for name in given)
     if given:
         given = {"key": ""} | given  # what was picked by its key is forgotten where targets are named again
-    emit(pipeline.pick(pipeline.resume(run, given, replace_targets=targets)), json)
+    job = pipeline.resume(run, given, replace_targets=targets)
+    emit(ended("pick", job, pipeline.pick(job)), json)

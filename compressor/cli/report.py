@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import reported
 from compressor.cli.options import Json, RunFolder
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -16,9 +17,9 @@ def report(run: RunFolder, json: Json = False) -> None:
 
     if (written := current_report(run)) is not None:
         show_report(written, run)
-        emit(written.model_dump(mode="json", by_alias=True, exclude_unset=True), json)
+        emit(reported(run, written.model_dump(mode="json", by_alias=True, exclude_unset=True)), json)
         return
     run_recipe(run, {})
     from compressor import pipeline  # imports torch
 
-    emit(pipeline.report(pipeline.resume(run, {})), json)
+    emit(reported(run, pipeline.report(pipeline.resume(run, {}))), json)

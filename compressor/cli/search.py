@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.cli.ending import ended
 from compressor.cli.options import Given, Json, Redo, RunFolder, recipe_options
 from compressor.cli.output import emit
 from compressor.cli.request import run_recipe
@@ -23,4 +24,4 @@ def search(run: RunFolder, given: Given, redo: Redo = None, json: Json = False) 
     front = pipeline.search(job)
     if "targets.max_params" in given:
         pipeline.pick(job)
-    emit(front, json)
+    emit(ended("search", job, front), json)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
@@ -24,16 +27,16 @@ from compressor.job import Job
 from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
-from compressor.stages.measuring import load_package
+from compressor.stages.measuring import load_package, unread_text
 from compressor.stages.picking import measured, read_picks
 from evals.baselines import Cut
-from evals.comparison import paired_interval, qualities, resampled
-from evals.quality import relative_quality
+from evals.comparison import paired_interval, resampled, text_qualities
+from evals.quality import QualityScale
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import load_checkpoint
 from evals.scoring.lm import NetworkLM
 from evals.scoring.scorer import DocumentValues, Scorer
-from evals.scoring.tasks import TaskSet
+from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.speed.measured import speed_beside
 from export.layouts.table import write_layout
 from export.package_record import read_record, update_record
@@ -48,6 +51,7 @@ from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.formatting import parse_parameters
 from supernet.common.progress import say
 from supernet.training.data import Blocks
+from supernet.training.losses import held_out_loss
 from supernet.training.supernet_training import heal
 
 if TYPE_CHECKING:
@@ -69,6 +73,10 @@ class FinishedRow(BaseModel):
     """Fingerprint of a checkpoint from elsewhere."""
     row: Comparison
     documents: DocumentValues
+    losses: list[float] | None = None
+    """On each block of held-out text, nats per token, where no task counts; and that of all of it behind them."""
+    before_healing: dict[str, Score] | float | None = None
+    """Scores as cut, or where no task counts the held-out loss. None in rows of versions that kept a quality only."""
 
     @classmethod
     def read(cls, file: Path) -> FinishedRow:
@@ -88,6 +96,30 @@ class BaseDocuments(BaseModel):
     inputs: str
     tasks: dict[str, Score]
     documents: DocumentValues
+    losses: list[float] | None = None
+    """As in `FinishedRow`."""
+
+    @property
+    def scale(self) -> QualityScale:
+        return QualityScale(self.tasks, self.losses[-1] if self.losses else None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one network scores on the report split."""
+
+    tasks: dict[str, Score]
+    documents: DocumentValues
+    losses: list[float] | None
+    """As in `FinishedRow`."""
+
+    def quality(self, scale: QualityScale) -> float:
+        return scale.quality(self.tasks, self.losses[-1] if self.losses else None)
+
+    @property
+    def summary(self) -> dict[str, Score] | float:
+        """What its quality rests on, without scores that JSON cannot hold."""
+        return self.losses[-1] if self.losses else {n: s for n, s in self.tasks.items() if math.isfinite(s.value)}
 
 
 def compare(
@@ -119,7 +151,9 @@ def compare(
     untouched = base if job.vocabulary is None else job.load_untouched()
     calibration = tuple(calibration_batches(job, long))
     run.comparison.mkdir(exist_ok=True)
-    base_documents(job, untouched)
+    remark = base_documents(job, untouched).scale.remark
+    if remark:
+        say(f"warning: {remark}")
     rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
     comparisons = [SizeComparison(job, size, one, supernet, base, calibration, long) for size, one in picked]
     for comparison in comparisons:
@@ -178,7 +212,8 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
     method has made of the same cut is taken from there."""
     job = comparison.job
     cut: Cut | None = None
-    unhealed: float | None = None
+    unhealed: Scored | None = None
+    scale = base_documents(job).scale
     rows = []
     for seed in range(seeds):
         name = f"{method.name}-{comparison.size}-{seed}"
@@ -198,12 +233,13 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
         params = sum(p.numel() for p in network.parameters())
         # 2. Score as cut, heal, score again.
         if unhealed is None and tokens:
-            unhealed = scored(job, network)[0]
+            unhealed = scored(job, network)
         if tokens:
             # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
             state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
             heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state)
-        quality, tasks, documents = scored(job, network)
+        now = scored(job, network)
+        cut_scores = unhealed or now
         # 3. Package, and write the row.
         row = Comparison(
             method=method.name,
@@ -215,12 +251,20 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
             params=params,
             bytes=0,
             tokens=tokens,
-            quality=quality,
-            quality_before_healing=unhealed if tokens else quality,
-            tasks=tasks,
+            quality=now.quality(scale),
+            quality_before_healing=cut_scores.quality(scale),
+            tasks=now.tasks,
         )
         stored = write_method_package(comparison, row, network, cut[1], blocks)
-        finished = FinishedRow(inputs=comparison.inputs, of=provenance(job), made=made, row=row, documents=documents)
+        finished = FinishedRow(
+            inputs=comparison.inputs,
+            of=provenance(job),
+            made=made,
+            row=row,
+            documents=now.documents,
+            losses=now.losses,
+            before_healing=cut_scores.summary,
+        )
         finished.with_row(bytes=stored).write(file)
         for left in job.run.comparison.glob(f".{name}-*.training.safetensors*"):
             left.unlink()
@@ -284,11 +328,18 @@ def heal_as_ours(
     round_as_stored(job, network)
 
 
-def scored(job: Job, network: PreTrainedModel) -> tuple[float, dict[str, Score], DocumentValues]:
-    """Quality, scores and every document's own value, on the report split."""
+def scored(job: Job, network: PreTrainedModel) -> Scored:
+    """Scores and every document's own value, on the report split; where no task counts, losses on held-out text."""
     job.threads(scoring=True)
     scores, documents = job.scorer(network).score_with_documents("report")
-    return relative_quality(scores, base_documents(job).tasks), scores, documents
+    return Scored(scores, documents, text_losses(job, network) if base_documents(job).scale.by_text else None)
+
+
+def text_losses(job: Job, network: PreTrainedModel) -> list[float]:
+    """Loss on each block of the text that packages are measured on, and on all of it, nats per token."""
+    text = unread_text(job)
+    blocks = [text.part(number, number + 1) for number in range(len(text))]
+    return [held_out_loss(network, part, 1, job.device) for part in [*blocks, text]]
 
 
 def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocuments:
@@ -299,7 +350,12 @@ def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocumen
         job.threads(scoring=True)
         scores, documents = job.scorer(base, job.untouched_tasks).score_with_documents("report")
         write_json(file, BaseDocuments(inputs=inputs, tasks=scores, documents=documents).model_dump(mode="json"))
-    return BaseDocuments.model_validate(read_json(file))
+    known = BaseDocuments.model_validate(read_json(file))
+    if base is not None and known.scale.by_text and known.losses is None:
+        same_tokens = base if job.vocabulary is None else job.load_base()
+        known = known.model_copy(update={"losses": text_losses(job, same_tokens)})
+        write_json(file, known.model_dump(mode="json"))
+    return known
 
 
 def prove(job: Job, rows: Sequence[Path]) -> None:
@@ -345,7 +401,13 @@ def external_checkpoint(job: Job, given: str) -> Path:
     encoder = Encoder(tokenizer, model.config)
     tasks = TaskSet.load(job.recipe.tasks, encoder=encoder, include_path=include)
     scorer = Scorer(tasks, NetworkLM(model.eval(), encoder, max_tokens=job.batch_tokens))
+    if base.scale.by_text and tokenizer.get_vocab() != job.tokenizer.get_vocab():
+        raise RequestError(
+            f"--with {given}: {base.scale.remark} Its tokens are not the base's, so their losses cannot be compared; "
+            "choose tasks that the base solves"
+        )
     scores, documents = scorer.score_with_documents("report")
+    now = Scored(scores, documents, text_losses(job, model) if base.scale.by_text else None)
     parameters = list(model.parameters())
     row = Comparison(
         method=name,
@@ -355,16 +417,17 @@ def external_checkpoint(job: Job, given: str) -> Path:
         path=given,
         params=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
-        quality=relative_quality(scores, base.tasks),
+        quality=now.quality(base.scale),
         tasks=scores,
     )
-    FinishedRow(inputs=base.inputs, weights=weights, row=row, documents=documents).write(file)
+    FinishedRow(inputs=base.inputs, weights=weights, row=row, documents=documents, losses=now.losses).write(file)
     return file
 
 
 def comparison_rows(job: Job) -> list[Comparison]:
     """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
 
+    Qualities follow from the scores that the rows hold, so rows of earlier versions are shown by today's definition.
     Rows of another super-network, of another pick than the newest ours, or scored on other documents are left out. Rows
     of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against ours
     of the nearest size.
@@ -383,13 +446,19 @@ def comparison_rows(job: Job) -> list[Comparison]:
     current |= {f.row.size: f.inputs for f in finished if (f.row.method, f.row.seed) == (OURS, 0)}
     finished = [f for f in finished if f.inputs == current.get(f.row.size)]
     # 2. Draw documents again and again, the same for all rows.
-    base_drawn = resampled(tasks, base.documents)
-    drawn = [qualities(tasks, resampled(tasks, f.documents), base_drawn) for f in finished]
+    scale = base.scale
+    finished = [f for f in finished if not scale.by_text or (f.losses and base.losses)]
+    drawn = [_drawn(f, base, tasks) for f in finished]
     rows = []
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number, (f, values) in enumerate(zip(finished, drawn, strict=True)):
         stderr = float(np.nanstd(values)) if np.isfinite(values).any() else None
-        rows.append(f.row.model_copy(update={"quality_stderr": stderr}))
+        qualities = {
+            "quality": _quality(scale, f.losses[-1] if f.losses else f.row.tasks),
+            "quality_stderr": stderr,
+            "quality_before_healing": None if f.before_healing is None else _quality(scale, f.before_healing),
+        }
+        rows.append(f.row.model_copy(update=qualities))
         groups.setdefault((f.row.method, f.row.size), []).append(number)
     # 3. Judge every other method against ours of its size.
     ours = {size: group for (method, size), group in groups.items() if method == OURS}
@@ -409,6 +478,21 @@ def comparison_rows(job: Job) -> list[Comparison]:
             for number in group:
                 rows[number] = rows[number].model_copy(update={"ours_minus_this": difference})
     return rows
+
+
+def _quality(scale: QualityScale, kept: Mapping[str, Score] | float) -> float:
+    """Quality from what a row keeps: its scores, where one that is missing was not finite, or its held-out loss."""
+    if isinstance(kept, float):
+        return scale.kept_of_text(kept)
+    none = {name: base.model_copy(update={"value": math.nan}).or_worst() for name, base in scale.base.items()}
+    return scale.quality(none | dict(kept))
+
+
+def _drawn(finished: FinishedRow, base: BaseDocuments, tasks: Mapping[str, ScoredTask]) -> NDArray[np.float64]:
+    """Quality of a row in each resample."""
+    if base.scale.by_text:
+        return text_qualities((finished.losses or [])[:-1], (base.losses or [])[:-1])
+    return base.scale.resampled(resampled(tasks, finished.documents))
 
 
 def _plain(size: str) -> str:

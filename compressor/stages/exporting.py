@@ -17,6 +17,7 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
+from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
@@ -54,6 +55,8 @@ def export(job: Job) -> list[dict[str, Any]]:
                 write_json(run.picks, picks)
             name = picked["name"]
             wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks, start), blocks)
+            if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
+                wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
             missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
             if missing:
@@ -115,13 +118,19 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
     for scheme, embedding in schemes_of(job, picked).items():
         inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
     for layout in recipe.formats:
-        if layout in ("uneven", "uniform"):
+        if layout in ("uneven", "uniform", "elastic"):
             continue
         if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
             inputs[f"-{layout}"] = {"network": network}
             if layout.startswith("gguf-"):
                 inputs[f"-{layout}"] |= {"quantizing": quantizing | {"embedding": recipe.quantizing.embedding}}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
+
+
+def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
+    """Of the elastic package: it is the super-network, which is not healed, with the sizes that the search found."""
+    sizes = elastic_source(job, Architecture.from_dict(picked["architecture"])).sizes
+    return cut_inputs(job, picked["key"]) | {"sizes": [size.model_dump(mode="json") for size in sizes]}
 
 
 def write_packages(
@@ -172,9 +181,11 @@ def write_packages(
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     for folder in copies:
-        own_lineage = lineage | {"inputs": fingerprint(missing[folder]), "copy_of": name}
+        own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
+        if folder.name != f"{name}-elastic":
+            own_lineage["copy_of"] = name
         layout = folder.name.removeprefix(f"{name}-")
-        built = network()
+        built = elastic_source(job, architecture) if layout == "elastic" else network()
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}

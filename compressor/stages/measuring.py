@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.inputs import training_blocks, training_rows, weights_fingerprint
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.stages.score_keys import task_key
 from compressor.stages.subnet_scores import Measured, stored_scores
-from evals.quality import relative_quality
+from compressor.stages.subnet_scores import record as store_scores
+from evals.quality import QualityScale
+from evals.scoring.scorer import DocumentValues
 from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
+from export.layouts.elastic import load_size
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
 from export.models import Model
-from export.package_record import PackageRecord, read_record, update_record
+from export.package_record import ElasticSize, PackageRecord, read_record, update_record
 from export.report.card import read_base_card
 from export.report.schema import Base, Sample
 from search.scores import Score
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
     from evals.scoring.tasks import TaskSet
 
-LOADABLE = ("uneven", "uniform", "padded")
+LOADABLE = ("uneven", "uniform", "padded", "elastic")
 """Layouts that transformers loads."""
 
 
@@ -66,6 +69,35 @@ class Measurements(Model):
         """Raises `RequestError` for a file that this version does not write."""
         with reading(f"{file}: not what this version writes; remove it and export again"):
             return cls.model_validate(read_json(file))
+
+
+class ReportDocuments(BaseModel):
+    """`search/documents/WEIGHTS.json`: what one network scored on every document of the report split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprints: dict[str, str]
+    """Of the documents of each task."""
+    values: DocumentValues
+
+    @classmethod
+    def of(cls, job: Job, values: DocumentValues) -> ReportDocuments:
+        return cls(fingerprints={name: job.tasks.fingerprint(name, "report") for name in values}, values=values)
+
+    @classmethod
+    def read(cls, job: Job, weights: str) -> DocumentValues:
+        """The values of the run's tasks, of those that are known: an earlier version kept none."""
+        file = job.run.documents / f"{weights}.json"
+        if not file.is_file():
+            return {}
+        with reading(f"{file}: not what this version writes; remove it"):
+            kept = cls.model_validate(read_json(file))
+        now = {name: job.tasks.fingerprint(name, "report") for name in job.tasks.tasks}
+        return {name: values for name, values in kept.values.items() if kept.fingerprints.get(name) == now.get(name)}
+
+    def write(self, job: Job, weights: str) -> None:
+        job.run.documents.mkdir(exist_ok=True)
+        write_json(job.run.documents / f"{weights}.json", self.model_dump(mode="json"))
 
 
 @stage("measuring")
@@ -116,6 +148,7 @@ class PackageMeasurer:
         self.losses: dict[str, float] = {} if loss is None else {"base": loss}
         self.texts: dict[str, dict[str, str]] = {}
         self.scores: dict[str, dict[str, Score]] = {}
+        self.weights: dict[str, str] = {}  # of what was scored, by name
         self._earlier_texts: dict[str, dict[str, str]] = {}  # of the last time, by name
         for row in before.samples if before else []:
             for name, text in row.continuations.items():
@@ -133,6 +166,11 @@ class PackageMeasurer:
         known = self._earlier_texts.get("base", {})
         self.texts["base"] = continuations(tokenizer, prompts, self.base, known)
 
+    @property
+    def scale(self) -> QualityScale:
+        """What qualities on the report split are measured against."""
+        return QualityScale(self.scores["base"], self.losses["base"])
+
     def measure(self, name: str, store: EvaluationStore, of_base: bool = False) -> None:
         """Measure one package, after the one that it is a copy of, and record it there. `of_base`: one of the untouched
         base in few bits, which reads the base's tokens and of which no text is sampled.
@@ -149,28 +187,45 @@ class PackageMeasurer:
         if entry.layout in ("onnx", "openvino"):
             original = lineage.copy_of or ""
             self.scores[name], self.losses[name] = self.scores[original], self.losses[original]
+            self.weights[name] = self.weights[original]
         else:
             tasks = job.untouched_tasks if of_base else job.tasks
-            weights = weights_fingerprint(package)
-            self.scores[name] = report_scores(job, store, model, entry.architecture, weights, tasks)
+            self.weights[name] = weights_fingerprint(package)
+            self.scores[name] = report_scores(job, store, model, entry.architecture, self.weights[name], tasks)
             loss = entry.held_out_loss if current else None
             self.losses[name] = self.loss_of(model(), of_base) if loss is None else loss
         speed = (entry.speed if current else None) or self.time(held, model)
         if entry.layout in LOADABLE and not of_base:
             kept = self._earlier_texts.get(name, {}) if current else {}
             self.texts[name] = continuations(job.tokenizer, self.prompts, model, kept)
-        quality = relative_quality(self.scores[name], self.scores["base"])
-        measured = {
+        quality = self.scale.quality(self.scores[name], self.losses[name])
+        measured: dict[str, object] = {
             "tasks": dumped(self.scores[name]),
             "quality": quality,
             "held_out_loss": self.losses[name],
             "speed": speed.model_dump(),
         }
+        if entry.sizes:
+            measured["sizes"] = [size.model_dump(mode="json") for size in self.sizes(held, store)]
         scores = {task: score.value for task, score in self.scores[name].items()}
         record("package", name=name, quality=quality, decode_tps=speed.decode_tps, **scores)
         documents = {task: job.tasks.fingerprint(task, "report") for task in self.scores[name]}
         base_speed = self.speed and self.speed.model_dump()
-        update_record(package, entry=measured, lineage={"task_documents": documents, "base_speed": base_speed})
+        made_of = {"task_documents": documents, "scored_weights": self.weights[name], "base_speed": base_speed}
+        update_record(package, entry=measured, lineage=made_of)
+
+    def sizes(self, record: PackageRecord, store: EvaluationStore) -> list[ElasticSize]:
+        """The sizes of an elastic package, with the scores of those that are proved."""
+        job, sizes = self.job, []
+        for size in record.entry.sizes:
+            if size.proof is not None:
+                model = cache(partial(load_one_size, job, record.folder, size.name))
+                weights = f"{self.weights[record.entry.name]}-{size.name}"
+                scores = report_scores(job, store, model, size.architecture, weights)
+                loss = self.loss_of(model(), False) if self.scale.by_text else None
+                size = size.model_copy(update={"tasks": scores, "report_quality": self.scale.quality(scores, loss)})
+            sizes.append(size)
+        return sizes
 
     def loss_of(self, model: PreTrainedModel, of_base: bool) -> float:
         """A package's held-out loss in nats for each of the untouched base's tokens, so that both compare."""
@@ -284,6 +339,11 @@ def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
+def load_one_size(job: Job, folder: Path, name: str) -> Any:
+    """One size of an elastic package, ready to be scored."""
+    return load_size(folder, name, job.compute_dtype).to(job.device).eval()
+
+
 def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
     """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
     work = {"prompt": like.prompt, "new": like.new, "threads": like.threads or 1}
@@ -300,15 +360,19 @@ def report_scores(
     weights: str,
     tasks: TaskSet | None = None,
 ) -> dict[str, Score]:
-    """Every task's score on the report split. `model` is loaded where a score is missing; `tasks` are in its tokens."""
+    """Every task's score on the report split. `model` is loaded where a score is missing, and `tasks` are in its
+    tokens; every document's value is kept then, so that networks can be compared over the same documents."""
     keys = {name: task_key(job, task, "report") for name, task in job.tasks.tasks.items()}
 
     def measure() -> Measured:
         began = time.monotonic()
-        scores = job.scorer(model(), tasks).score("report")
+        scores, documents = job.scorer(model(), tasks).score_with_documents("report")
         seconds = (time.monotonic() - began) / len(scores)
+        ReportDocuments.of(job, documents).write(job, weights)
         return [(keys[name], score, seconds) for name, score in scores.items()]
 
+    if not set(keys) <= set(ReportDocuments.read(job, weights)):  # as in a run of an earlier version
+        store_scores(store, architecture, weights, measure())
     return stored_scores(store, architecture, weights, keys, measure)
 
 

@@ -10,6 +10,7 @@ from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
+from compressor.stages.searching import current_front
 from export.layouts.table import copies_hold
 from search.objectives import Evaluation
 from search.pareto import Target
@@ -32,7 +33,7 @@ def measured(job: Job) -> list[Evaluation]:
     """
     if not job.run.front.is_file():
         raise RequestError(f"{job.run.path}: nothing was searched yet; run compressor search")
-    front = read_front(job.run.front)
+    front = current_front(job)
     if front["weights"] != job.run.supernet_weights:
         raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
     evaluations = []

@@ -11,20 +11,29 @@ from compressor.job import Job
 from compressor.shown_report import show_report
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
-from compressor.stages.front import read_front
-from compressor.stages.measuring import Measurements
+from compressor.stages.measuring import Measurements, ReportDocuments
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
+from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
-from export.package_record import read_record, write_card
+from evals.comparison import Resampled, paired_interval, resampled, score_intervals
+from evals.quality import QualityScale
+from export.package_record import read_record, update_record, write_card
 from export.report.card import render_card
 from export.report.page import write_report
 from export.report.schema import (
+    SCHEMA,
     Again,
     Alternative,
+    Base,
+    Difference,
     Gene,
     Generation,
+    Package,
+    PairedChange,
     Point,
     PredictorScore,
+    QualityBasis,
+    Report,
     Search,
     Space,
     validate_report,
@@ -45,19 +54,28 @@ def report(job: Job) -> dict[str, Any]:
     if not base_file.is_file():
         raise RequestError(f"{run.path}: nothing was exported yet; run compressor export")
     exported = Measurements.read(base_file)
-    packages = [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.packages]
+    scale = QualityScale(exported.base.tasks, exported.base.held_out_loss)
+    records = [read_record(run.packages / name) for name in exported.packages]
+    packages = [record.entry.model_dump(exclude_unset=True) for record in records]
+    for record, entry in zip(records, packages, strict=True):
+        for size in entry.get("sizes", []):  # what only the proof reads
+            size.pop("proof", None)
+        entry["quality"] = scale.quality(record.entry.tasks, record.entry.held_out_loss)
+        if entry["quality"] != record.entry.quality:  # an earlier version's definition
+            update_record(record.folder, entry={"quality": entry["quality"]})
     finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
     fingerprints = {
         "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "tasks": documents_scored(job),
     }
-    search = searched(job, read_front(run.front)) if run.front.is_file() else None
+    search = searched(job, current_front(job)) if run.front.is_file() else None
     data: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "versions": versions(),
         "recipe": job.given.model_dump(mode="json") | {"fingerprints": fingerprints},
         "base": exported.base,
+        "quality": QualityBasis.of(scale),
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,
         "quantized_base": [
@@ -82,7 +100,7 @@ def report(job: Job) -> dict[str, Any]:
         data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
     if "finetune" in data or recipe.healing.tokens:
         data["hub_dataset"] = finetune.get("hub_dataset")
-    checked = validate_report(data)
+    checked = with_changes(job, validate_report(data), {r.entry.name: r.lineage.scored_weights for r in records})
     for package in checked.packages:
         write_card(run.packages / package.name, render_card(checked, package.name))
     write_report(checked, run.path)  # last: newer than all that it is made from, it is up to date
@@ -113,6 +131,46 @@ def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
             for other in pick.get("others", [])
             if other["key"] != pick["key"]  # a finalist may have taken the pick's place
         ]
+
+
+def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) -> Report:
+    """The report with how packages differ from the base, and quantized ones from what they were quantized from, over
+    the same documents. `weights`: what was scored of each package, by name; what an earlier version scored is left
+    without."""
+    tasks, scale = job.tasks.tasks, report.scale
+
+    def drawn(fingerprint: str | None) -> Resampled:
+        return resampled(tasks, ReportDocuments.read(job, fingerprint)) if fingerprint else {}
+
+    base = drawn(job.base_fingerprint)
+    known = {name: drawn(fingerprint) for name, fingerprint in weights.items()}
+
+    def change(package: Package, before: Base | Package, ours: Resampled, theirs: Resampled) -> PairedChange | None:
+        differences = {}
+        for task, interval in score_intervals(tasks, ours, theirs).items():
+            now, then = package.tasks[task], before.tasks[task]
+            if interval is not None:
+                sign = 1 if now.higher_is_better else -1
+                value = sign * (now.value - then.value)
+                differences[task] = Difference(value=value, low=interval[0], high=interval[1])
+        if not differences:
+            return None
+        quality = None
+        if not scale.by_text and set(scale.counted) <= set(ours) & set(theirs):
+            interval = paired_interval([scale.resampled(ours)], [scale.resampled(theirs)])
+            if interval is not None:
+                quality = Difference(value=package.quality - before.quality, low=interval[0], high=interval[1])
+        return PairedChange(tasks=differences, quality=quality)
+
+    packages = []
+    for package in report.packages:
+        ours, plain = known[package.name], report.unquantized(package)
+        changes = {
+            "change": change(package, report.base, ours, base),
+            "change_by_quantization": plain and change(package, plain, ours, known[plain.name]),
+        }
+        packages.append(package.model_copy(update=changes))
+    return report.model_copy(update={"packages": packages})
 
 
 def training(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,5 +247,6 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
         space=Space(
             name=job.space.name, genes=[Gene(name=gene.name, values=list(gene.values)) for gene in job.space.genes]
         ),
+        quality=QualityBasis(**{key: front["quality"][key] for key in ("counted", "left_out", "remark")}),
         targets={name: value for name, value in job.recipe.targets.model_dump().items() if value},
     )

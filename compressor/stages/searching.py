@@ -21,10 +21,12 @@ from compressor.sizing import (
 )
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
+from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
 from compressor.stages.search_parts import earlier_result, parts_of, searches_in_turn
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
+from evals.quality import DEFINITION
 from evals.speed.table import SpeedTable
 from evals.warm_starts import GREEDY
 from export.layouts.table import copies_hold
@@ -35,7 +37,7 @@ from search.run import search as run_search
 from search.sampling import uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture, Structure
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import write_json
 from supernet.common.metrics import record
 from supernet.common.progress import Bar, bar, say
@@ -63,7 +65,7 @@ def search(job: Job) -> dict[str, Any]:
     check_searching(job)
     searches = searches_in_turn(job)
     wanted = [inputs for _, inputs in searches]
-    front = read_front(run.front) if run.front.is_file() and job.redo != "search" else None
+    front = current_front(job) if run.front.is_file() and job.redo != "search" else None
     done = [part["inputs"] for part in parts_of(front)]
     if front is not None and wanted == done[: len(wanted)]:
         return front
@@ -89,6 +91,7 @@ def search(job: Job) -> dict[str, Any]:
             with job.schedule.stage("search"), bar("searching", budget) as progress:
                 shown = SearchProgress(part, progress)
                 result = run_searches(part, evaluator, speed.predict, starts, shown, within, result)
+            say(shown.outcome)
             # 4. Record.
             parts.append(
                 {
@@ -102,7 +105,8 @@ def search(job: Job) -> dict[str, Any]:
             front = {
                 "inputs": inputs,
                 "weights": run.supernet_weights,
-                "base": {name: score.value for name, score in evaluator.base["full"].items()},
+                "base": {name: score.value for name, score in evaluator.base.items()},
+                "quality": quality_of(evaluator.scale),
                 "base_decode_tps": untouched_decode_tps(job, speed.predict),
                 "parts": parts,
                 **result.to_dict(),
@@ -111,6 +115,17 @@ def search(job: Job) -> dict[str, Any]:
             run.log(f"searched: {len(result.evaluations)} sub-networks measured")
     assert front is not None
     return front
+
+
+def current_front(job: Job) -> dict[str, Any]:
+    """What front.json holds, its qualities by today's definition. Raises `RequestError` where they cannot be."""
+    front = read_front(job.run.front)
+    if front.get("quality", {}).get("definition") == DEFINITION:
+        return front
+    # Every evaluation holds its speed, so only the base's is asked for here.
+    speed = dict.fromkeys(SPEEDS, front["base_decode_tps"])
+    with reading(f"{job.run.front}: an earlier version searched for other objectives; run compressor search"):
+        return requalified(job, front, *goals(job, lambda architecture: speed))
 
 
 def run_searches(
@@ -189,10 +204,12 @@ class SearchProgress:
         self._job, self._bar = job, bar
         self._largest = max(sizes_asked_for(job), default=None)
         self._best = (0.0, 0)
+        self._best_stderr = 0.0
         self._set_aside: dict[str, list[str]] = {}
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Move the bar by one measured sub-network, and record it."""
+        """Move the bar by one measured sub-network. The best is of those that were scored on all documents of the
+        search, by the quality that a pick has."""
         values = {name: value for name, value in evaluation.values.items() if value is not None}
         record(
             "candidate",
@@ -203,10 +220,25 @@ class SearchProgress:
         )
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
-        if self._largest is None or parameters <= self._largest:
-            self._best = max(self._best, (evaluation.values["quality"], parameters))
+        asked = evaluation.full and (self._largest is None or parameters <= self._largest)
+        if asked and (evaluation.values["quality"], parameters) > self._best:
+            self._best = evaluation.values["quality"], parameters
+            self._best_stderr = evaluation.values.get("quality_stderr", 0.0)
         share = self._best[1] / self._job.untouched_parameters
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
+
+    @property
+    def outcome(self) -> str:
+        """The best that was measured, and how what is picked may differ from it."""
+        quality, parameters = self._best
+        share = parameters / self._job.untouched_parameters
+        line = (
+            f"best quality {quality:.3f} ± {self._best_stderr:.3f} on the search documents, at {share:.2f} of the "
+            "parameters"
+        )
+        if self._job.recipe.targets.max_drop is None:
+            line += "; of all that this does not tell from it, the one of the lowest held-out loss is picked"
+        return line
 
     def generation(self, made: GenerationRecord) -> None:
         """Log a generation; say which predictors were set aside in it."""

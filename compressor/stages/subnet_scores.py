@@ -28,7 +28,7 @@ from compressor.stages.score_keys import (
     score_keys,
     scored_tasks,
 )
-from evals.quality import check_base, quality_stderr, relative_quality
+from evals.quality import QualityScale
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from search.workers import Processes, RayWorkers, Workers, WorkersLost
@@ -66,13 +66,14 @@ class Request:
 class SubnetScorer:
     """Scores sub-networks of a run's super-network. Opens everything it needs once; may live in another process."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, by_text: bool = False) -> None:
+        """`by_text`: the held-out loss is needed for the quality (`QualityScale.by_text`)."""
         self.job = job
         job.threads(scoring=True)
         self.supernet = job.load_supernet()
         self.supernet.use(search_variants(job, self.supernet))
         self.scorer = job.scorer(self.supernet.model)
-        self.keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
+        self.keys = {fidelity: search_keys(job, fidelity, by_text) for fidelity in fidelities(job)}
         self.held_out = HeldOut(job) if any(name in self.keys["full"] for name in HELD_OUT) else None
 
     @torch.no_grad()
@@ -184,14 +185,14 @@ class HeldOutLosses:
         return self._opened
 
 
-def open_scorer(path: Path, recipe: dict[str, Any]) -> SubnetScorer:
+def open_scorer(path: Path, recipe: dict[str, Any], by_text: bool = False) -> SubnetScorer:
     """A scorer for a worker, from what the run holds on disk."""
     job = Job(Run(path), Recipe.model_validate(recipe))
     job.processes = job.recipe.searching.workers
-    return SubnetScorer(job)
+    return SubnetScorer(job, by_text)
 
 
-def open_workers(job: Job) -> Workers[Request, Measured]:
+def open_workers(job: Job, by_text: bool = False) -> Workers[Request, Measured]:
     """The workers that the recipe asks for. Raises `RequestError` where they cannot be had."""
     settings = job.recipe.searching
     if job.device.type == "cuda" and settings.executor == "processes" and settings.workers > 1:
@@ -199,7 +200,7 @@ def open_workers(job: Job) -> Workers[Request, Measured]:
             "--workers: processes would share one GPU, which makes none of them faster; leave it at 1, or give each "
             "worker a GPU through Ray (searching.executor: ray)"
         )
-    build = partial(open_scorer, job.run.path.resolve(), job.given.model_dump())
+    build = partial(open_scorer, job.run.path.resolve(), job.given.model_dump(), by_text)
     if settings.executor == "processes":
         return Processes(build, settings.workers)
     try:
@@ -215,8 +216,9 @@ class SubnetEvaluator:
         self.job = job
         self.store = store
         self.weights = weights
-        self.keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
-        self.base = {fidelity: base_scores(job, store, keys, fidelity) for fidelity, keys in self.keys.items()}
+        self.base = base_scores(job, store)
+        self.scale = search_scale(job, store, self.base)
+        self.keys = {fidelity: search_keys(job, fidelity, self.scale.by_text) for fidelity in fidelities(job)}
         self._workers: Workers[Request, Measured] | None = None
         self._scorer: SubnetScorer | None = None
 
@@ -237,26 +239,28 @@ class SubnetEvaluator:
             yield request.architecture, self._known(request.architecture, fidelity)
 
     def _known(self, architecture: Architecture, fidelity: Fidelity) -> dict[str, float]:
-        """All values, or none where the store lacks one."""
+        """All values, or none where the store lacks one. Those of a screening have the scale of all documents: by how
+        much it is off is for the search to learn."""
         keys = self.keys[fidelity]
         scores = known_scores(self.store, architecture, self.weights, keys)
         if len(scores) < len(keys):
             return {}
-        base = {name: self.base[fidelity][name] for name in self.job.tasks.tasks}
+        text = scores.get("held_out_loss")
+        loss, loss_stderr = (text.value, text.stderr) if text is not None else (None, None)
         return {name: score.value for name, score in scores.items()} | {
-            "quality": relative_quality(scores, base),
-            "quality_stderr": quality_stderr(scores, base),
+            "quality": self.scale.quality(scores, loss),
+            "quality_stderr": self.scale.stderr(scores, loss, loss_stderr),
         }
 
     def _map(self, requests: list[Request]) -> Iterator[tuple[Request, Measured]]:
         settings = self.job.recipe.searching
         if settings.workers == 1 and settings.executor == "processes":
             if self._scorer is None and requests:
-                self._scorer = SubnetScorer(self.job)
+                self._scorer = SubnetScorer(self.job, self.scale.by_text)
             yield from ((request, self._scorer(request)) for request in requests if self._scorer)
             return
         if self._workers is None:
-            self._workers = open_workers(self.job)
+            self._workers = open_workers(self.job, self.scale.by_text)
         try:
             yield from self._workers.map(requests)
         except WorkersLost as error:
@@ -298,19 +302,42 @@ def stored_scores(
     return known_scores(store, architecture, weights, keys)
 
 
-def base_scores(job: Job, store: EvaluationStore, keys: Keys, fidelity: Fidelity) -> dict[str, Score]:
-    """The base's own scores on the search documents. Raises `RequestError` where nothing can be measured against it."""
+def base_scores(job: Job, store: EvaluationStore) -> dict[str, Score]:
+    """The base's own scores on the search documents, by name of the objective."""
 
     def measure() -> Measured:
         say("scoring the base")
         job.threads(scoring=True)
         with torch.no_grad():
             scorer = job.scorer(job.load_untouched(), job.untouched_tasks)
-            return task_scores(job, scorer, {fidelity: keys})
+            return task_scores(job, scorer, {"full": keys})
 
+    keys = score_keys(job, "full")
     wanted = {name: keys[name] for name in scored_tasks(job)}
-    weights = job.untouched_fingerprint
-    scores = stored_scores(store, job.untouched.structure.base, weights, wanted, measure)
-    for name in job.tasks.tasks:
-        check_base(name, scores[name])
-    return scores
+    return stored_scores(store, job.untouched.structure.base, job.untouched_fingerprint, wanted, measure)
+
+
+def search_scale(job: Job, store: EvaluationStore, scores: Mapping[str, Score]) -> QualityScale:
+    """What the search's qualities are measured against, from the base's scores. Which tasks do not count is said; where
+    none counts, the base's held-out loss is measured, or taken from the store.
+
+    Raises `RequestError` where nothing can be measured against the base.
+    """
+    scale = QualityScale({name: scores[name] for name in job.tasks.tasks})
+    if scale.remark:
+        say(f"warning: {scale.remark}")
+    if not scale.by_text:
+        return scale
+
+    def measure() -> Measured:
+        job.threads(scoring=True)
+        return HeldOut(job).scores(job.supernet_of(job.load_base().eval()), keys)
+
+    keys = held_out_keys(job, ["held_out_loss"])
+    loss = stored_scores(store, job.structure.base, job.base_fingerprint, keys, measure)["held_out_loss"]
+    return QualityScale(scale.base, loss.value)
+
+
+def search_keys(job: Job, fidelity: Fidelity, by_text: bool) -> Keys:
+    """Where the store keeps all that an evaluation measures, with what the quality needs where no task counts."""
+    return score_keys(job, fidelity) | (held_out_keys(job, ["held_out_loss"]) if by_text else {})

@@ -1,7 +1,8 @@
 """The layouts that a sub-network can be written in, by name. To add one, write its function and name it below.
 
-Every function takes the standalone network that `supernet.slicing.extract` made, its architecture, and the
-destination folder, and returns the package's record; the keyword arguments are those of `export.package.write_package`.
+Every function takes the standalone network that `supernet.slicing.extract` made (`elastic`: an `ElasticSource`), its
+architecture, and the destination folder, and returns the package's record; the keyword arguments are those of
+`export.package.write_package`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.layouts import graphs
+from export.layouts import elastic, graphs
+from export.layouts.elastic import ElasticSource
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import layout as gguf_layout
 from export.layouts.gguf.types import TYPES as GGUF_TYPES
@@ -61,6 +63,7 @@ LAYOUTS: dict[str, Write] = {
     "uneven": write_uneven,
     "uniform": write_uniform,
     "padded": write_padded,
+    "elastic": elastic.write,
     "gguf": gguf_layout.write,
     **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in GGUF_TYPES if kind != "f16"},
     "onnx": partial(graphs.write, "onnx"),
@@ -69,7 +72,7 @@ LAYOUTS: dict[str, Write] = {
 
 
 def write_layout(
-    layout: str, model: PreTrainedModel, architecture: Architecture, destination: Path, **options: Any
+    layout: str, model: PreTrainedModel | ElasticSource, architecture: Architecture, destination: Path, **options: Any
 ) -> PackageRecord:
     """Write `model` in the layout of that name. Raises `RequestError` for a layout that is unknown or not installed."""
     if layout not in LAYOUTS:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
 from export.report.schema import Base, BaseCard, Package, Report, Training
-from export.report.table import DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
+from export.report.table import ABOUT_QUALITY, DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.report.verdict import verdict
 from supernet.architecture import Architecture
 
@@ -64,11 +64,12 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         file=package.file,
         file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
         prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
-        remote_code=package.layout == "uneven",
+        remote_code=package.layout in ("uneven", "elastic"),
         verdict=" ".join(verdict(alone)),
         rows=[report.base, *report.quantized_base, *siblings],
         metric=lambda task: metric_name(report, task),
         measured_in=measured_in,
+        about_quality=ABOUT_QUALITY,
         notes=notes(report.model_copy(update={"packages": siblings})),
         picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
@@ -106,7 +107,7 @@ def card_data(report: Report, package: Package) -> ModelCardData:
     """The card's metadata. What is not known, such as the license of a base without a card, is left out."""
     base = report.base
     tags = ["nas-compressor", "neural-architecture-search", "pruned"]
-    in_transformers = package.layout in ("uneven", "uniform", "padded")
+    in_transformers = package.layout in ("uneven", "uniform", "padded", "elastic")
     if package.quantization:
         tags += [package.quantization, *([quantized_form(package)] if in_transformers else [])]
     datasets = list(base.card.datasets)
@@ -166,7 +167,7 @@ def eval_results(package: Package) -> list[EvalResult]:
         add(task, documents, score.metric, score.value, f"{score.metric}{stamp}")
         add(task, documents, f"{score.metric}_stderr", score.stderr)
     about = ("nas-compressor", "size and quality")
-    add(*about, "quality", package.quality, "mean over tasks of score / base's score")
+    add(*about, "quality", package.quality, "share of the base's scores that is kept, above chance")
     add(*about, "parameters", package.params)
     add(*about, "bytes", package.bytes, "bytes of weights on disk")
     if report := package.quantization_report:

@@ -25,7 +25,7 @@ from export.report.plots import (
     usage_map,
 )
 from export.report.schema import Candidate, Generation, Package, Point, Report
-from export.report.table import measured_in, metric_name, notes, runtimes, trainings
+from export.report.table import ABOUT_QUALITY, measured_in, metric_name, notes, runtimes, trainings
 from export.report.verdict import change, verdict
 from supernet.architecture import Architecture
 from supernet.common.files import write_json, write_text
@@ -66,8 +66,11 @@ def render_html(report: Report) -> str:
         base=report.base,
         tasks=report.tasks,
         metric=lambda task: metric_name(report, task),
-        change=change,
+        change=lambda row, task: change(
+            report.base.tasks[task], row.tasks[task], row.change and row.change.tasks.get(task)
+        ),
         verdict=[*verdict(report), *alternatives(report)],
+        about_quality=ABOUT_QUALITY,
         notes=notes(report),
         where=measured_in,
         runtimes=runtimes(report),

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from evals.quality import QualityScale
 from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
 from export.package_record import PackageEntry
 from search.scores import Score
 
-SCHEMA = 1
+SCHEMA = 2
+"""1, until 0.1.0: qualities in which chance was not subtracted."""
 
 
 def _finite_or_none(value: object) -> object:
@@ -77,6 +79,45 @@ class Base(Model):
     card: BaseCard = BaseCard()
 
 
+class Difference(Model):
+    """Of two scores or qualities over the same documents, and its central 95 % by paired bootstrap; positive is better,
+    also where a lower score is."""
+
+    value: float
+    low: float
+    """Lower end of the central 95 % of the resamples."""
+    high: float
+    """Upper end of it."""
+
+    @property
+    def meaning(self) -> Literal["better", "worse", "unclear"]:
+        """`better`: better by more than the choice of documents explains."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
+
+
+class PairedChange(Model):
+    """How a package differs from another network over the same documents of the report split."""
+
+    tasks: dict[str, Difference]
+    quality: Difference | None = None
+    """None where no task counts."""
+
+
+class QualityBasis(Model):
+    """What qualities rest on (`evals.quality`)."""
+
+    counted: list[str]
+    """Names of the tasks that count."""
+    left_out: list[str]
+    """Names of those on which the base is not above chance by two standard errors."""
+    remark: str = ""
+    """That, and what stands in where no task counts, in a sentence; empty where all count."""
+
+    @classmethod
+    def of(cls, scale: QualityScale) -> QualityBasis:
+        return cls(counted=scale.counted, left_out=scale.left_out, remark=scale.remark)
+
+
 class Package(PackageEntry):
     """One folder that was written, reloaded, measured and checked."""
 
@@ -85,6 +126,10 @@ class Package(PackageEntry):
     quality: float
     tasks: Scores
     verified: dict[str, object]
+    change: PairedChange | None = None
+    """From the base; None where scores by document are not known, as in runs of earlier versions."""
+    change_by_quantization: PairedChange | None = None
+    """From the package that it was quantized from."""
 
     @property
     def label(self) -> str:
@@ -168,6 +213,8 @@ class Search(Model):
     points: list[Point]
     """Every measured sub-network."""
     space: Space
+    quality: QualityBasis | None = None
+    """What qualities on the search documents rest on."""
     targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 
@@ -238,21 +285,6 @@ class Alternative(Model):
     """What makes it."""
 
 
-class Difference(Model):
-    """Quality of ours minus another's over the same documents, by paired bootstrap."""
-
-    value: float
-    low: float
-    """Lower end of the central 95 % of the resamples."""
-    high: float
-    """Upper end of it."""
-
-    @property
-    def meaning(self) -> Literal["better", "worse", "unclear"]:
-        """`better`: ours is better by more than the choice of documents explains."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
-
-
 class Comparison(Model):
     """One method at one size and seed, healed and scored as ours."""
 
@@ -279,7 +311,7 @@ class Comparison(Model):
     base_speed: Speed | None = None
     """The base's, measured alternately with this one's."""
     ours_minus_this: Difference | None = None
-    """Over all seeds of this method and size; None for ours."""
+    """Difference of qualities over all seeds of this method and size; None for ours."""
 
 
 class Again(Model):
@@ -306,6 +338,8 @@ class Report(Model):
     recipe: dict[str, Any]
     """recipe.yaml: every default filled in, seeds, fingerprints of model, data and tasks."""
     base: Base
+    quality: QualityBasis | None = None
+    """What qualities on the report split rest on."""
     front: list[Candidate]
     """The Pareto front of fully measured sub-networks."""
     packages: list[Package]
@@ -322,6 +356,28 @@ class Report(Model):
     alternatives: list[Alternative] = Field(default_factory=list)
     """What other preferences would have picked."""
     again: Again | None = None
+
+    @field_validator("schema_")
+    @classmethod
+    def _of_this_version(cls, schema: int) -> int:
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{schema} is of another version, whose qualities are defined otherwise; make the report anew with "
+                "compressor report RUN"
+            )
+        return schema
+
+    @property
+    def scale(self) -> QualityScale:
+        """What qualities on the report split are measured against."""
+        return QualityScale(self.base.tasks, self.base.held_out_loss)
+
+    def unquantized(self, package: Package) -> Package | None:
+        """The package that `package` was quantized from, if it is here; None for an unquantized one."""
+        if package.quantization is None:
+            return None
+        same = [p for p in self.packages if p.quantization is None and p.architecture == package.architecture]
+        return next((p for p in same if p.layout == package.layout), same[0] if same else None)
 
     @property
     def tasks(self) -> list[str]:

@@ -87,10 +87,19 @@ def trainings(report: Report) -> list[str]:
     return [f"{what}: {training.outcome}." for what, training in done.items() if training and training.outcome]
 
 
+ABOUT_QUALITY = (
+    "Quality: mean over tasks of (score - chance) / (base's score - chance), of score / base's score where chance has "
+    "no meaning (inverted where lower is better, ↓); never below 0. The base is 100 %."
+)
+
+
 def notes(report: Report) -> list[str]:
     """What the numbers of the table are."""
     speeds = [row.speed for row in report.rows if row.speed]
     lines = ["Scores on documents that the search never saw, ± one standard error."]
+    searched = report.search and report.search.quality
+    if searched and searched.left_out != report.scale.left_out:
+        lines.append(f"On the search's documents: {searched.remark or 'all tasks count for the quality.'}")
     if speeds:
         lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
     lines += vocabulary_notes(report)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from export.report.quantized_base import quantized_base_sentences
-from export.report.schema import Base, Package, Report
+from export.report.schema import Base, Difference, Package, Report
 from export.report.vocabulary import decode_ratio
 from search.scores import Score
 from supernet.common.formatting import count, percent, size
+
+Meaning = Literal["better", "worse", "unclear", "unknown"]
 
 HEAVY = 0.9
 """Quality below which a loss is called heavy; it is said once, of the package in which it happens."""
@@ -22,16 +24,8 @@ class Change:
     """How a score differs from the base's. `delta` is positive if the score is better, also where lower is better."""
 
     delta: float
-    stderr: float | None
-
-    @property
-    def meaning(self) -> Literal["better", "worse", "unclear", "unknown"]:
-        """`unclear` within two standard errors, `unknown` without a standard error (and not equal)."""
-        if self.stderr is None:
-            return "unknown" if self.delta else "unclear"
-        if abs(self.delta) <= 2 * self.stderr:
-            return "unclear"
-        return "better" if self.delta > 0 else "worse"
+    meaning: Meaning
+    """`unclear`: the choice of documents explains it; `unknown`: not equal, and no error is known."""
 
     @property
     def text(self) -> str:
@@ -39,12 +33,18 @@ class Change:
         return f"{self.delta:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
-def change(base: Score, score: Score) -> Change:
-    """How `score` differs from the base's, the two taken as independent."""
+def change(base: Score, score: Score, paired: Difference | None = None) -> Change:
+    """How `score` differs from the base's. What that means follows from the same documents (`paired`) where that is
+    known. Else, in runs of versions that kept no scores by document, both are taken as independent, which hides losses:
+    `unclear` within two standard errors."""
     delta = (score.value - base.value) * (1 if score.higher_is_better else -1)
+    if paired is not None:
+        return Change(delta, paired.meaning)
     if base.stderr is None or score.stderr is None:
-        return Change(delta, None)
-    return Change(delta, math.hypot(base.stderr, score.stderr))
+        return Change(delta, "unknown" if delta else "unclear")
+    if abs(delta) <= 2 * math.hypot(base.stderr, score.stderr):
+        return Change(delta, "unclear")
+    return Change(delta, "better" if delta > 0 else "worse")
 
 
 def verdict(report: Report) -> list[str]:
@@ -54,10 +54,10 @@ def verdict(report: Report) -> list[str]:
     base = report.base
     sentences: list[str] = []
     for package in report.packages:
-        plain = _unquantized(report, package)
+        plain = report.unquantized(package)
         if plain is None:
-            sentences += _size_sentences(package, base, first=not sentences)
-            sentences += _losses("It loses", base.tasks, package.tasks, say_none=True)
+            sentences += _size_sentences(report, package, first=not sentences)
+            sentences += _losses(report, package, base)
             sentences += _text_loss(package, base)
         else:
             sentences.append(
@@ -65,21 +65,9 @@ def verdict(report: Report) -> list[str]:
                 f"({percent(package.bytes / base.bytes)} of the base) and keeps {percent(package.quality)} "
                 "of the quality."
             )
-            sentences += _losses("Quantization loses", plain.tasks, package.tasks, say_none=False)
-        before, solver = (base, "the base") if plain is None else (plain, "the unquantized network")
-        fallen = [t for t, s in package.tasks.items() if s.stamp and t in before.tasks and not before.tasks[t].stamp]
-        if fallen:
-            sentences.append(f"It has fallen to chance on {_listed(fallen)}, which {solver} solves.")
-        if package.quality < HEAVY <= before.quality:
-            sentences.append(
-                "That is a heavy loss: a larger size, more training, more healing or a search on more documents may "
-                "keep more."
-            )
-    blind = [task for task, score in base.tasks.items() if score.stamp]
-    if blind:
-        sentences.append(
-            f"The base itself only guesses on {_listed(blind)}: there the scores tell nothing about quality."
-        )
+            sentences += _losses(report, package, plain)
+    if remark := report.scale.remark:
+        sentences.append(remark)
     return [*sentences, *quantized_base_sentences(report)]
 
 
@@ -99,19 +87,19 @@ def _text_loss(package: Package, base: Base) -> list[str]:
     return sentences
 
 
-def _unquantized(report: Report, package: Package) -> Package | None:
-    """The package that `package` was quantized from, if the report has it; None for an unquantized one."""
-    if package.quantization is None:
-        return None
-    same = [p for p in report.packages if p.quantization is None and p.architecture == package.architecture]
-    return next((p for p in same if p.layout == package.layout), same[0] if same else None)
-
-
-def _size_sentences(package: Package, base: Base, first: bool) -> list[str]:
+def _size_sentences(report: Report, package: Package, first: bool) -> list[str]:
     """Size, quality and speed of an unquantized package against the base's."""
+    base = report.base
+    if package.sizes:
+        least, most = (pick(package.sizes, key=lambda one: one.params) for pick in (min, max))
+        return [
+            f"{_sentence(package.label)} holds {len(package.sizes)} sizes in one set of weights ({size(package.bytes)} "
+            f"on disk), from {percent(least.params / base.params)} to {percent(most.params / base.params)} of the "
+            f"parameters of {base.name}; none is healed, and size {package.default_size} keeps "
+            f"{percent(package.quality)} of the quality."
+        ]
     quality = f"{percent(package.quality)} of its quality"
-    if first:
-        tasks = len(package.tasks)
+    if first and (tasks := len(report.scale.counted)):
         quality += f", measured by {tasks} task{'s' * (tasks != 1)} on documents that the search never saw"
     sentences = [
         f"{_sentence(package.label)} has {percent(package.params / base.params)} of the parameters of {base.name} "
@@ -129,20 +117,64 @@ def _size_sentences(package: Package, base: Base, first: bool) -> list[str]:
     return sentences
 
 
-def _losses(opening: str, before: Mapping[str, Score], after: Mapping[str, Score], say_none: bool) -> list[str]:
-    """On which tasks a loss is more than noise, and for which that is not known."""
-    changes = {task: change(score, after[task]) for task, score in before.items() if task in after}
-    shown = {task: f"{task} ({before[task].value:.3g} → {after[task].value:.3g})" for task in changes}
-    worse = [shown[task] for task, it in changes.items() if it.meaning == "worse"]
-    unknown = [shown[task] for task, it in changes.items() if it.meaning == "unknown" and it.delta < 0]
+def _losses(report: Report, package: Package, before: Base | Package) -> list[str]:
+    """One verdict on what a package lost against the base, or against the package that it was quantized from.
+
+    A loss is said where it is more than noise: of tasks, or of all together. A fall of the quality below `HEAVY` is
+    called heavy where it is, and else put down to too few documents.
+    """
+    from_base = isinstance(before, Base)
+    changes, quality = _changes(report, package, before)
+    shown = {task: f"{task} ({before.tasks[task].value:.3g} → {package.tasks[task].value:.3g})" for task in changes}
+    worse = [task for task, meaning in changes.items() if meaning == "worse"]
+    heavy = package.quality < HEAVY <= before.quality
     sentences = []
+    # 1. What was lost, or that nothing was.
     if worse:
-        sentences.append(f"{opening} more than noise explains on {_listed(worse)}.")
-    elif say_none and any(it.stderr is not None for it in changes.values()):
-        sentences.append("No loss is larger than the noise of measuring (two standard errors).")
-    if unknown and say_none:
+        opening = "It loses" if from_base else "Quantization loses"
+        sentences.append(f"{opening} more than noise explains on {_listed([shown[task] for task in worse])}.")
+    elif quality == "worse":
+        of = "" if from_base else " of quantization"
+        sentences.append(f"No single task tells the loss{of} from noise, all tasks together do.")
+    elif heavy:
+        sentences.append(
+            f"It keeps less than {percent(HEAVY)} of the quality as measured, but these documents are too few to tell "
+            "that from noise; tasks with more documents would."
+        )
+    elif from_base and any(meaning != "unknown" for meaning in changes.values()):
+        sentences.append("No loss is larger than the noise of measuring.")
+    # 2. Tasks that it no longer solves.
+    fallen = [task for task in worse if package.tasks[task].stamp and before.tasks[task].above_chance]
+    if fallen:
+        solver = "the base" if from_base else "the unquantized network"
+        sentences.append(f"It has fallen to chance on {_listed(fallen)}, which {solver} solves.")
+    # 3. How bad that is.
+    if heavy and (worse or quality == "worse"):
+        sentences.append(
+            "That is a heavy loss: a larger size, more training, more healing or a search on more documents may keep "
+            "more."
+        )
+    unknown = [shown[task] for task, meaning in changes.items() if meaning == "unknown"]
+    if unknown and from_base:
         sentences.append(f"It is not known how much of the loss is noise on {_listed(unknown)}.")
     return sentences
+
+
+def _changes(report: Report, package: Package, before: Base | Package) -> tuple[dict[str, Meaning], Meaning]:
+    """What each task's difference means, and that of the quality."""
+    paired = package.change if isinstance(before, Base) else package.change_by_quantization
+    meanings: dict[str, Meaning] = {}
+    for task, score in before.tasks.items():
+        if task in package.tasks:
+            apart = change(score, package.tasks[task], paired.tasks.get(task) if paired else None)
+            meanings[task] = "unclear" if apart.meaning == "unknown" and apart.delta > 0 else apart.meaning
+    if paired is not None and paired.quality is not None:
+        return meanings, paired.quality.meaning
+    scale, lost = report.scale, package.quality - before.quality
+    if scale.by_text:  # a mean over thousands of tokens
+        return meanings, "worse" if lost < 0 else "better"
+    error = math.hypot(scale.stderr(package.tasks), scale.stderr(before.tasks))
+    return meanings, "unclear" if abs(lost) <= 2 * error else "better" if lost > 0 else "worse"
 
 
 def _sentence(text: str) -> str:

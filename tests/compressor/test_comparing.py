@@ -23,10 +23,12 @@ from compressor.cli import run
 from compressor.run import Run
 from compressor.stages import comparing
 from compressor.stages.comparison_methods import methods
-from evals.comparison import paired_interval, qualities, resampled
+from evals.comparison import paired_interval, resampled, score_intervals, text_qualities
+from evals.quality import QualityScale
 from evals.speed.measured import Speed
 from export.report.comparison import summarize, summary, terminal_table
 from export.report.schema import Comparison, Difference
+from search.scores import Score
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
 from tests.support import report_helpers, tiny
@@ -50,8 +52,14 @@ class Task:
 TASKS: Any = {"coin": Task()}
 
 
+def scale_of(base: list[float]) -> QualityScale:
+    value = sum(base) / len(base)
+    score = Score(metric="acc", value=value, n=4, split="report", higher_is_better=Task.higher_is_better)
+    return QualityScale({"coin": score})
+
+
 def drawn(items: list[float], base: list[float]) -> Any:
-    return qualities(TASKS, resampled(TASKS, {"coin": [items]}), resampled(TASKS, {"coin": [base]}))
+    return scale_of(base).resampled(resampled(TASKS, {"coin": [items]}))
 
 
 def test_resamples_are_of_the_same_documents_for_everybody() -> None:
@@ -76,10 +84,25 @@ def test_an_aggregation_that_is_no_mean_is_lm_evals_own() -> None:
 
 
 def test_quality_of_the_base_is_one_and_lower_is_better_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = [1.0, 2.0, 3.0, 2.0]
+    base = [2.0] * 4
     assert np.allclose(drawn(base, base), 1.0)
+    assert np.allclose(drawn([1.0] * 4, base), 0.5)
     monkeypatch.setattr(Task, "higher_is_better", False)
-    assert np.allclose(drawn([2 * value for value in base], base), 0.5)
+    assert np.allclose(drawn([4.0] * 4, base), 0.5)
+
+
+def test_scores_and_losses_are_compared_over_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    theirs = resampled(TASKS, {"coin": [list((rng.random(300) < 0.5).astype(float))]})
+    ours = {"coin": theirs["coin"] - 0.01}  # a little worse on every draw, far below the error of either
+    low, high = score_intervals(TASKS, ours, theirs)["coin"] or (0.0, 0.0)
+    assert (low, high) == pytest.approx((-0.01, -0.01))
+    monkeypatch.setattr(Task, "higher_is_better", False)
+    low, high = score_intervals(TASKS, ours, theirs)["coin"] or (0.0, 0.0)
+    assert (low, high) == pytest.approx((0.01, 0.01))
+    base = list(rng.normal(3.0, 0.5, 16))
+    kept = text_qualities([loss + 0.1 for loss in base], base)
+    assert np.allclose(kept, np.exp(-0.1)) and np.allclose(text_qualities(base, base), 1.0)
 
 
 def test_better_is_said_only_where_it_is() -> None:
@@ -190,8 +213,12 @@ class Folder:
         documents = comparing.provenance(self.job)["documents"]
         write_json(
             self.job.run.comparison / "base.json",
-            {"inputs": documents, "tasks": {}, "documents": {"coin": [[1.0] * 4]}},
+            {"inputs": documents, "tasks": {"coin": self.score(1.0)}, "documents": {"coin": [[1.0] * 4]}},
         )
+
+    @staticmethod
+    def score(value: float) -> dict[str, Any]:
+        return {"metric": "acc", "value": value, "n": 4, "split": "report"}
 
     def trained(self, weights: str) -> None:
         write_json(self.job.run.supernet / "manifest.json", {"weights": weights})
@@ -203,8 +230,9 @@ class Folder:
             "size": size,
             "seed": seed,
             "params": 1,
-            "quality": quality,
+            "quality": 123.0,  # of another definition: what is shown follows from the scores
             "path": method,
+            "tasks": {"coin": self.score(quality)},
         }
         documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
         data = {"inputs": inputs, "of": comparing.provenance(self.job), "row": row, "documents": documents}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,9 @@ from compressor.stages.choosing import choose
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import held_out_keys, score_keys
-from compressor.stages.searching import speed_table
+from compressor.stages.searching import current_front, speed_table
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOut
 from compressor.stages.warm_start import proposals
-from evals.quality import quality_stderr, relative_quality
 from evals.speed.table import SpeedTable
 from search.pareto import Target
 from search.scores import Score
@@ -42,7 +42,7 @@ class Made:
     """A run whose super-network is ready, and a task of two metrics."""
 
     def __init__(self, folder: Path) -> None:
-        self.tasks = tiny.task(folder / "tasks", documents=60)
+        self.tasks = tiny.task(folder / "tasks", documents=60, solved=True)
         task = self.tasks / "tiny_choice.yaml"
         task.write_text(task.read_text() + "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n")
         given = {
@@ -93,6 +93,41 @@ def test_objectives_beyond_a_tasks_own_metric(made: Made, tmp_path: Path) -> Non
 
 def rows(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
     return [(row["key"], row["values"]["quality"], row["full"]) for row in found["evaluations"]]
+
+
+def test_a_front_of_the_earlier_definition_of_quality_is_read_by_todays(made: Made, tmp_path: Path) -> None:
+    found = made.search(tmp_path / "run", screening=0.25, evaluations=16)
+    file = tmp_path / "run" / "search" / "front.json"
+    earlier = json.loads(file.read_text())
+    del earlier["quality"]
+    base = earlier["base"]["tiny_choice"]
+    for row in earlier["evaluations"]:
+        row["values"]["quality"] = row["values"]["tiny_choice"] / base  # chance not subtracted
+    earlier["front"] = earlier["front"][:1]
+    file.write_text(json.dumps(earlier))
+    again = current_front(pipeline.resume(tmp_path / "run", {}))
+    assert again["quality"] == found["quality"] and again["quality"]["counted"] == ["tiny_choice"]
+    assert again["front"] == found["front"]
+    for now, then in zip(again["evaluations"], found["evaluations"], strict=True):
+        # A screening's correction is a median of differences, which is of scores here and was of qualities there.
+        assert now["values"]["quality"] == pytest.approx(then["values"]["quality"], abs=1e-9 if now["full"] else 0.2)
+    assert [g["hypervolume"] for g in again["generations"]] == pytest.approx(
+        [g["hypervolume"] for g in found["generations"]]
+    )
+    assert made.search(tmp_path / "run") == again  # nothing is searched again
+
+
+def test_where_no_task_counts_the_loss_on_text_does(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.run, tmp_path / "run")
+    tiny.task(tmp_path / "tasks", "guessed")
+    given = {"tasks": "guessed", "include_path": str(tmp_path / "tasks"), "searching.evaluations": 6}
+    job = pipeline.resume(tmp_path / "run", given)
+    found = pipeline.search(job)
+    assert found["quality"]["left_out"] == ["guessed"] and "No task counts (guessed)" in found["quality"]["remark"]
+    values = [row["values"] for row in found["evaluations"]]
+    for one in values:
+        assert one["quality"] == pytest.approx(math.exp(values[0]["held_out_loss"] - one["held_out_loss"]))
+    assert len({one["quality"] for one in values}) == 6
 
 
 def test_other_processes_measure_the_same(made: Made, tmp_path: Path) -> None:
@@ -161,7 +196,7 @@ def test_targets_that_a_search_is_given_replace_the_runs(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(made.run, tmp_path / "run")
-    monkeypatch.setattr(pipeline, "search", lambda job: None)
+    monkeypatch.setattr(pipeline, "search", lambda job: {"evaluations": [], "front": []})
     monkeypatch.setattr(pipeline, "pick", lambda job: None)
     assert Run(tmp_path / "run").recipe().targets.max_drop == 0.01  # nobody named it
     assert cli.run(["search", str(tmp_path / "run"), "--max-params", "0.8,0.7"]) == 0
@@ -236,28 +271,6 @@ def test_what_losses_are_measured_on_is_not_trained_on(made: Made) -> None:
     trained = {tuple(row) for row in training[:].ids.tolist()}
     measured_on = [tuple(block.ids[0].tolist()) for block in HeldOut(job).blocks]
     assert len(measured_on) == 16 and not trained.intersection(measured_on)
-
-
-def scores(up: float, down: float, stderr: tuple[float, float] = (0.0, 0.0)) -> dict[str, Score]:
-    """Of a task where more is better, and of one where less is."""
-    return {
-        "up": Score(metric="acc", value=up, stderr=stderr[0], n=9, split="search"),
-        "down": Score(metric="ppl", value=down, stderr=stderr[1], n=9, split="search", higher_is_better=False),
-    }
-
-
-def test_quality_is_relative_to_the_base() -> None:
-    base = scores(0.8, 30.0)
-    assert relative_quality(base, base) == 1.0
-    assert relative_quality(scores(0.4, 60.0), base) == pytest.approx(0.5)
-    assert relative_quality(scores(0.8, 15.0), base) == pytest.approx(1.5)
-    with pytest.raises(RequestError, match="task up: the base scores 0"):
-        relative_quality(base, scores(0.0, 30.0))
-
-
-def test_noise_of_the_quality_by_hand() -> None:
-    noisy = scores(0.4, 60.0, stderr=(0.08, 6.0))
-    assert quality_stderr(noisy, scores(0.8, 30.0)) == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
 
 
 @pytest.mark.parametrize(

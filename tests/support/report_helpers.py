@@ -47,7 +47,7 @@ def speed(decode: float, runtime: str = "transformers") -> dict[str, Any]:
 def minimal_report() -> dict[str, Any]:
     """Only what every run has: a training-free run without speed, search or quantization."""
     return {
-        "schema": 1,
+        "schema": 2,
         "versions": {"nas-compressor": "0.1.0", "torch": "2.13.0"},
         "recipe": {"seed": 0},
         "base": {

@@ -65,13 +65,19 @@ def data(file: Path, documents: int = 200) -> Path:
     return file
 
 
-def task(folder: Path, name: str = "tiny_choice", documents: int = 24) -> Path:
-    """A task file with two choices a document; `folder` is what `--include-path` names."""
+def task(folder: Path, name: str = "tiny_choice", documents: int = 24, solved: bool = False) -> Path:
+    """A task file with two choices a document; `folder` is what `--include-path` names.
+
+    The random Llama guesses, unless `solved`: its embeddings are tied, so it expects the last letter once more.
+    """
     folder.mkdir(exist_ok=True)
-    rows = [
-        {"context": text[:12], "choices": [" cat", " house"], "gold": index % 2}
-        for index, text in enumerate(sentences(documents, 2))
-    ]
+    rows = []
+    for index, text in enumerate(sentences(documents, 2)):
+        context, choices = text[:12], [" cat", " house"]
+        if solved:
+            last = context[-1]
+            choices = [4 * last, "".join(other for other in "xqzvjk" if other != last)[:4]][:: 1 - 2 * (index % 2)]
+        rows.append({"context": context, "choices": choices, "gold": index % 2})
     documents_file = folder / f"{name}.jsonl"
     documents_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.yaml").write_text(

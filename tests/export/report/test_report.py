@@ -99,6 +99,12 @@ def test_an_unknown_key_is_named_with_the_nearest() -> None:
         validate_report(data)
 
 
+def test_a_report_of_the_earlier_definition_of_quality_is_not_misread() -> None:
+    data = minimal_report() | {"schema": 1}
+    with pytest.raises(ValueError, match=r"schema is wrong: 1 is of another version, .* compressor report RUN"):
+        validate_report(data)
+
+
 def test_what_is_no_number_or_no_architecture_is_refused() -> None:
     data = minimal_report()
     data["base"]["tasks"]["grammar"]["value"] = float("nan")
@@ -127,7 +133,7 @@ def test_report_json_holds_what_was_given(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "report.json").read_text())
     assert validate_report(written) == validate_report(data)
     assert data["packages"][1]["speed"].items() <= written["packages"][1]["speed"].items()
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     assert page.read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
@@ -166,8 +172,7 @@ def test_stamp(value: float, stderr: float | None, chance: float | None, higher:
 
 def test_a_change_is_real_beyond_two_standard_errors_of_the_difference() -> None:
     base = Score.model_validate(score(0.90, 0.03))
-    within = change(base, Score.model_validate(score(0.81, 0.04)))  # errors add up to 0.05
-    assert (within.stderr, within.meaning) == (pytest.approx(0.05), "unclear")
+    assert change(base, Score.model_validate(score(0.81, 0.04))).meaning == "unclear"  # errors add up to 0.05
     assert change(base, Score.model_validate(score(0.79, 0.04))).meaning == "worse"
     assert change(base, Score.model_validate(score(0.99, None))).meaning == "unknown"
     eight, seven = (
@@ -183,10 +188,10 @@ def test_verdict_says_what_was_lost() -> None:
     assert "generates tokens 1.40 times as fast (transformers, cpu, 1 thread, float32)" in said
     assert said.count("It loses more than noise explains on grammar (0.9 → 0.8).") == 1
     assert "It is not known how much of the loss is noise on words (1.5 → 1.6)." in said
-    assert "measured by 3 tasks" in said
+    assert "measured by 2 tasks" in said  # those that count
     assert "Compressed INT4 takes 600 kB on disk (15.0 % of the base)" in said
     assert "Quantization loses" not in said
-    assert "The base itself only guesses on coin" in said
+    assert "Quality does not count coin: the base is not above chance there by two standard errors." in said
     data = minimal_report()
     data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
     assert "No loss is larger than the noise of measuring" in verdict_of(data)
@@ -199,6 +204,7 @@ def test_verdict_says_what_was_lost() -> None:
     data["packages"][0] |= {"tasks": {"grammar": score(0.89, 0.01)}, "quality": 0.989}
     said = verdict_of(data)
     assert "on grammar, which the unquantized network solves" in said and said.count("heavy loss") == 1
+    assert "Quantization loses more than noise explains on grammar (0.89 → 0.51)." in said
     data["packages"] = []
     assert verdict(validate_report(data)) == ["No package of tiny has been written yet."]
 

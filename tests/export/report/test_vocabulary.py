@@ -19,7 +19,9 @@ def test_a_cut_vocabulary_is_told_and_speed_is_one_of_text() -> None:
         row["speed"] = speed(tps)
     report = validate_report(data)
     package = report.packages[0]
-    assert (text_speed(report.base), text_speed(package)) == (500.0, 600.0)
+    assert [text_speed(row, report.base) for row in (report.base, package)] == [500.0, 600.0]
+    in_few_bits = package.model_copy(update={"vocabulary": None})  # of the untouched base
+    assert text_speed(in_few_bits, report.base) == 750.0
     assert decode_ratio(package, report.base) == pytest.approx(1.2)
     told = " ".join(vocabulary_notes(report))
     assert "640 of 1,000 tokens" in told and "tiny 500, best 600" in told
@@ -33,5 +35,5 @@ def test_nothing_is_told_where_all_tokens_stay() -> None:
         row["speed"] = speed(tps)
     report = validate_report(data)
     assert vocabulary_notes(report) == []
-    assert text_speed(report.base) is None
+    assert text_speed(report.base, report.base) is None
     assert decode_ratio(report.packages[0], report.base) == pytest.approx(1.5)

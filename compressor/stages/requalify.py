@@ -1,0 +1,97 @@
+"""A search that an earlier version scored by another definition of quality, put under the one of today.
+
+The tasks' scores do not depend on it, so nothing is measured again; the front is another all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compressor.job import Job
+from compressor.stages.score_keys import score_keys
+from compressor.stages.subnet_scores import known_scores
+from evals.quality import DEFINITION, QualityScale
+from search.objectives import Constraint, Evaluation, Objective
+from search.pareto import costs, hypervolume, violations
+from search.pareto import front as pareto_front
+from search.scores import Score, ScoreKey
+from search.store import EvaluationStore
+from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
+
+
+def quality_of(scale: QualityScale) -> dict[str, Any]:
+    """What front.json holds of the scale of its qualities."""
+    return {
+        "definition": DEFINITION,
+        "counted": scale.counted,
+        "left_out": scale.left_out,
+        "remark": scale.remark,
+    }
+
+
+def requalified(
+    job: Job, front: Mapping[str, Any], objectives: Sequence[Objective], constraints: Sequence[Constraint]
+) -> dict[str, Any]:
+    """What front.json would hold if its search had had today's quality, from the scores that were recorded.
+
+    What was screened only has the scores that the screening predicted. Raises `RequestError` where no task counts by
+    today's definition, or the recorded scores are of other tasks than the recipe's.
+    """
+    keys = {name: key for name, key in score_keys(job, "full").items() if name in job.tasks.tasks}
+    rows = []
+    with EvaluationStore(job.run.evaluations) as store:
+        base = known_scores(store, job.structure.base, job.base_fingerprint, keys)
+        if missing := [name for name in keys if name not in base]:
+            raise RequestError(f"{job.run.front}: {missing[0]} was not scored in this search; run compressor search")
+        scale = QualityScale(base)
+        if scale.by_text:
+            raise RequestError(f"{job.run.front}: {scale.remark} Search again: compressor search --redo search")
+        for row in front["evaluations"]:
+            known = known_scores(store, Architecture.from_dict(row["architecture"]), front["weights"], keys)
+            scores = {name: _score(key, row["values"].get(name), known.get(name)) for name, key in keys.items()}
+            now = {"quality": scale.quality(scores), "quality_stderr": scale.stderr(scores)}
+            rows.append({**row, "values": {**row["values"], **now}})
+    evaluations = [
+        Evaluation(
+            Architecture.from_dict(row["architecture"]),
+            {name: math.nan if value is None else value for name, value in row["values"].items()},
+            row["generation"],
+            row["index"],
+            row["full"],
+        )
+        for row in rows
+    ]
+    best = pareto_front(evaluations, objectives, constraints)
+    volumes = _hypervolumes(evaluations, objectives, constraints, len(front["generations"]))
+    generations = [{**row, "hypervolume": v} for row, v in zip(front["generations"], volumes, strict=True)]
+    return {
+        **front,
+        "quality": quality_of(scale),
+        "evaluations": rows,
+        "front": [e.architecture.key for e in best],
+        "generations": generations,
+    }
+
+
+def _score(key: ScoreKey, value: float | None, known: Score | None) -> Score:
+    """A recorded value as a score; with the error of the full measurement, where there was one."""
+    stderr, n = (known.stderr, known.n) if known is not None else (None, 0)
+    return key.score(math.nan if value is None else value, stderr, n).or_worst()
+
+
+def _hypervolumes(
+    evaluations: Sequence[Evaluation], objectives: Sequence[Objective], constraints: Sequence[Constraint], number: int
+) -> list[float]:
+    """After each generation, in units of the box between the best and the worst of the first."""
+    values, generation = costs(evaluations, objectives), np.array([e.generation for e in evaluations])
+    usable = np.isfinite(values).all(axis=1)
+    first = values[usable & (generation == 0)]
+    best, size = first.min(0), np.where(np.ptp(first, axis=0) > 0, np.ptp(first, axis=0), 1.0)
+    worst = (first.max(0) - best) / size
+    usable &= ~(violations(evaluations, constraints) > 0).any(axis=1) & np.array([e.full for e in evaluations])
+    return [hypervolume((values[usable & (generation <= g)] - best) / size, worst) for g in range(number)]

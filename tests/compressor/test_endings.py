@@ -1,0 +1,98 @@
+"""What a command says at its end, and that a further format is added to what a run has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import run
+from compressor.pipeline import added
+from compressor.recipe import Recipe, read_recipe
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("endings")
+    recipe = "searching: {population: 4, warm_start: [], objectives: [quality, parameters, held_out_loss]}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    command = [
+        "compress", str(tiny.checkpoint(folder / "model")), "--recipe", str(folder / "recipe.yaml"),
+        "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
+        "--include-path", str(tiny.task(folder / "tasks", documents=40, solved=True)), "--output", str(folder / "run"),
+        "--train-tokens", "0", "--heal-tokens", "0", "--evaluations", "10", "--limit", "12", "--max-params", "0.8",
+        "--repair", "off",
+    ]  # fmt: skip
+    assert run(command) == 0
+    return folder / "run"
+
+
+def test_a_further_format_is_added(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["export", str(made), "--format", "padded"]) == 0
+    said = capsys.readouterr().err
+    assert f"package: {made}/packages/best, " in said and f"package: {made}/packages/best-padded, " in said
+    assert "quality" in said and f"next: compressor report {made}" in said
+    assert run(["export", str(made), "--format", "uniform"]) == 0  # which nothing was picked for yet
+    assert run(["report", str(made)]) == 0
+    said = capsys.readouterr().err
+    report = json.loads((made / "report.json").read_text())
+    assert [row["name"] for row in report["packages"]] == ["best", "best-padded", "best-uniform"]
+    assert (
+        report["recipe"]["formats"] == read_recipe(made / "recipe.yaml", {}).formats == ["uneven", "padded", "uniform"]
+    )
+    assert f"next: compressor verify {made}/packages/best" in said
+
+
+def test_an_elastic_package_is_written_proved_scored_and_cut(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(made), "--format", "elastic"]) == 0
+    assert run(["report", str(made)]) == 0
+    elastic = made / "packages" / "best-elastic"
+    (package,) = (p for p in json.loads((made / "report.json").read_text())["packages"] if p["name"] == "best-elastic")
+    proved = package["verified"]["sizes"]
+    assert len(proved) == min(3, len(package["sizes"])) and {"1.00", package["default_size"]} < set(proved)
+    for size in package["sizes"]:
+        assert (size["report_quality"] is not None) == (size["name"] in proved)
+    by_name = {size["name"]: size for size in package["sizes"]}
+    assert by_name["1.00"]["report_quality"] == 1.0  # untrained: the whole is the base
+    assert by_name[package["default_size"]]["report_quality"] == package["quality"]
+    assert "## Its sizes" in (elastic / "README.md").read_text()
+    smallest = min(package["sizes"], key=lambda size: size["params"])
+    capsys.readouterr()
+    assert run(["slice", str(elastic), str(tmp_path / "cut"), "--max-params", str(smallest["params"])]) == 0
+    assert f"package: {tmp_path / 'cut'}, " in capsys.readouterr().err
+    assert run(["verify", str(tmp_path / "cut")]) == 0
+    assert run(["slice", str(elastic), str(tmp_path / "other"), "--max-params", "100"]) == 2
+    assert "the smallest size" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert run(["slice", str(made / "packages" / "best"), str(tmp_path / "other"), "--max-params", "0.5"]) == 2
+    assert "--format elastic" in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_stage_says_where_its_work_is_and_what_is_next(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, here, following in (("search", "front.json", "pick"), ("pick", "picks.json", "export")):
+        assert run([command, str(made)]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert any(f"{made}/search/{here}" in line for line in lines)
+        assert lines[-1].startswith(f"next: compressor {following} {made}")
+
+
+def test_a_repair_and_an_elastic_package_exclude_one_another(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = made.parent
+    command = [
+        "compress", str(place / "model"), "--data", str(place / "data.jsonl"), "--tasks", "tiny_choice",
+        "--include-path", str(place / "tasks"), "--output", str(tmp_path / "run"), "--format", "elastic",
+    ]  # fmt: skip
+    assert run([*command, "--repair", "on"]) == 2
+    assert "--format elastic: holds one set of weights" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_named_twice_is_added_once() -> None:
+    recipe = Recipe(model="m", formats=["uneven", "gguf"])
+    assert added(recipe, {"formats": "padded,gguf"}) == {"formats": ["uneven", "gguf", "padded"]}
+    assert added(recipe, {"quantizing.schemes": ["int8"], "seed": 1}) == {"quantizing.schemes": ["int8"], "seed": 1}
