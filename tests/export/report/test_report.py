@@ -365,3 +365,17 @@ def test_a_long_run_of_a_deep_model_stays_under_a_megabyte(depth: int, measured:
     assert len(data["items"]) == measured + 3  # the base, and two of the comparison
     words = [row[data["columns"].index("layers")] for row in data["items"]]
     assert [len(word) for word in words if word] == [depth * data["digits"]] * (measured + 1)
+
+
+def test_the_sizes_of_an_elastic_package_are_listed() -> None:
+    report = full_report()
+    packages = list(report["packages"])
+    small = {"name": "0.50", "architecture": packages[0]["architecture"], "params": 1_500_000}
+    measured = small | {"name": "0.67", "quality": 0.912, "quality_stderr": 0.02, "report_quality": 0.9}
+    packages[0] = packages[0] | {"layout": "elastic", "sizes": [measured, small], "default_size": "0.67"}
+    page = Page(render_html(validate_report(report | {"packages": packages})))
+    assert f"Sizes of {packages[0]['name']}" in page.text
+    rows = " ".join(page.text.split())
+    assert re.search(r"0\.67 1\.50 M 91\.2 ?% ± 2\.0 90\.0 ?% – –", rows), rows[:3000]
+    assert re.search(r"0\.50 1\.50 M – – – –", rows)
+    assert "Sizes of" not in Page(render_html(validate_report(full_report()))).text
