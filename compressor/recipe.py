@@ -206,9 +206,8 @@ class Vocabulary(Section):
     @classmethod
     def _text_as_size(cls, values: Any) -> Any:
         """A size that is the name of a text means auto on that text."""
-        if isinstance(values, dict) and isinstance(size := values.get("size"), str) and not is_size(size):
-            if values.get("text") is not None or not ("/" in size or "." in size or Path(size).exists()):
-                raise ValueError(f"'{size}' is no size of a vocabulary; write a share (0.5), a number (24k) or auto")
+        size = values.get("size") if isinstance(values, dict) and values.get("text") is None else None
+        if isinstance(size, str) and not is_size(size) and ("/" in size or "." in size or Path(size).exists()):
             return {**values, "size": AUTO, "text": size}
         return values
 

@@ -186,7 +186,8 @@ def test_two_processes_share_the_writing(tmp_path: Path) -> None:
             "from tests.compressor.test_generated import job_of",
             "from compressor.inputs import training_blocks",
             f"job = job_of(Path({str(tmp_path / 'two')!r}))",
-            "print(training_blocks(job, 800).fingerprint, job.accelerator.process_index)",
+            "line = f'{training_blocks(job, 800).fingerprint} {job.accelerator.process_index}\\n'",
+            "print(line, end='', flush=True)",  # in one piece: two processes print
         ]
     )
     (tmp_path / "write.py").write_text(text)

@@ -299,7 +299,7 @@ def test_a_broken_record_is_named(package: Path, text: str) -> None:
     [
         ("entry", "layout", None, "entry.layout is missing"),
         ("entry", "layout", "onxx", "entry.layout is wrong: Input should be 'uneven', "),
-        ("entry", "quantization", "int3", "entry.quantization is wrong: Input should be 'int8', "),
+        ("entry", "quantization", "int7", "entry.quantization is wrong: Input should be 'int8', "),
         ("entry", "architecture", {}, "entry.architecture is wrong: not an architecture"),
         ("files", "config.json", "abc", r"files\.config\.json is wrong"),
         ("files", "../config.json", {"sha256": "", "bytes": 1}, r"outside the package, \.\./config\.json"),

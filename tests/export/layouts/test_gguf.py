@@ -245,7 +245,7 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
     def job(family: str, *formats: str) -> Any:
         config = tiny_member(family).config
         return SimpleNamespace(
-            recipe=SimpleNamespace(formats=formats, quantizing=SimpleNamespace(schemes=[])),
+            recipe=SimpleNamespace(formats=formats, quantizing=SimpleNamespace(schemes=[], bits=None, embedding=None)),
             checkpoint=SimpleNamespace(config=config),
             structure=describe(config),
             tokenizer=tiny_tokenizer(),
@@ -449,7 +449,12 @@ def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch:
 
 def test_the_file_is_the_whole_package(tmp_path: Path) -> None:
     entry = write(tmp_path / "p", EVEN, gguf_type="f16", card="# A card\n").entry
-    assert {p.name for p in (tmp_path / "p").iterdir()} == {"model-f16.gguf", "compression.json", "README.md"}
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {
+        "model-f16.gguf",
+        "compression.json",
+        "README.md",
+        "Modelfile",
+    }
     assert entry.file == "model-f16.gguf" and entry.bytes == (tmp_path / "p" / entry.file).stat().st_size
     assert 0 < entry.bytes - 2 * entry.params < 60_000
 

@@ -1,4 +1,4 @@
-"""What the README shows does what it says."""
+"""What the pages show of loading a package does what it says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.support.export_networks import UNEVEN, cut, tiny_llama, write_tiny
 def test_the_lines_that_load_a_package_ask_no_question(tmp_path: Path) -> None:
     package = write_tiny(tmp_path / "package", UNEVEN, cut(tiny_llama(), UNEVEN), layout="uneven")
     (lines,) = (
-        block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Auto" in block
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "packages.md").read_text(), re.S)
+        if "Auto" in block
     )
     code = (
         lines.replace("runs/mine/packages/best", str(package.folder)) + "print(type(model).__name__, len(tokenizer))\n"
