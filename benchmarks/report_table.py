@@ -45,7 +45,7 @@ def print_packages(report: Report) -> None:
         )
 
     print_entry("base", base)
-    for package in report.packages:
+    for package in [*report.quantized_base, *report.packages]:
         print_entry(package.name, package)
     notes = [f"Speed: {base.speed.where}, {base.speed.workload}."] if base.speed else []
     if report.search:
