@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from export.models import Model
-from supernet.common.errors import reading
+from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
 from supernet.common.formatting import duration
 from supernet.common.progress import kept, left_of_all, say, working
@@ -110,6 +110,7 @@ class Schedule:
             return
         planned = [stage for stage, seconds in self.expected.items() if seconds]
         first = name not in self.times
+        ended_before = not first and self.times[name].ended
         if name in planned and first:
             say(f"[{planned.index(name) + 1} of {len(planned)}] {name}; {left_of_all()}")
         self.add(name, 0.0, ended=False)  # whoever goes on later must know that it began
@@ -118,9 +119,10 @@ class Schedule:
         try:
             with working(name):
                 yield
-        except BaseException:
+        except BaseException as error:
+            refused = isinstance(error, RequestError)  # then what was done before stands
             with contextlib.suppress(OSError):  # the first cause is what the user needs to see
-                self.add(name, time.monotonic() - began, ended=False)
+                self.add(name, time.monotonic() - began, ended=ended_before and refused)
             raise
         else:
             self.add(name, time.monotonic() - began, ended=True)

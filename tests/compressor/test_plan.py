@@ -307,6 +307,12 @@ def test_schedule_counts_down(tmp_path: Path) -> None:
     assert again.over("healing")
     again.expected = schedule.expected
     assert again.left() == 0.0
+    for error, stands in ((RequestError, True), (ZeroDivisionError, False)):  # what is refused undoes nothing
+        with pytest.raises(error), again.stage("proving"):
+            raise error
+        assert again.times["proving"].ended is stands
+    with again.stage("proving"):
+        pass
     done = Schedule(tmp_path / "times.json")
     done.expected = schedule.expected
     assert done.left() is None  # all of it was done before
