@@ -74,7 +74,7 @@ def check_generated(job: Job) -> None:
 
 def check_ordering(job: Job) -> None:
     """Refuse an ordering of another network."""
-    ordering = job.recipe.ordering
+    ordering = job.ordering
     if Path(ordering).suffix == ".safetensors":
         load_ordering(Path(ordering), job.structure)
 

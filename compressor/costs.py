@@ -191,8 +191,8 @@ def _writing(counts: _Counts, rates: Rates) -> StageCost:
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     """Once over the calibration text, for the units' importance and the layers' together; some criteria go back too."""
     tokens = calibration_blocks(counts.job) * counts.length
-    ordering = counts.recipe.finetuning.ordering or ("surgeon" if counts.repaired_tokens else "wanda")
-    each = {"taylor": rates.train, "learned": rates.train, "surgeon": 2 * rates.teach}.get(ordering, rates.teach)
+    dearer = {"taylor": rates.train, "learned": rates.train, "surgeon": 2 * rates.teach}
+    each = dearer.get(counts.job.ordering, rates.teach)
     stored = 0.0 if counts.train_tokens else float(counts.base * counts.job.stored_dtype.itemsize)
     return StageCost("ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each + stored / DISK_RATE, disk=stored)
 
@@ -288,7 +288,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     seconds += PROCESS + several_bases * (start + samples + tuned)
     seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
-    disk = counts.picks * counts.base * counts.share * bits / 8
+    disk = counts.picks * counts.base * counts.share * bits / 8 + counts.bases * counts.base
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
 
 

@@ -47,8 +47,8 @@ def check_names(recipe: Recipe, redo: str | None = None) -> None:
     for key, name, known in named:
         if name not in known:
             raise unknown(key, name, known)
-    ordering = recipe.ordering
-    if Path(ordering).suffix != ".safetensors" and ordering not in names.ORDERINGS:
+    ordering = finetuning.ordering
+    if ordering is not None and Path(ordering).suffix != ".safetensors" and ordering not in names.ORDERINGS:
         raise unknown("finetuning.ordering", ordering, names.ORDERINGS, also=", or a .safetensors file")
     if isinstance(space, str) and Path(space).suffix not in (".yaml", ".yml") and space not in names.SPACES:
         raise unknown("--space", space, names.SPACES, also=", or a YAML file")

@@ -70,7 +70,6 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
     for pick in read_picks(job) if run.picks.is_file() else []:
         names.setdefault(pick["key"], []).append(pick["name"])
     speeds, losses = measured_speedups(run), held_out_losses(job, list(evaluations.values()))
-    full = job.structure.parameters(job.structure.base)
     rows = []
     for key in read_front(run.front)["front"]:
         architecture, values = evaluations[key].architecture, evaluations[key].values
@@ -78,7 +77,7 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
             FrontRow(
                 key=key,
                 parameters=int(values["parameters"]),
-                share=values["parameters"] / full,
+                share=values["parameters"] / job.untouched_parameters,
                 bytes=job.structure.bytes(architecture, smallest_storage(job, architecture)),
                 decode_tps=values.get("decode_tps"),
                 speedup=values.get("speedup"),

@@ -90,11 +90,10 @@ class Job:
         vocabulary to (`use_base`)."""
         if self.recipe.vocabulary.size is None:
             return self._open_named()
-        if self.weights:
-            if (self.run.base / VOCABULARY).is_file():
-                return self.cut_checkpoint(self.run.base)
-            if self.run.manifest(self.run.supernet) is not None:
-                raise RequestError(f"{self.run.base}: the base of this run is missing; compress again to make it anew")
+        if (self.run.base / VOCABULARY).is_file():
+            return self.cut_checkpoint(self.run.base)
+        if self.run.manifest(self.run.supernet) is not None:
+            raise RequestError(f"{self.run.base}: the base of this run is missing; compress again to make it anew")
         return self.untouched
 
     def cut_checkpoint(self, folder: Path) -> Checkpoint:
@@ -296,7 +295,7 @@ class Job:
         for recipe in (self.given, self.recipe):
             finetuning, healing = recipe.finetuning, recipe.healing
             recipe.repair.enabled = self.repairs
-            finetuning.ordering = recipe.ordering
+            finetuning.ordering = self.ordering
             if finetuning.learning_rate is None:
                 adapters = finetuning.parameters == "lora"
                 finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
@@ -309,12 +308,22 @@ class Job:
         """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained and
         no elastic package is asked for, which has one set of weights for all sizes."""
         enabled = self.recipe.repair.enabled
-        if enabled is None and self.run.recipe_file.is_file():
-            enabled = self.run.recipe().repair.enabled
+        if enabled is None:
+            enabled = self._repaired_so_far
         if enabled is None:
             little = self.recipe.trains_little(self.structure.parameters(self.structure.base))
             return little and "elastic" not in self.recipe.formats
         return enabled
+
+    @cached_property
+    def _repaired_so_far(self) -> bool | None:
+        """Whether the run began with a repair; None where it has not begun."""
+        return self.run.recipe().repair.enabled if self.run.recipe_file.is_file() else None
+
+    @property
+    def ordering(self) -> str:
+        """How units are ordered: as the recipe says, else by what does best with the repair, or without it."""
+        return self.recipe.finetuning.ordering or ("surgeon" if self.repairs else "wanda")
 
     @cached_property
     def weight_scale(self) -> float | None:

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from compressor.names import recipes
+from compressor.names import FORMATS, recipes
 from export.quantization.schemes import EmbeddingBits, SchemeName
 from search.preference import Preference
 from supernet.common.errors import RequestError, did_you_mean, reading
@@ -32,28 +32,6 @@ from supernet.common.files import read_text, write_text
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
 from supernet.vocabulary import AUTO, is_size, parse_size
-
-Layout = Literal[
-    "uneven",
-    "uniform",
-    "padded",
-    "elastic",
-    "gguf",
-    "gguf-f32",
-    "gguf-bf16",
-    "gguf-q8_0",
-    "gguf-q6_k",
-    "gguf-q5_k",
-    "gguf-q5_1",
-    "gguf-q4_k",
-    "gguf-iq4_nl",
-    "gguf-q4_0",
-    "gguf-q3_k",
-    "gguf-q2_k",
-    "onnx",
-    "openvino",
-]
-
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -433,9 +411,9 @@ class Recipe(Section):
     repair: Repair = Field(default_factory=Repair)
     healing: Healing = Field(default_factory=Healing)
     quantizing: Quantizing = Field(default_factory=Quantizing)
-    formats: Annotated[list[Layout], BeforeValidator(_listed)] = Field(default=["uneven"])
-    """Layouts of the packages: `uneven`, `uniform`, `padded`, `gguf` (f16; or `gguf-` and one of `f32`, `bf16`, `q8_0`,
-    `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`), `onnx`, `openvino`."""
+    formats: Names = Field(default=["uneven"])
+    """Layouts of the packages: `uneven`, `uniform`, `padded`, `elastic`, `gguf` (f16; or `gguf-` and one of `f32`,
+    `bf16`, `q8_0`, `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`), `onnx`, `openvino`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None
@@ -467,6 +445,16 @@ class Recipe(Section):
         section, _, key = OPEN[name].partition(".")
         setattr(getattr(self, section), key, value)
 
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: list[str]) -> list[str]:
+        for name in formats:
+            if name not in FORMATS:
+                raise ValueError(
+                    f"'{name}' is unknown{did_you_mean(name, FORMATS, 1) or '; see compressor list formats'}"
+                )
+        return formats
+
     @field_validator("key")
     @classmethod
     def _named(cls, key: str | None) -> str | None:
@@ -478,11 +466,6 @@ class Recipe(Section):
         if source is not None and is_generated(source):
             generated_limit(source)
         return source
-
-    @property
-    def ordering(self) -> str:
-        """How units are ordered: the criterion that does best with the repair, or without it."""
-        return self.finetuning.ordering or ("surgeon" if self.repair.enabled else "wanda")
 
     def trains_little(self, parameters: int) -> bool:
         """Whether so few tokens are read for so many parameters that repair gains more than it gets in the way of."""

@@ -35,7 +35,7 @@ def inspect(model: Model, given: Given, recipe: RecipeFile = None, json: Json = 
     from compressor.run import Run
 
     with working("looking at the network"):
-        job = Job(Run(Path()), asked.resolved(), weights=False)
+        job = Job(Run(Path("no run")), asked.resolved(), weights=False)
         facts = inspect_job(job)
         if asked.vocabulary.size is not None:
             from compressor.stages.trimming import sizes

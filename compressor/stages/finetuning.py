@@ -62,11 +62,11 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
         "seed": recipe.seed,
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
-        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.ordering}
+        inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.finetuning.ordering}
     if recipe.text_key is not None:
         inputs["text_key"] = recipe.text_key
-    if recipe.ordering not in IMPORTANCES:
-        inputs["ordering_file"] = data_fingerprint(recipe.ordering)
+    if job.ordering not in IMPORTANCES:
+        inputs["ordering_file"] = data_fingerprint(job.ordering)
     return inputs
 
 
@@ -125,7 +125,7 @@ def finetune(job: Job) -> dict[str, Any]:
             model = job.load_base(torch.float32)  # one that is whole, to be stored
             model.load_state_dict(state)
         if run.writes:
-            save_ordering(order, influence, folder / "ordering.safetensors", recipe.ordering)
+            save_ordering(order, influence, folder / "ordering.safetensors", job.ordering)
             # As stored, so that what is searched is what will be shipped, bit for bit.
             trained = logits_of(model, ids)
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
@@ -181,7 +181,7 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Or
 
     `ordering` names a criterion, which is measured on the first blocks of the data, or a file that another run left.
     """
-    named = job.recipe.ordering
+    named = job.ordering
     if named in IMPORTANCES:
         say(f"ordering units by importance ({named}) on {calibration_blocks(job)} blocks of the data")
         scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks))

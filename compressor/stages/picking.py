@@ -12,6 +12,7 @@ from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.searching import current_front
 from export.layouts.table import copies_hold
+from export.report.alternatives import in_words
 from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.architecture import Architecture
@@ -137,16 +138,18 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
         "weights": job.run.supernet_weights,
         "bits": None,
     }
-    say(f"picked {name}: {described(job, chosen)} (key {chosen.key[:8]}){bits}")
+    base_tps = read_front(job.run.front)["base_decode_tps"]
+    say(f"picked {name}: {described(job, numbers(job, chosen, base_tps))} (key {chosen.key[:8]}){bits}")
     if found is None:
         return row
     row["prefer"] = job.recipe.prefer
     row["others"] = []
     for preference, other in found.by_preference.items():
         if other.key != chosen.key:
-            row["others"].append({"prefer": preference} | numbers(job, other))
+            known = numbers(job, other, base_tps)
+            row["others"].append({"prefer": preference} | known)
             say(
-                f"  by {preference} it would be {described(job, other)}: compressor pick {job.run.path} "
+                f"  by {preference} it would be {described(job, known)}: compressor pick {job.run.path} "
                 f"--prefer {preference}, then compressor export {job.run.path}"
             )
     row["finalists"] = [network_of(choice) for choice in finalists(job, chosen, found)]
@@ -169,32 +172,20 @@ def network_of(choice: Choice) -> dict[str, Any]:
     return {"architecture": architecture.to_dict(), "key": choice.key, "values": dict(choice.evaluation.values)}
 
 
-def numbers(job: Job, choice: Choice) -> dict[str, Any]:
-    """What is known of a choice, as picks.json holds it."""
-    base = read_front(job.run.front)["base_decode_tps"]
+def numbers(job: Job, choice: Choice, base_tps: float) -> dict[str, Any]:
+    """What is known of a choice, as picks.json holds it; `base_tps`: the base's decode speed by its layers' timings."""
     return {
         "key": choice.key,
         "parameters": choice.evaluation.values["parameters"],
         "quality": choice.evaluation.values["quality"],
         "held_out_loss": None if choice.loss is None else choice.loss.value,
-        "speedup": None if choice.decode_tps is None else choice.decode_tps / base,
+        "speedup": None if choice.decode_tps is None else choice.decode_tps / base_tps,
     }
 
 
-def described(job: Job, choice: Choice) -> str:
-    """A choice in words: its size, its quality and loss, and how fast it should be."""
-    values = choice.evaluation.values
-    share = values["parameters"] / job.untouched_parameters
-    parts = [
-        f"{values['parameters']:,.0f} parameters ({share:.3f} of the base)",
-        f"quality {values['quality']:.3f} on the search documents",
-    ]
-    if choice.loss is not None:
-        parts.append(f"held-out loss {choice.loss.value:.3f}")
-    if choice.decode_tps is not None:
-        base = read_front(job.run.front)["base_decode_tps"]
-        parts.append(f"{choice.decode_tps / base:.2f} times as fast as the base by its layers' timings")
-    return ", ".join(parts)
+def described(job: Job, row: dict[str, Any]) -> str:
+    """What `numbers` knows, in words."""
+    return in_words(row["parameters"], job.untouched_parameters, row["quality"], row["held_out_loss"], row["speedup"])
 
 
 def say_what_is_nearest(job: Job, size: int, picked: float, evaluations: list[Evaluation]) -> None:

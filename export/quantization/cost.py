@@ -32,9 +32,9 @@ def step_seconds(model: PreTrainedModel, length: int, sequences: int = BATCH) ->
     """Seconds of one AutoRound step of one block of a network, on its device, on `sequences` of `length` tokens.
 
     A tuning of `iterations` steps of each block takes this times iterations, blocks and schemes, beside what loading
-    and storing takes. What is timed is what a step does (SignRound, arXiv 2309.05516, eq. 3 to
-    5): the weights of the first block are rounded with an offset of each weight and two factors of each scale, the
-    block computes the sequences, and the error of its output is differentiated with respect to these.
+    and storing takes. What is timed is what a step does (SignRound, arXiv 2309.05516, eq. 3 to 5): the weights of the
+    first block are rounded with an offset of each weight and two factors of each scale, the block computes the
+    sequences, and the error of its output is differentiated with respect to these.
     """
     block = next(iter(model.get_submodule(family_of_standalone(model.config).layers).children()))
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

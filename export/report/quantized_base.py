@@ -1,4 +1,4 @@
-"""Whether pruning was worth it: the compressed networks beside the base itself in few bits, in words."""
+"""Whether pruning gained anything: the compressed networks beside the base itself in few bits, in words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quantized_base_sentences(report: Report) -> list[str]:
     return [
         f"The {best.label} takes {size(best.bytes)} on disk, no more than {package.label} ({size(package.bytes)}), and "
         f"keeps {percent(best.quality)} of the quality instead of {percent(package.quality)}: at these bytes, pruning "
-        "was not worth it."
+        "gained nothing."
         for package, best in beaten
     ]
 

@@ -81,10 +81,10 @@ def test_names_of_spaces_criteria_and_methods_are_no_files(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for name in ("fine", "wanda", "blockwise", "m"):
         (tmp_path / name).mkdir()
-    recipe = read_recipe(None, {"model": "m"})
+    recipe = read_recipe(None, {"model": "m", "finetuning.ordering": "wanda"})
     assert set(remembered(recipe, tmp_path / "run")) == {"m"}
     here = localized(recipe, tmp_path / "run", remembered(recipe, tmp_path / "run"))
-    assert (here.space, here.ordering) == ("fine", "wanda") and here.model == str(tmp_path / "m")
+    assert (here.space, here.finetuning.ordering) == ("fine", "wanda") and here.model == str(tmp_path / "m")
 
 
 def test_what_was_local_is_refused_where_it_is_gone(tmp_path: Path) -> None:

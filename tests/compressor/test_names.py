@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
 
 from compressor import names
 from compressor.front_table import ORDERS
-from compressor.recipe import Layout
 from evals.baselines import baselines
 from evals.warm_starts import warm_start_methods
+from export.layouts.table import LAYOUTS
 from search.algorithms import algorithms
 from search.presets import PRESETS
 from supernet.importance import IMPORTANCES
@@ -33,7 +32,7 @@ def test_names_are_those_of_the_tables() -> None:
     assert set(names.WARM_STARTS) == set(warm_start_methods())
     assert set(names.BASELINES) == set(baselines())
     assert tuple(ORDERS) == names.FRONT_ORDERS
-    assert set(names.FORMATS) == set(get_args(Layout))
+    assert set(names.FORMATS) == set(LAYOUTS)
 
 
 def test_lm_evals_tasks_are_found_without_lm_eval() -> None:

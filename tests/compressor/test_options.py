@@ -11,7 +11,8 @@ import pytest
 
 from compressor.cli import run
 from compressor.cli.options import BY_EFFORT, RECIPE_OPTIONS
-from compressor.recipe import Layout, Recipe, keys, read_recipe
+from compressor.names import FORMATS
+from compressor.recipe import Recipe, keys, read_recipe
 from tests.support import ROOT, tiny
 
 
@@ -39,7 +40,7 @@ def test_the_values_in_the_help_are_the_recipes() -> None:
         section, _, name = option.key.rpartition(".")
         model = Recipe.model_fields[section].annotation if section else Recipe
         values = get_args(getattr(model, "model_fields")[name].annotation)  # noqa: B009 - its type is not known
-        for value in [*values, *(get_args(Layout) if name == "formats" else ())]:
+        for value in [*values, *(FORMATS if name == "formats" else ())]:
             if isinstance(value, str):
                 assert value in option.help, option.key
 

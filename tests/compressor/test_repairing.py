@@ -133,6 +133,6 @@ def test_what_is_trained_little_is_repaired(tmp_path: Path) -> None:
     assert not job("a", data=None).recipe.repair.enabled
     assert job("a", **{"repair.enabled": True, "healing.tokens": size}).recipe.finetuning.ordering == "surgeon"
     assert not job("a", **{"repair.enabled": False}).recipe.repair.enabled
-    assert job("a", **{"finetuning.ordering": "taylor"}).recipe.ordering == "taylor"
+    assert job("a", **{"finetuning.ordering": "taylor"}).ordering == "taylor"
     Run.create(tmp_path / "b", much.given, {}, {})
     assert not job("b").recipe.repair.enabled

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.cli import run
+from compressor.front_table import front_rows
 from compressor.job import Job
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
@@ -113,6 +114,15 @@ def test_every_package_is_proved_with_its_splits(made: Made) -> None:
     loaded, whole = (AutoTokenizer.from_pretrained(folder) for folder in (cut[0], made.model))
     for text in texts(40, 9, odd=0.3):
         assert loaded.decode(loaded(text).input_ids) == whole.decode(whole(text).input_ids)
+
+
+def test_the_front_is_of_the_cut_network(made: Made) -> None:
+    """Its sizes are those of the packages, and shares of the untouched base."""
+    job = made.job()
+    picked = read_record(made.run / "packages" / "best").entry
+    (row,) = (row for row in front_rows(made.run) if row.picked)
+    assert row.parameters == picked.params and row.key == picked.architecture.key
+    assert row.share == pytest.approx(picked.params / job.untouched_parameters)
 
 
 def test_a_tokenizer_that_was_changed_is_found_out(made: Made, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_base_in_few_bits_that_is_better_at_equal_bytes_is_named() -> None:
     assert len(sentences) == 2 and verdict(report)[-2:] == sentences
     assert sentences[1] == (
         "The base INT4 takes 800 kB on disk, no more than compressed INT8 (900 kB), and keeps 97.0 % of the quality "
-        "instead of 88.9 %: at these bytes, pruning was not worth it."
+        "instead of 88.9 %: at these bytes, pruning gained nothing."
     )
 
 
