@@ -248,41 +248,12 @@ def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[
     by_half = projections(supernet)
     walk = LayerWalk(supernet, batches)
     adds = bool(batches) and residual_scale(supernet, batches[0][:1]) is not None
-    first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
+    lengths = [batch.shape[1] for batch in batches]
+    rows = [(length, sum(map(len, batches[:n]))) for n, length in enumerate(lengths)]
     few: list[tuple[int, int]] = []
-    for index, layer in enumerate(supernet.layers):
+    for index in range(len(supernet.layers)):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
-        halves = supernet.halves(index) if adds else {}
-        sums: dict[Half, tuple[Sums, Sums]] = {}
-        read: dict[Half, Tensor] = {}
-        said: dict[Half, Tensor] = {}
-
-        def reads(half: Half, read: dict[Half, Tensor] = read) -> Callable[..., None]:
-            return lambda _, inputs: read.update({half: inputs[0].detach().flatten(0, -2)})
-
-        def says(half: Half, said: dict[Half, Tensor] = said) -> Callable[..., None]:
-            return lambda _, __, output: said.update({half: first_of(output).detach().flatten(0, -2)})
-
-        def collect(
-            *_: object,
-            sums: dict[Half, tuple[Sums, Sums]] = sums,
-            read: dict[Half, Tensor] = read,
-            said: dict[Half, Tensor] = said,
-        ) -> None:
-            """At the layer's end, where both half-blocks have run."""
-            for half, x in read.items():
-                other = said.get(OTHER[half])
-                if half not in sums:
-                    shape = x.shape[1], 0 if other is None else other.shape[1], x.device
-                    sums[half] = Sums(*shape), Sums(*shape)
-                held = is_held_out(len(x), batches[walk.number].shape[1], first_rows[walk.number]).to(x.device)
-                for part, chosen in zip(sums[half], (~held, held), strict=True):
-                    part.add(x[chosen], None if other is None else other[chosen])
-
-        hooks = [p.module.register_forward_pre_hook(reads(half)) for half, p in here.items()]
-        hooks += [module.register_forward_hook(says(half)) for half, module in halves.items()]
-        with Hooks([*hooks, layer.register_forward_hook(collect)]):
-            walk.step(index)
+        sums = _sums_of_layer(supernet, walk, index, here, supernet.halves(index) if adds else {}, rows)
         moments = {half: _moments(here[half], *pair) for half, pair in sums.items()}
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
         yield index, moments
@@ -292,6 +263,45 @@ def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[
             f"warning: repair: {tokens:,} calibration tokens are fewer than the {inputs:,} inputs of {len(few)} "
             "projections; what is refitted stays nearer to the plain slice (more: repair.tokens)"
         )
+
+
+def _sums_of_layer(
+    supernet: SuperNetwork,
+    walk: LayerWalk,
+    index: int,
+    here: Mapping[Half, Projection],
+    adding: Mapping[Half, nn.Module],
+    rows: Sequence[tuple[int, int]],
+) -> dict[Half, tuple[Sums, Sums]]:
+    """Take a walk through a layer. Sums of what each of its projections reads and of what the other half-block, where
+    it is among those `adding`, puts out meanwhile: over the tokens to fit to, and over those held out. `rows` has the
+    length of each batch's rows and the number of its first."""
+    sums: dict[Half, tuple[Sums, Sums]] = {}
+    read: dict[Half, Tensor] = {}
+    said: dict[Half, Tensor] = {}
+
+    def reads(half: Half) -> Callable[..., None]:
+        return lambda _, inputs: read.update({half: inputs[0].detach().flatten(0, -2)})
+
+    def says(half: Half) -> Callable[..., None]:
+        return lambda _, __, output: said.update({half: first_of(output).detach().flatten(0, -2)})
+
+    def collect(*_: object) -> None:
+        """At the layer's end, where both half-blocks have run."""
+        for half, x in read.items():
+            other = said.get(OTHER[half])
+            if half not in sums:
+                shape = x.shape[1], 0 if other is None else other.shape[1], x.device
+                sums[half] = Sums(*shape), Sums(*shape)
+            held = is_held_out(len(x), *rows[walk.number]).to(x.device)
+            for part, chosen in zip(sums[half], (~held, held), strict=True):
+                part.add(x[chosen], None if other is None else other[chosen])
+
+    hooks = [p.module.register_forward_pre_hook(reads(half)) for half, p in here.items()]
+    hooks += [module.register_forward_hook(says(half)) for half, module in adding.items()]
+    with Hooks([*hooks, supernet.layers[index].register_forward_hook(collect)]):
+        walk.step(index)
+    return sums
 
 
 def _moments(projection: Projection, training: Sums, held: Sums) -> Moments:

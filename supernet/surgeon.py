@@ -12,6 +12,8 @@ several at a time as is done here). Of two neurons that say the same, Wanda keep
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def removal_errors(projection: Projection, moments: Moments, units: int) -> Tens
     refitted, summed up to it: [units], float64, least for the one that goes first. A unit is as many inputs, one behind
     the other, as there are inputs by `units`."""
     second = moments.of(projection.bias() is not None)
-    ridge = moments.ridge if moments.ridge < 1 else RIDGE
+    ridge = moments.ridge if isfinite(moments.ridge) else RIDGE
     inverse = torch.cholesky_inverse(factorised(second, ridge))
     return removed_in_turn(projection.weight().to(inverse.device), inverse, units)
 
