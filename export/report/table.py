@@ -103,7 +103,7 @@ def notes(report: Report) -> list[str]:
     if speeds:
         lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
     lines += vocabulary_notes(report)
-    if any(decompressed_at_load(package) for package in report.packages):
+    if any(decompressed_at_load(package) for package in [*report.packages, *report.quantized_base]):
         lines.append(f"* {DECOMPRESSED}")
     stamps = {score.stamp for row in report.rows for score in row.tasks.values()}
     if "near chance" in stamps:

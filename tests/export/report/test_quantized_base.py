@@ -1,4 +1,4 @@
-"""Whether pruning was worth it, in words."""
+"""Whether pruning gained anything, in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from export.report.card import render_card
 from export.report.quantized_base import better_base, quantized_base_sentences
 from export.report.schema import Report, validate_report
-from export.report.table import terminal_table
+from export.report.table import measured_in, notes, terminal_table
 from export.report.verdict import verdict
 from tests.support.report_helpers import full_report
 
@@ -44,6 +44,14 @@ def test_a_package_that_no_base_beats_is_not_blamed() -> None:
             "No package is beaten by the base itself in few bits at equal bytes."
         ]
     assert quantized_base_sentences(validate_report(full_report())) == []
+
+
+def test_a_star_of_the_base_has_its_note_where_no_package_is_quantized() -> None:
+    report = with_base()
+    unquantized = report.model_copy(update={"packages": report.packages[:1]})
+    (base,) = unquantized.quantized_base
+    assert measured_in(base).endswith("*") and not measured_in(unquantized.packages[0]).endswith("*")
+    assert any(note.startswith("* ") for note in notes(unquantized))
 
 
 def test_it_is_a_row_of_every_table() -> None:
