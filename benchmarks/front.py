@@ -160,7 +160,9 @@ def compared(run: Callable[[], Job], names: list[str]) -> dict[str, Any]:
     comparison = SizeComparison(job, size, picks["quality"], job.load_supernet(), base, calibration, long)
     files: dict[str, Path] = {}
     for preference, architecture in picks.items():
-        method = Method(named(preference), f"ours, {preference} preferred", cut_to(architecture), trained=True)
+        method = Method(
+            named(preference), f"ours, {preference} preferred", cut_to(architecture), trained=True, repaired=True
+        )
         (files[method.name],) = run_method(comparison, method, 1, job.recipe.healing.tokens or 0, short)
     for name in names:
         try:

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import Measurements, make_parser, print_header, print_row, timed
 from compressor import demo
-from evals.speed.measured import time_beside
+from evals.speed.measured import Reference
 from evals.speed.table import PartTimes, SpeedTable
 from search.sampling import sample_near
 from search.space import SearchSpace
@@ -76,11 +76,11 @@ def main() -> None:
         return {"seconds": seconds, "prefill": asdict(table.prefill), "decode": asdict(table.decode)}
 
     measurements.measure(results, "table", measure_table)
-    reference = cut(structure.base)
+    reference = Reference(cut(structure.base), rounds=arguments.rounds, batch=1, prompt=128, new=128)
 
     def time_pair(architecture: Architecture) -> object:
         """Prefill and decode seconds of the network, and of the base beside it."""
-        return time_beside(cut(architecture), reference, rounds=arguments.rounds, batch=1, prompt=128, new=128)
+        return reference.beside(cut(architecture))
 
     for architecture in unseen:
         measurements.measure(results["timings"], architecture.key, partial(time_pair, architecture))

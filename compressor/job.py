@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +303,15 @@ class Job:
             if healing.learning_rate is None:
                 healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
                 healing.learning_rate *= RATE_AFTER_REPAIR if recipe.repair.enabled else 1
+
+    def healing_rate(self, repaired: bool) -> float:
+        """The peak rate that a network is healed with, after `fill_in`. The recipe's; where that was chosen for the
+        repaired networks of this run, a plain slice has the one that it would have without the repair."""
+        rate = self.recipe.healing.learning_rate
+        assert rate is not None
+        plain = learning_rate_for(self.structure.base.hidden_size, True, weight_scale=self.weight_scale)
+        chosen = self.repairs and isclose(rate, plain * RATE_AFTER_REPAIR)
+        return plain if chosen and not repaired else rate
 
     @property
     def repairs(self) -> bool:

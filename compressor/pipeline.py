@@ -23,7 +23,7 @@ from compressor.plan import Plan, adjust, make_plan, open_budgets, print_plan, r
 from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
-from compressor.stages import comparing, exporting, finetuning, searching
+from compressor.stages import comparing, control, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick, read_picks
 from compressor.stages.reporting import report
@@ -67,6 +67,7 @@ def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
 
 finetune = explain_oom(finetuning.finetune)
 search = explain_oom(searching.search)
+measure_control = explain_oom(control.measure_control)
 
 
 def export_all(job: Job) -> list[dict[str, Any]]:

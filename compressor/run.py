@@ -53,6 +53,7 @@ class Run:
         self.passes = path / "search" / "passes.json"
         self.front = path / "search" / "front.json"
         self.picks = path / "search" / "picks.json"
+        self.control = path / "search" / "control.json"
         self.subnets = path / "subnets"
         self.packages = path / "packages"
         self.comparison = path / "comparison"

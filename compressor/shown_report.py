@@ -30,7 +30,7 @@ def current_report(folder: Path) -> Report | None:
     if max(times) - min(times) > TOGETHER:
         return None
     written = min(times)
-    read = [run.recipe_file, run.front, run.picks, run.evaluations, run.supernet / "manifest.json"]
+    read = [run.recipe_file, run.front, run.picks, run.control, run.evaluations, run.supernet / "manifest.json"]
     read += [*run.packages.glob("*.json"), *run.packages.glob("*/compression.json"), *run.comparison.glob("*.json")]
     read += [*run.subnets.glob("*/*.json"), run.packages, run.comparison]  # folders: something may have been removed
     if any(path.exists() and path.stat().st_mtime_ns > written for path in read):

@@ -237,7 +237,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
         if tokens:
             # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
             state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
-            heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state)
+            heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state, repaired=method.repaired)
         now = scored(job, network)
         cut_scores = unhealed or now
         # 3. Package, and write the row.
@@ -318,10 +318,19 @@ def network_fingerprint(network: Any) -> str:
 
 
 def heal_as_ours(
-    job: Job, base: PreTrainedModel, network: PreTrainedModel, tokens: int, blocks: Blocks, seed: int, state: Path
+    job: Job,
+    base: PreTrainedModel,
+    network: PreTrainedModel,
+    tokens: int,
+    blocks: Blocks,
+    seed: int,
+    state: Path,
+    *,
+    repaired: bool,
 ) -> None:
-    """Heal in place with the recipe's rate; seed 0 draws what the export of this run drew."""
-    section = job.recipe.healing.model_copy(update={"tokens": tokens})
+    """Heal in place with the rate for networks that were `repaired` or not; seed 0 draws what the export of this run
+    drew."""
+    section = job.recipe.healing.model_copy(update={"tokens": tokens, "learning_rate": job.healing_rate(repaired)})
     settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
     job.threads(scoring=False)
     heal(network, base, blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,8 @@ class SizeComparison:
             "seed": job.recipe.seed,
             **repair_inputs(job),
         }
+        if (plain := job.healing_rate(repaired=False)) != job.recipe.healing.learning_rate:
+            read["plain_rate"] = plain
         return fingerprint(read)
 
     @cached_property
@@ -88,7 +90,8 @@ class Method:
     """A way to a network of the size: its name, where it comes from, and how it is made for a seed.
 
     `trained` methods start from the fine-tuned super-network, so that healing is all they still get; the others heal
-    with the tokens of the fine-tuning too. `drawn` ones differ by seed before they are healed.
+    with the tokens of the fine-tuning too. `drawn` ones differ by seed before they are healed. `repaired` ones were
+    refitted, where the run does so, and are healed gently.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Method:
     make: Callable[[SizeComparison, int], Cut]
     trained: bool = False
     drawn: bool = False
+    repaired: bool = False
 
 
 def ours(contest: SizeComparison, seed: int) -> Cut:
@@ -152,16 +156,21 @@ def published(baseline: Baseline) -> Method:
 
 def repaired(baseline: Baseline) -> Method:
     about = f"{baseline.paper}; refitted as ours is"
-    return Method(f"{baseline.name}-repaired", about, lambda contest, seed: baseline.cut(contest.repairing))
+    cut = partial(_repaired_cut, baseline)
+    return Method(f"{baseline.name}-repaired", about, cut, repaired=True)
+
+
+def _repaired_cut(baseline: Baseline, contest: SizeComparison, seed: int) -> Cut:
+    return baseline.cut(contest.repairing)
 
 
 def methods(repair: bool = False) -> dict[str, Method]:
     """Ours first, then what it is compared with. Where ours is repaired, also ours without that, and what the same
     repair makes of the baselines that it suits: so that everybody sees what comes from what."""
     own = [
-        Method(OURS, "searched in the fine-tuned super-network", ours, trained=True),
+        Method(OURS, "searched in the fine-tuned super-network", ours, trained=True, repaired=True),
         Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),
-        Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search),
+        Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search, repaired=True),
         Method("scratch", "the shape of ours, distilled from random weights", from_scratch, drawn=True),
     ]
     beside = list(map(published, baselines().values()))

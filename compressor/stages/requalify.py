@@ -75,6 +75,8 @@ def requalified(
         "evaluations": rows,
         "front": [e.architecture.key for e in best],
         "generations": generations,
+        "control": None,  # they were of the qualities of then
+        "likeness": None,
     }
 
 

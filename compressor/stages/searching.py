@@ -31,6 +31,7 @@ from evals.speed.table import SpeedTable
 from evals.warm_starts import GREEDY
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
+from search.control import likeness, predicted_control
 from search.objectives import SPEEDS, Constraint, Evaluation, Objective, choose, computed
 from search.run import GenerationRecord, SearchResult, greedy_path
 from search.run import search as run_search
@@ -112,11 +113,34 @@ def search(job: Job) -> dict[str, Any]:
                 "base_decode_tps": untouched_decode_tps(job, speed.predict),
                 "parts": parts,
                 **result.to_dict(),
+                **beside_chance(part, result, speed.predict),
             }
             write_json(run.front, front)
             run.log(f"searched: {len(result.evaluations)} sub-networks measured")
     assert front is not None
     return front
+
+
+def beside_chance(
+    job: Job, result: SearchResult, predict: Callable[[Architecture], dict[str, float]]
+) -> dict[str, dict[str, Any] | None]:
+    """What front.json holds of how the search compares with a random one, and whether it could learn anything."""
+    objectives, constraints = goals(job, predict)
+    of = judged(objectives)
+    control = predicted_control(job.space, result.evaluations, of, constraints, seed=job.recipe.seed)
+    like = likeness(job.space, result.evaluations, of)
+    for found in (control, like):
+        if found is not None:
+            say(found.text)
+    return {
+        name: None if found is None else found.model_dump()
+        for name, found in (("control", control), ("likeness", like))
+    }
+
+
+def judged(objectives: Sequence[Objective]) -> Objective:
+    """The objective that a search is judged by: the first that is measured."""
+    return next(objective for objective in objectives if objective.kind == "measured")
 
 
 def current_front(job: Job) -> dict[str, Any]:

@@ -38,6 +38,11 @@ READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
 
+Passes = Callable[[], Iterator[float]]
+"""A network's passes over some tokens, begun anew at each call: the seconds of reading them, and of each greedy token
+behind them, all with one cache."""
+
+
 class Times(NamedTuple):
     """Seconds to read the prompt, and of one decoding step."""
 
@@ -135,12 +140,13 @@ def compare_speed(
     with torch.inference_mode(), _threads(threads):
         used_threads = torch.get_num_threads()
         ids = {name: _random_ids(model, batch, prompt) for name, model in models.items()}
-        graphs = all(can_capture(model, ids[name]) for name, model in models.items())
         memory = {name: _peak_memory(model, ids[name], new) for name, model in models.items()}
+        ready, graphs = _ready([(model, ids[name], new - 1) for name, model in models.items()])
+        passes = dict(zip(names, ready, strict=True))
         # 2. Runs in turn; each round begins with another network.
         for turn in range(warmup + repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                first, *steps = _passes(models[name], ids[name], new - 1, graphs)
+                first, *steps = passes[name]()
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
     # 3. Medians.
@@ -202,41 +208,60 @@ def runtime_of(model: PreTrainedModel) -> str:
     return "auto-round" if quantization.quant_method == "auto-round" else "transformers (decompressed at load)"
 
 
-def time_beside(
-    model: PreTrainedModel, reference: PreTrainedModel, *, batch: int, prompt: int, new: int, rounds: int
-) -> tuple[Times, Times]:
-    """Times of `model` and of `reference`: to read `prompt` tokens, and of one more token half-way through generating
-    `new`, in `rounds` rounds.
+class Reference:
+    """A network that others are timed beside: reading `prompt` tokens, and one more token half-way through generating
+    `new`, in `rounds` rounds. Its CUDA graphs are captured once for all of them."""
 
-    They take turns pass by pass, and `model`'s time is its median ratio to the pass beside it, times the reference's
-    seconds: a machine's speed drifts within a second by more than the differences that are to be measured.
-    """
-    import torch
+    def __init__(self, model: PreTrainedModel, *, batch: int, prompt: int, new: int, rounds: int) -> None:
+        steps = max(1, min(STEPS * rounds, new - 2))
+        self._readings, self._steps = 1 + READS * rounds, steps + 1
+        self._ids = _random_ids(model, batch, prompt), _random_ids(model, batch, prompt + (new - steps) // 2)
+        self._eager = [_called(*work) for work in self._works(model)]
+        self._graphs: list[Passes] | None = None
+        self._model = model
 
-    steps = max(1, min(STEPS * rounds, new - 2))
-    before = prompt + (new - steps) // 2
-    with torch.inference_mode():
-        ids = _random_ids(reference, batch, prompt)
-        graphs = can_capture(model, ids) and can_capture(reference, ids)
-        prefill = [_in_turns(model, reference, ids, 0, graphs)[0] for _ in range(1 + READS * rounds)][1:]
-        decode = _in_turns(model, reference, _random_ids(reference, batch, before), steps + 1, graphs)[2:]
-    ratios, seconds = zip(*(_ratio_and_seconds(pairs) for pairs in (prefill, decode)), strict=True)
-    return Times(ratios[0] * seconds[0], ratios[1] * seconds[1]), Times(*seconds)
+    def _works(self, model: nn.Module) -> list[tuple[nn.Module, torch.Tensor, int]]:
+        """What is timed of a network: reading alone, and generating behind a longer prompt."""
+        return [(model, self._ids[0], 0), (model, self._ids[1], self._steps)]
+
+    def beside(self, model: PreTrainedModel) -> tuple[Times, Times]:
+        """Times of `model` and of the reference.
+
+        They take turns pass by pass, and `model`'s time is its median ratio to the pass beside it, times the
+        reference's seconds: a machine's speed drifts within a second by more than the differences that are to be
+        measured.
+        """
+        import torch
+
+        with torch.inference_mode():
+            own, graphs = _ready(self._works(model))
+            if graphs and self._graphs is None:
+                self._graphs, graphs = _ready(self._works(self._model))
+            of_reference = self._graphs if graphs and self._graphs else self._eager
+            if not graphs:
+                own = [_called(*work) for work in self._works(model)]
+            reads = [_in_turns(own[0], of_reference[0], 0)[0] for _ in range(self._readings)][1:]
+            decode = _in_turns(own[1], of_reference[1], self._steps)[2:]
+        ratios, seconds = zip(*(_ratio_and_seconds(pairs) for pairs in (reads, decode)), strict=True)
+        return Times(ratios[0] * seconds[0], ratios[1] * seconds[1]), Times(*seconds)
 
 
 def layer_times_beside(
     model: PreTrainedModel, reference: PreTrainedModel, *, batch: int, prompt: int, new: int, rounds: int
 ) -> LayerTimes:
-    """As `time_beside`, on a CPU, of each layer of `model`: a pass of a network whose layers differ times them all."""
+    """As `Reference.beside`, on a CPU, of each layer of `model`: a pass of a network whose layers differ times all."""
     import torch
 
     steps = max(1, min(STEPS * rounds, new - 2))
     before = prompt + (new - steps) // 2
     with torch.inference_mode(), _LayerClock(model) as clock:
-        ids = _random_ids(reference, batch, prompt)
-        reads = [clock.shares(_in_turns(model, reference, ids, 0)) for _ in range(1 + READS * rounds)][1:]
+        ids = _random_ids(reference, batch, prompt), _random_ids(reference, batch, before)
+        own, beside = (
+            [_called(network, ids[0], 0), _called(network, ids[1], steps + 1)] for network in (model, reference)
+        )
+        reads = [clock.shares(_in_turns(own[0], beside[0], 0)) for _ in range(1 + READS * rounds)][1:]
         prefill = np.concatenate(reads)
-        decode = clock.shares(_in_turns(model, reference, _random_ids(reference, batch, before), steps + 1))[2:]
+        decode = clock.shares(_in_turns(own[1], beside[1], steps + 1))[2:]
     layers, rest, seconds = zip(*(_medians(passes) for passes in (prefill, decode)), strict=True)
     return LayerTimes(layers[0], rest[0], layers[1], rest[1], Times(*seconds))
 
@@ -282,11 +307,9 @@ class _LayerClock:
         return np.hstack([np.hstack([layers, rest]) / seconds[:, 1:], seconds[:, 1:]])
 
 
-def _in_turns(
-    model: nn.Module, reference: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False
-) -> list[tuple[float, float]]:
+def _in_turns(model: Passes, reference: Passes, steps: int) -> list[tuple[float, float]]:
     """Seconds of each pass of `model` and of `reference`, one beside the other, each going first in turn."""
-    passes = _passes(model, ids, steps, graphs), _passes(reference, ids, steps, graphs)
+    passes = model(), reference()
     pairs = []
     for number in range(1 + steps):
         if number % 2:
@@ -305,62 +328,45 @@ def _ratio_and_seconds(pairs: Sequence[tuple[float, float]]) -> tuple[float, flo
     return float(np.median(timed[:, 0] / timed[:, 1])), float(np.percentile(timed[:, 1], 25))
 
 
-def _passes(model: nn.Module, ids: torch.Tensor, steps: int, graphs: bool = False) -> Iterator[float]:
-    """Seconds of each pass: over `ids`, then over `steps` greedy tokens one by one, all with one cache."""
-
-    clock = _clock_of(ids.device)
-
-    def seconds(work: Callable[[], object]) -> float:
-        began = _now(ids, clock)
-        work()
-        return _now(ids, clock) - began
-
-    if graphs:
-        read, write = _captured_passes(model, ids, steps)
-        yield seconds(read)
-        for _ in range(steps):
-            yield seconds(write)
-        return
-    state: dict[str, Any] = {"past_key_values": None, "input_ids": ids}
-
-    def step() -> None:
-        out = model(**state, use_cache=True, logits_to_keep=1)
-        state["past_key_values"], state["input_ids"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-    for _ in range(1 + steps):
-        yield seconds(step)
+def _ready(works: Sequence[tuple[nn.Module, torch.Tensor, int]]) -> tuple[list[Passes], bool]:
+    """The passes of networks over ids, [batch, length], and so many tokens more; and whether they are replays of CUDA
+    graphs: on a GPU, where the code of none of them waits for a result."""
+    if all(ids.is_cuda for _, ids, _ in works):
+        try:
+            return [_replayed(*work) for work in works], True
+        except RuntimeError as error:  # torch says why: code that synchronises cannot be captured
+            log.info("no CUDA graph: %s", error)
+    return [_called(*work) for work in works], False
 
 
-def _now(ids: torch.Tensor, clock: Callable[[], float]) -> float:
-    import torch
+def _called(model: nn.Module, ids: torch.Tensor, steps: int) -> Passes:
+    """Passes called as usual, with a cache that grows."""
 
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
-    return clock()
+    def passes() -> Iterator[float]:
+        state: dict[str, Any] = {"past_key_values": None, "input_ids": ids}
 
+        def step() -> None:
+            out = model(**state, use_cache=True, logits_to_keep=1)
+            state["past_key_values"], state["input_ids"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
-def can_capture(model: nn.Module, ids: torch.Tensor) -> bool:
-    """Whether a network's passes can be replayed as CUDA graphs: on a GPU, where its code waits for no result."""
-    if not ids.is_cuda:
-        return False
-    try:
-        _captured_passes(model, ids, 1)
-    except RuntimeError as error:  # torch says why: code that synchronises cannot be captured
-        log.info("no CUDA graph: %s", error)
-        return False
-    return True
+        for _ in range(1 + steps):
+            yield _seconds(ids, step)
+
+    return passes
 
 
-def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[Callable[[], None], ...]:
-    """Replays of reading `ids`, and of one more greedy token; the second may be called `steps` times."""
+def _replayed(model: nn.Module, ids: torch.Tensor, steps: int) -> Passes:
+    """Passes as replays of two CUDA graphs, which are captured here."""
     import torch
     from transformers import StaticCache
 
-    config = model.config
     length = ids.shape[1]
-    cache = StaticCache(config=config, max_cache_len=length + steps + 2 * WARMUP)
+    cache = StaticCache(config=model.config, max_cache_len=length + steps + 2 * WARMUP)
     token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
     position = torch.full_like(token, length)
+    # What a token more changes is put back where passes begin anew (transformers 5.23 counts in the cache).
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    changed = [(tensor, tensor.clone()) for tensor in (token, position, *held)]
 
     def read() -> None:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -370,7 +376,32 @@ def _captured_passes(model: nn.Module, ids: torch.Tensor, steps: int) -> tuple[C
         token.copy_(out.logits[:, -1:].argmax(-1))
         position.add_(1)
 
-    return tuple(map(_captured, (read, write)))
+    replay_read, replay_write = map(_captured, (read, write))
+
+    def passes() -> Iterator[float]:
+        for tensor, value in changed:
+            tensor.copy_(value)
+        yield _seconds(ids, replay_read)
+        for _ in range(steps):
+            yield _seconds(ids, replay_write)
+
+    return passes
+
+
+def _seconds(ids: torch.Tensor, work: Callable[[], object]) -> float:
+    """Seconds of some work where `ids` are, the device waited for."""
+    clock = _clock_of(ids.device)
+    began = _now(ids, clock)
+    work()
+    return _now(ids, clock) - began
+
+
+def _now(ids: torch.Tensor, clock: Callable[[], float]) -> float:
+    import torch
+
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return clock()
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:
@@ -439,12 +470,12 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
         torch.cuda.synchronize(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
         torch.cuda.reset_peak_memory_stats(ids.device)
-        list(_passes(model, ids, new - 1))
+        list(_called(model, ids, new - 1)())
         return weights + torch.cuda.max_memory_allocated(ids.device) - before
     from torch.profiler import ProfilerActivity, profile
 
     with _native_stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        list(_passes(model, ids, min(new, 4) - 1))
+        list(_called(model, ids, min(new, 4) - 1)())
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])

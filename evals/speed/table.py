@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.speed.measured import READS, STEPS, Times, context_of, fitting, layer_times_beside, runtime_of, time_beside
+from evals.speed.measured import READS, STEPS, Reference, Times, context_of, fitting, layer_times_beside, runtime_of
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json
@@ -191,8 +191,13 @@ class SpeedTable:
         workload = {"batch": batch, "prompt": prompt, "new": new, "rounds": rounds}
         design = mixtures(structure, seed) if by_layer else designed(structure, seed)
         timed, references = list[tuple[list[Timed], list[Timed]]](), list[Times]()
+        beside = Reference(reference, **workload)
         for architecture in design:
-            by_phase, of_base = (_by_layer if by_layer else _as_whole)(build, architecture, reference, workload)
+            by_phase, of_base = (
+                _by_layer(build(architecture), architecture, reference, workload)
+                if by_layer
+                else _as_whole(build(architecture), architecture, beside)
+            )
             timed.append(by_phase)
             references.append(of_base)
             on_step()
@@ -257,25 +262,19 @@ class SpeedTable:
 
 
 def _as_whole(
-    build: Callable[[Architecture], PreTrainedModel],
-    architecture: Architecture,
-    reference: PreTrainedModel,
-    workload: dict[str, int],
+    network: PreTrainedModel, architecture: Architecture, reference: Reference
 ) -> tuple[tuple[list[Timed], list[Timed]], Times]:
     """A network's prefill and decoding step, as shares of the reference's, and the reference's seconds."""
-    own, of_reference = time_beside(build(architecture), reference, **workload)
+    own, of_reference = reference.beside(network)
     ratios = [mine / its for mine, its in zip(own, of_reference, strict=True)]
     return ([Timed(architecture, ratios[0])], [Timed(architecture, ratios[1])]), of_reference
 
 
 def _by_layer(
-    build: Callable[[Architecture], PreTrainedModel],
-    architecture: Architecture,
-    reference: PreTrainedModel,
-    workload: dict[str, int],
+    network: PreTrainedModel, architecture: Architecture, reference: PreTrainedModel, workload: dict[str, int]
 ) -> tuple[tuple[list[Timed], list[Timed]], Times]:
     """The same of each of its layers, and of the rest."""
-    times = layer_times_beside(build(architecture), reference, **workload)
+    times = layer_times_beside(network, reference, **workload)
     kept = [Architecture(architecture.hidden_size, (architecture.layers[i],)) for i in architecture.kept]
     rest = Architecture(architecture.hidden_size, ())
 

@@ -50,7 +50,12 @@ def breakable(name: str) -> Markup:
     return Markup("_<wbr>").join(name.split("_"))
 
 
-TEMPLATES.filters |= {filter.__name__: filter for filter in (breakable, count, size, percent, rate, duration)}
+def sentence(line: str) -> str:
+    """A line that the terminal shows, as a sentence."""
+    return f"{line[:1].upper()}{line[1:]}."
+
+
+TEMPLATES.filters |= {filter.__name__: filter for filter in (breakable, count, size, percent, rate, duration, sentence)}
 
 
 def render_html(report: Report) -> str:

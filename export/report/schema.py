@@ -17,6 +17,7 @@ from evals.quality import QualityScale
 from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
 from export.package_record import PackageEntry
+from search.control import Control, Likeness
 from search.scores import Score
 
 SCHEMA = 2
@@ -217,6 +218,10 @@ class Search(Model):
     """What qualities on the search documents rest on."""
     base_decode_tps: float | None = None
     """Of the base, computed from speed.json as for the points; None in reports of earlier versions."""
+    control: Control | None = None
+    """Beside a random search of as many evaluations; None in reports of earlier versions."""
+    likeness: Likeness | None = None
+    """Whether the search could learn anything."""
     targets: dict[str, object] = Field(default_factory=dict)
     """As resolved in the recipe: `max_params`, `max_bytes`, `min_speedup`, `max_drop`."""
 

@@ -21,6 +21,7 @@ from compressor.run import Run
 from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets
 from compressor.stages.choosing import choose
+from compressor.stages.control import control_of
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import held_out_keys, score_keys
@@ -28,11 +29,13 @@ from compressor.stages.searching import current_front, speed_table
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOut
 from compressor.stages.warm_start import proposals
 from evals.speed.table import SpeedTable
+from search.control import Control
 from search.pareto import Target
 from search.scores import Score
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
+from supernet.common.files import read_json
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import held_out_loss
 from tests.support import tiny
@@ -128,6 +131,27 @@ def test_where_no_task_counts_the_loss_on_text_does(made: Made, tmp_path: Path) 
     for one in values:
         assert one["quality"] == pytest.approx(math.exp(values[0]["held_out_loss"] - one["held_out_loss"]))
     assert len({one["quality"] for one in values}) == 6
+
+
+def test_a_random_search_beside_it_is_predicted_and_measured_on_request(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    found = made.search(folder, objectives=["held_out_loss", "parameters"])
+    assert found["control"]["way"] == "predicted" and found["control"]["evaluations"] <= 24
+    assert 0 < found["likeness"]["correlation"] <= 1
+    job = pipeline.resume(folder, {})
+    assert control_of(job, found) == Control.model_validate(found["control"])
+    measured = pipeline.measure_control(job)
+    assert measured is not None and measured.way == "measured" and measured.found == found["control"]["found"]
+    assert control_of(job, found) == measured
+    assert [row["key"] for row in read_json(job.run.front)["evaluations"]] == [
+        row["key"] for row in found["evaluations"]
+    ]
+    with EvaluationStore(job.run.evaluations) as store:
+        before = len(list(store.all(weights=found["weights"])))
+        assert pipeline.measure_control(job) == measured, "what was measured is kept"
+        assert len(list(store.all(weights=found["weights"]))) == before
+    further = made.search(folder, evaluations=26)
+    assert control_of(pipeline.resume(folder, {}), further) == Control.model_validate(further["control"])
 
 
 def test_other_processes_measure_the_same(made: Made, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,14 +33,23 @@ def error_without(weight: Tensor, second: Tensor, gone: list[int]) -> float:
     return float(((gap @ second) * gap).sum())
 
 
-@pytest.mark.parametrize("width", [1, 3])
-def test_each_step_removes_what_costs_least(width: int) -> None:
-    weight, second = problem(12)
-    errors = removed_in_turn(weight, second.inverse(), 12 // width, steps=100)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("count", "width"), [(12, 1), (12, 3), (576, 192)])  # 192: heads of SmolLM2-135M
+def test_each_step_removes_what_costs_least(two_threads: None, count: int, width: int) -> None:
+    weight, second = problem(count)
+    units = count // width
+    errors = removed_in_turn(weight, second.inverse(), units, steps=100)
     gone: list[int] = []
     for unit in errors.argsort():
-        inputs = [range(u * width, (u + 1) * width) for u in range(12 // width)]
-        left = [u for u in range(12 // width) if inputs[u][0] not in gone]
+        inputs = [range(u * width, (u + 1) * width) for u in range(units)]
+        left = [u for u in range(units) if inputs[u][0] not in gone]
         cheapest = min(left, key=lambda u: error_without(weight, second, gone + list(inputs[u])))
         assert cheapest == unit
         gone += inputs[unit]
