@@ -31,6 +31,7 @@ BASELINES = (
     "late-block",
     "sleb",
     "minitron-depth",
+    "nemotron-depth",
     "minitron-width",
     "magnitude",
     "wanda",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import Half, TensorSpec, Unit
+from supernet.architecture import REMOVED, Architecture, Half, TensorSpec, Unit
 from supernet.device import logits_at_once
 from supernet.hooks import Hooks
 from supernet.learned_masks import learn_masks
@@ -158,6 +158,32 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
     with _InfluenceProbe(supernet) as probe:
         _forward(supernet, batches)
     return probe.influence()
+
+
+@torch.no_grad()
+def skipped_error(supernet: SuperNetwork, batches: Batches) -> list[float]:
+    """Importance of each layer: the square error of the last hidden states when it is skipped, as a share of their own
+    squares, over all tokens: sum of ||h - h_without||^2 / sum of ||h||^2 (Taghibakhshi et al., Nemotron Elastic,
+    arXiv 2511.16664, section 3.1; of the states that the head reads, behind the last norm). Takes a pass for each
+    layer. Raises ValueError where there are no batches."""
+    batches, base = list(batches), supernet.base
+    if not batches:
+        raise ValueError("no calibration batch was given")
+    errors = [0.0] * len(base.layers)
+    squares = 0.0
+    for ids in batches:
+        full = hidden_states(supernet, ids)
+        squares += float(full.square().sum())
+        for index in range(len(errors)):
+            layers = tuple(REMOVED if i == index else layer for i, layer in enumerate(base.layers))
+            with supernet.activated(Architecture(base.hidden_size, layers)):
+                errors[index] += float((hidden_states(supernet, ids) - full).square().sum())
+    return [error / squares for error in errors]
+
+
+def hidden_states(supernet: SuperNetwork, ids: Tensor) -> Tensor:
+    """What the head reads of a batch of token ids, [batch, length, hidden], float64."""
+    return supernet.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.double()
 
 
 class _InfluenceProbe:

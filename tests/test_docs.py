@@ -19,6 +19,9 @@ import yaml
 
 from compressor.cli import app
 from compressor.cli.reference import reference
+from compressor.early_checks import check_names
+from compressor.names import BASELINES, WARM_STARTS
+from compressor.recipe import read_recipe
 from tests.support import ROOT
 
 DOCS = ROOT / "docs"
@@ -120,6 +123,42 @@ def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
         if page.startswith("docs/") and not file.resolve().is_relative_to(DOCS):
             lost.append(f"{target} lies outside of the site")
     assert lost == []
+
+
+def table_rows(page: str) -> Iterator[dict[str, str]]:
+    """Every row of a page's tables, its cells by column."""
+    columns: list[str] = []
+    for line in (DOCS / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if not line.startswith("|"):
+            columns = []
+        elif not columns:
+            columns = cells
+        elif set(line) - set("|-:"):
+            yield dict(zip(columns, (cell.strip("| ") for cell in cells), strict=True))
+
+
+METHODS = list(table_rows("methods.md"))
+
+
+@pytest.mark.parametrize("row", METHODS, ids=[row["method"].split(" (")[0] for row in METHODS])
+def test_every_method_is_where_its_page_says(row: dict[str, str]) -> None:
+    """Its files are there, its options are taken, and what is not built says so."""
+    files, options = SPAN.findall(row["file"]), SPAN.findall(row["option"])
+    assert all((ROOT / file).is_file() for file in files)
+    assert files or "not built" in row["left out"]
+    for option in options:
+        key, _, value = option.partition(": ")
+        if key.startswith("--"):
+            flag, _, name = option.partition(" ")
+            assert flag in " ".join(
+                f"{opts}" for command in COMMANDS.values() for p in command.params for opts in p.opts
+            )
+            assert not name or name in BASELINES
+            continue
+        recipe = read_recipe(None, {"model": "some/model", key: yaml.safe_load(value)})
+        check_names(recipe)
+        assert set(recipe.searching.warm_start) <= set(WARM_STARTS)
 
 
 def test_the_site_lists_every_page_once() -> None:

@@ -1,4 +1,4 @@
-"""Whole layers removed, by four criteria.
+"""Whole layers removed, by five criteria.
 
 - `shortgpt`: least block influence, 1 - E[cos(x, y)] of a layer's input and output. Men et al., ShortGPT,
   arXiv 2403.03853, eq. 1.
@@ -7,6 +7,8 @@
 - `sleb`: the layer of least calibration loss without it, measured again after each. Song et al., SLEB,
   arXiv 2402.09025.
 - `minitron-depth`: the same, measured once. Muralidharan et al., arXiv 2407.14679.
+- `nemotron-depth`: least normalised square error of the last hidden states without it, measured once. Taghibakhshi et
+  al., Nemotron Elastic, arXiv 2511.16664.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from evals.baselines import Baseline, Cut, PruningContext, as_batch, ordered_cut
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.hooks import Hooks
-from supernet.importance import block_influence, wanda
+from supernet.importance import block_influence, skipped_error, wanda
 from supernet.training.losses import token_losses
 from supernet.training.traces import trace
 
@@ -100,6 +102,13 @@ def one_shot_loss(context: PruningContext) -> Cut:
     return _cut(context, removal(context, (order[:n] for n in range(1, depth))))
 
 
+def nemotron_depth(context: PruningContext) -> Cut:
+    """The base without the layers without each of which, alone, the last hidden states change least."""
+    errors = skipped_error(context.supernet(), context.calibration)
+    order = sorted(range(len(errors)), key=errors.__getitem__)
+    return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
+
+
 def loss_without(context: PruningContext, supernet: SuperNetwork, removed: set[int]) -> float:
     """Mean next-token cross-entropy on the calibration text, in nats, without these layers."""
     total, count = 0.0, 0
@@ -121,4 +130,5 @@ BASELINES = (
     Baseline("late-block", "Gromov et al., arXiv 2403.17887", late_block),
     Baseline("sleb", "Song et al., arXiv 2402.09025", sleb),
     Baseline("minitron-depth", "Muralidharan et al., arXiv 2407.14679", one_shot_loss),
+    Baseline("nemotron-depth", "Taghibakhshi et al., arXiv 2511.16664", nemotron_depth),
 )

@@ -69,7 +69,7 @@ def test_residuals_are_transformers_hidden_states() -> None:
     assert torch.allclose(model.model.norm(stream[-1]), expected[-1])  # transformers' last one is normed already
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "late-block", "sleb", "minitron-depth"])
+@pytest.mark.parametrize("method", ["shortgpt", "late-block", "sleb", "minitron-depth", "nemotron-depth"])
 def test_layers_that_do_nothing_go_first(method: str) -> None:
     model = llama(tie_word_embeddings=False)
     silence(model, 2, 3)

@@ -19,6 +19,7 @@ from supernet.importance import (
     importance_and_influence,
     magnitude,
     random,
+    skipped_error,
     taylor,
     wanda,
 )
@@ -286,6 +287,23 @@ def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) ->
     before = torch.cat([supernet.model.model.embed_tokens(ids)[0].detach() for ids in BATCHES])
     after = inputs_of_norm(supernet)
     assert influence[1] == pytest.approx(1 - float(F.cosine_similarity(before, after, dim=-1).mean()))
+
+
+def test_skipped_error_is_how_far_the_last_states_move(supernet: SuperNetwork) -> None:
+    layers = supernet.model.model.layers
+    with torch.no_grad():  # layer 0 adds nothing
+        for projection in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj):
+            projection.weight.zero_()
+            projection.bias.zero_()
+    errors = skipped_error(supernet, BATCHES)
+    assert errors[0] == pytest.approx(0.0, abs=1e-12)
+    full = torch.cat([supernet.model.model(ids).last_hidden_state for ids in BATCHES]).detach()
+    embedded = torch.cat(
+        [supernet.model.model.norm(supernet.model.model.embed_tokens(ids)) for ids in BATCHES]
+    ).detach()
+    assert errors[1] == pytest.approx(float((full - embedded).square().sum() / full.square().sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="calibration"):
+        skipped_error(supernet, [])
 
 
 @pytest.mark.parametrize("name", ["wanda", "magnitude"])
