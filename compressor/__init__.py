@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.pipeline import compress
+    from compressor.interface import Result, compress
     from compressor.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "compress"]
+__all__ = ["Recipe", "Result", "__version__", "compress"]
 
 
 def _check_siblings() -> None:
@@ -37,11 +37,11 @@ def __getattr__(name: str) -> Any:
         from compressor.recipe import Recipe
 
         return Recipe
-    if name == "compress":
+    if name in ("compress", "Result"):
         from compressor.quiet import quiet_libraries
 
         with quiet_libraries():  # some warn as soon as they are imported
-            from compressor.pipeline import compress
+            from compressor import interface
 
-        return compress
+        return getattr(interface, name)
     raise AttributeError(f"module 'compressor' has no attribute '{name}'")

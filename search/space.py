@@ -37,8 +37,8 @@ class SearchSpace:
     without such a gene); `removable` [layers], which layers other genes can remove; `counts` [genes], how many values
     each gene has; `positions`, where each gene stands in a genome.
 
-    An architecture of the space keeps attention in at least one layer: a genome that would not is repaired, the first
-    layer that it keeps (or else the first that it could) getting its smallest attention.
+    An architecture of the space keeps attention in at least one layer, where the base has any: a genome that would not
+    is repaired, the first layer that it keeps (or else the first that it could) getting its smallest attention.
 
     Raises ValueError, with what would be valid, for genes that the base cannot be cut to.
     """
@@ -143,8 +143,10 @@ class SearchSpace:
         return self.kept[depths]
 
     def repair(self, genomes: Genomes) -> Genomes:
-        """The genomes, those changed that would leave no attention anywhere."""
+        """The genomes, those changed that would leave no attention anywhere, where the base has any."""
         genomes = np.array(genomes, dtype=np.int64, ndmin=2)
+        if not self._base_sizes[:, KV].any():
+            return genomes
         sizes, _ = self._sizes_unrepaired(genomes)
         kept = self._kept_by(genomes)
         for row in np.flatnonzero(~sizes[:, :, KV].any(axis=1)):

@@ -291,7 +291,7 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
 
 
 def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compressor import Recipe, compress
+    from compressor import Recipe, Result, compress
     from supernet.streaming import StreamedNetwork
 
     def refuse(*_: Any) -> None:
@@ -314,7 +314,8 @@ def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest
             "formats": ["uneven", "uniform"],
         }
     )
-    report = compress(recipe, bench.run)
+    result = compress(recipe, bench.run)
+    report = result.report
     names = [package["name"] for package in report["packages"]]
     assert names == ["best-0.85", "best-0.85-uniform", "best-0.75", "best-0.75-uniform"]
     uniform = [package for package in report["packages"] if package["name"].endswith("uniform")]
@@ -322,6 +323,17 @@ def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest
     config = json.loads((bench.run / "packages" / "best-0.75-uniform" / "config.json").read_text())
     assert config["model_type"] == "llama" and "auto_map" not in config
     assert report["finetune"] is None
+    assert {*names} < {*result.packages} and all(folder.is_dir() for folder in result.packages.values())
+    sizes = [row["params"] for row in result.front]
+    assert sizes == sorted(sizes) and len(sizes) == len(report["front"])
+    network, tokenizer = result.load("best-0.75"), result.tokenizer("best-0.75")
+    assert sum(p.numel() for p in network.parameters()) == report["packages"][2]["params"]
+    assert network(**tokenizer("a b", return_tensors="pt")).logits.isfinite().all()
+    axes = result.plot_front()
+    assert len(axes.collections[0].get_offsets()) == len(report["search"]["points"])
+    assert Result(bench.run).report == report
+    with pytest.raises(RequestError, match="package: 'bets' is unknown"):
+        result.load("bets")
     manifest = json.loads((bench.run / "supernet" / "manifest.json").read_text())
     least = min(range(3), key=lambda layer: manifest["block_influence"][layer])
     searched = json.loads((bench.run / "search" / "front.json").read_text())["evaluations"]

@@ -1,0 +1,24 @@
+"""The search on a network that reads digits: sizes are exact, and the front is one."""
+
+from __future__ import annotations
+
+import torch
+
+from examples.own_supernet import BLOCKS, ElasticNetwork, main, structure
+from search.control import within_bounds
+
+
+def test_the_front_of_a_network_that_reads_digits() -> None:
+    found = main(evaluations=60)
+    assert len(found.evaluations) == 60 and len(found.front) > 4
+    best = max(e.values["accuracy"] for e in within_bounds(found.evaluations, []))
+    assert best > 0.95
+    whole, network = structure(), ElasticNetwork()
+    for evaluation in found.front:
+        network.activate(evaluation.architecture)
+        assert evaluation.values["parameters"] == whole.parameters(evaluation.architecture)
+        kept = sum(1 for width in network.widths if width)
+        outside = sum(p.numel() for module in (network.first, network.last) for p in module.parameters())
+        of_blocks = sum(width * (2 * network.first.out_features + 1) for width in network.widths)
+        assert evaluation.values["parameters"] == outside + of_blocks + kept * network.first.out_features
+    assert len(network.widths) == BLOCKS and network(torch.zeros(1, 64)).shape == (1, 10)
