@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -61,6 +62,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         package=package,
         title=repo_id or f"{report.base.name} {package.label}",
         location=_literal(repo_id or f"path/to/{package.name}"),
+        place=shlex.quote(repo_id or f"path/to/{package.name}"),
+        in_vllm=in_vllm(package),
         file=package.file,
         file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
         prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
@@ -83,6 +86,14 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         uneven_transformers=UNEVEN_TRANSFORMERS,
         quantized_form=quantized_form(package),
     )
+
+
+def in_vllm(package: Package) -> bool:
+    """Whether vLLM should load the package, by its source: its Transformers backend wants attention in every layer, and
+    the code of an elastic package asks for a size that it does not pass on."""
+    if package.layout not in ("uneven", "uniform", "padded") or package.quantization == "int8-dynamic":
+        return False
+    return all(layer.num_key_value_heads or not layer.intermediate_size for layer in package.architecture.layers)
 
 
 def healing_of(report: Report, package: Package) -> Training | None:

@@ -38,6 +38,19 @@ def test_metadata_is_what_the_hub_knows() -> None:
     assert "in auto-round's own form: `pip install transformers auto-round`" in own_form.text
 
 
+def test_vllm_is_named_where_it_should_load_the_package() -> None:
+    data = full_report()
+    line = "`vllm serve path/to/best --trust-remote-code`"
+    attention = data["packages"][0]["architecture"]["layers"]
+    assert any(layer["intermediate_size"] and not layer["num_key_value_heads"] for layer in attention)
+    assert "vllm" not in card_of(data).text, "a layer without attention"
+    for layer in attention:
+        layer.update({"num_attention_heads": 4, "num_key_value_heads": 2} if layer["intermediate_size"] else {})
+    assert line in card_of(data).text and "not run by nas-compressor" in card_of(data).text
+    data["packages"][0]["layout"] = "uniform"
+    assert "`vllm serve path/to/best`" in card_of(data).text
+
+
 def test_every_reported_number_is_in_the_model_index() -> None:
     data = full_report()
     results = card_of(data, "best-int4").data.eval_results
