@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 Answer = tuple[float, bool]
 """Log-likelihood in nats, and whether every scored token is the network's first choice."""
 
+COMPARED = 1024
+"""Tokens at most of a request that both ways of reading are compared on."""
+
 
 class NetworkLM(LM):
     """lm-eval's view of `model`, a transformers causal language model or one that takes the same arguments.
@@ -216,8 +219,10 @@ class NetworkLM(LM):
 
     def _tree_equals_plain(self, plan: Plan) -> bool:
         """Whether both ways agree on a few spans of the plan, among them some that share a prefix."""
-        ordered = sorted(plan.distinct, key=lambda span: span.tokens)
-        spans = dict.fromkeys([*ordered[:6], *sorted(ordered, key=lambda span: len(span.tokens))[-2:]])
+        by_length = sorted(plan.distinct, key=lambda span: len(span.tokens))
+        # Whole articles say no more of masks and positions than a page does, and take minutes on a CPU.
+        short = [span for span in by_length if len(span.tokens) <= COMPARED] or by_length[:1]
+        spans = dict.fromkeys([*sorted(short, key=lambda span: span.tokens)[:6], *short[-2:]])
         sample = Plan(list(spans), 2**20, 2**20, self._device)
         plain = self._totals(self._read_padded(sample), len(spans))
         try:

@@ -142,6 +142,25 @@ def test_a_network_that_cannot_read_trees_is_detected(llama: PreTrainedModel, ta
     assert scorer.lm._as_tree is False
 
 
+def test_whole_articles_are_read_once_and_not_to_compare_both_ways(
+    llama: PreTrainedModel, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_module, "COMPARED", 40)
+    scorer = scorer_of(llama, tasks, "choice_long", "rolling")
+    read: list[int] = []
+    padded = NetworkLM._read_padded
+
+    def counted(self: NetworkLM, plan: Any, beside: int = 0) -> Any:
+        read.extend(len(span.tokens) for span in plan.distinct)
+        return padded(self, plan, beside)
+
+    monkeypatch.setattr(NetworkLM, "_read_padded", counted)
+    assert_same_answers(scorer.lm, hflm(llama), requests(scorer.tasks))
+    asked = scorer.lm.plan(scorer.tasks.requests("report").spans).distinct
+    assert max(len(span.tokens) for span in asked) > 40
+    assert scorer.lm._as_tree and read and max(read) <= 40
+
+
 def test_shared_prefixes_are_read_once(llama: PreTrainedModel, tasks: Path) -> None:
     scorer = scorer_of(llama, tasks, "few_shot")
     spans = scorer.tasks.requests("all").spans
