@@ -221,15 +221,18 @@ class Worker:
         (network, architecture), cutting = timed(partial(self.cut, size, name))
         if own and name != "ours" and OURS[name][1] and architecture == self.pick(size, "quality"):
             return {"same_as": "ours"}
+        tokens, blocks, repaired = self.tokens[own], self.blocks[own], own and OURS[name][1]
         made = network_fingerprint(network)
         for file in self.rows.glob(f"{size}-*.json"):  # two methods may remove the same layers
             known = read_json(file)
-            if not own and (known.get("made"), known.get("tokens")) == (made, self.tokens[own]):
+            if not own and (known.get("made"), known.get("tokens")) == (made, tokens):
                 return known | {"method": name, "made_as": known["method"]}
         unhealed = scored(job, network).quality(base_documents(job).scale) if self.arguments.as_cut else None
-        state = self.rows / f".{size}-{name}.safetensors"
-        tokens, blocks, repaired = self.tokens[own], self.blocks[own], own and OURS[name][1]
-        _, healing = timed(partial(heal_as_ours, job, self.base, network, tokens, blocks, 0, state, repaired=repaired))
+        state = self.rows / f".{size}-{name}-{tokens}.safetensors"
+        healing = 0.0
+        if tokens:
+            heal = partial(heal_as_ours, job, self.base, network, tokens, blocks, 0, state, repaired=repaired)
+            _, healing = timed(heal)
         for left in self.rows.glob(f"{state.name}*"):
             left.unlink()
         row = self.described(network, architecture, job.tasks, self.bits.encoded_by(job.tasks.encoder))
@@ -361,7 +364,9 @@ def print_table(arguments: Namespace) -> None:
 
 
 def print_rows(job: Job, bits: TaskSet, rows: Sequence[dict[str, Any]], speeds: dict[str, Any]) -> None:
-    base = next(row for row in rows if row["method"] == "base")
+    base = next((row for row in rows if row["method"] == "base"), None)
+    if base is None:
+        raise SystemExit("no row of the base, which all are measured against: make --methods base,...")
     scale = QualityScale(scores_of(base, "tasks"))
     names = [*job.tasks.tasks, *bits.tasks]
     runtimes = ("transformers", "llama.cpp")

@@ -73,7 +73,7 @@ class Result:
 
         base, search = self.report["base"], self.report["search"] or {}
         axes = plt.subplots(figsize=(7, 4.5))[1] if axes is None else axes
-        points = search.get("points", self.report["front"])
+        points = [point for point in search.get("points", self.report["front"]) if point.get("full", True)]
 
         def share(row: Mapping[str, Any]) -> float:
             return float(row["params"] / base["params"])

@@ -1,8 +1,8 @@
 """Does a search beat chance, and can it learn anything? (Adam and Lorraine, Understanding Neural Architecture Search
 Techniques, arXiv 1904.00438: a search that does not condition on what it measured finds what random draws find.)
 
-- A control: a random search of as many evaluations, within the same bounds. Predicted from what was measured, or
-  measured too where that is asked for.
+- A control: a random search of as many evaluations, within the same computed bounds. Predicted from what was measured,
+  or measured too where that is asked for. Compared are the means of the best tenth: single bests are mostly luck.
 - Whether networks of like genomes have like scores, beyond what their sizes say: the distance correlation of the two
   (Székely, Rizzo and Bakirov 2007, arXiv 0803.4101, definitions 3 and 4). Where they have not, there is nothing to
   learn from, and the documents are too few or too easy.
@@ -10,128 +10,98 @@ Techniques, arXiv 1904.00438: a search that does not condition on what it measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from search.algorithms import algorithm
+from search.control_records import Control, Likeness
 from search.objectives import Computer, Constraint, Evaluation, Objective
-from search.pareto import violations
 from search.predictors import FEWEST, Predictor
 from search.space import Genomes, SearchSpace
 
 Vector = NDArray[np.float64]
 
-POOL = 1000
-"""Random genomes that predicted searches draw from, or a few more."""
+POOL, SEARCHES = 1000, 20
+"""Random genomes that predicted searches draw from, of at most so many random searches."""
 RESAMPLES = 1000
 MOST = 400
 """Measured networks at most whose distances are compared: the newest, evenly, since time goes with their square."""
 PERMUTATIONS = 400
 
 
-class Control(BaseModel):
-    """The best of a search beside the best of a random search of as many evaluations, in the objective's units."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    way: Literal["predicted", "measured"]
-    objective: str
-    evaluations: int
-    """Of each of the two, within the bounds."""
-    found: float
-    random: float
-    """The best of the random search; predicted, the median over many."""
-    difference: float
-    """How much better the search was, so that more is better whatever the objective's direction."""
-    low: float
-    high: float
-    """The central 95 % of it, by the luck of the random draws."""
-
-    @property
-    def text(self) -> str:
-        """Both in a sentence."""
-        how = "would have found" if self.way == "predicted" else "found"
-        by = " (predicted from what was measured)" if self.way == "predicted" else ""
-        beside = f"a random search of {self.evaluations} sub-networks {how} {self.objective} {self.random:.3f}{by}"
-        interval = f"({self.low:+.3g} to {self.high:+.3g})"
-        if self.low > 0:
-            return f"{beside}: this one is better by {self.difference:.3g} {interval}"
-        if self.high < 0:
-            return f"{beside}: this one is worse by {-self.difference:.3g} {interval}"
-        return f"{beside}: this one's {self.found:.3f} is not told apart from it {interval}"
+def within_bounds(
+    space: SearchSpace, evaluations: Sequence[Evaluation], objective: Objective, constraints: Sequence[Constraint]
+) -> list[Evaluation]:
+    """Those that were fully measured, to a finite value, and meet the constraints that are computed, without the base:
+    a search does not have to find it."""
+    bounds = computed_bounds(constraints)
+    return [
+        evaluation
+        for evaluation in measured_fully(evaluations, objective)
+        if evaluation.architecture != space.base and all(_meets(evaluation, bound) for bound in bounds)
+    ]
 
 
-class Likeness(BaseModel):
-    """Whether measured networks of like genomes have like values of an objective, beyond their sizes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    correlation: float
-    """Distance correlation, from 0 (none) to 1."""
-    chance: float
-    """Share of random orders of the values that correlate as much."""
-    networks: int
-
-    @property
-    def learnable(self) -> bool:
-        return self.chance < 0.05
-
-    @property
-    def text(self) -> str:
-        """The same in a sentence."""
-        numbers = f"distance correlation {self.correlation:.2f} over {self.networks}, chance {self.chance:.3f}"
-        if self.learnable:
-            return f"sub-networks of like sizes of layers have like scores ({numbers})"
-        return (
-            f"sub-networks of like sizes of layers have no more alike scores than others ({numbers}): the search had "
-            "nothing to learn from; more documents (--limit) may tell them apart"
-        )
+def computed_bounds(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """The constraints that a random search can keep, too: not those on what has to be measured."""
+    return [constraint for constraint in constraints if constraint.objective.compute is not None]
 
 
-def within_bounds(evaluations: Sequence[Evaluation], constraints: Sequence[Constraint]) -> list[Evaluation]:
-    """The fully measured ones that meet the constraints."""
-    full = [e for e in evaluations if e.full]
-    missed = violations(full, constraints).sum(1) if constraints and full else np.zeros(len(full))
-    return [e for e, by in zip(full, missed, strict=True) if not by]
+def measured_fully(evaluations: Sequence[Evaluation], objective: Objective) -> list[Evaluation]:
+    """Those with a finite value of the objective, on all documents."""
+
+    def known(evaluation: Evaluation) -> bool:
+        value: float | None = evaluation.values.get(objective.name)
+        return evaluation.full and value is not None and math.isfinite(value)
+
+    return list(filter(known, evaluations))
+
+
+def _meets(evaluation: Evaluation, bound: Constraint) -> bool:
+    assert bound.objective.compute is not None
+    value = bound.objective.compute(evaluation.architecture)
+    return not bound.violation(np.array([value], float))[0]
 
 
 def predicted_control(
     space: SearchSpace,
     evaluations: Sequence[Evaluation],
     objective: Objective,
-    constraints: Sequence[Constraint] = (),
+    constraints: Sequence[Constraint],
     *,
     seed: int = 0,
 ) -> Control | None:
     """What random searches of as many evaluations would have found, by a predictor that was trained on all that was
     measured. Measurements scatter around predictions, so each draw scatters as the predictor's errors do. None where
-    too little was measured to train on.
+    too little was measured, or nothing that is computed is bounded: then the whole base is the best, and no finding.
     """
-    own = within_bounds(evaluations, constraints)
-    known = [e for e in evaluations if e.full and np.isfinite(e.values[objective.name])]
+    own, known = within_bounds(space, evaluations, objective, constraints), measured_fully(evaluations, objective)
     predictor = Predictor(len(space.genes), seed)
     if len(known) >= FEWEST:
         predictor.fit(features_of(space, known), costs_of(known, objective))
-    if predictor.chosen is None or not own:
+    if predictor.chosen is None or not own or not computed_bounds(constraints):
         return None
     # Several random searches of this length: a longer one, which never repeats itself, has to go elsewhere.
-    searches = max(2, -(-POOL // len(own)))
-    drawn = np.vstack([random_genomes(space, constraints, len(own), seed + number) for number in range(searches)])
-    means = predictor.predict(space.features(drawn))
+    searches = min(SEARCHES, max(2, -(-POOL // len(own))))
+    drawn = [random_genomes(space, constraints, len(own), seed + number) for number in range(searches)]
+    means = predictor.predict(space.features(np.vstack(drawn))) if sum(map(len, drawn)) else np.array([])
+    if len(means) < len(own):
+        return None
     scatter = predictor.scores[predictor.chosen].mae * np.sqrt(np.pi / 2)  # a normal one of this mean error
-    rng = np.random.default_rng(seed)
-    best = np.empty(RESAMPLES)
-    for row in range(RESAMPLES):
-        chosen = rng.choice(len(means), min(len(own), len(means)), replace=False)
-        best[row] = (means[chosen] + scatter * rng.standard_normal(len(chosen))).min()
-    return _control("predicted", objective, own, best, float(np.median(best)))
+
+    def random(rng: np.random.Generator) -> Vector:
+        chosen = rng.choice(means, len(own), replace=False)
+        return chosen + scatter * rng.standard_normal(len(own))
+
+    return _control("predicted", objective, costs_of(own, objective), random, seed)
 
 
 def measured_control(
+    space: SearchSpace,
     evaluations: Sequence[Evaluation],
     random: Sequence[Evaluation],
     objective: Objective,
@@ -139,31 +109,47 @@ def measured_control(
     *,
     seed: int = 0,
 ) -> Control | None:
-    """The same beside a random search that was measured; its luck is that of drawing its networks again."""
-    own, others = within_bounds(evaluations, constraints), within_bounds(random, constraints)
+    """The same beside a random search that was measured; its luck is that of drawing its networks again. None where one
+    of the two has nothing within the bounds."""
+    own = within_bounds(space, evaluations, objective, constraints)
+    others = within_bounds(space, random, objective, constraints)
     if not own or not others:
         return None
-    values, rng = costs_of(others, objective), np.random.default_rng(seed)
-    best = np.array([rng.choice(values, len(values)).min() for _ in range(RESAMPLES)])
-    best[0] = values.min()
-    return _control("measured", objective, own, best, float(values.min()))
+    values = costs_of(others, objective)
+    return _control(
+        "measured",
+        objective,
+        costs_of(own, objective),
+        lambda rng: rng.choice(values, len(values)),
+        seed,
+        of_random=values,
+    )
 
 
 def _control(
     way: Literal["predicted", "measured"],
     objective: Objective,
-    own: Sequence[Evaluation],
-    best: Vector,
-    middle: float,
+    own: Vector,
+    random: Callable[[np.random.Generator], Vector],
+    seed: int,
+    of_random: Vector | None = None,
 ) -> Control:
-    """From the costs of the random search's best, one for each resample, and of the one to state."""
-    found = float(costs_of(own, objective).min())
-    low, high = np.quantile(best - found, [0.025, 0.975])
+    """From the costs of a search, and a function that draws those of a random one; `of_random` where they are known."""
+    rng, best = np.random.default_rng(seed), min(len(own), max(3, len(own) // 10))
+
+    def tenth(costs: Vector) -> float:
+        return float(np.sort(costs)[:best].mean())
+
+    theirs = np.array([tenth(random(rng)) for _ in range(RESAMPLES)])
+    ours = np.array([tenth(rng.choice(own, len(own))) for _ in range(RESAMPLES)])
+    found, middle = tenth(own), float(np.median(theirs)) if of_random is None else tenth(of_random)
+    low, high = np.quantile(theirs - ours, [0.025, 0.975])
     sign = float(objective.cost(1.0))
     return Control(
         way=way,
         objective=objective.name,
         evaluations=len(own),
+        best=best,
         found=sign * found,
         random=sign * middle,
         difference=middle - found,
@@ -174,7 +160,7 @@ def _control(
 
 def likeness(space: SearchSpace, evaluations: Sequence[Evaluation], objective: Objective) -> Likeness | None:
     """None where too little was measured, or all of it is equal."""
-    known = [e for e in evaluations if e.full and np.isfinite(e.values[objective.name])]
+    known = measured_fully(evaluations, objective)
     known = [known[i] for i in np.unique(np.linspace(0, len(known) - 1, min(len(known), MOST)).astype(int))]
     if len(known) < FEWEST:
         return None
@@ -187,7 +173,9 @@ def likeness(space: SearchSpace, evaluations: Sequence[Evaluation], objective: O
     if np.ptp(values) <= 1e-9 * np.abs(scores).max():
         return None
     genomes = features_of(space, known)[:, : len(space.genes)]
-    of_genomes = np.sqrt(np.maximum(((genomes[:, None] - genomes[None]) ** 2).sum(-1), 0.0))
+    products = genomes @ genomes.T
+    squares = np.diag(products)
+    of_genomes = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * products, 0.0))
     of_values = np.abs(values[:, None] - values[None])
     correlation = distance_correlation(of_genomes, of_values)
     rng = np.random.default_rng(0)
@@ -205,13 +193,16 @@ def distance_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> floa
 
 
 def random_genomes(space: SearchSpace, constraints: Sequence[Constraint], count: int, seed: int) -> Genomes:
-    """Up to `count` genomes as a random search within the constraints draws them, [n, genes]."""
-    computed = [constraint for constraint in constraints if constraint.objective.kind == "computed"]
+    """Up to `count` genomes as a random search draws them, [n, genes]: those within the computed constraints."""
+    computed = computed_bounds(constraints)
     objectives = [Objective("one", "max"), Objective("two", "max")]  # a random search looks at neither
     searcher = algorithm("random")(space, objectives, constraints=computed, seed=seed)
-    drawn = np.array([space.encode(architecture) for architecture in searcher.ask(count)])
-    missed = sum((c.violation(Computer(space, c.objective)(drawn)) for c in computed), np.zeros(len(drawn)))
-    return drawn[missed == 0] if (missed == 0).any() else drawn
+    architectures = searcher.ask(count) if count else []
+    drawn = np.array([space.encode(architecture) for architecture in architectures], dtype=np.int64)
+    drawn = drawn.reshape(len(architectures), len(space.genes))
+    for constraint in computed if len(drawn) else ():
+        drawn = drawn[constraint.violation(Computer(space, constraint.objective)(drawn)) == 0] if len(drawn) else drawn
+    return drawn
 
 
 def features_of(space: SearchSpace, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:

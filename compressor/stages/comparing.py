@@ -225,7 +225,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
         if cut is None or method.drawn:
             job.threads(scoring=True)
             cut, unhealed = method.make(comparison, seed), None
-        made = fingerprint([network_fingerprint(cut[0]), tokens, seed])
+        made = fingerprint([network_fingerprint(cut[0]), tokens, seed, *rate_of(job, method.repaired)])
         if twin := made_before(comparison, made):
             twin.with_row(method=method.name, about=method.about).write(file)
             continue
@@ -306,6 +306,12 @@ def made_before(comparison: SizeComparison, made: str) -> FinishedRow | None:
         if finished.inputs == comparison.inputs and finished.made == made:
             return finished
     return None
+
+
+def rate_of(job: Job, repaired: bool) -> list[float]:
+    """The rate that a method is healed with, where that is not the recipe's."""
+    rate = job.healing_rate(repaired)
+    return [] if rate == job.recipe.healing.learning_rate else [rate]
 
 
 def network_fingerprint(network: Any) -> str:

@@ -11,7 +11,7 @@ from compressor.job import Job
 from compressor.shown_report import show_report
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
-from compressor.stages.control import control_of
+from compressor.stages.control import control_of, likeness_of
 from compressor.stages.measuring import Measurements, ReportDocuments
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.searching import current_front
@@ -251,6 +251,6 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
         quality=QualityBasis(**{key: front["quality"][key] for key in ("counted", "left_out", "remark")}),
         base_decode_tps=front["base_decode_tps"],
         control=control_of(job, front),
-        likeness=front.get("likeness"),
+        likeness=likeness_of(job, front),
         targets={name: value for name, value in job.recipe.targets.model_dump().items() if value},
     )

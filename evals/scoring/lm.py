@@ -220,8 +220,10 @@ class NetworkLM(LM):
     def _tree_equals_plain(self, plan: Plan) -> bool:
         """Whether both ways agree on a few spans of the plan, among them some that share a prefix."""
         by_length = sorted(plan.distinct, key=lambda span: len(span.tokens))
-        # Whole articles say no more of masks and positions than a page does, and take minutes on a CPU.
-        short = [span for span in by_length if len(span.tokens) <= COMPARED] or by_length[:1]
+        # Whole articles say no more of masks and positions than a page does, and take minutes on a CPU; but where
+        # rotary angles change with the length, they do.
+        most = plan.longest if _angles_follow_length(self.model.config) else COMPARED
+        short = [span for span in by_length if len(span.tokens) <= most] or by_length[:1]
         spans = dict.fromkeys([*sorted(short, key=lambda span: span.tokens)[:6], *short[-2:]])
         sample = Plan(list(spans), 2**20, 2**20, self._device)
         plain = self._totals(self._read_padded(sample), len(spans))
@@ -265,6 +267,13 @@ class NetworkLM(LM):
             ids = [inputs[b] + (0,) * (width - len(inputs[b])) for b in batch]
             tensors = [torch.tensor(x, dtype=torch.int64, device=self._device) for x in (ids, rows, targets, owner)]
             yield tensors[0], tensors[1], tensors[2], tensors[3]
+
+
+def _angles_follow_length(config: PreTrainedConfig) -> bool:
+    """Whether rotary angles depend on how long a text is (`dynamic`, `longrope`)."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = str(rope)
+    return "dynamic" in kinds or "longrope" in kinds
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -218,7 +218,7 @@ class Reference:
         self._ids = _random_ids(model, batch, prompt), _random_ids(model, batch, prompt + (new - steps) // 2)
         self._eager = [_called(*work) for work in self._works(model)]
         self._graphs: list[Passes] | None = None
-        self._model = model
+        self._model, self._capturable = model, True
 
     def _works(self, model: nn.Module) -> list[tuple[nn.Module, torch.Tensor, int]]:
         """What is timed of a network: reading alone, and generating behind a longer prompt."""
@@ -234,12 +234,13 @@ class Reference:
         import torch
 
         with torch.inference_mode():
-            own, graphs = _ready(self._works(model))
-            if graphs and self._graphs is None:
-                self._graphs, graphs = _ready(self._works(self._model))
-            of_reference = self._graphs if graphs and self._graphs else self._eager
-            if not graphs:
-                own = [_called(*work) for work in self._works(model)]
+            if self._capturable and self._graphs is None:  # its graphs first: what it cannot have, nobody has
+                ready, self._capturable = _ready(self._works(self._model))
+                self._graphs = ready if self._capturable else None
+            own, of_reference = [_called(*work) for work in self._works(model)], self._eager
+            if self._graphs is not None:
+                ready, graphs = _ready(self._works(model))
+                own, of_reference = (ready, self._graphs) if graphs else (own, of_reference)
             reads = [_in_turns(own[0], of_reference[0], 0)[0] for _ in range(self._readings)][1:]
             decode = _in_turns(own[1], of_reference[1], self._steps)[2:]
         ratios, seconds = zip(*(_ratio_and_seconds(pairs) for pairs in (reads, decode)), strict=True)

@@ -89,11 +89,13 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
 
 
 def in_vllm(package: Package) -> bool:
-    """Whether vLLM should load the package, by its source: its Transformers backend wants attention in every layer, and
-    the code of an elastic package asks for a size that it does not pass on."""
-    if package.layout not in ("uneven", "uniform", "padded") or package.quantization == "int8-dynamic":
+    """Whether vLLM should load the package, by its source: its Transformers backend wants attention in every layer of
+    an uneven package, and the code of an elastic one asks for a size that it does not pass on."""
+    if package.quantization == "int8-dynamic" or package.layout not in ("uneven", "uniform", "padded"):
         return False
-    return all(layer.num_key_value_heads or not layer.intermediate_size for layer in package.architecture.layers)
+    return package.layout != "uneven" or all(
+        layer.num_key_value_heads or not layer.intermediate_size for layer in package.architecture.layers
+    )
 
 
 def healing_of(report: Report, package: Package) -> Training | None:

@@ -17,7 +17,7 @@ from evals.quality import QualityScale
 from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
 from export.package_record import PackageEntry
-from search.control import Control, Likeness
+from search.control_records import Control, Likeness
 from search.scores import Score
 
 SCHEMA = 2

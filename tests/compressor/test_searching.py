@@ -21,7 +21,7 @@ from compressor.run import Run
 from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets
 from compressor.stages.choosing import choose
-from compressor.stages.control import control_of
+from compressor.stages.control import control_of, likeness_of
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import held_out_keys, score_keys
@@ -29,7 +29,7 @@ from compressor.stages.searching import current_front, speed_table
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOut
 from compressor.stages.warm_start import proposals
 from evals.speed.table import SpeedTable
-from search.control import Control
+from search.control_records import Control
 from search.pareto import Target
 from search.scores import Score
 from search.store import EvaluationStore
@@ -133,9 +133,13 @@ def test_where_no_task_counts_the_loss_on_text_does(made: Made, tmp_path: Path) 
     assert len({one["quality"] for one in values}) == 6
 
 
-def test_a_random_search_beside_it_is_predicted_and_measured_on_request(made: Made, tmp_path: Path) -> None:
+def test_a_random_search_beside_it_is_predicted_and_measured_on_request(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run"
-    found = made.search(folder, objectives=["held_out_loss", "parameters"])
+    shutil.copytree(made.run, folder)
+    sized = {"targets.max_params": "0.9", "searching.objectives": ["held_out_loss", "parameters"]}
+    found = pipeline.search(pipeline.resume(folder, sized, replace_targets=True))
     assert found["control"]["way"] == "predicted" and found["control"]["evaluations"] <= 24
     assert 0 < found["likeness"]["correlation"] <= 1
     job = pipeline.resume(folder, {})
@@ -150,8 +154,22 @@ def test_a_random_search_beside_it_is_predicted_and_measured_on_request(made: Ma
         before = len(list(store.all(weights=found["weights"])))
         assert pipeline.measure_control(job) == measured, "what was measured is kept"
         assert len(list(store.all(weights=found["weights"]))) == before
-    further = made.search(folder, evaluations=26)
-    assert control_of(pipeline.resume(folder, {}), further) == Control.model_validate(further["control"])
+    monkeypatch.setattr("compressor.stages.control.within_bounds", lambda *_: [])
+    with pytest.raises(RequestError, match=r"--control: no sub-network within the sizes asked for"):
+        pipeline.measure_control(pipeline.resume(folder, {}))
+
+
+def test_a_control_is_shown_of_the_search_that_is_asked_for(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(made.run, folder)
+    given: dict[str, Any] = {"targets.max_params": "0.9", "searching.objectives": ["held_out_loss", "parameters"]}
+    pipeline.search(pipeline.resume(folder, given, replace_targets=True))
+    first = pipeline.resume(folder, {})
+    measured = pipeline.measure_control(first)
+    further = pipeline.resume_search(folder, {"targets.max_params": "0.95", "searching.evaluations": 10})
+    found = pipeline.search(further)
+    assert control_of(further, found) == Control.model_validate(found["control"])
+    assert control_of(first, found) == measured and likeness_of(first, found) is None
 
 
 def test_other_processes_measure_the_same(made: Made, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from search.control import (
-    Control,
-    Likeness,
     distance_correlation,
     likeness,
     measured_control,
@@ -18,6 +16,7 @@ from search.control import (
     random_genomes,
     within_bounds,
 )
+from search.control_records import Control, Likeness
 from search.objectives import Constraint, Evaluation, Objective, computed
 from search.sampling import sample, sample_sizes
 from search.space import SearchSpace
@@ -63,44 +62,84 @@ def test_distance_correlation_by_its_definition() -> None:
     assert distance_correlation(a, np.zeros((4, 4))) == 0.0
 
 
+def best_tenth(evaluations: list[Evaluation]) -> float:
+    values = sorted((e.values["quality"] for e in evaluations), reverse=True)
+    return float(np.mean(values[: max(3, len(values) // 10)]))
+
+
 def test_what_is_predicted_of_random_searches_is_what_they_find() -> None:
     """Of a listed space all is known, so what searches of as many random networks find can be drawn."""
-    smaller = within_bounds(evaluated(list(SPACE.architectures())), [SMALLER])
+    smaller = within_bounds(SPACE, evaluated(list(SPACE.architectures())), QUALITY, [SMALLER])
     best = sorted(smaller, key=lambda e: -e.values["quality"])[:5]
     control = predicted_control(SPACE, best + evaluated(drawn(40, seed=2)), QUALITY, [SMALLER])
     assert control is not None and control.way == "predicted" and 20 < control.evaluations < 45
-    found = [
-        max(e.values["quality"] for e in evaluated(SPACE.decode_all(random_genomes(SPACE, [SMALLER], n, seed=seed))))
-        for seed in range(40)
-        for n in [control.evaluations]
-    ]
+    draws = (random_genomes(SPACE, [SMALLER], control.evaluations, seed=seed) for seed in range(40))
+    found = [best_tenth(evaluated(SPACE.decode_all(rows))) for rows in draws]
     assert control.random == pytest.approx(np.median(found), abs=0.03)
-    assert control.found == best[0].values["quality"]
+    assert control.found == best_tenth(best) and control.best == max(3, control.evaluations // 10)
     assert control.difference == pytest.approx(control.found - control.random)
-    assert control.low < control.difference < control.high
+    assert 0 < control.low < control.difference < control.high
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [(0.01, 0.03, "better by 0.02"), (-0.03, -0.01, "worse by"), (-0.1, 0.1, "not told apart")],
+    ("low", "high", "said"), [(0.01, 0.03, "; better, +0.02"), (-0.03, -0.01, "; worse"), (-0.1, 0.1, "not told apart")]
 )
 def test_the_sentence_says_what_the_interval_means(low: float, high: float, said: str) -> None:
     numbers = {"found": 0.9, "random": 0.88, "difference": (low + high) / 2, "low": low, "high": high}
-    assert said in Control(way="measured", objective="quality", evaluations=60, **numbers).text
+    assert said in Control(way="measured", objective="quality", evaluations=60, best=6, **numbers).text
 
 
-def test_a_random_search_does_not_beat_itself() -> None:
-    control = measured_control(evaluated(drawn(60, 0)), evaluated(drawn(60, 1)), QUALITY, [SMALLER])
-    assert control is not None and control.low <= 0 <= control.high and "not told apart" in control.text
+def test_random_searches_do_not_beat_one_another() -> None:
+    """Of forty pairs a few may be told apart by chance; single bests would always be."""
+    controls = [
+        measured_control(SPACE, evaluated(drawn(60, seed)), evaluated(drawn(60, 100 + seed)), QUALITY, [SMALLER])
+        for seed in range(40)
+    ]
+    told = [control for control in controls if control is not None and (control.low > 0 or control.high < 0)]
+    assert len(controls) == 40 and None not in controls and len(told) <= 8
+
+
+def test_a_search_that_found_better_ones_beats_random_draws() -> None:
+    smaller = within_bounds(SPACE, evaluated(list(SPACE.architectures())), QUALITY, [SMALLER])
+    best = sorted(smaller, key=lambda e: -e.values["quality"])[:30]
+    control = measured_control(SPACE, best, evaluated(drawn(60, 1)), QUALITY, [SMALLER])
+    assert control is not None and control.low > 0
 
 
 def test_less_is_better_where_the_objective_says_so() -> None:
     own, others = evaluated(drawn(60, 0)), evaluated(drawn(8, 1))
-    by_quality, by_loss = measured_control(own, others, QUALITY), measured_control(own, others, LOSS)
+    by_quality, by_loss = (measured_control(SPACE, own, others, objective) for objective in (QUALITY, LOSS))
     assert by_quality is not None and by_loss is not None
-    assert by_loss.found == -by_quality.found and by_loss.difference == pytest.approx(by_quality.difference)
-    worse = measured_control(others, own, LOSS)
-    assert worse is not None and worse.difference == pytest.approx(-by_loss.difference)
+    assert by_loss.found == pytest.approx(-by_quality.found)
+    assert by_loss.difference == pytest.approx(by_quality.difference)
+
+
+def test_where_only_quality_is_bounded_there_is_nothing_to_say() -> None:
+    """The base would be the best of every search."""
+    good = Constraint(QUALITY, minimum=0.5)
+    assert predicted_control(SPACE, evaluated(drawn(60, 0)), QUALITY, [good]) is None
+    base = evaluated([SPACE.base])
+    assert within_bounds(SPACE, base + evaluated(drawn(20, 0)), QUALITY, [good]) == [
+        e for e in evaluated(drawn(20, 0)) if e.architecture != SPACE.base
+    ]
+
+
+def test_what_an_earlier_phase_did_not_record_is_computed_and_what_failed_is_left_out() -> None:
+    rows = evaluated(drawn(40, 0))
+    bare = [Evaluation(e.architecture, {"quality": e.values["quality"]}) for e in rows]
+    assert len(within_bounds(SPACE, bare, QUALITY, [SMALLER])) == len(within_bounds(SPACE, rows, QUALITY, [SMALLER]))
+    failed: list[float | None] = [float("nan"), float("inf"), None]
+    broken = [Evaluation(e.architecture, {"quality": v}) for e, v in zip(rows, failed, strict=False)]  # type: ignore[dict-item]
+    assert within_bounds(SPACE, broken, QUALITY, []) == []
+    assert predicted_control(SPACE, [*broken, *bare[3:]], QUALITY, [SMALLER]) is not None
+    assert likeness(SPACE, [*broken, *bare[3:]], QUALITY) is not None
+
+
+def test_bounds_that_nothing_meets() -> None:
+    tiny = Constraint(PARAMETERS, maximum=1)
+    assert random_genomes(SPACE, [tiny], 20, seed=0).shape == (0, len(SPACE.genes))
+    assert random_genomes(SPACE, [tiny], 0, seed=0).shape == (0, len(SPACE.genes))
+    assert predicted_control(SPACE, evaluated(drawn(40, 0)), QUALITY, [tiny]) is None
 
 
 def test_random_genomes_stay_within_the_bounds_and_do_not_repeat() -> None:
@@ -112,8 +151,9 @@ def test_random_genomes_stay_within_the_bounds_and_do_not_repeat() -> None:
 def test_what_was_screened_or_lies_outside_does_not_count() -> None:
     full = evaluated(drawn(20, 0))
     screened = [Evaluation(e.architecture, e.values, full=False) for e in full]
-    assert within_bounds([*full, *screened], []) == full
-    assert {e.architecture for e in within_bounds(full, [SMALLER])} == {
+    full = [e for e in full if e.architecture != SPACE.base]
+    assert within_bounds(SPACE, [*full, *screened], QUALITY, []) == full
+    assert {e.architecture for e in within_bounds(SPACE, full, QUALITY, [SMALLER])} == {
         e.architecture for e in full if e.values["parameters"] <= (SMALLER.maximum or 0)
     }
 
@@ -135,12 +175,12 @@ def test_scores_that_follow_sizes_of_layers_can_be_learned_and_noise_cannot() ->
 
 def test_too_little_was_measured() -> None:
     few = evaluated(drawn(6, 0))[:4]
-    assert predicted_control(SPACE, few, QUALITY) is None and likeness(SPACE, few, QUALITY) is None
-    assert measured_control(few, [], QUALITY) is None
+    assert predicted_control(SPACE, few, QUALITY, [SMALLER]) is None and likeness(SPACE, few, QUALITY) is None
+    assert measured_control(SPACE, few, [], QUALITY) is None
 
 
 def test_both_are_kept_and_read_as_json() -> None:
-    control = measured_control(evaluated(drawn(30, 0)), evaluated(drawn(30, 1)), QUALITY)
+    control = measured_control(SPACE, evaluated(drawn(30, 0)), evaluated(drawn(30, 1)), QUALITY)
     found = likeness(SPACE, evaluated(drawn(30, 0)), QUALITY)
     assert control is not None and found is not None
     assert Control.model_validate_json(control.model_dump_json()) == control
