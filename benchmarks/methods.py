@@ -371,7 +371,8 @@ def print_rows(job: Job, bits: TaskSet, rows: Sequence[dict[str, Any]], speeds: 
     names = [*job.tasks.tasks, *bits.tasks]
     runtimes = ("transformers", "llama.cpp")
     differences = ["ours less this", *(f"{name}: ours less this" for name in bits.tasks)]
-    print_header("network", "parameters", *names, "quality", "as cut", *differences, *runtimes, right_from=1)
+    columns = ["network", "parameters", *names, "quality", "as cut", *differences, *runtimes]
+    table: list[list[str]] = []
     drawn: dict[tuple[str, str], Any] = {}
     for row in rows:
         own = scale.resampled(resampled(job.tasks.tasks, row["documents"]))
@@ -386,7 +387,11 @@ def print_rows(job: Job, bits: TaskSet, rows: Sequence[dict[str, Any]], speeds: 
         cells += judged(scale, bits, rival, row, drawn) if rival and name != "ours" else [""] * len(differences)
         speed = speeds.get(name if is_base(name) else Architecture.from_dict(row["architecture"]).key, {})
         cells += [f"{speed[runtime]:.2f}" if runtime in speed else "" for runtime in runtimes]
-        print_row(f"**{size}: {name}**" if name in OURS else f"{size}: {name}", *cells)
+        table.append([f"**{size}: {name}**" if name in OURS else f"{size}: {name}", *cells])
+    told = [column for column in range(len(columns)) if any(cells[column] for cells in table)]
+    print_header(*(columns[column] for column in told), right_from=1)
+    for cells in table:
+        print_row(*(cells[column] for column in told))
 
 
 def judged(
