@@ -22,6 +22,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import Measurements, make_parser, mean_spread, print_header, print_row
+from benchmarks.jobs import speeds_in_llama_cpp
 from compressor import demo, pipeline
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
@@ -38,9 +39,6 @@ from compressor.stages.comparison_methods import Method, SizeComparison, publish
 from compressor.stages.measuring import load_package
 from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
-from export.layouts.gguf import runtime as llama_cpp
-from export.layouts.table import write_layout
-from export.package_record import read_record
 from export.report.comparison import OURS
 from search.preference import PREFERENCES
 from supernet.architecture import Architecture
@@ -224,20 +222,14 @@ def in_llama_cpp(job: Job, base: Any, file: Path) -> float | None:
     row = FinishedRow.read(file).row
     assert row.speed is not None
     work = {"prompt": row.speed.prompt, "new": row.speed.new, "threads": row.speed.threads or 1}
-    options = {"tokenizer": job.tokenizer, "dtype": job.stored_dtype, "lineage": {}}
+    assert row.architecture is not None
     network = load_package(job.run.path / row.path, job.compute_dtype, job.device)
-    entry: dict[str, Any] = {"name": "gguf"}
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {Path(scratch, "base"): (base, job.structure.base), Path(scratch, "own"): (network, row.architecture)}
-        try:
-            for folder, (model, architecture) in folders.items():
-                assert architecture is not None
-                named = entry | {"architecture": architecture.to_dict()}
-                write_layout("gguf", model, architecture, folder, entry=named, **options)
-        except RequestError as error:
-            say(f"{row.method} is not timed in llama.cpp: {error}")
-            return None
-        base_speed, speed = (llama_cpp.measure_speed(read_record(folder), **work) for folder in folders)
+    both = [(base, job.structure.base, "gguf"), (network, row.architecture, "gguf")]
+    try:
+        ((base_speed, speed),) = speeds_in_llama_cpp(job, both, **work)
+    except RequestError as error:
+        say(f"{row.method} is not timed in llama.cpp: {error}")
+        return None
     return speed.decode_tps / base_speed.decode_tps
 
 

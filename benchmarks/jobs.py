@@ -15,6 +15,10 @@ from compressor import demo
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
+from evals.speed.measured import Speed
+from export.layouts.gguf import runtime as llama_cpp
+from export.layouts.table import write_layout
+from export.package_record import read_record
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.importance import IMPORTANCES
@@ -47,3 +51,22 @@ def subnet_loss(supernet: SuperNetwork, architecture: Architecture, held_out: Bl
     """Held-out cross-entropy of a sub-network, in nats per token."""
     with supernet.activated(architecture) as network:
         return held_out_loss(network.eval(), held_out, 8, network.device)
+
+
+def write_llama_cpp(job: Job, network: Any, architecture: Architecture, folder: Path, layout: str = "gguf") -> None:
+    """A file of llama.cpp with the base's tokenizer, in a new folder. Raises `RequestError` where it cannot be one."""
+    entry = {"name": layout, "architecture": architecture.to_dict()}
+    options = {"tokenizer": job.untouched_tokenizer, "dtype": job.stored_dtype, "lineage": {}}
+    write_layout(layout, network, architecture, folder, entry=entry, **options)
+
+
+def speeds_in_llama_cpp(
+    job: Job, networks: Sequence[tuple[Any, Architecture, str]], turns: int = 1, **work: int
+) -> list[list[Speed]]:
+    """Speeds of networks, each with its architecture and its layout of llama.cpp, timed in turn: for each turn, one for
+    each network. `work` is for `llama_cpp.measure_speed`. Raises `RequestError` where llama.cpp does not hold one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch, str(number)) for number in range(len(networks))]
+        for folder, (network, architecture, layout) in zip(folders, networks, strict=True):
+            write_llama_cpp(job, network, architecture, folder, layout)
+        return [[llama_cpp.measure_speed(read_record(folder), **work) for folder in folders] for _ in range(turns)]

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import tempfile
+import threading
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Measurements, add_options, make_parser, print_header, print_row, timed
-from benchmarks.jobs import temporary_job
+from benchmarks.jobs import speeds_in_llama_cpp, temporary_job, write_llama_cpp
 from compressor import pipeline
 from compressor.generated import generated_rows
 from compressor.inputs import calibration_batches, training_blocks
@@ -48,12 +50,9 @@ from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
 from evals.comparison import paired_interval, resampled, score_intervals
 from evals.quality import QualityScale
-from evals.scoring.tasks import TaskSet
+from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.speed.measured import speed_beside
-from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
-from export.layouts.table import write_layout
-from export.package_record import read_record
 from search.pareto import Target
 from search.preference import PREFERENCES
 from search.scores import Score
@@ -63,7 +62,7 @@ from supernet.common.files import read_json, write_json
 from supernet.common.formatting import parse_parameters
 from supernet.device import release_cached_memory
 from supernet.slicing import extract
-from supernet.training.sources import GENERATED, read_rows
+from supernet.training.sources import GENERATED
 
 OURS = {
     "ours": ("quality", True),
@@ -72,6 +71,8 @@ OURS = {
     "ours-unrepaired": ("quality", False),
 }
 """Our rows: the preference that they are picked by, and whether what is cut is repaired where the run does so."""
+DOCUMENTS = {"tasks": "documents", "bits": "bits_documents"}
+"""Where a row keeps what it scored on each document, by the kind of tasks."""
 GGUF = ("q8_0", "q4_0")
 """Types that the base is shown in; the first is also what networks are timed in."""
 
@@ -154,9 +155,7 @@ def write_text(arguments: Namespace, file: Path) -> None:
         with temporary_job(arguments.checkpoint, f"{GENERATED}:{arguments.written}", device="auto") as job:
             rows += [{"text": row.text} for row in generated_rows(job, arguments.written)]
     random.Random(0).shuffle(rows)
-    rows = [{name: row[name] for name in ("text", "messages") if name in row} for row in rows]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert sum(1 for _ in read_rows(str(file))) > 0
 
 
 def searched(recipe: Recipe, path: Path) -> Job:
@@ -235,7 +234,8 @@ class Worker:
             _, healing = timed(heal)
         for left in self.rows.glob(f"{state.name}*"):
             left.unlink()
-        row = self.described(network, architecture, job.tasks, self.bits.encoded_by(job.tasks.encoder))
+        bits = self.bits and self.bits.encoded_by(job.tasks.encoder)
+        row = self.described(network, architecture, job.tasks, bits)
         return row | {
             "tokens": tokens,
             "made": made,
@@ -243,28 +243,29 @@ class Worker:
             "seconds": {"cutting": cutting, "healing": healing},
         }
 
-    def described(self, network: Any, architecture: Architecture, tasks: TaskSet, bits: TaskSet) -> dict[str, Any]:
+    def described(
+        self, network: Any, architecture: Architecture, tasks: TaskSet, bits: TaskSet | None
+    ) -> dict[str, Any]:
         """What a network is, and what it scores on the report documents."""
         self.job.threads(scoring=True)
-        scores, documents = self.job.scorer(network, tasks).score_with_documents("report")
-        of_bits, bits_documents = self.job.scorer(network, bits).score_with_documents(
-            "report", self.arguments.bits_limit
-        )
-        return {
+        row: dict[str, Any] = {
             "params": sum(parameter.numel() for parameter in network.parameters()),
             "architecture": architecture.to_dict(),
-            "tasks": {name: score.model_dump() for name, score in scores.items()},
-            "documents": documents,
-            "bits": {name: score.model_dump() for name, score in of_bits.items()},
-            "bits_documents": bits_documents,
         }
+        for kind, asked, limit in (("tasks", tasks, None), ("bits", bits, self.arguments.bits_limit)):
+            scorer = asked and self.job.scorer(network, asked)
+            scores, documents = scorer.score_with_documents("report", limit) if scorer else ({}, {})
+            row[kind] = {name: score.model_dump() for name, score in scores.items()}
+            row[DOCUMENTS[kind]] = documents
+        return row
 
     def rounded(self, gguf_type: str) -> Any:
         """The base with the weights that a file of llama.cpp holds."""
         job = self.job
         network, base = job.untouched.load_model(job.stored_dtype, "cpu"), job.untouched.structure.base
         with tempfile.TemporaryDirectory() as scratch:
-            folder = write_gguf(job, network, base, Path(scratch), gguf_type)
+            folder = Path(scratch) / gguf_type
+            write_llama_cpp(job, network, base, folder, f"gguf-{gguf_type}")
             return take_stored_weights(network, folder).to(job.device, job.compute_dtype)
 
 
@@ -274,7 +275,16 @@ WORKER: Worker
 
 def begin(arguments: Namespace) -> None:
     global WORKER
+    threading.Thread(target=end_with_parent, daemon=True).start()
     WORKER = Worker(arguments)
+
+
+def end_with_parent() -> None:
+    """Wait for the process that began this one, and end with it: a pool's workers outlive a parent that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def make_row(wanted: tuple[str, str]) -> str:
@@ -289,24 +299,15 @@ def make_row(wanted: tuple[str, str]) -> str:
     return f"{name} at {size}: {seconds:.0f} s"
 
 
-def bits_tasks(job: Job, names: str) -> TaskSet:
-    """The tasks whose bits per byte are measured."""
+def bits_tasks(job: Job, names: str) -> TaskSet | None:
+    """The tasks whose bits per byte are measured, in the untouched base's tokens; None where none is named."""
+    if not names:
+        return None
     include = [job.recipe.include_path] if job.recipe.include_path else []
-    return TaskSet.load(
-        [name for name in names.split(",") if name], encoder=job.untouched_tasks.encoder, include_path=include
-    )
+    return TaskSet.load(names.split(","), encoder=job.untouched_tasks.encoder, include_path=include)
 
 
 # -- time --
-
-
-def write_gguf(job: Job, network: Any, architecture: Architecture, scratch: Path, gguf_type: str) -> Path:
-    """A file of llama.cpp, in a folder of its own."""
-    folder = Path(tempfile.mkdtemp(dir=scratch)) / gguf_type
-    entry = {"name": gguf_type, "architecture": architecture.to_dict()}
-    options = {"tokenizer": job.untouched_tokenizer, "dtype": job.stored_dtype, "lineage": {}}
-    write_layout(f"gguf-{gguf_type}", network, architecture, folder, entry=entry, **options)
-    return folder
 
 
 def time_rows(arguments: Namespace) -> None:
@@ -330,14 +331,10 @@ def speeds_of(job: Job, base: Any, architecture: Architecture, name: str, new: i
         own, of_base = speed_beside(network, base, prompt=new, new=new, repeats=repeats)
         speeds["transformers"] = own.decode_tps / of_base.decode_tps
         speeds["transformers_prefill"] = own.prefill_tps / of_base.prefill_tps
-    with tempfile.TemporaryDirectory() as scratch:
-        own_type = name.removeprefix("base-") if name.startswith("base-") else GGUF[0]
-        work = {"prompt": new, "new": new, "threads": torch.get_num_threads(), "repeats": -(-repeats // 2)}
-        folders = [
-            write_gguf(job, network, architecture, Path(scratch), own_type),
-            write_gguf(job, base, job.structure.base, Path(scratch), GGUF[0]),
-        ]
-        pairs = [[llama_cpp.measure_speed(read_record(folder), **work) for folder in folders] for _ in range(3)]
+    own_type = name.removeprefix("base-") if name.startswith("base-") else GGUF[0]
+    both = [(network, architecture, f"gguf-{own_type}"), (base, job.structure.base, f"gguf-{GGUF[0]}")]
+    work = {"prompt": new, "new": new, "threads": torch.get_num_threads(), "repeats": -(-repeats // 2)}
+    pairs = speeds_in_llama_cpp(job, both, turns=3, **work)
     speeds["llama.cpp"] = median(own.decode_tps / of_base.decode_tps for own, of_base in pairs)
     speeds["llama.cpp_prefill"] = median(own.prefill_tps / of_base.prefill_tps for own, of_base in pairs)
     return speeds
@@ -360,23 +357,26 @@ def print_table(arguments: Namespace) -> None:
     file = arguments.folder / "speeds.json"
     speeds = read_json(file) if file.is_file() else {}
     with temporary_job(arguments.checkpoint, **recipe) as job:
-        print_rows(job, bits_tasks(job, arguments.bits), read_table(arguments.folder), speeds)
+        bits = bits_tasks(job, arguments.bits)
+        print_rows(job, bits.tasks if bits else {}, read_table(arguments.folder), speeds)
 
 
-def print_rows(job: Job, bits: TaskSet, rows: Sequence[dict[str, Any]], speeds: dict[str, Any]) -> None:
+def print_rows(
+    job: Job, bits: Mapping[str, ScoredTask], rows: Sequence[dict[str, Any]], speeds: dict[str, Any]
+) -> None:
     base = next((row for row in rows if row["method"] == "base"), None)
     if base is None:
         raise SystemExit("no row of the base, which all are measured against: make --methods base,...")
     scale = QualityScale(scores_of(base, "tasks"))
-    names = [*job.tasks.tasks, *bits.tasks]
+    names = [*job.tasks.tasks, *bits]
     runtimes = ("transformers", "llama.cpp")
-    differences = ["ours less this", *(f"{name}: ours less this" for name in bits.tasks)]
+    differences = ["ours less this", *(f"{name}: ours less this" for name in bits)]
     columns = ["network", "parameters", *names, "quality", "as cut", *differences, *runtimes]
     table: list[list[str]] = []
     drawn: dict[tuple[str, str], Any] = {}
     for row in rows:
         own = scale.resampled(resampled(job.tasks.tasks, row["documents"]))
-        drawn[row["size"], row["method"]] = own, resampled(bits.tasks, row["bits_documents"])
+        drawn[row["size"], row["method"]] = own, resampled(bits, row["bits_documents"])
     for row in rows:
         size, name = row["size"], row["method"]
         cells = [f"{row['params'] / base['params']:.3f}"]
@@ -395,16 +395,22 @@ def print_rows(job: Job, bits: TaskSet, rows: Sequence[dict[str, Any]], speeds: 
 
 
 def judged(
-    scale: QualityScale, bits: TaskSet, ours: dict[str, Any], row: dict[str, Any], drawn: dict[tuple[str, str], Any]
+    scale: QualityScale,
+    bits: Mapping[str, ScoredTask],
+    ours: dict[str, Any],
+    row: dict[str, Any],
+    drawn: dict[tuple[str, str], Any],
 ) -> Iterator[str]:
-    """Ours less this row, with the central 95 % over the documents: quality, and bits per byte (less is better)."""
+    """Ours less this row, with the central 95 % over the documents: quality, and the scores of `bits` as they are."""
     mine, theirs = (drawn[one["size"], one["method"]] for one in (ours, row))
     value = scale.quality(scores_of(ours, "tasks")) - scale.quality(scores_of(row, "tasks"))
     yield interval(value, paired_interval([mine[0]], [theirs[0]]))
-    by_task = score_intervals(bits.tasks, mine[1], theirs[1])
+    by_task = score_intervals(bits, mine[1], theirs[1])
     for name, of_task in by_task.items():
         value = ours["bits"][name]["value"] - row["bits"][name]["value"]
-        yield interval(value, of_task and (-of_task[1], -of_task[0]))  # positive where ours is better, there
+        if of_task and not bits[name].higher_is_better:  # its interval is positive where ours is better
+            of_task = (-of_task[1], -of_task[0])
+        yield interval(value, of_task)
 
 
 def interval(value: float, bounds: tuple[float, float] | None) -> str:

@@ -23,15 +23,15 @@ from compressor.run import Run
 from supernet.common.files import write_text
 from supernet.common.formatting import count, duration, size
 
-SIZES: dict[str, dict[str, int | bool]] = {
-    "smollm2-135m": {
-        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "instatune": {
-        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
+Sizes = dict[str, int | bool]
+
+SMOLLM2: Sizes = {
+    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+SIZES: dict[str, Sizes] = {
+    "smollm2-135m": SMOLLM2,
+    "instatune": SMOLLM2,
     "llama-nas": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
         "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,

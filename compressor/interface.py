@@ -35,7 +35,7 @@ class Result:
     @property
     def packages(self) -> dict[str, Path]:
         """The folders of the packages by name, those of the base in few bits among them."""
-        rows = [*self.report["packages"], *self.report["quantized_base"]]
+        rows = [*self.report["packages"], *self.report.get("quantized_base", [])]  # earlier versions had none
         return {row["name"]: self.run / row["path"] for row in rows}
 
     def load(self, name: str = "best") -> Any:

@@ -4,8 +4,8 @@ Techniques, arXiv 1904.00438: a search that does not condition on what it measur
 - A control: a random search of as many evaluations, within the same computed bounds. Predicted from what was measured,
   or measured too where that is asked for. Compared are the means of the best tenth: single bests are mostly luck.
 - Whether networks of like genomes have like scores, beyond what their sizes say: the distance correlation of the two
-  (Székely, Rizzo and Bakirov 2007, arXiv 0803.4101, definitions 3 and 4). Where they have not, there is nothing to
-  learn from, and the documents are too few or too easy.
+  (Székely, Rizzo and Bakirov 2007, arXiv 0803.4101, section 2: of doubly centred matrices of distances). Where they
+  have not, there is nothing to learn from, and the documents are too few or too easy.
 """
 
 from __future__ import annotations
@@ -200,12 +200,14 @@ def random_genomes(space: SearchSpace, constraints: Sequence[Constraint], count:
     architectures = searcher.ask(count) if count else []
     drawn = np.array([space.encode(architecture) for architecture in architectures], dtype=np.int64)
     drawn = drawn.reshape(len(architectures), len(space.genes))
-    for constraint in computed if len(drawn) else ():
-        drawn = drawn[constraint.violation(Computer(space, constraint.objective)(drawn)) == 0] if len(drawn) else drawn
+    for constraint in computed:
+        if len(drawn):
+            drawn = drawn[constraint.violation(Computer(space, constraint.objective)(drawn)) == 0]
     return drawn
 
 
 def features_of(space: SearchSpace, evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+    """What predictors see of them, [n, features]; the first are the genes' values as shares of the base's."""
     return space.features(np.array([space.encode(e.architecture) for e in evaluations]))
 
 

@@ -164,7 +164,7 @@ def block_influence(supernet: SuperNetwork, batches: Batches) -> list[float]:
 def skipped_error(supernet: SuperNetwork, batches: Batches) -> list[float]:
     """Importance of each layer: the square error of the last hidden states when it is skipped, as a share of their own
     squares, over all tokens: sum of ||h - h_without||^2 / sum of ||h||^2 (Taghibakhshi et al., Nemotron Elastic,
-    arXiv 2511.16664, section 3.1; of the states that the head reads, behind the last norm). Takes a pass for each
+    arXiv 2511.16664; here of the states that the head reads, behind the last norm). Takes a pass for each
     layer. Raises ValueError where there are no batches."""
     batches, base = list(batches), supernet.base
     if not batches:

@@ -170,3 +170,39 @@ def test_a_vocabulary_has_a_row_for_each_size(
     call(monkeypatch, "vocabulary", *options, "--priors", "0", "1", "--sizes", "0.8")
     *_, least, most = capsys.readouterr().out.splitlines()
     assert least.startswith("| 0 | ") and most.startswith("| 1 | ")
+
+
+def test_methods_are_made_once_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of ours and a baseline in a worker process; a second call makes only what is missing."""
+    model, tasks = tiny.checkpoint(tmp_path / "model"), tiny.task(tmp_path / "tasks", documents=40, solved=True)
+    scored = ["--checkpoint", str(model), "--include-path", str(tasks), "--tasks", "tiny_choice", "--bits", ""]
+    budgets = ["--sizes", "0.85", "--heal-tokens", "512", "--evaluations", "8", "--limit", "8", "--batch", "2"]
+    made = ["make", str(tmp_path / "made"), *scored, *budgets, "--data", str(tiny.data(tmp_path / "text.jsonl", 200))]
+    call(monkeypatch, "methods", *made, "--methods", "base,ours,flap")
+    assert "flap at 0.85" in capsys.readouterr().out
+    rows = sorted((tmp_path / "made" / "rows").iterdir())
+    assert [row.name for row in rows] == ["0.85-flap.json", "0.85-ours.json", "1-base.json"]
+    times = [row.stat().st_mtime_ns for row in rows]
+    call(monkeypatch, "methods", "table", str(tmp_path / "made"), *scored)
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in table] == ["| network", "| 1: base", "| **0.85: ours**", "| 0.85: flap"]
+    assert float(table[2][1]) <= 0.85 and float(table[3][1]) <= 0.86
+    monkeypatch.setattr("benchmarks.methods.ProcessPoolExecutor", NoWorker)
+    call(monkeypatch, "methods", *made, "--methods", "base,ours")
+    assert [row.stat().st_mtime_ns for row in rows] == times
+
+
+class NoWorker:
+    """A pool that nothing may be given to."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> NoWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *work: object) -> None:
+        raise AssertionError(f"made again: {work}")

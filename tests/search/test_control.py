@@ -47,7 +47,7 @@ def drawn(count: int, seed: int) -> list[Architecture]:
 
 
 def test_distance_correlation_by_its_definition() -> None:
-    """Székely et al.'s theorem 1: the squared covariance is S1 + S2 - 2 S3 of the two matrices of distances."""
+    """The squared covariance is S1 + S2 - 2 S3 of the two matrices of distances (Székely et al., section 2)."""
     x, y = np.array([0.0, 1, 3, 7]), np.array([2.0, 2, 5, 1])
     a, b = (np.abs(v[:, None] - v[None]) for v in (x, y))
 

@@ -276,12 +276,17 @@ def test_no_calibration_data_is_an_error(supernet: SuperNetwork, name: str) -> N
         IMPORTANCES[name](supernet, [])
 
 
-def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) -> None:
-    layers = supernet.model.model.layers
-    with torch.no_grad():  # layer 0 adds nothing
-        for projection in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj):
+def silence_layer_0(supernet: SuperNetwork) -> None:
+    """Let layer 0 add nothing."""
+    layer = supernet.model.model.layers[0]
+    with torch.no_grad():
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
             projection.weight.zero_()
             projection.bias.zero_()
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) -> None:
+    silence_layer_0(supernet)
     influence = block_influence(supernet, BATCHES)
     assert influence[0] == pytest.approx(0.0, abs=1e-12)
     before = torch.cat([supernet.model.model.embed_tokens(ids)[0].detach() for ids in BATCHES])
@@ -290,11 +295,7 @@ def test_block_influence_is_one_minus_the_mean_cosine(supernet: SuperNetwork) ->
 
 
 def test_skipped_error_is_how_far_the_last_states_move(supernet: SuperNetwork) -> None:
-    layers = supernet.model.model.layers
-    with torch.no_grad():  # layer 0 adds nothing
-        for projection in (layers[0].self_attn.o_proj, layers[0].mlp.down_proj):
-            projection.weight.zero_()
-            projection.bias.zero_()
+    silence_layer_0(supernet)
     errors = skipped_error(supernet, BATCHES)
     assert errors[0] == pytest.approx(0.0, abs=1e-12)
     full = torch.cat([supernet.model.model(ids).last_hidden_state for ids in BATCHES]).detach()
