@@ -66,10 +66,12 @@ class Result:
         return self.packages[name]
 
     def plot_front(self, axes: Axes | None = None) -> Axes:
-        """Quality on the search documents against size: all that was measured, and the front as a line. The colour is
-        the decode speed, as a multiple of the base's; rings are what was packaged. Draws into `axes`, or new ones, and
-        returns them."""
+        """Quality on the search documents against size: all that was measured, and the front of these two as stairs
+        (that of all objectives looks like scatter here). The colour is the decode speed, as a multiple of the base's;
+        rings are what was packaged. Draws into `axes`, or new ones, and returns them."""
         import matplotlib.pyplot as plt
+
+        from export.report.plots import undominated
 
         base, search = self.report["base"], self.report["search"] or {}
         axes = plt.subplots(figsize=(7, 4.5))[1] if axes is None else axes
@@ -85,7 +87,8 @@ class Result:
         )
         if colours is not None:
             axes.figure.colorbar(dots, ax=axes, label="decode speed, base 1")
-        axes.plot([share(row) for row in self.front], [row["quality"] for row in self.front], color="grey", lw=1)
+        best = sorted(undominated([(share(row), row["quality"]) for row in points], True))
+        axes.step(*zip(*best, strict=True), where="post", color="grey", lw=1)
         axes.scatter([1], [base["quality"]], marker="s", color="black", label="the base")
         packaged = [
             row for row in points if row["architecture"] in [p["architecture"] for p in self.report["packages"]]

@@ -331,6 +331,8 @@ def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest
     assert network(**tokenizer("a b", return_tensors="pt")).logits.isfinite().all()
     axes = result.plot_front()
     assert len(axes.collections[0].get_offsets()) == len(report["search"]["points"])
+    stairs = list(axes.lines[0].get_ydata())
+    assert stairs == sorted(stairs) and stairs[-1] == max(row["quality"] for row in report["search"]["points"])
     assert Result(bench.run).report == report
     with pytest.raises(RequestError, match="package: 'bets' is unknown"):
         result.load("bets")
