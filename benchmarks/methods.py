@@ -6,8 +6,9 @@
     python -m benchmarks.methods time FOLDER --checkpoint DIR       # where the networks are to run, say on a CPU
     python -m benchmarks.methods table FOLDER --checkpoint DIR --include-path DIR --tasks A,B --bits C,D
 
-`make` searches once for all sizes, then cuts, heals and scores every method's network of every size, `--workers` at a
-time: a row each in FOLDER/rows, so that it goes on where it was stopped. The text is that of the files and of what the
+`make` searches once for all sizes (not where FOLDER/picks.json holds them already, say of a search on another machine),
+then cuts, heals and scores every method's network of every size, `--workers` at a time: a row each in FOLDER/rows, so
+that it goes on where it was stopped. The text is that of the files and of what the
 base writes itself, shuffled. `ours` is the pick, `ours-speed` and `ours-balanced` what these preferences take,
 `ours-unrepaired` the pick sliced plainly, `base-TYPE` the base in a type of llama.cpp's files. `--bits` are tasks whose
 bits per byte are measured beside the scores. Speeds depend on sizes alone, so `time` cuts them out of the base, and
@@ -130,13 +131,17 @@ def make(arguments: Namespace) -> None:
             "vocabulary": {"size": arguments.vocabulary},
         }
     )
-    job, seconds = timed(partial(searched, recipe, folder / "run"))
+    job = pipeline.start(recipe, folder / "run")
+    pipeline.finetune(job)
+    picks = folder / "picks.json"
+    if not picks.is_file() or set(sizes) - read_json(picks).keys():
+        _, seconds = timed(partial(pipeline.search, job))
+        write_json(folder / "searched.json", {"seconds": seconds, "times": read_json(job.run.times_file)})
+        write_json(picks, {size: picked(job, size) for size in sizes})
+        for file in (job.run.front, job.run.recipe_file, job.run.log_file):
+            shutil.copy(file, folder)
     job.run.comparison.mkdir(exist_ok=True)
     base_documents(job, job.load_untouched())
-    write_json(folder / "searched.json", {"seconds": seconds, "times": read_json(job.run.times_file)})
-    write_json(folder / "picks.json", {size: picked(job, size) for size in sizes})
-    for file in (job.run.front, job.run.recipe_file, job.run.log_file):
-        shutil.copy(file, folder)
     wanted = [(size, name) for name in arguments.methods.split(",") for size in ("1" if is_base(name) else sizes)]
     missing = [(size, name) for size, name in wanted if not row_file(rows, size, name).is_file()]
     release_cached_memory(job.device)
@@ -156,13 +161,6 @@ def write_text(arguments: Namespace, file: Path) -> None:
             rows += [{"text": row.text} for row in generated_rows(job, arguments.written)]
     random.Random(0).shuffle(rows)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def searched(recipe: Recipe, path: Path) -> Job:
-    job = pipeline.start(recipe, path)
-    pipeline.finetune(job)
-    pipeline.search(job)
-    return job
 
 
 def picked(job: Job, size: str) -> dict[str, Any]:

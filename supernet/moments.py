@@ -65,6 +65,10 @@ class Projection:
     def bias_name(self) -> str:
         return f"{self.name}.bias"
 
+    @property
+    def device(self) -> torch.device:
+        return cast(Tensor, self.module._parameters["weight"]).device
+
     def weight(self) -> Tensor:
         """The full network's weight in float64, [outputs, inputs]."""
         weight = cast(Tensor, self.module._parameters["weight"]).detach().double()
@@ -170,6 +174,11 @@ class Moments:
     tokens: int
     ridge: float
     other: Other | None = None
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on a device."""
+        other = self.other and Other(self.other.product.to(device), self.other.mean.to(device), self.other.ridge)
+        return Moments(self.second.to(device), self.mean.to(device), self.tokens, self.ridge, other)
 
     def of(self, centred: bool) -> Tensor:
         """Second moments in float64; with `centred`, of the inputs less their means."""

@@ -33,7 +33,6 @@ from supernet.layer_walk import LayerWalk, Through, residual_scale
 from supernet.moments import (
     OTHER,
     Moments,
-    Other,
     Projection,
     Sums,
     factorised,
@@ -50,15 +49,23 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class _Factor:
-    """What all prefixes of one order of a projection's inputs are made from (`prefix_weight`)."""
+    """What all prefixes of one order of a projection's inputs are made from (`prefix_weight`), where the projection's
+    module lies. Kept in float32: it takes half the memory of float64, which is solved in."""
 
-    order: Tensor
     products: Tensor
     lower: Tensor
+    means: tuple[Tensor, Tensor] | None
+    """E[x], and what the projection puts out on average; of a projection with a bias."""
+    carries: bool
+    """Whether it is fitted to the output of the removed half-block too."""
 
     @property
     def bytes(self) -> int:
         return self.products.nbytes + self.lower.nbytes
+
+    def weight(self, count: int) -> Tensor:
+        """The refitted weight [outputs, count] in float64."""
+        return prefix_weight(self.products.double(), self.lower.double(), count)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class RepairedVariants:
             if projection.bias() is not None:
                 self._by_name[projection.bias_name] = projection
         self._made: _Kept[_Repaired | None] = _Kept(memory)
-        self._factors: _Kept[_Factor] = _Kept(memory)
+        self._factors: _Kept[_Factor | None] = _Kept(memory)
 
     @property
     def names(self) -> Collection[str]:
@@ -117,52 +124,55 @@ class RepairedVariants:
     def _make(self, projection: Projection, kept: LayerSizes, alone: bool) -> _Repaired | None:
         """The refitted projection of a layer of these sizes, where the other half-block is removed if `alone`; None
         where the plain slice is better."""
-        moments = self._load(projection.layer)[projection.half]
-        other = moments.other if alone and moments.other is not None and math.isfinite(moments.other.ridge) else None
+        factor = self._factor(projection, kept, alone)
         whole = _units(projection.half, kept) == _units(projection.half, self._full[projection.layer])
-        if math.isinf(moments.ridge) or (whole and other is None):
+        if factor is None or (whole and not factor.carries):
             return None
-        bias = projection.bias()
         chosen = projection.kept(kept, self._full[projection.layer])
-        factor = self._factor(projection, kept, moments, other)
-        weight = prefix_weight(factor.products, factor.lower, len(chosen))
-        new_bias = None
-        if bias is not None:
-            mean = moments.mean.double().to(bias.device)
-            added = bias + projection.weight() @ mean
-            if other is not None:
-                added += other.mean.double().to(bias.device)
-            new_bias = projection.stored(added - weight.to(bias.device) @ mean[chosen])
-        return _Repaired(projection.stored(weight), new_bias)
+        weight = factor.weight(len(chosen))
+        bias = None
+        if factor.means is not None:
+            mean, output = factor.means
+            bias = projection.stored(output - weight @ mean[chosen])
+        return _Repaired(projection.stored(weight), bias)
 
-    def _factor(self, projection: Projection, kept: LayerSizes, moments: Moments, other: Other | None) -> _Factor:
+    def _factor(self, projection: Projection, kept: LayerSizes, alone: bool) -> _Factor | None:
         """Of the inputs in the order in which sizes with as many query heads in a group keep them, then the others;
-        with `other`, of what fits to its output too."""
-        full = self._full[projection.layer]
+        None where the plain slice is better."""
         heads = 0
         if projection.half == "attention":
             heads = kept.num_attention_heads // kept.num_key_value_heads
-            widest = LayerSizes(heads * full.num_key_value_heads, full.num_key_value_heads, full.intermediate_size)
-        else:
-            widest = full
-        key = (projection.layer, projection.half, heads, other is not None)
+        key = (projection.layer, projection.half, heads, alone)
         if key in self._factors:
             return self._factors[key]
+        moments = self._load(projection.layer)[projection.half].to(projection.device)
+        factor = None if math.isinf(moments.ridge) else self._factorise(projection, heads, moments, alone)
+        self._factors.put(key, factor, 0 if factor is None else factor.bytes)
+        return factor
+
+    def _factorise(self, projection: Projection, heads: int, moments: Moments, alone: bool) -> _Factor:
+        full = self._full[projection.layer]
+        widest = full
+        if heads:
+            widest = LayerSizes(heads * full.num_key_value_heads, full.num_key_value_heads, full.intermediate_size)
         first = projection.kept(widest, full)
         last = torch.ones(len(moments.mean), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
         order = torch.cat([first, last])
-        centred = projection.bias() is not None
+        other = moments.other if alone and moments.other is not None and math.isfinite(moments.other.ridge) else None
+        bias, weight, mean = projection.bias(), projection.weight(), moments.mean.double()
         ridge = moments.ridge if other is None else max(moments.ridge, other.ridge)
-        lower = factorised(moments.of(centred)[order][:, order], ridge)
-        products = projection.weight().cpu()[:, order] @ lower
+        lower = factorised(moments.of(bias is not None)[order][:, order], ridge)
+        products = weight[:, order] @ lower
         if other is not None:
             product = other.product.double()
-            if centred:
-                product = product - torch.outer(other.mean.double(), moments.mean.double())
+            if bias is not None:
+                product = product - torch.outer(other.mean.double(), mean)
             products += torch.linalg.solve_triangular(lower.T, product[:, order], upper=True, left=False)
-        factor = _Factor(order, products, lower)
-        self._factors.put(key, factor, factor.bytes)
-        return factor
+        means = None
+        if bias is not None:
+            output = bias + weight @ mean
+            means = mean, output if other is None else output + other.mean.double()
+        return _Factor(products.float(), lower.float(), means, other is not None)
 
 
 def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:

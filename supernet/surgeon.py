@@ -29,10 +29,10 @@ def removal_errors(projection: Projection, moments: Moments, units: int) -> Tens
     """The error at which each of a projection's units goes, when one after another is removed and the others are
     refitted, summed up to it: [units], float64, least for the one that goes first. A unit is as many inputs, one behind
     the other, as there are inputs by `units`."""
-    second = moments.of(projection.bias() is not None)
+    second = moments.to(projection.device).of(projection.bias() is not None)
     ridge = moments.ridge if isfinite(moments.ridge) else RIDGE
     inverse = torch.cholesky_inverse(factorised(second, ridge))
-    return removed_in_turn(projection.weight().to(inverse.device), inverse, units)
+    return removed_in_turn(projection.weight(), inverse, units)
 
 
 def removed_in_turn(weight: Tensor, inverse: Tensor, units: int, steps: int = STEPS) -> Tensor:
