@@ -1,5 +1,6 @@
-"""Predictors of what evaluations measure, from few samples: ridge, support vectors, boosting, a Gaussian process, and a
-stack of them. Cross-validation chooses; one that ranked the newest measurements no better than chance is set aside.
+"""Predictors of costs, from few samples: ridge, support vectors, boosting, a Gaussian process, and a stack of them, of
+the cost itself or of its logarithm. A cost is what evaluations measure, turned so that less is better. Cross-validation
+chooses; one that ranked the newest measurements no better than chance is set aside.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.special import ndtr
 from scipy.stats import kendalltau, spearmanr
 from sklearn import config_context
 from sklearn.ensemble import GradientBoostingRegressor
@@ -35,6 +37,10 @@ FEWEST = 8
 """Fewest samples that anything is trained on."""
 JUDGED = 4
 """Fewest new measurements from which a predictor's ranking can be told from chance."""
+BENDS = (None, 0.1)
+"""Scales that are tried (`Scale`)."""
+OWN_SCALES = 3
+"""Samples for each gene from which the Gaussian process learns how much each of them matters."""
 CHANCE = 0.2
 """A ranking is no better than chance if a random one would be as good with at least this probability."""
 
@@ -100,10 +106,11 @@ def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Model:
 
 def _kernel(x: Matrix, y: Vector, ordinals: int, most: int = 120) -> ConstantKernel:
     """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of at most `most`
-    rows."""
+    rows; with `OWN_SCALES` rows for each gene and more, every gene has a length scale of its own."""
     rows = np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)
     scale = max(float(np.sqrt(x[:, :ordinals].var(axis=0).sum())), 1e-3)
-    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(scale, (scale / 20, scale * 50), nu=2.5) + WhiteKernel(
+    scales = np.full(ordinals, scale) if len(rows) >= OWN_SCALES * ordinals else scale
+    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(scales, (scale / 20, scale * 50), nu=2.5) + WhiteKernel(
         1e-2, (1e-6, 1.0)
     )
     with warnings.catch_warnings():
@@ -119,9 +126,60 @@ def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Model:
     )
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What costs are trained as: themselves, or, with a `bend`, log((cost - best) / range + bend), since losses grow
+    the faster the more is cut, and what matters is at the lower end; then standardised.
+
+    The logarithm spreads what is near the best: by 1 / bend times as much as what is near the worst.
+    """
+
+    best: float
+    range: float
+    bend: float | None
+    offset: float = 0.0
+    unit: float = 1.0
+
+    @classmethod
+    def of(cls, costs: Vector, bend: float | None) -> Scale:
+        """The scale of training costs [n], which must differ."""
+        plain = cls(float(costs.min()), float(np.ptp(costs)), bend)
+        trained = plain.trained(costs)
+        return cls(plain.best, plain.range, bend, float(trained.mean()), float(trained.std()))
+
+    def trained(self, costs: Vector) -> Vector:
+        """Costs as models are trained on them. Below the best by `bend` ranges and more there is nothing but minus
+        infinity."""
+        if self.bend is None:
+            return (costs - self.offset) / self.unit
+        with np.errstate(divide="ignore"):
+            bent = np.log(np.maximum((costs - self.best) / self.range + self.bend, 0.0))
+        return (bent - self.offset) / self.unit
+
+    def costs(self, trained: Vector) -> Vector:
+        """The costs of what models predict."""
+        plain = trained * self.unit + self.offset
+        if self.bend is None:
+            return plain
+        return self.best + self.range * (np.exp(np.minimum(plain, 50.0)) - self.bend)
+
+
+@dataclass
+class _Trained:
+    """Every kind of predictor, trained on one scale, and how cross-validation judges each."""
+
+    scale: Scale
+    models: dict[str, Model]
+    scores: dict[str, Report]
+
+    def best(self, kinds: Collection[str]) -> str:
+        """The kind of the highest tau, the least error among equals."""
+        return min(kinds, key=lambda name: (-self.scores[name].kendall, self.scores[name].mae))
+
+
 @dataclass
 class Predictor:
-    """All kinds of predictors of one measured objective, and which of them is in use.
+    """All kinds of predictors of one cost, and which of them is in use.
 
     `ordinals` is the number of leading features that are ordinal: trees and the Gaussian process see those only, the
     one-hot codes serve the linear and kernel models.
@@ -132,40 +190,44 @@ class Predictor:
     models: dict[str, Model] = field(default_factory=dict)
     scores: dict[str, Report] = field(default_factory=dict)
     chosen: str | None = None
-    _offset: float = 0.0
-    _scale: float = 1.0
+    scale: Scale = field(default_factory=lambda: Scale(0.0, 1.0, None))
 
     def newest(self, x: Matrix, y: Vector) -> dict[str, Report]:
-        """How each trained kind ranks measurements [n] at features [n, features] that it was not trained on."""
+        """How each trained kind ranks costs [n] at features [n, features] that it was not trained on."""
         return {name: report(y, self._predict(model, x)) for name, model in self.models.items()}
 
     @unchecked
     def fit(self, x: Matrix, y: Vector, set_aside: Collection[str] = ()) -> None:
-        """Train every kind on features [n, features] and measurements [n], and choose one.
+        """Train every kind on features [n, features] and costs [n], and choose one.
 
         Five-fold cross-validation gives each kind's out-of-fold predictions; the highest Kendall tau is chosen, the
-        lower error among equals, from those not `set_aside`. None is chosen if all are, or with fewer than 8 samples.
+        lower error among equals, from those not `set_aside`, and with it the scale of all. None is chosen if all are,
+        or with fewer than 8 samples.
         """
         self.models, self.scores, self.chosen = {}, {}, None
         if len(x) < FEWEST or np.ptp(y) == 0:
             return
-        # 1. Each kind with the hyperparameters of the least out-of-fold error, trained on everything.
-        self._offset, self._scale = float(y.mean()), float(y.std())
-        z = (y - self._offset) / self._scale
         folds = list(KFold(5, shuffle=True, random_state=self.seed).split(x))
+        tried = [self._train(x, y, Scale.of(y, bend), folds) for bend in BENDS]
+        eligible = [name for name in KINDS if name not in set_aside]
+        used = max(tried, key=lambda trained: trained.scores[trained.best(eligible or KINDS)].kendall)
+        self.scale, self.models, self.scores = used.scale, used.models, used.scores
+        if eligible:
+            self.chosen = used.best(eligible)
+
+    def _train(self, x: Matrix, y: Vector, scale: Scale, folds: Folds) -> _Trained:
+        z = scale.trained(y)
+        # 1. Each kind with the hyperparameters of the least out-of-fold error, trained on everything.
+        models: dict[str, Model] = {}
         outside: dict[str, Vector] = {}
         for name, candidates in self._candidates(x, z).items():
             tried = [(_out_of_fold(fit, x, z, self.ordinals, folds), fit) for fit in candidates]
             outside[name], best = min(tried, key=lambda pair: float(np.abs(pair[0] - z).mean()))
-            self.models[name] = best(x, z, self.ordinals)
+            models[name] = best(x, z, self.ordinals)
         # 2. A stack of all kinds.
         weights, outside["stack"] = _stack(np.column_stack(list(outside.values())), z, folds)
-        self.models["stack"] = _weighted(list(self.models.values()), weights)
-        # 3. The kind that ranks best.
-        self.scores = {name: report(y, p * self._scale + self._offset) for name, p in outside.items()}
-        eligible = [name for name in self.models if name not in set_aside]
-        if eligible:
-            self.chosen = min(eligible, key=lambda name: (-self.scores[name].kendall, self.scores[name].mae))
+        models["stack"] = _weighted(list(models.values()), weights)
+        return _Trained(scale, models, {name: report(y, scale.costs(p)) for name, p in outside.items()})
 
     def _candidates(self, x: Matrix, z: Vector) -> Mapping[str, list[Fit]]:
         """For each kind, how to train it with each of its hyperparameters."""
@@ -178,19 +240,27 @@ class Predictor:
         }
 
     def predict(self, x: Matrix) -> Vector:
-        """Predictions of the chosen kind, [n], in the objective's units. Raises ValueError where none is in use."""
+        """Costs by the chosen kind, [n]. Raises ValueError where none is in use."""
+        return self._predict(self._used(), x)
+
+    @unchecked
+    def probability(self, x: Matrix, bounds: Vector) -> Matrix:
+        """How likely costs are at most each of `bounds`, [n, bounds]: around what the chosen kind predicts, with the
+        Gaussian process's deviation. Raises ValueError where none is in use."""
+        mean, deviation = self._used().mean(x), self.models["gp"].deviation
+        assert deviation is not None
+        gap = self.scale.trained(bounds)[None] - mean[:, None]
+        probabilities: Matrix = ndtr(gap / np.maximum(deviation(x), 1e-9)[:, None])
+        return probabilities
+
+    def _used(self) -> Model:
         if self.chosen is None:
             raise ValueError("no predictor is in use")
-        return self._predict(self.models[self.chosen], x)
-
-    def deviation(self, x: Matrix) -> Vector | None:
-        """The Gaussian process's standard deviations, [n], in the objective's units; None where it is not trained."""
-        deviation = self.models["gp"].deviation if "gp" in self.models else None
-        return None if deviation is None else deviation(x) * self._scale
+        return self.models[self.chosen]
 
     @unchecked
     def _predict(self, model: Model, x: Matrix) -> Vector:
-        return model.mean(x) * self._scale + self._offset
+        return self.scale.costs(model.mean(x))
 
 
 def _out_of_fold(fit: Fit, x: Matrix, y: Vector, ordinals: int, folds: Folds) -> Vector:

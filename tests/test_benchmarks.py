@@ -206,3 +206,20 @@ class NoWorker:
 
     def submit(self, *work: object) -> None:
         raise AssertionError(f"made again: {work}")
+
+
+def test_published_ways_and_ours_are_jobs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tasks = tiny.checkpoint(tmp_path / "model"), tiny.task(tmp_path / "tasks", documents=40, solved=True)
+    work = ["--checkpoint", str(model), "--include-path", str(tasks), "--tasks", "tiny_choice", "--size", "0.85"]
+    work += ["--data", str(tiny.data(tmp_path / "text.jsonl", 200)), "--tokens", "2048", "--evaluations", "10"]
+    call(monkeypatch, "published", str(tmp_path / "made"), *work, "--limit", "8", "--ways", "llama-nas,ours")
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in table] == ["| way", "| llama-nas", "| ours"]
+    assert all(float(row[1].rstrip("x")) >= 1 / 0.86 for row in table[1:])
+    recipes = [
+        json.loads((tmp_path / "made" / way / "report.json").read_text())["recipe"] for way in ("llama-nas", "ours")
+    ]
+    budgets = [(recipe["finetuning"]["tokens"], recipe["healing"]["tokens"], recipe["space"]) for recipe in recipes]
+    assert budgets == [(2048, 0, "llama-nas"), (0, 2048, "fine")]

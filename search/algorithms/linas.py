@@ -67,8 +67,9 @@ class LINAS(Algorithm):
         """Judge all predictors on the newest measurements, before anything is trained on them."""
         self._newest = {}
         features = self.space.features(np.array(self.genomes[-new:]))
-        for name, predictor in self.predictors.items():
-            target = np.array([v[name] for v in self.values[-new:]])
+        for objective in self.measured:
+            name, predictor = objective.name, self.predictors[objective.name]
+            target = objective.cost(np.array([v[name] for v in self.values[-new:]]))
             usable = np.isfinite(target)
             self._newest[name] = predictor.newest(features[usable], target[usable]) if usable.any() else {}
             for kind, report in self._newest[name].items():
@@ -90,10 +91,10 @@ class LINAS(Algorithm):
         if not self.genomes:
             return self._fresh(n)
         features = self.space.features(np.array(self.genomes))
-        for name, predictor in self.predictors.items():
-            target = np.array([v[name] for v in self.values])
+        for objective in self.measured:
+            target = objective.cost(np.array([v[objective.name] for v in self.values]))
             usable = np.isfinite(target)
-            predictor.fit(features[usable], target[usable], self._set_aside[name])
+            self.predictors[objective.name].fit(features[usable], target[usable], self._set_aside[objective.name])
         self.report["chosen"] = {
             name: {
                 "chosen": predictor.chosen,
@@ -111,7 +112,7 @@ class LINAS(Algorithm):
     def _predict(self, rows: Genomes) -> tuple[Costs, Costs]:
         """Costs and violations of genomes, predicted where they are measured, computed where they are computed."""
         features = self.space.features(rows)
-        columns = {name: predictor.predict(features) for name, predictor in self.predictors.items()}
+        columns = {o.name: o.cost(self.predictors[o.name].predict(features)) for o in self.measured}
         columns |= {name: computer(rows) for name, computer in self._computers.items()}
         costs, violations = self._arrange(columns)
         return costs, violations[:, :-1]  # predictions are always finite

@@ -99,6 +99,7 @@ def test_searches_find_the_brute_forced_front() -> None:
         assert len(measure.asked) == len(set(measure.asked)) == len(result.evaluations) == 120
         shares[name] = share_of_true_front(LISTED, result)
     assert shares["linas"] > 0.99 and shares["nsga2"] > 0.94 and shares["random"] < shares["nsga2"] < shares["linas"]
+    assert share_of_true_front(LISTED, run(LISTED, name="ehvi", evaluations=50, population=20, seed=1)) > 0.99
 
 
 @pytest.mark.parametrize("name", ["linas", "nsga2"])
