@@ -20,6 +20,7 @@ TRAINED = ("all", "lora")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 ALGORITHMS: Mapping[str, str] = {
     "linas": "evolution guided by predictors that are trained on what was measured (the default)",
+    "ehvi": "LINAS, two at a time, by the hypervolume that they are expected to add",
     "nsga2": "non-dominated sorting and crowding distance",
     "age-moea": "survival by an estimated geometry of the front (needs numba)",
     "unsga3": "reference directions with niching, for three objectives and more",

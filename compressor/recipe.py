@@ -289,7 +289,8 @@ class Searching(Section):
     """The search."""
 
     algorithm: str = "linas"
-    """`linas`, `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
+    """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; worth its second of thought for each generation where
+    measuring a sub-network takes longer), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
     """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
     `effort`."""

@@ -168,7 +168,7 @@ def test_the_first_generation() -> None:
         first_generation(FINE, 5, np.random.default_rng(0), [Architecture(256, (LayerSizes(8, 4, 700),) * 8)])
 
 
-@pytest.mark.parametrize("name", ["linas", "nsga2", "unsga3"])
+@pytest.mark.parametrize("name", ["linas", "ehvi", "nsga2", "unsga3"])
 def test_constraints_steer(name: str) -> None:
     counts = []
     for constraints in ([], [Constraint(PARAMETERS, minimum=0.6 * FULL, maximum=0.67 * FULL)]):
@@ -245,7 +245,7 @@ def test_callbacks_come_in_order() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["linas", "nsga2", "unsga3", "greedy"])
+@pytest.mark.parametrize("name", ["linas", "ehvi", "nsga2", "unsga3", "greedy"])
 def test_a_score_that_is_no_number_does_no_harm(name: str, broken: float) -> None:
     measure = FakeMeasure(SMALL, score=lambda structure, a: broken if len(a.kept) < 2 else quality(structure, a))
     result = run(LISTED, measure, name, evaluations=60, population=12, seed=6)
