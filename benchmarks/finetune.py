@@ -79,6 +79,8 @@ TRIALS: dict[str, Changes] = {
     "lora": {"parameters": "lora"},
     "lora, rate 0.1 / width": {"parameters": "lora", "rate": 0.1},
     "lora, rate 1 / width": {"parameters": "lora", "rate": 1.0},
+    # weights that depend on the sizes of a layer
+    "routed": {"parameters": "routed"},
     # published schemes as they stand
     "LLaMA-NAS": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
     "InstaTune, in place": {"sampler": "joint", "draw": "genes", "strong_teacher": 0.0},

@@ -21,6 +21,7 @@ from supernet.common.errors import RequestError
 from supernet.common.formatting import size
 from supernet.common.progress import say
 from supernet.ordering import load_ordering
+from supernet.routed import check_routed
 from supernet.tokens import no_row, tokens_without_row
 from supernet.training.accelerator import processes
 from supernet.training.adapters import adapted
@@ -84,6 +85,14 @@ def check_finetuning(job: Job) -> None:
     finetuning = job.recipe.finetuning
     if finetuning.parameters == "lora":
         adapted(job.structure)
+    if finetuning.parameters == "routed":
+        check_routed(job.structure, finetuning.lora_rank)
+        for other, asked in (("repair", job.repairs), ("--format elastic", "elastic" in job.recipe.formats)):
+            if asked:
+                raise RequestError(f"finetuning.parameters: routed gives other sizes other weights; leave out {other}")
+        if finetuning.shard or any(gene.kind == "hidden_size" for gene in job.space.genes):
+            what = "finetuning.shard" if finetuning.shard else "a space that searches hidden_size"
+            raise RequestError(f"finetuning.parameters: routed is not together with {what}")
     check_optimizer(finetuning.optimizer, job.device.type)
     narrows = any(gene.kind == "hidden_size" for gene in job.space.genes)
     losses = set(finetuning.losses)

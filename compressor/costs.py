@@ -31,6 +31,7 @@ from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
 from search.scores import Split
 from supernet.device import activation_bytes
+from supernet.routed import routed_parameters
 from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
@@ -366,10 +367,12 @@ def expected_memory(job: Job) -> dict[str, float]:
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
         training = 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
+        if recipe.finetuning.parameters == "routed":
+            training += 16 * routed_parameters(structure, recipe.finetuning.lora_rank)
     scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
     return {
-        "preparing": (4 * total if recipe.finetuning.parameters == "all" else weight_bytes) + activations,
+        "preparing": (weight_bytes if recipe.finetuning.parameters == "lora" else 4 * total) + activations,
         "writing text": scoring,
         "ordering": scoring,
         "fine-tuning": training + activations,
@@ -422,7 +425,7 @@ def measure_rates(job: Job) -> Rates:
     135 M parameters on two cores. What is held at once is the network in float32, or in what is computed in where
     weights are not trained, and the activations of a batch; no gradients and moments of weights."""
     began = time.perf_counter()
-    dtype = torch.float32 if job.recipe.finetuning.parameters == "all" else job.compute_dtype
+    dtype = job.compute_dtype if job.recipe.finetuning.parameters == "lora" else torch.float32
     model = job.load_base(dtype)
     load = time.perf_counter() - began
     job.threads(scoring=False)

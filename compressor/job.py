@@ -315,14 +315,14 @@ class Job:
 
     @property
     def repairs(self) -> bool:
-        """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained and
-        no elastic package is asked for, which has one set of weights for all sizes."""
+        """Whether what is cut is repaired: as the recipe says, else as this run began, else where little is trained, no
+        elastic package is asked for, which has one set of weights for all sizes, and nothing else changes weights."""
         enabled = self.recipe.repair.enabled
         if enabled is None:
             enabled = self._repaired_so_far
         if enabled is None:
             little = self.recipe.trains_little(self.structure.parameters(self.structure.base))
-            return little and "elastic" not in self.recipe.formats
+            return little and "elastic" not in self.recipe.formats and self.recipe.finetuning.parameters != "routed"
         return enabled
 
     @cached_property

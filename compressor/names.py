@@ -16,7 +16,7 @@ ORDERINGS = ("magnitude", "activation", "wanda", "taylor", "learned", "surgeon",
 SAMPLERS = ("sandwich", "joint", "alternate")
 DRAWS = ("sizes", "cuts", "genes", "shift")
 LOSSES = ("ce", "kl", "hidden", "relations")
-TRAINED = ("all", "lora")
+TRAINED = ("all", "lora", "routed")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 ALGORITHMS: Mapping[str, str] = {
     "linas": "evolution guided by predictors that are trained on what was measured (the default)",

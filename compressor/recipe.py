@@ -229,9 +229,10 @@ class Finetuning(Section):
     strong_teacher: float = Field(default=1.0, ge=0, le=1)
     """Share of the steps, from the first, in which the frozen base teaches; then each step's largest member does."""
     parameters: str = "all"
-    """What is trained: `all` weights, or `lora`, adapters beside frozen weights."""
+    """What is trained: `all` weights; `lora`, adapters beside frozen weights; or `routed`, all weights and changes of
+    FFN matrices that depend on a layer's sizes (Mixture-of-Supernets; not with a repair or `format: elastic`)."""
     lora_rank: int = Field(default=32, ge=1)
-    """Rank of the adapters."""
+    """Rank of the adapters, or of all changes of a matrix together."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Unset: 0.1 / residual width, for adapters 0.3 / residual width; less where weights are small
     (a hundredth of their root mean square, for adapters three)."""
@@ -289,8 +290,8 @@ class Searching(Section):
     """The search."""
 
     algorithm: str = "linas"
-    """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; worth its second of thought for each generation where
-    measuring a sub-network takes longer), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
+    """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; it thinks about each generation for a second, so
+    it is for sub-networks that take longer to measure), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
     """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
     `effort`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from compressor.checks import check_targets
 from compressor.inputs import (
@@ -36,6 +37,8 @@ from supernet.ordering import (
     save_ordering,
     stored_influence,
 )
+from supernet.routed import FILE as ROUTED
+from supernet.routed import RoutedDeltas
 from supernet.streaming import StreamedNetwork
 from supernet.training.adapters import PARAMETERS
 from supernet.training.contamination import RUN, Contamination
@@ -107,7 +110,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 f"with the training text, for example {min(contaminated)}; their scores may be too good"
             )
         # What is not trained needs no more precision than it is computed in.
-        dtype = torch.float32 if recipe.finetuning.parameters == "all" else job.compute_dtype
+        dtype = job.compute_dtype if recipe.finetuning.parameters == "lora" else torch.float32
         ids = default_ids(job.checkpoint.config)
         own = base_logits(job, ids, dtype)
         model = job.load_base(dtype)
@@ -131,6 +134,8 @@ def finetune(job: Job) -> dict[str, Any]:
             # Under the names of the parameters, so that sub-networks can be cut out of the files.
             model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
             job.tokenizer.save_pretrained(folder)
+            if isinstance(supernet.variants, RoutedDeltas):
+                save_file(supernet.variants.tensors(job.stored_dtype), folder / ROUTED)
             cut = StreamedNetwork(folder, job.checkpoint.config, job.structure, job.structure.base)
             whole = cut.logits(ids, job.stored_dtype)
             proof["files"] = difference("what is cut from the super-network's files", whole, trained, job.stored_dtype)

@@ -1,9 +1,12 @@
-"""Repair in a run: what its search scores sub-networks with, and what a pick is sliced with."""
+"""What a run's search scores sub-networks with, and what a pick is sliced with, beside prefixes: repaired weights, or
+routed ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -11,11 +14,14 @@ from compressor.inputs import text_fingerprint, training_blocks
 from compressor.job import Job
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
+from supernet.common.errors import reading
 from supernet.common.files import fingerprint, replacing
 from supernet.common.formatting import parse_bytes
 from supernet.common.progress import bar, say
 from supernet.moments import gather, layer_file, load_moments, save_moments
 from supernet.repair import RepairedVariants, repair_in_sequence
+from supernet.routed import FILE as ROUTED
+from supernet.routed import RoutedDeltas
 from supernet.variants import FixedVariants, Variants
 
 BATCH = 8
@@ -48,7 +54,10 @@ def calibration_text(job: Job) -> list[Tensor]:
 
 
 def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
-    """Repaired weights for every sub-network, from moments that are gathered once a run (`moments/`)."""
+    """Weights for every sub-network: repaired ones, from moments that are gathered once a run (`moments/`), or routed
+    ones, where the super-network was trained with such."""
+    if (file := job.run.supernet / ROUTED).is_file():
+        return routed_deltas(file, supernet)
     if not repair_inputs(job) or job.recipe.data is None:
         return None
     folder, of = job.run.path / "moments", searched_weights(job)
@@ -62,8 +71,25 @@ def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
     return RepairedVariants(supernet, lambda index: load_moments(layer_file(folder, index), of), memory)
 
 
+def routed_deltas(file: Path, supernet: SuperNetwork) -> RoutedDeltas:
+    """Raises `RequestError` for a file that does not fit the network."""
+    with reading(f"{file}: damaged; remove {file.parent} to fine-tune again"):
+        return RoutedDeltas.stored(supernet, load_file(file))
+
+
+@torch.no_grad()
+def routed_of(deltas: RoutedDeltas, architecture: Architecture) -> FixedVariants:
+    """The changed weights of one sub-network."""
+    layers = {name: layer for name, layer in deltas.layers.items() if not architecture.layers[layer].removed}
+    changed = {name: deltas.tensor(name, architecture.layers[layer]) for name, layer in layers.items()}
+    return FixedVariants({name: tensor.cpu() for name, tensor in changed.items() if tensor is not None})
+
+
 def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork | None = None) -> Variants | None:
-    """Weights of one sub-network, repaired in sequence; kept in `repair/`. `supernet` where it is in memory already."""
+    """Weights of one sub-network: repaired in sequence, kept in `repair/`, or routed. `supernet` where it is in memory
+    already."""
+    if (file := job.run.supernet / ROUTED).is_file():
+        return routed_of(routed_deltas(file, supernet or job.load_supernet()), architecture)
     if not repair_inputs(job):
         return None
     if job.recipe.data is None:

@@ -1,8 +1,10 @@
-"""What of a super-network is trained: all its weights, or elastic low-rank adapters beside frozen ones.
+"""What of a super-network is trained: all its weights, with or without routed changes, or elastic low-rank adapters
+beside frozen ones.
 
 `PARAMETERS` names the choices. Each is a context manager: within, only its `trained` parameters need gradients.
 `frozen()` is the base before training, which may teach. `finish()` merges what was learnt into the super-network's
-weights, so that search, slicing, healing and packages need to know nothing of adapters.
+weights, so that search, slicing, healing and packages need to know nothing of adapters. What cannot be merged, since it
+is another for other sizes, stays with the super-network as its variants.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from supernet.activation import SuperNetwork, slice_parameter
 from supernet.architecture import Axis, Structure, TensorSpec, unit_counts
 from supernet.common.errors import RequestError
 from supernet.hooks import Hooks
+from supernet.routed import RoutedDeltas
 from supernet.training.sharding import shard_like
 
 LORA_SCALE = 2.0
@@ -67,6 +70,21 @@ class AllWeights:
 
     def finish(self) -> None:
         pass
+
+
+class Routed(AllWeights):
+    """Every weight is trained, and routed changes of FFN matrices (`supernet.routed`), which start at zero. They stay
+    in use afterwards."""
+
+    def __init__(self, supernet: SuperNetwork, base: SuperNetwork | None, rank: int, seed: int) -> None:
+        super().__init__(supernet, base)
+        self._deltas = RoutedDeltas(supernet, rank, seed)
+        self.trained |= self._deltas.parameters
+        self.structure = replace(supernet.structure, tensors=(*supernet.structure.tensors, *self._deltas.specs))
+
+    def __enter__(self) -> Routed:
+        self.supernet.use(self._deltas)
+        return self
 
 
 class ElasticLora:
@@ -204,5 +222,13 @@ def lora(supernet: SuperNetwork, load: Load | None, rank: int, seed: int) -> Par
     return ElasticLora(supernet, rank, seed)
 
 
-PARAMETERS: dict[str, Callable[[SuperNetwork, Load | None, int, int], Parameters]] = {"all": all_weights, "lora": lora}
+def routed(supernet: SuperNetwork, load: Load | None, rank: int, seed: int) -> Parameters:
+    return Routed(supernet, load() if load is not None else None, rank, seed)
+
+
+PARAMETERS: dict[str, Callable[[SuperNetwork, Load | None, int, int], Parameters]] = {
+    "all": all_weights,
+    "lora": lora,
+    "routed": routed,
+}
 """(super-network, how to load the base where a scheme needs it, rank, seed) -> what is trained."""
