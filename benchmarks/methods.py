@@ -134,7 +134,9 @@ def make(arguments: Namespace) -> None:
     job = pipeline.start(recipe, folder / "run")
     pipeline.finetune(job)
     picks = folder / "picks.json"
-    if not picks.is_file() or set(sizes) - read_json(picks).keys():
+    if picks.is_file() and not set(sizes) - read_json(picks).keys():
+        print(f"nothing is searched: the picks are those of {picks}", flush=True)
+    else:
         _, seconds = timed(partial(pipeline.search, job))
         write_json(folder / "searched.json", {"seconds": seconds, "times": read_json(job.run.times_file)})
         write_json(picks, {size: picked(job, size) for size in sizes})

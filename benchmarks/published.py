@@ -33,7 +33,7 @@ def settings_of(way: str, tokens: int, evaluations: int, limit: int) -> dict[str
     keys = {**BATCH, **LENGTH, "searching.evaluations": evaluations, "searching.limit": limit}
     keys |= {"searching.population": max(10, evaluations // 5), "quantizing.schemes": ["int8"]}
     if way == "ours":
-        return keys | {"finetuning.tokens": 0, "healing.tokens": tokens}
+        return keys | {"finetuning.tokens": 0, "healing.tokens": tokens, "repair.enabled": True}
     return keys | {"finetuning.tokens": tokens}
 
 

@@ -87,9 +87,6 @@ def check_finetuning(job: Job) -> None:
         adapted(job.structure)
     if finetuning.parameters == "routed":
         check_routed(job.structure, finetuning.lora_rank)
-        for other, asked in (("repair", job.repairs), ("--format elastic", "elastic" in job.recipe.formats)):
-            if asked:
-                raise RequestError(f"finetuning.parameters: routed gives other sizes other weights; leave out {other}")
         if finetuning.shard or any(gene.kind == "hidden_size" for gene in job.space.genes):
             what = "finetuning.shard" if finetuning.shard else "a space that searches hidden_size"
             raise RequestError(f"finetuning.parameters: routed is not together with {what}")
@@ -133,8 +130,12 @@ def check_memory(job: Job) -> None:
 
 
 def check_formats(job: Job) -> None:
-    """Refuse a layout or a quantization that this network cannot have."""
+    """Refuse a layout or a quantization that this network cannot have, or a repair beside routed weights."""
     config = job.checkpoint.config
+    if job.recipe.finetuning.parameters == "routed":
+        for other, asked in (("--repair off", job.repairs), ("no --format elastic", "elastic" in job.recipe.formats)):
+            if asked:
+                raise RequestError(f"finetuning.parameters: routed gives every size weights of its own; say {other}")
     for layout in job.recipe.formats:
         check_installed(layout)
         if layout == "elastic" and job.repairs:

@@ -31,7 +31,7 @@ from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
 from search.scores import Split
 from supernet.device import activation_bytes
-from supernet.routed import routed_parameters
+from supernet.routed import routed, routed_parameters
 from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
@@ -367,9 +367,11 @@ def expected_memory(job: Job) -> dict[str, float]:
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
         training = 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
-        if recipe.finetuning.parameters == "routed":
-            training += 16 * routed_parameters(structure, recipe.finetuning.lora_rank)
     scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
+    if recipe.finetuning.parameters == "routed":  # beside the weights, every FFN of the active network and its gradient
+        changed = sum(math.prod(structure.shape(tensor, base) or ()) for tensor in routed(structure))
+        training += 16 * routed_parameters(structure, recipe.finetuning.lora_rank) + 8 * changed
+        scoring += weight_bytes * changed // total
     kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
     return {
         "preparing": (weight_bytes if recipe.finetuning.parameters == "lora" else 4 * total) + activations,

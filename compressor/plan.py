@@ -48,6 +48,8 @@ TRAINED = 0.1
 """From there on, the share of the tokens that are for the fine-tuning."""
 STEPS = 200
 """Least number of steps of a training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
+MOSTLY = 0.8
+"""Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
 STAGE_OF = {
     "train_tokens": "fine-tuning",
     "batch": "fine-tuning",
@@ -122,7 +124,7 @@ def adjust(job: Job) -> bool:
     # 1. Rates by the stages that are mostly made of them.
     factors: dict[str, float] = {}
     for stage, names in (("ordering", ["teach"]), ("fine-tuning", ["train", "teach"]), ("search", ["read"])):
-        if stage in done and plan.expected.get(stage):
+        if stage in done and plan.expected.get(stage) and share_of_rates(job, plan.rates, stage, names) > MOSTLY:
             ratio = min(3.0, max(1 / 3, job.schedule.times[stage].seconds / plan.expected[stage]))
             factors |= dict.fromkeys(names, ratio)
     plan = plan.model_copy(update={"rates": plan.rates.times(**factors)})
@@ -137,6 +139,15 @@ def adjust(job: Job) -> bool:
         job.run.log(f"budgets by the time that is left: {steps}")
     write_plan(job, current(job, plan))
     return bool(changed)
+
+
+def share_of_rates(job: Job, rates: Rates, stage: str, names: Iterable[str]) -> float:
+    """What share of a stage's expected seconds the named rates make up: by what it costs where they are 0."""
+    with_them, without = (
+        next((cost.seconds for cost in stage_costs(job, tried) if cost.name == stage), 0.0)
+        for tried in (rates, rates.times(**dict.fromkeys(names, 0.0)))
+    )
+    return 1 - without / with_them if with_them else 0.0
 
 
 def is_settled(job: Job, budget: str) -> bool:

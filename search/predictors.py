@@ -131,7 +131,7 @@ class Scale:
     """What costs are trained as: themselves, or, with a `bend`, log((cost - best) / range + bend), since losses grow
     the faster the more is cut, and what matters is at the lower end; then standardised.
 
-    The logarithm spreads what is near the best: by 1 / bend times as much as what is near the worst.
+    The logarithm spreads what is near the best: by (1 + bend) / bend times as much as what is near the worst.
     """
 
     best: float
@@ -192,9 +192,9 @@ class Predictor:
     chosen: str | None = None
     scale: Scale = field(default_factory=lambda: Scale(0.0, 1.0, None))
 
-    def newest(self, x: Matrix, y: Vector) -> dict[str, Report]:
-        """How each trained kind ranks costs [n] at features [n, features] that it was not trained on."""
-        return {name: report(y, self._predict(model, x)) for name, model in self.models.items()}
+    def predictions(self, x: Matrix) -> dict[str, Vector]:
+        """Costs by each trained kind, [n], at features [n, features]."""
+        return {name: self._predict(model, x) for name, model in self.models.items()}
 
     @unchecked
     def fit(self, x: Matrix, y: Vector, set_aside: Collection[str] = ()) -> None:

@@ -33,8 +33,8 @@ RIDGES_OF_WIDE = (1e-3, 1e-2, 1e-1)
 WIDE = 4096
 HELD_OUT_ROWS = 4
 """One row of the calibration text in so many is held out to choose ridges by."""
-JUDGED_OUTPUTS = 256
-"""Outputs of a projection, at most, whose errors judge the ridge for all sizes."""
+JUDGED_OUTPUTS = 64
+"""Outputs of a projection, about so many, whose errors judge a ridge."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
 """Shares of the inputs that are kept where the ridge for all sizes is judged."""
 
@@ -204,7 +204,7 @@ def prefix_weight(products: Tensor, factor: Tensor, count: int) -> Tensor:
 
 def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> float:
     """The ridge of the least error on held-out tokens, over three sizes; infinite where the plain slice's is less."""
-    weight = weight[:: max(1, len(weight) // JUDGED_OUTPUTS)]
+    weight = weight[_judged(len(weight))]
     inputs = weight.shape[1]
     counts = [max(1, round(share * inputs)) for share in JUDGED_SHARES]
     second, judged = training.moments(centred)[0], held.moments(centred)[0]
@@ -217,36 +217,58 @@ def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> f
         return float(((gap @ judged) * gap).sum())
 
     sliced = [max(error(count, weight[:, :count]), 1e-300) for count in counts]
-    best, least = math.inf, float(len(counts))
-    for ridge in RIDGES if inputs <= WIDE else RIDGES_OF_WIDE:
+
+    def ratios(ridge: float) -> float:
         factor = factorised(second, ridge)
         products = weight @ factor
-        ratios = [error(n, prefix_weight(products, factor, n)) / s for n, s in zip(counts, sliced, strict=True)]
-        if sum(ratios) < least:
-            best, least = ridge, sum(ratios)
-    return best
+        return sum(error(n, prefix_weight(products, factor, n)) / s for n, s in zip(counts, sliced, strict=True))
+
+    best, least = least_error(ratios, inputs)
+    return best if least < len(counts) else math.inf
+
+
+def _judged(outputs: int) -> slice:
+    return slice(None, None, max(1, outputs // JUDGED_OUTPUTS))
+
+
+def least_error(error: Callable[[float], float], inputs: int) -> tuple[float, float]:
+    """The ridge of the least error, for so many inputs, and that error. Errors fall and then rise with the ridge, so it
+    is looked for from the middle on, in the direction in which they fall."""
+    ridges = RIDGES if inputs <= WIDE else RIDGES_OF_WIDE
+    errors: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if not 0 <= place < len(ridges):
+            return math.inf
+        if place not in errors:
+            errors[place] = error(ridges[place])
+        return errors[place]
+
+    place = len(ridges) // 2
+    while at(nearer := min(place - 1, place + 1, key=at)) < at(place):
+        place = nearer
+    return ridges[place], at(place)
 
 
 def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Tensor, float]:
     """The weight W [outputs, inputs] of least E|t - W x|² + λ|W - start|², and λ as a share of the moments' mean
     diagonal: of several, the one of the least held-out error. The weight is `start`, and λ infinite, where no other is
     better."""
-    judged, second = held.moments(centred), training.moments(centred)
+    rows = _judged(len(start))
+    second, product, _ = training.moments(centred)
+    held_second, held_product, _ = held.moments(centred)
 
-    def solved(xx: Tensor, xt: Tensor, ridge: float) -> Tensor:
+    def solved(start: Tensor, xx: Tensor, xt: Tensor, ridge: float) -> Tensor:
         return start + torch.cholesky_solve(xt - xx @ start.T, factorised(xx, ridge)).T
 
     def error(weight: Tensor) -> float:
-        xx, xt, tt = judged
-        return tt - 2 * float((weight.T * xt).sum()) + float(((weight @ xx) * weight).sum())
+        """Less what no weight changes, E|t|²."""
+        return float(((weight @ held_second) * weight).sum()) - 2 * float((weight.T * held_product[:, rows]).sum())
 
-    best, least = math.inf, error(start)
-    for ridge in RIDGES if start.shape[1] <= WIDE else RIDGES_OF_WIDE:
-        if (found := error(solved(*second[:2], ridge))) < least:
-            best, least = ridge, found
-    if math.isinf(best):
-        return start, best
-    return solved(*(training + held).moments(centred)[:2], best), best
+    best, least = least_error(lambda ridge: error(solved(start[rows], second, product[:, rows], ridge)), start.shape[1])
+    if not least < error(start[rows]):
+        return start, math.inf
+    return solved(start, *(training + held).moments(centred)[:2], best), best
 
 
 def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[Half, Moments]]]:

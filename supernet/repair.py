@@ -56,8 +56,6 @@ class _Factor:
     lower: Tensor
     means: tuple[Tensor, Tensor] | None
     """E[x], and what the projection puts out on average; of a projection with a bias."""
-    carries: bool
-    """Whether it is fitted to the output of the removed half-block too."""
 
     @property
     def bytes(self) -> int:
@@ -65,7 +63,7 @@ class _Factor:
 
     def weight(self, count: int) -> Tensor:
         """The refitted weight [outputs, count] in float64."""
-        return prefix_weight(self.products.double(), self.lower.double(), count)
+        return prefix_weight(self.products[:, :count].double(), self.lower[:count, :count].double(), count)
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ class RepairedVariants:
                 self._by_name[projection.bias_name] = projection
         self._made: _Kept[_Repaired | None] = _Kept(memory)
         self._factors: _Kept[_Factor | None] = _Kept(memory)
+        self._carrying: dict[tuple[int, Half], bool] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -124,9 +123,12 @@ class RepairedVariants:
     def _make(self, projection: Projection, kept: LayerSizes, alone: bool) -> _Repaired | None:
         """The refitted projection of a layer of these sizes, where the other half-block is removed if `alone`; None
         where the plain slice is better."""
-        factor = self._factor(projection, kept, alone)
+        carries = alone and self._carries(projection)
         whole = _units(projection.half, kept) == _units(projection.half, self._full[projection.layer])
-        if factor is None or (whole and not factor.carries):
+        if whole and not carries:
+            return None
+        factor = self._factor(projection, kept, carries)
+        if factor is None:
             return None
         chosen = projection.kept(kept, self._full[projection.layer])
         weight = factor.weight(len(chosen))
@@ -136,21 +138,29 @@ class RepairedVariants:
             bias = projection.stored(output - weight @ mean[chosen])
         return _Repaired(projection.stored(weight), bias)
 
-    def _factor(self, projection: Projection, kept: LayerSizes, alone: bool) -> _Factor | None:
+    def _carries(self, projection: Projection) -> bool:
+        """Whether a projection can say something of what the other half-block of its layer says."""
+        key = (projection.layer, projection.half)
+        if key not in self._carrying:
+            other = self._load(projection.layer)[projection.half].other
+            self._carrying[key] = other is not None and math.isfinite(other.ridge)
+        return self._carrying[key]
+
+    def _factor(self, projection: Projection, kept: LayerSizes, carries: bool) -> _Factor | None:
         """Of the inputs in the order in which sizes with as many query heads in a group keep them, then the others;
-        None where the plain slice is better."""
+        None where the plain slice is better. Fitted to the removed half-block's output too where it `carries` that."""
         heads = 0
         if projection.half == "attention":
             heads = kept.num_attention_heads // kept.num_key_value_heads
-        key = (projection.layer, projection.half, heads, alone)
+        key = (projection.layer, projection.half, heads, carries)
         if key in self._factors:
             return self._factors[key]
         moments = self._load(projection.layer)[projection.half].to(projection.device)
-        factor = None if math.isinf(moments.ridge) else self._factorise(projection, heads, moments, alone)
+        factor = None if math.isinf(moments.ridge) else self._factorise(projection, heads, moments, carries)
         self._factors.put(key, factor, 0 if factor is None else factor.bytes)
         return factor
 
-    def _factorise(self, projection: Projection, heads: int, moments: Moments, alone: bool) -> _Factor:
+    def _factorise(self, projection: Projection, heads: int, moments: Moments, carries: bool) -> _Factor:
         full = self._full[projection.layer]
         widest = full
         if heads:
@@ -158,7 +168,7 @@ class RepairedVariants:
         first = projection.kept(widest, full)
         last = torch.ones(len(moments.mean), dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]
         order = torch.cat([first, last])
-        other = moments.other if alone and moments.other is not None and math.isfinite(moments.other.ridge) else None
+        other = moments.other if carries else None
         bias, weight, mean = projection.bias(), projection.weight(), moments.mean.double()
         ridge = moments.ridge if other is None else max(moments.ridge, other.ridge)
         lower = factorised(moments.of(bias is not None)[order][:, order], ridge)
@@ -172,7 +182,7 @@ class RepairedVariants:
         if bias is not None:
             output = bias + weight @ mean
             means = mean, output if other is None else output + other.mean.double()
-        return _Factor(products.float(), lower.float(), means, other is not None)
+        return _Factor(products.float(), lower.float(), means)
 
 
 def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:

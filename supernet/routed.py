@@ -53,6 +53,21 @@ def check_routed(structure: Structure, rank: int) -> None:
         raise RequestError(f"finetuning.lora_rank: routed changes share it among {EXPERTS}, so a multiple of that")
 
 
+def stored_rank(tensors: Mapping[str, Tensor]) -> int:
+    """The rank of stored changes. Raises ValueError where there are none."""
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".routed_A")}
+    if len(ranks) != 1:
+        raise ValueError("no routed changes of one rank")
+    return int(ranks.pop())
+
+
+def check_stored(structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for tensors that are not the changes of a network like this one."""
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count != routed_parameters(structure, stored_rank(tensors)):
+        raise ValueError("routed changes of another network")
+
+
 class RoutedDeltas:
     """The changes of a super-network's FFN matrices, as a provider of variants: of a layer that is not whole, its part
     of W_a. What it gives has gradients where they are recorded, so the same serves training, search and slicing.
@@ -139,9 +154,8 @@ class RoutedDeltas:
 
     @classmethod
     def stored(cls, supernet: SuperNetwork, tensors: Mapping[str, Tensor]) -> RoutedDeltas:
-        """From what `tensors()` gave of a network like this one. Raises KeyError or RuntimeError for anything else."""
-        first = next(name for name in tensors if name.endswith(".routed_A"))
-        deltas = cls(supernet, tensors[first].shape[0])
+        """From what `tensors()` gave of a network like this one (`check_stored`)."""
+        deltas = cls(supernet, stored_rank(tensors))
         with torch.no_grad():
             for name, parameter in deltas.parameters.items():
                 parameter.copy_(tensors[name])

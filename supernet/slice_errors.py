@@ -57,10 +57,12 @@ class _Moved:
     def __init__(self, supernet: SuperNetwork, projection: Projection, sums: Sums) -> None:
         self._projection, self._full = projection, supernet.base.layers[projection.layer]
         self._variants = supernet.variants
-        self._biased = projection.bias() is not None
         weight = projection.weight()
         self._weight = weight.float()
-        self._second, self._centred = (sums.moments(centred)[0].float() for centred in (False, self._biased))
+        self._second = sums.moments(centred=False)[0].float()
+        # Where variants have a bias of their own, that takes the mean.
+        own_bias = self._variants is not None and projection.bias_name in self._variants.names
+        self._of_variants = sums.moments(centred=True)[0].float() if own_bias else self._second
         mean = sums.x / max(1, sums.tokens)
         # Sums of rows and columns of (WᵀW) ∘ H over what is dropped are the errors of plain slices.
         self._products = (self._weight.T @ self._weight) * self._second
@@ -83,4 +85,4 @@ class _Moved:
             return float(self._products[dropped][:, dropped].sum())
         gap = self._weight.clone()
         gap[:, kept] -= (variant.T if self._projection.transposed else variant).to(gap)
-        return float(((gap @ self._centred) * gap).sum())  # the variant's bias takes the mean
+        return float(((gap @ self._of_variants) * gap).sum())

@@ -19,7 +19,7 @@ from compressor.sizing import draw_near
 from compressor.stages.choosing import choose
 from compressor.stages.finetuning import finetune
 from compressor.stages.picking import measured
-from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs
+from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs, trained_variants
 from compressor.stages.searching import search
 from evals.baselines import Baseline, Cut, PruningContext, baselines
 from export.report.comparison import OURS
@@ -113,12 +113,13 @@ def ours_unrepaired(contest: SizeComparison, seed: int) -> Cut:
 
 
 def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
-    """The first draw of the super-network's space that has the size."""
+    """The first draw of the super-network's space that has the size; never repaired."""
     rng = np.random.default_rng([contest.job.recipe.seed, seed])
     for _ in range(1000):
         architecture = draw_near(contest.job, rng, contest.parameters)
         if same_size(contest.job.structure.parameters(architecture), contest.parameters):
-            return extract(contest.supernet.model, contest.job.structure, architecture), architecture
+            variants = trained_variants(contest.job, architecture, contest.supernet)
+            return extract(contest.supernet.model, contest.job.structure, architecture, variants), architecture
     raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
 
 

@@ -226,8 +226,8 @@ def shipped_network(
     it was one of several finalists.
 
     It is cut out of the super-network's files, of which no more than one tensor at a time is in memory. Where nothing
-    is healed it stays a `StreamedNetwork`, which never is in memory as a whole. A repair needs the super-network in
-    memory once.
+    is healed it stays a `StreamedNetwork`, which never is in memory as a whole. A repair, and routed weights, need the
+    super-network in memory once.
     """
     recipe, run = job.recipe, job.run
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])

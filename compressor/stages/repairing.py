@@ -21,7 +21,7 @@ from supernet.common.progress import bar, say
 from supernet.moments import gather, layer_file, load_moments, save_moments
 from supernet.repair import RepairedVariants, repair_in_sequence
 from supernet.routed import FILE as ROUTED
-from supernet.routed import RoutedDeltas
+from supernet.routed import RoutedDeltas, check_stored
 from supernet.variants import FixedVariants, Variants
 
 BATCH = 8
@@ -72,24 +72,34 @@ def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
 
 
 def routed_deltas(file: Path, supernet: SuperNetwork) -> RoutedDeltas:
-    """Raises `RequestError` for a file that does not fit the network."""
+    """Raises `RequestError` for a file that cannot be read, or does not fit the network."""
     with reading(f"{file}: damaged; remove {file.parent} to fine-tune again"):
-        return RoutedDeltas.stored(supernet, load_file(file))
+        tensors = load_file(file)
+        check_stored(supernet.structure, tensors)
+    return RoutedDeltas.stored(supernet, tensors)
 
 
 @torch.no_grad()
-def routed_of(deltas: RoutedDeltas, architecture: Architecture) -> FixedVariants:
-    """The changed weights of one sub-network."""
-    layers = {name: layer for name, layer in deltas.layers.items() if not architecture.layers[layer].removed}
-    changed = {name: deltas.tensor(name, architecture.layers[layer]) for name, layer in layers.items()}
-    return FixedVariants({name: tensor.cpu() for name, tensor in changed.items() if tensor is not None})
+def trained_variants(job: Job, architecture: Architecture, supernet: SuperNetwork) -> FixedVariants | None:
+    """The weights that one sub-network of a super-network was trained with, where they are no prefixes: routed ones."""
+    file = job.run.supernet / ROUTED
+    if not file.is_file():
+        return None
+    deltas, changed = routed_deltas(file, supernet), {}
+    for name, layer in deltas.layers.items():
+        if (
+            not architecture.layers[layer].removed
+            and (tensor := deltas.tensor(name, architecture.layers[layer])) is not None
+        ):
+            changed[name] = tensor.cpu()
+    return FixedVariants(changed)
 
 
 def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork | None = None) -> Variants | None:
     """Weights of one sub-network: repaired in sequence, kept in `repair/`, or routed. `supernet` where it is in memory
     already."""
-    if (file := job.run.supernet / ROUTED).is_file():
-        return routed_of(routed_deltas(file, supernet or job.load_supernet()), architecture)
+    if (job.run.supernet / ROUTED).is_file():
+        return trained_variants(job, architecture, supernet or job.load_supernet())
     if not repair_inputs(job):
         return None
     if job.recipe.data is None:

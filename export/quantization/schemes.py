@@ -23,10 +23,10 @@ class Scheme:
     """`preset` is AutoRound's name of the number formats, `bits` are those of a weight.
 
     8 bits have one scale for each output channel, fewer one for each group of input channels. `bound` is the largest
-    mean |Δ log-probability| (nats) of next tokens that a package may show: networks of a few hundred thousand
-    parameters come to half of it at 4 bits; weights or scales that were misread cost several nats. It finds errors in
-    storage; whether the loss is acceptable is for tasks to show. `dynamic`: activations are rounded to 8 bits while the
-    network runs, token by token. `auto_round`: in auto-round's own form.
+    mean |Δ log-probability| (nats) of random next tokens that a package may show. It lies above what rounding costs a
+    real language model and, down to 4 bits, below what misread weights cost (docs/results.md, "What a proof allows").
+    It finds errors in storage; whether the loss is acceptable is for tasks to show. `dynamic`: activations are rounded
+    to 8 bits while the network runs, token by token. `auto_round`: in auto-round's own form.
     """
 
     preset: str
@@ -64,13 +64,13 @@ def outer_bits(form: Scheme, *, tied: bool, code: bool, asked: EmbeddingBits | N
 
 
 SCHEMES: dict[SchemeName, Scheme] = {
-    "int8": Scheme("W8A16", 8, 0.1),
-    "int8-dynamic": Scheme("INT8_W8A8", 8, 0.25, dynamic=True),
-    "int4": Scheme("W4A16", 4, 1.0),
-    "int3": Scheme("W3A16", 3, 2.0),
-    "int2": Scheme("W2A16", 2, 4.0),
-    "int8-auto-round": Scheme("W8A16", 8, 0.1, auto_round=True),
-    "int4-auto-round": Scheme("W4A16", 4, 1.0, auto_round=True),
+    "int8": Scheme("W8A16", 8, 0.5),
+    "int8-dynamic": Scheme("INT8_W8A8", 8, 0.75, dynamic=True),
+    "int4": Scheme("W4A16", 4, 2.5),
+    "int3": Scheme("W3A16", 3, 4.0),
+    "int2": Scheme("W2A16", 2, 9.0),
+    "int8-auto-round": Scheme("W8A16", 8, 0.5, auto_round=True),
+    "int4-auto-round": Scheme("W4A16", 4, 2.5, auto_round=True),
 }
 
 

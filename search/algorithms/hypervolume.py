@@ -59,8 +59,10 @@ class ExpectedHypervolume(LINAS):
 
 def open_points(measured: Costs, best: Matrix, seed: int) -> tuple[Matrix, float]:
     """Points that fill evenly what `measured` [n, objectives] does not dominate, [points, objectives], and the volume
-    that each stands for. The box reaches a twentieth beyond the worst of each objective, and as far beyond the best."""
-    low, high = np.minimum(measured.min(0), best), measured.max(0)
+    that each stands for. The box reaches a twentieth beyond the worst of each objective, and as far beyond the `best`
+    that is predicted, of which no more than a quarter of the range is believed."""
+    high, least = measured.max(0), measured.min(0)
+    low = np.clip(best, least - (high - least) / 4, least)
     sides = 1.1 * (high - low)
     points = low - sides / 22 + qmc.Sobol(len(sides), seed=seed).random(POINTS) * sides
     front = measured[non_dominated(measured)]

@@ -13,7 +13,7 @@ from pymoo.core.termination import NoTermination
 from search.algorithms import Algorithm
 from search.algorithms.evolution import Unwanted, evaluated, operators, problem_of
 from search.pareto import Costs, non_dominated, ranks, spread
-from search.predictors import JUDGED, Predictor, Report
+from search.predictors import JUDGED, KINDS, Predictor, Report, Vector, report
 from search.sampling import sample_tilted
 from search.space import Genome, Genomes
 
@@ -62,21 +62,32 @@ class LINAS(Algorithm):
         self.predictors = {o.name: Predictor(ordinals, seed=self.seed) for o in self.measured}
         self._set_aside: dict[str, list[str]] = {o.name: [] for o in self.measured}
         self._newest: dict[str, dict[str, Report]] = {}
+        self._unjudged: dict[str, list[tuple[Vector, dict[str, Vector]]]] = {o.name: [] for o in self.measured}
 
     def _learn(self, new: int) -> None:
-        """Judge all predictors on the newest measurements, before anything is trained on them."""
-        self._newest = {}
+        """Judge all predictors on the newest measurements, before anything is trained on them: once there are `JUDGED`,
+        which small generations reach together."""
+        self._newest = {o.name: {} for o in self.measured}
         features = self.space.features(np.array(self.genomes[-new:]))
         for objective in self.measured:
             name, predictor = objective.name, self.predictors[objective.name]
             target = objective.cost(np.array([v[name] for v in self.values[-new:]]))
             usable = np.isfinite(target)
-            self._newest[name] = predictor.newest(features[usable], target[usable]) if usable.any() else {}
-            for kind, report in self._newest[name].items():
+            if usable.any() and predictor.models:
+                self._unjudged[name].append((target[usable], predictor.predictions(features[usable])))
+            waiting = self._unjudged[name]
+            if sum(len(costs) for costs, _ in waiting) < JUDGED:
+                continue
+            costs = np.concatenate([costs for costs, _ in waiting])
+            self._newest[name] = {
+                kind: report(costs, np.concatenate([predictions[kind] for _, predictions in waiting])) for kind in KINDS
+            }
+            self._unjudged[name] = []
+            for kind, judged in self._newest[name].items():
                 aside = self._set_aside[name]
-                if report.useful and kind in aside and report.n >= JUDGED:
+                if judged.useful and kind in aside:
                     aside.remove(kind)
-                elif not report.useful and kind not in aside:
+                elif not judged.useful and kind not in aside:
                     aside.append(kind)
         self.report["predictors"] = {
             name: {

@@ -9,7 +9,7 @@ is another for other sizes, stays with the super-network as its variants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import sqrt
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from supernet.activation import SuperNetwork, slice_parameter
-from supernet.architecture import Axis, Structure, TensorSpec, unit_counts
+from supernet.architecture import Architecture, Axis, Structure, TensorSpec, unit_counts
 from supernet.common.errors import RequestError
 from supernet.hooks import Hooks
 from supernet.routed import RoutedDeltas
+from supernet.training.inactive import Inactive, inactive_slices
 from supernet.training.sharding import shard_like
 
 LORA_SCALE = 2.0
@@ -34,8 +35,6 @@ class Parameters(Protocol):
     """One choice of what is trained."""
 
     supernet: SuperNetwork
-    structure: Structure
-    """Names, axes and layers of what is trained, from which the inactive slices of a step follow."""
     trained: dict[str, nn.Parameter]
 
     def __enter__(self) -> Parameters: ...
@@ -45,6 +44,9 @@ class Parameters(Protocol):
     def frozen(self) -> AbstractContextManager[SuperNetwork]:
         """The base before any training, its full network active and without dropout, within the context."""
 
+    def inactive(self, members: Sequence[Architecture]) -> Inactive:
+        """The slices of what is trained that none of a step's members used."""
+
     def finish(self) -> None:
         """Put what was learnt into the super-network's weights."""
 
@@ -53,7 +55,7 @@ class AllWeights:
     """Every weight is trained. Where a scheme needs the base as a teacher, it is a second network."""
 
     def __init__(self, supernet: SuperNetwork, base: SuperNetwork | None = None) -> None:
-        self.supernet, self.structure = supernet, supernet.structure
+        self.supernet = supernet
         self.trained = dict(supernet.model.named_parameters())
         self._base = base
 
@@ -68,6 +70,9 @@ class AllWeights:
         assert self._base is not None, "a scheme that needs the base was given none"
         yield self._base
 
+    def inactive(self, members: Sequence[Architecture]) -> Inactive:
+        return inactive_slices(self.supernet.structure, members)
+
     def finish(self) -> None:
         pass
 
@@ -80,11 +85,19 @@ class Routed(AllWeights):
         super().__init__(supernet, base)
         self._deltas = RoutedDeltas(supernet, rank, seed)
         self.trained |= self._deltas.parameters
-        self.structure = replace(supernet.structure, tensors=(*supernet.structure.tensors, *self._deltas.specs))
 
     def __enter__(self) -> Routed:
         self.supernet.use(self._deltas)
         return self
+
+    def inactive(self, members: Sequence[Architecture]) -> Inactive:
+        """A layer that is whole uses none of its changes, be the others cut or not."""
+        base, found = self.supernet.base, dict(super().inactive(members))
+        for layer, whole in enumerate(base.layers):
+            specs = tuple(spec for spec in self._deltas.specs if spec.layer == layer)
+            cut = [member for member in members if member.layers[layer] != whole]
+            found |= inactive_slices(replace(self.supernet.structure, tensors=specs), cut)
+        return found
 
 
 class ElasticLora:
@@ -134,6 +147,9 @@ class ElasticLora:
         finally:
             self.supernet.model.train(training)
             self._switch(True)
+
+    def inactive(self, members: Sequence[Architecture]) -> Inactive:
+        return inactive_slices(self.structure, members)
 
     def _switch(self, on: bool) -> None:
         for adapter in self._adapters:

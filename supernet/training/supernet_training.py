@@ -19,7 +19,7 @@ from supernet.architecture import Architecture
 from supernet.training.adapters import Parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch, Blocks
 from supernet.training.history import History, Losses, Rule
-from supernet.training.inactive import Inactive, inactive_slices
+from supernet.training.inactive import Inactive
 from supernet.training.loop import Backward, TrainSettings, train
 from supernet.training.losses import Loss, held_out_loss
 from supernet.training.samplers import DRAWS, SAMPLERS, Draw, Member, Memory, TrainingRange
@@ -114,7 +114,7 @@ class ElasticStep:
 
     def inactive(self) -> Inactive:
         """The slices that no member of the last step used."""
-        return inactive_slices(self.parameters.structure, [member.architecture for member in self.members])
+        return self.parameters.inactive([member.architecture for member in self.members])
 
 
 def finetune_supernet(

@@ -17,6 +17,7 @@ from compressor.job import Job
 from compressor.plan import (
     FEWEST,
     MOST,
+    MOSTLY,
     WORTH_TRAINING,
     adjust,
     fit,
@@ -25,6 +26,7 @@ from compressor.plan import (
     make_plan,
     open_budgets,
     read_plan,
+    share_of_rates,
     two_digits,
     write_plan,
 )
@@ -208,6 +210,22 @@ def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, 
     left = sum(row.seconds for row in stage_costs(job, after.rates) if not job.schedule.over(row.name))
     assert job.schedule.elapsed + left <= 1200
     assert not adjust(job)  # no stage ended since
+
+
+def test_a_stage_that_is_hardly_made_of_a_rate_says_nothing_of_it(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int]
+) -> None:
+    """Ordering is mostly loading here, so that it took long makes no pass over text dearer."""
+    job = pipeline.start(read_recipe(None, given | {"time": "20m"}), tmp_path / "run")
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None and share_of_rates(job, plan.rates, "ordering", ["teach"]) < 0.5
+    assert share_of_rates(job, plan.rates, "fine-tuning", ["train", "teach"]) > MOSTLY
+    with job.schedule.stage("ordering"):
+        pass
+    job.schedule.add("ordering", 3 * plan.expected["ordering"], ended=True)
+    adjust(job)
+    after = read_plan(job.run.plan_file)
+    assert after is not None and after.rates == plan.rates
 
 
 def test_what_was_begun_keeps_its_budget(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:

@@ -15,8 +15,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from compressor import demo
 from export.package_record import PackageRecord, check_files, read_record
+from export.probe import default_ids, logits_of, next_log_probabilities
 from export.quantization import quantize
 from export.quantization.cost import step_seconds
 from export.quantization.quantize import (
@@ -492,3 +495,22 @@ def test_real_checkpoints(checkpoint: str, tmp_path: Path) -> None:
     if not fallen:
         assert int8.bytes < 0.32 * 4 * int8.params
         assert int4.bytes < 0.23 * 4 * int4.params
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_bound_lies_between_rounding_and_misreading(scheme: SchemeName) -> None:
+    """On the bundled network: rounded, and with every two codes exchanged, as a wrong order of bits would have it."""
+    network = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32).eval()
+    ids = default_ids(network.config)
+    expected = next_log_probabilities(logits_of(network, ids), ids)
+    linear = linear_layers_in(network)
+    round_network(network, plan_scheme(linear.widths, scheme, None), linear)
+
+    def off() -> float:
+        return float((next_log_probabilities(logits_of(network, ids), ids) - expected).abs().mean())
+
+    rounded = off()
+    for name in linear.widths:
+        weight = network.get_submodule(name).weight
+        weight.data = weight.data.unflatten(1, (-1, 2)).flip(2).flatten(1)
+    assert 3 * rounded < SCHEMES[scheme].bound < off() / 2

@@ -36,7 +36,7 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     new_x, new_y = smooth(rng, 60)
     predictor = Predictor(ordinals=6)
     predictor.fit(x, 100 + 50 * y)
-    newest = predictor.newest(new_x, 100 + 50 * new_y)
+    newest = {kind: report(100 + 50 * new_y, costs) for kind, costs in predictor.predictions(new_x).items()}
     assert tuple(newest) == tuple(predictor.scores) == KINDS
     assert all(judged.kendall > 0.7 and judged.useful for judged in newest.values())
     assert predictor.scores[predictor.chosen].kendall == max(s.kendall for s in predictor.scores.values())
@@ -87,9 +87,10 @@ def test_noise_ranks_no_better_than_chance() -> None:
     for _ in range(5):
         predictor = Predictor(ordinals=6)
         predictor.fit(rng.random((60, 6)), rng.random(60))
-        judged += predictor.newest(rng.random((40, 6)), rng.random(40)).values()
-    assert sum(report.useful for report in judged) < len(judged) / 2
-    assert abs(np.mean([report.kendall for report in judged])) < 0.1
+        new_x, new_y = rng.random((40, 6)), rng.random(40)
+        judged += [report(new_y, costs) for costs in predictor.predictions(new_x).values()]
+    assert sum(each.useful for each in judged) < len(judged) / 2
+    assert abs(np.mean([each.kendall for each in judged])) < 0.1
 
 
 def test_too_little_to_learn_from() -> None:
@@ -97,7 +98,7 @@ def test_too_little_to_learn_from() -> None:
     predictor = Predictor(ordinals=6)
     for features, target in ((x[:-1], y[:-1]), (x, np.ones(FEWEST))):
         predictor.fit(features, target)
-        assert predictor.chosen is None and predictor.newest(x, y) == {}
+        assert predictor.chosen is None and predictor.predictions(x) == {}
     predictor.fit(x, y)
     assert predictor.chosen is not None
 

@@ -195,9 +195,11 @@ def test_constraints_out_of_reach() -> None:
         run(space, constraints=[Constraint(PARAMETERS, minimum=1e9)])
 
 
-def test_predictors_that_rank_noise_are_set_aside() -> None:
+@pytest.mark.parametrize(("name", "evaluations"), [("linas", 100), ("ehvi", 48)])
+def test_predictors_that_rank_noise_are_set_aside(name: str, evaluations: int) -> None:
+    """Also where a generation alone has too few to judge by."""
     noise = FakeMeasure(PROSE, score=lambda structure, a: np.random.default_rng(int(a.key, 16)).random())
-    generations = run(FINE, noise, evaluations=100, population=20, seed=4).generations
+    generations = run(FINE, noise, name, evaluations=evaluations, population=20, seed=4).generations
     set_aside = [g["predictors"]["quality"]["set_aside"] for g in generations]
     assert any(len(kinds) >= 3 for kinds in set_aside[2:])
     for kinds, after in zip(set_aside[1:], generations[2:], strict=False):

@@ -15,7 +15,7 @@ from compressor.cli import run
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
-from supernet.routed import EXPERTS, RoutedDeltas, check_routed, routed_parameters
+from supernet.routed import EXPERTS, RoutedDeltas, check_routed, check_stored, routed_parameters
 from supernet.slicing import extract
 from supernet.training.adapters import Routed
 from supernet.training.data import Batch
@@ -109,6 +109,12 @@ def test_weights_changes_and_routers_learn_and_the_base_learns_none_of_the_chang
         assert reached(supernet.base).isdisjoint(own)
         of_small = reached(SMALL)
     assert {name for name in own if ".0." in name or ".1." in name} <= of_small
+    # What took no part is held still, also where the base is among the members.
+    inactive = parameters.inactive([supernet.base, SMALL])
+    assert {name for name in inactive if inactive[name] is None} == {name for name in own if ".2." in name}
+    (used,) = inactive["model.layers.0.mlp.up_proj.weight.routed_B"] or ()
+    assert used[0] == 0 and used[1].tolist() == list(range(32, 64))
+    assert "model.layers.0.mlp.up_proj.weight" not in inactive
     assert all(name not in of_small for name in own if ".2." in name)  # that layer is whole
     assert "model.layers.0.mlp.down_proj.weight" in of_small
     assert parameters.trained["model.layers.0.mlp.up_proj.weight.routed_B"].grad[32:].count_nonzero() == 0  # type: ignore[index]
@@ -121,8 +127,10 @@ def test_what_is_stored_comes_back(network: PreTrainedModel) -> None:
     for name in deltas.names:
         one, other = deltas.tensor(name, SMALL.layers[0]), again.tensor(name, SMALL.layers[0])
         assert one is not None and other is not None and torch.equal(one, other)
-    with pytest.raises(KeyError):
-        RoutedDeltas.stored(supernet, dict(list(deltas.tensors(torch.float32).items())[:2]))
+    check_stored(supernet.structure, deltas.tensors(torch.float32))
+    for wrong in ({}, dict(list(deltas.tensors(torch.float32).items())[:2])):
+        with pytest.raises(ValueError, match="routed changes"):
+            check_stored(supernet.structure, wrong)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +158,12 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     output, asked = tmp_path / "run", ["compress", "--recipe", str(tmp_path / "recipe.yaml"), "--output"]
     assert run([*asked, str(tmp_path / "no"), "--repair", "on"]) == 2
-    assert "leave out repair" in capsys.readouterr().err.replace("\n", " ")
+    assert "say --repair off" in capsys.readouterr().err.replace("\n", " ")
     assert run([*asked, str(output)]) == 0
+    capsys.readouterr()
+    for more in (["--format", "elastic"], ["--repair", "on"]):
+        assert run(["export", str(output), *more]) == 2
+        assert "routed gives every size weights of its own" in capsys.readouterr().err.replace("\n", " ")
     report = json.loads((output / "report.json").read_text())
     (best,) = report["packages"]
     packaged = load_file(output / "packages" / "best" / "model.safetensors")

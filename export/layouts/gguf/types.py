@@ -31,7 +31,8 @@ VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 class GGUFType:
     """A number format: `bytes` for each block of `block` weights.
 
-    `bound` is the largest mean |Δ log-probability| (nats) that a file may show; None for types that are not quantized.
+    `bound` is the largest mean |Δ log-probability| (nats) of the likeliest tokens that a file may show, as in `Scheme`;
+    None for types that are not quantized.
     `instead` is the type of rows that the block does not divide. `searched`: its scales are searched here.
     """
 
@@ -51,15 +52,15 @@ TYPES = {
     "f32": GGUFType(1, 4),
     "f16": GGUFType(1, 2),
     "bf16": GGUFType(1, 2),
-    "q8_0": GGUFType(32, 34, 0.1),
-    "q6_k": GGUFType(SUPER, 210, 0.25, "q8_0", searched=True),
-    "q5_k": GGUFType(SUPER, 176, 0.5, "q5_1", searched=True),
-    "q5_1": GGUFType(32, 24, 0.5),
-    "q4_k": GGUFType(SUPER, 144, 1.0, "iq4_nl", searched=True),
-    "iq4_nl": GGUFType(32, 18, 1.0, searched=True),
-    "q4_0": GGUFType(32, 18, 1.0),
-    "q3_k": GGUFType(SUPER, 110, 2.0, "iq4_nl", searched=True),
-    "q2_k": GGUFType(SUPER, 84, 4.0, "iq4_nl", searched=True),
+    "q8_0": GGUFType(32, 34, 0.5),
+    "q6_k": GGUFType(SUPER, 210, 0.75, "q8_0", searched=True),
+    "q5_k": GGUFType(SUPER, 176, 1.5, "q5_1", searched=True),
+    "q5_1": GGUFType(32, 24, 1.5),
+    "q4_k": GGUFType(SUPER, 144, 2.5, "iq4_nl", searched=True),
+    "iq4_nl": GGUFType(32, 18, 2.5, searched=True),
+    "q4_0": GGUFType(32, 18, 2.5),
+    "q3_k": GGUFType(SUPER, 110, 4.0, "iq4_nl", searched=True),
+    "q2_k": GGUFType(SUPER, 84, 6.0, "iq4_nl", searched=True),
 }
 QUANTIZED = tuple(name for name, kind in TYPES.items() if kind.bound is not None)
 OUTER = {16: "f16", 8: "q8_0", 4: "iq4_nl"}
