@@ -372,7 +372,7 @@ def main() -> None:
     svg = (Path, "an SVG file to draw")
     parts: dict[Callable[[argparse.Namespace], None], dict[str, object]] = {
         space: {"algorithms": ",".join(algorithms()), "widths": ("192,384", "FFN widths"), "seeds": 10, "plot": svg},
-        fine: {"algorithms": "linas,nsga2,random", "seeds": 3, "evaluations": 120, "plot": svg},
+        fine: {"algorithms": "linas,ehvi,nsga2,random", "seeds": 3, "evaluations": 120, "plot": svg},
         starts: {"seeds": 3, "evaluations": 120},
         ranks: {"heal_tokens": (60_000, "for each sub-network"), "networks": (20, "how many")},
         overhead: {"algorithms": "linas", "evaluations": 250},
