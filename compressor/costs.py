@@ -70,6 +70,8 @@ COUNTING = 30.0
 SOLVED = {"cpu": 4e-10, "cuda": 2e-12}
 """Seconds that removing the neurons of a layer one behind the other takes for each cube of its width: measured on two
 cores; on a GPU a guess from its rate in double precision."""
+JUDGED = {"cpu": 3e-10, "cuda": 1e-12}
+"""The same for choosing the ridges of a layer's projections."""
 GATHERED, IN_SEQUENCE = 2.0, 4.0
 """What it costs to gather the moments of text, and to repair in sequence on it, in passes over the text."""
 TASKS = 18.0
@@ -150,6 +152,8 @@ class _Counts:
         smallest = structure.parameters(job.declared_space.smallest()) / self.base
         self.searched = (max(sizes) + max(min(sizes) * 0.85, smallest)) / 2
         """Mean size of the sub-networks that the search measures."""
+        self.judging = self.cubes(JUDGED) if self.repaired_tokens else 0.0
+        """Seconds that choosing the ridges of a repair takes."""
         self.schemes = list(recipe.quantizing.schemes)
         if picks_bits(job) and "int4" not in self.schemes:
             self.schemes.append("int4")  # which one is picked with the size is not known yet
@@ -160,6 +164,11 @@ class _Counts:
         self.bases = len(base_schemes(job, [])) + len(base_layouts(job))
         """Packages of the base itself in few bits."""
         self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"}) + 3 * self.elastic
+
+    def cubes(self, seconds: dict[str, float]) -> float:
+        """Seconds of what grows with the cube of the layers' widths."""
+        widths = [layer.intermediate_size for layer in self.job.structure.base.layers]
+        return seconds["cpu" if self.job.device.type == "cpu" else "cuda"] * sum(width**3 for width in widths)
 
     def steps(self, tokens: int) -> int:
         return math.ceil(tokens / ((self.recipe.finetuning.batch_size or 1) * self.length))
@@ -199,8 +208,7 @@ def _ordering(counts: _Counts, rates: Rates) -> StageCost:
     each = dearer.get(counts.job.ordering, rates.teach)
     solving = 0.0
     if counts.job.ordering == "surgeon":
-        widths = [layer.intermediate_size for layer in counts.job.structure.base.layers]
-        solving = SOLVED["cpu" if counts.job.device.type == "cpu" else "cuda"] * sum(width**3 for width in widths)
+        solving = counts.cubes(SOLVED) + counts.cubes(JUDGED)
     stored = 0.0 if counts.train_tokens else float(counts.base * counts.job.stored_dtype.itemsize)
     return StageCost(
         "ordering", f"{tokens:,} tokens", 2 * rates.load + tokens * each + solving + stored / DISK_RATE, disk=stored
@@ -249,7 +257,7 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
     networks = 1 + counts.evaluations * counts.searched
     limit = counts.recipe.searching.limit
     budget = f"{counts.evaluations} sub-networks, {'all' if limit is None else limit} documents"
-    moments = GATHERED * counts.repaired_tokens * rates.teach
+    moments = GATHERED * counts.repaired_tokens * rates.teach + counts.judging
     return StageCost("search", budget, 2 * rates.load + moments + networks * each, disk=1e4 * counts.evaluations)
 
 
@@ -267,7 +275,7 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
     """Of each pick, with the slicing before and the packaging after it."""
     tokens, share = counts.heal_tokens, counts.share
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
-    each = 4 * rates.load + 4 * bytes_ / DISK_RATE + IN_SEQUENCE * counts.repaired_tokens * rates.teach
+    each = 4 * rates.load + 4 * bytes_ / DISK_RATE + IN_SEQUENCE * counts.repaired_tokens * rates.teach + counts.judging
     if tokens:
         steps = counts.steps(tokens)
         each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step
