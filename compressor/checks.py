@@ -36,6 +36,7 @@ def check(job: Job) -> None:
     check_finetuning(job)
     check_memory(job)
     check_tokens(job)
+    check_routed_alone(job)
     check_formats(job)
     check_targets(job)
     check_group_size(job)
@@ -129,13 +130,17 @@ def check_memory(job: Job) -> None:
             raise RequestError(f"{stage} takes about {size(expected[stage])}, this GPU has {size(free)} free: {advice}")
 
 
-def check_formats(job: Job) -> None:
-    """Refuse a layout or a quantization that this network cannot have, or a repair beside routed weights."""
-    config = job.checkpoint.config
+def check_routed_alone(job: Job) -> None:
+    """Refuse what has one set of weights for all sizes, or fits another, beside routed ones."""
     if job.recipe.finetuning.parameters == "routed":
         for other, asked in (("--repair off", job.repairs), ("no --format elastic", "elastic" in job.recipe.formats)):
             if asked:
                 raise RequestError(f"finetuning.parameters: routed gives every size weights of its own; say {other}")
+
+
+def check_formats(job: Job) -> None:
+    """Refuse a layout or a quantization that this network cannot have."""
+    config = job.checkpoint.config
     for layout in job.recipe.formats:
         check_installed(layout)
         if layout == "elastic" and job.repairs:

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 import torch
 
 from compressor import demo as bundled
-from compressor.checks import check, check_formats, check_group_size, check_targets, check_tasks
+from compressor.checks import (
+    check,
+    check_formats,
+    check_group_size,
+    check_routed_alone,
+    check_targets,
+    check_tasks,
+)
 from compressor.costs import stage_costs
 from compressor.early_checks import check_request
 from compressor.inputs import text_fingerprint
@@ -227,6 +234,7 @@ def resume(
     job = Job(run, recipe, redo, paths=paths)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
+        check_routed_alone(job)
         check_formats(job)
         check_group_size(job)
         if recipe.tasks:
