@@ -8,12 +8,11 @@
 
 `make` searches once for all sizes (not where FOLDER/picks.json holds them already, say of a search on another machine),
 then cuts, heals and scores every method's network of every size, `--workers` at a time: a row each in FOLDER/rows, so
-that it goes on where it was stopped. The text is that of the files and of what the
-base writes itself, shuffled. `ours` is the pick, `ours-speed` and `ours-balanced` what these preferences take,
-`ours-unrepaired` the pick sliced plainly, `base-TYPE` the base in a type of llama.cpp's files. `--bits` are tasks whose
-bits per byte are measured beside the scores. Speeds depend on sizes alone, so `time` cuts them out of the base, and
-times each in turn with it, in transformers and in llama.cpp. `table` judges every row against `ours` by a paired
-bootstrap over documents.
+that it goes on where it was stopped. The text is that of the files and of what the base writes itself, shuffled. `ours`
+is the pick, `ours-speed` and `ours-balanced` what these preferences take, `ours-unrepaired` the pick sliced plainly,
+`base-TYPE` the base in a type of llama.cpp's files. `--bits` are tasks whose bits per byte are measured beside the
+scores. Speeds depend on sizes alone, so `time` cuts them out of the base, and times each in turn with it, in
+transformers and in llama.cpp. `table` judges every row against `ours` by a paired bootstrap over documents.
 """
 
 from __future__ import annotations

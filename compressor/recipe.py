@@ -290,8 +290,8 @@ class Searching(Section):
     """The search."""
 
     algorithm: str = "linas"
-    """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; it thinks about each generation for a second, so
-    it is for sub-networks that take longer to measure), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
+    """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; it thinks for half a second and more about every
+    two, so it is for sub-networks that take longer to measure), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
     """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
     `effort`."""

@@ -72,8 +72,8 @@ class RoutedDeltas:
     """The changes of a super-network's FFN matrices, as a provider of variants: of a layer that is not whole, its part
     of W_a. What it gives has gradients where they are recorded, so the same serves training, search and slicing.
 
-    The full network must be active when it is made. `parameters` are trained; `specs` are their names and axes. `rank`
-    is that of all changes of a matrix together.
+    The full network must be active when it is made. `parameters` are trained, by name; `specs` are their axes and
+    layers. `rank` is that of all changes of a matrix together.
     """
 
     def __init__(self, supernet: SuperNetwork, rank: int, seed: int = 0) -> None:
@@ -81,7 +81,7 @@ class RoutedDeltas:
         check_routed(supernet.structure, rank)
         self.supernet, self.rank = supernet, rank
         self.parameters: dict[str, nn.Parameter] = {}
-        self.specs: list[TensorSpec] = []
+        self.specs: dict[str, TensorSpec] = {}
         self._matrices = {spec.name: spec for spec in routed(supernet.structure)}
         self._modules = {name: supernet.model.get_submodule(name.removesuffix(".weight")) for name in self._matrices}
         self._generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ class RoutedDeltas:
         shape = self.supernet.structure.shape(spec, self.supernet.base)
         assert shape is not None
         start = torch.randn(shape, generator=self._generator)
-        self.specs.append(spec)
+        self.specs[spec.name] = spec
         self.parameters[spec.name] = nn.Parameter(start.to(self.supernet.model.device))
         return self.parameters[spec.name]
 
@@ -138,9 +138,8 @@ class RoutedDeltas:
         weight = self._modules[name]._parameters["weight"]
         assert weight is not None
         counts, left = (unit_counts(base.hidden_size, sizes) for sizes in (full, kept))
-        specs = {each.name: each for each in self.specs}
         a, b = (
-            slice_parameter(self.parameters[half], specs[half].axes, counts, left)
+            slice_parameter(self.parameters[half], self.specs[half].axes, counts, left)
             for half in (f"{name}.routed_A", f"{name}.routed_B")
         )
         gates = self.shares(spec.layer, kept) - self.shares(spec.layer, full)

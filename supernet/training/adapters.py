@@ -94,7 +94,7 @@ class Routed(AllWeights):
         """A layer that is whole uses none of its changes, be the others cut or not."""
         base, found = self.supernet.base, dict(super().inactive(members))
         for layer, whole in enumerate(base.layers):
-            specs = tuple(spec for spec in self._deltas.specs if spec.layer == layer)
+            specs = tuple(spec for spec in self._deltas.specs.values() if spec.layer == layer)
             cut = [member for member in members if member.layers[layer] != whole]
             found |= inactive_slices(replace(self.supernet.structure, tensors=specs), cut)
         return found
