@@ -27,9 +27,10 @@ from benchmarks.jobs import subnet_loss, temporary_job
 from compressor.inputs import data_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.recipe import Finetuning
-from compressor.sizing import draw_near, training_range, uniform_near
+from compressor.sizing import band_limits, draw_near, training_range, uniform_near
 from compressor.stages.finetuning import order_supernet, train_supernet
 from supernet.activation import SuperNetwork
+from supernet.architecture import Architecture
 from supernet.common.files import fingerprint
 from supernet.slicing import extract
 from supernet.training.losses import Loss, held_out_loss
@@ -81,6 +82,10 @@ TRIALS: dict[str, Changes] = {
     "lora, rate 1 / width": {"parameters": "lora", "rate": 1.0},
     # weights that depend on the sizes of a layer
     "routed": {"parameters": "routed"},
+    # a super-network for each band of sizes, on equal parts of the tokens
+    "two bands": {"bands": 2},
+    "two bands, with relations": {"bands": 2, "loss": {"ce": 0.3, "kl": 0.7, "relations": 1.0}},
+    "three bands": {"bands": 3},
     # published schemes as they stand
     "LLaMA-NAS": {"sampler": "alternate", "draw": "genes", "loss": "ce"},
     "InstaTune, in place": {"sampler": "joint", "draw": "genes", "strong_teacher": 0.0},
@@ -152,22 +157,37 @@ class Trials:
             self.done[key] = json.loads(line)
         return self.done[key]
 
-    def losses(self, supernet: SuperNetwork) -> Row:
-        """Held-out loss of each size, and the mean of the random sub-networks."""
-        losses = [subnet_loss(supernet, size, self.held_out) for size in self.sizes.values()]
-        return {"losses": losses, "random": mean(subnet_loss(supernet, drawn, self.held_out) for drawn in self.random)}
+    def measured(self, supernet: SuperNetwork) -> dict[Architecture, float]:
+        """Held-out loss of each of the sizes and of the random sub-networks."""
+        return {a: subnet_loss(supernet, a, self.held_out) for a in (*self.sizes.values(), *self.random)}
+
+    def row(self, losses: Mapping[Architecture, float], passes: int, training: float) -> Row:
+        random = mean(losses[drawn] for drawn in self.random)
+        return {
+            "losses": [losses[a] for a in self.sizes.values()],
+            "random": random,
+            "passes": passes,
+            "training": training,
+        }
 
     def untrained(self) -> Row:
-        return {**self.losses(self.supernet(self.job({}, 0))), "passes": 0, "training": 0.0}
+        return self.row(self.measured(self.supernet(self.job({}, 0))), 0, 0.0)
 
     def elastic(self, changes: Changes, seed: int) -> Row:
         """A super-network fine-tuned with these changes of the default, and the loss of each size cut out of it."""
         job = self.job(changes, seed)
 
         def trial() -> Row:
-            supernet = self.supernet(job)
-            history = train_supernet(job, supernet, self.blocks, self.state())
-            return {**self.losses(supernet), "passes": history.passes, "training": history.seconds}
+            losses: dict[Architecture, float] = {}
+            passes, training, limits = 0, 0.0, band_limits(job)
+            for band in range(job.recipe.finetuning.bands):
+                supernet = self.supernet(job)
+                history = train_supernet(job, supernet, self.blocks, self.state(), band)
+                passes, training = passes + history.passes, training + history.seconds
+                for architecture, loss in self.measured(supernet).items():
+                    if band == sum(self.structure.parameters(architecture) < limit for limit in limits):
+                        losses[architecture] = loss
+            return self.row(losses, passes, training)
 
         section = job.recipe.finetuning.model_dump()
         return self.once({"what": "elastic", "section": section, "seed": seed}, trial)

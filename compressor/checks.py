@@ -10,7 +10,7 @@ import torch
 from compressor.costs import expected_memory
 from compressor.generated import repeated
 from compressor.job import Job
-from compressor.sizing import byte_limit, parameter_limits, smallest_storage
+from compressor.sizing import byte_limit, largest_in_training, parameter_limits, smallest_storage
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
@@ -36,7 +36,7 @@ def check(job: Job) -> None:
     check_finetuning(job)
     check_memory(job)
     check_tokens(job)
-    check_routed_alone(job)
+    check_weights_by_size(job)
     check_formats(job)
     check_targets(job)
     check_group_size(job)
@@ -91,6 +91,16 @@ def check_finetuning(job: Job) -> None:
         if finetuning.shard or any(gene.kind == "hidden_size" for gene in job.space.genes):
             what = "finetuning.shard" if finetuning.shard else "a space that searches hidden_size"
             raise RequestError(f"finetuning.parameters: routed is not together with {what}")
+    largest_in_training(job)
+    if finetuning.bands > 1:
+        others = {
+            "finetuning.parameters: routed": finetuning.parameters == "routed",
+            "finetuning.shard": finetuning.shard,
+        }
+        for other in (name for name, asked in others.items() if asked):
+            raise RequestError(f"finetuning.bands: not together with {other}; leave one of the two out")
+        if not finetuning.tokens:
+            raise RequestError("finetuning.bands: nothing is trained (--train-tokens 0), so all would be alike")
     check_optimizer(finetuning.optimizer, job.device.type)
     narrows = any(gene.kind == "hidden_size" for gene in job.space.genes)
     losses = set(finetuning.losses)
@@ -130,12 +140,12 @@ def check_memory(job: Job) -> None:
             raise RequestError(f"{stage} takes about {size(expected[stage])}, this GPU has {size(free)} free: {advice}")
 
 
-def check_routed_alone(job: Job) -> None:
-    """Refuse what has one set of weights for all sizes, or fits another, beside routed ones."""
-    if job.recipe.finetuning.parameters == "routed":
+def check_weights_by_size(job: Job) -> None:
+    """Refuse what has one set of weights for all sizes, or fits another, beside weights that depend on the size."""
+    if choice := job.recipe.finetuning.weights_by_size:
         for other, asked in (("--repair off", job.repairs), ("no --format elastic", "elastic" in job.recipe.formats)):
             if asked:
-                raise RequestError(f"finetuning.parameters: routed gives every size weights of its own; say {other}")
+                raise RequestError(f"{choice} gives sizes weights of their own; say {other}")
 
 
 def check_formats(job: Job) -> None:

@@ -219,7 +219,7 @@ def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
     """The members of a step, the teacher, and the held-out losses on the way: of the largest, the middle, the smallest
     and those of the sizes that were asked for."""
     finetuning, tokens = counts.recipe.finetuning, counts.train_tokens
-    disk = float(counts.base * counts.job.stored_dtype.itemsize)
+    disk = float(finetuning.bands * counts.base * counts.job.stored_dtype.itemsize)
     if not tokens:  # what is stored then is the ordered base
         return StageCost("fine-tuning", "no tokens", 0.0)
     others = {"sandwich": 1 + finetuning.random_members, "joint": finetuning.random_members}

@@ -15,7 +15,7 @@ import yaml
 from compressor.local_paths import LocalPaths, localized
 from compressor.names import REDOABLE
 from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
-from compressor.run import Run
+from compressor.run import Run, band_folder
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
 from export.quantization.quantize import linear_layers
@@ -281,13 +281,24 @@ class Job:
     def supernet_of(self, model: Any) -> SuperNetwork:
         return SuperNetwork(model, structure=self.structure)
 
-    def load_supernet(self) -> SuperNetwork:
-        """The fine-tuned, ordered super-network of this run. Raises `RequestError` if there is none yet."""
+    def supernet_folder(self, architecture: Architecture | None = None) -> Path:
+        """Where the super-network lies that a sub-network is cut out of: of several bands of sizes, that of its own.
+        That of the largest sizes where none is given."""
+        bands = (self.run.manifest(self.run.supernet) or {}).get("bands", [])
+        if architecture is None or not bands:
+            return self.run.supernet
+        parameters = self.structure.parameters(architecture)
+        return band_folder(self.run.supernet, sum(parameters < band["below"] for band in bands))
+
+    def load_supernet(self, architecture: Architecture | None = None) -> SuperNetwork:
+        """The fine-tuned, ordered super-network of this run; of several bands of sizes, as `supernet_folder` says.
+        Raises `RequestError` if there is none yet."""
         if self.run.manifest(self.run.supernet) is None:
             raise RequestError(f"{self.run.path}: no fine-tuned super-network yet; run compressor finetune or compress")
-        with reading(f"{self.run.supernet}: damaged; remove it to fine-tune again"):
-            model, info = load_causal_lm(self.run.supernet, self.compute_dtype, self.recipe.trust_remote_code)
-        check_fit(str(self.run.supernet), info)
+        folder = self.supernet_folder(architecture)
+        with reading(f"{folder}: damaged; remove {self.run.supernet} to fine-tune again"):
+            model, info = load_causal_lm(folder, self.compute_dtype, self.recipe.trust_remote_code)
+        check_fit(str(folder), info)
         return self.supernet_of(model.to(self.device).eval())
 
     def fill_in(self) -> None:
@@ -322,7 +333,7 @@ class Job:
             enabled = self._repaired_so_far
         if enabled is None:
             little = self.recipe.trains_little(self.structure.parameters(self.structure.base))
-            return little and "elastic" not in self.recipe.formats and self.recipe.finetuning.parameters != "routed"
+            return little and "elastic" not in self.recipe.formats and not self.recipe.finetuning.weights_by_size
         return enabled
 
     @cached_property

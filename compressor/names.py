@@ -40,7 +40,7 @@ BASELINES = (
     "flap",
     "slicegpt",
 )
-WARM_STARTS = ("greedy", "blockwise", "published", "superposition")
+WARM_STARTS = ("greedy", "blockwise", "published", "router", "superposition")
 OWN_METHODS = ("random", "untrained-search", "scratch")
 """What a comparison makes to show what each part of ours adds."""
 FORMATS: Mapping[str, str] = {

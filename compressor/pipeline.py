@@ -17,9 +17,9 @@ from compressor.checks import (
     check,
     check_formats,
     check_group_size,
-    check_routed_alone,
     check_targets,
     check_tasks,
+    check_weights_by_size,
 )
 from compressor.costs import stage_costs
 from compressor.early_checks import check_request
@@ -234,7 +234,7 @@ def resume(
     job = Job(run, recipe, redo, paths=paths)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
-        check_routed_alone(job)
+        check_weights_by_size(job)
         check_formats(job)
         check_group_size(job)
         if recipe.tasks:

@@ -263,6 +263,11 @@ class Finetuning(Section):
     """Tokens in a sequence, of fine-tuning and healing."""
     smallest_share: float | None = Field(default=None, gt=0, lt=1)
     """Smallest size that is trained, as a share of the base. Unset: 0.85 of the smallest size asked for."""
+    largest_share: float | None = Field(default=None, gt=0, le=1)
+    """Largest size that is trained, as a share of the base; the base teaches it. Unset: the base itself."""
+    bands: int = Field(default=1, ge=1, le=8)
+    """Super-networks, each for its band of these sizes and trained on its part of the tokens (AutoDistil); sub-networks
+    are cut out of that of their size. Not with a repair, `format: elastic`, `shard` or `parameters: routed`."""
 
     @field_validator("loss")
     @classmethod
@@ -270,6 +275,13 @@ class Finetuning(Section):
         if isinstance(value, dict) and (not value or min(value.values()) <= 0):
             raise ValueError("weights must be above 0, one at least")
         return value
+
+    @property
+    def weights_by_size(self) -> str | None:
+        """The choice that gives sub-networks weights by their sizes, as a recipe has it; None where there is none."""
+        if self.parameters == "routed":
+            return "finetuning.parameters: routed"
+        return f"finetuning.bands: {self.bands}" if self.bands > 1 else None
 
     @property
     def losses(self) -> dict[str, float]:
@@ -311,7 +323,7 @@ class Searching(Section):
     """Share of the documents that candidates are scored on first. Unset: all documents at once."""
     warm_start: Names = Field(default_factory=lambda: ["blockwise", "published"])
     """What the first generation also measures: earlier runs' folders (their fronts), `blockwise`, `superposition`,
-    `greedy`, and `published`: what depth and width baselines would cut."""
+    `router`, `greedy`, and `published`: what depth and width baselines would cut."""
     workers: int = Field(default=1, ge=1)
     """Processes or Ray actors that measure side by side."""
     executor: Literal["processes", "ray"] = "processes"

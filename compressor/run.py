@@ -32,6 +32,11 @@ _LOCKED: dict[Path, IO[str]] = {}
 """Lock files of the runs that this process works in: closing one would give the lock up."""
 
 
+def band_folder(supernet: Path, band: int) -> Path:
+    """Where a super-network of a band of sizes lies; that of the largest, of number 0, as one for all sizes does."""
+    return supernet / f"band-{band}" if band else supernet
+
+
 class Run:
     """Paths and manifests of one run directory."""
 

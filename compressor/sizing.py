@@ -113,22 +113,32 @@ def smallest_storage(job: Job, architecture: Architecture | None = None) -> Stor
     return storage_of(job, smallest, architecture)
 
 
-def training_range(job: Job) -> TrainingRange:
-    """The sub-networks that the fine-tuning trains."""
+def training_range(job: Job, band: int = 0) -> TrainingRange:
+    """The sub-networks that the fine-tuning trains, or those of one band of them, the largest sizes first. Raises
+    `RequestError` where the largest is none above the smallest."""
     least, low = smallest_in_training(job)
+    largest = largest_in_training(job)
+    limits = band_limits(job)
+    if band:
+        largest = uniform_near(job, limits[band - 1])
+    if band < len(limits):
+        low = limits[band]
+        least = uniform_near(job, low)
+    high = job.structure.parameters(largest)
 
     def uniform(rng: np.random.Generator) -> Architecture:
-        """Every gene uniformly, drawn again where the sub-network is smaller than what is trained. Of a space that
-        holds next to nothing else, one just above the smallest."""
+        """Every gene uniformly, drawn again where the sub-network is smaller or larger than what is trained. Of a space
+        that holds next to nothing else, one just above the smallest."""
         for _ in range(TRIES):
             drawn = job.space.decode(sample(job.space, rng)[0].tolist())
-            if job.structure.parameters(drawn) >= low:
+            if low <= job.structure.parameters(drawn) <= high:
                 return drawn
         return draw_near(job, rng, low)
 
     return TrainingRange(
         job.structure,
         least,
+        largest,
         uniform,
         near=lambda rng, parameters: draw_near(job, rng, parameters),
         cut=lambda parameters: uniform_near(job, parameters),
@@ -149,6 +159,29 @@ def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Ar
         share = 0.85 * min((size / base for size in sizes_searched_for(job)), default=0.6)
     low = max(share * base, job.structure.parameters(space.smallest()))
     return uniform_near(job, low, space), low
+
+
+def largest_in_training(job: Job, space: SearchSpace | None = None) -> Architecture:
+    """The large end of the fine-tuning: the base, or the uniform cut nearest to the largest size that is trained.
+
+    Of `space`, or else of the run's own. Raises `RequestError` where it is not larger than the smallest.
+    """
+    base, share = job.structure.base, job.recipe.finetuning.largest_share
+    if share is None or share == 1:
+        return base
+    largest = uniform_near(job, share * job.structure.parameters(base), space)
+    least, _ = smallest_in_training(job, space)
+    if job.structure.parameters(largest) <= job.structure.parameters(least):
+        raise RequestError("finetuning.largest_share: must be above the smallest size that is trained")
+    return largest
+
+
+def band_limits(job: Job) -> list[float]:
+    """Parameters at which bands of sizes meet, evenly between the largest and the smallest size that is trained; none
+    where one super-network has them all. Largest first."""
+    _, low = smallest_in_training(job)
+    high, count = job.structure.parameters(largest_in_training(job)), job.recipe.finetuning.bands
+    return [high + (low - high) * band / count for band in range(1, count)]
 
 
 def draw_near(job: Job, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:

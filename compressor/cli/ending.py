@@ -26,7 +26,7 @@ def _next(job: Job, command: str, options: str = "") -> str:
 
 
 def _finetuned(job: Job, result: Any) -> Iterable[str]:
-    weights = sum(file.stat().st_size for file in job.run.supernet.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in job.run.supernet.rglob("*.safetensors"))
     yield f"super-network: {job.run.supernet}, {size(weights)}"
     yield _next(job, "search", "" if job.recipe.tasks else "--tasks A,B")
 

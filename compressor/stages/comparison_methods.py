@@ -54,6 +54,12 @@ class SizeComparison:
     def parameters(self) -> int:
         return self.job.structure.parameters(self.architecture)
 
+    def supernet_of(self, architecture: Architecture) -> SuperNetwork:
+        """The super-network that a sub-network is cut out of: where bands of sizes have their own, that of its band."""
+        if self.job.supernet_folder(architecture) == self.job.run.supernet:
+            return self.supernet
+        return self.job.load_supernet(architecture)
+
     @cached_property
     def inputs(self) -> str:
         """Fingerprint of all that the rows of this size depend on; rows of another one are not compared with them."""
@@ -104,8 +110,9 @@ class Method:
 
 def ours(contest: SizeComparison, seed: int) -> Cut:
     job, architecture = contest.job, contest.architecture
-    variants = pick_variants(job, architecture, contest.supernet)
-    return extract(contest.supernet.model, job.structure, architecture, variants), architecture
+    supernet = contest.supernet_of(architecture)
+    variants = pick_variants(job, architecture, supernet)
+    return extract(supernet.model, job.structure, architecture, variants), architecture
 
 
 def ours_unrepaired(contest: SizeComparison, seed: int) -> Cut:
@@ -118,8 +125,9 @@ def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
     for _ in range(1000):
         architecture = draw_near(contest.job, rng, contest.parameters)
         if same_size(contest.job.structure.parameters(architecture), contest.parameters):
-            variants = trained_variants(contest.job, architecture, contest.supernet)
-            return extract(contest.supernet.model, contest.job.structure, architecture, variants), architecture
+            supernet = contest.supernet_of(architecture)
+            variants = trained_variants(contest.job, architecture, supernet)
+            return extract(supernet.model, contest.job.structure, architecture, variants), architecture
     raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
 
 
@@ -127,7 +135,7 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
     job = contest.job
     recipe = job.recipe.model_copy(deep=True)
-    recipe.finetuning.tokens = 0
+    recipe.finetuning.tokens, recipe.finetuning.bands = 0, 1
     plain = Job(Run.create(job.run.comparison / "untrained-search", recipe, {"versions": versions()}), recipe)
     if job.vocabulary is not None:  # the same base, however the tasks may have changed since it was cut
         shutil.copytree(job.run.base, plain.run.base, dirs_exist_ok=True)

@@ -233,7 +233,9 @@ def shipped_network(
     name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
     run.subnets.mkdir(exist_ok=True)
     variants = pick_variants(job, architecture)
-    cut = StreamedNetwork(run.supernet, job.checkpoint.config, job.structure, architecture, variants)
+    cut = StreamedNetwork(
+        job.supernet_folder(architecture), job.checkpoint.config, job.structure, architecture, variants
+    )
     options: dict[str, Any] = {
         "tokenizer": job.tokenizer,
         "entry": {"name": name, "architecture": architecture.to_dict()},

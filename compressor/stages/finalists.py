@@ -148,7 +148,9 @@ class _Rounds:
             loss = read_record(folder).entry.held_out_loss
             return inf if loss is None else loss
         variants = pick_variants(job, architecture)
-        cut = StreamedNetwork(job.run.supernet, job.checkpoint.config, job.structure, architecture, variants)
+        cut = StreamedNetwork(
+            job.supernet_folder(architecture), job.checkpoint.config, job.structure, architecture, variants
+        )
         if number:
             network = load_healed(cut, self.folder(key, number - 1), torch.float32).to(job.device)
         else:

@@ -21,11 +21,19 @@ from compressor.inputs import (
 )
 from compressor.job import Job
 from compressor.recipe import former_names
+from compressor.run import band_folder
 from compressor.schedule import stage
-from compressor.sizing import sizes_searched_for, smallest_in_training, training_range, uniform_near
+from compressor.sizing import (
+    band_limits,
+    sizes_searched_for,
+    smallest_in_training,
+    training_range,
+    uniform_near,
+)
 from export.probe import default_ids, logits_of
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import fingerprint
 from supernet.common.progress import say
 from supernet.importance import IMPORTANCES, block_influence, importance_and_influence
 from supernet.loading import load_causal_lm
@@ -56,6 +64,10 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
     least, _ = smallest_in_training(job, space)
     finetuning = former_names(job.given.finetuning.model_dump())
     finetuning["gradient_accumulation"] = finetuning["gradient_accumulation"] or 1  # as where it was 1 when unset
+    if finetuning["largest_share"] is None:
+        del finetuning["largest_share"]  # as where there was none
+    if finetuning["bands"] == 1:
+        del finetuning["bands"]
     inputs = {
         "model": job.base_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
@@ -129,18 +141,25 @@ def finetune(job: Job) -> dict[str, Any]:
             model.load_state_dict(state)
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", job.ordering)
-            # As stored, so that what is searched is what will be shipped, bit for bit.
-            trained = logits_of(model, ids)
-            # Under the names of the parameters, so that sub-networks can be cut out of the files.
-            model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
-            job.tokenizer.save_pretrained(folder)
+            proof["files"] = store(job, model, folder, ids)
             if isinstance(supernet.variants, RoutedDeltas):
                 save_file(supernet.variants.tensors(job.stored_dtype), folder / ROUTED)
-            cut = StreamedNetwork(folder, job.checkpoint.config, job.structure, job.structure.base)
-            whole = cut.logits(ids, job.stored_dtype)
-            proof["files"] = difference("what is cut from the super-network's files", whole, trained, job.stored_dtype)
+        for band, limit in enumerate(band_limits(job), start=1):
+            del model, supernet  # two would be in memory
+            supernet = job.supernet_of(job.load_base(dtype))
+            model = supernet.model
+            apply_ordering(supernet, order)
+            smaller = band_folder(folder, band)
+            smaller.mkdir(exist_ok=True)
+            of_band = train_supernet(job, supernet, blocks, smaller / STATE, band)
+            facts.setdefault("bands", []).append({"below": limit, **vars(of_band)})
+            if run.writes:
+                proof["files"] = max(proof["files"], store(job, model, smaller, ids))
+        if run.writes:
             facts["logit_differences"] = proof
-            facts["weights"] = weights_fingerprint(folder)
+            folders = [band_folder(folder, band) for band in range(recipe.finetuning.bands)]
+            weights = [weights_fingerprint(each) for each in folders]
+            facts["weights"] = weights[0] if len(weights) == 1 else fingerprint(weights)
             facts["finetune"] = {
                 **vars(history),
                 "processes": job.accelerator.num_processes,
@@ -154,11 +173,23 @@ def finetune(job: Job) -> dict[str, Any]:
                 "skipped_rows": blocks.skipped,
                 "overlapping_report_documents": len(contaminated),
             }
-            for left in folder.glob(f"*{STATE}*"):  # only now: whatever goes wrong before costs no training
+            for left in folder.rglob(f"*{STATE}*"):  # only now: whatever goes wrong before costs no training
                 left.unlink()
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def store(job: Job, model: Any, folder: Path, ids: torch.Tensor) -> float:
+    """Write a super-network as it is searched. Returns how far what is cut from its files is off, as `difference`."""
+    # As stored, so that what is searched is what will be shipped, bit for bit.
+    trained = logits_of(model, ids)
+    # Under the names of the parameters, so that sub-networks can be cut out of the files.
+    model.to(job.stored_dtype).save_pretrained(folder, save_original_format=False)
+    job.tokenizer.save_pretrained(folder)
+    cut = StreamedNetwork(folder, job.checkpoint.config, job.structure, job.structure.base)
+    whole = cut.logits(ids, job.stored_dtype)
+    return difference("what is cut from the super-network's files", whole, trained, job.stored_dtype)
 
 
 def base_logits(job: Job, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -202,18 +233,26 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Or
 
 
 @stage("fine-tuning")
-def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path) -> History:
-    """Fine-tune an ordered super-network in place as the recipe says. `state` makes it resumable."""
+def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path, band: int = 0) -> History:
+    """Fine-tune an ordered super-network in place as the recipe says, or of several that of this band of sizes. `state`
+    makes it resumable."""
     section = job.recipe.finetuning
+    if section.bands > 1:
+        say(f"super-network {band + 1} of {section.bands}, each for a band of sizes")
+        section = section.model_copy(update={"tokens": (section.tokens or 0) // section.bands})
     loss = Loss(section.losses, section.temperature)
     scheme = ElasticScheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
-    range_ = training_range(job)
+    range_ = training_range(job, band)
     watched = {
         "largest": [range_.largest],
         "middle": [uniform_near(job, sum(range_.sizes) / 2)],
         "smallest": [range_.least],
     }
-    if asked := sizes_searched_for(job):
+    parameters = job.structure.parameters
+    asked = sizes_searched_for(job)
+    if section.bands > 1:
+        asked = [size for size in asked if parameters(range_.least) <= size <= parameters(range_.largest)]
+    if asked:
         watched["asked"] = [uniform_near(job, size) for size in asked]
     model: Any = supernet.model
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ class RoundedLosses:
 
     def __init__(self, job: Job) -> None:
         self._job, self._weights = job, searched_weights(job)
-        self._supernet: SuperNetwork | None = None
+        self._opened: tuple[Path, SuperNetwork] | None = None
 
     def __call__(self, candidate: Candidate, blocks: int) -> float:
         """On the first blocks, in nats per token."""
@@ -195,11 +196,15 @@ class RoundedLosses:
     @torch.no_grad()
     def _measure(self, architecture: Architecture, scheme: SchemeName, storage: StorageFormat, blocks: int) -> float:
         job = self._job
-        if self._supernet is None:
+        folder = job.supernet_folder(architecture)
+        if self._opened is None or self._opened[0] != folder:
             job.threads(scoring=True)
-            self._supernet = job.load_supernet()
-            self._supernet.use(search_variants(job, self._supernet))
-        network = extract(self._supernet.model, job.structure, architecture, self._supernet.variants)
+            self._opened = None  # two would be in memory
+            supernet = job.load_supernet(architecture)
+            supernet.use(search_variants(job, supernet))
+            self._opened = folder, supernet
+        supernet = self._opened[1]
+        network = extract(supernet.model, job.structure, architecture, supernet.variants)
         linear = linear_layers_in(network)
         group_size = job.recipe.quantizing.group_size if storage.bits < 8 else None
         plan = plan_scheme(linear.widths, scheme, group_size)

@@ -64,7 +64,8 @@ def report(job: Job) -> dict[str, Any]:
         entry["quality"] = scale.quality(record.entry.tasks, record.entry.held_out_loss)
         if entry["quality"] != record.entry.quality:  # an earlier version's definition
             update_record(record.folder, entry={"quality": entry["quality"]})
-    finetune = (run.manifest(run.supernet) or {}).get("finetune", {})
+    made = run.manifest(run.supernet) or {}
+    finetune = made.get("finetune", {})
     fingerprints = {
         "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
@@ -96,6 +97,8 @@ def report(job: Job) -> dict[str, Any]:
     }
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
+        if "bands" in made:
+            data["finetune"]["bands"] = [training(band) for band in made["bands"]]
     if recipe.healing.tokens:  # what an earlier export healed may still lie there
         healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
         data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}

@@ -70,21 +70,30 @@ class SubnetScorer:
         """`by_text`: the held-out loss is needed for the quality (`QualityScale.by_text`)."""
         self.job = job
         job.threads(scoring=True)
-        self.supernet = job.load_supernet()
-        self.supernet.use(search_variants(job, self.supernet))
-        self.scorer = job.scorer(self.supernet.model)
+        self._opened: dict[Path, tuple[SuperNetwork, Scorer]] = {}
+        self.open(job.structure.base)
         self.keys = {fidelity: search_keys(job, fidelity, by_text) for fidelity in fidelities(job)}
         self.held_out = HeldOut(job) if any(name in self.keys["full"] for name in HELD_OUT) else None
+
+    def open(self, architecture: Architecture) -> tuple[SuperNetwork, Scorer]:
+        """The super-network that a sub-network is one of, with what scores it."""
+        folder = self.job.supernet_folder(architecture)
+        if folder not in self._opened:
+            supernet = self.job.load_supernet(architecture)
+            supernet.use(search_variants(self.job, supernet))
+            self._opened[folder] = supernet, self.job.scorer(supernet.model)
+        return self._opened[folder]
 
     @torch.no_grad()
     def __call__(self, request: Request) -> Measured:
         """Everything that an evaluation measures. A full one gives the screening scores too: they are about some of
         the same documents."""
-        self.supernet.activate(request.architecture)
+        supernet, scorer = self.open(request.architecture)
+        supernet.activate(request.architecture)
         keys = {key: value for key, value in self.keys.items() if request.fidelity in ("full", key)}
-        measured = task_scores(self.job, self.scorer, keys, request.architecture)
+        measured = task_scores(self.job, scorer, keys, request.architecture)
         if self.held_out is not None:
-            measured += self.held_out.scores(self.supernet, self.keys["full"])
+            measured += self.held_out.scores(supernet, self.keys["full"])
         return measured
 
 
@@ -153,7 +162,7 @@ class HeldOutLosses:
 
     def __init__(self, job: Job) -> None:
         self._job, self._weights = job, searched_weights(job)
-        self._opened: tuple[SuperNetwork, HeldOut] | None = None
+        self._opened: dict[Path, tuple[SuperNetwork, HeldOut]] = {}
 
     def of(self, architectures: Sequence[Architecture], blocks: int) -> list[Score]:
         """Of sub-networks of the run's super-network on the first blocks, in nats per token: from the store, or else
@@ -163,26 +172,27 @@ class HeldOutLosses:
         with EvaluationStore(self._job.run.evaluations) as store:
             unknown = [architecture for architecture in architectures if store.get(architecture, weights, key) is None]
             if unknown:
-                supernet, held_out = self._open()
                 # Neighbours in this order share most leading layers, which are then computed once.
                 unknown.sort(key=lambda architecture: (architecture.hidden_size, architecture.layers))
                 with bar(f"held-out loss of the best, {blocks} blocks", len(unknown)) as progress:
                     for architecture in unknown:
+                        supernet, held_out = self._open(architecture)
                         supernet.activate(architecture)
                         record(store, architecture, weights, held_out.scores(supernet, keys, blocks))
                         progress.advance()
             scores = [store.get(architecture, weights, key) for architecture in architectures]
         return [score for score in scores if score is not None]
 
-    def _open(self) -> tuple[SuperNetwork, HeldOut]:
-        if self._opened is None:
+    def _open(self, architecture: Architecture) -> tuple[SuperNetwork, HeldOut]:
+        folder = self._job.supernet_folder(architecture)
+        if folder not in self._opened:
             self._job.threads(scoring=True)
-            supernet = self._job.load_supernet()
+            supernet = self._job.load_supernet(architecture)
             supernet.use(search_variants(self._job, supernet))
             held_out = HeldOut(self._job)
             held_out.passes = LayerCache(supernet)
-            self._opened = supernet, held_out
-        return self._opened
+            self._opened[folder] = supernet, held_out
+        return self._opened[folder]
 
 
 def open_scorer(path: Path, recipe: dict[str, Any], by_text: bool = False) -> SubnetScorer:

@@ -264,6 +264,8 @@ class Finetune(Training):
     loss: str
     data: str | None = None
     """The user's data, as given."""
+    bands: list[Training] = Field(default_factory=list)
+    """The trainings of further super-networks, where each band of sizes has one: that of smaller sizes comes later."""
 
 
 class Sample(Model):

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from export.report.schema import Base, Package, Report
+from export.report.schema import Base, Package, Report, Training
 from export.report.vocabulary import vocabulary_notes
 from search.scores import Score
 from supernet.common.formatting import count, percent, rate, size
@@ -83,7 +83,10 @@ def footnotes(report: Report) -> list[str]:
 
 def trainings(report: Report) -> list[str]:
     """What fine-tuning and healing did to held-out losses, nats per token, and which of their states are kept."""
-    done = {"Fine-tuning": report.finetune} | {f"Healing of {name}": done for name, done in report.healing.items()}
+    done: dict[str, Training | None] = {"Fine-tuning": report.finetune}
+    bands = report.finetune.bands if report.finetune else []
+    done |= {f"Fine-tuning of band {number}": band for number, band in enumerate(bands, start=2)}
+    done |= {f"Healing of {name}": healed for name, healed in report.healing.items()}
     return [f"{what}: {training.outcome}." for what, training in done.items() if training and training.outcome]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compressor.stages.warm_start import layer_variants
 from evals.warm_starts import WarmStart, warm_starts
 from evals.warm_starts.blockwise import blockwise, degradation_in, halves_of, refined
+from evals.warm_starts.router import Router, gumbel_softmax
 from evals.warm_starts.superposition import superposition
 from search.knapsack import HalfSizes, assemble, half_sizes, options, with_layer
 from search.space import SearchSpace
@@ -222,4 +223,30 @@ def test_a_layer_that_does_nothing_goes_first(name: str, model: PreTrainedModel)
     layer_share = 1 / 3 * (1 - 259 * 32 / whole)
     sizes = [(parameters / whole, architecture) for parameters, architecture in path]
     largest = [a for share, a in sizes if share <= 1 - layer_share][-1]
+    if name == "router":  # the weights learn along, so the layer may do something in the end: the least
+        left = [sizes.num_key_value_heads + sizes.intermediate_size / 32 for sizes in largest.layers]
+        assert left[1] < min(left[0], left[2])
+        return
     assert largest.layers[1].removed and not largest.layers[0].removed and not largest.layers[2].removed
+
+
+def test_a_gumbel_sample_is_a_choice_at_a_low_temperature() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.tensor([1.0, 0.0, -1.0]).log_softmax(0)
+    samples = torch.stack([gumbel_softmax(logits, 0.01, generator) for _ in range(4000)])
+    assert (samples.sum(-1) - 1).abs().max() < 1e-5 and (samples.max(-1).values > 0.99).float().mean() > 0.95
+    # Equation 2 of Jang et al.: at a temperature of zero a sample is distributed as the softmax of the logits.
+    assert samples.mean(0).tolist() == pytest.approx(logits.exp().tolist(), abs=0.02)
+    soft = gumbel_softmax(logits, 100.0, generator)
+    assert soft.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+def test_a_router_gives_every_budget_its_logits() -> None:
+    start = [torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])]
+    routed = Router(4, start, torch.Generator().manual_seed(0))
+    logits = [routed(budget) for budget in range(4)]
+    assert [len(of_choice) for of_choice in logits[0]] == [2, 3]
+    for budget in range(4):  # they begin near the start, each a little elsewhere
+        for given, of_choice in zip(start, logits[budget], strict=True):
+            assert (of_choice - given).abs().max() < 0.5
+    assert not torch.equal(logits[0][0], logits[1][0])

@@ -163,7 +163,7 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     for more in (["--format", "elastic"], ["--repair", "on"]):
         assert run(["export", str(output), *more]) == 2
-        assert "routed gives every size weights of its own" in capsys.readouterr().err.replace("\n", " ")
+        assert "routed gives sizes weights of their own" in capsys.readouterr().err.replace("\n", " ")
     report = json.loads((output / "report.json").read_text())
     (best,) = report["packages"]
     packaged = load_file(output / "packages" / "best" / "model.safetensors")

@@ -25,4 +25,6 @@ def widths_near(rng: np.random.Generator, parameters: float) -> Architecture:
 
 
 def range_of(structure: Any) -> TrainingRange:
-    return TrainingRange(structure, SMALL, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT)
+    return TrainingRange(
+        structure, SMALL, structure.base, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT
+    )

@@ -93,7 +93,7 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: PreTrainedModel)
     structure = describe(network.config)
     uniform = widths_near(np.random.default_rng(5), 0)
     range_ = TrainingRange(
-        structure, SMALL, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT
+        structure, SMALL, structure.base, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT
     )
     rng = np.random.default_rng(1)
     low, high = range_.sizes
