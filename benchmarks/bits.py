@@ -1,12 +1,15 @@
 """Size and bits together against size first, bits afterwards, and against bits alone: bits per byte at equal bytes.
 
     python -m benchmarks.bits RUN [RUN ...] --bytes 3.3MB 2.9MB 2.55MB --new FILE.jsonl [--heal-tokens 200000]
+        [--genes RUN ...]
 
 Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways
 choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
 rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best
 sub-network that fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with
-which all of it fits. `joint`: `compressor pick --bits joint`. A way that fits nothing has no number.
+which all of it fits. `joint`: `compressor pick --bits joint`. `genes`: the lowest loss that fits of a run that searched
+sizes and bits (`--space simq`, with held_out_loss and bytes as objectives), one of --genes for each RUN. A way that
+fits nothing has no number.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,14 +30,24 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
+from compressor.sizing import bits_group, bits_storage
 from compressor.stages.exporting import round_as_stored
-from compressor.stages.joint_pick import Candidate, RoundedLosses, candidates, pick_with_bits, whole_network
+from compressor.stages.joint_pick import (
+    HEADER_BYTES,
+    Bits,
+    Candidate,
+    RoundedLosses,
+    candidates,
+    pick_with_bits,
+    whole_network,
+)
 from compressor.stages.picking import measured
+from compressor.stages.quantizing import bits_by_module
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
-from export.quantization.schemes import OuterBits
+from export.quantization.schemes import OuterBits, SchemePlan
 from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.common.formatting import parse_bytes
@@ -42,7 +56,7 @@ from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.supernet_training import heal
 
 AFTER = ("int8", "int4", "int3")
-WAYS = (*(f"{scheme} after" for scheme in AFTER), "whole network", "joint")
+WAYS = (*(f"{scheme} after" for scheme in AFTER), "whole network", "joint", "genes")
 
 
 def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Candidate]:
@@ -71,9 +85,34 @@ def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Can
     return chosen
 
 
+def choose_genes(job: Job, limit: int) -> Candidate | None:
+    """What a search of sizes and bits chose; None where nothing that it measured fits."""
+    rows = []
+    for evaluation in measured(job):
+        architecture, storage = evaluation.architecture, bits_storage(job)
+        tensors = sum(job.structure.shape(tensor, architecture) is not None for tensor in job.structure.tensors)
+        stored = job.structure.bytes(architecture, storage) + 3 * HEADER_BYTES * tensors
+        if evaluation.full and stored <= limit:
+            rows.append(Candidate(evaluation, Bits(None), storage, stored))
+    return min(rows, key=lambda row: row.evaluation.values["held_out_loss"], default=None)
+
+
+def bits_in_words(job: Job, candidate: Candidate) -> str:
+    """How a candidate is stored; of bits of its own, the mean over the weights of its linear layers."""
+    architecture, storage = candidate.architecture, candidate.storage
+    if storage is None or not architecture.has_bits:
+        return str(candidate.bits)
+    weights, bits = 0, 0
+    for tensor in job.structure.tensors:
+        shape = job.structure.shape(tensor, architecture)
+        if tensor.role == "linear" and shape is not None:
+            weights, bits = weights + prod(shape), bits + prod(shape) * storage.bits_of(tensor, architecture)
+    return f"{bits / max(1, weights):.1f} bits in the mean, embedding in {architecture.embedding_bits or 16} bits"
+
+
 def made(job: Job, candidate: Candidate, tokens: int) -> Any:
     """The network of a candidate, healed and rounded."""
-    architecture = candidate.architecture
+    architecture = candidate.architecture.without_bits()
     variants = pick_variants(job, architecture)
     network = extract(job.load_supernet().model, job.structure, architecture, variants)
     if tokens:
@@ -87,7 +126,12 @@ def made(job: Job, candidate: Candidate, tokens: int) -> Any:
         round_as_stored(job, network)
         job.threads(scoring=True)
     scheme, storage = candidate.bits.scheme, candidate.storage
-    if scheme is not None and storage is not None:
+    searched = candidate.architecture
+    if searched.has_bits:
+        bits = bits_by_module(job.structure, job.checkpoint.config, searched, bits_storage(job))
+        outer = OuterBits(searched.embedding_bits or 16, searched.head_bits or 16)
+        round_network(network, SchemePlan("mixed", bits_group(job), [], outer, bits), linear_layers_in(network))
+    elif scheme is not None and storage is not None:
         linear = linear_layers_in(network)
         plan = replace(plan_scheme(linear.widths, scheme), outer=OuterBits(storage.embedding, storage.head))
         round_network(network, plan, linear)
@@ -104,11 +148,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         for folder in arguments.runs:
             job = resume(Path(folder), {})
             chosen = choose(job, [e for e in measured(job) if e.full], parse_bytes(budget))
+            jobs = dict.fromkeys(chosen, job)
+            if genes := dict(zip(arguments.runs, arguments.genes, strict=False)).get(folder, ""):
+                jobs["genes"] = resume(Path(genes), {})
+                found_by_genes = choose_genes(jobs["genes"], parse_bytes(budget))
+                chosen |= {} if found_by_genes is None else {"genes": found_by_genes}
             networks: dict[tuple[object, ...], float] = {}
             for way, candidate in chosen.items():
                 key = (candidate.architecture, candidate.bits)
                 if key not in networks:
-                    network = made(job, candidate, arguments.heal_tokens)
+                    network = made(jobs[way], candidate, arguments.heal_tokens)
                     length = min(256, network.config.max_position_embeddings)
                     score = logits_of(network)
                     networks[key] = bits_per_byte(score, length, job.tokenizer, texts[: arguments.documents])
@@ -117,7 +166,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         for way in WAYS:
             if found := rows.get(way):
                 parameters = mean(job.structure.parameters(row.architecture) for row in found)
-                bits = ", ".join(dict.fromkeys(str(row.bits) for row in found))
+                bits = ", ".join(dict.fromkeys(bits_in_words(job, row) for row in found))
                 stored = mean(row.bytes for row in found)
                 cells = [f"{parameters:,.0f}", bits, f"{stored:,.0f}", mean_spread(results[budget][way], ".4f")]
                 print_row(budget, way, *cells)
@@ -130,6 +179,7 @@ def main() -> None:
         "new": (str, "documents that no run has seen, .jsonl with a text each"),
         "documents": (200, "how many of them"),
         "heal_tokens": 0,
+        "genes": ([""], "runs that searched sizes and bits, one for each RUN"),
     }
     parser = make_parser(__doc__, **own)
     parser.add_argument("runs", nargs="+", help="runs that were searched, one for each seed")

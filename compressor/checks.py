@@ -10,7 +10,7 @@ import torch
 from compressor.costs import expected_memory
 from compressor.generated import repeated
 from compressor.job import Job
-from compressor.sizing import byte_limit, largest_in_training, parameter_limits, smallest_storage
+from compressor.sizing import byte_limit, input_widths, largest_in_training, parameter_limits, smallest_storage
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
@@ -260,16 +260,10 @@ def check_group_size(job: Job) -> None:
     group = job.recipe.quantizing.group_size
     if group is None or not job.quantizable:
         return
-    genes = {gene.name: gene.values for gene in job.space.genes}
-    base = job.structure.base
-    widths = set(genes.get("hidden_size", (base.hidden_size,)))
-    for index, layer in enumerate(base.layers):
-        widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
-        per_group = job.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)
-        widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
-    for width in sorted(widths - {0}):
+    widths = input_widths(job)
+    for width in sorted(widths):
         if width % group or group % 32:
-            common = math.gcd(*(widths - {0}))
+            common = math.gcd(*widths)
             valid = [size for size in (128, 64, 32) if common % size == 0]
             what = f"does not divide the width {width}" if width % group else "is not a multiple of 32"
             raise RequestError(

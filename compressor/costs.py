@@ -160,7 +160,8 @@ class _Counts:
         copies = set(recipe.formats) - {"uneven", "uniform", "elastic"}
         self.elastic = int("elastic" in recipe.formats)
         """One for all picks, as large as the base; beside its own scores three sizes are scored."""
-        self.packages = self.picks * (1 + len(self.schemes)) + len(limits) * len(copies) + self.elastic
+        self.forms = 1 + len(self.schemes) + job.declared_space.bits  # of each pick; bits that are searched make one
+        self.packages = self.picks * self.forms + len(limits) * len(copies) + self.elastic
         self.bases = len(base_schemes(job, [])) + len(base_layouts(job))
         """Packages of the base itself in few bits."""
         self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"}) + 3 * self.elastic
@@ -280,7 +281,7 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
         steps = counts.steps(tokens)
         each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step
         each += len(points_of(steps)) * HELD_OUT_BLOCKS * counts.length * rates.teach * share
-    copies = counts.packages - counts.elastic - counts.picks * (1 + len(counts.schemes))
+    copies = counts.packages - counts.elastic - counts.picks * counts.forms
     disk = bytes_ * (counts.picks * (3 if tokens else 2) + copies)
     disk += counts.elastic * counts.base * counts.job.stored_dtype.itemsize
     return StageCost("healing", f"{tokens:,} tokens" if tokens else "no tokens", counts.picks * each, disk=disk)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-SPACES = ("llama-nas", "instatune", "depth", "uniform", "fine")
+SPACES = ("llama-nas", "instatune", "depth", "uniform", "fine", "simq")
 ORDERINGS = ("magnitude", "activation", "wanda", "taylor", "learned", "surgeon", "random")
 SAMPLERS = ("sandwich", "joint", "alternate")
 DRAWS = ("sizes", "cuts", "genes", "shift")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from math import gcd
 
 import numpy as np
 
 from compressor.job import Job
 from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName, outer_bits
+from search.genes import AS_STORED
 from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
-from supernet.architecture import Architecture, StorageFormat
+from supernet.architecture import GROUP_SIZES, Architecture, StorageFormat
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
 from supernet.slicing import fits_plain_class
@@ -66,8 +68,11 @@ def joint_embeddings(job: Job) -> tuple[EmbeddingBits, ...]:
 
 
 def picks_bits(job: Job) -> bool:
-    """Whether size and bits are picked together: where the recipe says so, or says nothing and limits the bytes."""
+    """Whether size and bits are picked together: where the recipe says so, or says nothing and limits the bytes. Where
+    the search has found bits, they are those."""
     bits = job.recipe.quantizing.bits
+    if job.declared_space.bits:
+        return False
     if bits is None:
         return job.recipe.targets.max_bytes is not None and job.quantizable
     return bits == "joint"
@@ -103,8 +108,36 @@ def can_hold(job: Job, scheme: SchemeName, architecture: Architecture) -> bool:
     return any(shape is not None and not (shape[0] % 32 or shape[1] % 32) for shape in shapes)
 
 
+def input_widths(job: Job) -> set[int]:
+    """The input widths that the space can give linear layers inside blocks."""
+    genes = {gene.name: gene.values for gene in job.space.genes}
+    base = job.structure.base
+    widths = set(genes.get("hidden_size", (base.hidden_size,)))
+    for index, layer in enumerate(base.layers):
+        widths |= set(genes.get(f"ffn.{index}", genes.get("ffn", (layer.intermediate_size,))))
+        per_group = job.structure.head_dim * layer.num_attention_heads // max(layer.num_key_value_heads, 1)
+        widths |= {per_group * kv for kv in genes.get(f"kv.{index}", genes.get("kv", (layer.num_key_value_heads,)))}
+    return widths - {0}
+
+
+def bits_group(job: Job) -> int:
+    """Input channels that share a scale where the space has genes of bits: the recipe's, or the largest number that
+    divides every input width that is a multiple of 32."""
+    if job.recipe.quantizing.group_size is not None:
+        return job.recipe.quantizing.group_size
+    common = gcd(*(width for width in input_widths(job) if width % GROUP_SIZES[-1] == 0))
+    return next((size for size in GROUP_SIZES if common % size == 0), GROUP_SIZES[-1])
+
+
+def bits_storage(job: Job) -> StorageFormat:
+    """How weights are stored in the bits that an architecture says."""
+    return StorageFormat(AS_STORED, bits_group(job), by_architecture=True)
+
+
 def smallest_storage(job: Job, architecture: Architecture | None = None) -> StorageFormat | None:
     """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized."""
+    if job.declared_space.bits:
+        return bits_storage(job)
     if picks_bits(job):
         return storage_of(job, JOINT[-1], architecture, joint_embeddings(job)[-1])
     if not job.recipe.quantizing.schemes:
@@ -130,7 +163,7 @@ def training_range(job: Job, band: int = 0) -> TrainingRange:
         """Every gene uniformly, drawn again where the sub-network is smaller or larger than what is trained. Of a space
         that holds next to nothing else, one just above the smallest."""
         for _ in range(TRIES):
-            drawn = job.space.decode(sample(job.space, rng)[0].tolist())
+            drawn = job.space.decode(sample(job.space, rng)[0].tolist()).without_bits()
             if low <= job.structure.parameters(drawn) <= high:
                 return drawn
         return draw_near(job, rng, low)
@@ -185,9 +218,9 @@ def band_limits(job: Job) -> list[float]:
 
 
 def draw_near(job: Job, rng: np.random.Generator, parameters: float, space: SearchSpace | None = None) -> Architecture:
-    """A random sub-network of about this many parameters, of `space` or else of the run's own."""
+    """A random sub-network of about this many parameters, without bits; of `space` or else of the run's own."""
     space = space or job.space
-    return space.decode(sample_near(space, rng, [parameters])[0].tolist())
+    return space.decode(sample_near(space, rng, [parameters])[0].tolist()).without_bits()
 
 
 def uniform_near(job: Job, parameters: float, space: SearchSpace | None = None) -> Architecture:

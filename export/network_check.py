@@ -28,7 +28,7 @@ from export.probe import (
     shorter_rows,
     tokenizer_fault,
 )
-from export.quantization.schemes import SCHEMES
+from export.quantization.schemes import form_of, in_transformers
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
 from supernet.common.processes import last_line
@@ -73,9 +73,9 @@ class NetworkCheck:
         self.documents, self.reference, self.tasks = package.lineage.task_documents, reference, tasks
         self.trusted = check_code(self.folder)
         quantization = self.entry.quantization
-        if quantization is not None and quantization not in SCHEMES:
+        if quantization is not None and not in_transformers(quantization):
             raise self.fail(f"transformers loads no package of the quantization {quantization}")
-        self.scheme = None if quantization is None else SCHEMES[quantization]
+        self.scheme = None if quantization is None else form_of(quantization)
         self.ids = torch.tensor(self.probe.ids)
 
     def run(self) -> Claims:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
-from export.quantization.schemes import SchemeName
+from export.quantization.schemes import FormName
 from export.shards import FileRecord
 from export.vocabulary_record import SplitText, VocabularyRecord
 from search.scores import Score
@@ -28,7 +28,7 @@ CARD = "README.md"
 FORBIDDEN = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
 
 Layout = Literal["uneven", "uniform", "padded", "elastic", "gguf", "onnx", "openvino"]
-Quantization = Literal[SchemeName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
+Quantization = Literal[FormName, "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "iq4_nl", "q4_0", "q3_k", "q2_k"]
 
 
 class QuantizationReport(Model):
@@ -49,6 +49,8 @@ class QuantizationReport(Model):
     """Stored bits of the whole file for each parameter, embeddings counted."""
     exceptions: dict[str, str] = Field(default_factory=dict)
     """Linear layers and embeddings that are not under the scheme, and what became of each."""
+    bits: JSONArchitecture | None = None
+    """Of a `mixed` package, the sizes with the bits of every half-block, as the search scored them."""
 
 
 class GraphCache(Model):

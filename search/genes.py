@@ -7,16 +7,25 @@ from dataclasses import dataclass
 
 from supernet.architecture import LayerSizes, Structure
 
-PER_LAYER = ("kv", "ffn", "experts", "layer")
-GLOBAL = ("kv", "ffn", "experts", "heads", "hidden_size", "depth")
+PER_LAYER = ("kv", "ffn", "experts", "layer", "attention_bits", "ffn_bits")
+GLOBAL = ("kv", "ffn", "experts", "heads", "hidden_size", "depth", "attention_bits", "ffn_bits")
+OUTER = ("embedding_bits", "head_bits")
+"""Genes of what lies outside the layers."""
+AS_STORED = 16
+"""The value of a gene of bits that leaves weights as they are stored."""
+BITS = {"attention_bits": (2, 3, 4, 8), "ffn_bits": (2, 3, 4, 8), "embedding_bits": (4, 8), "head_bits": (4, 8)}
+"""Genes of bits, and the values below `AS_STORED` that packages can hold."""
 
 SIZES: dict[str, Callable[[LayerSizes], int]] = {
     "kv": lambda layer: layer.num_key_value_heads,
     "ffn": lambda layer: layer.intermediate_size,
     "experts": lambda layer: layer.num_experts,
     "heads": lambda layer: layer.num_attention_heads // max(layer.num_key_value_heads, 1),
+    "attention_bits": lambda layer: (layer.attention_bits or AS_STORED) if layer.num_key_value_heads else 0,
+    "ffn_bits": lambda layer: (layer.ffn_bits or AS_STORED) if layer.intermediate_size else 0,
 }
-"""A layer's sizes under the names of genes; `heads` is query heads for each key-value head."""
+"""A layer's sizes under the names of genes; `heads` is query heads for each key-value head. Bits are 0 where there is
+nothing that has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,8 @@ class Gene:
 
     `kv.3`, `ffn.3`, `experts.3` and `layer.3` belong to layer 3 of the base; `kv`, `ffn` and `experts` hold for all
     layers at once, `heads` is the number of query heads for each key-value head, `hidden_size` the residual width, and
-    `depth` the number of layers (a policy says which).
+    `depth` the number of layers (a policy says which). `attention_bits`, `ffn_bits` (of all layers, or of one),
+    `embedding_bits` and `head_bits` are what linear weights are rounded to, 16 for as they are stored.
 
     `values` ascend and end with the base's. 0 removes the half-block (`kv`, `ffn`) or the layer (`layer`).
     """
@@ -54,9 +64,9 @@ def check_genes(structure: Structure, genes: Sequence[Gene]) -> None:
     for gene in genes:
         kind, _, index = gene.name.partition(".")
         per_layer = kind in PER_LAYER and index.isdecimal() and int(index) < layers
-        if not per_layer and not (kind in GLOBAL and not index):
+        if not per_layer and not (kind in (*GLOBAL, *OUTER) and not index):
             raise ValueError(
-                f"unknown gene '{gene.name}'; valid are {', '.join(GLOBAL)} "
+                f"unknown gene '{gene.name}'; valid are {', '.join((*GLOBAL, *OUTER))} "
                 f"and, for layers 0 to {layers - 1}, " + ", ".join(f"{k}.N" for k in PER_LAYER)
             )
         if per_layer and kind in names:
@@ -65,6 +75,9 @@ def check_genes(structure: Structure, genes: Sequence[Gene]) -> None:
 
 
 def _check_values(structure: Structure, gene: Gene) -> None:
+    if gene.kind in BITS:
+        _check_bits(structure, gene)
+        return
     full = _base_value(structure, gene)
     least = 0 if gene.layer is not None and gene.kind != "experts" else 1
     valid = f"valid are {least} to {full}, ascending, the original's {full} last"
@@ -106,6 +119,16 @@ def _check_values(structure: Structure, gene: Gene) -> None:
     # 4. The base itself is in the space.
     if gene.values[-1] != full:
         raise ValueError(f"{gene.name}: {list(gene.values)} leaves out the original; {valid}")
+
+
+def _check_bits(structure: Structure, gene: Gene) -> None:
+    values, known = list(gene.values), BITS[gene.kind]
+    if gene.kind == "head_bits" and structure.tied:
+        raise ValueError("head_bits: the output head is the embedding here; use embedding_bits")
+    if gene.layer is not None and not SIZES[gene.kind](structure.base.layers[gene.layer]):
+        raise ValueError(f"{gene.name}: layer {gene.layer} of the original has none of these")
+    if values != sorted({*values, AS_STORED}) or not set(values) <= {*known, AS_STORED}:
+        raise ValueError(f"{gene.name}: {values}; valid are {', '.join(map(str, known))}, ascending, {AS_STORED} last")
 
 
 def _base_value(structure: Structure, gene: Gene) -> int:

@@ -14,7 +14,7 @@ from typing import Literal, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from search.space import Genomes, SearchSpace
+from search.space import HIDDEN, Genomes, SearchSpace
 from supernet.architecture import REMOVED, Architecture, ArchitectureJSON, LayerSizes, StorageFormat, Structure
 
 Direction = Literal["max", "min"]
@@ -172,14 +172,14 @@ def check(objectives: Sequence[Objective]) -> None:
 class Computer:
     """A computed objective of whole matrices of genomes: exact, and fast through tables of layers' parts.
 
-    `_table`: (layer, residual width, the layer's sizes) to the part that the layer adds; `_outer`: residual width to
-    the part outside the layers; `_whole`: architecture to value, where the objective is not additive.
+    `_table`: (layer, residual width, the layer's sizes) to the part that the layer adds; `_outer`: residual width and
+    bits to the part outside the layers; `_whole`: architecture to value, where the objective is not additive.
     """
 
     space: SearchSpace
     objective: Objective
     _table: dict[tuple[int, int, tuple[int, ...]], float] = field(default_factory=dict)
-    _outer: dict[int, float] = field(default_factory=dict)
+    _outer: dict[tuple[int, ...], float] = field(default_factory=dict)
     _whole: dict[Architecture, float] = field(default_factory=dict)
 
     def __call__(self, genomes: Genomes) -> Values:
@@ -196,13 +196,14 @@ class Computer:
         return np.array([self._whole[architecture] for architecture in architectures])
 
     def _add_up(self, compute: Callable[[Architecture], float], genomes: Genomes) -> Values:
-        # 1. What lies outside the layers, for each residual width.
-        sizes, hidden = self.space.sizes(genomes)
-        layers = sizes.shape[1]
-        for width in np.unique(hidden).tolist():
-            if width not in self._outer:
-                self._outer[width] = float(compute(Architecture(width, (REMOVED,) * layers)))
-        total = np.array([self._outer[width] for width in hidden.tolist()])
+        # 1. What lies outside the layers, for each residual width with its bits.
+        sizes, outer = self.space.sizes(genomes)
+        layers, hidden = sizes.shape[1], outer[:, HIDDEN]
+        seen = {tuple(row) for row in np.unique(outer, axis=0).tolist()}
+        for width, *bits in seen | {(width, 0, 0) for width, *_ in seen}:
+            if (width, *bits) not in self._outer:
+                self._outer[width, *bits] = float(compute(Architecture(width, (REMOVED,) * layers, *bits)))
+        total = np.array([self._outer[tuple(row)] for row in outer.tolist()])
         # 2. One number for each combination of sizes that a layer has.
         codes = np.repeat(hidden[:, None], layers, axis=1)
         for column in range(sizes.shape[2]):
@@ -215,7 +216,7 @@ class Computer:
                 key = (layer, int(hidden[row]), tuple(sizes[row, layer].tolist()))
                 if key not in self._table:
                     alone = tuple(LayerSizes(*key[2]) if i == layer else REMOVED for i in range(layers))
-                    self._table[key] = float(compute(Architecture(key[1], alone))) - self._outer[key[1]]
+                    self._table[key] = float(compute(Architecture(key[1], alone))) - self._outer[key[1], 0, 0]
                 parts[position] = self._table[key]
             total += parts[where]
         return total

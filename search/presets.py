@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
-from search.genes import SIZES
+from search.genes import AS_STORED, SIZES
 from supernet.architecture import LayerSizes, Structure
 
 POLICIES = ("first", "alternate", "late-block")
@@ -121,12 +121,26 @@ def _uniform(structure: Structure, step: int | None, depth: WriteDepth) -> Recip
     }
 
 
+def _simq(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
+    """The space `fine`, and with it the bits of every half-block's linear weights, of the embedding and of a head that
+    has its own weight (SimQ-NAS, arXiv 2312.13301)."""
+    genes = _fine(structure, step, depth)
+    for i, layer in enumerate(structure.base.layers):
+        if layer.num_key_value_heads:
+            genes[f"attention_bits.{i}"] = [3, 4, 8, AS_STORED]
+        if layer.intermediate_size:
+            genes[f"ffn_bits.{i}"] = [3, 4, 8, AS_STORED]
+    genes["embedding_bits"] = [4, 8, AS_STORED]
+    return genes if structure.tied else genes | {"head_bits": [4, 8, AS_STORED]}
+
+
 PRESETS: dict[str, Callable[[Structure, int | None, WriteDepth], RecipeSpace]] = {
     "llama-nas": _llama_nas,
     "instatune": _instatune,
     "depth": _any_layers,
     "uniform": _uniform,
     "fine": _fine,
+    "simq": _simq,
 }
 """Named spaces, from the structure, a step of the FFN width (None: the space chooses) and what writes a depth gene."""
 

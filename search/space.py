@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from search.genes import SIZES, Gene, check_genes
+from search.genes import AS_STORED, BITS, OUTER, SIZES, Gene, check_genes
 from search.presets import read_space
 from supernet.architecture import Architecture, LayerSizes, Structure
 
@@ -23,9 +23,14 @@ Genome = tuple[int, ...]
 Genomes = NDArray[np.int64]
 """Genomes as rows, [n, genes]."""
 
-HEADS, KV, FFN, EXPERTS = range(4)
-"""Columns of a matrix of sizes: query heads, key-value heads, FFN width, experts."""
-COLUMNS = {"kv": KV, "ffn": FFN, "experts": EXPERTS}
+HEADS, KV, FFN, EXPERTS, ATTENTION_BITS, FFN_BITS = range(6)
+"""Columns of a matrix of sizes: query heads, key-value heads, FFN width, experts, bits of attention and of FFN."""
+COLUMNS = {"kv": KV, "ffn": FFN, "experts": EXPERTS, "attention_bits": ATTENTION_BITS, "ffn_bits": FFN_BITS}
+HIDDEN, EMBEDDING_BITS, HEAD_BITS = range(3)
+"""Columns of what lies outside the layers: residual width, bits of embedding and head."""
+OUTER_COLUMNS = {"hidden_size": HIDDEN, "embedding_bits": EMBEDDING_BITS, "head_bits": HEAD_BITS}
+HALF_OF_BITS = {"attention_bits": KV, "ffn_bits": FFN}
+"""The units without which bits mean nothing."""
 ENUMERABLE = 50_000
 """Spaces of at most so many genomes are listed where no formula or sampling will do."""
 
@@ -61,7 +66,7 @@ class SearchSpace:
         self._values = [np.array(gene.values, dtype=np.int64) for gene in self.genes]
         self._base_sizes = np.array(
             [
-                [s.num_attention_heads, s.num_key_value_heads, s.intermediate_size, s.num_experts]
+                [s.num_attention_heads, s.num_key_value_heads, s.intermediate_size, s.num_experts, AS_STORED, AS_STORED]
                 for s in self.base.layers
             ],
             dtype=np.int64,
@@ -94,6 +99,11 @@ class SearchSpace:
                 raise ValueError(f"depth: keeping only layers {sorted(subset)} leaves no attention")
         return np.array([[i in subset for i in range(layers)] for subset in subsets])
 
+    @property
+    def bits(self) -> bool:
+        """Whether genes say what weights are rounded to."""
+        return any(gene.kind in BITS for gene in self.genes)
+
     def values_of(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """The values of a gene by its name; `default` where there is no such gene."""
         return self.genes[self.positions[name]].values if name in self.positions else default
@@ -104,10 +114,9 @@ class SearchSpace:
     # -- genomes to sizes --
 
     def sizes(self, genomes: Genomes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sizes that genomes stand for, [n, layers, (query heads, key-value heads, FFN width, experts)], and residual
-        widths, [n].
+        """Sizes that genomes stand for, [n, layers, columns], and those outside the layers, [n, outer columns].
 
-        Canonical as an `Architecture` is: sizes of removed halves are 0.
+        Canonical as an `Architecture` is: sizes of removed halves are 0, and so are bits of what is as stored.
         """
         return self._sizes_unrepaired(self.repair(genomes))
 
@@ -115,13 +124,13 @@ class SearchSpace:
         # 1. The base's sizes, replaced by what the genes say.
         n = len(genomes)
         sizes = np.repeat(self._base_sizes[None], n, axis=0)
-        hidden = np.full(n, self.base.hidden_size, dtype=np.int64)
+        outer = np.repeat(np.array([[self.base.hidden_size, AS_STORED, AS_STORED]], dtype=np.int64), n, axis=0)
         queries = np.repeat((self._base_sizes[:, HEADS] // np.maximum(self._base_sizes[:, KV], 1))[None], n, axis=0)
         present = self._kept_by(genomes)
         for position, gene in enumerate(self.genes):
             chosen = self._values[position][genomes[:, position]]
-            if gene.kind == "hidden_size":
-                hidden = chosen
+            if gene.kind in OUTER_COLUMNS:
+                outer[:, OUTER_COLUMNS[gene.kind]] = chosen
             elif gene.kind == "heads":
                 queries = np.minimum(queries, chosen[:, None])
             elif gene.kind == "layer":
@@ -135,7 +144,10 @@ class SearchSpace:
         sizes *= present[:, :, None]
         sizes[:, :, HEADS] = sizes[:, :, KV] * queries
         sizes[:, :, EXPERTS] *= sizes[:, :, FFN] > 0
-        return sizes, hidden
+        for bits, units in ((ATTENTION_BITS, KV), (FFN_BITS, FFN)):
+            sizes[:, :, bits] *= (sizes[:, :, units] > 0) & (sizes[:, :, bits] < AS_STORED)
+        outer[:, HIDDEN + 1 :] *= outer[:, HIDDEN + 1 :] < AS_STORED
+        return sizes, outer
 
     def _kept_by(self, genomes: Genomes) -> NDArray[np.bool_]:
         """The layers that each genome's `depth` keeps, [n, layers], as a copy."""
@@ -178,9 +190,13 @@ class SearchSpace:
             explains = (self.kept[None] <= (~removed | self.removable)[:, None]).all(2)
             genomes[:, self.positions["depth"]] = np.argmax(holds & explains, axis=1)
         kept = self._kept_by(genomes)
-        # 3. Genes of single layers: 0 where they remove a layer that depth keeps, inert where the layer is removed
-        #    without them.
+        # 3. Genes of bits: inert where nothing has them. Genes of single layers: 0 where they remove a layer that
+        #    depth keeps, inert where the layer is removed without them.
         for position, gene in enumerate(self.genes):
+            if gene.kind in HALF_OF_BITS:
+                units = sizes[:, :, HALF_OF_BITS[gene.kind]] > 0
+                inert[:, position] = ~(units.any(axis=1) if gene.layer is None else units[:, gene.layer])
+                continue
             if gene.layer is None:
                 continue
             lost, here = removed[:, gene.layer], kept[:, gene.layer]
@@ -216,10 +232,10 @@ class SearchSpace:
 
     def decode_all(self, genomes: Genomes) -> list[Architecture]:
         """The architectures that rows of genomes stand for."""
-        sizes, hidden = self.sizes(genomes)
+        sizes, outer = self.sizes(genomes)
         return [
-            Architecture(width, tuple(self._sizes_of(tuple(row)) for row in rows))
-            for width, rows in zip(hidden.tolist(), sizes.tolist(), strict=True)
+            Architecture(width, tuple(self._sizes_of(tuple(row)) for row in rows), embedding, head)
+            for (width, embedding, head), rows in zip(outer.tolist(), sizes.tolist(), strict=True)
         ]
 
     def _sizes_of(self, row: tuple[int, ...]) -> LayerSizes:
@@ -338,6 +354,10 @@ def _value_in(gene: Gene, architecture: Architecture, kept: list[LayerSizes]) ->
     """A gene's value as an architecture, and those of its layers that are kept, show it; None where nothing does."""
     if gene.kind == "hidden_size":
         return architecture.hidden_size
+    if gene.kind in OUTER:
+        return (architecture.embedding_bits if gene.kind == "embedding_bits" else architecture.head_bits) or AS_STORED
+    if gene.layer is None and gene.kind in BITS:
+        return next((bits for layer in kept if (bits := SIZES[gene.kind](layer))), None)
     if gene.layer is None and gene.kind in ("heads", "kv"):
         return next((SIZES[gene.kind](layer) for layer in kept if layer.num_key_value_heads), None)
     layer = architecture.layers[gene.layer] if gene.layer is not None else next(iter(kept), None)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from supernet.families import Family, describe, family_of
-from supernet.variants import Variants
+from supernet.variants import Rounding, Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -217,6 +217,7 @@ class SuperNetwork:
         self.base = self.structure.base
         self.current = self.base
         self.variants: Variants | None = None
+        self._tables: dict[str, list[nn.Module]] = {"embedding": [], "head": []}  # whose weight each is
         path, _, self._layers_name = self.family.layers.rpartition(".")
         self._decoder = model.get_submodule(path)
         self._layers = [
@@ -238,17 +239,24 @@ class SuperNetwork:
                 if tensor.role == "embedding" and self.structure.tied:
                     head = model.get_output_embeddings()
                     self._residual.append(_ElasticParameter(head, "weight", tensor.axes))
+            if tensor.role in self._tables and attribute == "weight":
+                self._tables[tensor.role].append(parameter.module)
+                if tensor.role == "embedding" and self.structure.tied:
+                    self._tables[tensor.role].append(model.get_output_embeddings())
 
     def activate(self, architecture: Architecture) -> None:
         """Switch `architecture` on, until the next call. Views follow the grad mode of the caller.
 
-        Raises ValueError where a size exceeds the base's, or where the family's residual width is fixed and differs.
+        Raises ValueError where a size exceeds the base's, where the family's residual width is fixed and differs, or
+        where it has bits, and nothing that rounds is in use, or another residual width.
         """
         if not architecture.fits(self.base):
             raise ValueError("the architecture is larger than the network")
         if self.structure.fixed_hidden and architecture.hidden_size != self.base.hidden_size:
             raise ValueError(f"the residual width cannot change: {self.structure.fixed_hidden}")
         narrow = {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}
+        if architecture.has_bits and (narrow or not isinstance(self.variants, Rounding)):
+            raise ValueError("bits need a provider of rounded weights, and the base's residual width")
         for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
             if narrow or not sizes == before == layer.full:  # a layer that was and stays whole has no shadows
                 layer.activate(sizes, architecture.hidden_size, self.model.config)
@@ -258,6 +266,7 @@ class SuperNetwork:
             for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
                 if narrow or not sizes == before == layer.full:
                     layer.show_variants(sizes, self.variants)
+        self._show_tables(architecture, self.current)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):
@@ -281,13 +290,17 @@ class SuperNetwork:
 
     def use(self, variants: Variants | None) -> None:
         """From here on, what `variants` has stands in the place of prefixes, in the active sub-network too. None: all
-        are prefixes. Outputs of layers that were kept from before must not be used any more."""
+        are prefixes. Outputs of layers that were kept from before must not be used any more. Raises ValueError where
+        the active sub-network has bits and these do not round."""
+        if self.current.has_bits and not isinstance(variants, Rounding):
+            raise ValueError("bits need a provider of rounded weights")
         for layer in self._layers:
             for _, module, attribute, _ in layer.parameters:
                 _shadow(module, attribute, None)
         self.variants = variants
         for index in range(len(self._layers)):
             self.remake_views(index)
+        self._show_tables(self.current, replace(self.current, embedding_bits=-1, head_bits=-1))
         if self.current.hidden_size != self.base.hidden_size:
             self._activate_residual(self.current.hidden_size)
 
@@ -297,6 +310,19 @@ class SuperNetwork:
         layer.activate(sizes, self.current.hidden_size, self.model.config)
         if self.variants is not None and self.current.hidden_size == self.base.hidden_size:
             layer.show_variants(sizes, self.variants)
+
+    def _show_tables(self, architecture: Architecture, before: Architecture) -> None:
+        """Embedding and head in the bits that `architecture` says; `before`: what was shown last."""
+        for role, bits, shown in (
+            ("embedding", architecture.embedding_bits, before.embedding_bits),
+            ("head", architecture.head_bits, before.head_bits),
+        ):
+            if bits == shown:
+                continue
+            name = next((tensor.name for tensor in self.structure.tensors if tensor.role == role), "")
+            table = self.variants.table(name, bits) if bits and isinstance(self.variants, Rounding) else None
+            for module in self._tables[role]:
+                _shadow(module, "weight", table)
 
     def _activate_residual(self, hidden_size: int) -> None:
         counts, kept = unit_counts(self.base.hidden_size), unit_counts(hidden_size)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd, prod
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Half = Literal["attention", "mlp"]
 Unit = Literal["one", "hidden", "query", "kv", "ffn", "experts"]
@@ -26,23 +26,27 @@ HALVES: tuple[Half, Half] = ("attention", "mlp")
 class LayerSizes:
     """Sizes of one layer, under Hugging Face's names. A removed half-block has size 0.
 
-    `num_experts` is 0 for a dense MLP. Sizes that have no effect are set to 0, so that two descriptions of one network
-    are equal: no key-value heads means no query heads, no neurons means no experts. Raises ValueError where a size is
-    negative, or where key-value heads do not divide the query heads.
+    `num_experts` is 0 for a dense MLP. `attention_bits` and `ffn_bits` are those that the half-block's linear weights
+    are rounded to; 0: they are as stored. Sizes that have no effect are set to 0, so that two descriptions of one
+    network are equal: no key-value heads means no query heads and no bits, no neurons means no experts and no bits.
+    Raises ValueError where a size is negative, or where key-value heads do not divide the query heads.
     """
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
     num_experts: int = 0
+    attention_bits: int = 0
+    ffn_bits: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.num_attention_heads, self.num_key_value_heads, self.intermediate_size, self.num_experts)
-        if min(sizes) < 0:
+        if min(*sizes, self.attention_bits, self.ffn_bits) < 0:
             raise ValueError(f"sizes must not be negative: {sizes}")
         if not (self.num_attention_heads and self.num_key_value_heads):
             object.__setattr__(self, "num_attention_heads", 0)
             object.__setattr__(self, "num_key_value_heads", 0)
+            object.__setattr__(self, "attention_bits", 0)
         elif self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} query heads cannot be shared evenly by "
@@ -50,6 +54,7 @@ class LayerSizes:
             )
         if not self.intermediate_size:
             object.__setattr__(self, "num_experts", 0)
+            object.__setattr__(self, "ffn_bits", 0)
 
     @property
     def skip(self) -> list[Half]:
@@ -66,16 +71,28 @@ class LayerSizes:
         """Whether the whole layer is removed."""
         return not (self.num_key_value_heads or self.intermediate_size)
 
+    def bits(self, half: Half | None) -> int:
+        """Bits of a half-block's linear weights; 0: as stored."""
+        return {"attention": self.attention_bits, "mlp": self.ffn_bits, None: 0}[half]
+
+    def without_bits(self) -> LayerSizes:
+        """The same sizes, with all weights as stored."""
+        if not (self.attention_bits or self.ffn_bits):
+            return self
+        return replace(self, attention_bits=0, ffn_bits=0)
+
 
 REMOVED = LayerSizes(0, 0, 0)
 """A removed layer."""
 
 
 class ArchitectureJSON(TypedDict):
-    """An architecture as JSON. Layers have the fields of `LayerSizes`; `num_experts` only where it is not 0."""
+    """An architecture as JSON. Layers have the fields of `LayerSizes`; `num_experts` and bits only where not 0."""
 
     hidden_size: int
     layers: list[dict[str, int]]
+    embedding_bits: NotRequired[int]
+    head_bits: NotRequired[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +100,13 @@ class Architecture:
     """Sizes of a sub-network: the residual width, and one `LayerSizes` for each layer of the *base*, in order.
 
     A layer with both halves removed is a removed layer. There is no separate gene for that, so one network has one
-    architecture.
+    architecture. `embedding_bits`, and `head_bits` of a head that is not the embedding, are as a layer's; 0: as stored.
     """
 
     hidden_size: int
     layers: tuple[LayerSizes, ...]
+    embedding_bits: int = 0
+    head_bits: int = 0
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -96,11 +115,23 @@ class Architecture:
 
     def without_layers(self) -> Architecture:
         """This architecture with every layer removed: embeddings, last norm and head."""
-        return Architecture(self.hidden_size, (REMOVED,) * len(self.layers))
+        return replace(self, layers=(REMOVED,) * len(self.layers))
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether any weight is rounded."""
+        outer = self.embedding_bits or self.head_bits
+        return bool(outer or any(layer.attention_bits or layer.ffn_bits for layer in self.layers))
+
+    def without_bits(self) -> Architecture:
+        """The same sizes, with all weights as stored."""
+        if not self.has_bits:
+            return self
+        return Architecture(self.hidden_size, tuple(layer.without_bits() for layer in self.layers))
 
     def common_layers(self, other: Architecture) -> int:
         """How many leading layers have the same outputs in both sub-networks of one base."""
-        if self.hidden_size != other.hidden_size:
+        if (self.hidden_size, self.embedding_bits) != (other.hidden_size, other.embedding_bits):
             return 0
         pairs = enumerate(zip(self.layers, other.layers, strict=True))
         return next((index for index, (one, two) in pairs if one != two), len(self.layers))
@@ -151,15 +182,22 @@ class Architecture:
                 "num_key_value_heads": layer.num_key_value_heads,
                 "intermediate_size": layer.intermediate_size,
             }
-            if layer.num_experts:
-                row["num_experts"] = layer.num_experts
+            for name in ("num_experts", "attention_bits", "ffn_bits"):
+                if value := getattr(layer, name):
+                    row[name] = value
             rows.append(row)
-        return {"hidden_size": self.hidden_size, "layers": rows}
+        data: ArchitectureJSON = {"hidden_size": self.hidden_size, "layers": rows}
+        if self.embedding_bits:
+            data["embedding_bits"] = self.embedding_bits
+        if self.head_bits:
+            data["head_bits"] = self.head_bits
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
         """The architecture that `to_dict` wrote. Raises KeyError, TypeError or ValueError where `data` is none."""
-        return cls(int(data["hidden_size"]), tuple(LayerSizes(**row) for row in data["layers"]))
+        layers = tuple(LayerSizes(**row) for row in data["layers"])
+        return cls(int(data["hidden_size"]), layers, int(data.get("embedding_bits", 0)), int(data.get("head_bits", 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +267,19 @@ class StorageFormat:
     extra: int = 16
     embedding: int = 16
     head: int = 16
+    by_architecture: bool = False
+    """Whether the bits are those that the architecture says, 16 of what it says none of; the group size is given."""
+
+    def bits_of(self, tensor: TensorSpec, architecture: Architecture) -> int:
+        """Bits of a tensor's weights, 16 of one that is not quantized."""
+        outer = {"embedding": self.embedding, "head": self.head}
+        if self.by_architecture:
+            outer = {"embedding": architecture.embedding_bits or 16, "head": architecture.head_bits or 16}
+        if tensor.role != "linear":
+            return outer.get(tensor.role, 16)
+        if not self.by_architecture:
+            return self.bits
+        return 16 if tensor.layer is None else architecture.layers[tensor.layer].bits(tensor.half) or 16
 
     def rows_bytes(self, rows: int, columns: int, bits: int, group_size: int) -> int:
         """Bytes of a weight [rows, columns] with the scales of its groups, and its shape."""
@@ -297,22 +348,23 @@ class Structure:
         """
         if storage is None:
             return self.dtype_bytes * self.parameters(arch)
-        group = self.group_size(arch) if storage.group_size is None else storage.group_size
+        common = self.group_size(arch) if storage.group_size is None else storage.group_size
 
         def cost(tensor: TensorSpec, shape: tuple[int, ...]) -> int:
-            asked = {"embedding": storage.embedding, "head": storage.head}.get(tensor.role, 16)
-            if asked < 16:
-                outer = replace(storage, scale_bits=16, word=32, extra=16)
-                return outer.rows_bytes(shape[0], shape[1], *table_format(asked, shape[1]))
-            if tensor.role != "linear":
+            bits = storage.bits_of(tensor, arch)
+            if bits == 16:
                 return 2 * prod(shape)
+            if tensor.role in ("embedding", "head"):
+                outer = replace(storage, scale_bits=16, word=32, extra=16)
+                return outer.rows_bytes(shape[0], shape[1], *table_format(bits, shape[1]))
             outputs, inputs = shape
+            group = -1 if storage.by_architecture and bits == 8 else common
             odd = inputs % 32 or outputs % 32 or (group > 0 and inputs % group)
             if odd and storage.fallback == 16:
                 return 2 * prod(shape)
-            return storage.rows_bytes(outputs, inputs, *((8, -1) if odd else (storage.bits, group)))
+            return storage.rows_bytes(outputs, inputs, *((8, -1) if odd else (bits, group)))
 
-        return self._sum(("bytes", storage, group), arch, cost)
+        return self._sum(("bytes", storage, common), arch, cost)
 
     def group_size(self, arch: Architecture) -> int:
         """The largest of `GROUP_SIZES` that divides the input width of every linear layer whose widths are multiples
@@ -363,7 +415,8 @@ class Structure:
         """Sum of `cost(tensor, shape)`. Each distinct (layer, sizes) is computed once: a search asks for thousands."""
         total = 0
         for index, layer in [(None, None), *enumerate(arch.layers)]:
-            key = (what, index, layer, arch.hidden_size)
+            outer = (arch.embedding_bits, arch.head_bits) if index is None else ()
+            key = (what, index, layer, arch.hidden_size, outer)
             if key not in self._sums:
                 self._sums[key] = sum(
                     cost(tensor, shape)

@@ -96,8 +96,8 @@ class RepairedVariants:
             self._by_name[projection.weight_name] = projection
             if projection.bias() is not None:
                 self._by_name[projection.bias_name] = projection
-        self._made: _Kept[_Repaired | None] = _Kept(memory)
-        self._factors: _Kept[_Factor | None] = _Kept(memory)
+        self._made: Kept[_Repaired | None] = Kept(memory)
+        self._factors: Kept[_Factor | None] = Kept(memory)
         self._carrying: dict[tuple[int, Half], bool] = {}
 
     @property
@@ -192,7 +192,7 @@ def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:
     return (sizes.intermediate_size,)
 
 
-class _Kept(OrderedDict[Key, Value]):
+class Kept(OrderedDict[Key, Value]):
     """Values within a number of bytes; the one used longest ago is dropped first."""
 
     def __init__(self, memory: int) -> None:

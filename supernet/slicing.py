@@ -138,8 +138,9 @@ def extract(
     """A standalone copy of a sub-network, in evaluation mode, with contiguous weights.
 
     `model` is the (ordered) super-network's model. Its dtype and device are kept. `variants` say which tensors are not
-    simply parts of its own.
+    simply parts of its own. Raises ValueError for an architecture with bits: they come when it is packaged.
     """
+    check_without_bits(architecture)
     family = family_of(model.config)
     standalone = build_standalone(standalone_config(model.config, architecture))
     weights: dict[str, Tensor] = {}
@@ -152,6 +153,11 @@ def extract(
             weights[renumbered(tensor.name, family, architecture)] = part.clone(memory_format=torch.contiguous_format)
     standalone.generation_config = copy.deepcopy(model.generation_config)
     return fill(standalone, weights)
+
+
+def check_without_bits(architecture: Architecture) -> None:
+    if architecture.has_bits:
+        raise ValueError("sizes are cut out; bits come when the network is packaged")
 
 
 def fill(standalone: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from supernet.hooks import Hooks
 from supernet.loading import loaded_files
 from supernet.slicing import (
     build_standalone,
+    check_without_bits,
     fill,
     materialise_buffers,
     renumbered,
@@ -72,6 +73,7 @@ class StreamedNetwork:
         architecture: Architecture,
         variants: Variants | None = None,
     ) -> None:
+        check_without_bits(architecture)
         self._files, self._structure, self._architecture = WeightFiles(folder), structure, architecture
         self._variants = variants
         present = set(self._files)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +27,15 @@ class Variants(Protocol):
     def tensor(self, name: str, kept: LayerSizes) -> Tensor | None:
         """The parameter in a layer of these sizes, shaped and laid out as the part of the full one that is kept; None
         where it is that part."""
+        ...
+
+
+@runtime_checkable
+class Rounding(Variants, Protocol):
+    """A provider that rounds weights to the bits that an architecture says."""
+
+    def table(self, name: str, bits: int) -> Tensor:
+        """The embedding, or an output head, in so many bits."""
         ...
 
 

@@ -29,6 +29,7 @@ from compressor.stages.comparison_methods import Method, SizeComparison, documen
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
 from compressor.stages.measuring import load_package, unread_text
 from compressor.stages.picking import measured, read_picks
+from compressor.stages.subnet_files import cut_out
 from evals.baselines import Cut
 from evals.comparison import paired_interval, resampled, text_qualities
 from evals.quality import QualityScale
@@ -183,7 +184,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     if not asked:
         picks = read_picks(job)
         own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
-        picked = [Architecture.from_dict(row["architecture"]) for row in own]
+        picked = [cut_out(row) for row in own]
         labels = job.recipe.targets.max_params
         limits = [parse_parameters(label, full) for label in labels]
         near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(picked, limits, strict=False)]
@@ -195,7 +196,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     for size in asked:
         try:
             limit = parse_parameters(size, full)
-            best = choose(job, evaluations, Target(max_params=limit)).architecture
+            best = choose(job, evaluations, Target(max_params=limit)).architecture.without_bits()
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
         if job.structure.parameters(best) < 0.9 * limit:

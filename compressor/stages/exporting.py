@@ -17,14 +17,15 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
+from compressor.sizing import bits_group
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.measuring import measure_packages
 from compressor.stages.picking import read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
-from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
+from compressor.stages.quantizing import quantize, quantize_by_search, quantizing_inputs, schemes_of
 from compressor.stages.repairing import pick_variants
-from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
+from compressor.stages.subnet_files import Inputs, cut_inputs, cut_out, held_dtype, is_made_from, load_healed
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import read_record, update_record
@@ -54,7 +55,7 @@ def export(job: Job) -> list[dict[str, Any]]:
                 picks[number] = picked
                 write_json(run.picks, picks)
             name = picked["name"]
-            wanted = package_inputs(job, picked, network_inputs(job, picked["key"], blocks, start), blocks)
+            wanted = package_inputs(job, picked, network_inputs(job, cut_out(picked).key, blocks, start), blocks)
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
                 wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
@@ -117,6 +118,8 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
     inputs: dict[str, Inputs] = {"": {"network": network}}
     for scheme, embedding in schemes_of(job, picked).items():
         inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
+    if (architecture := Architecture.from_dict(picked["architecture"])).has_bits:
+        inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": bits_group(job)}
     for layout in recipe.formats:
         if layout in ("uneven", "uniform", "elastic"):
             continue
@@ -129,8 +132,8 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
 
 def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
     """Of the elastic package: it is the super-network, which is not healed, with the sizes that the search found."""
-    sizes = elastic_source(job, Architecture.from_dict(picked["architecture"])).sizes
-    return cut_inputs(job, picked["key"]) | {"sizes": [size.model_dump(mode="json") for size in sizes]}
+    sizes = elastic_source(job, cut_out(picked)).sizes
+    return cut_inputs(job, cut_out(picked).key) | {"sizes": [size.model_dump(mode="json") for size in sizes]}
 
 
 def write_packages(
@@ -146,11 +149,12 @@ def write_packages(
     If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
     """
     quantizing = job.recipe.quantizing
-    name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
+    name, architecture = picked["name"], cut_out(picked)
     own = job.run.packages / name
     embeddings = schemes_of(job, picked)
     schemes = {scheme: f for scheme in embeddings if (f := job.run.packages / f"{name}-{scheme}") in missing}
-    copies = [folder for folder in missing if folder != own and folder not in schemes.values()]
+    mixed = job.run.packages / f"{name}-mixed"
+    copies = [folder for folder in missing if folder not in (own, mixed, *schemes.values())]
     lineage = {
         "base": {
             "name": job.given.model,
@@ -180,6 +184,10 @@ def write_packages(
             quantize(job, own, len(architecture.kept), schemes, embeddings, blocks[: quantizing.samples].ids)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
+    if mixed in missing:
+        with job.schedule.stage("quantizing"):
+            quantize_by_search(job, own, Architecture.from_dict(picked["architecture"]), mixed)
+        update_record(mixed, lineage={"inputs": fingerprint(missing[mixed])})
     for folder in copies:
         own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
         if folder.name != f"{name}-elastic":
@@ -230,7 +238,7 @@ def shipped_network(
     super-network in memory once.
     """
     recipe, run = job.recipe, job.run
-    name, architecture = picked["name"], Architecture.from_dict(picked["architecture"])
+    name, architecture = picked["name"], cut_out(picked)
     run.subnets.mkdir(exist_ok=True)
     variants = pick_variants(job, architecture)
     cut = StreamedNetwork(
@@ -242,12 +250,12 @@ def shipped_network(
         "dtype": job.stored_dtype,
     }
     sliced, healed = run.subnets / f"{name}-sliced", run.subnets / name
-    source = cut_inputs(job, picked["key"])
+    source = cut_inputs(job, cut_out(picked).key)
     if not is_made_from(sliced, source):
         write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
     if not recipe.healing.tokens:
         return cut
-    inputs = network_inputs(job, picked["key"], blocks, start)
+    inputs = network_inputs(job, cut_out(picked).key, blocks, start)
     if is_made_from(healed, inputs):
         return load_healed(cut, healed, held_dtype(job)).to(job.device)
     state = run.subnets / f".{name}-{fingerprint(inputs)}.training.safetensors"

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compressor.job import Job
+from compressor.sizing import bits_group, bits_storage
 from export.package_record import PackageRecord
-from export.quantization.quantize import quantize_packages
+from export.quantization.quantize import quantize_mixed, quantize_packages
 from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
+from supernet.architecture import Architecture, StorageFormat, Structure
 from supernet.common.progress import Bar, bar, say
 from supernet.device import release_cached_memory
+from supernet.families import family_of
+from supernet.slicing import renumbered
 from supernet.training.data import Blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
@@ -76,6 +83,24 @@ def quantize(
             f"{', '.join(kept)}: the embedding stays in 16 bits, as transformers' plain class holds no quantized one; "
             "with quantizing.embedding: 8 a code file does, and --format gguf-q8_0 does for llama.cpp"
         )
+
+
+def quantize_by_search(job: Job, source: Path, architecture: Architecture, folder: Path) -> None:
+    """Quantize the package in `source` to the bits of a searched architecture, as the search scored it."""
+    bits = bits_by_module(job.structure, job.checkpoint.config, architecture, bits_storage(job))
+    quantize_mixed(source, folder, bits, architecture, bits_group(job))
+
+
+def bits_by_module(
+    structure: Structure, config: PreTrainedConfig, architecture: Architecture, storage: StorageFormat
+) -> dict[str, int]:
+    """Bits of every linear layer inside blocks, by its name in the network that is cut out; 16: as stored."""
+    family = family_of(config)
+    return {
+        renumbered(tensor.name, family, architecture).removesuffix(".weight"): storage.bits_of(tensor, architecture)
+        for tensor in structure.tensors
+        if tensor.role == "linear" and structure.shape(tensor, architecture) is not None
+    }
 
 
 def keeps_embedding(record: PackageRecord) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from compressor.inputs import text_fingerprint, training_blocks
 from compressor.job import Job
+from compressor.sizing import bits_group
+from export.quantization.rounded_variants import RoundedVariants
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
@@ -40,9 +42,11 @@ def repair_inputs(job: Job) -> dict[str, Any]:
 
 
 def searched_weights(job: Job) -> str:
-    """Fingerprint of what the search scores: the super-network's weights, and how they are repaired."""
-    weights, repair = job.run.supernet_weights, repair_inputs(job)
-    return fingerprint([weights, repair]) if repair else weights
+    """Fingerprint of what the search scores: the super-network's weights, how they are repaired, and rounded."""
+    weights, changed = job.run.supernet_weights, dict[str, Any](repair_inputs(job))
+    if job.declared_space.bits:
+        changed["bits"] = [METHOD, bits_group(job)]
+    return fingerprint([weights, changed]) if changed else weights
 
 
 def calibration_text(job: Job) -> list[Tensor]:
@@ -54,8 +58,16 @@ def calibration_text(job: Job) -> list[Tensor]:
 
 
 def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
-    """Weights for every sub-network: repaired ones, from moments that are gathered once a run (`moments/`), or routed
-    ones, where the super-network was trained with such."""
+    """Weights for every sub-network: of its sizes, and where the space has genes of bits, rounded to these."""
+    variants = variants_by_size(job, supernet)
+    if job.declared_space.bits:
+        return RoundedVariants(supernet, variants, bits_group(job), parse_bytes(job.recipe.repair.memory))
+    return variants
+
+
+def variants_by_size(job: Job, supernet: SuperNetwork) -> Variants | None:
+    """Weights for the sizes of every sub-network: repaired ones, from moments that are gathered once a run
+    (`moments/`), or routed ones, where the super-network was trained with such."""
     if (file := job.run.supernet / ROUTED).is_file():
         return routed_deltas(file, supernet)
     if not repair_inputs(job) or job.recipe.data is None:
@@ -98,6 +110,7 @@ def trained_variants(job: Job, architecture: Architecture, supernet: SuperNetwor
 def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork | None = None) -> Variants | None:
     """Weights of one sub-network: repaired in sequence, kept in `repair/`, or routed. `supernet` where it is in memory
     already."""
+    architecture = architecture.without_bits()
     if (job.run.supernet / ROUTED).is_file():
         return trained_variants(job, architecture, supernet or job.load_supernet())
     if not repair_inputs(job):

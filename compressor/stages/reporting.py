@@ -98,7 +98,9 @@ def report(job: Job) -> dict[str, Any]:
     if finetune.get("tokens"):
         data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
         if "bands" in made:
-            data["finetune"]["bands"] = [training(band) for band in made["bands"]]
+            bands = data["finetune"]["bands"] = [training(band) for band in made["bands"]]
+            for name in ("tokens", "seconds", "measuring"):  # of all; the curve is that of the largest sizes
+                data["finetune"][name] += sum(band[name] for band in bands)
     if recipe.healing.tokens:  # what an earlier export healed may still lie there
         healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
         data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}

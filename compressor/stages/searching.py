@@ -323,8 +323,31 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     return objectives, constraints
 
 
+def check_bits(job: Job) -> None:
+    """Refuse what a search of sizes and bits cannot go together with."""
+    space, recipe = job.space, job.recipe
+    if not space.bits:
+        return
+    if not job.quantizable:
+        raise RequestError("--space: genes of bits are for networks whose weights are in linear layers")
+    if any(gene.kind == "hidden_size" for gene in space.genes):
+        raise RequestError("--space: genes of bits and hidden_size do not go together; leave one out")
+    if "bytes" not in recipe.searching.objectives:
+        raise RequestError(
+            "searching.objectives: where bits are searched, bytes must be among them, such as quality,bytes"
+        )
+    others = {
+        "quantizing.bits: joint": recipe.quantizing.bits == "joint",
+        "healing.finalists": recipe.healing.finalists > 1,
+        "--format elastic": "elastic" in recipe.formats,
+    }
+    for other in (name for name, asked in others.items() if asked):
+        raise RequestError(f"{other}: not together with a space that has genes of bits; leave one out")
+
+
 def check_searching(job: Job) -> None:
     """Refuse, before anything is measured, what the search could not do."""
+    check_bits(job)
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
@@ -345,6 +368,8 @@ def uniform_architectures(job: Job, larger: bool = False) -> list[Architecture]:
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
     most = None if larger else max(sizes, default=None)
     uniform = [a for a in uniform_members(job.space, 6, most, holds) if fits_plain_class(config, a)]
+    if job.space.bits and "uniform" not in job.recipe.formats:
+        return []  # as stored, they have more bytes than anything that is looked for
     if larger:
         return [a for a in uniform if max(sizes) < parameters(a) < parameters(job.structure.base)]
     if sizes:

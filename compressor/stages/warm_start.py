@@ -11,16 +11,18 @@ from compressor.inputs import LARGE, text_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
-from compressor.sizing import sizes_asked_for
+from compressor.sizing import byte_limit, sizes_asked_for, smallest_storage
 from compressor.stages.front import read_front
-from compressor.stages.repairing import repair_inputs, search_variants
+from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import ROUNDS, passes_around, refined
+from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
+from search.bit_assignment import Losses, spread_by_bytes, with_bits, with_gene
+from search.genes import BITS, Gene
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import fingerprint, read_json, sha256, write_json
-from supernet.common.progress import say
+from supernet.common.progress import bar, say
 
 BLOCKS, BATCH = 8, 4
 """Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
@@ -69,6 +71,10 @@ def proposals(job: Job, above: int | None = None, most: int | None = None) -> li
             architectures += spread_over_sizes(job, proposed(job, name), above, most)
         elif name != GREEDY:
             architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above, most)
+    if job.space.bits and above is None:
+        # Fronts of earlier runs may have bits already.
+        plain = [architecture for architecture in architectures if not architecture.has_bits]
+        architectures = [a for a in architectures if a.has_bits] + in_bits(job, [*plain, job.structure.base])
     return list(dict.fromkeys(architectures))[:most]
 
 
@@ -107,6 +113,42 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     return [architecture for architecture in architectures if architecture in job.space]
 
 
+def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architecture]:
+    """A population of them with bits, in even steps of bytes up to the most that are allowed: of each, the bits that
+    lose least by what every gene's bits alone lose in the whole network."""
+    losses, storage, most = losses_by_bits(job), smallest_storage(job), byte_limit(job)
+
+    def bytes_of(architecture: Architecture) -> float:
+        return job.structure.bytes(architecture, storage)
+
+    found = [one for architecture in architectures for one in with_bits(architecture, losses, bytes_of)]
+    fitting = [one for one in found if one in job.space and (most is None or bytes_of(one) <= most)]
+    return spread_by_bytes(fitting, bytes_of, job.recipe.searching.population)
+
+
+def losses_by_bits(job: Job) -> Losses:
+    """KL(whole network || with one gene of bits at another value), nats per token; from `search/bits.json` where it was
+    measured before."""
+    genes = [gene for gene in job.space.genes if gene.kind in BITS]
+    asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values[:-1]]  # later layers first: less is new
+    inputs = fingerprint([searched_weights(job), job.space.to_dict(), text_fingerprint(job, 0)])
+    file = job.run.search / "bits.json"
+    if not file.is_file() or read_json(file)["inputs"] != inputs:
+        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
+        supernet = job.load_supernet()
+        supernet.use(search_variants(job, supernet))
+        degradation, measured = degradation_in(supernet, batches), list[float]()
+        with bar("measuring bits", len(asked)) as progress:
+            for gene, bits in asked:
+                measured.append(degradation(with_gene(supernet.base, gene, bits)))
+                progress.advance()
+        write_json(file, {"inputs": inputs, "losses": measured})
+    losses: dict[Gene, dict[int, float]] = {}
+    for (gene, bits), loss in zip(asked, read_json(file)["losses"], strict=True):
+        losses.setdefault(gene, {})[bits] = loss
+    return losses
+
+
 def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
@@ -143,6 +185,8 @@ def expected_passes(job: Job) -> tuple[float, int]:
     layers = len(job.structure.base.layers)
     around = rounds_of(job) * len(sizes_asked_for(job)) * passes_around(layers)
     passes = [method.passes(layers) for method in methods if isinstance(method, Shapes)]
+    # Each value of a gene of bits once, in half of the layers on average: a cache has those before the change.
+    passes.append(sum(len(gene.values) - 1 for gene in job.declared_space.genes if gene.kind in BITS) / 2)
     if layer_variants(job.declared_space):
         passes += [method.passes(layers) + around for method in methods if isinstance(method, WarmStart)]
     return sum(passes), blocks_to_read(job)
@@ -151,12 +195,12 @@ def expected_passes(job: Job) -> tuple[float, int]:
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
     """(layer, its sizes) of every architecture of the space that differs from the base in one layer through one gene.
 
-    Genes that change several layers at once have no such variants: the methods leave them whole.
+    Genes that change several layers at once, and genes of bits, have no such variants: the methods leave them whole.
     """
     variants = {}
     whole = [len(gene.values) - 1 for gene in space.genes]
     for position, gene in enumerate(space.genes):
-        for value in range(len(gene.values) - 1):
+        for value in range(len(gene.values) - 1) if gene.kind not in BITS else ():
             cut = space.decode([*whole[:position], value, *whole[position + 1 :]])
             changed = [i for i, (a, b) in enumerate(zip(cut.layers, space.base.layers, strict=True)) if a != b]
             if len(changed) == 1 and cut.hidden_size == space.base.hidden_size:

@@ -137,7 +137,8 @@ class SpeedTable:
 
     def predict(self, architecture: Architecture) -> dict[str, float]:
         """`prefill_tps` and `decode_tps`, tokens per second over the whole batch, and `latency`, seconds to read the
-        prompt and generate `new` tokens."""
+        prompt and generate `new` tokens. Bits make none of them faster here."""
+        architecture = architecture.without_bits()
         prefill = self.prefill.seconds(architecture, self.hidden_size)
         decode = self.decode.seconds(architecture, self.hidden_size)
         return {

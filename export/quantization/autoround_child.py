@@ -31,7 +31,7 @@ from export.quantization.round_to_nearest import (
     packed_table,
     with_outer,
 )
-from export.quantization.schemes import SCHEMES, LinearLayers, SchemePlan
+from export.quantization.schemes import LinearLayers, SchemePlan, form_of
 from export.shards import WeightWriter, weight_files
 from supernet.common.files import read_json, write_json
 from supernet.loading import check_fit, load_causal_lm
@@ -93,7 +93,7 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     check_fit(str(source), info)
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     outside = set(linear) - set(job.linear.widths)
-    auto_round_form = SCHEMES[plan.scheme].auto_round
+    auto_round_form = form_of(plan.scheme).auto_round
     target.mkdir()
     # 1. Weights and configuration: AutoRound's, or the source's where no layer is under the scheme.
     if set(plan.left_out) | outside == set(linear):
@@ -133,7 +133,7 @@ def _autoround(model: PreTrainedModel, job: AutoRoundJob, plan: SchemePlan, ids:
     # neural-compressor takes seconds to import, and the parent process needs only this module's models.
     from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
 
-    scheme = SCHEMES[plan.scheme]
+    scheme = form_of(plan.scheme)
     options = {} if scheme.dynamic else {"group_size": plan.group_size}
     config = AutoRoundConfig(
         tokenizer=load_tokenizer(Path(job.source)),

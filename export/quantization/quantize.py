@@ -30,19 +30,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.package import check_destination, package_draft, write_config
-from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record
+from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record, update_record
 from export.quantization.autoround_child import AutoRoundJob
 from export.quantization.round_to_nearest import QuantizationConfig, round_files
 from export.quantization.schemes import (
     SCHEMES,
     EmbeddingBits,
     LinearLayers,
+    OuterBits,
     SchemeName,
     SchemePlan,
+    form_of,
     outer_bits,
 )
 from export.shards import weight_bytes, weight_files
-from supernet.architecture import GROUP_SIZES
+from supernet.architecture import GROUP_SIZES, Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, sha256, write_json
 from supernet.common.processes import fresh_environment, last_line
@@ -226,6 +228,28 @@ def _move_weights(raw: Path, target: Path) -> QuantizationConfig:
     return read_json(raw / "quantization_config.json")
 
 
+def quantize_mixed(
+    source: Path, destination: Path, bits: Mapping[str, int], architecture: Architecture, group_size: int
+) -> PackageRecord:
+    """Write one unquantized package with linear weights in bits of their own, rounded to nearest; returns its record.
+
+    `bits` are by name of the linear layer in the package, 16 for bfloat16; `architecture` says the same by half-block,
+    and those of the embedding and of a head with a weight of its own. Below 8, `group_size` input channels share a
+    scale. Raises `RequestError` as `quantize_packages` does.
+    """
+    record, linear = read_record(source), linear_layers_of(source)
+    check_destination(destination, weight_bytes(source))
+    outer = OuterBits(architecture.embedding_bits or 16, 16 if linear.tied else architecture.head_bits or 16)
+    plan = SchemePlan("mixed", group_size, [], outer, {name: bits[name] for name in linear.widths})
+    write_weights = functools.partial(round_files, source, plan, linear)
+    _assemble(record, {"mixed": destination}, linear, 0, plan, write_weights, ["compressed-tensors"])
+    made = read_record(destination).entry.quantization_report
+    assert made is not None
+    report = made.model_dump(exclude_unset=True) | {"bits": architecture.to_dict()}
+    update_record(destination, entry={"quantization_report": report})
+    return read_record(destination)
+
+
 def pack_texts(source: Path, texts: Sequence[str], length: int = 512) -> Tensor:
     """Token ids [sequences, length] of texts joined end to end, where `length` is at most the network's context."""
     tokenizer = load_tokenizer(source)
@@ -282,7 +306,7 @@ def position(output: str, blocks: int, schemes: int, iterations: int) -> tuple[f
 
 def _assemble(
     source: PackageRecord,
-    destinations: Mapping[SchemeName, Path],
+    destinations: Mapping[Any, Path],
     linear: LinearLayers,
     iterations: int,
     plan: SchemePlan,
@@ -343,7 +367,9 @@ def _exceptions(linear: LinearLayers, plan: SchemePlan, config: Mapping[str, Any
     if linear.tied:
         del bits[linear.head]
     exceptions = {n: "bfloat16" if b == 16 else f"{b} bits, rounded to nearest" for n, b in bits.items()}
-    instead = "bfloat16" if SCHEMES[plan.scheme].auto_round else "per-channel INT8, rounded to nearest"
+    if plan.bits is not None:
+        exceptions |= {name: "bfloat16" for name, asked in plan.bits.items() if asked == 16}
+    instead = "bfloat16" if form_of(plan.scheme).auto_round else "per-channel INT8, rounded to nearest"
     return exceptions | dict.fromkeys(plan.left_out, f"{instead} (a width is no multiple of {AUTOROUND_STEP})")
 
 

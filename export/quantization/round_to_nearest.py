@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.quantization.schemes import SCHEMES, LinearLayers, SchemePlan
+from export.quantization.schemes import LinearLayers, SchemePlan, form_of
 from export.shards import WeightWriter
 from supernet.architecture import table_format
 from supernet.streaming import WeightFiles
@@ -71,10 +71,11 @@ def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:
 @torch.no_grad()
 def round_network(network: nn.Module, plan: SchemePlan, linear: LinearLayers) -> None:
     """Give a network in memory the weights that a package of the scheme holds where they are rounded without data."""
-    bits, group_size = SCHEMES[plan.scheme].bits, plan.group_size
     for name in linear.widths:
         parameter = network.get_parameter(f"{name}.weight")
-        parameter.copy_(rounded(parameter, *((8, -1) if name in plan.left_out else (bits, group_size))))
+        bits, group_size = plan.format_of(name, parameter.shape)
+        if bits < 16:
+            parameter.copy_(rounded(parameter, bits, group_size))
     for name, asked in outer_modules(plan, linear).items():
         parameter = network.get_parameter(f"{name}.weight")
         parameter.copy_(rounded(parameter, *table_format(asked, parameter.shape[1])))
@@ -161,7 +162,7 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
     few tensors and shards.
     """
     # 1. The weights, tensor by tensor.
-    files, form, left_out = WeightFiles(source), SCHEMES[plan.scheme], plan.left_out
+    files, form, left_out = WeightFiles(source), form_of(plan.scheme), plan.left_out
     outer, tables = outer_modules(plan, linear), dict[str, tuple[int, int]]()
     with WeightWriter(target) as weights:
         for name in files:
@@ -172,7 +173,8 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
                 for suffix, value in packed_table(tensor, outer[module]).items():
                     weights.add(f"{module}.{suffix}", value)
                 continue
-            if module not in linear.widths or (form.auto_round and module in left_out):
+            as_stored = module in linear.widths and plan.format_of(module, linear.widths[module])[0] == 16
+            if module not in linear.widths or as_stored or (form.auto_round and module in left_out):
                 weights.add(name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
                 continue
             if part != "weight":
@@ -183,7 +185,7 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
                 codes, scale = round_to_nearest(tensor, 8, -1)
                 stored = {"weight": codes, "weight_scale": scale}
             else:
-                stored = packed(tensor, 8, -1) if module in left_out else packed(tensor, form.bits, plan.group_size)
+                stored = packed(tensor, *plan.format_of(module, tensor.shape))
             for suffix, value in stored.items():
                 weights.add(f"{module}.{suffix}", value)
     # 2. The configuration.
@@ -198,22 +200,31 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
             "block_name_to_quantize": linear.blocks,
             "extra_config": {name: {"bits": 16, "data_type": "fp"} for name in left_out},
         }
-    groups = {"group_0": CHANNEL_GROUP}
-    if form.dynamic:
+    groups, ignored = {"group_0": CHANNEL_GROUP}, linear.outside
+    if plan.bits is not None:
+        alike: dict[tuple[int, int], list[str]] = {}
+        for module, shape in linear.widths.items():
+            alike.setdefault(plan.format_of(module, shape), []).append(module)
+        ignored = ignored + alike.pop((16, -1), [])
+        groups = {
+            f"group_{number}": {**CHANNEL_GROUP, "weights": _weights(*kind), "targets": modules}
+            for number, (kind, modules) in enumerate(sorted(alike.items()))
+        }
+    elif form.dynamic:
         groups = {"group_0": {**CHANNEL_GROUP, "input_activations": _DYNAMIC, "format": "int-quantized"}}
     elif form.bits < 8:
         groups = {"group_0": {**CHANNEL_GROUP, "weights": _weights(form.bits, plan.group_size)}}
         if left_out:
             groups["group_0"]["targets"] = [name for name in linear.widths if name not in left_out]
             groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
-    return with_outer(configuration(groups, ignored=linear.outside), linear, tables)
+    return with_outer(configuration(groups, ignored=ignored), linear, tables)
 
 
 def configuration(groups: dict[str, dict[str, Any]], ignored: list[str]) -> QuantizationConfig:
     """The quantization configuration of a compressed-tensors checkpoint whose groups share one format."""
     return {
         "quant_method": "compressed-tensors",
-        "format": groups["group_0"]["format"],
+        "format": next(iter(groups.values()), CHANNEL_GROUP)["format"],
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,

@@ -9,8 +9,9 @@ int8-dynamic has no such form: auto-round has no layer that runs it on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from supernet.architecture import StorageFormat
 
@@ -74,6 +75,29 @@ SCHEMES: dict[SchemeName, Scheme] = {
 }
 
 
+MIXED = Scheme("", 2, 9.0)
+"""Of packages named `mixed`, whose layers have bits of their own, as a search of sizes and bits found them. The bound
+is that of the fewest."""
+FormName = Literal[SchemeName, "mixed"]
+
+
+def in_transformers(name: str) -> TypeGuard[FormName]:
+    """Whether a package of a quantization of this name is one of transformers."""
+    return name == "mixed" or name in SCHEMES
+
+
+def form_of(name: FormName) -> Scheme:
+    """The scheme of a package, by the name in its record."""
+    return MIXED if name == "mixed" else SCHEMES[name]
+
+
+def weight_format(shape: Sequence[int], bits: int, group_size: int) -> tuple[int, int]:
+    """Bits and group size of a linear weight [outputs, inputs] of a `mixed` package where `bits` are asked for: 8 with
+    one scale for each output channel where they are 8, or a width is no multiple of 32 or of the group."""
+    odd = any(width % 32 for width in shape) or shape[1] % group_size
+    return (8, -1) if bits == 8 or odd else (bits, group_size)
+
+
 @dataclass(frozen=True)
 class LinearLayers:
     """The linear layers of a network, by module name."""
@@ -96,10 +120,19 @@ class LinearLayers:
 class SchemePlan:
     """How one scheme is applied to a network."""
 
-    scheme: SchemeName
+    scheme: FormName
     group_size: int
     """Input channels that share a scale; -1: all of an output channel's."""
     left_out: list[str]
     """Linear layers inside blocks that are not under the scheme."""
     outer: OuterBits = OuterBits()
     """Of what lies outside the blocks."""
+    bits: Mapping[str, int] | None = None
+    """Of a `mixed` plan, those of every linear layer inside blocks, by module name; 16: it stays bfloat16."""
+
+    def format_of(self, module: str, shape: Sequence[int]) -> tuple[int, int]:
+        """Bits and group size of the weight [outputs, inputs] of a linear layer inside blocks; 16 bits: bfloat16."""
+        if self.bits is not None:
+            bits = self.bits[module]
+            return (16, -1) if bits == 16 else weight_format(shape, bits, self.group_size)
+        return (8, -1) if module in self.left_out else (form_of(self.scheme).bits, self.group_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -105,8 +105,9 @@ def _items(report: Report) -> list[Item]:
     ]  # its scores are of the report split, and stand in the table of results
     packaged: dict[str, list[Package]] = {}
     for package in report.packages:
-        if package.quantization is None:
-            packaged.setdefault(package.architecture.key, []).append(package)
+        bits = package.quantization_report and package.quantization_report.bits
+        if package.quantization is None or bits:
+            packaged.setdefault((bits or package.architecture).key, []).append(package)
     front = {candidate.key for candidate in report.front}
     candidates: Sequence[Candidate] = report.search.points if report.search else report.front
     for candidate in candidates:
@@ -226,20 +227,15 @@ def _size_limits(report: Report) -> list[float]:
 def _data(items: Sequence[Item], report: Report, further: Sequence[str]) -> dict[str, Any]:
     """What the page's script shows in cards and in the whole table: a row of `columns` for each of `items`.
 
-    Layers repeat: `sizes` lists the different ones (query heads, key-value heads, FFN width, experts), and a network is
-    a word of their numbers in base 36, `digits` characters for each layer.
+    Layers repeat: `sizes` lists the different ones (the fields of `LayerSizes`, in order), and a network is a word
+    of their numbers in base 36, `digits` characters for each layer.
     """
     kinds: dict[tuple[int, ...], int] = {}
 
     def word(architecture: Architecture) -> list[int]:
         return [
             kinds.setdefault(
-                (
-                    layer.num_attention_heads,
-                    layer.num_key_value_heads,
-                    layer.intermediate_size,
-                    layer.num_experts,
-                ),
+                astuple(layer),
                 len(kinds),
             )
             for layer in architecture.layers

@@ -96,7 +96,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     made = json.loads((output / "supernet" / "manifest.json").read_text())
     assert len(made["bands"]) == 1 and made["bands"][0]["tokens"] == made["finetune"]["tokens"] == 2560 / 2
     report = json.loads((output / "report.json").read_text())
-    assert [band["tokens"] for band in report["finetune"]["bands"]] == [1280]
+    assert [band["tokens"] for band in report["finetune"]["bands"]] == [1280] and report["finetune"]["tokens"] == 2560
     folders = {}
     for package in report["packages"]:
         architecture = Architecture.from_dict(package["architecture"])

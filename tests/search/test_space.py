@@ -13,7 +13,7 @@ from search.objectives import Computer, computed
 from search.presets import PRESETS
 from search.sampling import sample_near, sample_sizes, sample_tilted, uniform_members
 from search.space import SearchSpace
-from supernet.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from supernet.families import describe
 from tests.support.search_helpers import PROSE, SMALL, llama
 from tests.support.tiny_families import CONFIGS
@@ -31,6 +31,12 @@ SPACES = {
     "queries and hidden": SearchSpace.from_dict(
         {"heads": [1, 2], "hidden_size": [8, 16], "kv.*": [0, 1, 2], "layer.1": [0, 1]}, SMALL
     ),
+    "bits": SearchSpace.from_dict(
+        {"ffn.*": [0, 128], "kv.0": [0, 2], "attention_bits.*": [4, 16], "ffn_bits.1": [3, 8, 16], "layer.1": [0, 1]}
+        | {"embedding_bits": [8, 16]},
+        SMALL,
+    ),
+    "bits of all layers": SearchSpace.from_dict({"ffn.*": [0, 128], "ffn_bits": [2, 16], "kv.*": [0, 2]}, SMALL),
     "one layer with the lot": SearchSpace.from_dict({"kv.1": [0, 2], "ffn.1": [0, 128]}, SMALL),
 }
 
@@ -57,7 +63,8 @@ def test_genomes_and_architectures_match(name: str) -> None:
 def test_tables_add_up_to_the_exact_sizes(name: str) -> None:
     space = SPACES[name]
     genomes = sample_tilted(space, np.random.default_rng(2), 60)
-    for objective in computed(space.structure, context=7).values():
+    stored = StorageFormat(16, 32, by_architecture=True)
+    for objective in computed(space.structure, scheme=stored if space.bits else None, context=7).values():
         assert objective.compute is not None
         expected = [objective.compute(a) for a in space.decode_all(genomes)]
         assert Computer(space, objective)(genomes).tolist() == expected, objective.name
@@ -95,6 +102,36 @@ def test_features_are_ordinals_then_one_hot_codes_of_declared_values() -> None:
     full, cut = space.features(np.array([[1, 1], [0, 1]]))
     assert full.tolist() == [1, 0.5, 0, 1, 0, 1, 0]
     assert cut.tolist() == [2 / 3, 0, 1, 0, 0, 0, 0]
+
+
+def test_bits_of_what_is_removed_are_inert() -> None:
+    space = SPACES["bits"]
+    position = space.positions
+    genome = np.array([space.upper, space.upper])
+    genome[:, position["kv.0"]] = 0
+    genome[1, position["attention_bits.0"]] = 0
+    assert space.decode(genome[0]) == space.decode(genome[1]) and space.inert(genome[1])[position["attention_bits.0"]]
+    genome[:, position["kv.0"]] = 1
+    whole, rounded = map(space.decode, genome)
+    assert whole == space.base and rounded.layers[0].attention_bits == 4 and rounded.without_bits() == whole
+    assert Architecture.from_dict(rounded.to_dict()) == rounded and rounded.key != whole.key
+
+
+@pytest.mark.parametrize(
+    ("gene", "message"),
+    [
+        ({"ffn_bits.0": [5, 16]}, "valid are 2, 3, 4, 8, ascending, 16 last"),
+        ({"attention_bits": [16, 4]}, "valid are"),
+        ({"embedding_bits": [4, 8]}, "16 last"),
+        ({"head_bits": [8, 16]}, "the output head is the embedding here"),
+        ({"ffn_bits.9": [8, 16]}, "unknown gene"),
+        ({"ffn_bits": [8, 16], "ffn_bits.0": [8, 16]}, "contradicts"),
+    ],
+)
+def test_genes_of_bits_are_checked(gene: dict[str, list[int]], message: str) -> None:
+    tied = replace(SMALL, tied=True)
+    with pytest.raises(ValueError, match=message):
+        SearchSpace.from_dict(gene, tied)
 
 
 def test_some_layer_keeps_attention() -> None:

@@ -121,6 +121,10 @@
       fact("FFN width", runs(sizes.map(function (s) { return s[2]; })));
       fact("KV heads", runs(sizes.map(function (s) { return s[1]; })));
       if (sizes.some(function (s) { return s[3]; })) fact("experts", runs(sizes.map(function (s) { return s[3]; })));
+      if (sizes.some(function (s) { return s[4] || s[5]; })) {
+        fact("attention bits", runs(sizes.map(function (s) { return s[4]; })));
+        fact("FFN bits (0: as stored)", runs(sizes.map(function (s) { return s[5]; })));
+      }
       side.append(picture(sizes, layers(items[0])));
     }
     fact("key", item.key);

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -134,10 +135,7 @@ def test_the_script_is_told_everything_of_every_network() -> None:
 
     assert [item["kind"] for item in told["items"]] == ["base", "chosen", "point", "screened", "ours", "other"]
     for item, sizes in zip(told["items"], (BASE, CUT, BASE, THIN), strict=False):
-        expected = [
-            (s.num_attention_heads, s.num_key_value_heads, s.intermediate_size, s.num_experts) for s in sizes.layers
-        ]
-        assert [tuple(layer) for layer in layers(item)] == expected
+        assert [tuple(layer) for layer in layers(item)] == [astuple(layer) for layer in sizes.layers]
     best = told["items"][1]
     assert best["key"] == CUT.key and best["params"] == [670_000, "670 k"]
     assert best["speed"] == "1.40\N{MULTIPLICATION SIGN}, 140 tokens/s"

@@ -1,0 +1,72 @@
+"""Bits for an architecture: nothing within reach is better at as few bytes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from search.bit_assignment import spread_by_bytes, with_bits, with_gene
+from search.genes import AS_STORED, Gene
+from supernet.architecture import Architecture, LayerSizes, StorageFormat
+from tests.support.search_helpers import PROSE
+
+GENES = [
+    Gene("attention_bits.0", (4, 16)),
+    Gene("ffn_bits.0", (2, 4, 16)),
+    Gene("ffn_bits.1", (2, 4, 16)),
+    Gene("embedding_bits", (8, 16)),
+]
+STORED = StorageFormat(16, 32, by_architecture=True)
+
+
+def bytes_of(architecture: Architecture) -> float:
+    return PROSE.bytes(architecture, STORED)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_combination_is_better_at_as_few_bytes_on_the_hull(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    losses = {
+        gene: dict(zip(gene.values[:-1], sorted(rng.random(len(gene.values) - 1), reverse=True), strict=True))
+        for gene in GENES
+    }
+    found = with_bits(PROSE.base, losses, bytes_of, prices=200)
+    assert found[0] == PROSE.base and len(found) > 3
+    assert [bytes_of(one) for one in found] == sorted(map(bytes_of, found), reverse=True)
+
+    everything = {}
+    for values in itertools.product(*(gene.values for gene in GENES)):
+        architecture, lost = PROSE.base, 0.0
+        for gene, bits in zip(GENES, values, strict=True):
+            architecture = with_gene(architecture, gene, bits)
+            lost += losses[gene].get(bits, 0.0)
+        everything[architecture] = (bytes_of(architecture), lost)
+    for one in found:
+        stored, lost = everything[one]
+        assert not any(other[0] <= stored and other[1] < lost - 1e-12 for other in everything.values())
+    smallest = min(everything, key=lambda a: everything[a])
+    assert found[-1] == smallest
+
+
+def test_fewer_bits_that_seem_to_lose_less_lose_as_much() -> None:
+    gene = GENES[1]
+    (*_, last) = with_bits(PROSE.base, {gene: {4: 0.5, 2: 0.1}}, bytes_of)
+    assert last.layers[0].ffn_bits == 2  # at 0.5, as 4 bits, and with fewer bytes
+    assert all(one.layers[0].ffn_bits in (0, 2) for one in with_bits(PROSE.base, {gene: {4: 0.5, 2: 0.1}}, bytes_of))
+
+
+def test_what_is_removed_gets_no_bits() -> None:
+    removed = LayerSizes(4, 2, 0)
+    architecture = Architecture(PROSE.base.hidden_size, (removed, *PROSE.base.layers[1:]))
+    rounded = with_bits(architecture, {gene: dict.fromkeys(gene.values[:-1], 0.1) for gene in GENES}, bytes_of)
+    assert all(one.without_bits() == architecture and one.layers[0].ffn_bits == 0 for one in rounded)
+    assert with_gene(architecture, Gene("ffn_bits", (4, 16)), AS_STORED) == architecture
+
+
+def test_they_are_spread_over_bytes() -> None:
+    losses = {gene: {bits: 1 / bits for bits in gene.values[:-1]} for gene in GENES}
+    found = with_bits(PROSE.base, losses, bytes_of, prices=200)
+    few = spread_by_bytes([*found, found[0]], bytes_of, 3)
+    assert len(few) == 3 and few[0] == found[-1] and few[-1] == found[0]
