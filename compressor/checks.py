@@ -10,7 +10,14 @@ import torch
 from compressor.costs import expected_memory
 from compressor.generated import repeated
 from compressor.job import Job
-from compressor.sizing import byte_limit, input_widths, largest_in_training, parameter_limits, smallest_storage
+from compressor.sizing import (
+    byte_limit,
+    input_widths,
+    largest_in_training,
+    parameter_limits,
+    sizes_searched_for,
+    smallest_storage,
+)
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
@@ -37,6 +44,7 @@ def check(job: Job) -> None:
     check_memory(job)
     check_tokens(job)
     check_weights_by_size(job)
+    check_bits(job)
     check_formats(job)
     check_targets(job)
     check_group_size(job)
@@ -91,7 +99,11 @@ def check_finetuning(job: Job) -> None:
         if finetuning.shard or any(gene.kind == "hidden_size" for gene in job.space.genes):
             what = "finetuning.shard" if finetuning.shard else "a space that searches hidden_size"
             raise RequestError(f"finetuning.parameters: routed is not together with {what}")
-    largest_in_training(job)
+    largest = job.structure.parameters(largest_in_training(job))
+    if above := [size for size in sizes_searched_for(job) if size > largest]:
+        raise RequestError(
+            f"finetuning.largest_share: {above[0]:,} parameters are asked for, and no more than {largest:,} are trained"
+        )
     if finetuning.bands > 1:
         others = {
             "finetuning.parameters: routed": finetuning.parameters == "routed",
@@ -121,6 +133,30 @@ def check_finetuning(job: Job) -> None:
             f"finetuning.batch_size: {batch} sequences cannot be shared evenly by {processes()} process(es) in "
             f"{parts} part(s)"
         )
+
+
+def check_bits(job: Job) -> None:
+    """Refuse what a search of sizes and bits cannot go together with."""
+    space, recipe = job.space, job.recipe
+    if not space.bits:
+        return
+    if not job.quantizable:
+        raise RequestError("--space: genes of bits are for networks whose weights are in linear layers")
+    if any(gene.kind == "hidden_size" for gene in space.genes):
+        raise RequestError("--space: genes of bits and hidden_size do not go together; leave one out")
+    if "bytes" not in recipe.searching.objectives:
+        raise RequestError(
+            "searching.objectives: where bits are searched, bytes must be among them, such as quality,bytes"
+        )
+    others = {
+        "quantizing.bits: joint": recipe.quantizing.bits == "joint",
+        "healing.finalists": recipe.healing.finalists > 1,
+        "--format elastic": "elastic" in recipe.formats,
+        "--format uniform": "uniform" in recipe.formats,
+        "greedy": "greedy" in (recipe.searching.algorithm, *recipe.searching.warm_start),
+    }
+    for other in (name for name, asked in others.items() if asked):
+        raise RequestError(f"{other}: not together with a space that has genes of bits; leave one out")
 
 
 def check_memory(job: Job) -> None:

@@ -389,8 +389,8 @@ def expected_memory(job: Job) -> dict[str, float]:
         "fine-tuning": training + activations,
         "timing the layers": 2 * weight_bytes,
         "proposals": 2 * scoring,
-        "search": scoring,
-        "picking": scoring,
+        "search": scoring * recipe.finetuning.bands,  # each band's super-network stays open
+        "picking": scoring * recipe.finetuning.bands,
         "healing": weight_bytes + (16 * HEALED * total + activations if recipe.healing.tokens else 0),
         "quantizing": weight_bytes + 3 * kept,
         "measuring": 2 * scoring,

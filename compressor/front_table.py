@@ -98,8 +98,9 @@ def measured_speedups(run: Run) -> dict[str, float]:
     for file in sorted(run.packages.glob(f"*/{RECORD}")):
         record = read_record(file.parent)
         entry, base = record.entry, record.lineage.base_speed
-        if entry.layout in MEASURED_LAYOUTS and not entry.quantization and entry.speed and base:
-            speeds[entry.architecture.key] = entry.speed.decode_tps / base.decode_tps
+        bits = entry.quantization_report and entry.quantization_report.bits
+        if entry.layout in MEASURED_LAYOUTS and (bits or not entry.quantization) and entry.speed and base:
+            speeds[(bits or entry.architecture).key] = entry.speed.decode_tps / base.decode_tps
     return speeds
 
 

@@ -90,9 +90,9 @@ class Result:
         best = sorted(undominated([(share(row), row["quality"]) for row in points], True))
         axes.step(*zip(*best, strict=True), where="post", color="grey", lw=1)
         axes.scatter([1], [base["quality"]], marker="s", color="black", label="the base")
-        packaged = [
-            row for row in points if row["architecture"] in [p["architecture"] for p in self.report["packages"]]
-        ]
+        rows = self.report["packages"]
+        shown = [(row.get("quantization_report") or {}).get("bits") or row["architecture"] for row in rows]
+        packaged = [row for row in points if row["architecture"] in shown]
         axes.scatter(
             [share(row) for row in packaged],
             [row["quality"] for row in packaged],

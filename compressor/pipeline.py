@@ -15,6 +15,7 @@ import torch
 from compressor import demo as bundled
 from compressor.checks import (
     check,
+    check_bits,
     check_formats,
     check_group_size,
     check_targets,
@@ -235,6 +236,7 @@ def resume(
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
         check_weights_by_size(job)
+        check_bits(job)
         check_formats(job)
         check_group_size(job)
         if recipe.tasks:

@@ -407,7 +407,8 @@ class Recipe(Section):
     trust_remote_code: bool = False
     """Whether code that the checkpoint brings may run."""
     space: str | dict[str, Any] = "fine"
-    """The search space: `llama-nas`, `instatune`, `depth`, `uniform`, `fine`, a YAML file, or genes spelled out."""
+    """The search space: `llama-nas`, `instatune`, `depth`, `uniform`, `fine`, `simq` (with bits), a YAML file, or genes
+    spelled out."""
     time: str | None = None
     """How long the whole job may take on this machine, such as `3h`, `90m` or `1h30m`: sets every budget that is not
     set by itself (`docs/time.md`)."""

@@ -18,6 +18,8 @@ from supernet.common.formatting import parse_bytes, parse_parameters
 from supernet.slicing import fits_plain_class
 from supernet.training.samplers import TrainingRange
 
+BELOW_LARGEST = 0.98
+"""Share of the largest size up to which sub-networks are drawn."""
 TRIES = 64
 """Uniform draws of a sub-network before a space is taken to hold nothing but what is too small."""
 
@@ -151,13 +153,15 @@ def training_range(job: Job, band: int = 0) -> TrainingRange:
     `RequestError` where the largest is none above the smallest."""
     least, low = smallest_in_training(job)
     largest = largest_in_training(job)
-    limits = band_limits(job)
+    limits, parameters = band_limits(job), job.structure.parameters
+    ends = [parameters(least), BELOW_LARGEST * parameters(largest)]  # of what is drawn
+    high = float(parameters(largest))
     if band:
-        largest = uniform_near(job, limits[band - 1])
+        high = ends[1] = limits[band - 1]
+        largest = uniform_near(job, high)
     if band < len(limits):
-        low = limits[band]
+        low = ends[0] = limits[band]
         least = uniform_near(job, low)
-    high = job.structure.parameters(largest)
 
     def uniform(rng: np.random.Generator) -> Architecture:
         """Every gene uniformly, drawn again where the sub-network is smaller or larger than what is trained. Of a space
@@ -172,6 +176,7 @@ def training_range(job: Job, band: int = 0) -> TrainingRange:
         job.structure,
         least,
         largest,
+        (ends[0], ends[1]),
         uniform,
         near=lambda rng, parameters: draw_near(job, rng, parameters),
         cut=lambda parameters: uniform_near(job, parameters),
@@ -195,16 +200,17 @@ def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Ar
 
 
 def largest_in_training(job: Job, space: SearchSpace | None = None) -> Architecture:
-    """The large end of the fine-tuning: the base, or the uniform cut nearest to the largest size that is trained.
+    """The large end of the fine-tuning: the base, or the uniform cut nearest to the largest size that is trained. The
+    base where nothing is trained.
 
     Of `space`, or else of the run's own. Raises `RequestError` where it is not larger than the smallest.
     """
     base, share = job.structure.base, job.recipe.finetuning.largest_share
-    if share is None or share == 1:
+    if share is None or share == 1 or job.recipe.finetuning.tokens == 0:
         return base
     largest = uniform_near(job, share * job.structure.parameters(base), space)
     least, _ = smallest_in_training(job, space)
-    if job.structure.parameters(largest) <= job.structure.parameters(least):
+    if BELOW_LARGEST * job.structure.parameters(largest) <= job.structure.parameters(least):
         raise RequestError("finetuning.largest_share: must be above the smallest size that is trained")
     return largest
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from export.probe import (
     shorter_rows,
     tokenizer_fault,
 )
-from export.quantization.schemes import form_of, in_transformers
+from export.quantization.schemes import bound_of, form_of, in_transformers
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
 from supernet.common.processes import last_line
@@ -76,6 +77,8 @@ class NetworkCheck:
         if quantization is not None and not in_transformers(quantization):
             raise self.fail(f"transformers loads no package of the quantization {quantization}")
         self.scheme = None if quantization is None else form_of(quantization)
+        report = self.entry.quantization_report
+        self.bound = inf if quantization is None else bound_of(quantization, report.bits if report else None)
         self.ids = torch.tensor(self.probe.ids)
 
     def run(self) -> Claims:
@@ -157,11 +160,11 @@ class NetworkCheck:
             expected = next_log_probabilities(full, ids)
         mean = (computed - expected).abs().mean().item()
         if self.scheme is not None:
-            if not mean <= self.scheme.bound:
+            if not mean <= self.bound:
                 raise self.fail(
-                    f"next-token log-probabilities are off by {mean:.4f} on average, allowed are {self.scheme.bound}"
+                    f"next-token log-probabilities are off by {mean:.4f} on average, allowed are {self.bound}"
                 )
-            claims: Claims = {"compared_with": "the unquantized network", "bound": self.scheme.bound}
+            claims: Claims = {"compared_with": "the unquantized network", "bound": self.bound}
             claims |= self.since_export(computed, self.slack(logits))
         elif full is not None:
             claims = self.full_logits(logits, full)

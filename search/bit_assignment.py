@@ -65,7 +65,7 @@ def with_bits(
 def spread_by_bytes(
     architectures: Sequence[Architecture], bytes_of: Callable[[Architecture], float], count: int
 ) -> list[Architecture]:
-    """So many of them, in even steps from the fewest bytes to the most."""
+    """So many of them, in even steps of their order by bytes."""
     ordered = sorted(dict.fromkeys(architectures), key=lambda a: (bytes_of(a), a.key))
     steps = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int)
     return [ordered[step] for step in dict.fromkeys(steps.tolist())]

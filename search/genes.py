@@ -123,6 +123,8 @@ def _check_values(structure: Structure, gene: Gene) -> None:
 
 def _check_bits(structure: Structure, gene: Gene) -> None:
     values, known = list(gene.values), BITS[gene.kind]
+    if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
+        raise ValueError(f"{gene.name}: {values} are not all whole numbers")
     if gene.kind == "head_bits" and structure.tied:
         raise ValueError("head_bits: the output head is the embedding here; use embedding_bits")
     if gene.layer is not None and not SIZES[gene.kind](structure.base.layers[gene.layer]):

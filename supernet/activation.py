@@ -260,13 +260,13 @@ class SuperNetwork:
         for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
             if narrow or not sizes == before == layer.full:  # a layer that was and stays whole has no shadows
                 layer.activate(sizes, architecture.hidden_size, self.model.config)
+        self._show_tables(architecture, self.current)
         if narrow:
             self._activate_residual(architecture.hidden_size)
         if self.variants is not None and architecture.hidden_size == self.base.hidden_size:
             for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
                 if narrow or not sizes == before == layer.full:
                     layer.show_variants(sizes, self.variants)
-        self._show_tables(architecture, self.current)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):

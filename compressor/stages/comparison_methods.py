@@ -147,6 +147,7 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     if not evaluations:
         raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
     best = choose(plain, evaluations, Target(max_params=math.ceil(contest.parameters * (1 + TOLERANCE)))).architecture
+    best = best.without_bits()
     return extract(plain.load_supernet().model, job.structure, best, pick_variants(plain, best)), best
 
 

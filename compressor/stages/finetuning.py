@@ -31,6 +31,7 @@ from compressor.sizing import (
     uniform_near,
 )
 from export.probe import default_ids, logits_of
+from search.genes import BITS
 from supernet.activation import SuperNetwork
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint
@@ -72,7 +73,7 @@ def finetuning_inputs(job: Job) -> dict[str, Any]:
         "model": job.base_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
         "finetuning": finetuning,
-        "space": space.to_dict(),
+        "space": {name: values for name, values in space.to_dict().items() if name.partition(".")[0] not in BITS},
         "smallest": least.to_dict(),
         "seed": recipe.seed,
     }
@@ -144,17 +145,13 @@ def finetune(job: Job) -> dict[str, Any]:
             proof["files"] = store(job, model, folder, ids)
             if isinstance(supernet.variants, RoutedDeltas):
                 save_file(supernet.variants.tensors(job.stored_dtype), folder / ROUTED)
-        for band, limit in enumerate(band_limits(job), start=1):
+        if limits := band_limits(job):
             del model, supernet  # two would be in memory
-            supernet = job.supernet_of(job.load_base(dtype))
-            model = supernet.model
-            apply_ordering(supernet, order)
-            smaller = band_folder(folder, band)
-            smaller.mkdir(exist_ok=True)
-            of_band = train_supernet(job, supernet, blocks, smaller / STATE, band)
-            facts.setdefault("bands", []).append({"below": limit, **vars(of_band)})
-            if run.writes:
-                proof["files"] = max(proof["files"], store(job, model, smaller, ids))
+            facts["bands"] = []
+            for band, limit in enumerate(limits, start=1):
+                of_band, off = train_band(job, order, blocks, band, band_folder(folder, band), ids)
+                facts["bands"].append({"below": limit, **vars(of_band)})
+                proof["files"] = max(proof.get("files", 0.0), off)
         if run.writes:
             facts["logit_differences"] = proof
             folders = [band_folder(folder, band) for band in range(recipe.finetuning.bands)]
@@ -178,6 +175,18 @@ def finetune(job: Job) -> dict[str, Any]:
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def train_band(
+    job: Job, order: Order, blocks: Blocks, band: int, folder: Path, ids: torch.Tensor
+) -> tuple[History, float]:
+    """Fine-tune the super-network of a band of smaller sizes, in the `order` of the first, and write it to `folder`;
+    the second number is as `store` returns it."""
+    supernet = job.supernet_of(job.load_base(torch.float32 if job.recipe.finetuning.parameters == "all" else None))
+    apply_ordering(supernet, order)
+    folder.mkdir(exist_ok=True)
+    history = train_supernet(job, supernet, blocks, folder / STATE, band)
+    return history, store(job, supernet.model, folder, ids) if job.run.writes else 0.0
 
 
 def store(job: Job, model: Any, folder: Path, ids: torch.Tensor) -> float:
@@ -248,10 +257,10 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
         "middle": [uniform_near(job, sum(range_.sizes) / 2)],
         "smallest": [range_.least],
     }
-    parameters = job.structure.parameters
     asked = sizes_searched_for(job)
-    if section.bands > 1:
-        asked = [size for size in asked if parameters(range_.least) <= size <= parameters(range_.largest)]
+    if section.bands > 1:  # those of another band are another super-network's
+        limits = band_limits(job)
+        asked = [size for size in asked if band == sum(size < limit for limit in limits)]
     if asked:
         watched["asked"] = [uniform_near(job, size) for size in asked]
     model: Any = supernet.model

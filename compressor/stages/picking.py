@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from compressor.job import Job
@@ -10,6 +11,7 @@ from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
+from compressor.stages.repairing import rounding_inputs
 from compressor.stages.searching import current_front
 from export.layouts.table import copies_hold
 from export.report.alternatives import in_words
@@ -37,6 +39,7 @@ def measured(job: Job) -> list[Evaluation]:
     front = current_front(job)
     if front["weights"] != job.run.supernet_weights:
         raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
+    check_rounding(job, front)
     evaluations = []
     for row in front["evaluations"]:
         architecture = Architecture.from_dict(row["architecture"])
@@ -48,6 +51,16 @@ def measured(job: Job) -> list[Evaluation]:
             values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
         evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
     return evaluations
+
+
+def check_rounding(job: Job, found: Mapping[str, Any]) -> None:
+    """Raises `RequestError` where weights were rounded otherwise when this was found."""
+    now = rounding_inputs(job).get("rounding")
+    if found.get("rounding") != now:
+        raise RequestError(
+            f"{job.run.path}: was searched with a group size of {found.get('rounding')}, not {now}; say that one "
+            "(--group-size), or run compressor search"
+        )
 
 
 def read_picks(job: Job) -> list[dict[str, Any]]:
@@ -62,6 +75,8 @@ def read_picks(job: Job) -> list[dict[str, Any]]:
         raise RequestError(
             f"{job.run.path}: the super-network is not the one that was picked from; run compressor search and pick"
         )
+    for row in picks:
+        check_rounding(job, row)
     return picks
 
 
@@ -136,6 +151,7 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
         "target": target,
         **network_of(chosen),
         "weights": job.run.supernet_weights,
+        **rounding_inputs(job),
         "bits": None,
     }
     base_tps = read_front(job.run.front)["base_decode_tps"]

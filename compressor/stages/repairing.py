@@ -41,12 +41,21 @@ def repair_inputs(job: Job) -> dict[str, Any]:
     return {"repair": [METHOD, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
 
 
+def rounding_inputs(job: Job) -> dict[str, Any]:
+    """What rounded weights depend on beside those that are rounded and the bits; empty where no bits are searched."""
+    return {"rounding": bits_group(job)} if job.declared_space.bits else {}
+
+
+def repaired_weights(job: Job) -> str:
+    """Fingerprint of the super-network's weights and of how they are repaired."""
+    weights, repair = job.run.supernet_weights, repair_inputs(job)
+    return fingerprint([weights, repair]) if repair else weights
+
+
 def searched_weights(job: Job) -> str:
-    """Fingerprint of what the search scores: the super-network's weights, how they are repaired, and rounded."""
-    weights, changed = job.run.supernet_weights, dict[str, Any](repair_inputs(job))
-    if job.declared_space.bits:
-        changed["bits"] = [METHOD, bits_group(job)]
-    return fingerprint([weights, changed]) if changed else weights
+    """Fingerprint of what the search scores: repaired weights and, where bits are searched, how they are rounded."""
+    weights, rounding = repaired_weights(job), rounding_inputs(job)
+    return fingerprint([weights, rounding]) if rounding else weights
 
 
 def calibration_text(job: Job) -> list[Tensor]:
@@ -72,7 +81,7 @@ def variants_by_size(job: Job, supernet: SuperNetwork) -> Variants | None:
         return routed_deltas(file, supernet)
     if not repair_inputs(job) or job.recipe.data is None:
         return None
-    folder, of = job.run.path / "moments", searched_weights(job)
+    folder, of = job.run.path / "moments", repaired_weights(job)
     if not job.run.whole(folder, of):
         text = calibration_text(job)
         with job.run.stage(folder, of) as (partial, _), bar("gathering moments", len(supernet.layers)) as progress:
@@ -121,7 +130,7 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
     if architecture.hidden_size != job.structure.base.hidden_size:
         say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
         return None
-    file = job.run.path / "repair" / f"{architecture.key}-{searched_weights(job)}.safetensors"
+    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}.safetensors"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)

@@ -13,6 +13,7 @@ from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.control import control_of, likeness_of
 from compressor.stages.measuring import Measurements, ReportDocuments
+from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
@@ -189,14 +190,15 @@ def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
     """Every measured sub-network as the report shows it."""
     keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
     on_front = set(front["front"])
-    further = [name for name in job.recipe.searching.objectives if name in HELD_OUT or ":" in name]
-    points = []
+    names = job.recipe.searching.objectives
+    further = [name for name in names if name in HELD_OUT or ":" in name or (name == "bytes" and job.space.bits)]
+    points, weights = [], searched_weights(job)
     with EvaluationStore(job.run.evaluations) as store:
         for row in front["evaluations"]:
             architecture, values = Architecture.from_dict(row["architecture"]), row["values"]
             # A task that the recipe names only since the search has no value there.
             tasks = {n: key for n, key in keys["full" if row["full"] else "screening"].items() if n in values}
-            scores = known_scores(store, architecture, front["weights"], tasks)
+            scores = known_scores(store, architecture, weights, tasks)
             points.append(
                 Point(
                     key=row["key"],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compressor.job import Job
+from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import score_keys
 from compressor.stages.subnet_scores import known_scores
 from evals.quality import DEFINITION, QualityScale
@@ -51,8 +52,9 @@ def requalified(
         scale = QualityScale(base)
         if scale.by_text:
             raise RequestError(f"{job.run.front}: {scale.remark} Search again: compressor search --redo search")
+        weights = searched_weights(job)
         for row in front["evaluations"]:
-            known = known_scores(store, Architecture.from_dict(row["architecture"]), front["weights"], keys)
+            known = known_scores(store, Architecture.from_dict(row["architecture"]), weights, keys)
             scores = {name: _score(key, row["values"].get(name), known.get(name)) for name, key in keys.items()}
             now = {"quality": scale.quality(scores), "quality_stderr": scale.stderr(scores)}
             rows.append({**row, "values": {**row["values"], **now}})

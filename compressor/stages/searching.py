@@ -14,13 +14,14 @@ from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import (
     byte_limit,
+    largest_in_training,
     sizes_asked_for,
     sizes_searched_for,
     smallest_in_training,
     smallest_storage,
 )
 from compressor.stages.front import read_front
-from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
+from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
 from compressor.stages.search_parts import earlier_result, parts_of, searches_in_turn
@@ -79,6 +80,8 @@ def search(job: Job) -> dict[str, Any]:
     # 3. One search after another, each from what those before it measured. Below what was trained is no front.
     sizes = computed(job.structure)["parameters"]
     within = [Constraint(sizes, minimum=smallest_in_training(job)[1])] if sizes_searched_for(job) else []
+    if (largest := largest_in_training(job)) != job.structure.base:  # nor is above it
+        within.append(Constraint(sizes, maximum=job.structure.parameters(largest)))
     in_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, done, strict=False)))
     if in_common:
         front = current_front(job)
@@ -108,6 +111,7 @@ def search(job: Job) -> dict[str, Any]:
             front = {
                 "inputs": inputs,
                 "weights": run.supernet_weights,
+                **rounding_inputs(job),
                 "base": {name: score.value for name, score in evaluator.base.items()},
                 "quality": quality_of(evaluator.scale),
                 "base_decode_tps": untouched_decode_tps(job, speed.predict),
@@ -192,7 +196,9 @@ def run_searches(
     # 1. The sizes asked for.
     sizes = sizes_asked_for(job)
     larger = round(LARGER_SHARE * budget) if sizes and before is None else 0
-    if sizes and max(sizes) >= job.structure.parameters(job.structure.base):  # what its vocabulary is cut to is smaller
+    whole = largest_in_training(job) == job.structure.base
+    # Nothing larger is trained, or there: what a vocabulary is cut to is smaller.
+    if sizes and (not whole or max(sizes) >= job.structure.parameters(job.structure.base)):
         larger = 0
     known = [] if before is None else before.evaluations
     if GREEDY in settings.warm_start and before is None:
@@ -323,31 +329,8 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     return objectives, constraints
 
 
-def check_bits(job: Job) -> None:
-    """Refuse what a search of sizes and bits cannot go together with."""
-    space, recipe = job.space, job.recipe
-    if not space.bits:
-        return
-    if not job.quantizable:
-        raise RequestError("--space: genes of bits are for networks whose weights are in linear layers")
-    if any(gene.kind == "hidden_size" for gene in space.genes):
-        raise RequestError("--space: genes of bits and hidden_size do not go together; leave one out")
-    if "bytes" not in recipe.searching.objectives:
-        raise RequestError(
-            "searching.objectives: where bits are searched, bytes must be among them, such as quality,bytes"
-        )
-    others = {
-        "quantizing.bits: joint": recipe.quantizing.bits == "joint",
-        "healing.finalists": recipe.healing.finalists > 1,
-        "--format elastic": "elastic" in recipe.formats,
-    }
-    for other in (name for name, asked in others.items() if asked):
-        raise RequestError(f"{other}: not together with a space that has genes of bits; leave one out")
-
-
 def check_searching(job: Job) -> None:
     """Refuse, before anything is measured, what the search could not do."""
-    check_bits(job)
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
@@ -368,7 +351,7 @@ def uniform_architectures(job: Job, larger: bool = False) -> list[Architecture]:
     holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
     most = None if larger else max(sizes, default=None)
     uniform = [a for a in uniform_members(job.space, 6, most, holds) if fits_plain_class(config, a)]
-    if job.space.bits and "uniform" not in job.recipe.formats:
+    if job.space.bits:
         return []  # as stored, they have more bytes than anything that is looked for
     if larger:
         return [a for a in uniform if max(sizes) < parameters(a) < parameters(job.structure.base)]

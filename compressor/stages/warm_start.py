@@ -57,7 +57,8 @@ def sources(job: Job) -> dict[str, str]:
 @stage("proposals")
 def proposals(job: Job, above: int | None = None, most: int | None = None) -> list[Architecture]:
     """Architectures for the first generation to measure, a third of a population from each source (or at most `most`),
-    spread over sizes: those asked for, or all `above` so many parameters; and shapes of the sizes asked for.
+    spread over sizes: those asked for, or all `above` so many parameters; and shapes of the sizes asked for. Where bits
+    are searched, a population of these and of the whole network, in bits.
 
     Raises `RequestError` where an earlier run has nothing to offer.
     """
@@ -71,10 +72,11 @@ def proposals(job: Job, above: int | None = None, most: int | None = None) -> li
             architectures += spread_over_sizes(job, proposed(job, name), above, most)
         elif name != GREEDY:
             architectures += spread_over_sizes(job, earlier_front(job, Path(name)), above, most)
-    if job.space.bits and above is None:
+    if job.space.bits:
         # Fronts of earlier runs may have bits already.
         plain = [architecture for architecture in architectures if not architecture.has_bits]
-        architectures = [a for a in architectures if a.has_bits] + in_bits(job, [*plain, job.structure.base])
+        whole = [job.structure.base] if above is None else []
+        architectures = [a for a in architectures if a.has_bits] + in_bits(job, [*plain, *whole])
     return list(dict.fromkeys(architectures))[:most]
 
 
@@ -114,7 +116,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
 
 
 def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architecture]:
-    """A population of them with bits, in even steps of bytes up to the most that are allowed: of each, the bits that
+    """A population of them with bits, spread from the fewest bytes to the most that are allowed: of each, the bits that
     lose least by what every gene's bits alone lose in the whole network."""
     losses, storage, most = losses_by_bits(job), smallest_storage(job), byte_limit(job)
 
@@ -180,8 +182,6 @@ def rounds_of(job: Job) -> int:
 def expected_passes(job: Job) -> tuple[float, int]:
     """Passes over the text that proposals take, at most, and the blocks of text in each."""
     methods = [warm_starts()[name] for name in job.recipe.searching.warm_start if name in warm_starts()]
-    if not methods:
-        return 0, 0
     layers = len(job.structure.base.layers)
     around = rounds_of(job) * len(sizes_asked_for(job)) * passes_around(layers)
     passes = [method.passes(layers) for method in methods if isinstance(method, Shapes)]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from supernet.architecture import Architecture
 from supernet.common.progress import bar
 from supernet.training.data import Batch
 from supernet.training.losses import divergence
-from supernet.training.traces import trace
+from supernet.training.traces import HiddenStates, head_of, trace
 
 BUDGETS, STEPS = 8, 240
 """Sizes that the router is told, in even steps below the base's, and steps of training for all of them together."""
@@ -101,7 +103,7 @@ def router(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch],
             shares = [gumbel_softmax(logits, temperature, generator) for logits in routed(budget)]
             # 3. Router and weights learn from the base's predictions, and the router from the cost.
             with torch.no_grad(), exchanged(weights, base):
-                taught = trace(supernet.model, batch)
+                taught = with_its_head(supernet, trace(supernet.model, batch))
             optimizer.zero_grad()
             with mixture.active(shares):
                 kept = divergence(trace(supernet.model, batch), taught)
@@ -115,6 +117,12 @@ def router(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batch],
             parameters, architecture = mixture.most_probable(routed(number), wanted)
             proposed[architecture] = parameters
     return Proposals(sorted(((p, a) for a, p in proposed.items()), key=lambda point: point[0]))
+
+
+def with_its_head(supernet: SuperNetwork, states: HiddenStates) -> HiddenStates:
+    """States whose head stays the one of now, whatever becomes of its weights afterwards."""
+    weight = supernet.model.get_output_embeddings().weight.detach()
+    return replace(states, head=partial(head_of, supernet.model, weight=weight))
 
 
 @contextmanager

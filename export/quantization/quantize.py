@@ -367,8 +367,11 @@ def _exceptions(linear: LinearLayers, plan: SchemePlan, config: Mapping[str, Any
     if linear.tied:
         del bits[linear.head]
     exceptions = {n: "bfloat16" if b == 16 else f"{b} bits, rounded to nearest" for n, b in bits.items()}
-    if plan.bits is not None:
-        exceptions |= {name: "bfloat16" for name, asked in plan.bits.items() if asked == 16}
+    for name, asked in (plan.bits or {}).items():
+        if (stored := plan.format_of(name, linear.widths[name])[0]) != asked:
+            exceptions[name] = f"per-channel INT{stored} for {asked} bits (a width is no multiple of the group)"
+        elif asked == 16:
+            exceptions[name] = "bfloat16"
     instead = "bfloat16" if form_of(plan.scheme).auto_round else "per-channel INT8, rounded to nearest"
     return exceptions | dict.fromkeys(plan.left_out, f"{instead} (a width is no multiple of {AUTOROUND_STEP})")
 

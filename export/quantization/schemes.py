@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from supernet.architecture import StorageFormat
+from supernet.architecture import Architecture, StorageFormat
 
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "int8-auto-round", "int4-auto-round"]
 EmbeddingBits = Literal[16, 8, 4]
@@ -76,8 +76,7 @@ SCHEMES: dict[SchemeName, Scheme] = {
 
 
 MIXED = Scheme("", 2, 9.0)
-"""Of packages named `mixed`, whose layers have bits of their own, as a search of sizes and bits found them. The bound
-is that of the fewest."""
+"""Of packages named `mixed`, whose layers have bits of their own, as a search of sizes and bits found them."""
 FormName = Literal[SchemeName, "mixed"]
 
 
@@ -89,6 +88,15 @@ def in_transformers(name: str) -> TypeGuard[FormName]:
 def form_of(name: FormName) -> Scheme:
     """The scheme of a package, by the name in its record."""
     return MIXED if name == "mixed" else SCHEMES[name]
+
+
+def bound_of(name: FormName, bits: Architecture | None) -> float:
+    """What a package's proof allows; of a `mixed` one, what is allowed for the fewest of its `bits`."""
+    if name != "mixed" or bits is None:
+        return form_of(name).bound
+    outer = [asked for asked in (bits.embedding_bits, bits.head_bits) if asked]
+    inner = [asked for layer in bits.layers for asked in (layer.attention_bits, layer.ffn_bits) if asked]
+    return {2: SCHEMES["int2"], 3: SCHEMES["int3"], 4: SCHEMES["int4"], 8: SCHEMES["int8"]}[min(outer + inner)].bound
 
 
 def weight_format(shape: Sequence[int], bits: int, group_size: int) -> tuple[int, int]:

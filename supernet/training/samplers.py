@@ -21,7 +21,8 @@ Memory = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class TrainingRange:
-    """The sub-networks that are trained: the smallest and the largest one, and how to draw others.
+    """The sub-networks that are trained: the smallest and the largest one, the `sizes` in parameters between which
+    others are drawn, and how to draw them.
 
     `uniform` draws every gene uniformly, `near` a sub-network of about that many parameters. `cut` is the uniform cut
     (all layers alike) nearest to a number of parameters.
@@ -30,14 +31,10 @@ class TrainingRange:
     structure: Structure
     least: Architecture
     largest: Architecture
+    sizes: tuple[float, float]
     uniform: Callable[[np.random.Generator], Architecture]
     near: Callable[[np.random.Generator, float], Architecture]
     cut: Callable[[float], Architecture]
-
-    @property
-    def sizes(self) -> tuple[float, float]:
-        """Parameters of the smallest and the largest sub-network that are drawn, the latter just below `largest`."""
-        return self.structure.parameters(self.least), 0.98 * self.structure.parameters(self.largest)
 
 
 class Draw(Protocol):

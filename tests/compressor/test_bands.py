@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,8 +33,13 @@ def test_bands_share_the_range_evenly(tmp_path: Path) -> None:
     assert band_limits(job) == pytest.approx([0.8 * full, 0.6 * full])
     ranges = [training_range(job, band) for band in range(3)]
     parameters = job.structure.parameters
-    for above, below in itertools.pairwise(ranges):
-        assert above.least == below.largest  # the uniform cut at the limit is in both
+    # What is drawn in each is what is cut out of it: bands meet at the limits, whatever uniform cuts are near them.
+    assert [ranges[0].sizes[0], ranges[1].sizes[0]] == [ranges[1].sizes[1], ranges[2].sizes[1]] == band_limits(job)
+    rng = np.random.default_rng(0)
+    for band, range_ in enumerate(ranges):
+        low, high = range_.sizes
+        drawn = [parameters(range_.uniform(rng)) for _ in range(8)]
+        assert low < high and all(size >= low or band == 2 for size in drawn)
     assert ranges[0].largest == job.structure.base and parameters(ranges[2].least) < 0.5 * full
     assert [parameters(r.least) / full for r in ranges] == pytest.approx([0.8, 0.6, 0.4], abs=0.06)
 

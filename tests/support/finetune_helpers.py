@@ -25,6 +25,7 @@ def widths_near(rng: np.random.Generator, parameters: float) -> Architecture:
 
 
 def range_of(structure: Any) -> TrainingRange:
+    sizes = structure.parameters(SMALL), 0.98 * structure.parameters(structure.base)
     return TrainingRange(
-        structure, SMALL, structure.base, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT
+        structure, SMALL, structure.base, sizes, lambda rng: widths_near(rng, 0), widths_near, lambda parameters: CUT
     )

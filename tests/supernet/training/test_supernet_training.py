@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,6 @@ from supernet.training.samplers import (
     EvenSizes,
     ShiftedSizes,
     SizesAndCuts,
-    TrainingRange,
     UniformGenes,
 )
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet, heal, without_dropout
@@ -92,9 +92,7 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: PreTrainedModel)
     asked: list[float] = []
     structure = describe(network.config)
     uniform = widths_near(np.random.default_rng(5), 0)
-    range_ = TrainingRange(
-        structure, SMALL, structure.base, lambda rng: uniform, lambda rng, n: asked.append(n) or SMALL, lambda n: CUT
-    )
+    range_ = replace(range_of(structure), uniform=lambda rng: uniform, near=lambda rng, n: asked.append(n) or SMALL)
     rng = np.random.default_rng(1)
     low, high = range_.sizes
     for _ in range(2000):
