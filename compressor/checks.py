@@ -99,11 +99,12 @@ def check_finetuning(job: Job) -> None:
         if finetuning.shard or any(gene.kind == "hidden_size" for gene in job.space.genes):
             what = "finetuning.shard" if finetuning.shard else "a space that searches hidden_size"
             raise RequestError(f"finetuning.parameters: routed is not together with {what}")
-    largest = job.structure.parameters(largest_in_training(job))
-    if above := [size for size in sizes_searched_for(job) if size > largest]:
-        raise RequestError(
-            f"finetuning.largest_share: {above[0]:,} parameters are asked for, and no more than {largest:,} are trained"
-        )
+    if (largest := largest_in_training(job)) != job.structure.base:
+        most = job.structure.parameters(largest)
+        if above := [size for size in sizes_searched_for(job) if size > most]:
+            raise RequestError(
+                f"finetuning.largest_share: {above[0]:,} parameters are asked for, no more than {most:,} are trained"
+            )
     if finetuning.bands > 1:
         others = {
             "finetuning.parameters: routed": finetuning.parameters == "routed",

@@ -34,9 +34,8 @@ def inputs(tmp_path: Path, given: dict[str, Any]) -> tuple[Inputs, dict[str, Inp
     job.base_fingerprint, job.checkpoint = "b", SimpleNamespace(config=config, structure=describe(config))
     blocks: Any = SimpleNamespace(fingerprint="d", length=parts["finetuning"].get("sequence_length", 32))
     network = network_inputs(job, "a", blocks)
-    return network, {
-        folder.name: read for folder, read in package_inputs(job, {"name": "best"}, network, blocks).items()
-    }
+    picked = {"name": "best", "architecture": job.structure.base.to_dict()}
+    return network, {folder.name: read for folder, read in package_inputs(job, picked, network, blocks).items()}
 
 
 def test_what_is_read_is_what_counts(tmp_path: Path) -> None:
