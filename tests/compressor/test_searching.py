@@ -272,13 +272,15 @@ def test_workers_share_the_cores(made: Made, tmp_path: Path, monkeypatch: pytest
     try:
         recipe = Run(tmp_path / "run").recipe().model_dump() | {"batch_tokens": 512}
         recipe["searching"]["workers"] = 2
+        made_base = Job(Run(tmp_path / "run"), Run(tmp_path / "run").recipe()).structure.base
         for _ in range(2):
-            worker = subnets.open_scorer(tmp_path / "run", recipe)
-            assert worker.scorer.lm.workers == 2 and torch.get_num_threads() == 1
+            _, scorer = subnets.open_scorer(tmp_path / "run", recipe).open(made_base)
+            assert scorer.lm.workers == 2 and torch.get_num_threads() == 1
         job = Job(Run(tmp_path / "run"), read_recipe(tmp_path / "run" / "recipe.yaml", {}))
         assert job.scorer(job.load_base()).lm.workers == 5
         assert asked == [2, 5]  # found out once for each share of the cores
-        assert subnets.open_scorer(tmp_path / "run", recipe).scorer.lm.workers == 2 and asked == [2, 5]
+        _, scorer = subnets.open_scorer(tmp_path / "run", recipe).open(made_base)
+        assert scorer.lm.workers == 2 and asked == [2, 5]
     finally:
         torch.set_num_threads(threads)
 

@@ -204,7 +204,7 @@ def test_every_preset_suits_every_family(model: PreTrainedModel, preset: str) ->
     assert not names & headless and (preset != "fine" or sparse <= names)
     for architecture in space.decode_all(sample(space, np.random.default_rng(0), 3)):
         assert space.decode(space.encode(architecture)) == architecture
-        standalone = extract(model, structure, architecture)
+        standalone = extract(model, structure, architecture.without_bits())
         assert structure.parameters(architecture) == sum(p.numel() for p in standalone.parameters())
     members = uniform_members(space, 6)
     assert all(member.is_uniform_in(structure.base) for member in members)
