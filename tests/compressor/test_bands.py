@@ -77,12 +77,7 @@ def test_what_bands_are_not_together_with(
 
 def test_the_whole_job(tmp_path: Path) -> None:
     """Two sizes, each cut bit for bit out of the super-network of its band; the search scored them there."""
-    model, tasks = tiny.checkpoint(tmp_path / "m"), tiny.task(tmp_path / "tasks", documents=40)
-    recipe = {
-        "model": str(model),
-        "data": str(tiny.data(tmp_path / "d.jsonl")),
-        "tasks": ["tiny_choice"],
-        "include_path": str(tasks),
+    recipe = tiny.job_recipe(tmp_path) | {
         "finetuning": {"bands": 2, "tokens": 2560, "batch_size": 4, "sequence_length": 32, "smallest_share": 0.5},
         "searching": {"evaluations": 8, "population": 4, "limit": 8, "objectives": ["held_out_loss", "parameters"]},
         "healing": {"tokens": 0},

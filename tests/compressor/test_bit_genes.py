@@ -25,12 +25,7 @@ SPACE = {"ffn.*": [0, 32, 64], "kv.*": [1, 2], "attention_bits.*": [2, 4, 8, 16]
 
 def test_the_whole_job(tmp_path: Path) -> None:
     """The package holds what was scored: the same logits, and the bytes that were counted, but for the header."""
-    model, tasks = tiny.checkpoint(tmp_path / "m"), tiny.task(tmp_path / "tasks", documents=40)
-    recipe = {
-        "model": str(model),
-        "data": str(tiny.data(tmp_path / "d.jsonl")),
-        "tasks": ["tiny_choice"],
-        "include_path": str(tasks),
+    recipe = tiny.job_recipe(tmp_path) | {
         "finetuning": {"tokens": 0, "sequence_length": 32},
         "searching": {"evaluations": 12, "population": 6, "limit": 8, "objectives": ["held_out_loss", "bytes"]},
         "repair": {"enabled": False},

@@ -143,12 +143,7 @@ def test_what_cannot_be_routed(name: str, rank: int, message: str) -> None:
 
 def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The package is what was searched, with the changes of its sizes in its weights; a repair is refused."""
-    model, tasks = tiny.checkpoint(tmp_path / "m"), tiny.task(tmp_path / "tasks", documents=40)
-    recipe = {
-        "model": str(model),
-        "data": str(tiny.data(tmp_path / "d.jsonl")),
-        "tasks": ["tiny_choice"],
-        "include_path": str(tasks),
+    recipe = tiny.job_recipe(tmp_path) | {
         "finetuning": {"parameters": "routed", "lora_rank": 4, "tokens": 2560, "batch_size": 4, "sequence_length": 32},
         "searching": {"evaluations": 6, "population": 4, "limit": 8},
         "healing": {"tokens": 0},

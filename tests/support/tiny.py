@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -92,3 +93,13 @@ def task(folder: Path, name: str = "tiny_choice", documents: int = 24, solved: b
         "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
     )
     return folder
+
+
+def job_recipe(folder: Path) -> dict[str, Any]:
+    """The beginning of a recipe for a whole job: a tiny network, text and task, made in a folder."""
+    return {
+        "model": str(checkpoint(folder / "m")),
+        "data": str(data(folder / "d.jsonl")),
+        "tasks": ["tiny_choice"],
+        "include_path": str(task(folder / "tasks", documents=40)),
+    }

@@ -148,12 +148,7 @@ def test_gradient_checkpointing_changes_no_gradient(network: PreTrainedModel) ->
 
 
 def test_the_whole_job_with_adapters(tmp_path: Path) -> None:
-    model, tasks = tiny.checkpoint(tmp_path / "m"), tiny.task(tmp_path / "tasks", documents=40)
-    recipe = {
-        "model": str(model),
-        "data": str(tiny.data(tmp_path / "d.jsonl")),
-        "tasks": ["tiny_choice"],
-        "include_path": str(tasks),
+    recipe = tiny.job_recipe(tmp_path) | {
         "finetuning": {"parameters": "lora", "lora_rank": 4, "tokens": 2560, "batch_size": 4, "sequence_length": 32},
         "searching": {"evaluations": 6, "population": 4, "limit": 8},
         "healing": {"tokens": 128},
@@ -166,7 +161,10 @@ def test_the_whole_job_with_adapters(tmp_path: Path) -> None:
     facts = json.loads((output / "supernet" / "manifest.json").read_text())["finetune"]
     assert facts["parameters"] == "lora" and facts["tokens"] == 2560
     assert facts["curve"][-1]["smallest"] < facts["curve"][0]["smallest"]
-    before, after = load_file(model / "model.safetensors"), load_file(output / "supernet" / "model.safetensors")
+    before, after = (
+        load_file(tmp_path / "m" / "model.safetensors"),
+        load_file(output / "supernet" / "model.safetensors"),
+    )
     assert after.keys() == before.keys()
     ordering = load_file(output / "supernet" / "ordering.safetensors")
     rows = ordering["0.ffn"]
