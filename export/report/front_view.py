@@ -233,13 +233,7 @@ def _data(items: Sequence[Item], report: Report, further: Sequence[str]) -> dict
     kinds: dict[tuple[int, ...], int] = {}
 
     def word(architecture: Architecture) -> list[int]:
-        return [
-            kinds.setdefault(
-                astuple(layer),
-                len(kinds),
-            )
-            for layer in architecture.layers
-        ]
+        return [kinds.setdefault(astuple(layer), len(kinds)) for layer in architecture.layers]
 
     numbers = [word(item.architecture) if item.architecture else None for item in items]
     digits = next(n for n in range(1, 9) if 36**n >= len(kinds))

@@ -41,6 +41,13 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert architecture.has_bits and (output / "search" / "bits.json").is_file()
     record = read_record(output / "packages" / "best-mixed")
     assert record.entry.quantization == "mixed" and weight_bytes(output / "packages" / "best-mixed") < 60_000
+    gone = "\N{EN DASH}"
+    layers = [
+        f"{i}: {(s.attention_bits or 16) if s.num_key_value_heads else gone} and "
+        f"{(s.ffn_bits or 16) if s.intermediate_size else gone}; "
+        for i, s in enumerate(architecture.layers)
+    ]
+    assert "".join(layers) in (output / "packages" / "best-mixed" / "README.md").read_text()
     # What was scored: the super-network with the bits on.
     job = Job(Run(output), Run(output).recipe())
     supernet = job.load_supernet()
