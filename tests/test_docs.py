@@ -75,6 +75,24 @@ def test_every_command_of_a_page_is_a_true_one(page: str) -> None:
     assert {words: why for words, why in found.items() if why} == {}
 
 
+def rows_without_header(text: str) -> list[str]:
+    """Table rows that a blank line cut off from their table: Markdown shows their bars as text."""
+    lines = FENCED.sub("", text).splitlines()
+    first = [at for at, line in enumerate(lines) if line.startswith("|") and not lines[at - 1].startswith("|")]
+    return [lines[at] for at in first if not re.match(r"\|[ :]*--", (lines + [""])[at + 1])]
+
+
+@pages
+def test_no_blank_line_cuts_a_table(page: str) -> None:
+    assert rows_without_header((ROOT / page).read_text()) == []
+
+
+def test_rows_without_a_header_are_found() -> None:
+    table = "\n| a | b |\n|---|--:|\n| 1 | 2 |\n"
+    assert rows_without_header(table) == []
+    assert rows_without_header(table + "\n| 3 | 4 |\n") == ["| 3 | 4 |"]
+
+
 def test_false_commands_are_found() -> None:
     text = "\n".join(
         [
