@@ -196,7 +196,7 @@ def fine(arguments: argparse.Namespace) -> None:
     names, seeds = arguments.algorithms.split(","), range(arguments.seeds)
     results = {(name, seed): run.search(name, seed, arguments.evaluations) for seed in seeds for name in names}
     share = HypervolumeShare(np.vstack([run.costs(result) for result in results.values()]))
-    marks = [m for m in (30, 60, 90, 120, 250) if m <= arguments.evaluations]
+    marks = [m for m in (30, 40, 60, 90, 120, 250) if m <= arguments.evaluations]
     print(
         f"{len({e.architecture for result in results.values() for e in result.evaluations}):,} sub-networks measured "
         f"on {arguments.documents} documents of {run.task}; population {run.population}, {arguments.seeds} seeds\n"
