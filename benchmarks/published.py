@@ -1,7 +1,7 @@
 """LLaMA-NAS and InstaTune as published, and this tool's own way: whole jobs at equal tokens, evaluations and size.
 
     python -m benchmarks.published FOLDER [--checkpoint DIR --data FILE --include-path DIR --tasks A,B]
-        [--size 0.67] [--tokens 400000] [--evaluations 100] [--ways llama-nas,instatune,ours]
+        [--size 0.67] [--tokens 400000] [--evaluations 100] [--ways llama-nas,instatune,ours] [--rounding-steps 0]
 
 The first two are the recipes of these names, with the tokens, evaluations and documents that are said here, and batches
 and learning rates that suit them. Ours searches the base as it is, repaired, and heals the pick on all tokens. A run
@@ -64,10 +64,12 @@ def main() -> None:
         evaluations=(100, "of the search"),
         limit=(100, "documents of each task in the search"),
         ways=(",".join(CLAIMS), "comma-separated"),
+        rounding_steps=(-1, "of the base in int4, which no row is of; negative: as the recipes say"),
     )
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     rows: dict[str, list[str]] = {}
+    rounding = {} if arguments.rounding_steps < 0 else {"quantizing.iterations": arguments.rounding_steps}
     for way in arguments.ways.split(","):
         result = compress(
             arguments.checkpoint,
@@ -77,7 +79,7 @@ def main() -> None:
             include_path=arguments.include_path,
             tasks=arguments.tasks,
             max_params=arguments.size,
-            settings=settings_of(way, arguments.tokens, arguments.evaluations, arguments.limit),
+            settings=settings_of(way, arguments.tokens, arguments.evaluations, arguments.limit) | rounding,
         )
         rows[way] = row_of(result)
     print_header(

@@ -10,7 +10,7 @@ import torch
 from compressor.generated import generated_fingerprint, generated_rows
 from compressor.job import Job
 from export.shards import weight_files
-from supernet.common.files import content_fingerprint
+from supernet.common.files import content_fingerprint, fingerprint
 from supernet.training.data import Blocks, pack, pack_rows
 from supernet.training.sources import Row, is_generated, local_files, read_rows
 
@@ -33,14 +33,20 @@ def calibration_blocks(job: Job) -> int:
 
 
 def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
-    """Token ids of the first blocks, which all criteria of importance share."""
-    return [batch.ids for batch in blocks[: calibration_blocks(job)].to(job.device).split(8)]
+    """Token ids of the first blocks that are trained on, which all criteria of importance share."""
+    return [batch.ids for batch in blocks.split()[0][: calibration_blocks(job)].to(job.device).split(8)]
 
 
 def text_fingerprint(job: Job, tokens: int) -> str:
     """Of the training text that a training of so many tokens reads."""
     source = job.recipe.data or ""
     return generated_fingerprint(job, tokens) if is_generated(source) else data_fingerprint(source)
+
+
+def rows_fingerprint(job: Job, tokens: int) -> str:
+    """The same, and of the column of it that is read."""
+    text, key = text_fingerprint(job, tokens), job.recipe.text_key
+    return text if key is None else fingerprint([text, key])
 
 
 def data_fingerprint(source: str) -> str:

@@ -46,6 +46,13 @@ def hypervolume(values: Costs, reference: Sequence[float] | Costs) -> float:
     return float(HV(ref_point=np.asarray(reference, dtype=float))(inside)) if len(inside) else 0.0
 
 
+def hypervolume_in(values: Costs, best: Costs, worst: Costs) -> float:
+    """The same, in units of the box from `best` to `worst`. An objective in which the box has no extent is left out."""
+    wide = worst > best
+    size = (worst - best)[wide]
+    return hypervolume((values[:, wide] - best[wide]) / size, np.ones(len(size))) if wide.any() else 0.0
+
+
 def spread(values: Costs, n: int, occupied: Costs | None = None) -> list[int]:
     """Indices of `n` rows, or of all, each the farthest from those chosen before it and from `occupied`, distances in
     units of the columns' ranges. Where nothing is occupied, the row of the least first objective comes first."""

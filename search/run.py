@@ -15,7 +15,7 @@ from search.algorithms import algorithm as algorithm_named
 from search.algorithms.greedy import Greedy
 from search.multi_fidelity import ScreeningFilter
 from search.objectives import Constraint, Evaluation, EvaluationRecord, Objective, check, number
-from search.pareto import Costs, costs, front, hypervolume, violations
+from search.pareto import Costs, costs, front, hypervolume_in, violations
 from search.sampling import sample_sizes
 from search.space import SearchSpace
 from supernet.architecture import Architecture
@@ -380,5 +380,4 @@ def _hypervolume(result: SearchResult, best: Costs, worst: Costs) -> float:
     values = costs(full, result.objectives)
     feasible = ~(violations(full, result.constraints) > 0).any(axis=1)
     values = values[np.isfinite(values).all(axis=1) & feasible]
-    size = np.where(worst > best, worst - best, 1.0)
-    return hypervolume((values - best) / size, (worst - best) / size)
+    return hypervolume_in(values, best, worst)

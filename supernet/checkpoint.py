@@ -119,6 +119,8 @@ def open_checkpoint(
     shapes = _check_weights(name, path) if weights else {}
     if weights:
         _untie(name, path, config)
+        if getattr(config, "dtype", None) is None:
+            config.dtype = WeightFiles(path).dtype
     if weights and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise RequestError(f"{name}: no tokenizer in {path} (tokenizer.json or tokenizer.model); copy it there")
     with reading(f"{name}: no network can be built from config.json"):

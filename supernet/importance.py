@@ -95,13 +95,15 @@ def taylor(supernet: SuperNetwork, batches: Batches) -> Scores:
     return _not_empty(scores)
 
 
-def learned(supernet: SuperNetwork, batches: Batches) -> Scores:
+def learned(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
     """Scores of masks learnt on frozen weights, starting in Wanda's order (Lottery Jackpots, `learned_masks`)."""
     batches = list(batches)
     first = wanda(supernet, batches)
     learnt: Scores = {}
     for kinds in (("kv", "ffn"), ("query",), ("hidden",)):  # one after another: masks of one kind hide another's effect
-        learnt |= learn_masks(supernet, batches, {units: first[units] for units in first if units[1] in kinds})
+        learnt |= learn_masks(
+            supernet, batches, {units: first[units] for units in first if units[1] in kinds}, seed=seed
+        )
     return first | learnt
 
 
@@ -128,7 +130,7 @@ def random(supernet: SuperNetwork, batches: Batches, seed: int = 0) -> Scores:
     }
 
 
-IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
+IMPORTANCES: dict[str, Callable[..., Scores]] = {
     "magnitude": magnitude,
     "activation": activation,
     "wanda": wanda,
@@ -137,16 +139,21 @@ IMPORTANCES: dict[str, Callable[[SuperNetwork, Batches], Scores]] = {
     "surgeon": surgeon,
     "random": random,
 }
+OF_CHANCE = ("learned", "random")
+"""Those that draw, and so take a seed."""
 OF_ACTIVATIONS = ("activation", "wanda")
 """Those that take one pass of the whole network over the batches, and change nothing in it."""
 
 
-def importance_and_influence(criterion: str, supernet: SuperNetwork, batches: Batches) -> tuple[Scores, list[float]]:
+def importance_and_influence(
+    criterion: str, supernet: SuperNetwork, batches: Batches, seed: int = 0
+) -> tuple[Scores, list[float]]:
     """A criterion's scores, and `block_influence`; from one pass over the batches where the criterion is of
-    activations."""
+    activations. The seed is for those that draw."""
     batches = list(batches)
     if criterion not in OF_ACTIVATIONS:
-        return IMPORTANCES[criterion](supernet, batches), block_influence(supernet, batches)
+        drawn = {"seed": seed} if criterion in OF_CHANCE else {}
+        return IMPORTANCES[criterion](supernet, batches, **drawn), block_influence(supernet, batches)
     with _InfluenceProbe(supernet) as probe:
         scores = IMPORTANCES[criterion](supernet, batches)
     return scores, probe.influence()

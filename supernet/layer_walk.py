@@ -123,5 +123,8 @@ def residual_scale(supernet: SuperNetwork, ids: Tensor) -> float | None:
         walk = LayerWalk(supernet, [ids])
         for number in range(index + 1):
             walk.step(number)
-    gap = ends[1] - ends[0] - scale * sum(added)
-    return scale if float(gap.abs().max()) <= 0.01 * float((ends[1] - ends[0]).abs().max()) else None
+    first, last = (end.float() for end in ends)
+    gap, change = last - first - scale * sum(output.float() for output in added), last - first
+    # What the additions round away, in the precision that is computed in, is no gap.
+    rounding = torch.finfo(ends[1].dtype).eps * float(torch.maximum(first.abs(), last.abs()).max())
+    return scale if float(gap.abs().max()) <= 0.01 * float(change.abs().max()) + 2 * rounding else None

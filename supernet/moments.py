@@ -31,8 +31,10 @@ RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 RIDGES_OF_WIDE = (1e-3, 1e-2, 1e-1)
 """The same where there are more than `WIDE` inputs, since trying one takes a factorisation."""
 WIDE = 4096
-HELD_OUT_ROWS = 4
-"""One row of the calibration text in so many is held out to choose ridges by."""
+HELD_OUT_PARTS = 4
+"""One part of the calibration text in so many is held out to choose ridges by."""
+LONGEST_PART = 1024
+"""Tokens of a part: a row, or as many of a longer one."""
 JUDGED_OUTPUTS = 64
 """Outputs of a projection, about so many, whose errors judge a ridge."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
@@ -146,9 +148,9 @@ class Sums:
 
 def is_held_out(tokens: int, length: int, first_row: int) -> Tensor:
     """Which of the tokens of a batch, in rows of `length`, are held out, [tokens]; its first row is number `first_row`
-    of the text."""
-    rows = first_row + torch.arange(tokens) // length
-    return rows % HELD_OUT_ROWS == HELD_OUT_ROWS - 1
+    of the text. Of long rows, parts are held out: a text may have few of them."""
+    parts = (first_row * length + torch.arange(tokens)) // min(length, LONGEST_PART)
+    return parts % HELD_OUT_PARTS == HELD_OUT_PARTS - 1
 
 
 @dataclass(frozen=True)
@@ -208,15 +210,16 @@ def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> f
     inputs = weight.shape[1]
     counts = [max(1, round(share * inputs)) for share in JUDGED_SHARES]
     second, judged = training.moments(centred)[0], held.moments(centred)[0]
+    plain = held.moments(False)[0]  # the bias of a plain slice does not carry what the removed inputs meant
     if inputs > WIDE:  # half the time and memory, and precise enough for ridges of that many inputs
-        weight, second, judged = weight.float(), second.float(), judged.float()
+        weight, second, judged, plain = weight.float(), second.float(), judged.float(), plain.float()
 
-    def error(count: int, refitted: Tensor) -> float:
+    def error(count: int, refitted: Tensor, judged: Tensor = judged) -> float:
         gap = weight.clone()
         gap[:, :count] -= refitted
         return float(((gap @ judged) * gap).sum())
 
-    sliced = [max(error(count, weight[:, :count]), 1e-300) for count in counts]
+    sliced = [max(error(count, weight[:, :count], plain), 1e-300) for count in counts]
 
     def ratios(ridge: float) -> float:
         factor = factorised(second, ridge)

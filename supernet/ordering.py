@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure, TensorSpec, Unit, unit_counts
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
 
 Units = tuple[int | None, Unit]
 """Which units of the network: `(3, "ffn")` are layer 3's neurons, `(3, "kv")` its key-value groups, `(3, "query")` the
@@ -172,6 +172,14 @@ def stored_influence(path: Path) -> list[float] | None:
     """The block influence of each layer from a file of `save_ordering`; None where it has none."""
     with safe_open(path, "pt") as stored:
         return json.loads((stored.metadata() or {}).get("block_influence", "null"))
+
+
+def has_hidden(path: Path) -> bool:
+    """Whether a file of `save_ordering` has an order of residual channels."""
+    if not path.is_file():
+        return False
+    with reading(f"{path}: not an ordering"), safe_open(path, "pt") as stored:
+        return _name((None, "hidden")) in stored.keys()  # noqa: SIM118 - no mapping
 
 
 def load_ordering(path: Path, structure: Structure) -> Order:

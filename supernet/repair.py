@@ -310,10 +310,9 @@ class _Sequence:
             return
         biased = projection.bias() is not None
         weight, ridge = refit(start, training, held_out, biased)
-        if math.isinf(ridge):
-            return
-        self.tensors[projection.weight_name] = projection.stored(weight)
-        if biased:
+        if math.isfinite(ridge):
+            self.tensors[projection.weight_name] = projection.stored(weight)
+        if biased:  # it carries the means in any case
             both = training + held_out
             self.tensors[projection.bias_name] = projection.stored((both.t - weight @ both.x) / both.tokens)
 

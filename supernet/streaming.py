@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Names of dtypes in safetensors files."""
+
+
 class WeightFiles:
     """The tensors of a checkpoint's safetensors files, by name; each is read by `read`."""
 
@@ -50,6 +54,16 @@ class WeightFiles:
     def __iter__(self) -> Iterator[str]:
         """The tensors' names, shard by shard."""
         return iter(self._files)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor of floats; float32 where there is none."""
+        for name, file in self._files.items():
+            with safe_open(file, "pt") as tensors:
+                stored = tensors.get_slice(name).get_dtype()
+            if stored in FLOATS:
+                return FLOATS[stored]
+        return torch.float32
 
     def read(self, name: str) -> Tensor:
         """One tensor. It is read and not mapped, since the pages of a mapped file would count as this process's."""

@@ -17,7 +17,7 @@ from compressor.stages.score_keys import score_keys
 from compressor.stages.subnet_scores import known_scores
 from evals.quality import DEFINITION, QualityScale
 from search.objectives import Constraint, Evaluation, Objective
-from search.pareto import costs, hypervolume, violations
+from search.pareto import costs, hypervolume_in, violations
 from search.pareto import front as pareto_front
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
@@ -95,7 +95,6 @@ def _hypervolumes(
     values, generation = costs(evaluations, objectives), np.array([e.generation for e in evaluations])
     usable = np.isfinite(values).all(axis=1)
     first = values[usable & (generation == 0)]
-    best, size = first.min(0), np.where(np.ptp(first, axis=0) > 0, np.ptp(first, axis=0), 1.0)
-    worst = (first.max(0) - best) / size
+    best, worst = first.min(0), first.max(0)
     usable &= ~(violations(evaluations, constraints) > 0).any(axis=1) & np.array([e.full for e in evaluations])
-    return [hypervolume((values[usable & (generation <= g)] - best) / size, worst) for g in range(number)]
+    return [hypervolume_in(values[usable & (generation <= g)], best, worst) for g in range(number)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from compressor.inputs import text_fingerprint
+from compressor.inputs import rows_fingerprint
 from compressor.job import Job
 from search.objectives import Direction
 from search.scores import ScoreKey, Split
@@ -90,6 +90,6 @@ def task_key(job: Job, task: ScoredTask, split: Split, limit: int | None = None)
 def held_out_keys(job: Job, names: Sequence[str], blocks: int = HELD_OUT_BLOCKS) -> Keys:
     """Where the store keeps what is measured on so many blocks of held-out text."""
     settings = job.recipe.finetuning
-    text = [text_fingerprint(job, settings.tokens or 0), settings.sequence_length, settings.tokens, blocks]
+    text = [rows_fingerprint(job, settings.tokens or 0), settings.sequence_length, settings.tokens, blocks]
     documents = fingerprint(text)
     return {name: ScoreKey(name + precision(job), documents, name, higher_is_better=False) for name in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compressor.inputs import LARGE, text_fingerprint, training_blocks
+from compressor.inputs import LARGE, rows_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
@@ -92,7 +92,7 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
-    text = text_fingerprint(job, 0)
+    text = rows_fingerprint(job, 0)
     inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
     inputs += [*repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
@@ -133,7 +133,7 @@ def losses_by_bits(job: Job) -> Losses:
     measured before."""
     genes = [gene for gene in job.space.genes if gene.kind in BITS]
     asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values[:-1]]  # later layers first: less is new
-    inputs = fingerprint([searched_weights(job), job.space.to_dict(), text_fingerprint(job, 0)])
+    inputs = fingerprint([searched_weights(job), job.space.to_dict(), rows_fingerprint(job, 0)])
     file = job.run.search / "bits.json"
     if not file.is_file() or read_json(file)["inputs"] != inputs:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
@@ -155,7 +155,7 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
     sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
-    inputs = [job.run.supernet_weights, job.space.to_dict(), text_fingerprint(job, 0), sizes]
+    inputs = [job.run.supernet_weights, job.space.to_dict(), rows_fingerprint(job, 0), sizes]
     inputs += [*repair_inputs(job).values()]
     file = job.run.search / f"proposals-{method.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HARMLESS = (
-    "_token_id",
-    "_length",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "max_length",
     "_version",
     "_from_model_config",
     "temperature",
@@ -51,7 +54,9 @@ class Generator:
     def _is_plain(self) -> bool:
         """Whether the network's own generation settings leave greedy decoding as it is."""
         own = getattr(self.model, "generation_config", None)
-        return own is None or all(any(part in name for part in HARMLESS) for name in own.to_diff_dict())
+        return own is None or all(
+            any(part in name for part in HARMLESS) and not name.startswith("forced_") for name in own.to_diff_dict()
+        )
 
     def _stops(self, until: list[str]) -> Callable[[list[int]], bool]:
         """Whether the tokens written so far end a document: lm-eval's criterion, and the network's end of sequence."""

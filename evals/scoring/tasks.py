@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +74,8 @@ class ScoredTask:
     def aggregate(
         self, values: Sequence[float], stderrs: Sequence[float | None], sizes: Sequence[int]
     ) -> tuple[float, float | None]:
-        """Value and standard error from those of the subtasks, as lm-eval's group aggregates them."""
+        """Value and standard error from those of the subtasks, as lm-eval's group aggregates them. A subtask without
+        documents takes no part; without any, the value is no number."""
         if self.group is None:
             return values[0], stderrs[0]
         only = dataclasses.replace(self.group, aggregate_metric_list=[self._aggregate()])
@@ -81,7 +83,10 @@ class ScoredTask:
         rows = {
             subtask.name: {self.key: value, error_key: "N/A" if error is None else error, "sample_len": size}
             for subtask, value, error, size in zip(self.subtasks, values, stderrs, sizes, strict=True)
+            if size
         }
+        if not rows:
+            return math.nan, None
         result = only.aggregate(rows)
         error = result[error_key]
         return float(result[self.key]), None if error == "N/A" else float(error)

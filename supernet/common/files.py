@@ -81,8 +81,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the files in a folder the mode of any new file; safetensors lets only their owner read those it writes."""
-    for file in folder.iterdir():
+    """Give all files in a folder the mode of any new file; safetensors lets only their owner read those it writes."""
+    for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(NEW_FILE & ~UMASK)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from decimal import Decimal
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e\+?\d{1,2})?"
@@ -25,6 +26,11 @@ def size(number: float) -> str:
         if abs(number) >= 0.9995 * scale:
             return f"{_three_digits(number / scale)} {unit}"
     return f"{number:.0f} B"
+
+
+def shell_word(path: object) -> str:
+    """A path as one word of a shell's line."""
+    return shlex.quote(str(path))
 
 
 def percent(share: float) -> str:

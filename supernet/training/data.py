@@ -147,7 +147,9 @@ def _encode_completion(prompt: str, completion: str, tokenizer: PreTrainedTokeni
     before = tokenizer(prompt, verbose=False).input_ids
     if before and before[-1] == tokenizer.eos_token_id:
         before = before[:-1]
-    ids = _ended([*before, *tokenizer(completion, add_special_tokens=False, verbose=False).input_ids], tokenizer)
+    ids = [*before, *tokenizer(completion, add_special_tokens=False, verbose=False).input_ids]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)  # to end is part of the answer
     return ids, [IGNORED] * len(before) + ids[len(before) :]
 
 

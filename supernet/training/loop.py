@@ -198,7 +198,7 @@ def train(
     accelerator: Accelerator,
     measure: Callable[[], Losses] | None = None,
     rule: Rule | None = None,
-    inactive: Callable[[], Inactive] | None = None,
+    ended: Callable[[], Inactive] | None = None,
     memory: dict[str, list[float]] | None = None,
     parameters: dict[str, nn.Parameter] | None = None,
 ) -> History:
@@ -206,8 +206,8 @@ def train(
 
     `what` names the work on the progress bar. `state` is the file that a killed run continues from. `measure` gives the
     held-out losses of a point of the curve, and `rule` says by them which state is kept; without it, the last one is.
-    `inactive` says after a step what no member of it used. `memory` is what a step remembers from earlier ones.
-    `parameters` are what is trained, by name: without it, all of the model.
+    `ended` is called after a step, and says what no member of it used. `memory` is what a step remembers from earlier
+    ones. `parameters` are what is trained, by name: without it, all of the model.
     """
     # 1. The optimizer, and the state of an interrupted run where there is one.
     parameters = dict(model.named_parameters()) if parameters is None else parameters
@@ -236,7 +236,7 @@ def train(
                 group["lr"] = settings.slowed_rate(number, history.halved)
             torch.manual_seed(settings.seed * 1_000_003 + number)
             loss = _gradients(data, settings, number, step, accelerator, history)
-            unused = inactive() if inactive is not None else {}
+            unused = ended() if ended is not None else {}
             _sum_gradients(parameters, unused, accelerator)
             clip_gradients(parameters.values(), settings.clip)
             if isfinite(loss) or watch is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -71,6 +72,8 @@ class ElasticStep:
     members: list[Member] = field(default_factory=list)
     """The members of the step `number`."""
     number: int = -1
+    seen: dict[Architecture, list[tuple[int, float]]] = field(default_factory=dict)
+    """Tokens learnt from and loss, of each random member in each part of the step's batch."""
 
     @property
     def strong_steps(self) -> int:
@@ -78,7 +81,8 @@ class ElasticStep:
         return round(self.scheme.strong_teacher * self.settings.steps)
 
     def __call__(self, number: int, batch: Batch, backward: Backward) -> float:
-        """Forward and backward of every member over a part of the batch. Returns the first member's loss."""
+        """Forward and backward of every member over a part of the batch. Returns the first member's loss, or NaN where
+        another member's is not finite."""
         # 1. The members, the same for all parts of an accumulated batch.
         if self.number != number:
             generator = np.random.default_rng([self.settings.seed, number])
@@ -100,20 +104,25 @@ class ElasticStep:
         losses = []
         for member in self.members:
             supernet.activate(member.architecture)
-            with self.accelerator.autocast(), without_dropout(supernet.model, member.role != "largest"):
-                student = trace(supernet.model, batch, self.recorder)
-                loss = self.scheme.loss(student, teacher)
-            if member.role == "largest" and number >= self.strong_steps:
-                teacher = student.detached()
-            if member.role == "random":
-                mean = self.accelerator.reduce(loss.detach(), reduction="mean")
-                self.draw.observe(member.architecture, float(mean))
-            losses.append(float(loss.detach()))
-            backward(loss)
-        return losses[0]
+            with without_dropout(supernet.model, member.role != "largest"):
+                with self.accelerator.autocast():
+                    student = trace(supernet.model, batch, self.recorder)
+                    loss = self.scheme.loss(student, teacher)
+                if member.role == "largest" and number >= self.strong_steps:
+                    teacher = student.detached()
+                if member.role == "random":
+                    mean = self.accelerator.reduce(loss.detach(), reduction="mean")
+                    self.seen.setdefault(member.architecture, []).append((int(batch.learnt.sum()), float(mean)))
+                losses.append(float(loss.detach()))
+                backward(loss)  # within, as gradient checkpointing computes the layers again
+        return losses[0] if all(map(isfinite, losses)) else nan
 
-    def inactive(self) -> Inactive:
-        """The slices that no member of the last step used."""
+    def ended(self) -> Inactive:
+        """The step is over: the draw learns what the random members lost, whatever parts the batch was computed in.
+        Returns the slices that no member used."""
+        for architecture, parts in self.seen.items():
+            self.draw.observe(architecture, sum(n * loss for n, loss in parts) / sum(n for n, _ in parts))
+        self.seen.clear()
         return self.parameters.inactive([member.architecture for member in self.members])
 
 
@@ -158,7 +167,7 @@ def finetune_supernet(
             accelerator=accelerator,
             measure=measure if watched else None,
             rule=Rule(("asked",) if "asked" in (watched or {}) else ("middle", "smallest"), "largest", TOLERANCE),
-            inactive=step.inactive,
+            ended=step.ended,
             memory=memory,
             parameters=parameters.trained,
         )

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from search.objectives import Computer, Constraint, Evaluation, Objective, choose, computed
-from search.pareto import Target, contenders, costs, front, hypervolume, knee, non_dominated, ranks, spread, violations
+from search.pareto import (
+    Target,
+    contenders,
+    costs,
+    front,
+    hypervolume,
+    hypervolume_in,
+    knee,
+    non_dominated,
+    ranks,
+    spread,
+    violations,
+)
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import SMALL, quality
@@ -164,3 +176,10 @@ def test_quality_by_formula_is_one_for_the_base_only() -> None:
     space = SearchSpace.preset("fine", SMALL, step=64)
     scores = [quality(SMALL, a) for a in space.architectures()]
     assert max(scores) == 1 and scores.count(1) == 1
+
+
+def test_an_objective_without_extent_is_left_out_of_the_box() -> None:
+    values = np.array([[1.0, 7.0, 3.0], [2.0, 7.0, 1.0]])
+    best, worst = np.array([0.0, 7.0, 0.0]), np.array([4.0, 7.0, 4.0])
+    assert hypervolume_in(values, best, worst) == pytest.approx((3 * 1 + 2 * 3 - 2 * 1) / 16)
+    assert hypervolume_in(values, best, best) == 0.0

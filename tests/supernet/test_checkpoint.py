@@ -131,3 +131,14 @@ def test_the_scale_of_weights_is_that_of_the_layers_matrices(folder: Path) -> No
     share = 1 / len({0, (last + 1) // 2, last})  # of the layers that are looked at
     expected = (share * 0.5**2 + (1 - share) * 0.25**2) ** 0.5
     assert open_checkpoint(str(folder)).weight_scale() == pytest.approx(expected)
+
+
+def test_a_dtype_that_the_configuration_does_not_say_is_that_of_the_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(str(folder))
+    base = checkpoint.structure.base
+    assert checkpoint.structure.bytes(base) == 2 * checkpoint.structure.parameters(base)

@@ -23,6 +23,7 @@ from supernet.moments import (
     choose_ridge,
     factorised,
     gather,
+    is_held_out,
     layer_file,
     load_moments,
     prefix_weight,
@@ -337,3 +338,10 @@ def test_another_residual_width_is_not_repaired() -> None:
     supernet = SuperNetwork(tiny_network("llama"))
     with pytest.raises(ValueError, match="residual width"):
         repair_in_sequence(supernet, Architecture(24, supernet.base.layers), text())
+
+
+def test_long_rows_are_held_out_in_parts() -> None:
+    held = is_held_out(8192, 8192, 0)
+    assert held.sum() == 2048 and held.view(-1, 1024)[:, 0].tolist() == [False, False, False, True] * 2
+    rows = is_held_out(4 * 256, 256, 3)
+    assert rows.view(4, 256).all(1).tolist() == [True, False, False, False]

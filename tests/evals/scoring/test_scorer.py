@@ -32,7 +32,7 @@ from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import evaluate
 from evals.scoring.lm import NetworkLM
-from evals.scoring.scorer import Scorer, standard_error
+from evals.scoring.scorer import Scorer, score_of, standard_error
 from evals.scoring.tasks import TaskSet
 from export.package import write_package
 from search.scores import Score
@@ -262,6 +262,14 @@ def test_groups_add_up_as_their_file_says(llama: PreTrainedModel, tasks: Path, n
     assert scores[name].value == pytest.approx(expected["acc,none"])
     assert scores[name].stderr == pytest.approx(expected["acc_stderr,none"])
     assert scores[name].n == 21 and list(map(len, values[name])) == [12, 9]
+
+
+def test_a_subtask_without_documents_takes_no_part(llama: PreTrainedModel, tasks: Path) -> None:
+    task = scorer_of(llama, tasks, "both").tasks.tasks["both"]
+    (first, documents), (second, _) = task.documents("report")
+    empty = [(first, documents), (second, [])]
+    assert score_of(task, empty, [[1.0, 0.0], []], "report").value == 0.5
+    assert math.isnan(score_of(task, empty, [[], []], "report").value)
 
 
 def test_evaluate_gives_lm_evals_results(llama: PreTrainedModel, tasks: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -338,3 +339,17 @@ def test_the_held_out_part_is_not_trained_on() -> None:
     assert not set(training[:].ids.flatten().tolist()) & set(held_out[:].ids.flatten().tolist())
     few = Blocks(blocks.table[:5], "", 1).split()
     assert [len(part) for part in few] == [3, 2]
+
+
+def test_a_completion_is_taught_to_end_also_behind_a_start_mark(tmp_path: Path) -> None:
+    class Marked:
+        """Marks starts, as Llama's tokenizer does, and no ends."""
+
+        bos_token_id, eos_token_id = 1, 2
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+            ids = [10 + ord(letter) for letter in text]
+            return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+    ids, learnt = encode_row(Row("row 1", "b", prompt="a"), Marked())  # type: ignore[arg-type]
+    assert ids == [1, 107, 108, 2] and learnt[-2:] == [108, 2]

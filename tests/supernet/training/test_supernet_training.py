@@ -20,7 +20,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.families import describe
 from supernet.slicing import extract
-from supernet.training import loop, supernet_training
+from supernet.training import loop, samplers, supernet_training
 from supernet.training.adapters import PARAMETERS, AllWeights
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.history import History
@@ -423,3 +423,39 @@ def test_every_name_of_the_recipe_is_known() -> None:
     assert set(section.losses) <= set(LOSSES) and Finetuning(loss={"ce": 0.3, "kl": 0.7}).losses["kl"] == 0.7
     with pytest.raises(ValueError, match="weights must be above 0"):
         Finetuning(loss={"ce": 0.0})
+
+
+def test_checkpointed_layers_are_computed_again_without_dropout(blocks: Blocks, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Starcoder2Config(
+        **sizes, num_key_value_heads=2, intermediate_size=64, residual_dropout=0.5, embedding_dropout=0.5
+    )
+    torch.manual_seed(0)
+    networks = [AutoModelForCausalLM.from_config(config)]
+    networks.append(copy.deepcopy(networks[0]))
+    for network, on in zip(networks, (True, False), strict=True):
+        folder = tmp_path / str(on)
+        folder.mkdir()
+        tuned(network, blocks, folder, ElasticScheme(loss=CE), settings(32 * 4, gradient_checkpointing=on))
+    for parameter, expected in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.allclose(parameter, expected, atol=1e-6)
+
+
+def test_a_draw_learns_once_a_step_whatever_parts_the_batch_has(
+    network: PreTrainedModel, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    for number, parts in enumerate((1, 2)):
+        seen.append([])
+        monkeypatch.setattr(samplers.UniformGenes, "observe", lambda _, __, loss, kept=seen[-1]: kept.append(loss))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tuned(
+            copy.deepcopy(network),
+            blocks,
+            folder,
+            ElasticScheme(draw="genes", loss=CE),
+            settings(32 * 4, accumulation=parts),
+        )
+    assert len(seen[0]) == len(seen[1]) > 0
+    assert seen[0] == pytest.approx(seen[1], abs=1e-5)
