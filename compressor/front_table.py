@@ -12,15 +12,14 @@ from rich.table import Table
 from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import smallest_storage
-from compressor.stages.front import read_front
+from compressor.stages.front import read_front, scored_weights
 from compressor.stages.picking import measured, read_picks
-from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import held_out_keys
 from export.models import Model
 from export.package_record import RECORD, read_record
 from search.objectives import Evaluation
 from search.store import EvaluationStore
-from supernet.common.formatting import count, size
+from supernet.common.formatting import count, shell_word, size
 from supernet.common.progress import console, say
 
 MEASURED_LAYOUTS = ("uneven", "uniform")
@@ -93,20 +92,25 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
 
 
 def measured_speedups(run: Run) -> dict[str, float]:
-    """Decode speed over the base's of every network that was packaged and timed, by its key."""
+    """Decode speed over the base's, of text where the vocabulary was cut, of every network that was packaged and timed,
+    by its key."""
     speeds = {}
     for file in sorted(run.packages.glob(f"*/{RECORD}")):
         record = read_record(file.parent)
         entry, base = record.entry, record.lineage.base_speed
         bits = entry.quantization_report and entry.quantization_report.bits
         if entry.layout in MEASURED_LAYOUTS and (bits or not entry.quantization) and entry.speed and base:
-            speeds[(bits or entry.architecture).key] = entry.speed.decode_tps / base.decode_tps
+            text = entry.vocabulary.text_per_token if entry.vocabulary else 1.0
+            speeds[(bits or entry.architecture).key] = text * entry.speed.decode_tps / base.decode_tps
     return speeds
 
 
 def held_out_losses(job: Job, evaluations: list[Evaluation]) -> dict[str, float]:
     """Held-out losses that a pick measured, by the network's key."""
-    key, weights = held_out_keys(job, ["held_out_loss"])["held_out_loss"], searched_weights(job)
+    key, weights = (
+        held_out_keys(job, ["held_out_loss"])["held_out_loss"],
+        scored_weights(job, read_front(job.run.front)),
+    )
     with EvaluationStore(job.run.evaluations) as store:
         scores = {e.architecture.key: store.get(e.architecture, weights, key) for e in evaluations}
     return {name: score.value for name, score in scores.items() if score is not None}
@@ -137,7 +141,8 @@ def print_front(path: Path, rows: list[FrontRow]) -> None:
     if picks := [f"{row.key[:8]} is {', '.join(row.picked)}" for row in rows if row.picked]:
         say(f"* {'; '.join(picks)}")
     if rows:
-        say(f"to make one: compressor pick {path} --key {rows[0].key[:8]}, then compressor export {path}")
+        run = shell_word(path)
+        say(f"to make one: compressor pick {run} --key {rows[0].key[:8]}, then compressor export {run}")
 
 
 def _times(speedup: float | None) -> str:

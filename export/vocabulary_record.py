@@ -30,6 +30,11 @@ class VocabularyRecord(Model):
     base_bytes_per_token: float
     """The same of the untouched base's tokens."""
 
+    @property
+    def text_per_token(self) -> float:
+        """Text that a token stands for, as a share of what one of the untouched base's does."""
+        return self.bytes_per_token / self.base_bytes_per_token
+
 
 class SplitText(Model):
     """A text, the ids that it must be split into, and what these must decode to."""

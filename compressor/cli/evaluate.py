@@ -24,7 +24,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help=RECIPE_OPTIONS["tasks"].help)],
     output: Annotated[Path | None, typer.Option(help="where to write the results, in lm-eval's format")] = None,
     include_path: IncludePath = None,
-    limit: Annotated[int | None, typer.Option(help="documents per task")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents per task")] = None,
     json: Json = False,
 ) -> None:
     """Score any checkpoint on lm-eval tasks.
@@ -43,7 +43,7 @@ def evaluate(
     from evals.scoring.evaluate import evaluate as run_evaluation  # imports torch
 
     with working("scoring"):
-        results = run_evaluation(path_or_repo, tasks.split(","), include_path=include_path, limit=limit, **given)
+        results = run_evaluation(path_or_repo, asked.tasks, include_path=include_path, limit=limit, **given)
     if output is not None:
         write_json(output, results)
     if not json:

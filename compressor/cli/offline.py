@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from supernet.common.files import read_text
 
@@ -32,10 +33,33 @@ def offline_if_local(recipe: Recipe) -> None:
 
 
 def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
-    """Whether every task is a file of `include_path`, and none of those files wants data from the hub."""
+    """Whether every task is a file of `include_path`, every member of a group too, and the data of all are files. Of
+    what cannot be told, no."""
     if include_path is None:
         return not tasks
-    text = "\n".join(read_text(file) for file in Path(include_path).rglob("*.yaml"))
-    if set(re.findall(r"^dataset_path: *[\"']?([^\s\"']+)", text, re.M)) - LOCAL_DATASETS:
-        return False
-    return all(re.search(rf"^(task|group): *{re.escape(name.partition(':')[0])} *$", text, re.M) for name in tasks)
+    own: dict[str, dict[str, Any]] = {}
+    for file in Path(include_path).rglob("*.yaml"):
+        try:
+            config = yaml.load(read_text(file), _Plain)
+        except yaml.YAMLError:
+            return False
+        if isinstance(config, dict):
+            own[str(config.get("group") or config.get("task"))] = config
+
+    def local(member: object) -> bool:
+        config = own.get(member) if isinstance(member, str) else member
+        if not isinstance(config, dict) or "include" in config:
+            return False
+        if isinstance(config.get("task"), list):
+            return all(local(one) for one in config["task"])
+        data = config.get("dataset_path")
+        return data in LOCAL_DATASETS and "://" not in str(config.get("dataset_kwargs"))
+
+    return all(local(name.partition(":")[0]) for name in tasks)
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads task files without running what they name."""
+
+
+_Plain.add_multi_constructor("!", lambda loader, suffix, node: None)

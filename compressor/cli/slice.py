@@ -22,7 +22,7 @@ def slice(
 ) -> None:
     """Cut a plain package out of an elastic one, without its run."""
     from export.cutting import cut  # imports torch
-    from supernet.common.formatting import parse_parameters
+    from supernet.common.formatting import parse_parameters, shell_word
 
     def limit(whole: int) -> int:
         try:
@@ -32,5 +32,5 @@ def slice(
 
     entry = cut(package, out, limit).entry.model_dump(mode="json", exclude_unset=True)
     say(package_line(out, entry))
-    say(f"next: compressor evaluate {out} --tasks A,B, or compressor push {out} OWNER/NAME")
+    say(f"next: compressor evaluate {shell_word(out)} --tasks A,B, or compressor push {shell_word(out)} OWNER/NAME")
     emit(entry, json)

@@ -49,7 +49,7 @@ from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, unknown
 from supernet.common.files import fingerprint, read_json, write_json
-from supernet.common.formatting import parse_parameters
+from supernet.common.formatting import parse_parameters, shell_word
 from supernet.common.progress import say
 from supernet.training.data import Blocks
 from supernet.training.losses import held_out_loss
@@ -202,7 +202,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         if job.structure.parameters(best) < 0.9 * limit:
             raise RequestError(
                 f"--max-params: this run measured nothing close below {limit:,} parameters; search there first "
-                f"(compressor search {job.run.path} --max-params {size})"
+                f"(compressor search {shell_word(job.run.path)} --max-params {size})"
             )
         chosen.append((_plain(size), best))
     return chosen
@@ -386,6 +386,7 @@ def time_beside_base(job: Job, base: PreTrainedModel, rows: Sequence[Path]) -> N
     """Decode and prefill speed of every package that was not timed yet, each in turn with the base: only these two are
     in memory together. Rows that share a package share its speed."""
     job.threads(scoring=True)
+    cut = 1.0 if job.vocabulary is None else job.vocabulary.record.text_per_token
     untimed: dict[str, list[Path]] = {}
     for file in rows:
         row = FinishedRow.read(file).row
@@ -396,7 +397,9 @@ def time_beside_base(job: Job, base: PreTrainedModel, rows: Sequence[Path]) -> N
         speed, base_speed = speed_beside(load_package(folder, job.compute_dtype, job.device), base)
         update_record(folder, entry={"speed": speed.model_dump()})
         for file in sharing:
-            FinishedRow.read(file).with_row(speed=speed, base_speed=base_speed).write(file)
+            finished = FinishedRow.read(file)
+            text = cut if finished.row.size is not None else 1.0  # a checkpoint from elsewhere has tokens of its own
+            finished.with_row(speed=speed, base_speed=base_speed, text_per_token=text).write(file)
 
 
 def external_checkpoint(job: Job, given: str) -> Path:

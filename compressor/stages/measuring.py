@@ -239,7 +239,8 @@ class PackageMeasurer:
         self.job.threads(scoring=True)
         if record.entry.layout not in LOADABLE:
             assert self.speed is not None  # a package of a pick's own layout comes first
-            return speed_in_its_runtime(record, self.speed)
+            tokens = record.entry.vocabulary.rows if record.entry.vocabulary else self.job.structure.vocab_size
+            return speed_in_its_runtime(record, self.speed, tokens)
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
@@ -344,9 +345,10 @@ def load_one_size(job: Job, folder: Path, name: str) -> Any:
     return load_size(folder, name, job.compute_dtype).to(job.device).eval()
 
 
-def speed_in_its_runtime(record: PackageRecord, like: Speed) -> Speed:
-    """Speed of a package that transformers does not load, at the work and on the threads that the base was timed at."""
-    work = {"prompt": like.prompt, "new": like.new, "threads": like.threads or 1}
+def speed_in_its_runtime(record: PackageRecord, like: Speed, vocabulary: int) -> Speed:
+    """Speed of a package of so many tokens that transformers does not load, at the work and on the threads that the
+    base was timed at."""
+    work = {"prompt": like.prompt, "new": like.new, "threads": like.threads or 1, "vocabulary": vocabulary}
     if record.entry.layout == "gguf":
         return llama_cpp.measure_speed(record, **work)
     return graphs.measure_speed(record, **work)
@@ -407,10 +409,12 @@ def continuations(
             texts[prompt] = kept[prompt]
             continue
         with torch.no_grad():
-            out = network().generate(
+            writer = network()
+            context = getattr(writer.config, "max_position_embeddings", None) or 10**9
+            out = writer.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
+                max_new_tokens=max(1, min(new, context - ids.shape[1])),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )

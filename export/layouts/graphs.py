@@ -203,8 +203,10 @@ class Graph:
         return out.logits, out.past_key_values
 
 
-def measure_speed(package: PackageRecord, *, prompt: int, new: int, threads: int, repeats: int = 5) -> Speed:
-    """Speed of a package's graph at batch 1: medians over `repeats` runs.
+def measure_speed(
+    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int, repeats: int = 5
+) -> Speed:
+    """Speed of a package's graph at batch 1, of `vocabulary` tokens: medians over `repeats` runs.
 
     OpenVINO chooses its number of threads itself.
     """
@@ -215,7 +217,7 @@ def measure_speed(package: PackageRecord, *, prompt: int, new: int, threads: int
     runs = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        logits, past = graph(torch.arange(prompt)[None] % 200)
+        logits, past = graph(torch.arange(prompt)[None] % min(200, vocabulary))
         first = time.perf_counter()
         for _ in range(new - 1):
             logits, past = graph(logits[:, -1:].argmax(-1), past=past)

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from export.report.comparison import summarize, summary
@@ -15,17 +16,24 @@ from export.report.schema import Base, BaseCard, Package, Report, Training
 from export.report.table import ABOUT_QUALITY, DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.report.verdict import verdict
 from supernet.architecture import Architecture
+from supernet.common.formatting import shell_word
+from supernet.common.progress import say
 
 UNEVEN_TRANSFORMERS = "5.15"
 """The oldest transformers that reads `per_layer_config`, which uneven packages need."""
 
 
 def read_base_card(folder: Path) -> BaseCard:
-    """What README.md in the base's local folder states about license, language and data; empty without one."""
+    """What README.md in the base's local folder states about license, language and data; empty without one, and, with
+    a warning, where its metadata cannot be read."""
     readme = folder / "README.md"
     if not readme.is_file():
         return BaseCard()
-    data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    try:
+        data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # whoever wrote it; the hub is as strict as that
+        say(f"warning: {readme}: its metadata cannot be read ({type(error).__name__}); its license is not kept")
+        return BaseCard()
 
     def text(key: str) -> str | None:
         value = data.get(key)
@@ -50,6 +58,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     Raises KeyError where the report has no such package.
     """
     package = report.package(package_name)
+    prompt = report.samples[0].prompt if report.samples else "Once upon a time"
     alone = report.model_copy(update={"packages": [package]})
     siblings = [row for row in report.packages if row.architecture == package.architecture]
     compared = [
@@ -66,7 +75,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         in_vllm=in_vllm(package),
         file=package.file,
         file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
-        prompt=_literal(report.samples[0].prompt if report.samples else "Once upon a time"),
+        prompt=_literal(prompt),
+        shell_prompt=shell_word(" ".join(prompt.split())),
         remote_code=package.layout in ("uneven", "elastic"),
         verdict=" ".join(verdict(alone)),
         rows=[report.base, *report.quantized_base, *siblings],

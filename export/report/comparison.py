@@ -41,6 +41,7 @@ class MethodSummary:
     """Means over seeds, with standard errors like that of the quality; only tasks that every seed has a score of."""
     decode_tps: float | None
     base_decode_tps: float | None
+    text_per_token: float
     difference: tuple[float, float, float] | None
     """Quality of ours minus this one's, and its central 95 %."""
     meaning: Meaning | None
@@ -58,8 +59,11 @@ class MethodSummary:
 
     @property
     def speedup(self) -> float | None:
-        """Decode speed as a multiple of the base's; None if it was not measured."""
-        return self.decode_tps / self.base_decode_tps if self.decode_tps and self.base_decode_tps else None
+        """Decode speed as a multiple of the base's, of text where tokens are not the same; None if it was not
+        measured."""
+        if not self.decode_tps or not self.base_decode_tps:
+            return None
+        return self.text_per_token * self.decode_tps / self.base_decode_tps
 
     @property
     def difference_text(self) -> str:
@@ -109,6 +113,7 @@ def _summarized(group: Sequence[Comparison]) -> MethodSummary:
         tasks={task: _mean_score([row.tasks[task] for row in group]) for task in shared},
         decode_tps=first.speed.decode_tps if first.speed else None,
         base_decode_tps=first.base_speed.decode_tps if first.base_speed else None,
+        text_per_token=first.text_per_token,
         difference=(difference.value, difference.low, difference.high) if difference else None,
         meaning=difference.meaning if difference else None,
     )

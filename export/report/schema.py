@@ -319,6 +319,8 @@ class Comparison(Model):
     speed: Speed | None = None
     base_speed: Speed | None = None
     """The base's, measured alternately with this one's."""
+    text_per_token: float = 1.0
+    """Text that a token stands for, as a share of what one of the base's does; 1 where no vocabulary was cut."""
     ours_minus_this: Difference | None = None
     """Difference of qualities over all seeds of this method and size; None for ours."""
 

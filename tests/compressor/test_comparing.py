@@ -206,7 +206,9 @@ class Folder:
     """A run as far as `comparison_rows` looks at it, with rows written by hand."""
 
     def __init__(self, path: Path) -> None:
-        self.job: Any = SimpleNamespace(run=Run(path), tasks=SimpleNamespace(tasks=TASKS, fingerprint=lambda *_: "d"))
+        self.job: Any = SimpleNamespace(
+            run=Run(path), vocabulary=None, tasks=SimpleNamespace(tasks=TASKS, fingerprint=lambda *_: "d")
+        )
         self.job.run.supernet.mkdir(parents=True)
         self.job.run.comparison.mkdir()
         self.trained("weights")

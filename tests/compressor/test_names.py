@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from compressor import names
+from compressor.cli.offline import tasks_are_local
 from compressor.front_table import ORDERS
 from evals.baselines import baselines
 from evals.warm_starts import warm_start_methods
@@ -47,3 +51,22 @@ def test_names_need_no_heavy_library() -> None:
         f"import sys, compressor.early_checks, compressor.cli; sys.exit(any(name in sys.modules for name in {heavy}))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "local"),
+    [
+        ({"a": "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: x.jsonl}}\n"}, True),
+        ({"a": "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: 'https://x/y.jsonl'}\n"}, False),
+        ({"a": "task: mine\ndataset_path: squad\n"}, False),
+        ({"a": "task: mine\ninclude: other.yaml\n"}, False),
+        ({"a": "group: mine\ntask: [arc_easy, piqa]\n"}, False),
+        ({"a": "group: mine\ntask: [one]\n", "b": "task: one\ndataset_path: json\nprocess: !function f.g\n"}, True),
+        ({"a": "group: mine\ntask:\n  - task: one\n    dataset_path: squad\n"}, False),
+        ({"a": "group: mine\ntask: [\n"}, False),
+    ],
+)
+def test_tasks_are_local_where_all_their_data_are_files(tmp_path: Path, files: dict[str, str], local: bool) -> None:
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert tasks_are_local(["mine"], str(tmp_path)) is local

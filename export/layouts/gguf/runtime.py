@@ -85,11 +85,15 @@ class LlamaCpp:
         return self.complete(ids, new, return_tokens=True)["tokens"]
 
 
-def measure_speed(package: PackageRecord, *, prompt: int, new: int, threads: int, repeats: int = 5) -> Speed:
-    """Speed of a gguf package in llama.cpp at batch 1: medians over `repeats` runs."""
+def measure_speed(
+    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int, repeats: int = 5
+) -> Speed:
+    """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs."""
     file, gguf_type = weight_file(package.folder)
     runtime = LlamaCpp(file, prompt + new + 8, threads)
-    runs = [runtime.timed([1 + i % 200 for i in range(prompt)], new) for _ in range(repeats + 1)][1:]
+    runs = [runtime.timed([1 + i % min(200, vocabulary - 1) for i in range(prompt)], new) for _ in range(repeats + 1)][
+        1:
+    ]
     return Speed(
         runtime="llama.cpp",
         device="cpu",

@@ -80,7 +80,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     writer.add_add_bos_token(full[: len(full) - len(plain)] == [tokenizer.bos_token_id])
     writer.add_add_eos_token(len(full) > len(plain) and full[-1] == tokenizer.eos_token_id != plain[-1])
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        template = tokenizer.chat_template
+        named = isinstance(template, dict)  # one for chats, others for tools and so on
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in template.items()] if named else template
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, Described]:

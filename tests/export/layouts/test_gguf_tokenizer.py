@@ -16,7 +16,7 @@ from export.package_record import PackageRecord
 from supernet.common.errors import RequestError, VerificationError
 from tests.support.export_networks import EVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 SPLIT = (
@@ -160,3 +160,12 @@ def test_kinds_of_tokenizers() -> None:
 def test_sample_texts_are_the_same_everywhere() -> None:
     texts = sample_texts()
     assert texts == sample_texts() and len(texts) == 200 and len(set(texts)) > 190
+
+
+def test_templates_with_names_are_all_kept(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    (file,) = write(tmp_path / "package", tokenizer, []).folder.glob("*.gguf")
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages[0].content }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"

@@ -232,3 +232,18 @@ def test_base_card_is_carried_over(tmp_path: Path) -> None:
 def test_unknown_package() -> None:
     with pytest.raises(KeyError, match="no package 'worst' in the report"):
         render_card(validate_report(minimal_report()), "worst")
+
+
+@pytest.mark.parametrize(
+    "text", ["---\ntitle: My model: v2\n---\n", "---\n- a\n---\n", "---\n1: x\n---\n", b"\xff\xfe"]
+)
+def test_a_base_card_that_cannot_be_read_is_no_reason_to_stop(tmp_path: Path, text: str | bytes) -> None:
+    (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert read_base_card(tmp_path) == BaseCard()
+
+
+def test_an_elastic_package_is_not_called_healed() -> None:
+    report = full_report()
+    report["packages"][0]["layout"] = "elastic"
+    card = render_card(validate_report(report), report["packages"][0]["name"])
+    assert "sliced out" in card and "then healed" not in card
