@@ -315,6 +315,17 @@ class Job:
                 healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
                 healing.learning_rate *= RATE_AFTER_REPAIR if recipe.repair.enabled else 1
 
+    def follow_repair(self, before: bool | None) -> None:
+        """After a repair was switched on or off: heal at the rate that suits, where the recipe's was chosen for how it
+        was before."""
+        rate, now = self.recipe.healing.learning_rate, self.repairs
+        if rate is None or before is None or before == now:
+            return
+        plain = learning_rate_for(self.structure.base.hidden_size, True, weight_scale=self.weight_scale)
+        if isclose(rate, plain * (RATE_AFTER_REPAIR if before else 1)):
+            for recipe in (self.given, self.recipe):
+                recipe.healing.learning_rate = plain * (RATE_AFTER_REPAIR if now else 1)
+
     def healing_rate(self, repaired: bool) -> float:
         """The peak rate that a network is healed with, after `fill_in`. The recipe's; where that was chosen for the
         repaired networks of this run, a plain slice has the one that it would have without the repair."""

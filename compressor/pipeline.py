@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,12 @@ from compressor.plan import Plan, adjust, make_plan, open_budgets, print_plan, r
 from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
+from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
 from compressor.stages.picking import pick, read_picks
 from compressor.stages.reporting import report
-from compressor.stages.search_parts import further_search
+from compressor.stages.search_parts import further_search, named_in
 from compressor.stages.searching import check_searching, check_speedup
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
@@ -78,14 +80,7 @@ search = explain_oom(searching.search)
 measure_control = explain_oom(control.measure_control)
 
 
-def export_all(job: Job) -> list[dict[str, Any]]:
-    """As `exporting.export`. A format that wants layers that are alike is picked for first, where that was not done."""
-    if "uniform" in job.recipe.formats and not any(row["name"].endswith("-uniform") for row in read_picks(job)):
-        pick(job)
-    return exporting.export(job)
-
-
-export = explain_oom(export_all)
+export = explain_oom(exporting.export)
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
@@ -142,6 +137,7 @@ def prepare(
         if tasks_needed or open_budgets(asked):
             plan = make_plan(job, asked)
         job.fill_in()
+        keep_smallest_share(job)
         check_unchanged(job)
         if recipe.tasks:
             check_searching(job)
@@ -219,11 +215,21 @@ def keep_time(job: Job) -> None:
         job.run.remember(job.given, provenance(job), {})
 
 
+BEFORE_THE_SEARCH = ("model", "revision", "data", "text_key", "space", "vocabulary", "finetuning", "seed")
+"""Sections and keys of a recipe that the super-network depends on."""
+
+
 def resume(
-    path: Path, given: dict[str, Any], *, redo: str | None = None, replace_targets: bool = False, add: bool = False
+    path: Path,
+    given: dict[str, Any],
+    *,
+    redo: str | None = None,
+    replace_targets: bool = False,
+    add: bool = False,
+    keep: bool = True,
 ) -> Job:
     """An existing run, with the options of a stage command put into its recipe; `add`: formats and quantizations behind
-    those that the run has."""
+    those that the run has. Without `keep` its recipe.yaml stays until `remember`."""
     check_alone()
     run = Run.open(path)
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -233,6 +239,8 @@ def resume(
     here = remembered(recipe, path)  # of what is given now; the rest lies where the run knows it
     paths = here | run.local_paths() | {name: place for name, place in here.items() if is_given(name, overrides)}
     job = Job(run, recipe, redo, paths=paths)
+    if "repair.enabled" in overrides and "healing.learning_rate" not in overrides:
+        job.follow_repair(run.recipe().repair.enabled)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
         check_weights_by_size(job)
@@ -242,9 +250,17 @@ def resume(
         if recipe.tasks:
             check_tasks(job)
             check_searching(job)
-        run.remember(recipe, provenance(job), paths)
+        if any(name.partition(".")[0] in BEFORE_THE_SEARCH for name in overrides):
+            check_unchanged(job)
+        if keep:
+            remember(job)
     keep_records(job)
     return job
+
+
+def remember(job: Job) -> None:
+    """Put the options that a run was resumed with into its recipe.yaml."""
+    job.run.remember(job.given, provenance(job), job.paths)
 
 
 def added(recipe: Recipe, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +278,54 @@ def resume_search(path: Path, given: dict[str, Any], *, redo: str | None = None)
     """A run for `compressor search`. Of a run that was searched, another size or a further budget is searched from
     what was measured: `--evaluations` are then so many more."""
     further = further_search(Run(path), given) if redo is None else {}
-    return resume(path, given | further, redo=redo, replace_targets="targets.max_params" in given)
+    targets = names_targets(given)
+    if targets:
+        further |= {"key": ""}  # what was picked by its key is forgotten where targets are named
+    return resume(path, given | further, redo=redo, replace_targets=targets)
+
+
+def resume_pick(path: Path, given: dict[str, Any]) -> tuple[Job, list[dict[str, Any]]]:
+    """A run for `compressor pick`, and what that picks. What the search looked for stays as it is; the options get into
+    the run's recipe once something was picked by them."""
+    run = Run(path)
+    if given:
+        given = {"key": ""} | given
+    if targets := names_targets(given):
+        run.check_exists()
+        given |= {"searching.targets": named_in(run.recipe().resolved().searched_for.model_dump())}
+    job = resume(path, given, replace_targets=targets, keep=False)
+    picks = pick(job)
+    if given:
+        remember(job)
+    return job, picks
+
+
+def resume_export(path: Path, given: dict[str, Any]) -> Job:
+    """A run for `compressor export`. A format that wants layers that are alike is picked for first, where that was not
+    done. Raises `RequestError` for options that are another command's."""
+    if others := [name for name in given if names_targets([name]) or name in ("key", "prefer")]:
+        raise RequestError(
+            f"{others[0]}: what was picked is exported; run compressor pick {shlex.quote(str(path))} first"
+        )
+    job = resume(path, given, add=True, keep=False)
+    if "uniform" in job.recipe.formats and not has_uniform(read_picks(job)) and not has_uniform(pick(job)):
+        raise RequestError(
+            f"--format uniform holds only networks whose layers are alike, and those of {job.recipe.key} differ; pick "
+            "another, or export --format uneven"
+        )
+    if given:
+        remember(job)
+    return job
+
+
+def has_uniform(picks: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one of the picks is for layouts that want layers that are alike."""
+    return any(row["name"].endswith("-uniform") for row in picks)
+
+
+def names_targets(names: Iterable[str]) -> bool:
+    """Whether a target is among the options."""
+    return any(name.startswith("targets.") for name in names)
 
 
 def is_given(name: str, overrides: Mapping[str, Any]) -> bool:
@@ -287,10 +350,10 @@ def compare(
 
 
 def demo(output: Path) -> dict[str, Any]:
-    """The whole job on the bundled checkpoint, offline; its training text is generated beside the run."""
-    Run(output).check_free()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    data = output.with_suffix(".jsonl")
-    bundled.training_text(data, n_documents=6000, seed=1)
-    paths = {"model": str(bundled.MODEL), "include_path": str(bundled.TASKS), "data": str(data)}
-    return compress(read_recipe(bundled.RECIPE, paths), output)
+    """The whole job on the bundled checkpoint, offline; its training text is generated into the run."""
+    run = Run(output)
+    run.check_free()
+    output.mkdir(parents=True, exist_ok=True)
+    bundled.training_text(run.demo_text, n_documents=6000, seed=1)
+    given = {"model": str(bundled.MODEL), "include_path": str(bundled.TASKS), "data": str(run.demo_text)}
+    return compress(read_recipe(bundled.RECIPE, given), output)

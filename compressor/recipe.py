@@ -310,6 +310,8 @@ class Searching(Section):
     earlier: list[EarlierSearch] = Field(default_factory=list)
     """Searches for other targets that it goes on from, each with its `targets` and `evaluations`; `compressor search`
     writes them here."""
+    targets: Targets | None = None
+    """What it looks for, where others are picked for; `compressor pick` writes it here. Unset: the recipe's targets."""
     population: int = Field(default=18, ge=4)
     """Sub-networks in a generation."""
     limit: int | None = Field(default=None, ge=1)
@@ -450,6 +452,11 @@ class Recipe(Section):
             parse_duration(text)
         return text
 
+    @property
+    def searched_for(self) -> Targets:
+        """The targets of the search."""
+        return self.searching.targets or self.targets
+
     def budget(self, name: str) -> int | None:
         """The budget of this name (`OPEN`); None where it is not set."""
         section, _, key = OPEN[name].partition(".")
@@ -496,6 +503,8 @@ class Recipe(Section):
                 recipe.set_budget(name, getattr(budget, name))
         if recipe.targets.empty:
             recipe.targets.max_drop = 0.01
+        if recipe.searching.targets == recipe.targets:
+            recipe.searching.targets = None
         return recipe
 
 
@@ -526,6 +535,7 @@ def learning_rate_for(
 
 def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:
     """A recipe from a YAML file (or nothing) and overrides by dotted name; `new_targets` forgets the file's targets.
+    Targets among the overrides are the search's too.
 
     Raises `RequestError` in one line.
     """
@@ -544,6 +554,8 @@ def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bo
         values = {name: value for name, value in loaded.items() if value is not None}  # no value says nothing
     if new_targets:
         values.pop("targets", None)
+    if any(name.startswith("targets.") for name in overrides) and isinstance(values.get("searching"), dict):
+        values["searching"].pop("targets", None)
     for name, value in overrides.items():
         if value is None:
             continue

@@ -48,6 +48,7 @@ class Run:
         self.metrics_file = path / "metrics.jsonl"
         self.tracking = path / "tracking"
         self.requests = path / "requests"
+        self.demo_text = path / "demo.jsonl"
         self.data = path / "data"
         self.base = path / "base"
         self.supernet = path / "supernet"
@@ -128,7 +129,8 @@ class Run:
             return
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--output {self.path}: is a file; give a folder")
-        own = (self.lock_file, self.paths_file, self.recipe_file)  # the first that a run writes, whole or not
+        # The first that a run writes, whole or not.
+        own = (self.lock_file, self.demo_text, self.paths_file, self.recipe_file)
         names = [pattern for file in own for pattern in (file.name, f".{file.name}.tmp-*")]
         held = (file.name for file in self.path.iterdir()) if self.path.is_dir() else ()
         others = [name for name in held if not any(fnmatch(name, pattern) for pattern in names)]

@@ -29,7 +29,8 @@ def run_status(folder: Path) -> dict[str, Any]:
     current = schedule.running if holder else None
     stages = []
     for name in STAGES:
-        if name not in schedule.times and (expected and not expected.get(name)):
+        needless = not expected.get(name) if expected else run.report.is_file()
+        if name not in schedule.times and needless:
             continue  # this run has no such stage
         time = schedule.times.get(name)
         done = time is not None and time.ended and (name not in FOR_EACH_PICK or later_begun(name, begun))

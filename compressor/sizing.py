@@ -47,10 +47,9 @@ def sizes_asked_for(job: Job) -> list[int]:
 
 
 def sizes_searched_for(job: Job) -> list[int]:
-    """The same, and those of the searches that this one goes on from."""
-    base = job.untouched_parameters
-    earlier = [size for search in job.recipe.searching.earlier for size in search.targets.max_params]
-    return [parse_parameters(size, base) for size in earlier] + sizes_asked_for(job)
+    """The most parameters that the search looks for, and the searches that it goes on from."""
+    searches = [*(search.targets for search in job.recipe.searching.earlier), job.recipe.searched_for]
+    return [parse_parameters(size, job.untouched_parameters) for targets in searches for size in targets.max_params]
 
 
 def byte_limit(job: Job) -> int | None:
@@ -183,19 +182,36 @@ def training_range(job: Job, band: int = 0) -> TrainingRange:
     )
 
 
+def keep_smallest_share(job: Job) -> None:
+    """Put the small end of the fine-tuning into the recipe where the user said nothing: targets of later picks and
+    searches do not move what was trained. Runs of earlier versions go on without it."""
+    made = job.run.manifest(job.run.supernet) is not None
+    if made and job.redo != "finetune" and job.run.recipe().finetuning.smallest_share is None:
+        return
+    share = smallest_share(job)
+    if job.recipe.finetuning.tokens and share < 1:  # above 1 of a base whose vocabulary is cut
+        job.given.finetuning.smallest_share = job.recipe.finetuning.smallest_share = share
+
+
+def smallest_share(job: Job) -> float:
+    """The smallest size that is trained, as a share of the base: as the recipe says, else a little under the smallest
+    size asked for, a half where none is."""
+    share = job.recipe.finetuning.smallest_share
+    if share is not None:
+        return share
+    base = job.structure.parameters(job.structure.base)
+    return 0.85 * min((size / base for size in sizes_searched_for(job)), default=0.6)
+
+
 def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Architecture, float]:
-    """The small end of the fine-tuning, and its parameters: a little under the smallest size asked for, a half where
-    none is.
+    """The small end of the fine-tuning, and its parameters.
 
     A uniform cut near that size, so that the small end is a sensible network; sizes below it are not trained.
     Of `space`, or else of the run's own.
     """
     space = space or job.space
     base = job.structure.parameters(job.structure.base)
-    share = job.recipe.finetuning.smallest_share
-    if share is None:
-        share = 0.85 * min((size / base for size in sizes_searched_for(job)), default=0.6)
-    low = max(share * base, job.structure.parameters(space.smallest()))
+    low = max(smallest_share(job) * base, job.structure.parameters(space.smallest()))
     return uniform_near(job, low, space), low
 
 

@@ -79,7 +79,7 @@ def rows_without_header(text: str) -> list[str]:
     """Table rows that a blank line cut off from their table: Markdown shows their bars as text."""
     lines = FENCED.sub("", text).splitlines()
     first = [at for at, line in enumerate(lines) if line.startswith("|") and not lines[at - 1].startswith("|")]
-    return [lines[at] for at in first if not re.match(r"\|[ :]*--", (lines + [""])[at + 1])]
+    return [lines[at] for at in first if not re.match(r"\|[ :]*--", [*lines, ""][at + 1])]
 
 
 @pages

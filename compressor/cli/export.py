@@ -17,5 +17,5 @@ def export(run: RunFolder, given: Given, json: Json = False) -> None:
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    job = pipeline.resume(run, given, add=True)
+    job = pipeline.resume_export(run, given)
     emit(ended("export", job, pipeline.export(job)), json)

@@ -17,8 +17,5 @@ def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     run_recipe(run, given)
     from compressor import pipeline  # imports torch
 
-    targets = any(name.startswith("targets.") for name in given)
-    if given:
-        given = {"key": ""} | given  # what was picked by its key is forgotten where targets are named again
-    job = pipeline.resume(run, given, replace_targets=targets)
-    emit(ended("pick", job, pipeline.pick(job)), json)
+    job, picks = pipeline.resume_pick(run, given)
+    emit(ended("pick", job, picks), json)

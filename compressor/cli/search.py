@@ -33,7 +33,7 @@ def search(run: RunFolder, given: Given, control: Control = False, redo: Redo = 
     front = pipeline.search(job)
     if control:
         pipeline.measure_control(job)
-    if "targets.max_params" in given:
+    if any(name.startswith("targets.") for name in given):
         ended("pick", job, pipeline.pick(job))
     else:
         ended("search", job, front)

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.job import Job
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
-from compressor.stages.search_parts import searches_in_turn
+from compressor.stages.search_parts import for_search, searches_in_turn
 from compressor.stages.searching import goals, judged, speed_table
 from compressor.stages.subnet_scores import SubnetEvaluator
 from search.control import measured_control, random_genomes, within_bounds
@@ -19,6 +19,7 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
+from supernet.common.formatting import shell_word
 from supernet.common.progress import bar, say
 
 SEED = 1
@@ -31,14 +32,14 @@ def measure_control(job: Job) -> Control:
     front does not know of it. Raises `RequestError` where there is nothing to compare."""
     evaluations = measured(job)
     speed = speed_table(job, lambda: job.load_supernet().model)
-    objectives, constraints = goals(job, speed.predict)
+    objectives, constraints = goals(for_search(job), speed.predict)
     of, seed = judged(objectives), job.recipe.seed
     count = len(within_bounds(job.space, evaluations, of, constraints))
     drawn = random_genomes(job.space, constraints, count, seed + SEED)
     if not len(drawn):
         raise RequestError(
             f"--control: {'no random' if count else 'no'} sub-network within the sizes asked for was measured; search "
-            f"there first (compressor search {job.run.path} --max-params …)"
+            f"there first (compressor search {shell_word(job.run.path)} --max-params …)"
         )
     architectures, values = job.space.decode_all(drawn), dict[Architecture, Mapping[str, float]]()
     job.threads(scoring=True)

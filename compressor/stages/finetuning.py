@@ -41,6 +41,7 @@ from supernet.loading import load_causal_lm
 from supernet.ordering import (
     Order,
     apply_ordering,
+    has_hidden,
     load_ordering,
     order_by,
     save_ordering,
@@ -90,6 +91,11 @@ def check_unchanged(job: Job) -> None:
     """Refuse to throw a super-network and its evaluations away unasked. Before the run's recipe is replaced."""
     run = job.run
     made = run.manifest(run.supernet) is not None
+    if made and job.redo != "finetune" and not hidden_is_ordered(job):
+        raise RequestError(
+            f"{run.path}: its residual channels were left as they are, and this space takes the most important of "
+            "them; say --redo finetune to order them (its evaluations will not count any more), or another --output"
+        )
     if made and job.redo != "finetune" and not run.whole(run.supernet, finetuning_inputs(job)):
         raise RequestError(
             f"{run.path}: its super-network was fine-tuned from another recipe or data; say --redo finetune to do it "
@@ -97,11 +103,20 @@ def check_unchanged(job: Job) -> None:
         )
 
 
+def hidden_is_ordered(job: Job) -> bool:
+    """Whether the run's super-network has its residual channels in order, where the space cuts them."""
+    return not cuts_hidden(job) or has_hidden(job.run.supernet / "ordering.safetensors")
+
+
+def cuts_hidden(job: Job) -> bool:
+    return any(gene.kind == "hidden_size" for gene in job.declared_space.genes)
+
+
 def finetune(job: Job) -> dict[str, Any]:
     """Order the base by importance and fine-tune it once as a super-network. Returns the stage's manifest."""
     recipe, run = job.recipe, job.run
     inputs = finetuning_inputs(job)
-    if run.whole(run.supernet, inputs):
+    if run.whole(run.supernet, inputs) and hidden_is_ordered(job) and job.redo != "finetune":
         return run.manifest(run.supernet) or {}
     check_unchanged(job)
     with run.stage(run.supernet, inputs) as (folder, facts):
@@ -229,12 +244,14 @@ def order_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks) -> tuple[Or
     named = job.ordering
     if named in IMPORTANCES:
         say(f"ordering units by importance ({named}) on {calibration_blocks(job)} blocks of the data")
-        scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks))
+        scores, influence = importance_and_influence(named, supernet, calibration_batches(job, blocks), job.recipe.seed)
         order = order_by(scores)
-        if all(gene.kind != "hidden_size" for gene in job.space.genes):
+        if not cuts_hidden(job):
             del order[None, "hidden"]  # which all weights follow: left alone where no sub-network is narrower
     else:
         say(f"ordering units as in {named}")
+        if cuts_hidden(job) and not has_hidden(Path(named)):
+            raise RequestError(f"finetuning.ordering: {named}: does not order residual channels, which this space cuts")
         order = load_ordering(Path(named), job.structure)
         influence = stored_influence(Path(named)) or block_influence(supernet, calibration_batches(job, blocks))
     apply_ordering(supernet, order)

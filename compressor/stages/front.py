@@ -6,13 +6,17 @@ Only what is read of it is checked; what `search.run` and `compressor.stages.sea
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from compressor.stages.repairing import searched_weights
 from export.models import JSONArchitecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json
+
+if TYPE_CHECKING:
+    from compressor.job import Job
 
 
 class _Evaluation(BaseModel):
@@ -53,6 +57,7 @@ class _Front(BaseModel):
     inputs: str
     parts: list[_Part] = []
     weights: str
+    scored_weights: str = ""
     base_decode_tps: float
     algorithm: str
     objectives: list[_Objective]
@@ -69,3 +74,9 @@ def read_front(file: Path) -> dict[str, Any]:
         if unmeasured := set(checked.front) - {row.key for row in checked.evaluations}:
             raise ValueError(f"{min(unmeasured)} is on the front and was not measured")
         return dict(content)
+
+
+def scored_weights(job: Job, front: dict[str, Any]) -> str:
+    """What the store keeps a search's scores under; a repair may have been switched since. An older file does not
+    say it."""
+    return front.get("scored_weights") or searched_weights(job)

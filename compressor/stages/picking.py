@@ -12,7 +12,7 @@ from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_
 from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.repairing import rounding_inputs
-from compressor.stages.searching import current_front
+from compressor.stages.searching import current_front, speed_table
 from export.layouts.table import copies_hold
 from export.report.alternatives import in_words
 from search.objectives import Evaluation
@@ -20,6 +20,7 @@ from search.pareto import Target
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
+from supernet.common.formatting import shell_word
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
 
@@ -41,12 +42,17 @@ def measured(job: Job) -> list[Evaluation]:
         raise RequestError(f"{job.run.path}: the super-network is not the one that was searched; run compressor search")
     check_rounding(job, front)
     evaluations = []
+    speed = None
+    if job.recipe.targets.min_speedup is not None and "decode_tps" not in front["evaluations"][0]["values"]:
+        speed = speed_table(job, lambda: job.load_supernet().model)  # a search that had no need of it
     for row in front["evaluations"]:
         architecture = Architecture.from_dict(row["architecture"])
         values = row["values"] | {
             "parameters": job.structure.parameters(architecture),
             "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
         }
+        if speed is not None:
+            values |= {"decode_tps": speed.predict(architecture)["decode_tps"]}
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
         evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
@@ -90,10 +96,21 @@ def pick(job: Job) -> list[dict[str, Any]]:
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
     kinds = [False] if set(recipe.formats) - {"uniform"} else []
     kinds += [True] if "uniform" in recipe.formats else []
+    picks = []
     if recipe.key is not None:
-        picks = [keyed(job, evaluations, plain, recipe.key, kinds)]
+        chosen = by_key(evaluations, recipe.key)
+        choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
+        if kinds == [True] and chosen not in plain:
+            raise RequestError(
+                f"--key {recipe.key}: its layers differ, and --format uniform holds only networks whose layers are "
+                "alike; pick another, or export --format uneven"
+            )
+        if True in kinds and chosen not in plain:
+            say("  not for --format uniform: its layers differ")
+            kinds = [False]
+        for uniform in kinds:
+            picks.append(pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None))
     else:
-        picks = []
         for name, size in parameter_limits(job):
             for uniform in kinds:
                 own = f"{name}-uniform" if uniform else name
@@ -128,22 +145,6 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
     return row
 
 
-def keyed(
-    job: Job, evaluations: list[Evaluation], plain: list[Evaluation], key: str, kinds: list[bool]
-) -> dict[str, Any]:
-    """The pick of the recipe's key, which is also said. Raises `RequestError` where no measured sub-network has it, or
-    where the formats hold only uniform ones and it is none."""
-    chosen = by_key(evaluations, key)
-    uniform = kinds == [True]
-    if uniform and chosen not in plain:
-        raise RequestError(
-            f"--key {key}: its layers differ, and --format uniform holds only networks whose layers are alike; pick "
-            "another, or export --format uneven"
-        )
-    choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
-    return pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None)
-
-
 def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> dict[str, Any]:
     """A pick as picks.json holds it, with what the other preferences take; says both, and `bits` behind the first."""
     row: dict[str, Any] = {
@@ -159,14 +160,14 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     if found is None:
         return row
     row["prefer"] = job.recipe.prefer
-    row["others"] = []
+    row["others"], run = [], shell_word(job.run.path)
     for preference, other in found.by_preference.items():
         if other.key != chosen.key:
             known = numbers(job, other, base_tps)
             row["others"].append({"prefer": preference} | known)
             say(
-                f"  by {preference} it would be {described(job, known)}: compressor pick {job.run.path} "
-                f"--prefer {preference}, then compressor export {job.run.path}"
+                f"  by {preference} it would be {described(job, known)}: compressor pick {run} "
+                f"--prefer {preference}, then compressor export {run}"
             )
     row["finalists"] = [network_of(choice) for choice in finalists(job, chosen, found)]
     return row
@@ -214,8 +215,8 @@ def say_what_is_nearest(job: Job, size: int, picked: float, evaluations: list[Ev
     if nearest >= (1 - GAP) * size:
         say(f"  that is {missing}; the nearest that was measured has {nearest:,.0f}, and was not found better")
         return
-    asked = f"{size / job.untouched_parameters:.3g}"
+    command = f"compressor search {shell_word(job.run.path)} --max-params {size / job.untouched_parameters:.3g}"
     say(
-        f"  that is {missing}, and nothing nearer than {nearest:,.0f} was measured: compressor search {job.run.path} "
-        f"--max-params {asked} --evaluations 30 measures there, from what is known, and picks again"
+        f"  that is {missing}, and nothing nearer than {nearest:,.0f} was measured: {command} "
+        "--evaluations 30 measures there, from what is known, and picks again"
     )

@@ -12,8 +12,8 @@ from compressor.shown_report import show_report
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.control import control_of, likeness_of
+from compressor.stages.front import scored_weights
 from compressor.stages.measuring import Measurements, ReportDocuments
-from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
@@ -44,6 +44,8 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json
+from supernet.common.formatting import shell_word
+from supernet.common.progress import say
 from supernet.common.versions import machine, versions
 from supernet.device import device_name
 from supernet.training.history import History
@@ -155,12 +157,21 @@ def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) ->
     return report.model_copy(update={"packages": packages})
 
 
+def is_packaged(job: Job, pick: Mapping[str, Any]) -> bool:
+    """Whether the package of a pick's name holds its network; said where it was picked anew since."""
+    held = read_record(job.run.packages / pick["name"]).entry.architecture
+    if held == Architecture.from_dict(pick["architecture"]).without_bits():
+        return True
+    say(f"note: {pick['name']} was picked anew and not packaged since: compressor export {shell_word(job.run.path)}")
+    return False
+
+
 def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
     """What other preferences would have picked in the place of what was packaged."""
     run = job.run
     if not run.picks.is_file():
         return []
-    picks = read_json(run.picks)
+    picks, place = read_json(run.picks), shell_word(run.path)
     with reading(f"{run.picks}: not what this version writes; run compressor pick"):
         return [
             Alternative(
@@ -171,10 +182,10 @@ def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
                 quality=other["quality"],
                 held_out_loss=other["held_out_loss"],
                 speedup=other["speedup"],
-                command=f"compressor pick {run.path} --prefer {other['prefer']}, then compressor export {run.path}",
+                command=f"compressor pick {place} --prefer {other['prefer']}, then compressor export {place}",
             )
             for pick in picks
-            if pick["name"] in packages and pick["weights"] == run.supernet_weights
+            if pick["name"] in packages and pick["weights"] == run.supernet_weights and is_packaged(job, pick)
             for other in pick.get("others", [])
             if other["key"] != pick["key"]  # a finalist may have taken the pick's place
         ]
@@ -192,7 +203,7 @@ def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
     on_front = set(front["front"])
     names = job.recipe.searching.objectives
     further = [name for name in names if name in HELD_OUT or ":" in name or (name == "bytes" and job.space.bits)]
-    points, weights = [], searched_weights(job)
+    points, weights = [], scored_weights(job, front)
     with EvaluationStore(job.run.evaluations) as store:
         for row in front["evaluations"]:
             architecture, values = Architecture.from_dict(row["architecture"]), row["values"]
@@ -259,5 +270,5 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
         base_decode_tps=front["base_decode_tps"],
         control=control_of(job, front),
         likeness=likeness_of(job, front),
-        targets={name: value for name, value in job.recipe.targets.model_dump().items() if value},
+        targets={name: value for name, value in job.recipe.searched_for.model_dump().items() if value},
     )

@@ -20,8 +20,8 @@ from supernet.architecture import Architecture
 from supernet.common.files import fingerprint
 from supernet.device import device_name
 
-NOT_MEASURED = {"workers", "executor"}
-"""Of the recipe's section: who measures, which moves no number."""
+BESIDE = {"workers", "executor", "earlier", "targets"}
+"""Of the recipe's section: who measures, which moves no number, and what stands elsewhere among the inputs."""
 
 
 def search_inputs(job: Job, weights: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
     return {
         "weights": weights,
         "scores": [{name: key.place for name, key in score_keys(job, one).items()} for one in fidelities(job)],
-        "searching": former_names(job.given.searching.model_dump(exclude=NOT_MEASURED | {"earlier"})),
+        "searching": former_names(job.given.searching.model_dump(exclude=BESIDE)),
         "warm_start": sources(job),
         "targets": recipe.targets.model_dump(),
         "space": job.space.to_dict(),
@@ -42,16 +42,28 @@ def search_inputs(job: Job, weights: str) -> dict[str, Any]:
     }
 
 
+def for_search(job: Job) -> Job:
+    """The job with the targets of the search, where others are picked for now."""
+    if job.recipe.searching.targets is None:
+        return job
+    searching = copy.copy(job)
+    for name in ("recipe", "given"):
+        own = getattr(job, name)
+        section = own.searching.model_copy(update={"targets": None})
+        setattr(searching, name, own.model_copy(update={"targets": own.searched_for, "searching": section}))
+    return searching
+
+
 def searches_in_turn(job: Job) -> list[tuple[Job, str]]:
     """Every search that the recipe names, as a job of its own, with the fingerprint of all that it and those before it
-    depend on; the one of the present targets is the last."""
+    depend on; the present one is the last."""
     recipe, weights = job.recipe, job.run.supernet_weights
-    present = EarlierSearch.model_construct(targets=recipe.targets, evaluations=recipe.searching.evaluations)
+    present = EarlierSearch.model_construct(targets=recipe.searched_for, evaluations=recipe.searching.evaluations)
     _ = job.space, job.tasks, job.device  # opened once for all of them
     searches: list[tuple[Job, str]] = []
     for one in [*recipe.searching.earlier, present]:
         part = copy.copy(job)
-        changed = {"evaluations": one.evaluations, "earlier": []}
+        changed = {"evaluations": one.evaluations, "earlier": [], "targets": None}
         for name in ("recipe", "given"):
             own = getattr(job, name)
             searching = own.searching.model_copy(update=changed)
@@ -107,7 +119,7 @@ def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     recipe = run.recipe().resolved()
     sizes = given.get("targets.max_params")
-    targets = recipe.targets if sizes is None else Targets(max_params=sizes)
+    targets = recipe.searched_for if sizes is None else Targets(max_params=sizes)
     named = given.get("searching.evaluations", parts[-1]["evaluations"])
     evaluations = Searching.model_validate({"evaluations": named}).evaluations
     searches = [{"targets": named_in(part["targets"]), "evaluations": part["evaluations"]} for part in parts]

@@ -24,7 +24,7 @@ from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
-from compressor.stages.search_parts import earlier_result, parts_of, searches_in_turn
+from compressor.stages.search_parts import earlier_result, for_search, parts_of, searches_in_turn
 from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
 from evals.quality import DEFINITION
@@ -77,9 +77,18 @@ def search(job: Job) -> dict[str, Any]:
     speed = speed_table(job, lambda: job.load_supernet().model)
     if repair_inputs(job):
         search_variants(job, job.load_supernet())  # moments are gathered once, before workers want them
-    # 3. One search after another, each from what those before it measured. Below what was trained is no front.
+    # 3. One search after another, each from what those before it measured. Below what was trained is no front, but
+    # where such a size is asked for.
     sizes = computed(job.structure)["parameters"]
-    within = [Constraint(sizes, minimum=smallest_in_training(job)[1])] if sizes_searched_for(job) else []
+    within = []
+    if asked := sizes_searched_for(job):
+        trained = smallest_in_training(job)[1]
+        within = [Constraint(sizes, minimum=min(trained, *asked))]
+        if min(asked) < trained:
+            say(
+                f"warning: nothing below {trained:,.0f} parameters was trained, and {min(asked):,} are asked for; "
+                "a run of its own for that size trains them"
+            )
     if (largest := largest_in_training(job)) != job.structure.base:  # nor is above it
         within.append(Constraint(sizes, maximum=job.structure.parameters(largest)))
     in_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, done, strict=False)))
@@ -111,6 +120,7 @@ def search(job: Job) -> dict[str, Any]:
             front = {
                 "inputs": inputs,
                 "weights": run.supernet_weights,
+                "scored_weights": searched_weights(job),
                 **rounding_inputs(job),
                 "base": {name: score.value for name, score in evaluator.base.items()},
                 "quality": quality_of(evaluator.scale),
@@ -332,7 +342,7 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
 def check_searching(job: Job) -> None:
     """Refuse, before anything is measured, what the search could not do."""
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
-    objectives, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
+    objectives, constraints = goals(for_search(job), lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
     if job.recipe.searching.earlier:
         for part, _ in searches_in_turn(job):

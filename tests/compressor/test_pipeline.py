@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from compressor.cli import run
@@ -79,6 +80,11 @@ def test_everything_is_where_it_should_be(made: Made) -> None:
         assert (made.run / name).is_file(), name
     left = [path for path in made.run.rglob("*") if "partial" in path.name or path.suffix in (".tmp", ".bin", ".pt")]
     assert left == []
+
+
+def test_what_was_trained_is_kept_whatever_is_picked_later(made: Made) -> None:
+    share = yaml.safe_load((made.run / "recipe.yaml").read_text())["finetuning"]["smallest_share"]
+    assert share == pytest.approx(0.85 * 0.8, rel=0.01)
 
 
 def test_numbers_and_lines_of_the_run_are_kept(made: Made) -> None:

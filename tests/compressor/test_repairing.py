@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from compressor import pipeline
 from compressor.cli import run
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe import RATE_AFTER_REPAIR, read_recipe
 from compressor.run import Run
 from compressor.stages.comparison_methods import methods
 from compressor.stages.repairing import pick_variants, repair_inputs, search_variants, searched_weights
@@ -75,8 +75,14 @@ def test_what_is_scored_is_named_after_its_repair(folder: Path) -> None:
 
 def test_switched_off_the_package_is_made_again(folder: Path) -> None:
     shipped = load_file(folder / "packages" / "best" / "model.safetensors")
+    rate = opened(folder).recipe.healing.learning_rate or 0.0
     assert run(["export", str(folder), "--repair", "off"]) == 0
     plain = load_file(folder / "packages" / "best" / "model.safetensors")
+    # What was chosen for repaired networks is chosen anew, and the search is shown with the scores that it had.
+    assert opened(folder).recipe.healing.learning_rate == pytest.approx(rate / RATE_AFTER_REPAIR)
+    assert run(["report", str(folder)]) == 0
+    points = json.loads((folder / "report.json").read_text())["search"]["points"]
+    assert points and all(point["tasks"] for point in points)
     assert shipped.keys() == plain.keys() and any(not torch.equal(shipped[name], plain[name]) for name in shipped)
 
 

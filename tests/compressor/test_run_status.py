@@ -64,3 +64,11 @@ def test_an_error_counts_only_until_work_goes_on(made: Run) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["status", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
+
+
+def test_a_run_made_stage_by_stage_is_finished_with_its_report(made: Run) -> None:
+    made.plan_file.unlink()
+    Schedule(made.times_file).add("search", 3.0, ended=True)
+    assert not run_status(made.path)["finished"]
+    made.report.write_text("{}")
+    assert run_status(made.path)["finished"]

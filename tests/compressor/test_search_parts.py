@@ -239,3 +239,87 @@ def test_every_preference_is_picked_and_the_others_are_named(
             assert picked[other["prefer"]]["key"] == other["key"] != picked[name]["key"]
     assert Run(run).recipe().targets.max_params == ["0.7"]
     assert cli.run(["pick", str(run), "--prefer", "cheap"]) == 2
+
+
+def recipe_text(run: Path) -> str:
+    return (run / "recipe.yaml").read_text()
+
+
+def test_a_pick_for_other_targets_leaves_the_search_as_it_was(made: Made, tmp_path: Path) -> None:
+    run = made.copy(tmp_path / "run")
+    assert cli.run(["pick", str(run), "--max-params", "0.8"]) == 0
+    recipe = Run(run).recipe()
+    assert recipe.targets.max_params == ["0.8"] and recipe.searched_for.max_params == ["0.7"]
+    before = scored(run)
+    assert cli.run(["search", str(run)]) == 0
+    assert front_of(run) == made.front and scored(run) == before  # nothing is searched again
+    # The targets of the search again: nothing is left to keep apart.
+    assert cli.run(["pick", str(run), "--max-params", "0.7"]) == 0
+    assert Run(run).recipe().searching.targets is None
+    # A search for a size forgets both, and goes on from what there is.
+    assert cli.run(["pick", str(run), "--max-params", "0.8"]) == 0
+    assert cli.run(["search", str(run), "--max-params", "0.9", "--evaluations", "4"]) == 0
+    assert Run(run).recipe().searching.targets is None
+    assert [part["targets"]["max_params"] for part in front_of(run)["parts"]] == [["0.7"], ["0.9"]]
+
+
+@pytest.mark.parametrize("options", [["--key", "zzzz"], ["--max-params", "0.05"], ["--min-speedup", "900"]])
+def test_a_pick_that_fails_leaves_the_recipe(made: Made, tmp_path: Path, options: list[str]) -> None:
+    run = made.copy(tmp_path / "run")
+    before = recipe_text(run)
+    assert cli.run(["pick", str(run), *options]) == 2
+    assert recipe_text(run) == before and not (run / "search" / "picks.json").exists()
+
+
+def test_a_search_for_a_size_forgets_the_key_that_was_picked(made: Made, tmp_path: Path) -> None:
+    run = made.copy(tmp_path / "run")
+    key = keys(made.front)[-1]
+    assert cli.run(["pick", str(run), "--key", key]) == 0 and Run(run).recipe().key == key
+    assert cli.run(["search", str(run), "--max-params", "0.85", "--evaluations", "4"]) == 0
+    (pick,) = json.loads((run / "search" / "picks.json").read_text())
+    assert Run(run).recipe().key is None and pick["target"] != f"key {key}"
+
+
+def test_what_other_stages_stand_on_is_not_changed_in_passing(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made.copy(tmp_path / "run")
+    before = recipe_text(run)
+    assert cli.run(["search", str(run), "--set", "seed=3"]) == 2
+    assert "--redo finetune" in capsys.readouterr().err
+    assert cli.run(["export", str(run), "--set", "targets.max_params=0.5"]) == 2
+    assert "run compressor pick" in " ".join(capsys.readouterr().err.split())
+    assert recipe_text(run) == before
+
+
+def test_a_speed_is_asked_of_a_search_that_did_not_look_at_it(made: Made, tmp_path: Path) -> None:
+    run = made.copy(tmp_path / "run")
+    file = run / "search" / "front.json"
+    front = front_of(run)
+    for row in front["evaluations"]:
+        del row["values"]["decode_tps"]
+    file.write_text(json.dumps(front))
+    assert cli.run(["pick", str(run), "--min-speedup", "1.01"]) == 0
+    (pick,) = json.loads((run / "search" / "picks.json").read_text())
+    assert pick["values"]["speedup"] >= 1.01
+
+
+def test_a_picked_key_that_a_format_cannot_hold_is_refused(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made.copy(tmp_path / "run")
+    rows = made.front["evaluations"]
+    uneven = next(r["key"] for r in rows if len({one["intermediate_size"] for one in r["architecture"]["layers"]}) > 1)
+    assert cli.run(["pick", str(run), "--key", uneven]) == 0
+    before = recipe_text(run)
+    capsys.readouterr()
+    assert cli.run(["export", str(run), "--format", "uniform"]) == 2
+    assert "holds only networks whose layers are alike" in " ".join(capsys.readouterr().err.split())
+    assert recipe_text(run) == before
+
+
+def test_channels_that_were_never_put_in_order_are_not_cut(made: Made, tmp_path: Path) -> None:
+    run = made.copy(tmp_path / "run")
+    space = {"hidden_size": [16, 32], "ffn.*": [32, 64]}
+    with pytest.raises(RequestError, match="residual channels were left as they are"):
+        pipeline.resume(run, {"space": space})
