@@ -62,10 +62,11 @@ def command_line(recipe: Recipe, output: str) -> str:
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """{dotted key: value}; `loss` and `space`, whose values may have keys of their own, stay whole."""
+    """{dotted key: value}; `loss`, `space` and the search's targets, whose values have keys of their own,
+    stay whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("loss", "space"):
+        if isinstance(value, dict) and key not in ("loss", "space") and before + key != "searching.targets":
             flat |= _flat(value, f"{before}{key}.")
         else:
             flat[before + key] = value

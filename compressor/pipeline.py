@@ -217,6 +217,10 @@ def keep_time(job: Job) -> None:
 
 BEFORE_THE_SEARCH = ("model", "revision", "data", "text_key", "space", "vocabulary", "finetuning", "seed")
 """Sections and keys of a recipe that the super-network depends on."""
+ALSO_OF_HEALING = {
+    f"finetuning.{key}" for key in ("batch_size", "gradient_accumulation", "gradient_checkpointing", "optimizer")
+}
+"""Keys among them that healing reads too, which may be changed for it."""
 
 
 def resume(
@@ -250,7 +254,9 @@ def resume(
         if recipe.tasks:
             check_tasks(job)
             check_searching(job)
-        if any(name.partition(".")[0] in BEFORE_THE_SEARCH for name in overrides):
+        if any(name.partition(".")[0] in BEFORE_THE_SEARCH and name not in ALSO_OF_HEALING for name in overrides):
+            if redo == "finetune":
+                raise RequestError("--redo finetune: run compressor finetune or compress, which fine-tune")
             check_unchanged(job)
         if keep:
             remember(job)
@@ -308,7 +314,8 @@ def resume_export(path: Path, given: dict[str, Any]) -> Job:
             f"{others[0]}: what was picked is exported; run compressor pick {shlex.quote(str(path))} first"
         )
     job = resume(path, given, add=True, keep=False)
-    if "uniform" in job.recipe.formats and not has_uniform(read_picks(job)) and not has_uniform(pick(job)):
+    wanted = "uniform" in job.recipe.formats and not has_uniform(read_picks(job)) and not has_uniform(pick(job))
+    if wanted and "formats" in given:
         raise RequestError(
             f"--format uniform holds only networks whose layers are alike, and those of {job.recipe.key} differ; pick "
             "another, or export --format uneven"

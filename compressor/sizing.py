@@ -185,10 +185,12 @@ def training_range(job: Job, band: int = 0) -> TrainingRange:
 def keep_smallest_share(job: Job) -> None:
     """Put the small end of the fine-tuning into the recipe where the user said nothing: targets of later picks and
     searches do not move what was trained. Runs of earlier versions go on without it."""
-    made = job.run.manifest(job.run.supernet) is not None
-    if made and job.redo != "finetune" and job.run.recipe().finetuning.smallest_share is None:
-        return
     share = smallest_share(job)
+    if job.recipe.finetuning.smallest_share is None and job.run.recipe_file.is_file() and job.redo != "finetune":
+        began = job.run.recipe().finetuning.smallest_share
+        if began is None:
+            return
+        share = began  # as it was trained, whatever is asked for now
     if job.recipe.finetuning.tokens and share < 1:  # above 1 of a base whose vocabulary is cut
         job.given.finetuning.smallest_share = job.recipe.finetuning.smallest_share = share
 

@@ -53,6 +53,8 @@ def tasks_are_local(tasks: list[str], include_path: str | None) -> bool:
         if isinstance(config.get("task"), list):
             return all(local(one) for one in config["task"])
         data = config.get("dataset_path")
+        if data is None and "custom_dataset" in config:
+            return True  # a function of the folder's own makes them
         return data in LOCAL_DATASETS and "://" not in str(config.get("dataset_kwargs"))
 
     return all(local(name.partition(":")[0]) for name in tasks)

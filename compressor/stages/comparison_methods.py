@@ -17,7 +17,7 @@ from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import draw_near
 from compressor.stages.choosing import choose
-from compressor.stages.finetuning import finetune, finetuning_inputs
+from compressor.stages.finetuning import finetune, finetuning_inputs, hidden_is_ordered
 from compressor.stages.picking import measured
 from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs, trained_variants
 from compressor.stages.searching import search
@@ -142,7 +142,7 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     if job.run.speed_table.is_file():  # the same device, and timings do not depend on what the weights are
         shutil.copy(job.run.speed_table, plain.run.speed_table)
     # Where the data, say, changed since, it is of no use any more.
-    whole = plain.run.whole(plain.run.supernet, finetuning_inputs(plain))
+    whole = plain.run.whole(plain.run.supernet, finetuning_inputs(plain)) and hidden_is_ordered(plain)
     plain.redo = None if whole or plain.run.manifest(plain.run.supernet) is None else "finetune"
     finetune(plain)
     search(plain)

@@ -165,7 +165,7 @@ def current_front(job: Job) -> dict[str, Any]:
     # Every evaluation holds its speed, so only the base's is asked for here.
     speed = dict.fromkeys(SPEEDS, front["base_decode_tps"])
     with reading(f"{job.run.front}: an earlier version searched for other objectives; run compressor search"):
-        return requalified(job, front, *goals(job, lambda architecture: speed))
+        return requalified(job, front, *goals(for_search(job), lambda architecture: speed))
 
 
 def run_searches(

@@ -204,7 +204,7 @@ class Graph:
 
 
 def measure_speed(
-    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int, repeats: int = 5
+    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int = 200, repeats: int = 5
 ) -> Speed:
     """Speed of a package's graph at batch 1, of `vocabulary` tokens: medians over `repeats` runs.
 

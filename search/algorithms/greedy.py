@@ -29,8 +29,7 @@ class Greedy(Algorithm):
         if not (bounded or sized):
             raise ValueError("greedy needs a size among the objectives or constraints, such as parameters")
         self._size = Computer(self.space, bounded[0].objective if bounded else sized[0])
-        # Of several sizes that are asked for, the smallest: a bound below is little under it.
-        self._target = (bounded[0].minimum or bounded[0].maximum) if bounded else None
+        self._target = bounded[0].maximum if bounded else None
         self._quality = self.measured[0]
         self._current = self.space.encode(self.space.base)
         self._waiting: list[Genome] = []

@@ -112,7 +112,8 @@ class ElasticStep:
                     teacher = student.detached()
                 if member.role == "random":
                     mean = self.accelerator.reduce(loss.detach(), reduction="mean")
-                    self.seen.setdefault(member.architecture, []).append((int(batch.learnt.sum()), float(mean)))
+                    learnt = self.accelerator.reduce(batch.learnt.sum(), reduction="sum")  # alike in all processes
+                    self.seen.setdefault(member.architecture, []).append((int(learnt), float(mean)))
                 losses.append(float(loss.detach()))
                 backward(loss)  # within, as gradient checkpointing computes the layers again
         return losses[0] if all(map(isfinite, losses)) else nan
@@ -121,7 +122,9 @@ class ElasticStep:
         """The step is over: the draw learns what the random members lost, whatever parts the batch was computed in.
         Returns the slices that no member used."""
         for architecture, parts in self.seen.items():
-            self.draw.observe(architecture, sum(n * loss for n, loss in parts) / sum(n for n, _ in parts))
+            loss = sum(n * loss for n, loss in parts) / max(1, sum(n for n, _ in parts))
+            if isfinite(loss):
+                self.draw.observe(architecture, loss)
         self.seen.clear()
         return self.parameters.inactive([member.architecture for member in self.members])
 

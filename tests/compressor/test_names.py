@@ -70,3 +70,8 @@ def test_tasks_are_local_where_all_their_data_are_files(tmp_path: Path, files: d
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     assert tasks_are_local(["mine"], str(tmp_path)) is local
+
+
+def test_the_bundled_tasks_are_local() -> None:
+    folder = ROOT / "compressor" / "demo" / "tasks"
+    assert tasks_are_local(["world_grammar", "world_facts"], str(folder))

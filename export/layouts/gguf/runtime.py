@@ -86,7 +86,7 @@ class LlamaCpp:
 
 
 def measure_speed(
-    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int, repeats: int = 5
+    package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int = 200, repeats: int = 5
 ) -> Speed:
     """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs."""
     file, gguf_type = weight_file(package.folder)
