@@ -107,10 +107,8 @@ def measured_speedups(run: Run) -> dict[str, float]:
 
 def held_out_losses(job: Job, evaluations: list[Evaluation]) -> dict[str, float]:
     """Held-out losses that a pick measured, by the network's key."""
-    key, weights = (
-        held_out_keys(job, ["held_out_loss"])["held_out_loss"],
-        scored_weights(job, read_front(job.run.front)),
-    )
+    key = held_out_keys(job, ["held_out_loss"])["held_out_loss"]
+    weights = scored_weights(job, read_front(job.run.front))
     with EvaluationStore(job.run.evaluations) as store:
         scores = {e.architecture.key: store.get(e.architecture, weights, key) for e in evaluations}
     return {name: score.value for name, score in scores.items() if score is not None}

@@ -312,8 +312,7 @@ class Job:
                 adapters = finetuning.parameters == "lora"
                 finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
             if healing.learning_rate is None:
-                healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
-                healing.learning_rate *= RATE_AFTER_REPAIR if recipe.repair.enabled else 1
+                healing.learning_rate = self._chosen_rate(bool(recipe.repair.enabled))
 
     def follow_repair(self, before: bool | None) -> None:
         """After a repair was switched on or off: heal at the rate that suits, where the recipe's was chosen for how it
@@ -321,19 +320,22 @@ class Job:
         rate, now = self.recipe.healing.learning_rate, self.repairs
         if rate is None or before is None or before == now:
             return
-        plain = learning_rate_for(self.structure.base.hidden_size, True, weight_scale=self.weight_scale)
-        if isclose(rate, plain * (RATE_AFTER_REPAIR if before else 1)):
+        if isclose(rate, self._chosen_rate(before)):
             for recipe in (self.given, self.recipe):
-                recipe.healing.learning_rate = plain * (RATE_AFTER_REPAIR if now else 1)
+                recipe.healing.learning_rate = self._chosen_rate(now)
 
     def healing_rate(self, repaired: bool) -> float:
         """The peak rate that a network is healed with, after `fill_in`. The recipe's; where that was chosen for the
         repaired networks of this run, a plain slice has the one that it would have without the repair."""
         rate = self.recipe.healing.learning_rate
         assert rate is not None
+        chosen = self.repairs and isclose(rate, self._chosen_rate(True))
+        return self._chosen_rate(False) if chosen and not repaired else rate
+
+    def _chosen_rate(self, repaired: bool) -> float:
+        """The healing rate of a repaired network, or of a plain slice, where the user names none."""
         plain = learning_rate_for(self.structure.base.hidden_size, True, weight_scale=self.weight_scale)
-        chosen = self.repairs and isclose(rate, plain * RATE_AFTER_REPAIR)
-        return plain if chosen and not repaired else rate
+        return plain * (RATE_AFTER_REPAIR if repaired else 1)
 
     @property
     def repairs(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from math import gcd
 
@@ -20,6 +21,8 @@ from supernet.training.samplers import TrainingRange
 
 BELOW_LARGEST = 0.98
 """Share of the largest size up to which sub-networks are drawn."""
+BELOW_SMALLEST = 0.85
+"""Share of the smallest size that is asked for down to which sub-networks are trained and searched."""
 TRIES = 64
 """Uniform draws of a sub-network before a space is taken to hold nothing but what is too small."""
 
@@ -202,7 +205,15 @@ def smallest_share(job: Job) -> float:
     if share is not None:
         return share
     base = job.structure.parameters(job.structure.base)
-    return 0.85 * min((size / base for size in sizes_searched_for(job)), default=0.6)
+    return BELOW_SMALLEST * min((size / base for size in sizes_searched_for(job)), default=0.6)
+
+
+def smallest_to_search(job: Job) -> float:
+    """The fewest parameters that a search looks at: what was trained at the least, or, where less is asked for, as much
+    below that as would have been trained for it."""
+    trained = smallest_in_training(job)[1]
+    asked = min(sizes_searched_for(job), default=math.inf)
+    return trained if trained < asked else BELOW_SMALLEST * asked
 
 
 def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Architecture, float]:

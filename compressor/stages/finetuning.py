@@ -94,12 +94,13 @@ def check_unchanged(job: Job) -> None:
     if made and job.redo != "finetune" and not hidden_is_ordered(job):
         raise RequestError(
             f"{run.path}: its residual channels were left as they are, and this space takes the most important of "
-            "them; say --redo finetune to order them (its evaluations will not count any more), or another --output"
+            "them; compress with --redo finetune to order them (its evaluations will not count any more), or name "
+            "another --output"
         )
     if made and job.redo != "finetune" and not run.whole(run.supernet, finetuning_inputs(job)):
         raise RequestError(
-            f"{run.path}: its super-network was fine-tuned from another recipe or data; say --redo finetune to do it "
-            "again (its evaluations will not count any more), or name another --output"
+            f"{run.path}: its super-network was fine-tuned from another recipe or data; compress with --redo finetune "
+            "to do it again (its evaluations will not count any more), or name another --output"
         )
 
 

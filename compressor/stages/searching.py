@@ -19,6 +19,7 @@ from compressor.sizing import (
     sizes_searched_for,
     smallest_in_training,
     smallest_storage,
+    smallest_to_search,
 )
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
@@ -83,8 +84,8 @@ def search(job: Job) -> dict[str, Any]:
     within = []
     if asked := sizes_searched_for(job):
         trained = smallest_in_training(job)[1]
-        within = [Constraint(sizes, minimum=min(trained, *asked))]
-        if min(asked) < trained:
+        within = [Constraint(sizes, minimum=smallest_to_search(job))]
+        if min(asked) <= trained:
             say(
                 f"warning: nothing below {trained:,.0f} parameters was trained, and {min(asked):,} are asked for; "
                 "a run of its own for that size trains them"
@@ -327,8 +328,7 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     constraints = []
     sizes = sizes_asked_for(job)
     if sizes:
-        _, low = smallest_in_training(job)
-        constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=min(low, min(sizes))))
+        constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=smallest_to_search(job)))
     if byte_limit(job) is not None:
         constraints.append(Constraint(exact["bytes"], maximum=byte_limit(job)))
     if targets.min_speedup is not None:
@@ -366,7 +366,7 @@ def uniform_architectures(job: Job, larger: bool = False) -> list[Architecture]:
     if larger:
         return [a for a in uniform if max(sizes) < parameters(a) < parameters(job.structure.base)]
     if sizes:
-        _, low = smallest_in_training(job)
+        low = smallest_to_search(job)
         uniform = [a for a in uniform if parameters(a) >= low] or uniform[-1:]
     return uniform
 

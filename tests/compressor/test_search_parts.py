@@ -323,3 +323,15 @@ def test_channels_that_were_never_put_in_order_are_not_cut(made: Made, tmp_path:
     space = {"hidden_size": [16, 32], "ffn.*": [32, 64]}
     with pytest.raises(RequestError, match="residual channels were left as they are"):
         pipeline.resume(run, {"space": space})
+
+
+def test_sizes_below_what_was_trained_are_searched_with_a_warning(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made.copy(tmp_path / "run")
+    pipeline.resume(run, {"finetuning.smallest_share": 0.69})
+    capsys.readouterr()
+    assert cli.run(["search", str(run), "--max-params", "0.65", "--evaluations", "8"]) == 0
+    assert "nothing below" in " ".join(capsys.readouterr().err.split())
+    new = shares(run, front_of(run))[EVALUATIONS:]
+    assert len([size for size in new if 0.85 * 0.65 <= size <= 0.65]) >= 4

@@ -91,9 +91,8 @@ def measure_speed(
     """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs."""
     file, gguf_type = weight_file(package.folder)
     runtime = LlamaCpp(file, prompt + new + 8, threads)
-    runs = [runtime.timed([1 + i % min(200, vocabulary - 1) for i in range(prompt)], new) for _ in range(repeats + 1)][
-        1:
-    ]
+    ids = [1 + i % min(200, vocabulary - 1) for i in range(prompt)]
+    runs = [runtime.timed(ids, new) for _ in range(repeats + 1)][1:]
     return Speed(
         runtime="llama.cpp",
         device="cpu",
