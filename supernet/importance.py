@@ -249,7 +249,7 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
     # 1. Run the network, with hooks on the linear modules and the routers.
     modules = {reader.spec.name: reader.module for reader in reading}
     hooks = [module.register_forward_pre_hook(collect(name)) for name, module in modules.items()]
-    experts = [spec for spec in supernet.structure.tensors if _projects_experts(spec)]
+    experts = [spec for spec in supernet.structure.tensors if projects_experts(spec)]
     for spec in experts:
         layer = supernet.model.get_submodule(f"{supernet.family.layers}.{spec.layer}")
         router = layer.get_submodule(supernet.family.router)
@@ -270,7 +270,7 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
     return magnitude(supernet, ()) | scores if experts else scores
 
 
-def _projects_experts(spec: TensorSpec) -> bool:
+def projects_experts(spec: TensorSpec) -> bool:
     """Whether a parameter holds the output projections of a layer's experts, [experts, residual channels, neurons]."""
     return spec.role == "experts" and spec.axes[-1].blocks[0][0] == "ffn"
 

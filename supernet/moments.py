@@ -209,10 +209,16 @@ def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> f
     weight = weight[_judged(len(weight))]
     inputs = weight.shape[1]
     counts = [max(1, round(share * inputs)) for share in JUDGED_SHARES]
-    second, judged = training.moments(centred)[0], held.moments(centred)[0]
-    plain = held.moments(False)[0]  # the bias of a plain slice does not carry what the removed inputs meant
-    if inputs > WIDE:  # half the time and memory, and precise enough for ridges of that many inputs
-        weight, second, judged, plain = weight.float(), second.float(), judged.float(), plain.float()
+
+    def second_moments(sums: Sums, centred: bool) -> Tensor:
+        moments = sums.moments(centred)[0]
+        # Half the time and memory, and precise enough for ridges of that many inputs.
+        return moments.float() if inputs > WIDE else moments
+
+    second, judged = second_moments(training, centred), second_moments(held, centred)
+    # The bias of a plain slice does not carry what the removed inputs meant.
+    plain = second_moments(held, False) if centred else judged
+    weight = weight.to(second.dtype)
 
     def error(count: int, refitted: Tensor, judged: Tensor = judged) -> float:
         gap = weight.clone()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes
+from supernet.expert_repair import Experts, Routed, refit_experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, Through, residual_scale
 from supernet.moments import (
@@ -255,7 +256,7 @@ class _Sequence:
         self.first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
         self._show(whole=True)
         self.scale = residual_scale(supernet, batches[0][:1])
-        self._projections = projections(supernet)
+        self._projections, self._experts = projections(supernet), stacked_experts(supernet)
 
     def repair(self, index: int) -> None:
         """Repair the half-blocks that layer `index` keeps, and take both walks through it."""
@@ -275,6 +276,9 @@ class _Sequence:
             if half not in self.architecture.layers[index].skip:
                 self._repair(projection, spoken[half], outputs)
                 self.supernet.use(self.variants)
+        if index in self._experts and "mlp" not in self.architecture.layers[index].skip:
+            self._repair_experts(index, self._experts[index], outputs)
+            self.supernet.use(self.variants)
         # 3. What the next layer reads.
         self.cut.step(index)
         self.whole.states = outputs
@@ -303,7 +307,7 @@ class _Sequence:
                 target = own + (outputs[n] - behind[n]).flatten(0, -2) / scale
             elif scale is not None and index:
                 target = target + (self.whole.states[n] - self.cut.states[n]).flatten(0, -2) / scale
-            held = is_held_out(len(x), self.batches[n].shape[1], self.first_rows[n]).to(x.device)
+            held = self._held_out(n, x)
             training.add(x[~held], target[~held])
             held_out.add(x[held], target[held])
         if not (training.tokens and held_out.tokens):
@@ -315,6 +319,26 @@ class _Sequence:
         if biased:  # it carries the means in any case
             both = training + held_out
             self.tensors[projection.bias_name] = projection.stored((both.t - weight @ both.x) / both.tokens)
+
+    def _repair_experts(self, index: int, experts: Experts, outputs: list[Tensor]) -> None:
+        """Refit the output projections of a layer's active experts to what the residual stream behind them lacks."""
+        if self.scale is None:  # no family with experts norms what they put out
+            return
+        routed: list[Routed] = []
+
+        def look(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            states, chosen, weights = inputs
+            routed.append(Routed(states, chosen, weights, self._held_out(len(routed), states)))
+
+        with Hooks([experts.module.register_forward_pre_hook(look)]):
+            behind = self.cut.outputs(index)
+        gaps = [(whole - cut).flatten(0, -2) / self.scale for whole, cut in zip(outputs, behind, strict=True)]
+        self.tensors[experts.name] = refit_experts(experts, routed, gaps).to(experts.outputs).contiguous()
+
+    def _held_out(self, number: int, of_tokens: Tensor) -> Tensor:
+        """Which of the tokens of batch `number` are held out, where these lie that are `of_tokens`."""
+        held = is_held_out(len(of_tokens), self.batches[number].shape[1], self.first_rows[number])
+        return held.to(of_tokens.device)
 
     def _show(self, *, whole: bool) -> None:
         self.supernet.use(None if whole else self.variants)
