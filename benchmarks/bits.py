@@ -7,9 +7,11 @@ Each RUN is a run that was searched, of one seed each; measured losses and repai
 choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
 rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best
 sub-network that fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with
-which all of it fits. `joint`: `compressor pick --bits joint`. `genes`: the lowest loss that fits of a run that searched
-sizes and bits (`--space simq`, with held_out_loss and bytes as objectives), one of --genes for each RUN. A way that
-fits nothing has no number.
+which all of it fits. `mixed after` and `whole, mixed`: the network of `int4 after` or `int3 after`, whichever is better
+so, and the whole one, each layer in the bits that AutoRound's AutoScheme gives it, as many in the mean as fit. `joint`:
+`compressor pick --bits joint`. `genes`: the lowest loss that fits of a run that searched sizes and bits
+(`--space simq`, with held_out_loss and bytes as objectives), one of --genes for each RUN. A way that fits nothing has
+no number.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -25,12 +28,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.auto_scheme import bits_by_auto_scheme
 from benchmarks.common import make_parser, mean_spread, print_header, print_row
 from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_group, bits_storage
+from compressor.sizing import bits_group, bits_storage, storage_of
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import (
     HEADER_BYTES,
@@ -47,20 +51,36 @@ from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
-from export.quantization.schemes import OuterBits, SchemePlan
+from export.quantization.schemes import EmbeddingBits, OuterBits, SchemePlan, weight_format
 from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.common.formatting import parse_bytes
 from supernet.slicing import extract
 from supernet.training.data import HELD_OUT_BLOCKS
+from supernet.training.losses import held_out_loss
 from supernet.training.supernet_training import heal
 
 AFTER = ("int8", "int4", "int3")
-WAYS = (*(f"{scheme} after" for scheme in AFTER), "whole network", "joint", "genes")
+MIXED = ("mixed after", "whole, mixed")
+WAYS = (*(f"{scheme} after" for scheme in AFTER), "whole network", *MIXED, "joint", "genes")
+CALIBRATION = 64
+"""Blocks of training text that AutoScheme reads from."""
 
 
-def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Candidate]:
-    """What each way chooses; without those that fit nothing."""
+@dataclass(frozen=True)
+class MixedCandidate(Candidate):
+    """A sub-network with bits for each of its linear layers, by name in the network that is cut out."""
+
+    by_module: Mapping[str, int]
+    weights: Mapping[str, int]
+    """How many each has."""
+    plan: SchemePlan
+    loss: float
+    """Held-out, as rounded, not healed."""
+
+
+def choose(job: Job, evaluations: list[Evaluation], limit: int, mixed: bool) -> dict[str, Candidate]:
+    """What each way chooses, those with `mixed` bits too if asked for; without those that fit nothing."""
     chosen: dict[str, Candidate] = {}
     whole = whole_network(job)
     # 1. Size first: of those that fit with a scheme the lowest loss before rounding.
@@ -80,9 +100,63 @@ def choose(job: Job, evaluations: list[Evaluation], limit: int) -> dict[str, Can
     fitting = [row for row in candidates(job, whole, False) if row.bits.scheme and row.bytes <= limit]
     if fitting:
         chosen["whole network"] = min(fitting, key=lambda row: losses(row, HELD_OUT_BLOCKS))
-    # 3. Both.
+    # 3. Bits of each layer, afterwards or alone.
+    if mixed:
+        after = [chosen[way].evaluation for way in ("int4 after", "int3 after") if way in chosen]
+        alone: list[EmbeddingBits] = [8, 4]
+        for way, found in zip(
+            MIXED,
+            (
+                [with_auto_scheme(job, evaluation, 8, limit) for evaluation in after],
+                [with_auto_scheme(job, whole, embedding, limit) for embedding in alone],
+            ),
+            strict=True,
+        ):
+            if those_that_fit := [row for row in found if row is not None]:
+                chosen[way] = min(those_that_fit, key=lambda row: row.loss)
+    # 4. Both.
     chosen["joint"] = pick_with_bits(job, evaluations, Target(max_bytes=limit), False).candidate
     return chosen
+
+
+@torch.no_grad()
+def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits, limit: int) -> MixedCandidate | None:
+    """A sub-network with the bits that AutoScheme gives its layers; None where 2 bits each do not fit."""
+    architecture, structure = evaluation.architecture, job.structure
+    network = made(job, Candidate(evaluation, Bits(None), None, 0), 0)
+    linear, storage = linear_layers_in(network), storage_of(job, "int4", architecture, embedding)
+    group_size = plan_scheme(linear.widths, "int4").group_size
+    tensors = sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
+
+    def of_layers(bits: Mapping[str, int]) -> int:
+        formats = {name: weight_format(shape, bits[name], group_size) for name, shape in linear.widths.items()}
+        return sum(storage.rows_bytes(*shape, *formats[name]) for name, shape in linear.widths.items())
+
+    # 1. The mean of the bits that fit.
+    rest = structure.bytes(architecture, storage) - of_layers(dict.fromkeys(linear.widths, 4))
+    rest += 3 * HEADER_BYTES * tensors
+    counts = {name: prod(shape) for name, shape in linear.widths.items()}
+    room = 8 * (limit - rest - of_layers(dict.fromkeys(linear.widths, 2))) / sum(counts.values())
+    if room < 0:
+        return None
+    # 2. Bits of that mean; less, where rows that end in the middle of a word took too much.
+    training, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
+    texts = [job.tokenizer.decode(row) for batch in training[:CALIBRATION].split(8) for row in batch.ids]
+    mean_bits = min(2 + room, 8.0)
+    while True:
+        found = bits_by_auto_scheme(network, job.tokenizer, texts, mean_bits, group_size)
+        bits = {name: found.get(name, 8) for name in linear.widths}
+        stored = rest + of_layers(bits)
+        if stored <= limit:
+            break
+        mean_bits -= 0.05
+        if mean_bits < 2:
+            return None
+    # 3. What it loses.
+    plan = SchemePlan("mixed", group_size, [], OuterBits(storage.embedding, storage.head), bits)
+    round_network(network, plan, linear)
+    loss = held_out_loss(network, held_out.part(0, HELD_OUT_BLOCKS), 1, job.device)
+    return MixedCandidate(evaluation, Bits(None), storage, stored, bits, counts, plan, loss)
 
 
 def choose_genes(job: Job, limit: int) -> Candidate | None:
@@ -100,6 +174,10 @@ def choose_genes(job: Job, limit: int) -> Candidate | None:
 def bits_in_words(job: Job, candidate: Candidate) -> str:
     """How a candidate is stored; of bits of its own, the mean over the weights of its linear layers."""
     architecture, storage = candidate.architecture, candidate.storage
+    if isinstance(candidate, MixedCandidate):
+        weights = sum(candidate.weights.values())
+        mean_bits = sum(candidate.weights[name] * bits for name, bits in candidate.by_module.items()) / weights
+        return f"{mean_bits:.1f} bits in the mean, embedding in {candidate.plan.outer.embedding} bits"
     if storage is None or not architecture.has_bits:
         return str(candidate.bits)
     weights, bits = 0, 0
@@ -127,7 +205,9 @@ def made(job: Job, candidate: Candidate, tokens: int) -> Any:
         job.threads(scoring=True)
     scheme, storage = candidate.bits.scheme, candidate.storage
     searched = candidate.architecture
-    if searched.has_bits:
+    if isinstance(candidate, MixedCandidate):
+        round_network(network, candidate.plan, linear_layers_in(network))
+    elif searched.has_bits:
         bits = bits_by_module(job.structure, job.checkpoint.config, searched, bits_storage(job))
         outer = OuterBits(searched.embedding_bits or 16, searched.head_bits or 16)
         round_network(network, SchemePlan("mixed", bits_group(job), [], outer, bits), linear_layers_in(network))
@@ -147,7 +227,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         rows: dict[str, list[Candidate]] = {}
         for folder in arguments.runs:
             job = resume(Path(folder), {})
-            chosen = choose(job, [e for e in measured(job) if e.full], parse_bytes(budget))
+            chosen = choose(job, [e for e in measured(job) if e.full], parse_bytes(budget), arguments.mixed)
             jobs = dict.fromkeys(chosen, job)
             if genes := dict(zip(arguments.runs, arguments.genes, strict=False)).get(folder, ""):
                 jobs["genes"] = resume(Path(genes), {})
@@ -155,7 +235,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                 chosen |= {} if found_by_genes is None else {"genes": found_by_genes}
             networks: dict[tuple[object, ...], float] = {}
             for way, candidate in chosen.items():
-                key = (candidate.architecture, candidate.bits)
+                key = (candidate.architecture, bits_in_words(jobs[way], candidate), candidate.bytes)
                 if key not in networks:
                     network = made(jobs[way], candidate, arguments.heal_tokens)
                     length = min(256, network.config.max_position_embeddings)
@@ -179,6 +259,7 @@ def main() -> None:
         "new": (str, "documents that no run has seen, .jsonl with a text each"),
         "documents": (200, "how many of them"),
         "heal_tokens": 0,
+        "mixed": (False, "also the bits that AutoRound's AutoScheme chooses, some minutes for each budget and RUN"),
         "genes": ([""], "runs that searched sizes and bits, one for each RUN"),
     }
     parser = make_parser(__doc__, **own)

@@ -57,7 +57,11 @@ def test_the_whole_job(tmp_path: Path) -> None:
     scored = logits_of(supernet.model, ids)
     package, _ = load_causal_lm(output / "packages" / "best-mixed", torch.float32, True)
     shipped = logits_of(package, ids)
-    assert (scored - shipped).abs().max() <= 1e-4 * scored.abs().max()
+    # Which is picked depends on the processor. What has no bits is scored as it is, and shipped in bfloat16.
+    kept = [(s.attention_bits, s.num_key_value_heads) for s in architecture.layers]
+    kept += [(s.ffn_bits, s.intermediate_size) for s in architecture.layers] + [(architecture.embedding_bits, 1)]
+    all_rounded = all(bits for bits, units in kept if units)
+    assert (scored - shipped).abs().max() <= (1e-4 if all_rounded else 5e-3) * scored.abs().max()
     supernet.activate(architecture.without_bits())
     assert (logits_of(supernet.model, ids) - shipped).abs().max() > 1e-2 * scored.abs().max()
     assert pick["values"]["bytes"] == job.structure.bytes(architecture, bits_storage(job)) <= 45_000

@@ -1,0 +1,94 @@
+"""Bits of each linear layer as AutoRound chooses them: its AutoScheme, which weighs what each layer loses in every
+number of bits and meets a mean (auto-round's `AutoScheme`), through neural-compressor's `target_bits`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+OPTIONS = {2: "W2A16", 3: "W3A16", 4: "W4A16", 8: "W8A16"}
+"""AutoRound's names of the bits to choose from."""
+TOGETHER = (r"self_attn\.[qkv]_proj", r"mlp\.(?:gate|up)_proj")
+"""Layers of a block that have the same bits: runtimes join them."""
+
+
+def bits_by_auto_scheme(
+    network: Any, tokenizer: Any, texts: Sequence[str], mean_bits: float, group_size: int
+) -> dict[str, int]:
+    """Bits by name of the linear layers; those that AutoRound leaves out are not there.
+
+    It runs in a process of its own, since it changes the network that it is given and writes to the terminal. Raises
+    RuntimeError, with the end of what it wrote, where it fails.
+    """
+    context = multiprocessing.get_context("fork")  # the network may be of a class that lies beside its weights
+    here, there = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        child = context.Process(target=_choose, args=(there, network, tokenizer, texts, mean_bits, group_size, folder))
+        child.start()
+        there.close()
+        try:
+            return dict(here.recv())
+        except EOFError:
+            raise RuntimeError(f"AutoScheme failed:\n{(folder / 'log').read_text()[-2000:]}") from None
+        finally:
+            child.join()
+
+
+def _choose(
+    results: Connection,
+    network: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    mean_bits: float,
+    group_size: int,
+    folder: Path,
+) -> None:
+    """What the process does."""
+    with (folder / "log").open("w") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare  # only here: it takes seconds
+
+    torch.set_grad_enabled(True)  # whatever the parent computes under
+    network.requires_grad_(True)
+    text = folder / "calibration.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in texts))
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    together: dict[str, list[str]] = {}
+    for name in linear:
+        for pattern in TOGETHER:
+            if re.search(pattern, name):
+                together.setdefault(re.sub(pattern, pattern, name), []).append(name)
+    config = AutoRoundConfig(
+        tokenizer=tokenizer,
+        target_bits=mean_bits,
+        ignore_scale_zp_bits=True,
+        options=tuple(OPTIONS.values()),
+        shared_layers=list(together.values()),
+        group_size=group_size,
+        iters=0,
+        nsamples=16,
+        seqlen=256,
+        batch_size=4,
+        dataset=str(text),
+        seed=0,
+        amp=False,
+        device_map="cpu",
+        export_format="auto_round",
+        output_dir=str(folder / "out"),
+        reloading=False,
+    )
+    converted = convert(prepare(network, config))
+    results.send({name: int(layer["bits"]) for name, layer in converted.autoround_config.items()})
