@@ -21,6 +21,7 @@ from compressor.sizing import (
     smallest_storage,
     smallest_to_search,
 )
+from compressor.stages.filling import fillings, reserved
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
@@ -181,8 +182,8 @@ def run_searches(
     """Search by the recipe's algorithm, from what was measured `before` where anything was; the result holds both, and
     its front lies `within` these bounds.
 
-    A first search begins with greedy perturbation, where the warm start names it, and ends among the sizes that are
-    larger than those asked for (`LARGER_SHARE`).
+    A first search begins with greedy perturbation, where the warm start names it, and goes on among the sizes that are
+    larger than those asked for (`LARGER_SHARE`). At the end, what was found good is grown to the sizes asked for.
     """
     settings = job.recipe.searching
     budget = settings.evaluations or 1
@@ -211,6 +212,7 @@ def run_searches(
     # Nothing larger is trained, or there: what a vocabulary is cut to is smaller.
     if sizes and (not whole or max(sizes) >= job.structure.parameters(job.structure.base)):
         larger = 0
+    filling = reserved(job, constraints, budget)
     known = [] if before is None else before.evaluations
     if GREEDY in settings.warm_start and before is None:
         share = int(GREEDY_SHARE * budget)
@@ -218,7 +220,7 @@ def run_searches(
             job.space, objectives, evaluator.measure, evaluations=share, constraints=constraints, **common
         )
     result = searching(
-        evaluations=(0 if before is None else len(known)) + budget - larger,
+        evaluations=(0 if before is None else len(known)) + budget - larger - filling,
         constraints=constraints,
         include=uniform_architectures(job),
         warm_start=starts,
@@ -234,6 +236,16 @@ def run_searches(
             include=uniform[: larger // 4],
             # So few evaluations are better spent on what is known to be good than on what may be fast.
             warm_start=proposals(job, above=max(sizes), most=larger - larger // 4),
+            known=result.evaluations,
+            generations=result.generations,
+        )
+    # 3. What fills the sizes asked for.
+    if filling:
+        evaluator.close()  # held-out losses need the super-network, and one is in memory at a time
+        result = searching(
+            evaluations=len(result.evaluations) + filling,
+            constraints=constraints,
+            include=fillings(job, result.evaluations, constraints, filling),
             known=result.evaluations,
             generations=result.generations,
         )
