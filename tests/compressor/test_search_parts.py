@@ -16,8 +16,10 @@ from compressor.front_table import front_rows
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
+from compressor.stages.filling import SHARE
 from compressor.stages.picking import measured
 from compressor.stages.searching import LARGER_SHARE, speed_table
+from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from tests.support import tiny
 
@@ -77,14 +79,28 @@ def scored(run: Path) -> int:
 
 def test_a_share_of_the_search_goes_to_the_sizes_above(made: Made) -> None:
     sizes = shares(made.run, made.front)
-    larger = round(LARGER_SHARE * EVALUATIONS)
-    assert len(sizes) == len(set(keys(made.front))) == EVALUATIONS and larger == 4
-    assert all(0.7 < size < 1 for size in sizes[-larger:])
-    assert len({round(size, 2) for size in sizes[-larger:]}) > 1  # spread, not one size
+    larger, filling = round(LARGER_SHARE * EVALUATIONS), round(SHARE * EVALUATIONS)
+    assert len(sizes) == len(set(keys(made.front))) == EVALUATIONS and (larger, filling) == (4, 3)
+    above = sizes[-larger - filling : -filling]
+    assert all(0.7 < size < 1 for size in above)
+    assert len({round(size, 2) for size in above}) > 1  # spread, not one size
     on_front = {key: size for key, size in zip(keys(made.front), sizes, strict=True) if key in made.front["front"]}
     assert min(on_front.values()) >= 0.85 * 0.7  # smaller ones are not trained
     (part,) = made.front["parts"]
     assert part["measured"] == EVALUATIONS and part["targets"]["max_params"] == ["0.7"]
+
+
+def test_the_last_of_the_search_fills_the_size_asked_for(made: Made) -> None:
+    """The first of them hold what was found good before them, and have no room for another step."""
+    sizes = shares(made.run, made.front)
+    *before, first = made.front["evaluations"][: 1 - round(SHARE * EVALUATIONS)]
+    job = Job(Run(made.run), Run(made.run).recipe())
+    step = (
+        16 * job.structure.base.hidden_size / job.structure.parameters(job.structure.base)
+    )  # a gate, up and down of 8
+    assert 0.7 - 2 * step < sizes[len(before)] <= 0.7
+    filling = Architecture.from_dict(first["architecture"])
+    assert any(Architecture.from_dict(row["architecture"]).fits(filling) for row in before)
 
 
 def test_a_search_goes_on_for_another_size(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,125 @@
+"""What it gains to spend the last tenth of a search on what fills the size asked for, of the same evaluations.
+
+    python -m benchmarks.filling [--checkpoint DIR --data FILE.jsonl --include-path DIR --tasks A,B] [--sizes 0.8 0.67]
+        [--seeds 3] [--train-tokens 0] [--heal-tokens 60000]
+
+For every size and seed one super-network, searched with and without; both picks are sliced and healed alike. Losses are
+held-out, in nats per token; quality is of the packages on the report documents.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.common import Measurements, make_parser, mean_spread, print_header, print_row
+from compressor import demo, pipeline
+from compressor.recipe import Recipe
+from compressor.stages import filling
+from compressor.stages.subnet_scores import held_out_losses
+from supernet.architecture import Architecture
+from supernet.training.data import HELD_OUT_BLOCKS
+
+WAYS = {"as found": 0.0, "filled": filling.SHARE}
+
+
+def main() -> None:
+    parser = make_parser(
+        __doc__,
+        "checkpoint",
+        "data",
+        "include_path",
+        "output",
+        "minutes",
+        tasks=(",".join(demo.TASK_NAMES), "lm-eval tasks, comma-separated"),
+        sizes=(["0.8", "0.67", "0.5"], "the most parameters, as in --max-params"),
+        seeds=(3, "runs, each from another seed"),
+        train_tokens=(34_000, "of the fine-tuning"),
+        heal_tokens=(0, "of healing"),
+        evaluations=(60, "of the search"),
+        limit=(60, "documents per task in the search"),
+    )
+    arguments = parser.parse_args()
+    measurements = Measurements(arguments.output, arguments.minutes)
+    kept = {"output", "minutes", "seeds", "sizes"}
+    settings = "; ".join(f"{name} {value}" for name, value in vars(arguments).items() if name not in kept)
+    results = measurements.by_settings.setdefault(settings, {})
+    for size in arguments.sizes:
+        for seed in range(arguments.seeds):
+            measurements.measure(results, f"{size} {seed}", partial(both, arguments, size, seed))
+    columns = ["share", "loss before healing", "loss", "quality"]
+    print_header("size", "pick", "seeds", *columns, "lower loss", right_from=2)
+    for size in arguments.sizes:
+        rows = [row for key, row in results.items() if key.split()[0] == size]
+        for way in WAYS if rows else ():
+            cells = [
+                mean_spread([row[way][name] for row in rows], ".4f" if "loss" in name else ".3f") for name in columns
+            ]
+            won = sum(row[way]["loss"] < min(row[other]["loss"] for other in WAYS if other != way) for row in rows)
+            print_row(size, way, str(len(rows)), *cells, f"{won} of {len(rows)}")
+        if rows:
+            gains = [100 * (row["filled"]["loss"] / row["as found"]["loss"] - 1) for row in rows]
+            print_row("", "difference of loss", "", "", "", f"{mean(gains):+.1f} %", "", "")
+
+
+def both(arguments: Any, size: str, seed: int) -> dict[str, dict[str, float]]:
+    """Both picks of one super-network: what each is, and what became of it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = folder / "text.jsonl"
+        if arguments.data is None:
+            demo.training_text(text, 6000, seed=1)
+        recipe = Recipe.model_validate(
+            {
+                "model": arguments.checkpoint,
+                "data": arguments.data or str(text),
+                "tasks": arguments.tasks,
+                "include_path": arguments.include_path,
+                "targets": {"max_params": size},
+                "finetuning": {"tokens": arguments.train_tokens, "batch_size": 4},
+                "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
+                "healing": {"tokens": arguments.heal_tokens},
+                "effort": "quick",
+                "device": "cpu",
+                "seed": seed,
+            }
+        )
+        pipeline.finetune(pipeline.start(recipe, folder / "trained"))
+        return {way: one(folder, way, share) for way, share in WAYS.items()}
+
+
+def one(folder: Path, way: str, share: float) -> dict[str, float]:
+    """Search, pick and heal in a copy of the run."""
+    run = Path(shutil.copytree(folder / "trained", folder / way.replace(" ", "-")))
+    job = pipeline.resume(run, {})
+    with spent_on_filling(share):
+        pipeline.search(job)
+    (row,) = pipeline.pick(job)
+    (entry,) = pipeline.export(job)
+    architecture = Architecture.from_dict(row["architecture"])
+    (before,) = held_out_losses(job, [architecture], HELD_OUT_BLOCKS)
+    return {
+        "share": job.structure.parameters(architecture) / job.untouched_parameters,
+        "loss before healing": before,
+        "loss": entry["held_out_loss"],
+        "quality": entry["quality"],
+    }
+
+
+@contextmanager
+def spent_on_filling(share: float) -> Iterator[None]:
+    before, filling.SHARE = filling.SHARE, share
+    try:
+        yield
+    finally:
+        filling.SHARE = before
+
+
+if __name__ == "__main__":
+    main()
