@@ -50,9 +50,11 @@ def main() -> None:
     kept = {"output", "minutes", "seeds", "sizes"}
     settings = "; ".join(f"{name} {value}" for name, value in vars(arguments).items() if name not in kept)
     results = measurements.by_settings.setdefault(settings, {})
-    for size in arguments.sizes:
-        for seed in range(arguments.seeds):
-            measurements.measure(results, f"{size} {seed}", partial(both, arguments, size, seed))
+    with tempfile.TemporaryDirectory() as name:
+        for size in arguments.sizes:
+            for seed in range(arguments.seeds):
+                folder = Path(name) / f"{size}-{seed}"
+                measurements.measure(results, f"{size} {seed}", partial(both, arguments, size, seed, folder))
     columns = ["share", "loss before healing", "loss", "quality"]
     print_header("size", "pick", "seeds", *columns, "lower loss", right_from=2)
     for size in arguments.sizes:
@@ -68,30 +70,29 @@ def main() -> None:
             print_row("", "difference of loss", "", "", "", f"{mean(gains):+.1f} %", "", "")
 
 
-def both(arguments: Any, size: str, seed: int) -> dict[str, dict[str, float]]:
+def both(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """Both picks of one super-network: what each is, and what became of it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        text = folder / "text.jsonl"
-        if arguments.data is None:
-            demo.training_text(text, 6000, seed=1)
-        recipe = Recipe.model_validate(
-            {
-                "model": arguments.checkpoint,
-                "data": arguments.data or str(text),
-                "tasks": arguments.tasks,
-                "include_path": arguments.include_path,
-                "targets": {"max_params": size},
-                "finetuning": {"tokens": arguments.train_tokens, "batch_size": 4},
-                "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
-                "healing": {"tokens": arguments.heal_tokens},
-                "effort": "quick",
-                "device": "cpu",
-                "seed": seed,
-            }
-        )
-        pipeline.finetune(pipeline.start(recipe, folder / "trained"))
-        return {way: one(folder, way, share) for way, share in WAYS.items()}
+    folder.mkdir()
+    text = folder / "text.jsonl"
+    if arguments.data is None:
+        demo.training_text(text, 6000, seed=1)
+    recipe = Recipe.model_validate(
+        {
+            "model": arguments.checkpoint,
+            "data": arguments.data or str(text),
+            "tasks": arguments.tasks,
+            "include_path": arguments.include_path,
+            "targets": {"max_params": size},
+            "finetuning": {"tokens": arguments.train_tokens, "batch_size": 4},
+            "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
+            "healing": {"tokens": arguments.heal_tokens},
+            "effort": "quick",
+            "device": "cpu",
+            "seed": seed,
+        }
+    )
+    pipeline.finetune(pipeline.start(recipe, folder / "trained"))
+    return {way: one(folder, way, share) for way, share in WAYS.items()}
 
 
 def one(folder: Path, way: str, share: float) -> dict[str, float]:

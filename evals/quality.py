@@ -8,6 +8,10 @@ The one definition; search, pick, report, comparison and cards use it. It is the
 and never below 0. The base is 1.0; a network that guesses is 0 on tasks of the first kind. A task on which the base
 itself is not above chance by two standard errors does not count. Where none counts, quality is the base's perplexity
 over the network's, on text that was not trained on.
+
+What a search is led by is capped: no task is worth more than the base's own score there. A sub-network above it was lucky
+with few documents, or guesses in a way that suits the task (of two sentences a wrecked network finds the one of frequent
+words likelier, which may be right more often than the base is), and that must not make up for what it lost elsewhere.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from numpy.typing import NDArray
 from search.scores import Score
 from supernet.common.errors import RequestError
 
-DEFINITION = 2
-"""Number of this definition in files that hold qualities. 1, until 0.1.0: score / base's score."""
+DEFINITION = 3
+"""Number of this definition in files that hold a search's qualities. 2: not capped. 1: score / base's score."""
 
 Resampled = Mapping[str, NDArray[np.float64]]
 """{task: its score in each resample}."""
@@ -73,12 +77,15 @@ class QualityScale:
             return f"Quality does not count {names}: {why}."
         return f"No task counts ({names}): {why}. Quality is the base's perplexity over the network's on held-out text."
 
-    def quality(self, scores: Mapping[str, Score], loss: float | None = None) -> float:
-        """Quality of a network with these scores, at least 0. `loss` is its held-out loss, nats per token, on the
-        same text as the base's; it is read where no task counts. Raises ValueError where it is missing then."""
+    def quality(self, scores: Mapping[str, Score], loss: float | None = None, *, capped: bool = False) -> float:
+        """Quality of a network with these scores, at least 0; `capped`: no task is worth more than 1. `loss` is its
+        held-out loss, nats per token, on the same text as the base's; it is read where no task counts. Raises
+        ValueError where it is missing then."""
+        most = 1.0 if capped else math.inf
         if self.by_text:
-            return self.kept_of_text(loss)
-        return max(0.0, math.fsum(float(self._share(n, scores[n].value)) for n in self.counted) / len(self.counted))
+            return min(most, self.kept_of_text(loss))
+        shares = (min(most, float(self._share(name, scores[name].value))) for name in self.counted)
+        return max(0.0, math.fsum(shares) / len(self.counted))
 
     def kept_of_text(self, loss: float | None) -> float:
         """The base's perplexity over that of a network with this loss. Raises ValueError where one is missing."""

@@ -56,7 +56,7 @@ def requalified(
         for row in front["evaluations"]:
             known = known_scores(store, Architecture.from_dict(row["architecture"]), weights, keys)
             scores = {name: _score(key, row["values"].get(name), known.get(name)) for name, key in keys.items()}
-            now = {"quality": scale.quality(scores), "quality_stderr": scale.stderr(scores)}
+            now = {"quality": scale.quality(scores, capped=True), "quality_stderr": scale.stderr(scores)}
             rows.append({**row, "values": {**row["values"], **now}})
     evaluations = [
         Evaluation(

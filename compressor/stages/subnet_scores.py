@@ -258,7 +258,7 @@ class SubnetEvaluator:
         text = scores.get("held_out_loss")
         loss, loss_stderr = (text.value, text.stderr) if text is not None else (None, None)
         return {name: score.value for name, score in scores.items()} | {
-            "quality": self.scale.quality(scores, loss),
+            "quality": self.scale.quality(scores, loss, capped=True),
             "quality_stderr": self.scale.stderr(scores, loss, loss_stderr),
         }
 
