@@ -9,9 +9,10 @@ and never below 0. The base is 1.0; a network that guesses is 0 on tasks of the 
 itself is not above chance by two standard errors does not count. Where none counts, quality is the base's perplexity
 over the network's, on text that was not trained on.
 
-What a search is led by is capped: no task is worth more than the base's own score there. A sub-network above it was lucky
-with few documents, or guesses in a way that suits the task (of two sentences a wrecked network finds the one of frequent
-words likelier, which may be right more often than the base is), and that must not make up for what it lost elsewhere.
+What a search is led by is capped: no task is worth more than the base's own score there. A sub-network above it was
+lucky with few documents, or guesses in a way that suits the task (of two sentences a wrecked network finds the one of
+frequent words likelier, which may be right more often than the base is), and that must not make up for what it lost
+elsewhere.
 """
 
 from __future__ import annotations
