@@ -82,9 +82,9 @@ class QualityScale:
         """Quality of a network with these scores, at least 0; `capped`: no task is worth more than 1. `loss` is its
         held-out loss, nats per token, on the same text as the base's; it is read where no task counts. Raises
         ValueError where it is missing then."""
-        most = 1.0 if capped else math.inf
         if self.by_text:
-            return min(most, self.kept_of_text(loss))
+            return self.kept_of_text(loss)
+        most = 1.0 if capped else math.inf
         shares = (min(most, float(self._share(name, scores[name].value))) for name in self.counted)
         return max(0.0, math.fsum(shares) / len(self.counted))
 

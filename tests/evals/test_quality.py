@@ -28,6 +28,16 @@ def test_a_guess_is_worth_nothing_and_the_base_one() -> None:
     assert scale.quality(halved) == pytest.approx(0.5)
     better = {"choice": score(0.875, chance=0.5), "words": score(0.6), "bits": score(0.5, less=True)}
     assert scale.quality(better) == pytest.approx((1.5 + 1.5 + 2.0) / 3)
+    assert scale.quality(better, capped=True) == 1.0
+
+
+def test_what_is_above_the_base_makes_up_for_nothing_in_a_search() -> None:
+    scale = QualityScale(BASE)
+    mixed = {"choice": score(1.0, chance=0.5), "words": score(0.2), "bits": score(2.0, less=True)}
+    assert scale.quality(mixed) == pytest.approx((2.0 + 0.5 + 0.5) / 3)
+    assert scale.quality(mixed, capped=True) == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    by_text = QualityScale({"choice": score(0.5, chance=0.5)}, base_loss=2.0)
+    assert by_text.quality({}, 1.0, capped=True) == by_text.quality({}, 1.0) > 1  # there is nothing to make up for
 
 
 def test_what_is_worse_than_a_guess_is_not_below_zero() -> None:
