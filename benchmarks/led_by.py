@@ -1,10 +1,10 @@
-"""What it gains to spend the last tenth of a search on what fills the size asked for, of the same evaluations.
+"""What a search gains by capped qualities, and by spending its last tenth on what fills the size asked for.
 
-    python -m benchmarks.filling [--checkpoint DIR --data FILE.jsonl --include-path DIR --tasks A,B] [--sizes 0.8 0.67]
+    python -m benchmarks.led_by [--checkpoint DIR --data FILE.jsonl --include-path DIR --tasks A,B] [--sizes 0.8 0.67]
         [--seeds 3] [--train-tokens 0] [--heal-tokens 60000]
 
-For every size and seed one super-network, searched with and without; both picks are sliced and healed alike. Losses are
-held-out, in nats per token; quality is of the packages on the report documents.
+For every size and seed one super-network, searched in every way with as many evaluations; all picks are sliced and
+healed alike. Losses are held-out, in nats per token; quality is of the packages on the report documents.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.common import Measurements, make_parser, mean_spread, print_header, print_row
 from compressor import demo, pipeline
 from compressor.recipe import Recipe
 from compressor.stages import filling
 from compressor.stages.subnet_scores import held_out_losses
+from evals.quality import QualityScale
 from supernet.architecture import Architecture
 from supernet.training.data import HELD_OUT_BLOCKS
 
-WAYS = {"as found": 0.0, "filled": filling.SHARE}
+WAYS = {"neither": (False, 0.0), "capped": (True, 0.0), "capped and filled": (True, filling.SHARE)}
+"""Whether qualities are capped, and the share of the evaluations that fills."""
 
 
 def main() -> None:
@@ -54,24 +56,20 @@ def main() -> None:
         for size in arguments.sizes:
             for seed in range(arguments.seeds):
                 folder = Path(name) / f"{size}-{seed}"
-                measurements.measure(results, f"{size} {seed}", partial(both, arguments, size, seed, folder))
+                measurements.measure(results, f"{size} {seed}", partial(picks, arguments, size, seed, folder))
     columns = ["share", "loss before healing", "loss", "quality"]
-    print_header("size", "pick", "seeds", *columns, "lower loss", right_from=2)
+    print_header("size", "search", "seeds", *columns, right_from=2)
     for size in arguments.sizes:
         rows = [row for key, row in results.items() if key.split()[0] == size]
         for way in WAYS if rows else ():
             cells = [
                 mean_spread([row[way][name] for row in rows], ".4f" if "loss" in name else ".3f") for name in columns
             ]
-            won = sum(row[way]["loss"] < min(row[other]["loss"] for other in WAYS if other != way) for row in rows)
-            print_row(size, way, str(len(rows)), *cells, f"{won} of {len(rows)}")
-        if rows:
-            gains = [100 * (row["filled"]["loss"] / row["as found"]["loss"] - 1) for row in rows]
-            print_row("", "difference of loss", "", "", "", f"{mean(gains):+.1f} %", "", "")
+            print_row(size, way, str(len(rows)), *cells)
 
 
-def both(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Both picks of one super-network: what each is, and what became of it."""
+def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """All picks of one super-network: what each is, and what became of it."""
     folder.mkdir()
     text = folder / "text.jsonl"
     if arguments.data is None:
@@ -86,20 +84,21 @@ def both(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[s
             "finetuning": {"tokens": arguments.train_tokens, "batch_size": 4},
             "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
             "healing": {"tokens": arguments.heal_tokens},
+            "quantizing": {"schemes": []},
             "effort": "quick",
             "device": "cpu",
             "seed": seed,
         }
     )
     pipeline.finetune(pipeline.start(recipe, folder / "trained"))
-    return {way: one(folder, way, share) for way, share in WAYS.items()}
+    return {way: one(folder, way, *settings) for way, settings in WAYS.items()}
 
 
-def one(folder: Path, way: str, share: float) -> dict[str, float]:
+def one(folder: Path, way: str, capped: bool, share: float) -> dict[str, float]:
     """Search, pick and heal in a copy of the run."""
     run = Path(shutil.copytree(folder / "trained", folder / way.replace(" ", "-")))
     job = pipeline.resume(run, {})
-    with spent_on_filling(share):
+    with led_by(capped, share):
         pipeline.search(job)
     (row,) = pipeline.pick(job)
     (entry,) = pipeline.export(job)
@@ -114,12 +113,18 @@ def one(folder: Path, way: str, share: float) -> dict[str, float]:
 
 
 @contextmanager
-def spent_on_filling(share: float) -> Iterator[None]:
-    before, filling.SHARE = filling.SHARE, share
-    try:
+def led_by(capped: bool, share: float) -> Iterator[None]:
+    """Within, a search's qualities are capped or not, and such a share of it fills."""
+    quality = QualityScale.quality
+
+    def as_reported(self: QualityScale, *arguments: Any, **_: Any) -> float:
+        return quality(self, *arguments)
+
+    with (
+        patch.object(filling, "SHARE", share),
+        patch.object(QualityScale, "quality", quality if capped else as_reported),
+    ):
         yield
-    finally:
-        filling.SHARE = before
 
 
 if __name__ == "__main__":
