@@ -29,8 +29,11 @@ def bits_by_auto_scheme(
     """Bits by name of the linear layers; those that AutoRound leaves out are not there.
 
     It runs in a process of its own, since it changes the network that it is given and writes to the terminal. Raises
-    RuntimeError, with the end of what it wrote, where it fails.
+    RuntimeError, with the end of what it wrote, where it fails, and where this process may have computed on several
+    threads: one that is forked from it would wait for them for ever.
     """
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        raise RuntimeError("AutoScheme is computed in a forked process; set OMP_NUM_THREADS=1")
     context = multiprocessing.get_context("fork")  # the network may be of a class that lies beside its weights
     here, there = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as name:

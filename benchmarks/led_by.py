@@ -57,7 +57,7 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 folder = Path(name) / f"{size}-{seed}"
                 measurements.measure(results, f"{size} {seed}", partial(picks, arguments, size, seed, folder))
-    columns = ["share", "loss before healing", "loss", "quality"]
+    columns = ["share", "loss as searched", "loss", "quality"]
     print_header("size", "search", "seeds", *columns, right_from=2)
     for size in arguments.sizes:
         rows = [row for key, row in results.items() if key.split()[0] == size]
@@ -106,7 +106,7 @@ def one(folder: Path, way: str, capped: bool, share: float) -> dict[str, float]:
     (before,) = held_out_losses(job, [architecture], HELD_OUT_BLOCKS)
     return {
         "share": job.structure.parameters(architecture) / job.untouched_parameters,
-        "loss before healing": before,
+        "loss as searched": before,
         "loss": entry["held_out_loss"],
         "quality": entry["quality"],
     }

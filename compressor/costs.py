@@ -166,10 +166,11 @@ class _Counts:
         """Packages of the base itself in few bits."""
         self.scored_packages = self.packages - len(limits) * len(copies & {"onnx", "openvino"}) + 3 * self.elastic
 
-    def cubes(self, seconds: dict[str, float]) -> float:
-        """Seconds of what grows with the cube of the layers' widths."""
-        widths = [layer.intermediate_size for layer in self.job.structure.base.layers]
-        return seconds["cpu" if self.job.device.type == "cpu" else "cuda"] * sum(width**3 for width in widths)
+    def cubes(self, seconds: dict[str, float], each_expert: bool = False) -> float:
+        """Seconds of what grows with the cube of the layers' widths, or of each of their experts'."""
+        layers = self.job.structure.base.layers
+        cubes = sum(layer.intermediate_size**3 * max(1, layer.num_experts * each_expert) for layer in layers)
+        return seconds["cpu" if self.job.device.type == "cpu" else "cuda"] * cubes
 
     def steps(self, tokens: int) -> int:
         return math.ceil(tokens / ((self.recipe.finetuning.batch_size or 1) * self.length))
@@ -259,7 +260,10 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
     limit = counts.recipe.searching.limit
     budget = f"{counts.evaluations} sub-networks, {'all' if limit is None else limit} documents"
     moments = GATHERED * counts.repaired_tokens * rates.teach + counts.judging
-    return StageCost("search", budget, 2 * rates.load + moments + networks * each, disk=1e4 * counts.evaluations)
+    # What could fill the sizes is told apart by held-out loss: of half of all, on a few blocks.
+    filling = rates.load + FIRST_BLOCKS * counts.evaluations / 2 * counts.length * rates.teach * counts.searched
+    seconds = 2 * rates.load + moments + networks * each + filling
+    return StageCost("search", budget, seconds, disk=1e4 * counts.evaluations)
 
 
 def _picking(counts: _Counts, rates: Rates) -> StageCost:
@@ -276,7 +280,9 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
     """Of each pick, with the slicing before and the packaging after it."""
     tokens, share = counts.heal_tokens, counts.share
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
-    each = 4 * rates.load + 4 * bytes_ / DISK_RATE + IN_SEQUENCE * counts.repaired_tokens * rates.teach + counts.judging
+    each = 4 * rates.load + 4 * bytes_ / DISK_RATE
+    if counts.repaired_tokens:
+        each += IN_SEQUENCE * counts.repaired_tokens * rates.teach + counts.cubes(JUDGED, each_expert=True)
     if tokens:
         steps = counts.steps(tokens)
         each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step

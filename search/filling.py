@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from search.space import SearchSpace
+from search.space import Genome, SearchSpace
 from supernet.architecture import Architecture
 
 GROWING = ("ffn", "kv", "experts")
@@ -20,20 +20,22 @@ def filled(space: SearchSpace, architecture: Architecture, allowed: Callable[[Ar
     """The architecture with its widths grown one step at a time, that gene first which has the least share of the
     base's, for as long as any result is `allowed`; itself where none is. Raises ValueError where the space does not
     hold it."""
-    growing = {number for number, gene in enumerate(space.genes) if gene.kind in GROWING}
-
-    def share(number: int) -> float:
-        values = space.genes[number].values
-        return values[genome[number]] / values[-1]
-
-    genome = list(space.encode(architecture))
+    genome = space.encode(architecture)
     while True:
-        inert = space.inert(genome)
-        able = [n for n in growing if 0 < share(n) < 1 and not inert[n]]
-        for number in sorted(able, key=lambda n: (share(n), n)):
-            grown = [value + (n == number) for n, value in enumerate(genome)]
+        for number in _growing(space, genome):
+            grown = tuple(index + (n == number) for n, index in enumerate(genome))
             if allowed(candidate := space.decode(grown)):
                 genome, architecture = grown, candidate
                 break
         else:
             return architecture
+
+
+def _growing(space: SearchSpace, genome: Genome) -> list[int]:
+    """The genes that can grow by a step, that of the least share of the base's first."""
+    inert, shares = space.inert(genome), {}
+    for number, (gene, index) in enumerate(zip(space.genes, genome, strict=True)):
+        share = gene.values[index] / gene.values[-1]
+        if gene.kind in GROWING and 0 < share < 1 and not inert[number]:
+            shares[number] = share
+    return sorted(shares, key=lambda number: (shares[number], number))

@@ -9,6 +9,7 @@ descent over experts; all of them at once would need moments of all inputs toget
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from supernet.activation import SuperNetwork
 from supernet.importance import projects_experts
 from supernet.moments import Sums, refit
+
+FEWEST_TOKENS = 256
+"""Tokens that must come to an expert: of fewer, the error on the quarter that is held out is mostly luck."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ def stacked_experts(supernet: SuperNetwork) -> dict[int, Experts]:
 
 
 @torch.no_grad()
-def refit_experts(experts: Experts, batches: Sequence[Routed], gaps: Sequence[Tensor]) -> Tensor:
+def refit_experts(experts: Experts, batches: Sequence[Routed], gaps: Sequence[Tensor]) -> Tensor | None:
     """The output projections [experts, hidden, neurons] of the active experts, refitted so that less is missing of
-    `gaps` [tokens, hidden], one for each batch, in float64. An expert to which too few tokens come, or whose error on
-    held-out tokens no ridge makes less, stays as it is."""
+    `gaps` [tokens, hidden], one for each batch; None where that is so of none. An expert to which fewer than
+    `FEWEST_TOKENS` come, or whose error on held-out tokens no ridge makes less, stays as it is."""
     missing = [gap.to(torch.float32, copy=True) for gap in gaps]
-    refitted: list[Tensor] = []
-    for number, weight in enumerate(experts.outputs.double()):
+    refitted = experts.outputs.clone()
+    changed = False
+    for number in range(len(refitted)):
+        weight = experts.outputs[number].double()
         outs, ins = weight.shape
         training, held_out = Sums(ins, outs, weight.device), Sums(ins, outs, weight.device)
         coming: list[tuple[Tensor, Tensor]] = []  # tokens that come to this expert, and what it reads of them
@@ -80,10 +86,12 @@ def refit_experts(experts: Experts, batches: Sequence[Routed], gaps: Sequence[Te
             training.add(x[~held], target[~held])
             held_out.add(x[held], target[held])
             coming.append((tokens, x))
-        fitted = weight
-        if training.tokens and held_out.tokens:
-            fitted, _ = refit(weight, training, held_out, centred=False)
+        if training.tokens + held_out.tokens < FEWEST_TOKENS or not (training.tokens and held_out.tokens):
+            continue
+        fitted, ridge = refit(weight, training, held_out, centred=False)
+        if math.isinf(ridge):
+            continue
         for (tokens, x), gap in zip(coming, missing, strict=True):
             gap[tokens] -= x @ (fitted - weight).float().T
-        refitted.append(fitted)
-    return torch.stack(refitted)
+        refitted[number], changed = fitted.to(refitted), True
+    return refitted if changed else None

@@ -210,8 +210,8 @@ def choose_ridge(weight: Tensor, training: Sums, held: Sums, centred: bool) -> f
     inputs = weight.shape[1]
     counts = [max(1, round(share * inputs)) for share in JUDGED_SHARES]
 
-    def second_moments(sums: Sums, centred: bool) -> Tensor:
-        moments = sums.moments(centred)[0]
+    def second_moments(sums: Sums, less_means: bool) -> Tensor:
+        moments = sums.moments(less_means)[0]
         # Half the time and memory, and precise enough for ridges of that many inputs.
         return moments.float() if inputs > WIDE else moments
 

@@ -328,12 +328,13 @@ class _Sequence:
 
         def look(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
             states, chosen, weights = inputs
-            routed.append(Routed(states, chosen, weights, self._held_out(len(routed), states)))
+            routed.append(Routed(states, chosen, weights, self._held_out(self.cut.number, states)))
 
         with Hooks([experts.module.register_forward_pre_hook(look)]):
             behind = self.cut.outputs(index)
         gaps = [(whole - cut).flatten(0, -2) / self.scale for whole, cut in zip(outputs, behind, strict=True)]
-        self.tensors[experts.name] = refit_experts(experts, routed, gaps).to(experts.outputs).contiguous()
+        if (refitted := refit_experts(experts, routed, gaps)) is not None:
+            self.tensors[experts.name] = refitted.contiguous()
 
     def _held_out(self, number: int, of_tokens: Tensor) -> Tensor:
         """Which of the tokens of batch `number` are held out, where these lie that are `of_tokens`."""

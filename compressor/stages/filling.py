@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from compressor.job import Job
 from compressor.sizing import picks_bits, sizes_asked_for
-from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
+from export.layouts.table import copies_hold
 from search.filling import filled
 from search.objectives import Constraint, Evaluation
 from search.pareto import not_told_from_best
 from supernet.architecture import Architecture
+from supernet.slicing import fits_plain_class
 
 SHARE = 0.1
 """Of a search's evaluations, so many measure what fills the sizes asked for."""
@@ -28,25 +29,40 @@ def reserved(job: Job, constraints: Sequence[Constraint], evaluations: int) -> i
 
 
 def fillings(
-    job: Job, evaluations: Sequence[Evaluation], constraints: Sequence[Constraint], most: int
+    job: Job,
+    evaluations: Sequence[Evaluation],
+    constraints: Sequence[Constraint],
+    most: int,
+    losses: Callable[[list[Architecture]], list[float]],
 ) -> list[Architecture]:
     """Up to `most` architectures that were not measured yet: for every size asked for, those grown from what the tasks
-    do not tell from the best within it, of the lowest held-out losses. None where everything good fills its size."""
+    do not tell from the best within it, of the lowest `losses`, which are asked for only where there are some. None
+    where everything good fills its size."""
     chosen: dict[Architecture, None] = {}
-    sizes: Sequence[int | None] = sizes_asked_for(job) or [None]
+    sizes: list[int | None] = [*sizes_asked_for(job)] or [None]
     for number, size in enumerate(sizes):
-
-        def allowed(architecture: Architecture, size: int | None = size) -> bool:
-            if size is not None and job.structure.parameters(architecture) > size:
-                return False
-            values = ((c, c.objective.compute) for c in constraints)
-            return all(f is None or not c.violation(np.array([f(architecture)])).any() for c, f in values)
-
-        good = not_told_from_best([e for e in evaluations if e.full and allowed(e.architecture)])
-        known = {e.architecture for e in evaluations} | set(chosen)
-        grown = list(dict.fromkeys(filled(job.space, e.architecture, allowed) for e in good))
-        grown = [architecture for architecture in grown if architecture not in known]
-        losses = held_out_losses(job, grown, FIRST_BLOCKS) if grown else []
-        ranked = [grown[i] for i in np.argsort(losses, kind="stable")]
-        chosen |= dict.fromkeys(ranked[: (most - len(chosen)) // (len(sizes) - number)])
+        grown = grown_to(job, evaluations, constraints, size)
+        grown = [architecture for architecture in grown if architecture not in chosen]
+        order: list[int] = np.argsort(losses(grown), kind="stable").tolist() if grown else []
+        share = -(-(most - len(chosen)) // (len(sizes) - number))  # rounded up: the first sizes may have one more
+        chosen |= dict.fromkeys([grown[i] for i in order][:share])
     return list(chosen)
+
+
+def grown_to(
+    job: Job, evaluations: Sequence[Evaluation], constraints: Sequence[Constraint], size: int | None
+) -> list[Architecture]:
+    """What the tasks do not tell from the best within a size, each grown as far as the targets, and the layout that is
+    asked for, leave room; without what was measured already."""
+    config, formats = job.checkpoint.config, job.recipe.formats
+    uniform = set(formats) == {"uniform"}
+
+    def allowed(architecture: Architecture) -> bool:
+        small = size is None or job.structure.parameters(architecture) <= size
+        holds = not uniform or (fits_plain_class(config, architecture) and copies_hold(architecture, config, formats))
+        return small and holds and all(constraint.allows(architecture) for constraint in constraints)
+
+    good = not_told_from_best([e for e in evaluations if e.full and allowed(e.architecture)])
+    known = {e.architecture for e in evaluations}
+    grown = dict.fromkeys(filled(job.space, e.architecture, allowed) for e in good)
+    return [architecture for architecture in grown if architecture not in known]

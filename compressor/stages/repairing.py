@@ -130,7 +130,9 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
     if architecture.hidden_size != job.structure.base.hidden_size:
         say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
         return None
-    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}.safetensors"
+    # Before experts were repaired, those of networks with experts had the name without the last part.
+    kind = "-experts" if any(layer.num_experts for layer in job.structure.base.layers) else ""
+    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}{kind}.safetensors"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)

@@ -27,7 +27,7 @@ from compressor.stages.repairing import repair_inputs, rounding_inputs, search_v
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
 from compressor.stages.search_parts import earlier_result, for_search, parts_of, searches_in_turn
-from compressor.stages.subnet_scores import SubnetEvaluator
+from compressor.stages.subnet_scores import FIRST_BLOCKS, HeldOutLosses, SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
 from evals.quality import DEFINITION
 from evals.speed.table import SpeedTable
@@ -241,11 +241,18 @@ def run_searches(
         )
     # 3. What fills the sizes asked for.
     if filling:
-        evaluator.close()  # held-out losses need the super-network, and one is in memory at a time
+        held_out = HeldOutLosses(job)
+
+        def losses(architectures: list[Architecture]) -> list[float]:
+            evaluator.close()  # these need the super-network too, and one is in memory at a time
+            return [score.value for score in held_out.of(architectures, FIRST_BLOCKS)]
+
+        grown = fillings(job, result.evaluations, [*constraints, *within], filling, losses)
+        del held_out
         result = searching(
             evaluations=len(result.evaluations) + filling,
             constraints=constraints,
-            include=fillings(job, result.evaluations, constraints, filling),
+            include=grown,
             known=result.evaluations,
             generations=result.generations,
         )

@@ -16,10 +16,12 @@ from compressor.front_table import front_rows
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
-from compressor.stages.filling import SHARE
+from compressor.sizing import sizes_asked_for
+from compressor.stages.filling import SHARE, fillings, grown_to, reserved
 from compressor.stages.picking import measured
-from compressor.stages.searching import LARGER_SHARE, speed_table
-from supernet.architecture import Architecture
+from compressor.stages.searching import LARGER_SHARE, goals, speed_table
+from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
+from search.objectives import SPEEDS, Constraint, Evaluation, computed
 from supernet.common.errors import RequestError
 from tests.support import tiny
 
@@ -91,16 +93,47 @@ def test_a_share_of_the_search_goes_to_the_sizes_above(made: Made) -> None:
 
 
 def test_the_last_of_the_search_fills_the_size_asked_for(made: Made) -> None:
-    """The first of them hold what was found good before them, and have no room for another step."""
-    sizes = shares(made.run, made.front)
-    *before, first = made.front["evaluations"][: 1 - round(SHARE * EVALUATIONS)]
+    """Those of the lowest losses of what grew from what was found good before them."""
     job = Job(Run(made.run), Run(made.run).recipe())
-    step = (
-        16 * job.structure.base.hidden_size / job.structure.parameters(job.structure.base)
-    )  # a gate, up and down of 8
-    assert 0.7 - 2 * step < sizes[len(before)] <= 0.7
-    filling = Architecture.from_dict(first["architecture"])
-    assert any(Architecture.from_dict(row["architecture"]).fits(filling) for row in before)
+    filling = round(SHARE * EVALUATIONS)
+    before, last = measured(job)[:-filling], measured(job)[-filling:]
+    size = int(0.7 * job.structure.parameters(job.structure.base))
+    grown = grown_to(job, before, [], size)
+    assert grown and not {e.architecture for e in before} & set(grown)
+    losses = held_out_losses(job, grown, FIRST_BLOCKS)
+    expected = [grown[i] for i in sorted(range(len(grown)), key=losses.__getitem__)][:filling]
+    assert [e.architecture for e in last[: len(expected)]] == expected
+    assert fillings(job, before, [], 1, lambda architectures: held_out_losses(job, architectures, FIRST_BLOCKS)) == [
+        expected[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [({}, 3), ({"targets": {"max_params": "0.7", "max_drop": "10%"}}, 0), ({"quantizing": {"bits": "joint"}}, 0)],
+)
+def test_what_is_kept_for_filling(made: Made, more: dict[str, Any], kept: int) -> None:
+    recipe = Run(made.run).recipe()
+    job = Job(Run(made.run), recipe.model_validate(recipe.model_dump() | more))
+    _, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
+    assert reserved(job, constraints, EVALUATIONS) == kept
+    assert reserved(job, [], EVALUATIONS) == 0
+
+
+def test_sizes_share_what_fills_and_what_is_too_large_is_not_grown(made: Made) -> None:
+    recipe = Run(made.run).recipe()
+    changed = recipe.model_dump() | {"targets": {"max_params": ["0.7", "0.6"]}}
+    job = Job(Run(made.run), recipe.model_validate(changed))
+    small = [Evaluation(e.architecture, {**e.values, "quality": 1.0}, 0, 0) for e in measured(job)[:12]]
+    by_size = [set(grown_to(job, small, [], size)) for size in sizes_asked_for(job)]
+    assert all(by_size)
+    chosen = fillings(job, small, [], 3, lambda architectures: [0.0] * len(architectures))
+    assert len(chosen) == 3 and set(chosen[:2]) <= by_size[0] and chosen[2] in by_size[1]
+    # What was not trained is no filling.
+    parameters = computed(job.structure)["parameters"]
+    largest = 0.5 * job.structure.parameters(job.structure.base)
+    within = [Constraint(parameters, maximum=largest)]
+    assert all(job.structure.parameters(a) <= largest for a in grown_to(job, small, within, None))
 
 
 def test_a_search_goes_on_for_another_size(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

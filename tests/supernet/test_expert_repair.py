@@ -10,7 +10,7 @@ from torch import Tensor
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
-from supernet.expert_repair import Experts, Routed, refit_experts, stacked_experts
+from supernet.expert_repair import FEWEST_TOKENS, Experts, Routed, refit_experts, stacked_experts
 from supernet.layer_walk import LayerWalk
 from supernet.moments import Sums, refit
 from supernet.repair import repair_in_sequence
@@ -20,7 +20,7 @@ from tests.support.tiny_families import tiny_network
 FAMILIES = ["mixtral", "qwen3_moe"]
 
 
-def rows_of_text(rows: int = 96, length: int = 16) -> list[Tensor]:
+def rows_of_text(rows: int = 192, length: int = 16) -> list[Tensor]:
     ids = torch.randint(3, 101, (rows, length), generator=torch.Generator().manual_seed(2))
     return list(ids.split(5))
 
@@ -45,8 +45,8 @@ def test_experts_come_nearer_to_the_uncut_layer(family: str, cut: str) -> None:
     neurons = full.intermediate_size // (1 if cut == "experts" else 2)
     experts = full.num_experts // (1 if cut == "neurons" else 2)
     architecture = cut_in(supernet, index, replace(full, intermediate_size=neurons, num_experts=experts))
-    text = rows_of_text(192)
-    fitted_to, new = text[:32], text[32:]
+    text = rows_of_text(384)
+    fitted_to, new = text[:64], text[64:]
 
     def behind(architecture: Architecture, variants: Variants | None) -> Tensor:
         supernet.use(variants)
@@ -86,9 +86,10 @@ def lacking(experts: Experts, batch: Routed) -> Tensor:
 def test_each_expert_is_fitted_to_what_those_before_it_left(family: str) -> None:
     supernet = SuperNetwork(tiny_network(family))
     (experts, *_) = stacked_experts(supernet).values()
-    batch = routed(experts, 400, each=2)
+    batch = routed(experts, 3000, each=2)
     gap = lacking(experts, batch)
     fitted = refit_experts(experts, [batch], [gap])
+    assert fitted is not None
     left = gap.clone()
     for number, weight in enumerate(experts.outputs.detach()):
         share = (batch.weights * (batch.chosen == number)).sum(-1)
@@ -107,12 +108,26 @@ def test_each_expert_is_fitted_to_what_those_before_it_left(family: str) -> None
 def test_an_expert_to_which_no_token_comes_stays(family: str) -> None:
     supernet = SuperNetwork(tiny_network(family))
     (experts, *_) = stacked_experts(supernet).values()
-    batch = routed(experts, 400, each=1)
+    batch = routed(experts, 3000, each=1)
     batch = replace(batch, chosen=torch.where(batch.chosen == 1, 0, batch.chosen))
     gap = lacking(experts, batch)
     fitted = refit_experts(experts, [batch], [gap])
-    assert torch.equal(fitted[1], experts.outputs[1].double())
-    assert not torch.equal(fitted[0], experts.outputs[0].double())
+    assert fitted is not None
+    assert torch.equal(fitted[1], experts.outputs[1])
+    assert not torch.equal(fitted[0], experts.outputs[0])
+
+
+def test_too_few_tokens_change_nothing() -> None:
+    (experts, *_) = stacked_experts(SuperNetwork(tiny_network("mixtral"))).values()
+    batch = routed(experts, FEWEST_TOKENS - 1, each=1)
+    assert refit_experts(experts, [batch], [lacking(experts, batch)]) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_uncut_network_keeps_its_experts(family: str) -> None:
+    supernet = SuperNetwork(tiny_network(family))
+    repaired = repair_in_sequence(supernet, supernet.base, rows_of_text())
+    assert not {experts.name for experts in stacked_experts(supernet).values()} & repaired.names
 
 
 def test_a_dense_network_has_none() -> None:
