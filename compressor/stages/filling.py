@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,13 +57,20 @@ def grown_to(
     asked for, leave room; without what was measured already."""
     config, formats = job.checkpoint.config, job.recipe.formats
     uniform = set(formats) == {"uniform"}
+    # What is below the least number of parameters may grow to it.
+    upper = [c if c.objective.name != "parameters" else replace(c, minimum=None) for c in constraints if not_least(c)]
 
     def allowed(architecture: Architecture) -> bool:
         small = size is None or job.structure.parameters(architecture) <= size
         holds = not uniform or (fits_plain_class(config, architecture) and copies_hold(architecture, config, formats))
-        return small and holds and all(constraint.allows(architecture) for constraint in constraints)
+        return small and holds and all(constraint.allows(architecture) for constraint in upper)
 
     good = not_told_from_best([e for e in evaluations if e.full and allowed(e.architecture)])
     known = {e.architecture for e in evaluations}
     grown = dict.fromkeys(filled(job.space, e.architecture, allowed) for e in good)
-    return [architecture for architecture in grown if architecture not in known]
+    return [a for a in grown if a not in known and all(constraint.allows(a) for constraint in constraints)]
+
+
+def not_least(constraint: Constraint) -> bool:
+    """Whether a constraint says more than the least number of parameters."""
+    return constraint.objective.name != "parameters" or constraint.maximum is not None

@@ -131,9 +131,18 @@ def test_sizes_share_what_fills_and_what_is_too_large_is_not_grown(made: Made) -
     assert len(chosen) == 3 and set(chosen[:2]) <= by_size[0] and chosen[2] in by_size[1]
     # What was not trained is no filling.
     parameters = computed(job.structure)["parameters"]
-    largest = 0.5 * job.structure.parameters(job.structure.base)
+    parameters_of_base = job.structure.parameters(job.structure.base)
+    largest = 0.5 * parameters_of_base
     within = [Constraint(parameters, maximum=largest)]
     assert all(job.structure.parameters(a) <= largest for a in grown_to(job, small, within, None))
+    # What is smaller than anything that may be picked can grow to what may.
+    (smallest,) = [e for e in small if e.architecture == job.space.smallest()]
+    within = [
+        Constraint(parameters, minimum=0.6 * parameters_of_base),
+        Constraint(parameters, maximum=0.7 * parameters_of_base),
+    ]
+    (grown,) = grown_to(job, [smallest], within, None)
+    assert 0.6 * parameters_of_base <= job.structure.parameters(grown) <= 0.7 * parameters_of_base
 
 
 def test_a_search_goes_on_for_another_size(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
