@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from supernet.architecture import Architecture
 from supernet.slicing import fits_plain_class
 
 SHARE = 0.1
-"""Of a search's evaluations, so many measure what fills the sizes asked for."""
+"""Of a search's evaluations, at most so many measure what fills the sizes asked for."""
 
 
 def reserved(job: Job, constraints: Sequence[Constraint], evaluations: int) -> int:
@@ -36,25 +37,29 @@ def fillings(
     most: int,
     losses: Callable[[list[Architecture]], list[float]],
 ) -> list[Architecture]:
-    """Up to `most` architectures that were not measured yet: for every size asked for, those grown from what the tasks
-    do not tell from the best within it, of the lowest `losses`, which are asked for only where there are some. None
-    where everything good fills its size."""
+    """Up to `most` architectures that were not measured yet: for every size asked for, those that grew from what the
+    tasks do not tell from the best within it and whose `losses` are below those of all that it could pick so far, the
+    lowest first. None where what is best fills its size: then the search goes on as before."""
     chosen: dict[Architecture, None] = {}
     sizes: list[int | None] = [*sizes_asked_for(job)] or [None]
     for number, size in enumerate(sizes):
-        grown = grown_to(job, evaluations, constraints, size)
+        good, grown = grown_to(job, evaluations, constraints, size)
         grown = [architecture for architecture in grown if architecture not in chosen]
-        order: list[int] = np.argsort(losses(grown), kind="stable").tolist() if grown else []
+        if not grown:
+            continue
+        numbers = losses([*good, *grown])
+        least = min(numbers[: len(good)], default=math.inf)
+        better = [i for i in np.argsort(numbers, kind="stable") if i >= len(good) and numbers[i] < least]
         share = -(-(most - len(chosen)) // (len(sizes) - number))  # rounded up: the first sizes may have one more
-        chosen |= dict.fromkeys([grown[i] for i in order][:share])
+        chosen |= dict.fromkeys([grown[i - len(good)] for i in better][:share])
     return list(chosen)
 
 
 def grown_to(
     job: Job, evaluations: Sequence[Evaluation], constraints: Sequence[Constraint], size: int | None
-) -> list[Architecture]:
-    """What the tasks do not tell from the best within a size, each grown as far as the targets, and the layout that is
-    asked for, leave room; without what was measured already."""
+) -> tuple[list[Architecture], list[Architecture]]:
+    """What the tasks do not tell from the best within a size and can be picked, and what that grows to, as far as the
+    targets and the layout that is asked for leave room; of the second, what was not measured yet."""
     config, formats = job.checkpoint.config, job.recipe.formats
     uniform = set(formats) == {"uniform"}
     # What is below the least number of parameters may grow to it.
@@ -65,10 +70,14 @@ def grown_to(
         holds = not uniform or (fits_plain_class(config, architecture) and copies_hold(architecture, config, formats))
         return small and holds and all(constraint.allows(architecture) for constraint in upper)
 
-    good = not_told_from_best([e for e in evaluations if e.full and allowed(e.architecture)])
+    good = [e.architecture for e in not_told_from_best([e for e in evaluations if e.full and allowed(e.architecture)])]
     known = {e.architecture for e in evaluations}
-    grown = dict.fromkeys(filled(job.space, e.architecture, allowed) for e in good)
-    return [a for a in grown if a not in known and all(constraint.allows(a) for constraint in constraints)]
+    grown = dict.fromkeys(filled(job.space, architecture, allowed) for architecture in good)
+
+    def pickable(architectures: Iterable[Architecture]) -> list[Architecture]:
+        return [a for a in architectures if all(constraint.allows(a) for constraint in constraints)]
+
+    return pickable(good), pickable(a for a in grown if a not in known)
 
 
 def not_least(constraint: Constraint) -> bool:

@@ -183,7 +183,7 @@ def run_searches(
     its front lies `within` these bounds.
 
     A first search begins with greedy perturbation, where the warm start names it, and goes on among the sizes that are
-    larger than those asked for (`LARGER_SHARE`). At the end, what was found good is grown to the sizes asked for.
+    larger than those asked for (`LARGER_SHARE`). At the end, what was found good may grow to the sizes asked for.
     """
     settings = job.recipe.searching
     budget = settings.evaluations or 1

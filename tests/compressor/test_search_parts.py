@@ -22,6 +22,7 @@ from compressor.stages.picking import measured
 from compressor.stages.searching import LARGER_SHARE, goals, speed_table
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
 from search.objectives import SPEEDS, Constraint, Evaluation, computed
+from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from tests.support import tiny
 
@@ -93,19 +94,24 @@ def test_a_share_of_the_search_goes_to_the_sizes_above(made: Made) -> None:
 
 
 def test_the_last_of_the_search_fills_the_size_asked_for(made: Made) -> None:
-    """Those of the lowest losses of what grew from what was found good before them."""
+    """With what is better by held-out loss, once it has grown, than all that could be picked before."""
     job = Job(Run(made.run), Run(made.run).recipe())
     filling = round(SHARE * EVALUATIONS)
     before, last = measured(job)[:-filling], measured(job)[-filling:]
     size = int(0.7 * job.structure.parameters(job.structure.base))
-    grown = grown_to(job, before, [], size)
-    assert grown and not {e.architecture for e in before} & set(grown)
-    losses = held_out_losses(job, grown, FIRST_BLOCKS)
-    expected = [grown[i] for i in sorted(range(len(grown)), key=losses.__getitem__)][:filling]
-    assert [e.architecture for e in last[: len(expected)]] == expected
-    assert fillings(job, before, [], 1, lambda architectures: held_out_losses(job, architectures, FIRST_BLOCKS)) == [
-        expected[0]
-    ]
+    good, grown = grown_to(job, before, [], size)
+    assert good and grown and not {e.architecture for e in before} & set(grown)
+
+    def losses(architectures: list[Architecture]) -> list[float]:
+        return held_out_losses(job, architectures, FIRST_BLOCKS)
+
+    least = min(losses(good))
+    expected = sorted(
+        ((loss, a) for loss, a in zip(losses(grown), grown, strict=True) if loss < least), key=lambda pair: pair[0]
+    )
+    assert fillings(job, before, [], 2, losses) == [a for _, a in expected[:2]]
+    assert {a for _, a in expected[:filling]} <= {e.architecture for e in last}
+    assert fillings(job, before, [], 2, lambda architectures: [1.0] * len(architectures)) == []
 
 
 @pytest.mark.parametrize(
@@ -125,23 +131,25 @@ def test_sizes_share_what_fills_and_what_is_too_large_is_not_grown(made: Made) -
     changed = recipe.model_dump() | {"targets": {"max_params": ["0.7", "0.6"]}}
     job = Job(Run(made.run), recipe.model_validate(changed))
     small = [Evaluation(e.architecture, {**e.values, "quality": 1.0}, 0, 0) for e in measured(job)[:12]]
-    by_size = [set(grown_to(job, small, [], size)) for size in sizes_asked_for(job)]
+    by_size = [set(grown_to(job, small, [], size)[1]) for size in sizes_asked_for(job)]
     assert all(by_size)
-    chosen = fillings(job, small, [], 3, lambda architectures: [0.0] * len(architectures))
+    known = {e.architecture for e in small}
+    chosen = fillings(job, small, [], 3, lambda architectures: [float(a in known) for a in architectures])
     assert len(chosen) == 3 and set(chosen[:2]) <= by_size[0] and chosen[2] in by_size[1]
     # What was not trained is no filling.
     parameters = computed(job.structure)["parameters"]
     parameters_of_base = job.structure.parameters(job.structure.base)
     largest = 0.5 * parameters_of_base
     within = [Constraint(parameters, maximum=largest)]
-    assert all(job.structure.parameters(a) <= largest for a in grown_to(job, small, within, None))
+    assert all(job.structure.parameters(a) <= largest for a in grown_to(job, small, within, None)[1])
     # What is smaller than anything that may be picked can grow to what may.
     (smallest,) = [e for e in small if e.architecture == job.space.smallest()]
     within = [
         Constraint(parameters, minimum=0.6 * parameters_of_base),
         Constraint(parameters, maximum=0.7 * parameters_of_base),
     ]
-    (grown,) = grown_to(job, [smallest], within, None)
+    none, (grown,) = grown_to(job, [smallest], within, None)
+    assert none == []
     assert 0.6 * parameters_of_base <= job.structure.parameters(grown) <= 0.7 * parameters_of_base
 
 
