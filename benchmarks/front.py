@@ -112,29 +112,32 @@ def folder_of(named: Path | None) -> Iterator[Path]:
 
 def run_of(arguments: argparse.Namespace, folder: Path, seed: int) -> Job:
     """The run of a seed, fine-tuned and searched."""
-    text = folder / "text.jsonl"
-    if arguments.data is None and not text.is_file():
-        demo.training_text(text, 6000, seed=1)
-    recipe = Recipe.model_validate(
-        {
-            "model": arguments.checkpoint,
-            "data": arguments.data or str(text),
-            "tasks": arguments.tasks,
-            "include_path": arguments.include_path,
-            "targets": {"max_params": arguments.size},
-            "finetuning": {"tokens": arguments.train_tokens, "batch_size": arguments.batch},
-            "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
-            "healing": {"tokens": arguments.heal_tokens},
-            "effort": "quick",
-            "device": "cpu",
-            "seed": seed,
-        }
-    )
+    recipe = Recipe.model_validate(settings_of(arguments, arguments.size, folder, seed))
     path = folder / f"seed-{seed}"
     job = pipeline.start(recipe, path)
     pipeline.finetune(job)
     pipeline.search(job)
     return job
+
+
+def settings_of(arguments: argparse.Namespace, size: str, folder: Path, seed: int) -> dict[str, Any]:
+    """The recipe of a run for one size; its text, where none is given, is written into `folder`."""
+    text = folder / "text.jsonl"
+    if arguments.data is None and not text.is_file():
+        demo.training_text(text, 6000, seed=1)
+    return {
+        "model": arguments.checkpoint,
+        "data": arguments.data or str(text),
+        "tasks": arguments.tasks,
+        "include_path": arguments.include_path,
+        "targets": {"max_params": size},
+        "finetuning": {"tokens": arguments.train_tokens, "batch_size": arguments.batch},
+        "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
+        "healing": {"tokens": arguments.heal_tokens},
+        "effort": "quick",
+        "device": "cpu",
+        "seed": seed,
+    }
 
 
 def picked(job: Job, preference: str, count: int = 1) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.common import Measurements, make_parser, mean_spread, print_header, print_row
+from benchmarks.front import settings_of
 from compressor import demo, pipeline
 from compressor.recipe import Recipe
 from compressor.stages import filling
@@ -46,6 +47,7 @@ def main() -> None:
         heal_tokens=(0, "of healing"),
         evaluations=(60, "of the search"),
         limit=(60, "documents per task in the search"),
+        batch=(4, "sequences in a step"),
     )
     arguments = parser.parse_args()
     measurements = Measurements(arguments.output, arguments.minutes)
@@ -71,27 +73,10 @@ def main() -> None:
 def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """All picks of one super-network: what each is, and what became of it."""
     folder.mkdir()
-    text = folder / "text.jsonl"
-    if arguments.data is None:
-        demo.training_text(text, 6000, seed=1)
-    recipe = Recipe.model_validate(
-        {
-            "model": arguments.checkpoint,
-            "data": arguments.data or str(text),
-            "tasks": arguments.tasks,
-            "include_path": arguments.include_path,
-            "targets": {"max_params": size},
-            "finetuning": {"tokens": arguments.train_tokens, "batch_size": 4},
-            "searching": {"evaluations": arguments.evaluations, "population": 15, "limit": arguments.limit},
-            "healing": {"tokens": arguments.heal_tokens},
-            "quantizing": {"schemes": []},
-            "effort": "quick",
-            "device": "cpu",
-            "seed": seed,
-        }
-    )
+    settings = settings_of(arguments, size, folder, seed) | {"quantizing": {"schemes": []}}
+    recipe = Recipe.model_validate(settings)
     pipeline.finetune(pipeline.start(recipe, folder / "trained"))
-    return {way: one(folder, way, *settings) for way, settings in WAYS.items()}
+    return {way: one(folder, way, *led) for way, led in WAYS.items()}
 
 
 def one(folder: Path, way: str, capped: bool, share: float) -> dict[str, float]:
