@@ -1,9 +1,9 @@
-"""What a search gains by capped qualities, and by spending its last tenth on what fills the size asked for.
+"""What a search gains by qualities that are capped: no task is worth more than the base's own score.
 
     python -m benchmarks.led_by [--checkpoint DIR --data FILE.jsonl --include-path DIR --tasks A,B] [--sizes 0.8 0.67]
         [--seeds 3] [--train-tokens 0] [--heal-tokens 60000]
 
-For every size and seed one super-network, searched in every way with as many evaluations; all picks are sliced and
+For every size and seed one super-network, searched both ways with as many evaluations; all picks are sliced and
 healed alike. Losses are held-out, in nats per token; quality is of the packages on the report documents.
 """
 
@@ -22,14 +22,12 @@ from benchmarks.common import Measurements, make_parser, mean_spread, print_head
 from benchmarks.front import settings_of
 from compressor import demo, pipeline
 from compressor.recipe import Recipe
-from compressor.stages import filling
 from compressor.stages.subnet_scores import held_out_losses
 from evals.quality import QualityScale
 from supernet.architecture import Architecture
 from supernet.training.data import HELD_OUT_BLOCKS
 
-WAYS = {"neither": (False, 0.0), "capped": (True, 0.0), "capped and filled": (True, filling.SHARE)}
-"""Whether qualities are capped, and the share of the evaluations that fills."""
+WAYS = {"not capped": False, "capped": True}
 
 
 def main() -> None:
@@ -76,14 +74,14 @@ def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[
     settings = settings_of(arguments, size, folder, seed) | {"quantizing": {"schemes": []}}
     recipe = Recipe.model_validate(settings)
     pipeline.finetune(pipeline.start(recipe, folder / "trained"))
-    return {way: one(folder, way, *led) for way, led in WAYS.items()}
+    return {way: one(folder, way, capped) for way, capped in WAYS.items()}
 
 
-def one(folder: Path, way: str, capped: bool, share: float) -> dict[str, float]:
+def one(folder: Path, way: str, capped: bool) -> dict[str, float]:
     """Search, pick and heal in a copy of the run."""
     run = Path(shutil.copytree(folder / "trained", folder / way.replace(" ", "-")))
     job = pipeline.resume(run, {})
-    with led_by(capped, share):
+    with led_by(capped):
         pipeline.search(job)
     (row,) = pipeline.pick(job)
     (entry,) = pipeline.export(job)
@@ -98,17 +96,14 @@ def one(folder: Path, way: str, capped: bool, share: float) -> dict[str, float]:
 
 
 @contextmanager
-def led_by(capped: bool, share: float) -> Iterator[None]:
-    """Within, a search's qualities are capped or not, and such a share of it fills."""
+def led_by(capped: bool) -> Iterator[None]:
+    """Within, a search's qualities are capped or not."""
     quality = QualityScale.quality
 
     def as_reported(self: QualityScale, *arguments: Any, **_: Any) -> float:
         return quality(self, *arguments)
 
-    with (
-        patch.object(filling, "SHARE", share),
-        patch.object(QualityScale, "quality", quality if capped else as_reported),
-    ):
+    with patch.object(QualityScale, "quality", quality if capped else as_reported):
         yield
 
 

@@ -260,10 +260,7 @@ def _search(counts: _Counts, rates: Rates) -> StageCost:
     limit = counts.recipe.searching.limit
     budget = f"{counts.evaluations} sub-networks, {'all' if limit is None else limit} documents"
     moments = GATHERED * counts.repaired_tokens * rates.teach + counts.judging
-    # What could fill the sizes is told apart by held-out loss: of half of all, on a few blocks.
-    filling = rates.load + FIRST_BLOCKS * counts.evaluations / 2 * counts.length * rates.teach * counts.searched
-    seconds = 2 * rates.load + moments + networks * each + filling
-    return StageCost("search", budget, seconds, disk=1e4 * counts.evaluations)
+    return StageCost("search", budget, 2 * rates.load + moments + networks * each, disk=1e4 * counts.evaluations)
 
 
 def _picking(counts: _Counts, rates: Rates) -> StageCost:

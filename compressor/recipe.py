@@ -305,8 +305,8 @@ class Searching(Section):
     """`linas`, `ehvi` (LINAS two at a time, by expected hypervolume; it thinks for half a second and more about every
     two, so it is for sub-networks that take longer to measure), `nsga2`, `age-moea`, `unsga3`, `random` or `greedy`."""
     evaluations: int | None = Field(default=None, ge=2)
-    """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base, up to
-    a tenth to fill the sizes. Unset: by `effort`."""
+    """Sub-networks to measure; of sizes asked for, a seventh of them between the largest and the base. Unset: by
+    `effort`."""
     earlier: list[EarlierSearch] = Field(default_factory=list)
     """Searches for other targets that it goes on from, each with its `targets` and `evaluations`; `compressor search`
     writes them here."""

@@ -74,11 +74,6 @@ class Constraint:
             missed = np.maximum(missed, (self.minimum - values) / max(abs(self.minimum), 1e-12))
         return missed
 
-    def allows(self, architecture: Architecture) -> bool:
-        """Whether an architecture meets the bounds, as far as can be told without a measurement."""
-        compute = self.objective.compute
-        return compute is None or not self.violation(np.array([compute(architecture)])).any()
-
     def __str__(self) -> str:
         bounds = [] if self.minimum is None else [f"at least {number(self.minimum)}"]
         if self.maximum is not None:

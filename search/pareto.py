@@ -162,13 +162,7 @@ def contenders(evaluations: Iterable[Evaluation], target: Target) -> list[Evalua
     owes some of its lead to luck. Raises ValueError as `meeting` does.
     """
     found = meeting(evaluations, target)
-    return found[:1] if target.max_drop is not None else not_told_from_best(found)
-
-
-def not_told_from_best(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those whose quality is within two standard errors of the best one's, in the order given."""
-    if not evaluations:
-        return []
-    best = max(evaluations, key=lambda e: e.values["quality"])
-    least = best.values["quality"] - 2 * best.values.get("quality_stderr", 0.0)
-    return [e for e in evaluations if e.values["quality"] >= least]
+    if target.max_drop is not None:
+        return found[:1]
+    least = found[0].values["quality"] - 2 * found[0].values.get("quality_stderr", 0.0)
+    return [e for e in found if e.values["quality"] >= least]

@@ -21,13 +21,12 @@ from compressor.sizing import (
     smallest_storage,
     smallest_to_search,
 )
-from compressor.stages.filling import fillings, reserved
 from compressor.stages.front import read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
 from compressor.stages.search_parts import earlier_result, for_search, parts_of, searches_in_turn
-from compressor.stages.subnet_scores import FIRST_BLOCKS, HeldOutLosses, SubnetEvaluator
+from compressor.stages.subnet_scores import SubnetEvaluator
 from compressor.stages.warm_start import proposals, sources
 from evals.quality import DEFINITION
 from evals.speed.table import SpeedTable
@@ -182,8 +181,8 @@ def run_searches(
     """Search by the recipe's algorithm, from what was measured `before` where anything was; the result holds both, and
     its front lies `within` these bounds.
 
-    A first search begins with greedy perturbation, where the warm start names it, and goes on among the sizes that are
-    larger than those asked for (`LARGER_SHARE`). At the end, what was found good may grow to the sizes asked for.
+    A first search begins with greedy perturbation, where the warm start names it, and ends among the sizes that are
+    larger than those asked for (`LARGER_SHARE`).
     """
     settings = job.recipe.searching
     budget = settings.evaluations or 1
@@ -212,7 +211,6 @@ def run_searches(
     # Nothing larger is trained, or there: what a vocabulary is cut to is smaller.
     if sizes and (not whole or max(sizes) >= job.structure.parameters(job.structure.base)):
         larger = 0
-    filling = reserved(job, constraints, budget)
     known = [] if before is None else before.evaluations
     if GREEDY in settings.warm_start and before is None:
         share = int(GREEDY_SHARE * budget)
@@ -220,7 +218,7 @@ def run_searches(
             job.space, objectives, evaluator.measure, evaluations=share, constraints=constraints, **common
         )
     result = searching(
-        evaluations=(0 if before is None else len(known)) + budget - larger - filling,
+        evaluations=(0 if before is None else len(known)) + budget - larger,
         constraints=constraints,
         include=uniform_architectures(job),
         warm_start=starts,
@@ -236,23 +234,6 @@ def run_searches(
             include=uniform[: larger // 4],
             # So few evaluations are better spent on what is known to be good than on what may be fast.
             warm_start=proposals(job, above=max(sizes), most=larger - larger // 4),
-            known=result.evaluations,
-            generations=result.generations,
-        )
-    # 3. What fills the sizes asked for.
-    if filling:
-        held_out = HeldOutLosses(job)
-
-        def losses(architectures: list[Architecture]) -> list[float]:
-            evaluator.close()  # these need the super-network too, and one is in memory at a time
-            return [score.value for score in held_out.of(architectures, FIRST_BLOCKS)]
-
-        grown = fillings(job, result.evaluations, [*constraints, *within], filling, losses)
-        del held_out
-        result = searching(
-            evaluations=len(result.evaluations) + filling,
-            constraints=constraints,
-            include=grown,
             known=result.evaluations,
             generations=result.generations,
         )

@@ -280,10 +280,9 @@ class SubnetEvaluator:
             ) from error
 
     def close(self) -> None:
-        """End the workers, if there are any, and let go of the network; both are there again when they are needed."""
+        """End the workers, if there are any."""
         if self._workers is not None:
             self._workers.close()
-        self._workers = self._scorer = None
 
 
 def record(store: EvaluationStore, architecture: Architecture, weights: str, measured: Measured) -> None:

@@ -16,13 +16,8 @@ from compressor.front_table import front_rows
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
-from compressor.sizing import sizes_asked_for
-from compressor.stages.filling import SHARE, fillings, grown_to, reserved
 from compressor.stages.picking import measured
-from compressor.stages.searching import LARGER_SHARE, goals, speed_table
-from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from search.objectives import SPEEDS, Constraint, Evaluation, computed
-from supernet.architecture import Architecture
+from compressor.stages.searching import LARGER_SHARE, speed_table
 from supernet.common.errors import RequestError
 from tests.support import tiny
 
@@ -82,75 +77,14 @@ def scored(run: Path) -> int:
 
 def test_a_share_of_the_search_goes_to_the_sizes_above(made: Made) -> None:
     sizes = shares(made.run, made.front)
-    larger, filling = round(LARGER_SHARE * EVALUATIONS), round(SHARE * EVALUATIONS)
-    assert len(sizes) == len(set(keys(made.front))) == EVALUATIONS and (larger, filling) == (4, 3)
-    above = sizes[-larger - filling : -filling]
-    assert all(0.7 < size < 1 for size in above)
-    assert len({round(size, 2) for size in above}) > 1  # spread, not one size
+    larger = round(LARGER_SHARE * EVALUATIONS)
+    assert len(sizes) == len(set(keys(made.front))) == EVALUATIONS and larger == 4
+    assert all(0.7 < size < 1 for size in sizes[-larger:])
+    assert len({round(size, 2) for size in sizes[-larger:]}) > 1  # spread, not one size
     on_front = {key: size for key, size in zip(keys(made.front), sizes, strict=True) if key in made.front["front"]}
     assert min(on_front.values()) >= 0.85 * 0.7  # smaller ones are not trained
     (part,) = made.front["parts"]
     assert part["measured"] == EVALUATIONS and part["targets"]["max_params"] == ["0.7"]
-
-
-def test_the_last_of_the_search_fills_the_size_asked_for(made: Made) -> None:
-    """With what is better by held-out loss, once it has grown, than all that could be picked before."""
-    job = Job(Run(made.run), Run(made.run).recipe())
-    filling = round(SHARE * EVALUATIONS)
-    before, last = measured(job)[:-filling], measured(job)[-filling:]
-    size = int(0.7 * job.structure.parameters(job.structure.base))
-    good, grown = grown_to(job, before, [], size)
-    assert good and grown and not {e.architecture for e in before} & set(grown)
-
-    def losses(architectures: list[Architecture]) -> list[float]:
-        return held_out_losses(job, architectures, FIRST_BLOCKS)
-
-    least = min(losses(good))
-    expected = sorted(
-        ((loss, a) for loss, a in zip(losses(grown), grown, strict=True) if loss < least), key=lambda pair: pair[0]
-    )
-    assert fillings(job, before, [], 2, losses) == [a for _, a in expected[:2]]
-    assert {a for _, a in expected[:filling]} <= {e.architecture for e in last}
-    assert fillings(job, before, [], 2, lambda architectures: [1.0] * len(architectures)) == []
-
-
-@pytest.mark.parametrize(
-    ("more", "kept"),
-    [({}, 3), ({"targets": {"max_params": "0.7", "max_drop": "10%"}}, 0), ({"quantizing": {"bits": "joint"}}, 0)],
-)
-def test_what_is_kept_for_filling(made: Made, more: dict[str, Any], kept: int) -> None:
-    recipe = Run(made.run).recipe()
-    job = Job(Run(made.run), recipe.model_validate(recipe.model_dump() | more))
-    _, constraints = goals(job, lambda architecture: dict.fromkeys(SPEEDS, 1.0))
-    assert reserved(job, constraints, EVALUATIONS) == kept
-    assert reserved(job, [], EVALUATIONS) == 0
-
-
-def test_sizes_share_what_fills_and_what_is_too_large_is_not_grown(made: Made) -> None:
-    recipe = Run(made.run).recipe()
-    changed = recipe.model_dump() | {"targets": {"max_params": ["0.7", "0.6"]}}
-    job = Job(Run(made.run), recipe.model_validate(changed))
-    small = [Evaluation(e.architecture, {**e.values, "quality": 1.0}, 0, 0) for e in measured(job)[:12]]
-    by_size = [set(grown_to(job, small, [], size)[1]) for size in sizes_asked_for(job)]
-    assert all(by_size)
-    known = {e.architecture for e in small}
-    chosen = fillings(job, small, [], 3, lambda architectures: [float(a in known) for a in architectures])
-    assert len(chosen) == 3 and set(chosen[:2]) <= by_size[0] and chosen[2] in by_size[1]
-    # What was not trained is no filling.
-    parameters = computed(job.structure)["parameters"]
-    parameters_of_base = job.structure.parameters(job.structure.base)
-    largest = 0.5 * parameters_of_base
-    within = [Constraint(parameters, maximum=largest)]
-    assert all(job.structure.parameters(a) <= largest for a in grown_to(job, small, within, None)[1])
-    # What is smaller than anything that may be picked can grow to what may.
-    (smallest,) = [e for e in small if e.architecture == job.space.smallest()]
-    within = [
-        Constraint(parameters, minimum=0.6 * parameters_of_base),
-        Constraint(parameters, maximum=0.7 * parameters_of_base),
-    ]
-    none, (grown,) = grown_to(job, [smallest], within, None)
-    assert none == []
-    assert 0.6 * parameters_of_base <= job.structure.parameters(grown) <= 0.7 * parameters_of_base
 
 
 def test_a_search_goes_on_for_another_size(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
