@@ -161,7 +161,9 @@ def judged(objectives: Sequence[Objective]) -> Objective:
 def current_front(job: Job) -> dict[str, Any]:
     """What front.json holds, its qualities by today's definition. Raises `RequestError` where they cannot be."""
     front = read_front(job.run.front)
-    if front.get("quality", {}).get("definition") == DEFINITION:
+    quality = front.get("quality", {})
+    # By text there is no cap: those of the definition before are the same.
+    if quality.get("definition") == DEFINITION or (quality.get("definition") == 2 and not quality["counted"]):
         return front
     # Every evaluation holds its speed, so only the base's is asked for here.
     speed = dict.fromkeys(SPEEDS, front["base_decode_tps"])

@@ -131,6 +131,10 @@ def test_where_no_task_counts_the_loss_on_text_does(made: Made, tmp_path: Path) 
     for one in values:
         assert one["quality"] == pytest.approx(math.exp(values[0]["held_out_loss"] - one["held_out_loss"]))
     assert len({one["quality"] for one in values}) == 6
+    # Of the definition before, which did not cap the qualities by tasks, they are the same.
+    file = tmp_path / "run" / "search" / "front.json"
+    file.write_text(json.dumps(found | {"quality": found["quality"] | {"definition": 2}}))
+    assert current_front(job)["evaluations"] == found["evaluations"]
 
 
 def test_a_random_search_beside_it_is_predicted_and_measured_on_request(
