@@ -17,8 +17,8 @@ from benchmarks.common import Measurements, make_parser, mean_spread, median_ran
 from tests.support import ROOT, tiny, tiny_tokenizers
 from tests.support.report_helpers import full_report, minimal_report, score
 
-SHARED = {"common", "jobs"}
-"""Modules that benchmarks share, without a command."""
+SHARED = {"auto_scheme", "common", "jobs"}
+"""Modules without a command, which benchmarks use."""
 COMMANDS = [[file.stem] for file in sorted((ROOT / "benchmarks").glob("*.py")) if file.stem not in SHARED]
 PARTS = [["search", part] for part in ("space", "fine", "starts", "ranks", "overhead")]
 
