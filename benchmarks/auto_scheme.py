@@ -58,7 +58,7 @@ def _choose(
     group_size: int,
     folder: Path,
 ) -> None:
-    """What the process does."""
+    """What the process does: send the bits by name of the linear layer through `results`."""
     with (folder / "log").open("w") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -73,7 +73,7 @@ def _choose(
     for name in linear:
         for pattern in TOGETHER:
             if re.search(pattern, name):
-                together.setdefault(re.sub(pattern, pattern, name), []).append(name)
+                together.setdefault(re.sub(pattern, "*", name), []).append(name)
     config = AutoRoundConfig(
         tokenizer=tokenizer,
         target_bits=mean_bits,

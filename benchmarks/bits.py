@@ -61,8 +61,7 @@ from supernet.training.losses import held_out_loss
 from supernet.training.supernet_training import heal
 
 AFTER = ("int8", "int4", "int3")
-MIXED = ("mixed after", "whole, mixed")
-WAYS = (*(f"{scheme} after" for scheme in AFTER), "whole network", *MIXED, "joint", "genes")
+WAYS = (*(f"{way} after" for way in AFTER), "whole network", "mixed after", "whole, mixed", "joint", "genes")
 CALIBRATION = 64
 """Blocks of training text that AutoScheme reads from."""
 
@@ -71,10 +70,9 @@ CALIBRATION = 64
 class MixedCandidate(Candidate):
     """A sub-network with bits for each of its linear layers, by name in the network that is cut out."""
 
-    by_module: Mapping[str, int]
-    weights: Mapping[str, int]
-    """How many each has."""
     plan: SchemePlan
+    weights: Mapping[str, int]
+    """How many each layer has."""
     loss: float
     """Held-out, as rounded, not healed."""
 
@@ -103,17 +101,14 @@ def choose(job: Job, evaluations: list[Evaluation], limit: int, mixed: bool) -> 
     # 3. Bits of each layer, afterwards or alone.
     if mixed:
         after = [chosen[way].evaluation for way in ("int4 after", "int3 after") if way in chosen]
-        alone: list[EmbeddingBits] = [8, 4]
-        for way, found in zip(
-            MIXED,
-            (
-                [with_auto_scheme(job, evaluation, 8, limit) for evaluation in after],
-                [with_auto_scheme(job, whole, embedding, limit) for embedding in alone],
-            ),
-            strict=True,
-        ):
-            if those_that_fit := [row for row in found if row is not None]:
-                chosen[way] = min(those_that_fit, key=lambda row: row.loss)
+        embeddings: list[EmbeddingBits] = [8, 4]
+        tried = {
+            "mixed after": [with_auto_scheme(job, evaluation, 8, limit) for evaluation in after],
+            "whole, mixed": [with_auto_scheme(job, whole, embedding, limit) for embedding in embeddings],
+        }
+        for way, found in tried.items():
+            if fits := [row for row in found if row is not None]:
+                chosen[way] = min(fits, key=lambda row: row.loss)
     # 4. Both.
     chosen["joint"] = pick_with_bits(job, evaluations, Target(max_bytes=limit), False).candidate
     return chosen
@@ -156,7 +151,7 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
     plan = SchemePlan("mixed", group_size, [], OuterBits(storage.embedding, storage.head), bits)
     round_network(network, plan, linear)
     loss = held_out_loss(network, held_out.part(0, HELD_OUT_BLOCKS), 1, job.device)
-    return MixedCandidate(evaluation, Bits(None), storage, stored, bits, counts, plan, loss)
+    return MixedCandidate(evaluation, Bits(None), storage, stored, plan, counts, loss)
 
 
 def choose_genes(job: Job, limit: int) -> Candidate | None:
@@ -176,7 +171,8 @@ def bits_in_words(job: Job, candidate: Candidate) -> str:
     architecture, storage = candidate.architecture, candidate.storage
     if isinstance(candidate, MixedCandidate):
         weights = sum(candidate.weights.values())
-        mean_bits = sum(candidate.weights[name] * bits for name, bits in candidate.by_module.items()) / weights
+        of_layers = candidate.plan.bits or {}
+        mean_bits = sum(candidate.weights[name] * bits for name, bits in of_layers.items()) / weights
         return f"{mean_bits:.1f} bits in the mean, embedding in {candidate.plan.outer.embedding} bits"
     if storage is None or not architecture.has_bits:
         return str(candidate.bits)

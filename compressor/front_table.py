@@ -15,6 +15,7 @@ from compressor.sizing import smallest_storage
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.picking import measured, read_picks
 from compressor.stages.score_keys import held_out_keys
+from compressor.stages.searching import current_front
 from export.models import Model
 from export.package_record import RECORD, read_record
 from search.objectives import Evaluation
@@ -70,7 +71,7 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
         names.setdefault(pick["key"], []).append(pick["name"])
     speeds, losses = measured_speedups(run), held_out_losses(job, list(evaluations.values()))
     rows = []
-    for key in read_front(run.front)["front"]:
+    for key in current_front(job)["front"]:
         architecture, values = evaluations[key].architecture, evaluations[key].values
         rows.append(
             FrontRow(
@@ -135,7 +136,8 @@ def print_front(path: Path, rows: list[FrontRow]) -> None:
         )
     console.print(table)
     say("share: of the base's parameters; speed: over the base's, by the layers' timings; timed: of")
-    say("the package; quality (± one standard error) and loss: on the search's text, before healing")
+    say("the package; quality (± one standard error; no task above the base's score) and loss: on the search's")
+    say("text, before healing")
     if picks := [f"{row.key[:8]} is {', '.join(row.picked)}" for row in rows if row.picked]:
         say(f"* {'; '.join(picks)}")
     if rows:

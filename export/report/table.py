@@ -103,6 +103,8 @@ def notes(report: Report) -> list[str]:
     searched = report.search and report.search.quality
     if searched and searched.left_out != report.scale.left_out:
         lines.append(f"On the search's documents: {searched.remark or 'all tasks count for the quality.'}")
+    if searched and searched.counted:
+        lines.append("In the search's own qualities no task is worth more than the base's score.")
     if speeds:
         lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
     lines += vocabulary_notes(report)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from compressor import cli, pipeline
+from compressor.front_table import front_rows
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import read_recipe
@@ -117,6 +118,7 @@ def test_a_front_of_the_earlier_definition_of_quality_is_read_by_todays(made: Ma
     assert [g["hypervolume"] for g in again["generations"]] == pytest.approx(
         [g["hypervolume"] for g in found["generations"]]
     )
+    assert {row.key for row in front_rows(tmp_path / "run")} == set(again["front"])
     assert made.search(tmp_path / "run") == again  # nothing is searched again
 
 
