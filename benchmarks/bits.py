@@ -34,7 +34,7 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_group, bits_storage, storage_of
+from compressor.sizing import bits_storage, storage_of
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import (
     HEADER_BYTES,
@@ -42,11 +42,12 @@ from compressor.stages.joint_pick import (
     Candidate,
     RoundedLosses,
     candidates,
+    mean_bits,
     pick_with_bits,
     whole_network,
 )
 from compressor.stages.picking import measured
-from compressor.stages.quantizing import bits_by_module
+from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
@@ -66,7 +67,7 @@ CALIBRATION = 64
 """Blocks of training text that AutoScheme reads from."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixedCandidate(Candidate):
     """A sub-network with bits for each of its linear layers, by name in the network that is cut out."""
 
@@ -151,7 +152,9 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
     plan = SchemePlan("mixed", group_size, [], OuterBits(storage.embedding, storage.head), bits)
     round_network(network, plan, linear)
     loss = held_out_loss(network, held_out.part(0, HELD_OUT_BLOCKS), 1, job.device)
-    return MixedCandidate(evaluation, Bits(None), storage, stored, plan, counts, loss)
+    return MixedCandidate(
+        evaluation=evaluation, bits=Bits(None), storage=storage, bytes=stored, plan=plan, weights=counts, loss=loss
+    )
 
 
 def choose_genes(job: Job, limit: int) -> Candidate | None:
@@ -172,16 +175,12 @@ def bits_in_words(job: Job, candidate: Candidate) -> str:
     if isinstance(candidate, MixedCandidate):
         weights = sum(candidate.weights.values())
         of_layers = candidate.plan.bits or {}
-        mean_bits = sum(candidate.weights[name] * bits for name, bits in of_layers.items()) / weights
-        return f"{mean_bits:.1f} bits in the mean, embedding in {candidate.plan.outer.embedding} bits"
-    if storage is None or not architecture.has_bits:
+        own = sum(candidate.weights[name] * bits for name, bits in of_layers.items()) / weights
+        return f"{own:.1f} bits in the mean, embedding in {candidate.plan.outer.embedding} bits"
+    if storage is None or candidate.bits.scheme is not None or not architecture.has_bits:
         return str(candidate.bits)
-    weights, bits = 0, 0
-    for tensor in job.structure.tensors:
-        shape = job.structure.shape(tensor, architecture)
-        if tensor.role == "linear" and shape is not None:
-            weights, bits = weights + prod(shape), bits + prod(shape) * storage.bits_of(tensor, architecture)
-    return f"{bits / max(1, weights):.1f} bits in the mean, embedding in {architecture.embedding_bits or 16} bits"
+    own = mean_bits(job.structure, architecture, storage)
+    return f"{own:.1f} bits in the mean, embedding in {architecture.embedding_bits or 16} bits"
 
 
 def made(job: Job, candidate: Candidate, tokens: int) -> Any:
@@ -204,10 +203,9 @@ def made(job: Job, candidate: Candidate, tokens: int) -> Any:
     if isinstance(candidate, MixedCandidate):
         round_network(network, candidate.plan, linear_layers_in(network))
     elif searched.has_bits:
-        bits = bits_by_module(job.structure, job.checkpoint.config, searched, bits_storage(job))
-        outer = OuterBits(searched.embedding_bits or 16, searched.head_bits or 16)
-        round_network(network, SchemePlan("mixed", bits_group(job), [], outer, bits), linear_layers_in(network))
-    elif scheme is not None and storage is not None:
+        assert storage is not None and storage.group_size is not None
+        round_network(network, mixed_plan(job, searched, storage.group_size), linear_layers_in(network))
+    elif scheme is not None and scheme != "mixed" and storage is not None:
         linear = linear_layers_in(network)
         plan = replace(plan_scheme(linear.widths, scheme), outer=OuterBits(storage.embedding, storage.head))
         round_network(network, plan, linear)

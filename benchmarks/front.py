@@ -37,6 +37,7 @@ from compressor.stages.comparing import (
 )
 from compressor.stages.comparison_methods import Method, SizeComparison, published
 from compressor.stages.measuring import load_package
+from compressor.stages.picks import PickRecord, cut_out
 from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
 from export.report.comparison import OURS
@@ -140,7 +141,7 @@ def settings_of(arguments: argparse.Namespace, size: str, folder: Path, seed: in
     }
 
 
-def picked(job: Job, preference: str, count: int = 1) -> dict[str, Any]:
+def picked(job: Job, preference: str, count: int = 1) -> PickRecord:
     """The pick by a preference, and with so many finalists."""
     job.recipe.prefer = preference  # type: ignore[assignment]
     job.recipe.healing.finalists = count
@@ -243,9 +244,9 @@ def finalists(run: Callable[[], Job], count: int) -> dict[str, Any]:
     (entry,) = pipeline.export(job)
     return {
         "candidates": min(count, len(row["finalists"])),
-        "changed": entry["architecture"] != row["architecture"],
-        "quality": entry["quality"],
-        "loss": entry["held_out_loss"],
+        "changed": entry.architecture != cut_out(row),
+        "quality": entry.quality,
+        "loss": entry.held_out_loss,
     }
 
 

@@ -68,7 +68,7 @@ def main() -> None:
             print_row(size, way, str(len(rows)), *cells)
 
 
-def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[str, float | None]]:
     """All picks of one super-network: what each is, and what became of it."""
     folder.mkdir()
     settings = settings_of(arguments, size, folder, seed) | {"quantizing": {"schemes": []}}
@@ -77,7 +77,7 @@ def picks(arguments: Any, size: str, seed: int, folder: Path) -> dict[str, dict[
     return {way: one(folder, way, capped) for way, capped in WAYS.items()}
 
 
-def one(folder: Path, way: str, capped: bool) -> dict[str, float]:
+def one(folder: Path, way: str, capped: bool) -> dict[str, float | None]:
     """Search, pick and heal in a copy of the run."""
     run = Path(shutil.copytree(folder / "trained", folder / way.replace(" ", "-")))
     job = pipeline.resume(run, {})
@@ -90,8 +90,8 @@ def one(folder: Path, way: str, capped: bool) -> dict[str, float]:
     return {
         "share": job.structure.parameters(architecture) / job.untouched_parameters,
         "loss as searched": before,
-        "loss": entry["held_out_loss"],
-        "quality": entry["quality"],
+        "loss": entry.held_out_loss,
+        "quality": entry.quality,
     }
 
 

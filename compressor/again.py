@@ -30,9 +30,9 @@ def recipe_text(folder: Path) -> str:
     return "\n".join(lines) + "\n" + yaml.safe_dump(said(recipe), sort_keys=False)
 
 
-def said(recipe: BaseModel) -> dict[str, Any]:
+def said(recipe: BaseModel) -> dict[str, object]:
     """What a recipe says beyond the defaults, as YAML holds it."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, field in type(recipe).model_fields.items():
         value = getattr(recipe, name)
         if isinstance(value, BaseModel):
@@ -61,10 +61,10 @@ def command_line(recipe: Recipe, output: str) -> str:
     return shlex.join([*words, "--output", output])
 
 
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, object], before: str = "") -> dict[str, object]:
     """{dotted key: value}; `loss`, `space` and the search's targets, whose values have keys of their own,
     stay whole."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in values.items():
         if isinstance(value, dict) and key not in ("loss", "space") and before + key != "searching.targets":
             flat |= _flat(value, f"{before}{key}.")

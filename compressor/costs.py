@@ -19,11 +19,11 @@ from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits
-from compressor.stages.joint_pick import MEASURED
+from compressor.stages.joint_pick import MEASURED, bit_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
-from compressor.stages.warm_start import expected_passes
+from compressor.stages.warm_start import blocks_to_read, expected_passes
 from evals.speed.table import SpeedTable
 from export.models import Model
 from export.quantization.autoround_child import BATCH
@@ -267,10 +267,16 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     """The held-out loss of those that tasks do not tell from the best, taken to be half of all: on a few blocks, and of
     the finalists on all."""
     blocks = FIRST_BLOCKS * counts.evaluations / 2 + 2 * FINALISTS * HELD_OUT_BLOCKS
-    if picks_bits(counts.job):  # some on a few blocks to know what bits cost, the best on all
-        blocks += len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + MEASURED * HELD_OUT_BLOCKS
     seconds = blocks * counts.length * rates.teach * counts.searched
-    return StageCost("picking", "", rates.load + counts.limits * seconds)
+    of_bits = 0.0
+    if picks_bits(job := counts.job):
+        # Some on a few blocks to know what bits cost, the best on all; and each half-block's bits in the whole network,
+        # from the first layer that has fewer on.
+        blocks = len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + 2 * MEASURED * HELD_OUT_BLOCKS
+        seconds += blocks * counts.length * rates.teach * counts.searched
+        passes = sum(len(gene.values) - 1 for gene in bit_genes(job, uniform=False)) / 2
+        of_bits = passes * blocks_to_read(job) * counts.length * rates.teach
+    return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:

@@ -13,7 +13,8 @@ from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import smallest_storage
 from compressor.stages.front import read_front, scored_weights
-from compressor.stages.picking import measured, read_picks
+from compressor.stages.picking import measured
+from compressor.stages.picks import read_picks
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.searching import current_front
 from export.models import Model

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -35,13 +35,14 @@ from compressor.run import Run
 from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, searching
 from compressor.stages.finetuning import check_unchanged
-from compressor.stages.picking import pick, read_picks
+from compressor.stages.picking import pick
+from compressor.stages.picks import PickRecord, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
 from compressor.stages.searching import check_searching, check_speedup
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
-from export.report.schema import Comparison
+from export.report.schema import Comparison, Report
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration
 from supernet.common.metrics import send_to
@@ -169,8 +170,8 @@ def check_alone() -> None:
 
 
 @quiet_libraries()
-def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> dict[str, Any]:
-    """The whole job; returns what report.json holds."""
+def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> Report:
+    """The whole job; returns its report."""
     check_alone()
     with records_end():
         job = start(recipe, Path(output), redo=redo)
@@ -197,7 +198,7 @@ def show_plan(job: Job) -> None:
 
 
 @quiet_libraries()
-def plan(recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
+def plan(recipe: Recipe, output: Path | None = None) -> dict[str, object]:
     """What `compress` would do, measured for some seconds and printed; nothing is written. Returns its stages."""
     check_alone()
     with tempfile.TemporaryDirectory(prefix="compressor-plan-") as nowhere:
@@ -206,7 +207,7 @@ def plan(recipe: Recipe, output: Path | None = None) -> dict[str, Any]:
         job, made = prepare(recipe, output or Path(nowhere) / "run", base, keep=False)
         assert made is not None
         shown = print_plan(stage_costs(job, made.rates), str(job.device))
-    return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets} | shown
+    return {"time": recipe.time, "rates": made.rates.model_dump(), "budgets": made.budgets, **shown}
 
 
 def keep_time(job: Job) -> None:
@@ -225,7 +226,7 @@ ALSO_OF_HEALING = {
 
 def resume(
     path: Path,
-    given: dict[str, Any],
+    given: Mapping[str, object],
     *,
     redo: str | None = None,
     replace_targets: bool = False,
@@ -269,36 +270,38 @@ def remember(job: Job) -> None:
     job.run.remember(job.given, provenance(job), job.paths)
 
 
-def added(recipe: Recipe, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def added(recipe: Recipe, overrides: Mapping[str, object]) -> dict[str, object]:
     """The options, with what the recipe has of formats and quantizations before what they name."""
     before: dict[str, list[str]] = {"formats": [*recipe.formats], "quantizing.schemes": [*recipe.quantizing.schemes]}
     more = {key: names for key, names in before.items() if key in overrides}
     for key, names in more.items():
         given = overrides[key]
-        named = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else [*given]
-        more[key] = list(dict.fromkeys([*names, *named]))
+        if isinstance(given, str):
+            more[key] = list(dict.fromkeys([*names, *(part.strip() for part in given.split(",") if part.strip())]))
+        elif isinstance(given, Iterable):
+            more[key] = list(dict.fromkeys([*names, *given]))
     return {**overrides, **more}
 
 
-def resume_search(path: Path, given: dict[str, Any], *, redo: str | None = None) -> Job:
+def resume_search(path: Path, given: Mapping[str, object], *, redo: str | None = None) -> Job:
     """A run for `compressor search`. Of a run that was searched, another size or a further budget is searched from
     what was measured: `--evaluations` are then so many more."""
     further = further_search(Run(path), given) if redo is None else {}
     targets = names_targets(given)
     if targets:
         further |= {"key": ""}  # what was picked by its key is forgotten where targets are named
-    return resume(path, given | further, redo=redo, replace_targets=targets)
+    return resume(path, {**given, **further}, redo=redo, replace_targets=targets)
 
 
-def resume_pick(path: Path, given: dict[str, Any]) -> tuple[Job, list[dict[str, Any]]]:
+def resume_pick(path: Path, given: Mapping[str, object]) -> tuple[Job, list[PickRecord]]:
     """A run for `compressor pick`, and what that picks. What the search looked for stays as it is; the options get into
     the run's recipe once something was picked by them."""
     run = Run(path)
     if given:
-        given = {"key": ""} | given
+        given = {"key": "", **given}
     if targets := names_targets(given):
         run.check_exists()
-        given |= {"searching.targets": named_in(run.recipe().resolved().searched_for.model_dump())}
+        given = {**given, "searching.targets": named_in(run.recipe().resolved().searched_for.model_dump())}
     job = resume(path, given, replace_targets=targets, keep=False)
     picks = pick(job)
     if given:
@@ -306,7 +309,7 @@ def resume_pick(path: Path, given: dict[str, Any]) -> tuple[Job, list[dict[str, 
     return job, picks
 
 
-def resume_export(path: Path, given: dict[str, Any]) -> Job:
+def resume_export(path: Path, given: Mapping[str, object]) -> Job:
     """A run for `compressor export`. A format that wants layers that are alike is picked for first, where that was not
     done. Raises `RequestError` for options that are another command's."""
     if others := [name for name in given if names_targets([name]) or name in ("key", "prefer")]:
@@ -325,7 +328,7 @@ def resume_export(path: Path, given: dict[str, Any]) -> Job:
     return job
 
 
-def has_uniform(picks: Iterable[Mapping[str, Any]]) -> bool:
+def has_uniform(picks: Iterable[PickRecord]) -> bool:
     """Whether one of the picks is for layouts that want layers that are alike."""
     return any(row["name"].endswith("-uniform") for row in picks)
 
@@ -335,12 +338,12 @@ def names_targets(names: Iterable[str]) -> bool:
     return any(name.startswith("targets.") for name in names)
 
 
-def is_given(name: str, overrides: Mapping[str, Any]) -> bool:
+def is_given(name: str, overrides: Mapping[str, object]) -> bool:
     """Whether one of the options is this name, or a list that holds it."""
     return any(name == value or (isinstance(value, str) and name in value.split(",")) for value in overrides.values())
 
 
-def provenance(job: Job) -> dict[str, Any]:
+def provenance(job: Job) -> dict[str, object]:
     """What a reader of recipe.yaml may want to know: versions, and fingerprints of model and data."""
     data = text_fingerprint(job, job.recipe.finetuning.tokens or 0)
     return {"versions": versions(), "model": job.untouched_fingerprint, "data": data}
@@ -356,7 +359,7 @@ def compare(
     return rows
 
 
-def demo(output: Path) -> dict[str, Any]:
+def demo(output: Path) -> Report:
     """The whole job on the bundled checkpoint, offline; its training text is generated into the run."""
     run = Run(output)
     run.check_free()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rich import box
 from rich.table import Table
@@ -250,8 +250,21 @@ def power_of_two(number: float) -> int:
     return 1 << max(0, int(number).bit_length() - 1)
 
 
-def print_plan(costs: list[StageCost], device: str) -> dict[str, Any]:
-    """Print the stages with their budgets, time, memory and disk on stderr. Returns them as plain JSON types."""
+class PlanShown(TypedDict):
+    """A plan as plain JSON types."""
+
+    stages: list[dict[str, object]]
+    """Each a `StageCost`."""
+    seconds: float
+    """Of all stages."""
+    memory: float
+    """Bytes at most."""
+    disk: float
+    """Bytes in all."""
+
+
+def print_plan(costs: list[StageCost], device: str) -> PlanShown:
+    """Print the stages with their budgets, time, memory and disk on stderr. Returns them."""
     table = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "time", "memory", "disk"):
         words = column in ("stage", "budget")

@@ -7,6 +7,7 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -82,7 +83,7 @@ FORMER_NAMES = {"move_inactive": "move_idle", "screening": "first_look"}
 """Keys that had another name once, which is still read, and still stands in fingerprints: runs begun then go on."""
 
 
-def former_names(values: dict[str, Any]) -> dict[str, Any]:
+def former_names(values: Mapping[str, object]) -> dict[str, object]:
     """Values of a section, for a fingerprint: under the names that the keys had when fingerprints were first made."""
     return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
@@ -533,7 +534,7 @@ def learning_rate_for(
     return share * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)
 
 
-def read_recipe(file: Path | None, overrides: dict[str, Any], *, new_targets: bool = False) -> Recipe:
+def read_recipe(file: Path | None, overrides: Mapping[str, object], *, new_targets: bool = False) -> Recipe:
     """A recipe from a YAML file (or nothing) and overrides by dotted name; `new_targets` forgets the file's targets.
     Targets among the overrides are the search's too.
 
@@ -605,7 +606,7 @@ def keys() -> list[str]:
     return dotted
 
 
-def write_recipe(recipe: Recipe, path: Path, extra: dict[str, Any]) -> None:
+def write_recipe(recipe: Recipe, path: Path, extra: Mapping[str, object]) -> None:
     """`recipe.yaml`: the resolved recipe, with versions and fingerprints under `provenance` for the reader."""
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     provenance = yaml.safe_dump({"provenance": extra}, sort_keys=False)

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from fnmatch import fnmatch
@@ -75,7 +75,9 @@ class Run:
         return is_main()
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, provenance: dict[str, Any], paths: LocalPaths | None = None) -> Run:
+    def create(
+        cls, path: Path, recipe: Recipe, provenance: Mapping[str, object], paths: LocalPaths | None = None
+    ) -> Run:
         """The run at `path`, new or continued. Raises `RequestError` where the folder holds something else, or another
         process works in it."""
         run = cls(path)
@@ -89,7 +91,7 @@ class Run:
             run.remember(recipe, provenance, paths or {})
         return run
 
-    def remember(self, recipe: Recipe, provenance: dict[str, Any], paths: LocalPaths) -> None:
+    def remember(self, recipe: Recipe, provenance: Mapping[str, object], paths: LocalPaths) -> None:
         """Write recipe.yaml, and paths.json with what is new in `paths`."""
         known = {name: path.model_dump() for name, path in (self.local_paths() | dict(paths)).items()}
         write_json(self.paths_file, known)  # first: a recipe without its paths would look on the hub
@@ -194,7 +196,7 @@ class Run:
         return weights
 
     @contextmanager
-    def stage(self, folder: Path, inputs: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def stage(self, folder: Path, inputs: Any) -> Iterator[tuple[Path, dict[str, object]]]:
         """Fill a folder under a temporary name; manifest last, then rename.
 
         Yields the temporary folder, kept across interruptions for whatever a stage can resume from, and a dictionary
@@ -210,7 +212,7 @@ class Run:
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True, exist_ok=True)
         write_json(mark, fingerprint(inputs))
-        facts: dict[str, Any] = {}
+        facts: dict[str, object] = {}
         yield temporary, facts
         mark.unlink()
         follow_umask(temporary)

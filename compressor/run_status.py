@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from compressor.run import Run
 from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
@@ -14,9 +14,42 @@ from supernet.common.files import read_json
 from supernet.common.formatting import duration, size
 from supernet.common.progress import say
 
+State = Literal["running", "done", "interrupted", "to do"]
 
-def run_status(folder: Path) -> dict[str, Any]:
-    """What is done, what is running and since when, what is left, disk used and the last error, as plain JSON types.
+
+class StageStatus(TypedDict):
+    """One stage of a run."""
+
+    name: str
+    state: State
+    seconds: float | None
+    """That it took so far; None for one that did not begin."""
+    expected: float | None
+    """Seconds by the run's plan; None without one."""
+    began: float | None
+    """When the running one began, seconds since the epoch."""
+
+
+class RunStatus(TypedDict):
+    """How far a run is."""
+
+    run: str
+    model: str
+    stages: list[StageStatus]
+    running: str | None
+    """The process that works in it, and since when."""
+    finished: bool
+    report: str | None
+    """The page, where there is one."""
+    left: float | None
+    """Seconds, by the run's plan."""
+    bytes: int
+    """Of all its files."""
+    last_error: str | None
+
+
+def run_status(folder: Path) -> RunStatus:
+    """What is done, what is running and since when, what is left, disk used and the last error.
 
     Raises `RequestError` where the folder is no run.
     """
@@ -27,14 +60,14 @@ def run_status(folder: Path) -> dict[str, Any]:
     holder = lock_holder(run)
     begun = [name for name in STAGES if name in schedule.times]
     current = schedule.running if holder else None
-    stages = []
+    stages: list[StageStatus] = []
     for name in STAGES:
         needless = not expected.get(name) if expected else run.report.is_file()
         if name not in schedule.times and needless:
             continue  # this run has no such stage
         time = schedule.times.get(name)
         done = time is not None and time.ended and (name not in FOR_EACH_PICK or later_begun(name, begun))
-        state = "running" if name == current else "done" if done else "interrupted" if time else "to do"
+        state: State = "running" if name == current else "done" if done else "interrupted" if time else "to do"
         stages.append(
             {
                 "name": name,
@@ -71,7 +104,7 @@ def later_begun(name: str, begun: list[str]) -> bool:
     return any(other in begun for other in later if other not in FOR_EACH_PICK)
 
 
-def left(stages: list[dict[str, Any]]) -> float:
+def left(stages: list[StageStatus]) -> float:
     """Seconds that the stages that are not done will take, by the plan."""
     rest = 0.0
     for stage in stages:
@@ -111,7 +144,7 @@ def last_error(run: Run) -> str | None:
     return next((line for line in reversed(lines[-3:]) if " error: " in line), None)
 
 
-def print_status(status: dict[str, Any]) -> None:
+def print_status(status: RunStatus) -> None:
     """What `run_status` found, as lines on stderr."""
     say(f"{status['run']}: {status['model']}")
     number = len(status["stages"])

@@ -116,6 +116,18 @@ class Evaluation:
             "full": self.full,
         }
 
+    @classmethod
+    def from_dict(cls, record: EvaluationRecord) -> Evaluation:
+        """The inverse of `to_dict`; what was not finite is not a number. Raises KeyError, TypeError or ValueError for
+        what is no architecture."""
+        return cls(
+            Architecture.from_dict(record["architecture"]),
+            {name: math.nan if value is None else value for name, value in record["values"].items()},
+            record["generation"],
+            record["index"],
+            record["full"],
+        )
+
 
 def computed(
     structure: Structure,

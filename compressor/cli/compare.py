@@ -50,7 +50,7 @@ def compare(
     for table in tables:
         say(summary(table))
     ended("compare", job, rows)
-    emit([row.model_dump(mode="json") for row in rows], json)
+    emit(rows, json)
 
 
 def _listed(text: str | None) -> list[str]:

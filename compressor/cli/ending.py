@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,10 @@ from supernet.common.progress import say
 
 if TYPE_CHECKING:
     from compressor.job import Job
+    from compressor.stages.front import FrontRecord
+    from compressor.stages.picks import PickRecord
+    from export.package_record import PackageEntry
+    from export.report.schema import Report
 
 
 def ended(command: str, job: Job, result: Any) -> Any:
@@ -31,7 +35,7 @@ def _finetuned(job: Job, result: Any) -> Iterable[str]:
     yield _next(job, "search", "" if job.recipe.tasks else "--tasks A,B")
 
 
-def _searched(job: Job, front: Mapping[str, Any]) -> Iterable[str]:
+def _searched(job: Job, front: FrontRecord) -> Iterable[str]:
     measured = len(front["evaluations"])
     yield f"front: {job.run.front}, {len(front['front'])} of {measured} measured sub-networks are on it"
     targets = job.recipe.targets
@@ -39,14 +43,14 @@ def _searched(job: Job, front: Mapping[str, Any]) -> Iterable[str]:
     yield _next(job, "pick", options)
 
 
-def _picked(job: Job, picks: list[dict[str, Any]]) -> Iterable[str]:
+def _picked(job: Job, picks: list[PickRecord]) -> Iterable[str]:
     yield f"picks: {job.run.picks}, {', '.join(row['name'] for row in picks)}"
     yield _next(job, "export")
 
 
-def _exported(job: Job, packages: list[dict[str, Any]]) -> Iterable[str]:
+def _exported(job: Job, packages: list[PackageEntry]) -> Iterable[str]:
     for entry in packages:
-        yield package_line(job.run.packages / entry["name"], entry)
+        yield package_line(job.run.packages / entry.name, entry)
     yield _next(job, "report")
 
 
@@ -58,19 +62,19 @@ def _compared(job: Job, rows: list[Any]) -> Iterable[str]:
         yield _next(job, "report")
 
 
-def package_line(folder: Path, entry: Mapping[str, Any]) -> str:
+def package_line(folder: Path, entry: PackageEntry) -> str:
     """A package in one line: where it is, its size, its quality on the report split and its scores."""
-    scores = ", ".join(f"{task} {score['value']:.3g}" for task, score in (entry.get("tasks") or {}).items())
-    quality = f", quality {percent(entry['quality'])}" if entry.get("quality") is not None else ""
-    return f"package: {folder}, {size(entry['bytes'])}{quality}{f' ({scores})' if scores else ''}"
+    scores = ", ".join(f"{task} {score.value:.3g}" for task, score in entry.tasks.items())
+    quality = f", quality {percent(entry.quality)}" if entry.quality is not None else ""
+    return f"package: {folder}, {size(entry.bytes)}{quality}{f' ({scores})' if scores else ''}"
 
 
-def reported(run: Path, report: Mapping[str, Any]) -> Mapping[str, Any]:
+def reported(run: Path, report: Report) -> Report:
     """Say where the packages of a report are, and what to do with them; returns the report."""
-    for entry in report["packages"]:
-        say(package_line(run / entry["path"], entry))
-    if report["packages"]:
-        first = shlex.quote(str(run / report["packages"][0]["path"]))
+    for entry in report.packages:
+        say(package_line(run / entry.path, entry))
+    if report.packages:
+        first = shlex.quote(str(run / report.packages[0].path))
         say(f"next: compressor verify {first}, or compressor push {first} OWNER/NAME")
     return report
 

@@ -28,4 +28,4 @@ def front(run: RunFolder, sort: Sort = "size", json: Json = False) -> None:
     rows = front_rows(run, sort)
     if not json:
         print_front(run, rows)
-    emit([row.model_dump() for row in rows], json)
+    emit(rows, json)

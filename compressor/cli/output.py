@@ -11,9 +11,17 @@ from supernet.training.accelerator import is_main
 
 
 def emit(value: Any, as_json: bool) -> None:
-    """Print a result where JSON was asked for; of several processes, the first does."""
+    """Print a result where JSON was asked for, models as our files hold them; of several processes, the first does."""
     if as_json and is_main():
-        print(json.dumps(value, indent=1))
+        print(json.dumps(value, indent=1, default=_as_json))
+
+
+def _as_json(value: object) -> object:
+    from pydantic import BaseModel  # imports much that most commands print nothing of
+
+    if not isinstance(value, BaseModel):
+        raise TypeError(f"{type(value).__name__} is not for JSON")
+    return value.model_dump(mode="json", by_alias=True)
 
 
 def writable(option: str, file: Path) -> Path:

@@ -17,7 +17,7 @@ def report(run: RunFolder, json: Json = False) -> None:
 
     if (written := current_report(run)) is not None:
         show_report(written, run)
-        emit(reported(run, written.model_dump(mode="json", by_alias=True, exclude_unset=True)), json)
+        emit(reported(run, written), json)
         return
     run_recipe(run, {})
     from compressor import pipeline  # imports torch

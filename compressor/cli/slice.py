@@ -30,7 +30,7 @@ def slice(
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
 
-    entry = cut(package, out, limit).entry.model_dump(mode="json", exclude_unset=True)
+    entry = cut(package, out, limit).entry
     say(package_line(out, entry))
     say(f"next: compressor evaluate {shell_word(out)} --tasks A,B, or compressor push {shell_word(out)} OWNER/NAME")
     emit(entry, json)

@@ -28,8 +28,8 @@ from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
 from compressor.stages.measuring import load_package, unread_text
-from compressor.stages.picking import measured, read_picks
-from compressor.stages.subnet_files import cut_out
+from compressor.stages.picking import measured
+from compressor.stages.picks import cut_out, read_picks
 from evals.baselines import Cut
 from evals.comparison import paired_interval, resampled, text_qualities
 from evals.quality import QualityScale

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from typing import Any
 
 from compressor.job import Job
+from compressor.stages.front import FrontRecord
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.search_parts import for_search, searches_in_turn
@@ -65,7 +65,7 @@ def search_asked_for(job: Job) -> str:
     return searches_in_turn(job)[-1][1]
 
 
-def control_of(job: Job, front: dict[str, Any]) -> Control | None:
+def control_of(job: Job, front: FrontRecord) -> Control | None:
     """How the search that the recipe asks for compares: as measured, else as predicted when it ended. None for searches
     of earlier versions, and where another search came after it."""
     asked = search_asked_for(job)
@@ -77,7 +77,7 @@ def control_of(job: Job, front: dict[str, Any]) -> Control | None:
     return Control.model_validate(front["control"]) if front.get("control") and front["inputs"] == asked else None
 
 
-def likeness_of(job: Job, front: dict[str, Any]) -> Likeness | None:
+def likeness_of(job: Job, front: FrontRecord) -> Likeness | None:
     """Whether that search could learn anything; None as in `control_of`."""
     found = front.get("likeness")
     return Likeness.model_validate(found) if found and front["inputs"] == search_asked_for(job) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from compressor.job import Job
 from compressor.stages.searching import current_front
@@ -30,7 +30,13 @@ def elastic_source(job: Job, picked: Architecture) -> ElasticSource:
     return ElasticSource(job.run.supernet, job.checkpoint.config, job.structure, ordered)
 
 
-def _size(name: str, architecture: Architecture, params: int, values: dict[str, Any]) -> ElasticSize:
-    names = ("quality", "quality_stderr", "held_out_loss", "decode_tps")
-    numbers: dict[str, Any] = {key: values.get(key) for key in names}
-    return ElasticSize(name=name, architecture=architecture, params=params, **numbers)
+def _size(name: str, architecture: Architecture, params: int, values: Mapping[str, float | None]) -> ElasticSize:
+    return ElasticSize(
+        name=name,
+        architecture=architecture,
+        params=params,
+        quality=values.get("quality"),
+        quality_stderr=values.get("quality_stderr"),
+        held_out_loss=values.get("held_out_loss"),
+        decode_tps=values.get("decode_tps"),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,17 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
-from compressor.sizing import bits_group
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.measuring import measure_packages
-from compressor.stages.picking import read_picks
+from compressor.stages.picks import PickRecord, cut_out, read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
-from compressor.stages.quantizing import quantize, quantize_by_search, quantizing_inputs, schemes_of
+from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
 from compressor.stages.repairing import pick_variants
-from compressor.stages.subnet_files import Inputs, cut_inputs, cut_out, held_dtype, is_made_from, load_healed
+from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
-from export.package_record import read_record, update_record
+from export.package_record import PackageEntry, read_record, update_record
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
@@ -40,7 +39,7 @@ from supernet.training.loop import TrainSettings
 from supernet.training.supernet_training import heal
 
 
-def export(job: Job) -> list[dict[str, Any]]:
+def export(job: Job) -> list[PackageEntry]:
     """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
     recipe, run = job.recipe, job.run
     picks = read_picks(job)
@@ -80,7 +79,7 @@ def export(job: Job) -> list[dict[str, Any]]:
                 verify_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
                 progress.advance(len(proofs) - progress.done)
     run.log(f"exported: {', '.join(written)}")
-    return [read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in written]
+    return [read_record(run.packages / name).entry for name in written]
 
 
 def progress_by_name(progress: Bar) -> Callable[[str], None]:
@@ -111,7 +110,7 @@ def healing_settings(job: Job, blocks: Blocks, start: Start | None) -> TrainSett
     return job.train_settings(section, blocks.length, seed)
 
 
-def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
+def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks) -> dict[Path, Inputs]:
     """Of every folder that one pick asks for: its own layout first, quantized ones, then copies in other layouts."""
     recipe, name = job.recipe, picked["name"]
     quantizing = quantizing_inputs(job, blocks)
@@ -119,7 +118,9 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
     for scheme, embedding in schemes_of(job, picked).items():
         inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
     if (architecture := Architecture.from_dict(picked["architecture"])).has_bits:
-        inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": bits_group(job)}
+        inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": own_group(job, picked)}
+        if picked.get("bits") is not None:
+            inputs["-mixed"]["quantizing"] = quantizing
     for layout in recipe.formats:
         if layout in ("uneven", "uniform", "elastic"):
             continue
@@ -130,7 +131,7 @@ def package_inputs(job: Job, picked: Mapping[str, Any], network: Inputs, blocks:
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
 
-def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
+def elastic_inputs(job: Job, picked: PickRecord) -> Inputs:
     """Of the elastic package: it is the super-network, which is not healed, with the sizes that the search found."""
     sizes = elastic_source(job, cut_out(picked)).sizes
     return cut_inputs(job, cut_out(picked).key) | {"sizes": [size.model_dump(mode="json") for size in sizes]}
@@ -138,7 +139,7 @@ def elastic_inputs(job: Job, picked: dict[str, Any]) -> Inputs:
 
 def write_packages(
     job: Job,
-    picked: dict[str, Any],
+    picked: PickRecord,
     blocks: Blocks,
     missing: Mapping[Path, Inputs],
     reference: Path,
@@ -155,7 +156,7 @@ def write_packages(
     schemes = {scheme: f for scheme in embeddings if (f := job.run.packages / f"{name}-{scheme}") in missing}
     mixed = job.run.packages / f"{name}-mixed"
     copies = [folder for folder in missing if folder not in (own, mixed, *schemes.values())]
-    lineage = {
+    lineage: dict[str, object] = {
         "base": {
             "name": job.given.model,
             "fingerprint": job.untouched_fingerprint,
@@ -167,18 +168,18 @@ def write_packages(
     }
     network = cache(lambda: shipped_network(job, blocks, picked, lineage, start))
     entry = {"name": name, "architecture": architecture.to_dict()}
-    options: dict[str, Any] = {
-        "tokenizer": job.tokenizer,
-        "dtype": job.stored_dtype,
-        "probe_ids": blocks.split()[1][:4].ids[:, :32],
-    }
+    write = partial(
+        write_layout,
+        architecture=architecture,
+        tokenizer=job.tokenizer,
+        dtype=job.stored_dtype,
+        probe_ids=blocks.split()[1][:4].ids[:, :32],
+    )
     say(f"packaging {name}")
     if own in missing:
         own_lineage = lineage | {"inputs": fingerprint(missing[own])}
         with job.schedule.stage("healing"):
-            write_layout(
-                "uneven", network(), architecture, own, entry=entry, lineage=own_lineage, reference=reference, **options
-            )
+            write("uneven", network(), destination=own, entry=entry, lineage=own_lineage, reference=reference)
     if schemes:
         with job.schedule.stage("quantizing"):
             quantize(job, own, len(architecture.kept), schemes, embeddings, blocks[: quantizing.samples].ids)
@@ -186,7 +187,7 @@ def write_packages(
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     if mixed in missing:
         with job.schedule.stage("quantizing"):
-            quantize_by_search(job, own, Architecture.from_dict(picked["architecture"]), mixed)
+            quantize_by_architecture(job, own, picked, mixed, blocks[: quantizing.samples].ids)
         update_record(mixed, lineage={"inputs": fingerprint(missing[mixed])})
     for folder in copies:
         own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
@@ -197,11 +198,10 @@ def write_packages(
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
-        more: dict[str, Any] = {}
         if layout.startswith("gguf"):
-            more = {"embedding": quantizing.embedding, "calibration": blocks[: quantizing.samples].ids}
+            write = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
         with job.schedule.stage("healing"):
-            write_layout(layout, built, architecture, folder, entry=named, lineage=own_lineage, **options, **more)
+            write(layout, built, destination=folder, entry=named, lineage=own_lineage)
     remember_vocabulary(job, missing)
 
 
@@ -228,7 +228,7 @@ def is_proved(folder: Path, inputs: Inputs) -> bool:
 
 
 def shipped_network(
-    job: Job, blocks: Blocks, picked: dict[str, Any], lineage: dict[str, Any], start: Start | None = None
+    job: Job, blocks: Blocks, picked: PickRecord, lineage: Mapping[str, object], start: Start | None = None
 ) -> Any:
     """The sub-network as it ships: cut out (`subnets/NAME-sliced`), then healed (`subnets/NAME`), from `start` where
     it was one of several finalists.
@@ -244,15 +244,16 @@ def shipped_network(
     cut = StreamedNetwork(
         job.supernet_folder(architecture), job.checkpoint.config, job.structure, architecture, variants
     )
-    options: dict[str, Any] = {
-        "tokenizer": job.tokenizer,
-        "entry": {"name": name, "architecture": architecture.to_dict()},
-        "dtype": job.stored_dtype,
-    }
+    write = partial(
+        write_package,
+        tokenizer=job.tokenizer,
+        entry={"name": name, "architecture": architecture.to_dict()},
+        dtype=job.stored_dtype,
+    )
     sliced, healed = run.subnets / f"{name}-sliced", run.subnets / name
     source = cut_inputs(job, cut_out(picked).key)
     if not is_made_from(sliced, source):
-        write_package(cut, sliced, lineage=lineage | {"inputs": fingerprint(source)}, **options)
+        write(cut, sliced, lineage={**lineage, "inputs": fingerprint(source)})
     if not recipe.healing.tokens:
         return cut
     inputs = network_inputs(job, cut_out(picked).key, blocks, start)
@@ -266,7 +267,7 @@ def shipped_network(
     else:
         network = load_healed(cut, start.folder, torch.float32).to(job.device)
     history = heal(network, job.load_base(), blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
-    write_package(network, healed, lineage=lineage | {"inputs": fingerprint(inputs)}, **options)
+    write(network, healed, lineage={**lineage, "inputs": fingerprint(inputs)})
     write_json(healed / HEALING, vars(history))
     round_as_stored(job, network)
     return network

@@ -11,11 +11,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from math import ceil, inf, log2
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from compressor.job import Job
+from compressor.stages.picks import PickRecord
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_files import Inputs, cut_inputs, is_made_from, load_healed
 from export.package import write_package
@@ -31,6 +32,15 @@ from supernet.training.supernet_training import heal
 
 FURTHER_SEED = 7919
 """Between the seeds of two rounds, which draw other text."""
+
+
+class Round(TypedDict):
+    """What a round of a choice gave."""
+
+    tokens: int
+    """That each network read."""
+    losses: dict[str, float]
+    """Held-out losses behind it by the networks' keys, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ def rounds_of(finalists: int, tokens: int) -> list[tuple[int, int]]:
     return [*plan[:-1], (1, tokens - spent)]
 
 
-def best_finalist(job: Job, picked: dict[str, Any], blocks: Blocks) -> tuple[dict[str, Any], Start | None]:
+def best_finalist(job: Job, picked: PickRecord, blocks: Blocks) -> tuple[PickRecord, Start | None]:
     """A pick with the best of its finalists in the place of what was picked, and where its last round begins; the pick
     as it is, and None, where the recipe asks for no more than one.
 
@@ -78,7 +88,7 @@ def best_finalist(job: Job, picked: dict[str, Any], blocks: Blocks) -> tuple[dic
     with reading(f"{job.run.picks}: not what this version writes; run compressor pick"):
         networks = [Architecture.from_dict(row["architecture"]) for row in finalists]
         keys = [network.key for network in networks]
-        places = {row["key"]: {name: row[name] for name in ("key", "architecture", "values")} for row in finalists}
+        places = {row["key"]: row for row in finalists}
         if keys != list(places):
             raise ValueError("keys of finalists are not those of their architectures")
     # 1. What was chosen before is as it was.
@@ -96,7 +106,7 @@ def best_finalist(job: Job, picked: dict[str, Any], blocks: Blocks) -> tuple[dic
             if folder != rounds.folder(best):
                 shutil.rmtree(folder)
     start = Start(rounds.folder(best), fingerprint(rounds.inputs_of(best)), plan[-1][1], rounds.seed(len(plan) - 1))
-    return picked | places[best], start
+    return {**picked, **places[best]}, start
 
 
 class _Rounds:
@@ -106,9 +116,9 @@ class _Rounds:
     def __init__(self, job: Job, name: str, blocks: Blocks, plan: list[tuple[int, int]]) -> None:
         self.job, self.name, self.blocks, self.plan = job, name, blocks, plan
 
-    def run(self, left: list[Architecture]) -> tuple[str, list[dict[str, Any]]]:
+    def run(self, left: list[Architecture]) -> tuple[str, list[Round]]:
         """The key of the best finalist, and the tokens and held-out losses of every round, nats per token."""
-        record: list[dict[str, Any]] = []
+        record: list[Round] = []
         self.job.run.subnets.mkdir(exist_ok=True)
         for number, (count, tokens) in enumerate(self.plan[:-1]):
             say(f"{self.name}: round {number + 1} of the finalists: {count} networks, {tokens:,} tokens each")

@@ -60,7 +60,7 @@ from supernet.training.sources import hub_dataset, is_generated
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet
 
 
-def finetuning_inputs(job: Job) -> dict[str, Any]:
+def finetuning_inputs(job: Job) -> dict[str, object]:
     """All that the stage reads; another value of any of it makes another super-network."""
     recipe, space = job.recipe, job.declared_space  # which layers are important follows from the model and the data
     least, _ = smallest_in_training(job, space)
@@ -163,11 +163,12 @@ def finetune(job: Job) -> dict[str, Any]:
                 save_file(supernet.variants.tensors(job.stored_dtype), folder / ROUTED)
         if limits := band_limits(job):
             del model, supernet  # two would be in memory
-            facts["bands"] = []
+            trained = []
             for band, limit in enumerate(limits, start=1):
                 of_band, off = train_band(job, order, blocks, band, band_folder(folder, band), ids)
-                facts["bands"].append({"below": limit, **vars(of_band)})
+                trained.append({"below": limit, **vars(of_band)})
                 proof["files"] = max(proof.get("files", 0.0), off)
+            facts["bands"] = trained
         if run.writes:
             facts["logit_differences"] = proof
             folders = [band_folder(folder, band) for band in range(recipe.finetuning.bands)]

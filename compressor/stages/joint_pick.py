@@ -1,10 +1,12 @@
-"""Size and bits picked together: the sub-network, the scheme and the embedding's bits of the lowest loss that fit.
+"""Size and bits picked together: the sub-network and the bits of the lowest loss that fit.
 
-Candidates are the best sub-networks of each size that were measured, and the whole network, each with every scheme of
-`JOINT` and embedding of `JOINT_EMBEDDINGS`. What bits cost is measured on the largest network that fits with them, and
-added to the loss of every other: good enough to rank (`docs/results.md`), so the best `MEASURED` by that sum are
-measured as rounded, and the best of these is picked. Losses are on text that the fine-tuning held out, before healing,
-and rounding is to nearest: what a package holds that is rounded without data.
+Candidates are the best sub-networks of each size that were measured, and the whole network. Each is taken with every
+scheme of `JOINT` and embedding of `JOINT_EMBEDDINGS`, and once `mixed`: with bits of its own for every half-block and
+the embedding, those that fit and lose least by what each alone costs the whole network (`search.bit_assignment`). What
+a scheme costs is measured on the largest network that fits with it, and added to the loss of every other; so is what
+the sum of a mixed one's costs misses. That is good enough to rank (`docs/results.md`): the best `MEASURED` of both
+kinds are measured as rounded, and the best of these is picked. Losses are on text that the fine-tuning held out, before
+healing, and rounding is to nearest: what a package holds that is rounded without data.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +23,23 @@ import torch
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.sizing import JOINT, can_hold, joint_embeddings, smallest_storage, storage_of
+from compressor.stages.picks import BitsRecord
+from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
+from compressor.stages.warm_start import losses_by_bits
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
-from export.quantization.schemes import EmbeddingBits, OuterBits, SchemeName
+from export.quantization.schemes import EmbeddingBits, FormName, OuterBits
+from search.bit_assignment import Losses, best_within
+from search.genes import AS_STORED, BITS, Gene
 from search.objectives import Evaluation
 from search.pareto import Target, ranks
 from search.scores import ScoreKey
 from search.store import EvaluationStore
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, StorageFormat
+from supernet.architecture import Architecture, StorageFormat, Structure
 from supernet.common.formatting import size
 from supernet.common.progress import bar
 from supernet.slicing import extract
@@ -40,21 +48,26 @@ from supernet.training.losses import held_out_loss
 
 CANDIDATES = 24
 """Sub-networks that are compared, at least, where so many were measured."""
-MEASURED = 12
-"""Pairs of a sub-network and bits that are measured as rounded."""
+MEASURED = 6
+"""Sub-networks with bits that are measured as rounded: so many under one scheme, and so many mixed ones."""
 HEADER_BYTES = 128
 """Of a safetensors header for each tensor: its name, type, shape and place."""
 
 
 @dataclass(frozen=True)
 class Bits:
-    """How a package is stored. `scheme` None: unquantized."""
+    """How a package is stored. `scheme` None: unquantized; `mixed`: as its architecture says."""
 
-    scheme: SchemeName | None
+    scheme: FormName | None
     embedding: EmbeddingBits | None = None
+    mean: float | None = None
+    """Of a mixed one, bits of a weight of its linear layers, codes only."""
 
     def __str__(self) -> str:
-        return "unquantized" if self.scheme is None else f"{self.scheme}, embedding in {self.embedding} bits"
+        if self.scheme is None:
+            return "unquantized"
+        mean = "" if self.mean is None else f", {self.mean:.1f} bits in the mean"
+        return f"{self.scheme}{mean}, embedding in {self.embedding} bits"
 
 
 @dataclass(frozen=True)
@@ -65,10 +78,25 @@ class Candidate:
     bits: Bits
     storage: StorageFormat | None
     bytes: int
+    own_bits: Architecture | None = None
+    """Of a mixed one, the sub-network with the bits of every half-block and of the embedding."""
+    harm: float = 0.0
+    """Of a mixed one, the sum of what each of its bits alone costs the whole network, nats per token."""
+
+    @property
+    def sizes(self) -> Architecture:
+        """The sub-network, without bits."""
+        return self.evaluation.architecture
+
+    @property
+    def kind(self) -> Bits | None:
+        """What is taken to cost all networks alike; None for all that are mixed."""
+        return self.bits if self.own_bits is None else None
 
     @property
     def architecture(self) -> Architecture:
-        return self.evaluation.architecture
+        """The sub-network, with bits where it is mixed."""
+        return self.own_bits or self.sizes
 
 
 @dataclass(frozen=True)
@@ -82,14 +110,17 @@ class JointPick:
         bytes_ = size(self.candidate.bytes)
         return f"{self.candidate.bits}: about {bytes_}, held-out loss {self.loss:.4f} nats per token"
 
-    def to_json(self) -> dict[str, object]:
-        bits = self.candidate.bits
-        return {
+    def to_json(self) -> BitsRecord:
+        bits, storage = self.candidate.bits, self.candidate.storage
+        record: BitsRecord = {
             "scheme": bits.scheme,
             "embedding": bits.embedding,
             "bytes": self.candidate.bytes,
             "held_out_loss": self.loss,
         }
+        if bits.scheme == "mixed" and storage is not None and storage.group_size is not None:
+            record["group_size"] = storage.group_size
+        return record
 
 
 def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, uniform: bool) -> JointPick:
@@ -101,10 +132,12 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
     # 1. Everything that fits.
     assert target.max_bytes is not None
     unlimited = replace(target, max_bytes=None)
-    able = [row for row in [*evaluations, whole_network(job)] if row.full and not unlimited.misses(row)]
+    others = [row for row in evaluations if row.architecture != job.structure.base]
+    able = [row for row in [whole_network(job), *others] if row.full and not unlimited.misses(row)]
     if not able:
         raise ValueError(f"no measured architecture has {unlimited}")
-    rows = [row for evaluation in best_of_each_size(able) for row in candidates(job, evaluation, uniform)]
+    sizes = best_of_each_size(able)
+    rows = [row for evaluation in sizes for row in candidates(job, evaluation, uniform)]
     fitting = [row for row in rows if row.bytes <= target.max_bytes]
     if not fitting:
         least = min(rows, key=lambda row: row.bytes)
@@ -112,16 +145,26 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
             f"no measured architecture fits {target.max_bytes:,} bytes; the smallest file has {least.bytes:,} "
             f"({least.bits})"
         )
-    # 2. What each loses by its size, and by its bits.
-    architectures = list(dict.fromkeys(row.architecture for row in fitting))
+    # 2. With bits of their own for every half-block.
+    genes = bit_genes(job, uniform)
+    losses_of_bits = losses_by_bits(job, genes, group_of(job, job.structure.base))
+    own = [mixed_candidate(job, evaluation, losses_of_bits, target.max_bytes) for evaluation in sizes]
+    fitting += [row for row in own if row is not None]
+    # 3. What each loses by its size, and by its bits.
+    architectures = list(dict.fromkeys(row.sizes for row in fitting))
     unrounded = dict(zip(architectures, held_out_losses(job, architectures, FIRST_BLOCKS), strict=True))
-    measure, cost = RoundedLosses(job), dict[Bits, float]()
+    measure, missed = RoundedLosses(job), dict[Bits | None, float]()
     for row in sorted(fitting, key=lambda row: -row.bytes):  # of each the largest that fits, as that may be picked
-        if row.bits not in cost:
-            cost[row.bits] = measure(row, FIRST_BLOCKS) - unrounded[row.architecture]
-    fitting.sort(key=lambda row: (unrounded[row.architecture] + cost[row.bits], row.bytes, row.architecture.key))
-    # 3. The best by the sum, as rounded.
-    finalists = fitting[:MEASURED]
+        if row.kind not in missed:
+            missed[row.kind] = measure(row, FIRST_BLOCKS) - unrounded[row.sizes] - row.harm
+
+    def expected(row: Candidate) -> tuple[float, int, str]:
+        return unrounded[row.sizes] + row.harm + missed[row.kind], row.bytes, row.architecture.key
+
+    fitting.sort(key=expected)
+    # 4. The best by the sum, as rounded.
+    finalists = [row for row in fitting if row.own_bits is None][:MEASURED]
+    finalists += [row for row in fitting if row.own_bits is not None][:MEASURED]
     with bar("held-out loss with bits", len(finalists)) as progress:
         losses = []
         for row in finalists:
@@ -170,6 +213,58 @@ def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidat
     return rows
 
 
+def bit_genes(job: Job, uniform: bool) -> list[Gene]:
+    """A gene of bits for every half-block of the base, for its embedding where the package can hold a quantized one,
+    and for a head with a weight of its own."""
+    genes = []
+    for index, layer in enumerate(job.structure.base.layers):
+        if layer.num_key_value_heads:
+            genes.append(Gene(f"attention_bits.{index}", (*BITS["attention_bits"], AS_STORED)))
+        if layer.intermediate_size:
+            genes.append(Gene(f"ffn_bits.{index}", (*BITS["ffn_bits"], AS_STORED)))
+    outer = tuple(sorted({bits for bits in joint_embeddings(job) if bits < AS_STORED}))
+    if outer and not uniform:
+        genes.append(Gene("embedding_bits", (*outer, AS_STORED)))
+    if outer and not job.structure.tied:
+        genes.append(Gene("head_bits", (*outer, AS_STORED)))
+    return genes
+
+
+def group_of(job: Job, architecture: Architecture) -> int:
+    """Input channels that share a scale in a mixed package of a sub-network."""
+    return job.recipe.quantizing.group_size or job.structure.group_size(architecture)
+
+
+def mixed_candidate(job: Job, evaluation: Evaluation, losses: Losses, limit: int) -> Candidate | None:
+    """A sub-network with the bits of its own that fit and lose least; None where no bits fit, or none are needed."""
+    structure, architecture = job.structure, evaluation.architecture
+    storage = StorageFormat(AS_STORED, group_of(job, architecture), by_architecture=True)
+    headers = 3 * HEADER_BYTES * sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
+
+    def bytes_of(one: Architecture) -> int:
+        return structure.bytes(one, storage) + headers
+
+    found = best_within(architecture, losses, bytes_of, limit)
+    if found is None:
+        return None
+    own, harm = found
+    if not own.has_bits:
+        return None
+    embedding: EmbeddingBits = next(bits for bits in (4, 8, 16) if bits == (own.embedding_bits or 16))
+    bits = Bits("mixed", embedding, mean_bits(structure, own, storage))
+    return Candidate(evaluation, bits, storage, bytes_of(own), own, harm)
+
+
+def mean_bits(structure: Structure, architecture: Architecture, storage: StorageFormat) -> float:
+    """Bits of a weight of the linear layers inside blocks, codes only."""
+    sizes = [
+        (prod(shape), storage.bits_of(tensor, architecture))
+        for tensor in structure.tensors
+        if tensor.role == "linear" and (shape := structure.shape(tensor, architecture)) is not None
+    ]
+    return sum(weights * bits for weights, bits in sizes) / max(1, sum(weights for weights, _ in sizes))
+
+
 class RoundedLosses:
     """Held-out losses of rounded sub-networks, from the store, or else measured and recorded there."""
 
@@ -179,22 +274,22 @@ class RoundedLosses:
 
     def __call__(self, candidate: Candidate, blocks: int) -> float:
         """On the first blocks, in nats per token."""
-        architecture, bits, storage = candidate.architecture, candidate.bits, candidate.storage
-        if bits.scheme is None or storage is None:
+        architecture, scheme, storage = candidate.architecture, candidate.bits.scheme, candidate.storage
+        if scheme is None or storage is None:
             return held_out_losses(self._job, [architecture], blocks)[0]
         plain = held_out_keys(self._job, ["held_out_loss"], blocks)["held_out_loss"]
-        form = f"{bits.scheme}-{storage.group_size}-{storage.embedding}-{storage.head}"
+        form = f"{scheme}-{storage.group_size}-{storage.embedding}-{storage.head}"
         key = ScoreKey(f"{plain.name} as {form}", plain.documents, plain.metric, higher_is_better=False)
         with EvaluationStore(self._job.run.evaluations) as store:
             score = store.get(architecture, self._weights, key)
             if score is None:
                 began = time.monotonic()
-                score = key.score(self._measure(architecture, bits.scheme, storage, blocks), None, blocks).or_worst()
+                score = key.score(self._measure(architecture, scheme, storage, blocks), None, blocks).or_worst()
                 store.put(architecture, self._weights, key, score, time.monotonic() - began)
         return score.value
 
     @torch.no_grad()
-    def _measure(self, architecture: Architecture, scheme: SchemeName, storage: StorageFormat, blocks: int) -> float:
+    def _measure(self, architecture: Architecture, scheme: FormName, storage: StorageFormat, blocks: int) -> float:
         job = self._job
         folder = job.supernet_folder(architecture)
         if self._opened is None or self._opened[0] != folder:
@@ -204,10 +299,14 @@ class RoundedLosses:
             supernet.use(search_variants(job, supernet))
             self._opened = folder, supernet
         supernet = self._opened[1]
-        network = extract(supernet.model, job.structure, architecture, supernet.variants)
+        network = extract(supernet.model, job.structure, architecture.without_bits(), supernet.variants)
         linear = linear_layers_in(network)
-        group_size = job.recipe.quantizing.group_size if storage.bits < 8 else None
-        plan = plan_scheme(linear.widths, scheme, group_size)
-        round_network(network, replace(plan, outer=OuterBits(storage.embedding, storage.head)), linear)
+        if scheme == "mixed":
+            assert storage.group_size is not None
+            plan = mixed_plan(job, architecture, storage.group_size)
+        else:
+            plan = plan_scheme(linear.widths, scheme, job.recipe.quantizing.group_size if storage.bits < 8 else None)
+            plan = replace(plan, outer=OuterBits(storage.embedding, storage.head))
+        round_network(network, plan, linear)
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         return held_out_loss(network, held_out.part(0, blocks), 1, job.device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from compressor.job import Job
 from compressor.schedule import stage
@@ -11,15 +10,15 @@ from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front
 from compressor.stages.joint_pick import pick_with_bits
+from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
 from compressor.stages.repairing import rounding_inputs
 from compressor.stages.searching import current_front, speed_table
 from export.layouts.table import copies_hold
 from export.report.alternatives import in_words
 from search.objectives import Evaluation
 from search.pareto import Target
-from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, reading
-from supernet.common.files import read_json, write_json
+from supernet.common.errors import RequestError
+from supernet.common.files import write_json
 from supernet.common.formatting import shell_word
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
@@ -48,8 +47,10 @@ def measured(job: Job) -> list[Evaluation]:
     ):
         speed = speed_table(job, lambda: job.load_supernet().model)  # a search that had no need of it
     for row in front["evaluations"]:
-        architecture = Architecture.from_dict(row["architecture"])
-        values = row["values"] | {
+        found = Evaluation.from_dict(row)
+        architecture = found.architecture
+        values = {
+            **found.values,
             "parameters": job.structure.parameters(architecture),
             "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
         }
@@ -57,39 +58,12 @@ def measured(job: Job) -> list[Evaluation]:
             values |= {"decode_tps": speed.predict(architecture)["decode_tps"]}
         if "decode_tps" in values:
             values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
-        evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+        evaluations.append(replace(found, values=values))
     return evaluations
 
 
-def check_rounding(job: Job, found: Mapping[str, Any]) -> None:
-    """Raises `RequestError` where weights were rounded otherwise when this was found."""
-    now = rounding_inputs(job).get("rounding")
-    if found.get("rounding") != now:
-        raise RequestError(
-            f"{job.run.path}: was searched with a group size of {found.get('rounding')}, not {now}; say that one "
-            "(--group-size), or run compressor search"
-        )
-
-
-def read_picks(job: Job) -> list[dict[str, Any]]:
-    """What `pick` left. Raises `RequestError` where that is nothing, or was picked in another super-network."""
-    if not job.run.picks.is_file():
-        raise RequestError(f"{job.run.path}: nothing was picked yet; run compressor pick")
-    picks: list[dict[str, Any]] = read_json(job.run.picks)
-    weights = job.run.supernet_weights
-    with reading(f"{job.run.picks}: not what this version writes"):
-        others = [row["name"] for row in picks if row["weights"] != weights]
-    if others:
-        raise RequestError(
-            f"{job.run.path}: the super-network is not the one that was picked from; run compressor search and pick"
-        )
-    for row in picks:
-        check_rounding(job, row)
-    return picks
-
-
 @stage("picking")
-def pick(job: Job) -> list[dict[str, Any]]:
+def pick(job: Job) -> list[PickRecord]:
     """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds."""
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
@@ -123,7 +97,7 @@ def pick(job: Job) -> list[dict[str, Any]]:
     return picks
 
 
-def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> dict[str, Any]:
+def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> PickRecord:
     """The pick called `name` of the most parameters `size` and the recipe's other targets, which is also said. Raises
     `RequestError` where nothing meets them."""
     targets = job.recipe.targets
@@ -136,6 +110,7 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
             candidate = joint.candidate
             choice = Choice(candidate.evaluation, None, decode_speeds(job, [candidate.evaluation])[0])
             row = pick_row(job, name, str(target), choice, None, f"; {joint}")
+            row["architecture"] = candidate.architecture.to_dict()
             row["values"]["bytes"], row["bits"] = candidate.bytes, joint.to_json()
             return row
         found = choices(job, evaluations, target)
@@ -143,13 +118,14 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
         raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
     row = pick_row(job, name, str(target), found.by_preference[job.recipe.prefer], found)
     if size is not None:
-        say_what_is_nearest(job, size, row["values"]["parameters"], evaluations)
+        picked = found.by_preference[job.recipe.prefer].evaluation
+        say_what_is_nearest(job, size, picked.values["parameters"], evaluations)
     return row
 
 
-def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> dict[str, Any]:
+def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> PickRecord:
     """A pick as picks.json holds it, with what the other preferences take; says both, and `bits` behind the first."""
-    row: dict[str, Any] = {
+    row: PickRecord = {
         "name": name,
         "target": target,
         **network_of(chosen),
@@ -166,7 +142,7 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     for preference, other in found.by_preference.items():
         if other.key != chosen.key:
             known = numbers(job, other, base_tps)
-            row["others"].append({"prefer": preference} | known)
+            row["others"].append({"prefer": preference, **known})
             say(
                 f"  by {preference} it would be {described(job, known)}: compressor pick {run} "
                 f"--prefer {preference}, then compressor export {run}"
@@ -185,13 +161,13 @@ def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
     return [chosen, *others]
 
 
-def network_of(choice: Choice) -> dict[str, Any]:
+def network_of(choice: Choice) -> NetworkRecord:
     """The network of a choice and what was measured of it, as picks.json holds them."""
-    architecture = choice.evaluation.architecture
-    return {"architecture": architecture.to_dict(), "key": choice.key, "values": dict(choice.evaluation.values)}
+    record = choice.evaluation.to_dict()
+    return {"architecture": record["architecture"], "key": record["key"], "values": record["values"]}
 
 
-def numbers(job: Job, choice: Choice, base_tps: float) -> dict[str, Any]:
+def numbers(job: Job, choice: Choice, base_tps: float) -> ChoiceNumbers:
     """What is known of a choice, as picks.json holds it; `base_tps`: the base's decode speed by its layers' timings."""
     return {
         "key": choice.key,
@@ -202,7 +178,7 @@ def numbers(job: Job, choice: Choice, base_tps: float) -> dict[str, Any]:
     }
 
 
-def described(job: Job, row: dict[str, Any]) -> str:
+def described(job: Job, row: ChoiceNumbers) -> str:
     """What `numbers` knows, in words."""
     return in_words(row["parameters"], job.untouched_parameters, row["quality"], row["held_out_loss"], row["speedup"])
 

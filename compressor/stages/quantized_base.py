@@ -14,6 +14,7 @@ import torch
 
 from compressor.job import Job
 from compressor.sizing import can_hold
+from compressor.stages.picks import PickRecord
 from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf.types import QUANTIZED
@@ -32,7 +33,7 @@ ALWAYS_GGUF = ("gguf-q8_0", "gguf-q4_0")
 BASE = "base"
 
 
-def base_schemes(job: Job, picks: Sequence[Mapping[str, Any]]) -> dict[SchemeName, EmbeddingBits]:
+def base_schemes(job: Job, picks: Sequence[PickRecord]) -> dict[SchemeName, EmbeddingBits]:
     """The schemes that the base is quantized in, with the embedding's bits: those of every table, and those of the
     picks. Its embedding is quantized unless the recipe says otherwise: what is compared at equal bytes is the best that
     the base can do."""
@@ -56,7 +57,7 @@ def base_layouts(job: Job) -> list[str]:
     return list(dict.fromkeys([*ALWAYS_GGUF, *more]))
 
 
-def base_inputs(job: Job, picks: Sequence[Mapping[str, Any]], blocks: Blocks) -> dict[Path, dict[str, Any]]:
+def base_inputs(job: Job, picks: Sequence[PickRecord], blocks: Blocks) -> dict[Path, dict[str, object]]:
     """Of every folder, all that it depends on."""
     bits: dict[str, int | None] = dict(base_schemes(job, picks).items())
     bits.update(dict.fromkeys(base_layouts(job), job.recipe.quantizing.embedding))
@@ -70,7 +71,7 @@ def base_inputs(job: Job, picks: Sequence[Mapping[str, Any]], blocks: Blocks) ->
     }
 
 
-def tunes(job: Job, picks: Sequence[Mapping[str, Any]]) -> bool:
+def tunes(job: Job, picks: Sequence[PickRecord]) -> bool:
     """Whether the base's rounding is tuned: as that of the picks is. Where none is quantized, neither is it tuned."""
     return any(schemes_of(job, picked) for picked in picks)
 
@@ -85,7 +86,7 @@ def untouched_ids(job: Job, ids: torch.Tensor) -> torch.Tensor:
 
 
 def write_base(
-    job: Job, missing: Mapping[Path, Mapping[str, Any]], picks: Sequence[Mapping[str, Any]], blocks: Blocks
+    job: Job, missing: Mapping[Path, Mapping[str, object]], picks: Sequence[PickRecord], blocks: Blocks
 ) -> None:
     """Write the folders that are missing."""
     if not missing:

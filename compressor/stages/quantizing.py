@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from compressor.job import Job
-from compressor.sizing import bits_group, bits_storage
+from compressor.sizing import bits_group
+from compressor.stages.picks import PickRecord
 from export.package_record import PackageRecord
 from export.quantization.quantize import quantize_mixed, quantize_packages
-from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName
+from export.quantization.schemes import SCHEMES, EmbeddingBits, OuterBits, SchemeName, SchemePlan
+from search.genes import AS_STORED
 from supernet.architecture import Architecture, StorageFormat, Structure
 from supernet.common.progress import Bar, bar, say
 from supernet.device import release_cached_memory
@@ -24,16 +26,22 @@ from supernet.training.data import Blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+if TYPE_CHECKING:
+    pass
 
-def schemes_of(job: Job, picked: Mapping[str, Any]) -> dict[SchemeName, EmbeddingBits | None]:
+
+def schemes_of(job: Job, picked: PickRecord) -> dict[SchemeName, EmbeddingBits | None]:
     """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
     was picked together with the size."""
-    quantizing, bits = job.recipe.quantizing, picked.get("bits") or {"scheme": None}
-    schemes = dict.fromkeys(quantizing.schemes, quantizing.embedding)
-    return schemes | ({bits["scheme"]: bits["embedding"]} if bits["scheme"] else {})
+    quantizing, bits = job.recipe.quantizing, picked.get("bits")
+    schemes: dict[SchemeName, EmbeddingBits | None] = {}
+    schemes |= dict.fromkeys(quantizing.schemes, quantizing.embedding)
+    if bits is not None and bits["scheme"] is not None and bits["scheme"] != "mixed":
+        schemes[bits["scheme"]] = bits["embedding"]
+    return schemes
 
 
-def quantizing_inputs(job: Job, blocks: Blocks) -> dict[str, Any]:
+def quantizing_inputs(job: Job, blocks: Blocks) -> dict[str, object]:
     """All that rounding depends on beside the network, the scheme and the embedding's bits."""
     recipe = job.recipe
     return {
@@ -85,10 +93,46 @@ def quantize(
         )
 
 
-def quantize_by_search(job: Job, source: Path, architecture: Architecture, folder: Path) -> None:
-    """Quantize the package in `source` to the bits of a searched architecture, as the search scored it."""
-    bits = bits_by_module(job.structure, job.checkpoint.config, architecture, bits_storage(job))
-    quantize_mixed(source, folder, bits, architecture, bits_group(job))
+def own_group(job: Job, picked: PickRecord) -> int:
+    """Input channels that share a scale in a pick's mixed package: as they were picked, or as they were searched."""
+    bits = picked.get("bits")
+    return bits_group(job) if bits is None or "group_size" not in bits else bits["group_size"]
+
+
+def quantize_by_architecture(
+    job: Job, source: Path, picked: PickRecord, folder: Path, calibration: torch.Tensor
+) -> None:
+    """Quantize the package in `source` to the bits that a pick's architecture says: bits that were searched as they
+    were scored, rounded to nearest; bits that were picked with the size tuned as those of a scheme are."""
+    architecture = Architecture.from_dict(picked["architecture"])
+    plan = mixed_plan(job, architecture, own_group(job, picked))
+    bits, tuned = plan.bits or {}, picked.get("bits") is not None
+    release_cached_memory(job.device)  # the child quantizes on the same device
+    layers = len(architecture.kept)
+    with bar(f"quantizing {source.name}", layers) as progress:
+        quantize_mixed(
+            source,
+            folder,
+            bits,
+            architecture,
+            plan.group_size,
+            calibration=calibration if tuned and any(of_layer < 8 for of_layer in bits.values()) else None,
+            iterations=job.recipe.quantizing.iterations or 0,
+            seed=job.recipe.seed,
+            device=job.device.type,
+            log=job.run.debug_file,
+            progress=partial(_follow, progress, 0.0),
+        )
+        progress.advance(layers - progress.done)
+
+
+def mixed_plan(job: Job, architecture: Architecture, group_size: int) -> SchemePlan:
+    """How a network is rounded to the bits that its architecture says; 16: as stored. By names in the network that is
+    cut out."""
+    storage = StorageFormat(AS_STORED, group_size, by_architecture=True)
+    bits = bits_by_module(job.structure, job.checkpoint.config, architecture, storage)
+    head = 16 if job.structure.tied else architecture.head_bits or 16
+    return SchemePlan("mixed", group_size, [], OuterBits(architecture.embedding_bits or 16, head), bits)
 
 
 def bits_by_module(

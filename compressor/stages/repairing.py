@@ -4,7 +4,7 @@ routed ones."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,14 @@ METHOD = "halves"
 """Changes with what is refitted, so that scores of repaired networks are of one kind."""
 
 
-def repair_inputs(job: Job) -> dict[str, Any]:
+class Rounding(TypedDict):
+    """What picks and searches record of rounded weights: nothing where no bits are searched."""
+
+    rounding: NotRequired[int | None]
+    """Group size."""
+
+
+def repair_inputs(job: Job) -> dict[str, object]:
     """What repaired weights depend on beside the super-network's; empty where repair is off."""
     if not job.recipe.repair.enabled:
         return {}
@@ -41,7 +48,7 @@ def repair_inputs(job: Job) -> dict[str, Any]:
     return {"repair": [METHOD, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
 
 
-def rounding_inputs(job: Job) -> dict[str, Any]:
+def rounding_inputs(job: Job) -> Rounding:
     """What rounded weights depend on beside those that are rounded and the bits; empty where no bits are searched."""
     return {"rounding": bits_group(job)} if job.declared_space.bits else {}
 
@@ -68,10 +75,15 @@ def calibration_text(job: Job) -> list[Tensor]:
 
 def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
     """Weights for every sub-network: of its sizes, and where the space has genes of bits, rounded to these."""
-    variants = variants_by_size(job, supernet)
     if job.declared_space.bits:
-        return RoundedVariants(supernet, variants, bits_group(job), parse_bytes(job.recipe.repair.memory))
-    return variants
+        return rounded_variants(job, supernet, bits_group(job))
+    return variants_by_size(job, supernet)
+
+
+def rounded_variants(job: Job, supernet: SuperNetwork, group_size: int) -> RoundedVariants:
+    """Weights for every sub-network, rounded to the bits that it says."""
+    variants = variants_by_size(job, supernet)
+    return RoundedVariants(supernet, variants, group_size, parse_bytes(job.recipe.repair.memory))
 
 
 def variants_by_size(job: Job, supernet: SuperNetwork) -> Variants | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from compressor.again import command_line
@@ -12,7 +13,7 @@ from compressor.shown_report import show_report
 from compressor.stages.comparing import comparison_rows
 from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.control import control_of, likeness_of
-from compressor.stages.front import scored_weights
+from compressor.stages.front import FrontRecord, scored_weights
 from compressor.stages.measuring import Measurements, ReportDocuments
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.searching import current_front
@@ -40,6 +41,8 @@ from export.report.schema import (
     Space,
     validate_report,
 )
+from search.algorithms import JudgedPredictor
+from search.objectives import Evaluation
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
@@ -51,8 +54,8 @@ from supernet.device import device_name
 from supernet.training.history import History
 
 
-def report(job: Job) -> dict[str, Any]:
-    """Assemble report.json, write report.html and the cards, print the table. Returns what report.json holds."""
+def report(job: Job) -> Report:
+    """Assemble report.json, write report.html and the cards, print the table."""
     run, recipe = job.run, job.recipe
     base_file = run.packages / "base.json"
     if not base_file.is_file():
@@ -114,7 +117,7 @@ def report(job: Job) -> dict[str, Any]:
         write_card(run.packages / package.name, render_card(checked, package.name))
     write_report(checked, run.path)  # last: newer than all that it is made from, it is up to date
     show_report(checked, run.path)
-    return read_json(run.report)
+    return checked
 
 
 def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) -> Report:
@@ -197,7 +200,7 @@ def training(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(history).items() if name != "passes"} | {"outcome": history.outcome}
 
 
-def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
+def candidates(job: Job, front: FrontRecord) -> list[Point]:
     """Every measured sub-network as the report shows it."""
     keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
     on_front = set(front["front"])
@@ -206,14 +209,16 @@ def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
     points, weights = [], scored_weights(job, front)
     with EvaluationStore(job.run.evaluations) as store:
         for row in front["evaluations"]:
-            architecture, values = Architecture.from_dict(row["architecture"]), row["values"]
+            found = Evaluation.from_dict(row)
+            architecture = found.architecture
+            values = {name: value for name, value in found.values.items() if isfinite(value)}
             # A task that the recipe names only since the search has no value there.
             tasks = {n: key for n, key in keys["full" if row["full"] else "screening"].items() if n in values}
             scores = known_scores(store, architecture, weights, tasks)
             points.append(
                 Point(
                     key=row["key"],
-                    architecture=row["architecture"],
+                    architecture=architecture,
                     params=job.structure.parameters(architecture),
                     quality=values["quality"],
                     decode_tps=values.get("decode_tps"),
@@ -221,9 +226,9 @@ def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
                         # What a screening measured is shown as corrected by what screenings were worth.
                         name: scores[name].model_copy(update={"value": values[name]})
                         for name in job.tasks.tasks
-                        if name in scores and values[name] is not None
+                        if name in scores and name in values
                     },
-                    further={name: values[name] for name in further if values.get(name) is not None},
+                    further={name: values[name] for name in further if name in values},
                     generation=row["generation"],
                     on_front=row["key"] in on_front,
                     full=row["full"],
@@ -232,20 +237,26 @@ def candidates(job: Job, front: dict[str, Any]) -> list[Point]:
     return points
 
 
-def predictor_score(predictors: dict[str, Any] | None) -> PredictorScore | None:
+def predictor_score(predictors: JudgedPredictor | None) -> PredictorScore | None:
     """How well the predictor in use (or, where all were set aside, the best of them) ranked the newest measurements."""
     if not predictors or not predictors["newest"]:
         return None
     newest = predictors["newest"]
-    name = predictors["used"] if predictors["used"] in newest else max(newest, key=lambda kind: newest[kind]["kendall"])
-    judged = {key: newest[name][key] for key in ("kendall", "spearman", "mae")}
+    used = predictors["used"]
+    name = used if used in newest else max(newest, key=lambda kind: newest[kind]["kendall"])
+    judged = newest[name]
     return PredictorScore(
-        name=name, **judged, used=predictors["used"] is not None and name not in predictors["set_aside"]
+        name=name,
+        kendall=judged["kendall"],
+        spearman=judged["spearman"],
+        mae=judged["mae"],
+        used=used is not None and name not in predictors["set_aside"],
     )
 
 
-def searched(job: Job, front: dict[str, Any]) -> Search:
+def searched(job: Job, front: FrontRecord) -> Search:
     """The search as the report shows it, from what front.json holds."""
+    basis = front["quality"]
     judged = next(objective["name"] for objective in front["objectives"] if objective["kind"] == "measured")
     generations = [
         Generation(
@@ -266,7 +277,7 @@ def searched(job: Job, front: dict[str, Any]) -> Search:
         space=Space(
             name=job.space.name, genes=[Gene(name=gene.name, values=list(gene.values)) for gene in job.space.genes]
         ),
-        quality=QualityBasis(**{key: front["quality"][key] for key in ("counted", "left_out", "remark")}),
+        quality=QualityBasis(counted=basis["counted"], left_out=basis["left_out"], remark=basis["remark"]),
         base_decode_tps=front["base_decode_tps"],
         control=control_of(job, front),
         likeness=likeness_of(job, front),

@@ -6,26 +6,27 @@ The tasks' scores do not depend on it, so nothing is measured again; the front i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from compressor.job import Job
+from compressor.stages.front import FrontRecord, QualityRecord
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import score_keys
 from compressor.stages.subnet_scores import known_scores
 from evals.quality import DEFINITION, QualityScale
-from search.objectives import Constraint, Evaluation, Objective
+from search.objectives import Constraint, Evaluation, EvaluationRecord, Objective
 from search.pareto import costs, hypervolume_in, violations
 from search.pareto import front as pareto_front
+from search.run import GenerationRecord
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 
 
-def quality_of(scale: QualityScale) -> dict[str, Any]:
+def quality_of(scale: QualityScale) -> QualityRecord:
     """What front.json holds of the scale of its qualities."""
     return {
         "definition": DEFINITION,
@@ -36,15 +37,15 @@ def quality_of(scale: QualityScale) -> dict[str, Any]:
 
 
 def requalified(
-    job: Job, front: Mapping[str, Any], objectives: Sequence[Objective], constraints: Sequence[Constraint]
-) -> dict[str, Any]:
+    job: Job, front: FrontRecord, objectives: Sequence[Objective], constraints: Sequence[Constraint]
+) -> FrontRecord:
     """What front.json would hold if its search had had today's quality, from the scores that were recorded.
 
     What was screened only has the scores that the screening predicted. Raises `RequestError` where no task counts by
     today's definition, or the recorded scores are of other tasks than the recipe's.
     """
     keys = {name: key for name, key in score_keys(job, "full").items() if name in job.tasks.tasks}
-    rows = []
+    rows: list[EvaluationRecord] = []
     with EvaluationStore(job.run.evaluations) as store:
         base = known_scores(store, job.untouched.structure.base, job.untouched_fingerprint, keys)
         if missing := [name for name in keys if name not in base]:
@@ -58,19 +59,12 @@ def requalified(
             scores = {name: _score(key, row["values"].get(name), known.get(name)) for name, key in keys.items()}
             now = {"quality": scale.quality(scores, capped=True), "quality_stderr": scale.stderr(scores)}
             rows.append({**row, "values": {**row["values"], **now}})
-    evaluations = [
-        Evaluation(
-            Architecture.from_dict(row["architecture"]),
-            {name: math.nan if value is None else value for name, value in row["values"].items()},
-            row["generation"],
-            row["index"],
-            row["full"],
-        )
-        for row in rows
-    ]
+    evaluations = [Evaluation.from_dict(row) for row in rows]
     best = pareto_front(evaluations, objectives, constraints)
     volumes = _hypervolumes(evaluations, objectives, constraints, len(front["generations"]))
-    generations = [{**row, "hypervolume": v} for row, v in zip(front["generations"], volumes, strict=True)]
+    generations: list[GenerationRecord] = [
+        {**row, "hypervolume": volume} for row, volume in zip(front["generations"], volumes, strict=True)
+    ]
     return {
         **front,
         "quality": quality_of(scale),

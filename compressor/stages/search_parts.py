@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from compressor.job import Job
 from compressor.recipe import EarlierSearch, Searching, Targets, former_names
 from compressor.run import Run
-from compressor.stages.front import read_front
+from compressor.stages.front import FrontRecord, SearchPart, read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs
 from compressor.stages.score_keys import fidelities, score_keys
 from compressor.stages.warm_start import sources
 from search.objectives import Evaluation
 from search.run import SearchResult
-from supernet.architecture import Architecture
 from supernet.common.files import fingerprint
 from supernet.device import device_name
 
@@ -24,7 +21,7 @@ BESIDE = {"workers", "executor", "earlier", "targets"}
 """Of the recipe's section: who measures, which moves no number, and what stands elsewhere among the inputs."""
 
 
-def search_inputs(job: Job, weights: str) -> dict[str, Any]:
+def search_inputs(job: Job, weights: str) -> dict[str, object]:
     """All that the search depends on; another value of any of it makes another search."""
     recipe = job.recipe
     return {
@@ -75,12 +72,12 @@ def searches_in_turn(job: Job) -> list[tuple[Job, str]]:
     return searches
 
 
-def parts_of(front: dict[str, Any] | None) -> list[dict[str, Any]]:
+def parts_of(front: FrontRecord | None) -> list[SearchPart]:
     """The searches that a front.json holds, in turn, each with its inputs and how much was measured when it ended. An
     older file holds one search, and does not say what it was for."""
     if front is None:
         return []
-    whole = {
+    whole: SearchPart = {
         "inputs": front["inputs"],
         "measured": len(front["evaluations"]),
         "generations": len(front["generations"]),
@@ -88,23 +85,19 @@ def parts_of(front: dict[str, Any] | None) -> list[dict[str, Any]]:
     return front.get("parts") or [whole]
 
 
-def earlier_result(job: Job, front: dict[str, Any], parts: Sequence[dict[str, Any]]) -> SearchResult:
+def earlier_result(job: Job, front: FrontRecord, parts: Sequence[SearchPart]) -> SearchResult:
     """What the searches `parts` of a front.json measured, for another to go on from."""
-    evaluations = []
-    for row in front["evaluations"][: parts[-1]["measured"]]:
-        values = {name: math.nan if value is None else value for name, value in row["values"].items()}
-        architecture = Architecture.from_dict(row["architecture"])
-        evaluations.append(Evaluation(architecture, values, row["generation"], row["index"], row["full"]))
+    evaluations = [Evaluation.from_dict(row) for row in front["evaluations"][: parts[-1]["measured"]]]
     generations = front["generations"][: parts[-1]["generations"]]
     return SearchResult(job.space, (), (), front["algorithm"], job.recipe.seed, evaluations, generations)
 
 
-def named_in(targets: Mapping[str, Any]) -> dict[str, Any]:
+def named_in(targets: Mapping[str, object]) -> dict[str, object]:
     """The targets that say anything."""
     return {name: value for name, value in targets.items() if value not in (None, [])}
 
 
-def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+def further_search(run: Run, given: Mapping[str, object]) -> dict[str, object]:
     """Options of `compressor search` that ask a searched run for another size or a further budget, as keys of the
     recipe: with them, the search goes on from what was measured. Nothing where they ask for anything else.
 
@@ -119,10 +112,12 @@ def further_search(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     recipe = run.recipe().resolved()
     sizes = given.get("targets.max_params")
-    targets = recipe.searched_for if sizes is None else Targets(max_params=sizes)
+    targets = recipe.searched_for if sizes is None else Targets.model_validate({"max_params": sizes})
     named = given.get("searching.evaluations", parts[-1]["evaluations"])
     evaluations = Searching.model_validate({"evaluations": named}).evaluations
-    searches = [{"targets": named_in(part["targets"]), "evaluations": part["evaluations"]} for part in parts]
-    asked = {"targets": named_in(targets.model_dump()), "evaluations": evaluations}
+    searches: list[dict[str, object]] = [
+        {"targets": named_in(part["targets"]), "evaluations": part["evaluations"]} for part in parts
+    ]
+    asked: dict[str, object] = {"targets": named_in(targets.model_dump()), "evaluations": evaluations}
     earlier = searches[: searches.index(asked)] if asked in searches else searches
     return {"searching.earlier": earlier, "searching.evaluations": evaluations}

@@ -21,7 +21,7 @@ from compressor.sizing import (
     smallest_storage,
     smallest_to_search,
 )
-from compressor.stages.front import read_front
+from compressor.stages.front import BesideChance, FrontRecord, SearchPart, read_front
 from compressor.stages.repairing import repair_inputs, rounding_inputs, search_variants, searched_weights
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
@@ -53,7 +53,7 @@ LARGER_SHARE = 1 / 7
 picked later."""
 
 
-def search(job: Job) -> dict[str, Any]:
+def search(job: Job) -> FrontRecord:
     """Measure sub-networks and find the Pareto front. Everything measured is kept; returns what front.json holds.
 
     A recipe may name earlier searches for other targets (`searching.earlier`): each search goes on from what the ones
@@ -109,15 +109,14 @@ def search(job: Job) -> dict[str, Any]:
                 result = run_searches(part, evaluator, speed.predict, starts, shown, within, result)
             say(shown.outcome)
             # 4. Record.
-            parts.append(
-                {
-                    "inputs": inputs,
-                    "targets": part.recipe.targets.model_dump(),
-                    "evaluations": budget,
-                    "measured": len(result.evaluations),
-                    "generations": len(result.generations),
-                }
-            )
+            this: SearchPart = {
+                "inputs": inputs,
+                "targets": part.recipe.targets.model_dump(),
+                "evaluations": budget,
+                "measured": len(result.evaluations),
+                "generations": len(result.generations),
+            }
+            parts.append(this)
             front = {
                 "inputs": inputs,
                 "weights": run.supernet_weights,
@@ -136,9 +135,7 @@ def search(job: Job) -> dict[str, Any]:
     return front
 
 
-def beside_chance(
-    job: Job, result: SearchResult, predict: Callable[[Architecture], dict[str, float]]
-) -> dict[str, dict[str, Any] | None]:
+def beside_chance(job: Job, result: SearchResult, predict: Callable[[Architecture], dict[str, float]]) -> BesideChance:
     """What front.json holds of how the search compares with a random one, and whether it could learn anything."""
     objectives, constraints = goals(job, predict)
     of = judged(objectives)
@@ -148,8 +145,8 @@ def beside_chance(
         if found is not None:
             say(found.text)
     return {
-        name: None if found is None else found.model_dump()
-        for name, found in (("control", control), ("likeness", like))
+        "control": None if control is None else control.model_dump(),
+        "likeness": None if like is None else like.model_dump(),
     }
 
 
@@ -158,7 +155,7 @@ def judged(objectives: Sequence[Objective]) -> Objective:
     return next(objective for objective in objectives if objective.kind == "measured")
 
 
-def current_front(job: Job) -> dict[str, Any]:
+def current_front(job: Job) -> FrontRecord:
     """What front.json holds, its qualities by today's definition. Raises `RequestError` where they cannot be."""
     front = read_front(job.run.front)
     quality = front.get("quality", {})

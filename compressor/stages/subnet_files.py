@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,13 @@ import torch
 from compressor.job import Job
 from compressor.stages.repairing import repair_inputs
 from export.package_record import RECORD, check_files
-from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint
 from supernet.common.progress import say
 from supernet.streaming import StreamedNetwork
 
-Inputs = dict[str, Any]
+Inputs = dict[str, object]
 """All that something depends on."""
-
-
-def cut_out(picked: Mapping[str, Any]) -> Architecture:
-    """The sizes of a pick, which are what is cut out: bits that were searched with them come when it is packaged."""
-    return Architecture.from_dict(picked["architecture"]).without_bits()
 
 
 def cut_inputs(job: Job, architecture: str) -> Inputs:

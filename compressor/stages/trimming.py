@@ -91,7 +91,7 @@ def text_of(job: Job) -> str:
     return text
 
 
-def trim_inputs(job: Job) -> dict[str, Any]:
+def trim_inputs(job: Job) -> dict[str, object]:
     """All that the choice follows from. Tasks that a run is given later change nothing any more."""
     vocabulary = job.given.vocabulary
     inputs = {

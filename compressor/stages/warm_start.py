@@ -11,9 +11,9 @@ from compressor.inputs import LARGE, rows_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, sizes_asked_for, smallest_storage
+from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
 from compressor.stages.front import read_front
-from compressor.stages.repairing import repair_inputs, search_variants, searched_weights
+from compressor.stages.repairing import repair_inputs, rounded_variants, search_variants, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
 from search.bit_assignment import Losses, spread_by_bytes, with_bits, with_gene
@@ -93,7 +93,7 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
     text = rows_fingerprint(job, 0)
-    inputs = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
+    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
     inputs += [*repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
@@ -118,7 +118,8 @@ def proposed(job: Job, name: str) -> list[Architecture]:
 def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architecture]:
     """A population of them with bits, spread from the fewest bytes to the most that are allowed: of each, the bits that
     lose least by what every gene's bits alone lose in the whole network."""
-    losses, storage, most = losses_by_bits(job), smallest_storage(job), byte_limit(job)
+    genes = [gene for gene in job.space.genes if gene.kind in BITS]
+    losses, storage, most = losses_by_bits(job, genes, bits_group(job)), smallest_storage(job), byte_limit(job)
 
     def bytes_of(architecture: Architecture) -> float:
         return job.structure.bytes(architecture, storage)
@@ -128,17 +129,17 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     return spread_by_bytes(fitting, bytes_of, job.recipe.searching.population)
 
 
-def losses_by_bits(job: Job) -> Losses:
+def losses_by_bits(job: Job, genes: Sequence[Gene], group_size: int) -> Losses:
     """KL(whole network || with one gene of bits at another value), nats per token; from `search/bits.json` where it was
     measured before."""
-    genes = [gene for gene in job.space.genes if gene.kind in BITS]
     asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values[:-1]]  # later layers first: less is new
-    inputs = fingerprint([searched_weights(job), job.space.to_dict(), rows_fingerprint(job, 0)])
+    named = [(gene.name, gene.values) for gene in genes]
+    inputs = fingerprint([searched_weights(job), named, group_size, rows_fingerprint(job, 0)])
     file = job.run.search / "bits.json"
     if not file.is_file() or read_json(file)["inputs"] != inputs:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
-        supernet.use(search_variants(job, supernet))
+        supernet.use(rounded_variants(job, supernet, group_size))
         degradation, measured = degradation_in(supernet, batches), list[float]()
         with bar("measuring bits", len(asked)) as progress:
             for gene, bits in asked:
@@ -155,7 +156,7 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
     sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
-    inputs = [job.run.supernet_weights, job.space.to_dict(), rows_fingerprint(job, 0), sizes]
+    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), rows_fingerprint(job, 0), sizes]
     inputs += [*repair_inputs(job).values()]
     file = job.run.search / f"proposals-{method.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):

@@ -29,6 +29,7 @@ from export.quantization.round_to_nearest import (
     outer_modules,
     packed,
     packed_table,
+    plan_configuration,
     with_outer,
 )
 from export.quantization.schemes import LinearLayers, SchemePlan, form_of
@@ -94,19 +95,23 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     outside = set(linear) - set(job.linear.widths)
     auto_round_form = form_of(plan.scheme).auto_round
+    formats = {name: plan.format_of(name, shape) for name, shape in job.linear.widths.items()}
+    as_stored = {name for name, (bits, _) in formats.items() if bits == 16}
     target.mkdir()
     # 1. Weights and configuration: AutoRound's, or the source's where no layer is under the scheme.
-    if set(plan.left_out) | outside == set(linear):
+    if set(plan.left_out) | as_stored | outside == set(linear):
         raw, config = source, configuration({"group_0": CHANNEL_GROUP}, ignored=sorted(outside))
     else:
         raw = _autoround(model, job, plan, ids, target / "raw")
         config = read_json(raw / "config.json")["quantization_config"]
-        expected = set(plan.left_out) if auto_round_form else outside | set(plan.left_out)
+        expected = set(plan.left_out) if auto_round_form else outside | as_stored | set(plan.left_out)
         ignored = set(config.get("extra_config", ()) if auto_round_form else config["ignore"])
         if ignored != expected:
             unexpected = ", ".join(sorted(ignored ^ expected))
             raise RuntimeError(f"AutoRound left out other layers than expected: {unexpected}")
-        if not auto_round_form:
+        if plan.bits is not None:
+            config = plan_configuration(plan, job.linear)
+        elif not auto_round_form:
             config = _with_left_out(config, linear, plan.left_out)
     # 2. Write them: layers that were left out become INT8 in compressed-tensors, embedding and head what the plan says,
     #    rounded to nearest, and all the rest is bfloat16.
@@ -134,7 +139,14 @@ def _autoround(model: PreTrainedModel, job: AutoRoundJob, plan: SchemePlan, ids:
     from neural_compressor.torch.quantization import AutoRoundConfig, convert, prepare
 
     scheme = form_of(plan.scheme)
-    options = {} if scheme.dynamic else {"group_size": plan.group_size}
+    options: dict[str, object] = {} if scheme.dynamic else {"group_size": plan.group_size}
+    if plan.bits is not None:
+        formats = {name: plan.format_of(name, shape) for name, shape in job.linear.widths.items()}
+        options["layer_config"] = {
+            name: {"bits": bits, "group_size": group}
+            for name, (bits, group) in formats.items()
+            if name not in plan.left_out
+        }
     config = AutoRoundConfig(
         tokenizer=load_tokenizer(Path(job.source)),
         scheme=scheme.preset,

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,9 @@ AUTOROUND_STEP = 32
 
 STEP = r"^-- step (\d+)$\n?"
 """A line by which the child says how many steps it has taken; it is for the bar alone."""
+
+TUNERS = ("neural-compressor", "auto-round", "compressed-tensors")
+"""What packages with tuned rounding are made with."""
 
 Progress = Callable[[float, int, str], None]
 """Called with blocks done (of the one at work, the share of its steps), blocks in all, and what is being quantized."""
@@ -199,26 +203,34 @@ def quantize_packages(
     # 4. With data: tune the rounding in a child process, then make packages of what it wrote.
     if not isinstance(calibration, Tensor):
         calibration = pack_texts(source, calibration)
+    job = AutoRoundJob(
+        source=str(source.resolve()),
+        iterations=iterations,
+        seed=seed,
+        device=device,
+        linear=linear,
+        schemes=plans,
+    )
+    with _tuned(job, calibration, len(record.entry.architecture.kept), log, progress) as scratch:
+        return [assemble(plan, functools.partial(_move_weights, scratch / plan.scheme), TUNERS) for plan in plans]
+
+
+@contextmanager
+def _tuned(
+    job: AutoRoundJob, calibration: Tensor, blocks: int, log: Path | None, progress: Progress | None
+) -> Iterator[Path]:
+    """Within, a folder that holds the weights of every scheme of a job, by its name, as the child has tuned them."""
     with tempfile.TemporaryDirectory(prefix="compressor-quantize-") as folder:
         scratch = Path(folder)
         save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
-        job = AutoRoundJob(
-            source=str(source.resolve()),
-            iterations=iterations,
-            seed=seed,
-            device=device,
-            linear=linear,
-            schemes=plans,
-        )
         write_json(scratch / "job.json", job.model_dump())
-        output = _run_child(scratch, job, len(record.entry.architecture.kept), progress)
+        output = _run_child(scratch, job, blocks, progress)
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(output)
         if not (scratch / "done").exists():
-            raise RuntimeError(f"quantization of {source} failed: {last_line(output)}")
-        tools = ["neural-compressor", "auto-round", "compressed-tensors"]
-        return [assemble(plan, functools.partial(_move_weights, scratch / plan.scheme), tools) for plan in plans]
+            raise RuntimeError(f"quantization of {job.source} failed: {last_line(output)}")
+        yield scratch
 
 
 def _move_weights(raw: Path, target: Path) -> QuantizationConfig:
@@ -229,20 +241,46 @@ def _move_weights(raw: Path, target: Path) -> QuantizationConfig:
 
 
 def quantize_mixed(
-    source: Path, destination: Path, bits: Mapping[str, int], architecture: Architecture, group_size: int
+    source: Path,
+    destination: Path,
+    bits: Mapping[str, int],
+    architecture: Architecture,
+    group_size: int,
+    *,
+    calibration: Tensor | None = None,
+    iterations: int = 0,
+    seed: int = 0,
+    device: str = "cpu",
+    log: Path | None = None,
+    progress: Progress | None = None,
 ) -> PackageRecord:
-    """Write one unquantized package with linear weights in bits of their own, rounded to nearest; returns its record.
+    """Write one unquantized package with linear weights in bits of their own; returns its record.
 
     `bits` are by name of the linear layer in the package, 16 for bfloat16; `architecture` says the same by half-block,
     and those of the embedding and of a head with a weight of its own. Below 8, `group_size` input channels share a
-    scale. Raises `RequestError` as `quantize_packages` does.
+    scale. Without `calibration`, weights are rounded to nearest; else their rounding is tuned, and all else is as in
+    `quantize_packages`.
     """
     record, linear = read_record(source), linear_layers_of(source)
     check_destination(destination, weight_bytes(source))
     outer = OuterBits(architecture.embedding_bits or 16, 16 if linear.tied else architecture.head_bits or 16)
-    plan = SchemePlan("mixed", group_size, [], outer, {name: bits[name] for name in linear.widths})
-    write_weights = functools.partial(round_files, source, plan, linear)
-    _assemble(record, {"mixed": destination}, linear, 0, plan, write_weights, ["compressed-tensors"])
+    odd = [name for name, pair in linear.widths.items() if any(width % AUTOROUND_STEP for width in pair)]
+    left_out = [name for name in odd if bits[name] < 16]
+    plan = SchemePlan("mixed", group_size, left_out, outer, {name: bits[name] for name in linear.widths})
+    assemble = functools.partial(_assemble, record, {"mixed": destination}, linear)
+    if calibration is None:
+        assemble(0, plan, functools.partial(round_files, source, plan, linear), ["compressed-tensors"])
+    else:
+        job = AutoRoundJob(
+            source=str(source.resolve()),
+            iterations=iterations,
+            seed=seed,
+            device=device,
+            linear=linear,
+            schemes=[plan],
+        )
+        with _tuned(job, calibration, len(record.entry.architecture.kept), log, progress) as scratch:
+            assemble(iterations, plan, functools.partial(_move_weights, scratch / plan.scheme), TUNERS)
     made = read_record(destination).entry.quantization_report
     assert made is not None
     report = made.model_dump(exclude_unset=True) | {"bits": architecture.to_dict()}

@@ -188,7 +188,13 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
                 stored = packed(tensor, *plan.format_of(module, tensor.shape))
             for suffix, value in stored.items():
                 weights.add(f"{module}.{suffix}", value)
-    # 2. The configuration.
+    return with_outer(plan_configuration(plan, linear), linear, tables)
+
+
+def plan_configuration(plan: SchemePlan, linear: LinearLayers) -> QuantizationConfig:
+    """The quantization configuration of linear layers inside blocks that are rounded by a plan; embedding and head are
+    not in it (`with_outer`)."""
+    form, left_out = form_of(plan.scheme), plan.left_out
     if form.auto_round:
         return {
             "quant_method": "auto-round",
@@ -217,7 +223,7 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
         if left_out:
             groups["group_0"]["targets"] = [name for name in linear.widths if name not in left_out]
             groups["group_1"] = {**CHANNEL_GROUP, "targets": list(left_out)}
-    return with_outer(configuration(groups, ignored=ignored), linear, tables)
+    return configuration(groups, ignored=ignored)
 
 
 def configuration(groups: dict[str, dict[str, Any]], ignored: list[str]) -> QuantizationConfig:

@@ -75,7 +75,7 @@ SCHEMES: dict[SchemeName, Scheme] = {
 }
 
 
-MIXED = Scheme("", 2, 9.0)
+MIXED = Scheme("W4A16", 2, 9.0)
 """Of packages named `mixed`, whose layers have bits of their own, as a search of sizes and bits found them."""
 FormName = Literal[SchemeName, "mixed"]
 

@@ -93,13 +93,14 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path,
     given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0"}
     job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
     (picked,) = pick(job)
-    assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] in ("int8", "int4", "int3", "int2")
+    assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] == "mixed"
     export(job)
-    shown = report(job)
+    shown = report(job).model_dump(mode="json", by_alias=True)
     names = [package["name"] for package in shown["packages"]]
-    scheme = picked["bits"]["scheme"]
-    assert names == list(dict.fromkeys(["best", "best-int8", f"best-{scheme}", "best-gguf-q8_0"]))
-    package = next(row for row in shown["packages"] if row["name"] == f"best-{scheme}")
+    assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0"]
+    package = next(row for row in shown["packages"] if row["name"] == "best-mixed")
+    assert package["quantization_report"]["bits"] == picked["architecture"] != package["architecture"]
+    assert package["quantization_report"]["group_size"] == picked["bits"]["group_size"]
     assert package["bytes"] <= picked["bits"]["bytes"] + 1024  # headers are estimated
     assert package["bytes"] <= 60_000
     assert package["quantization_report"]["embedding"] == picked["bits"]["embedding"]

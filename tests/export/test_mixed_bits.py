@@ -19,6 +19,7 @@ from export.shards import weight_bytes, weight_files
 from export.verify import check
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, StorageFormat, Structure
+from supernet.common.files import read_json
 from supernet.families import describe
 from supernet.loading import load_network
 from supernet.slicing import extract
@@ -118,3 +119,32 @@ def test_packages_hold_them_in_the_bytes_that_were_counted(seed: int, tmp_path: 
     if seed == 0:
         claims = check(record.folder)
         assert claims["quantization"] == "mixed"
+
+
+def test_tuned_packages_hold_the_same_bits_and_lose_less(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_llama(head_dim=32)
+    structure = describe(model.config)
+    of_layers = zip(UNEVEN.layers, (2, 4, 0, 3), (0, 3, 4, 0), strict=True)
+    layers = [replace(layer, attention_bits=a, ffn_bits=f) for layer, a, f in of_layers]
+    architecture = replace(UNEVEN, layers=tuple(layers), embedding_bits=8, head_bits=8)
+    network = extract(model, structure, UNEVEN)
+    source = write_tiny(tmp_path / "best", UNEVEN, network).folder
+    bits = bits_by_module(structure, model.config, architecture, STORED)
+    calibration = torch.randint(0, model.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(1))
+    plain = quantize_mixed(source, tmp_path / "plain", bits, architecture, 32)
+    tuned = quantize_mixed(source, tmp_path / "tuned", bits, architecture, 32, calibration=calibration, iterations=50)
+    # 1. The same layers in the same bits, proved.
+    config, same = (read_json(record.folder / "config.json")["quantization_config"] for record in (tuned, plain))
+    assert config == same and weight_bytes(tuned.folder) == weight_bytes(plain.folder)
+    assert tuned.entry.quantization_report.iterations == 50 and "auto-round" in tuned.lineage.quantizer
+    assert check(tuned.folder)["quantization"] == "mixed"
+    # 2. On the calibration text they are nearer to what was rounded.
+    with torch.no_grad():
+        whole = logits_of(network, calibration).log_softmax(-1)
+        off = []
+        for record in (tuned, plain):
+            package, _ = load_network(record.folder, torch.float32, True)
+            rounded = logits_of(package, calibration).log_softmax(-1)
+            off.append(float((whole.exp() * (whole - rounded)).sum(-1).mean()))
+    assert off[0] < off[1]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from search.bit_assignment import spread_by_bytes, with_bits, with_gene
+from search.bit_assignment import best_within, spread_by_bytes, with_bits, with_gene
 from search.genes import AS_STORED, Gene
 from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import PROSE
@@ -48,6 +48,36 @@ def test_no_combination_is_better_at_as_few_bytes_on_the_hull(seed: int) -> None
         assert not any(other[0] <= stored and other[1] < lost - 1e-12 for other in everything.values())
     smallest = min(everything, key=lambda a: everything[a])
     assert found[-1] == smallest
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_that_fits_loses_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    losses = {
+        gene: dict(zip(gene.values[:-1], sorted(rng.random(len(gene.values) - 1), reverse=True), strict=True))
+        for gene in GENES
+    }
+    everything = {}
+    for values in itertools.product(*(gene.values for gene in GENES)):
+        architecture = PROSE.base
+        for gene, bits in zip(GENES, values, strict=True):
+            architecture = with_gene(architecture, gene, bits)
+        lost = sum(losses[gene].get(bits, 0.0) for gene, bits in zip(GENES, values, strict=True))
+        everything[architecture] = (bytes_of(architecture), lost)
+    stored = sorted({of_bytes for of_bytes, _ in everything.values()})
+    for limit in [*stored, stored[-1] * 2]:
+        found = best_within(PROSE.base, losses, bytes_of, limit)
+        assert found is not None
+        architecture, lost = found
+        assert everything[architecture] == (bytes_of(architecture), pytest.approx(lost))
+        assert bytes_of(architecture) <= limit
+        # The choice of every gene but what it has least takes up to a step more than its bytes.
+        room = limit - len(GENES) * (limit - stored[0]) / 2**14
+        best = min(other for of_bytes, other in everything.values() if of_bytes <= limit)
+        nearly = min(other for of_bytes, other in everything.values() if of_bytes <= room)
+        assert best - 1e-12 <= lost <= nearly + 1e-12
+    assert best_within(PROSE.base, losses, bytes_of, stored[0] - 1) is None
+    assert best_within(PROSE.base, losses, bytes_of, 2 * stored[-1]) == (PROSE.base, 0.0)
 
 
 def test_fewer_bits_that_seem_to_lose_less_lose_as_much() -> None:
