@@ -3,12 +3,11 @@
 What bits cost hardly depends on the sizes (`docs/results.md`), so it is measured once, on the whole network. For one
 architecture, every gene of bits then takes the value of the least loss + price * bytes; a higher price makes a smaller
 package. These are the points of the convex hull of losses and bytes (Everett, doi 10.1287/opre.11.3.399). For one
-number of bytes, `best_within` finds the least loss that fits: a knapsack with one choice for each gene.
+number of bytes, `best_within` finds the least loss that fits: a knapsack with one choice of each gene.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from search.genes import AS_STORED, OUTER, Gene
+from search.knapsack import knapsacks
 from supernet.architecture import Architecture
 
 Losses = Mapping[Gene, Mapping[int, float]]
@@ -55,42 +55,24 @@ def with_bits(
 
 
 def best_within(
-    architecture: Architecture,
-    losses: Losses,
-    bytes_of: Callable[[Architecture], float],
-    limit: float,
-    steps: int = 2**14,
+    architecture: Architecture, losses: Losses, bytes_of: Callable[[Architecture], int], limit: int
 ) -> tuple[Architecture, float] | None:
     """The architecture in the bits of the least sum of losses that fit in `limit` bytes, and that sum; None where the
-    fewest bits do not fit.
-
-    By dynamic programming over the bytes that are left beside the fewest bits, in so many steps. Each choice's bytes
-    are rounded up to whole steps, so what is found fits; better sums that only just fit may be missed.
-    """
-    # 1. Each gene's choices, with the bytes that they take beyond the gene's fewest.
+    fewest bits do not fit."""
     plain = architecture.without_bits()
     choices = choices_of(plain, losses, bytes_of)
-    most_saved = {gene: max(saved for _, _, saved in rows) for gene, rows in choices.items()}
-    room = limit - (bytes_of(plain) - sum(most_saved.values()))
-    if room < 0:
+    # Each choice's bytes beyond those of the gene's fewest, which are always there.
+    most = {gene: max(saved for _, _, saved in rows) for gene, rows in choices.items()}
+    rows = [[(round(most[gene] - saved), loss) for _, loss, saved in of_gene] for gene, of_gene in choices.items()]
+    least = bytes_of(plain) - sum(most.values())
+    fitting = [filled for filled in knapsacks(rows, bytes_of(plain)) if least + filled.size <= limit]
+    if not fitting:
         return None
-    unit = room / steps or 1.0
-    # 2. The least sum of losses for every number of steps, gene by gene, and which choice gave it.
-    least, taken = np.zeros(steps + 1), []
-    for gene, rows in choices.items():
-        tables = np.full((len(rows), steps + 1), np.inf)
-        widths = [math.ceil((most_saved[gene] - saved) / unit - 1e-9) for _, _, saved in rows]
-        for number, ((_, loss, _), width) in enumerate(zip(rows, widths, strict=True)):
-            if width <= steps:
-                tables[number, width:] = least[: steps + 1 - width] + loss
-        taken.append((gene, rows, widths, tables.argmin(0)))
-        least = tables.min(0)
-    # 3. Back from all steps to each gene's choice.
-    left, chosen = steps, plain
-    for gene, rows, widths, best in reversed(taken):
-        number = int(best[left])
-        chosen, left = with_gene(chosen, gene, rows[number][0]), left - widths[number]
-    return chosen, float(least[-1])
+    best = min(fitting, key=lambda filled: filled.degradation)
+    chosen = plain
+    for (gene, of_gene), number in zip(choices.items(), best.taken, strict=True):
+        chosen = with_gene(chosen, gene, of_gene[number][0])
+    return chosen, best.degradation
 
 
 def choices_of(

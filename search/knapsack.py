@@ -1,6 +1,6 @@
 """The best architecture of every size, from the degradation that each choice for a layer should cause. No torch.
 
-Degradations of single layers are added up, and `assemble` finds the least total for every size by dynamic programming.
+Degradations of single layers are added up, and `knapsacks` finds the least total for every size.
 They do not add up exactly where many layers are cut, so the result is where a search starts, not where it ends.
 """
 
@@ -17,7 +17,7 @@ from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Struct
 LEAST = 1e-12
 """The least degradation that is told from none."""
 GRID = 4096
-"""Sizes that `assemble` tells apart, as parts of the base: rounding to them keeps deep networks quick."""
+"""Sizes that `knapsacks` tells apart, as parts of the whole: rounding to them keeps deep networks quick."""
 
 Variants = Sequence[tuple[int, LayerSizes]]
 """(layer, its sizes): a base in which just this layer, and just one half-block of it or the whole, is cut."""
@@ -229,20 +229,38 @@ def joined(attention: LayerSizes, mlp: LayerSizes) -> LayerSizes:
 
 
 def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
-    """For every size, the architecture of least total degradation.
-
-    A knapsack with one option from each layer, solved layer by layer (dynamic programming) over sizes rounded to 1/4096
-    of the base's, keeping what no other dominates.
-    """
-    whole = structure.parameters(structure.base)
+    """For every size, the architecture of least total degradation: a knapsack with one option from each layer."""
     outer = structure.parameters(structure.base.without_layers())
-    # 1. Add layer after layer. A state is a size with its least total degradation; `steps` has, for every layer and
-    #    state, the state before it and the option taken.
+    rows = [[(option.parameters, option.degradation) for option in row] for row in layers]
+    path = []
+    for filled in knapsacks(rows, structure.parameters(structure.base)):
+        chosen = [row[number].sizes for row, number in zip(layers, filled.taken, strict=True)]
+        if any(sizes.num_key_value_heads for sizes in chosen):  # a network keeps attention somewhere
+            path.append((outer + filled.size, Architecture(structure.base.hidden_size, tuple(chosen))))
+    return path
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """One option of each row: the sums of their sizes and degradations, and the options' numbers."""
+
+    size: int
+    degradation: float
+    taken: list[int]
+
+
+def knapsacks(rows: Sequence[Sequence[tuple[int, float]]], whole: int) -> list[Knapsack]:
+    """For every size, one option of each row, (size, degradation), of the least sum of degradations; by ascending size.
+
+    Solved row by row (dynamic programming) over sizes rounded to 1/4096 of `whole`, keeping what no other dominates.
+    """
+    # 1. Add row after row. A state is a size with its least sum; `steps` has, for every row and state, the state before
+    #    it and the option taken.
     sizes, totals = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps: list[tuple[np.ndarray, np.ndarray]] = []
-    for row in layers:
-        grown = (sizes[:, None] + np.array([o.parameters for o in row])).ravel()
-        totals_grown = (totals[:, None] + np.array([o.degradation for o in row])).ravel()
+    for row in rows:
+        grown = (sizes[:, None] + np.array([size for size, _ in row])).ravel()
+        totals_grown = (totals[:, None] + np.array([degradation for _, degradation in row])).ravel()
         order = np.lexsort((grown, totals_grown, grown * GRID // whole))
         cells = (grown * GRID // whole)[order]
         best = order[np.r_[True, cells[1:] != cells[:-1]]]  # the least degradation of each rounded size
@@ -250,13 +268,11 @@ def assemble(structure: Structure, layers: Sequence[Sequence[Option]]) -> Path:
         sizes, totals = grown[best], totals_grown[best]
         steps.append((best // len(row), best % len(row)))
     # 2. Walk back from every last state.
-    path = []
+    filled = []
     for state in range(len(sizes)):
-        chosen, at = [], state
-        for row, (before, taken) in zip(reversed(layers), reversed(steps), strict=True):
-            chosen.append(row[taken[at]].sizes)
+        taken, at = [], state
+        for before, options_taken in reversed(steps):
+            taken.append(int(options_taken[at]))
             at = int(before[at])
-        if any(sizes.num_key_value_heads for sizes in chosen):  # a network keeps attention somewhere
-            architecture = Architecture(structure.base.hidden_size, tuple(reversed(chosen)))
-            path.append((outer + int(sizes[state]), architecture))
-    return path
+        filled.append(Knapsack(int(sizes[state]), float(totals[state]), taken[::-1]))
+    return filled

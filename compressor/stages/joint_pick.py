@@ -3,10 +3,10 @@
 Candidates are the best sub-networks of each size that were measured, and the whole network. Each is taken with every
 scheme of `JOINT` and embedding of `JOINT_EMBEDDINGS`, and once `mixed`: with bits of its own for every half-block and
 the embedding, those that fit and lose least by what each alone costs the whole network (`search.bit_assignment`). What
-a scheme costs is measured on the largest network that fits with it, and added to the loss of every other; so is what
-the sum of a mixed one's costs misses. That is good enough to rank (`docs/results.md`): the best `MEASURED` of both
-kinds are measured as rounded, and the best of these is picked. Losses are on text that the fine-tuning held out, before
-healing, and rounding is to nearest: what a package holds that is rounded without data.
+a scheme costs is measured on the largest network that fits with it, and added to the loss of every other; what mixed
+bits cost is the sum over them. That is good enough to rank (`docs/results.md`): the best `MEASURED` of both kinds are
+measured as rounded, and the best of these is picked. Losses are on text that the fine-tuning held out, before healing,
+and rounding is to nearest: what a package holds that is rounded without data.
 """
 
 from __future__ import annotations
@@ -89,11 +89,6 @@ class Candidate:
         return self.evaluation.architecture
 
     @property
-    def kind(self) -> Bits | None:
-        """What is taken to cost all networks alike; None for all that are mixed."""
-        return self.bits if self.own_bits is None else None
-
-    @property
     def architecture(self) -> Architecture:
         """The sub-network, with bits where it is mixed."""
         return self.own_bits or self.sizes
@@ -148,23 +143,19 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
     # 2. With bits of their own for every half-block.
     genes = bit_genes(job, uniform)
     losses_of_bits = losses_by_bits(job, genes, group_of(job, job.structure.base))
-    own = [mixed_candidate(job, evaluation, losses_of_bits, target.max_bytes) for evaluation in sizes]
-    fitting += [row for row in own if row is not None]
+    found = [mixed_candidate(job, evaluation, losses_of_bits, target.max_bytes) for evaluation in sizes]
+    mixed = [row for row in found if row is not None]
     # 3. What each loses by its size, and by its bits.
-    architectures = list(dict.fromkeys(row.sizes for row in fitting))
+    architectures = list(dict.fromkeys(row.sizes for row in [*fitting, *mixed]))
     unrounded = dict(zip(architectures, held_out_losses(job, architectures, FIRST_BLOCKS), strict=True))
-    measure, missed = RoundedLosses(job), dict[Bits | None, float]()
+    measure, cost = RoundedLosses(job), dict[Bits, float]()
     for row in sorted(fitting, key=lambda row: -row.bytes):  # of each the largest that fits, as that may be picked
-        if row.kind not in missed:
-            missed[row.kind] = measure(row, FIRST_BLOCKS) - unrounded[row.sizes] - row.harm
-
-    def expected(row: Candidate) -> tuple[float, int, str]:
-        return unrounded[row.sizes] + row.harm + missed[row.kind], row.bytes, row.architecture.key
-
-    fitting.sort(key=expected)
+        if row.bits not in cost:
+            cost[row.bits] = measure(row, FIRST_BLOCKS) - unrounded[row.sizes]
+    fitting.sort(key=lambda row: (unrounded[row.sizes] + cost[row.bits], row.bytes, row.architecture.key))
+    mixed.sort(key=lambda row: (unrounded[row.sizes] + row.harm, row.bytes, row.architecture.key))
     # 4. The best by the sum, as rounded.
-    finalists = [row for row in fitting if row.own_bits is None][:MEASURED]
-    finalists += [row for row in fitting if row.own_bits is not None][:MEASURED]
+    finalists = fitting[:MEASURED] + mixed[:MEASURED]
     with bar("held-out loss with bits", len(finalists)) as progress:
         losses = []
         for row in finalists:

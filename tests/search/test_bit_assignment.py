@@ -21,7 +21,7 @@ GENES = [
 STORED = StorageFormat(16, 32, by_architecture=True)
 
 
-def bytes_of(architecture: Architecture) -> float:
+def bytes_of(architecture: Architecture) -> int:
     return PROSE.bytes(architecture, STORED)
 
 
@@ -71,13 +71,10 @@ def test_nothing_that_fits_loses_less(seed: int) -> None:
         architecture, lost = found
         assert everything[architecture] == (bytes_of(architecture), pytest.approx(lost))
         assert bytes_of(architecture) <= limit
-        # The choice of every gene but what it has least takes up to a step more than its bytes.
-        room = limit - len(GENES) * (limit - stored[0]) / 2**14
         best = min(other for of_bytes, other in everything.values() if of_bytes <= limit)
-        nearly = min(other for of_bytes, other in everything.values() if of_bytes <= room)
-        assert best - 1e-12 <= lost <= nearly + 1e-12
+        assert lost == pytest.approx(best)
     assert best_within(PROSE.base, losses, bytes_of, stored[0] - 1) is None
-    assert best_within(PROSE.base, losses, bytes_of, 2 * stored[-1]) == (PROSE.base, 0.0)
+    assert best_within(PROSE.base, losses, bytes_of, stored[-1]) == (PROSE.base, 0.0)
 
 
 def test_fewer_bits_that_seem_to_lose_less_lose_as_much() -> None:
