@@ -420,8 +420,8 @@ class Recipe(Section):
     vocabulary: Vocabulary = Field(default_factory=Vocabulary)
     targets: Targets = Field(default_factory=Targets)
     prefer: Preference = "quality"
-    """Of those that meet the targets and are otherwise as good as equal: the lowest held-out loss (`quality`), the
-    fastest (`speed`), or the least loss of both together (`balanced`)."""
+    """Of those that meet the targets and whose scores are as good as the best: the lowest held-out loss (`quality`),
+    the fastest whose loss is near it (`speed`), or the least loss of both together (`balanced`)."""
     key: str | None = None
     """The measured sub-network to pick instead, by its key in `compressor front` or the beginning of it."""
     finetuning: Finetuning = Field(default_factory=Finetuning)

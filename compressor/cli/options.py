@@ -107,7 +107,9 @@ RECIPE_OPTIONS = {
     "max_drop": RecipeOption(
         "targets.max_drop", str, "largest loss of quality, for example 1%", default="1% where no target is named"
     ),
-    "prefer": RecipeOption("prefer", str, "of those as good as equal: quality, speed or balanced", default="quality"),
+    "prefer": RecipeOption(
+        "prefer", str, "of those whose scores are as good: quality, speed or balanced", default="quality"
+    ),
     "key": RecipeOption("key", str, "a measured sub-network by its key, or the beginning of it (compressor front)"),
     "quantize": RecipeOption("quantizing.schemes", str, f"{', '.join(SCHEMES)}; comma-separated", default="none"),
     "bits": RecipeOption(

@@ -51,8 +51,8 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
 
     Where tasks do not tell the best apart, held-out loss does: a mean over every token of some blocks, whose order
     healing keeps almost whole (docs/results.md, "is what is searched what ships?"), where a task's accuracy rests on
-    few documents. What loss does not tell apart either is told by the preference (`search.preference`). Where there are
-    more than `FINALISTS`, all are measured on `FIRST_BLOCKS` blocks, and on all blocks the best and the fastest.
+    few documents. Which of those near the lowest loss is taken, the preference says (`search.preference`). Where there
+    are more than `FINALISTS`, all are measured on `FIRST_BLOCKS` blocks, and on all blocks the best and the fastest.
 
     For a largest drop of quality, `quality` is the one of fewest parameters, `speed` the fastest of those within it.
     Raises ValueError where nothing meets the target.
@@ -69,13 +69,13 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
             f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
             "documents (--limit) would. Held-out loss decides"
         )
-    measurer, numbers = HeldOutLosses(job), list(range(len(equals)))
+    measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), job.structure.base
     timed = [speed or 0.0 for speed in speeds]
     if len(equals) > FINALISTS:
-        first = measurer.of([e.architecture for e in equals], FIRST_BLOCKS)
-        numbers = shortlist(*loss_columns(first), timed, FINALISTS)
-    losses = measurer.of([equals[i].architecture for i in numbers], HELD_OUT_BLOCKS)
-    taken = preferred(*loss_columns(losses), [timed[i] for i in numbers])
+        whole, *first = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)
+        numbers = shortlist(*loss_columns(first), timed, whole.value, FINALISTS)
+    whole, *losses = measurer.of([base, *(equals[i].architecture for i in numbers)], HELD_OUT_BLOCKS)
+    taken = preferred(*loss_columns(losses), [timed[i] for i in numbers], whole.value)
     listed = [Choice(equals[i], loss, speeds[i]) for i, loss in zip(numbers, losses, strict=True)]
     nearest = sorted(listed, key=lambda choice: choice.loss.value if choice.loss else 0.0)
     return Choices({name: listed[i] for name, i in taken.items()}, nearest)

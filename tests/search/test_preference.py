@@ -1,29 +1,41 @@
-"""Which of several networks that are as good as equal is taken."""
+"""Which of several networks that scores do not tell apart is taken."""
 
 from __future__ import annotations
 
-from search.preference import equals, preferred, shortlist
+from search.preference import near, preferred, shortlist
 
 LOSSES = [1.30, 1.00, 1.02, 1.04, 1.06, 1.50]
 STDERRS = [0.03] * 6
 SPEEDS = [300.0, 100.0, 110.0, 180.0, 200.0, 900.0]
+BASE = 0.90
+"""A quarter of what the lowest loses is less than two standard errors."""
 
 
-def test_equals_lie_within_two_standard_errors_of_the_lowest() -> None:
-    assert equals(LOSSES, STDERRS) == [1, 2, 3, 4]
-    assert equals(LOSSES, [0.0] * 6) == [1]
-    assert equals(LOSSES, [9.0, 0.01, 9.0, 9.0, 9.0, 9.0]) == [1, 2]  # the lowest's own error counts
+def test_near_ones_lie_within_two_standard_errors_of_the_lowest() -> None:
+    assert near(LOSSES, STDERRS, BASE) == [1, 2, 3, 4]
+    assert near(LOSSES, [0.0] * 6, 1.0) == [1]
+    assert near(LOSSES, [9.0, 0.01, 9.0, 9.0, 9.0, 9.0], BASE) == [
+        1,
+        2,
+    ]  # the lowest's own error counts
+
+
+def test_near_ones_lose_at_most_a_quarter_more_of_what_the_base_had() -> None:
+    assert near(LOSSES, [0.0] * 6, 0.84) == [1, 2, 3]  # up to 1.04
+    assert near(LOSSES, [0.0] * 6, -0.20) == [1, 2, 3, 4, 0]  # up to 1.30
+    assert near(LOSSES, [0.0] * 6, 1.10) == [1]  # better than the base: nothing is a share of that
+    assert preferred(LOSSES, [0.0] * 6, SPEEDS, -0.20)["speed"] == 0
 
 
 def test_preferences_by_hand() -> None:
-    assert preferred(LOSSES, STDERRS, SPEEDS) == {"quality": 1, "speed": 4, "balanced": 3}
+    assert preferred(LOSSES, STDERRS, SPEEDS, BASE) == {"quality": 1, "speed": 4, "balanced": 3}
     # (loss, speed) as shares of the range: (0, 0), (1/3, 0.1), (2/3, 0.8), (1, 1): the third loses 2/3 - 0.8.
-    assert preferred([1.0, 1.1], [0.2, 0.2], [5.0, 5.0]) == {"quality": 0, "speed": 0, "balanced": 0}
-    assert preferred([1.0, 1.1], [0.2, 0.2], [5.0, 9.0]) == {"quality": 0, "speed": 1, "balanced": 0}
+    assert preferred([1.0, 1.1], [0.2, 0.2], [5.0, 5.0], BASE) == {"quality": 0, "speed": 0, "balanced": 0}
+    assert preferred([1.0, 1.1], [0.2, 0.2], [5.0, 9.0], BASE) == {"quality": 0, "speed": 1, "balanced": 0}
     # One that is slower than the best in loss is no middle of anything.
-    assert preferred([1.0, 1.01, 1.1], [0.2] * 3, [5.0, 1.0, 9.0])["balanced"] == 0
+    assert preferred([1.0, 1.01, 1.1], [0.2] * 3, [5.0, 1.0, 9.0], BASE)["balanced"] == 0
 
 
-def test_the_shortlist_has_the_best_and_the_fastest_of_the_equals() -> None:
-    assert shortlist(LOSSES, STDERRS, SPEEDS, 2) == [1, 2, 4]
-    assert shortlist(LOSSES, STDERRS, SPEEDS, 9) == [1, 2, 3, 4, 0, 5]
+def test_the_shortlist_has_the_best_and_the_fastest_of_the_near_ones() -> None:
+    assert shortlist(LOSSES, STDERRS, SPEEDS, BASE, 2) == [1, 2, 4]
+    assert shortlist(LOSSES, STDERRS, SPEEDS, BASE, 9) == [1, 2, 3, 4, 0, 5]
