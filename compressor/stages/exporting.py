@@ -198,10 +198,11 @@ def write_packages(
         if isinstance(built, StreamedNetwork):  # other layouts are made of a network in memory
             built = built.built(held_dtype(job), job.device)
         named = entry | {"name": folder.name}
+        write_copy = write
         if layout.startswith("gguf"):
-            write = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
+            write_copy = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
         with job.schedule.stage("healing"):
-            write(layout, built, destination=folder, entry=named, lineage=own_lineage)
+            write_copy(layout, built, destination=folder, entry=named, lineage=own_lineage)
     remember_vocabulary(job, missing)
 
 
