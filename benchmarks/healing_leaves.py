@@ -37,6 +37,8 @@ from supernet.training.supernet_training import heal
 
 BAND = 0.05
 """Decode speeds over the base's that are taken together."""
+UP_TO = 0.5
+"""Share of excess over the lowest up to which the last line looks."""
 EACH = 2
 """Networks of a band that are healed."""
 
@@ -74,9 +76,9 @@ def show(job: Job) -> None:
     base_tps = read_front(job.run.front)["base_decode_tps"]
     speeds = {a: (tps or 0.0) / base_tps for a, tps in zip(equals, timed, strict=True)}
     whole, *losses = held_out_losses(job, [job.structure.base, *equals], HELD_OUT_BLOCKS)
-    before = dict(sorted(zip(equals, losses, strict=True), key=lambda pair: pair[1]))
+    of = dict(sorted(zip(equals, losses, strict=True), key=lambda pair: pair[1]))
     chosen: list[Architecture] = []
-    for architecture in before:
+    for architecture in of:
         band = [one for one in chosen if speeds[one] // BAND == speeds[architecture] // BAND]
         if len(band) < EACH:
             chosen.append(architecture)
@@ -87,15 +89,18 @@ def show(job: Job) -> None:
     rows = []
     for architecture in chosen:
         healed = healed_loss(job, architecture)
-        rows.append(((before[architecture] - whole), (healed - base)))
+        rows.append((of[architecture] - whole, healed - base))
         excess, after = (value / first for value, first in zip(rows[-1], rows[0], strict=True))
         share = job.structure.parameters(architecture) / job.untouched_parameters
-        cells = [f"{share:.3f}", f"{speeds[architecture]:.2f}", f"{before[architecture]:.4f}", f"{healed:.4f}"]
+        cells = [f"{share:.3f}", f"{speeds[architecture]:.2f}", f"{of[architecture]:.4f}", f"{healed:.4f}"]
         print_row(*cells, f"{excess:.2f}", f"{after:.2f}")
     # 3. How proportions were kept.
-    ratios = np.array(rows) / np.array(rows[0])
-    slope = float(((ratios[:, 0] - 1) * (ratios[:, 1] - 1)).sum() / ((ratios[:, 0] - 1) ** 2).sum())
-    print(f"\nof 10 % more excess healing leaves {10 * slope:.0f} % (least squares over {len(rows)} networks)")
+    ratios = np.array(rows) / np.array(rows[0]) - 1
+    before, after = ratios[(ratios[:, 0] > 0) & (ratios[:, 0] <= UP_TO)].T
+    slope = float((before * after).sum() / (before**2).sum())
+    print(
+        f"\nof 10 % more excess healing leaves {10 * slope:.0f} % ({len(before)} networks with up to {UP_TO:.0%} more)"
+    )
 
 
 def healed_loss(job: Job, architecture: Architecture) -> float:

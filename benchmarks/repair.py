@@ -34,7 +34,7 @@ ROWS = 8
 """Blocks in a batch of calibration text."""
 
 
-def gathered(supernet: SuperNetwork, text: list[Tensor]) -> dict[int, dict[Half, Moments]]:
+def gathered(supernet: SuperNetwork, text: list[Tensor]) -> dict[int, dict[str, Moments]]:
     """The moments of all layers."""
     return dict(gather(supernet, text))
 

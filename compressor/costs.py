@@ -152,7 +152,7 @@ class _Counts:
         smallest = structure.parameters(job.declared_space.smallest()) / self.base
         self.searched = (max(sizes) + max(min(sizes) * 0.85, smallest)) / 2
         """Mean size of the sub-networks that the search measures."""
-        self.judging = self.cubes(JUDGED) if self.repaired_tokens else 0.0
+        self.judging = self.cubes(JUDGED, each_expert=True) if self.repaired_tokens else 0.0
         """Seconds that choosing the ridges of a repair takes."""
         self.schemes = list(recipe.quantizing.schemes)
         if picks_bits(job) and "int4" not in self.schemes:

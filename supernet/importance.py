@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import REMOVED, Architecture, Half, TensorSpec, Unit
+from supernet.architecture import REMOVED, Architecture, Half, Unit
 from supernet.device import logits_at_once
+from supernet.experts import projects_experts
 from supernet.hooks import Hooks
 from supernet.learned_masks import learn_masks
 from supernet.moments import gather, projections
@@ -115,8 +116,8 @@ def surgeon(supernet: SuperNetwork, batches: Batches) -> Scores:
     names: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
     by_half = projections(supernet)
     for layer, moments in gather(supernet, batches):
-        for half, found in moments.items():
-            units = layer, names[half]
+        for half in names.keys() & moments.keys():  # not of experts
+            units, found = (layer, names[half]), moments[half]
             scores[units] = removal_errors(by_half[layer, half], found, len(scores[units]))
     return scores
 
@@ -268,11 +269,6 @@ def _reader_energy(supernet: SuperNetwork, batches: Batches, weighted: bool) -> 
         factor = _sum_along(weights(spec.name), 0) if weighted else 1
         scores[spec.layer, "experts"] = (energy[spec.name] * factor).sqrt().cpu()
     return magnitude(supernet, ()) | scores if experts else scores
-
-
-def projects_experts(spec: TensorSpec) -> bool:
-    """Whether a parameter holds the output projections of a layer's experts, [experts, residual channels, neurons]."""
-    return spec.role == "experts" and spec.axes[-1].blocks[0][0] == "ffn"
 
 
 def _sum_along(values: Tensor, dimension: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Second moments of what the output projections of half-blocks read, on calibration text; kept with the run.
+"""Second moments of what the output projections of half-blocks and of experts read, on calibration text; kept with the
+run.
 
 They are gathered from the first layer to the last, so that no more than one layer's are in memory. A file holds those
 of one layer, 4 bytes for each pair of inputs, and says which weights they belong to.
@@ -22,6 +23,7 @@ from supernet.architecture import Axis, Half, LayerSizes, unit_counts
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import replacing
 from supernet.common.progress import say
+from supernet.experts import FEWEST_TOKENS, Experts, Routed, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, first_of, residual_scale
 from supernet.ordering import output_projections
@@ -35,6 +37,8 @@ HELD_OUT_PARTS = 4
 """One part of the calibration text in so many is held out to choose ridges by."""
 LONGEST_PART = 1024
 """Tokens of a part: a row, or as many of a longer one."""
+MOST_OF_EXPERTS = 2**30
+"""Bytes that the moments of a layer's experts may take."""
 JUDGED_OUTPUTS = 64
 """Outputs of a projection, about so many, whose errors judge a ridge."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
@@ -280,12 +284,15 @@ def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Ten
     return solved(start, *(training + held).moments(centred)[:2], best), best
 
 
-def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[Half, Moments]]]:
-    """Each layer's moments on token ids [rows, length], first layer first. The full network is active meanwhile.
+def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """Each layer's moments on token ids [rows, length], first layer first: by half-block, and by `expert_place` those
+    of stacked experts, unless they take more than `MOST_OF_EXPERTS`. The full network is active meanwhile.
 
     Raises `RequestError` where inputs are not finite. Says where tokens are fewer than inputs.
     """
-    by_half = projections(supernet)
+    by_half, by_layer = projections(supernet), stacked_experts(supernet)
+    if large := {index for index, experts in by_layer.items() if experts_bytes(experts) > MOST_OF_EXPERTS}:
+        say(f"note: repair: experts of {len(large)} layers are too large to be repaired in a search; the pick's are")
     walk = LayerWalk(supernet, batches)
     adds = bool(batches) and residual_scale(supernet, batches[0][:1]) is not None
     lengths = [batch.shape[1] for batch in batches]
@@ -293,8 +300,16 @@ def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[
     few: list[tuple[int, int]] = []
     for index in range(len(supernet.layers)):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
-        sums = _sums_of_layer(supernet, walk, index, here, supernet.halves(index) if adds else {}, rows)
-        moments = {half: _moments(here[half], *pair) for half, pair in sums.items()}
+        experts = None if index in large else by_layer.get(index)
+        sums, routed = _sums_of_layer(
+            supernet, walk, index, here, supernet.halves(index) if adds else {}, experts, rows
+        )
+        moments: dict[str, Moments] = {}
+        for half, pair in sums.items():
+            own = here[half]
+            moments[half] = _moments(own.name, own.weight(), own.bias() is not None, *pair)
+        if experts is not None:
+            moments |= _moments_of_experts(experts, routed)
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
         yield index, moments
     if few:
@@ -311,12 +326,14 @@ def _sums_of_layer(
     index: int,
     here: Mapping[Half, Projection],
     adding: Mapping[Half, nn.Module],
+    experts: Experts | None,
     rows: Sequence[tuple[int, int]],
-) -> dict[Half, tuple[Sums, Sums]]:
+) -> tuple[dict[Half, tuple[Sums, Sums]], list[Routed]]:
     """Take a walk through a layer. Sums of what each of its projections reads and of what the other half-block, where
-    it is among those `adding`, puts out meanwhile: over the tokens to fit to, and over those held out. `rows` has the
-    length of each batch's rows and the number of its first."""
+    it is among those `adding`, puts out meanwhile: over the tokens to fit to, and over those held out. Beside them what
+    came to its `experts`, batch by batch. `rows` has the length of each batch's rows and the number of its first."""
     sums: dict[Half, tuple[Sums, Sums]] = {}
+    routed: list[Routed] = []
     read: dict[Half, Tensor] = {}
     said: dict[Half, Tensor] = {}
 
@@ -325,6 +342,11 @@ def _sums_of_layer(
 
     def says(half: Half) -> Callable[..., None]:
         return lambda _, __, output: said.update({half: first_of(output).detach().flatten(0, -2)})
+
+    def route(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        states, chosen, weights = (part.detach() for part in inputs)
+        held = is_held_out(len(states), *rows[walk.number]).to(states.device)
+        routed.append(Routed(states, chosen, weights, held))
 
     def collect(*_: object) -> None:
         """At the layer's end, where both half-blocks have run."""
@@ -339,23 +361,56 @@ def _sums_of_layer(
 
     hooks = [p.module.register_forward_pre_hook(reads(half)) for half, p in here.items()]
     hooks += [module.register_forward_hook(says(half)) for half, module in adding.items()]
+    if experts is not None:
+        hooks.append(experts.module.register_forward_pre_hook(route))
     with Hooks([*hooks, supernet.layers[index].register_forward_hook(collect)]):
         walk.step(index)
-    return sums
+    return sums, routed
 
 
-def _moments(projection: Projection, training: Sums, held: Sums) -> Moments:
+@torch.no_grad()
+def _moments_of_experts(experts: Experts, routed: Sequence[Routed]) -> dict[str, Moments]:
+    """Of what the output projection of every expert reads times the router's weight, on the tokens that come to it. One
+    to which few come has an infinite ridge: it is sliced plainly."""
+    found: dict[str, Moments] = {}
+    for number, weight in enumerate(experts.outputs):
+        training, held = (Sums(weight.shape[1], device=weight.device) for _ in range(2))
+        for batch in routed:
+            tokens, x = experts.coming(batch, number)
+            held_out = batch.held_out[tokens]
+            training.add(x[~held_out])
+            held.add(x[held_out])
+        if training.tokens + held.tokens < FEWEST_TOKENS:
+            held = Sums(weight.shape[1], device=weight.device)  # nothing to judge by
+        name = f"{experts.name} of expert {number}"
+        found[expert_place(number)] = _moments(name, weight.detach().double(), False, training, held)
+    return found
+
+
+def expert_place(number: int) -> str:
+    """Where the moments of an expert are, among those of a layer."""
+    return f"experts.{number}"
+
+
+def experts_bytes(experts: Experts) -> int:
+    """Of the moments of a layer's experts."""
+    number, _, inputs = experts.outputs.shape
+    return 4 * number * inputs**2
+
+
+def _moments(name: str, weight: Tensor, centred: bool, training: Sums, held: Sums) -> Moments:
+    """From sums of what the projection of that name and `weight` [outputs, inputs] reads; `centred` where it has a
+    bias."""
     both = training + held
     if not (torch.isfinite(both.xx).all() and torch.isfinite(both.x).all()):
         raise RequestError(
-            f"repair: what {projection.name} reads is not finite on the calibration text; compute in float32 "
+            f"repair: what {name} reads is not finite on the calibration text; compute in float32 "
             "(--dtype float32), or leave repair off (--repair off)"
         )
-    centred = projection.bias() is not None
     second, product, _ = both.moments(False)
     ridge, other = math.inf, None  # nothing to judge by: the plain slice
     if training.tokens and held.tokens:
-        ridge = choose_ridge(projection.weight(), training, held, centred)
+        ridge = choose_ridge(weight, training, held, centred)
         if len(both.t):
             nothing = torch.zeros_like(product.T)
             fits = refit(nothing, training, held, centred)[1]
@@ -367,43 +422,42 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:03d}.safetensors"
 
 
-def save_moments(moments: Mapping[Half, Moments], file: Path, of: str) -> None:
+def save_moments(moments: Mapping[str, Moments], file: Path, of: str) -> None:
     """Write a layer's moments; `of` is the fingerprint of the weights and of the text that they are of."""
     tensors: dict[str, Tensor] = {}
     facts = {"of": of}
-    for half, m in moments.items():
-        tensors |= {f"{half}.second": m.second, f"{half}.mean": m.mean}
-        facts |= {f"{half}.tokens": str(m.tokens), f"{half}.ridge": repr(m.ridge)}
+    for place, m in moments.items():
+        tensors |= {f"{place}.second": m.second, f"{place}.mean": m.mean}
+        facts |= {f"{place}.tokens": str(m.tokens), f"{place}.ridge": repr(m.ridge)}
         if m.other is not None:
-            tensors |= {f"{half}.other.product": m.other.product.contiguous(), f"{half}.other.mean": m.other.mean}
-            facts[f"{half}.other.ridge"] = repr(m.other.ridge)
+            tensors |= {f"{place}.other.product": m.other.product.contiguous(), f"{place}.other.mean": m.other.mean}
+            facts[f"{place}.other.ridge"] = repr(m.other.ridge)
     with replacing(file) as temporary:
         save_file(tensors, temporary, facts)
 
 
-def load_moments(file: Path, of: str) -> dict[Half, Moments]:
-    """A layer's moments from a file of `save_moments`. Raises `RequestError` where they are of something else, or not
-    finite."""
+def load_moments(file: Path, of: str) -> dict[str, Moments]:
+    """A layer's moments, as `gather` gave them, from a file of `save_moments`. Raises `RequestError` where they are of
+    something else, or not finite."""
     with reading(f"{file}: not moments; remove {file.parent}"), safe_open(file, "pt") as stored:
         facts, names = stored.metadata() or {}, set(stored.keys())
         if facts.get("of") != of:
             raise RequestError(f"{file}: moments of other weights or another text; remove {file.parent}")
         moments = {
-            half: Moments(
-                stored.get_tensor(f"{half}.second"),
-                stored.get_tensor(f"{half}.mean"),
-                int(facts[f"{half}.tokens"]),
-                float(facts[f"{half}.ridge"]),
+            place: Moments(
+                stored.get_tensor(f"{place}.second"),
+                stored.get_tensor(f"{place}.mean"),
+                int(facts[f"{place}.tokens"]),
+                float(facts[f"{place}.ridge"]),
                 Other(
-                    stored.get_tensor(f"{half}.other.product"),
-                    stored.get_tensor(f"{half}.other.mean"),
-                    float(facts[f"{half}.other.ridge"]),
+                    stored.get_tensor(f"{place}.other.product"),
+                    stored.get_tensor(f"{place}.other.mean"),
+                    float(facts[f"{place}.other.ridge"]),
                 )
-                if f"{half}.other.product" in names
+                if f"{place}.other.product" in names
                 else None,
             )
-            for half in OTHER
-            if f"{half}.second" in names
+            for place in (name.removesuffix(".second") for name in sorted(names) if name.endswith(".second"))
         }
         values = [stored.get_tensor(name) for name in names]
     if any(not torch.isfinite(value).all() for value in values):

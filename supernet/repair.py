@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes
-from supernet.expert_repair import Experts, Routed, refit_experts, stacked_experts
+from supernet.expert_repair import refit_experts
+from supernet.experts import Experts, Routed, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, Through, residual_scale
 from supernet.moments import (
@@ -36,6 +37,7 @@ from supernet.moments import (
     Moments,
     Projection,
     Sums,
+    expert_place,
     factorised,
     is_held_out,
     prefix_weight,
@@ -88,24 +90,33 @@ class RepairedVariants:
     Where one half-block of a layer is removed, the other one is fitted to what both put out, in families that simply
     add them to the residual: with C = E[o xᵀ] of the removed one's output o, W H + C stands for W H above. What a
     removed layer said is not made up for.
+
+    Of experts, each is fitted to its own output on the tokens that come to it in the full network. So neurons that were
+    cut are made up for, and experts that were removed are not.
     """
 
-    def __init__(self, supernet: SuperNetwork, load: Callable[[int], Mapping[Half, Moments]], memory: int) -> None:
+    def __init__(self, supernet: SuperNetwork, load: Callable[[int], Mapping[str, Moments]], memory: int) -> None:
         self._full, self._load = supernet.base.layers, load
         self._by_name: dict[str, Projection] = {}
         for projection in projections(supernet).values():
             self._by_name[projection.weight_name] = projection
             if projection.bias() is not None:
                 self._by_name[projection.bias_name] = projection
+        parameters = dict(supernet.model.named_parameters())  # what shadows hide from `get_parameter`
+        self._experts = {
+            experts.name: (layer, parameters[experts.name]) for layer, experts in stacked_experts(supernet).items()
+        }
         self._made: Kept[_Repaired | None] = Kept(memory)
         self._factors: Kept[_Factor | None] = Kept(memory)
         self._carrying: dict[tuple[int, Half], bool] = {}
 
     @property
     def names(self) -> Collection[str]:
-        return self._by_name.keys()
+        return self._by_name.keys() | self._experts.keys()
 
     def tensor(self, name: str, kept: LayerSizes) -> Tensor | None:
+        if name in self._experts:
+            return self._of_experts(*self._experts[name], kept)
         projection = self._by_name[name]
         full, half = self._full[projection.layer], projection.half
         units, alone = _units(half, kept), OTHER[half] in kept.skip and OTHER[half] not in full.skip
@@ -138,6 +149,39 @@ class RepairedVariants:
             mean, output = factor.means
             bias = projection.stored(output - weight @ mean[chosen])
         return _Repaired(projection.stored(weight), bias)
+
+    def _of_experts(self, layer: int, full: Tensor, kept: LayerSizes) -> Tensor | None:
+        """The output projections [experts, hidden, neurons] of a layer's experts that keep fewer neurons, from `full`
+        ones; None where the plain slices are better, or whole."""
+        width, number = kept.intermediate_size, kept.num_experts
+        if not width or width == full.shape[2]:
+            return None
+        key = (layer, "experts", width, number)
+        if key not in self._made:
+            factors = [self._expert_factor(layer, full, expert) for expert in range(number)]
+            made = None
+            if any(factor is not None for factor in factors):
+                weights = [
+                    full[expert, :, :width].detach() if factor is None else factor.weight(width).to(full)
+                    for expert, factor in enumerate(factors)
+                ]
+                made = _Repaired(torch.stack(weights), None)
+            self._made.put(key, made, 0 if made is None else made.bytes)
+            return None if made is None else made.weight
+        made = self._made[key]
+        return None if made is None else made.weight
+
+    def _expert_factor(self, layer: int, full: Tensor, expert: int) -> _Factor | None:
+        """Of what an expert reads; None where the plain slice is better, or its moments were not gathered."""
+        key = (layer, "experts", expert)
+        if key in self._factors:
+            return self._factors[key]
+        moments, factor = self._load(layer).get(expert_place(expert)), None
+        if moments is not None and math.isfinite(moments.ridge):
+            lower = factorised(moments.to(full.device).of(centred=False), moments.ridge)
+            factor = _Factor((full[expert].detach().double() @ lower).float(), lower.float(), None)
+        self._factors.put(key, factor, 0 if factor is None else factor.bytes)
+        return factor
 
     def _carries(self, projection: Projection) -> bool:
         """Whether a projection can say something of what the other half-block of its layer says."""

@@ -28,8 +28,8 @@ from supernet.variants import FixedVariants, Variants
 
 BATCH = 8
 """Blocks of calibration text in a pass."""
-METHOD = "halves"
-"""Changes with what is refitted, so that scores of repaired networks are of one kind."""
+METHOD, METHOD_OF_EXPERTS = "halves", "halves, experts"
+"""Change with what is refitted, so that scores of repaired networks are of one kind."""
 
 
 class Rounding(TypedDict):
@@ -45,7 +45,8 @@ def repair_inputs(job: Job) -> dict[str, object]:
         return {}
     settings = job.recipe.finetuning
     text = [text_fingerprint(job, settings.tokens or 0), job.recipe.text_key, settings.sequence_length]
-    return {"repair": [METHOD, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
+    method = METHOD_OF_EXPERTS if any(layer.num_experts for layer in job.structure.base.layers) else METHOD
+    return {"repair": [method, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
 
 
 def rounding_inputs(job: Job) -> Rounding:
@@ -142,9 +143,7 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
     if architecture.hidden_size != job.structure.base.hidden_size:
         say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
         return None
-    # Before experts were repaired, those of networks with experts had the name without the last part.
-    kind = "-experts" if any(layer.num_experts for layer in job.structure.base.layers) else ""
-    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}{kind}.safetensors"
+    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}.safetensors"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)

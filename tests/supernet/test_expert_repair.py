@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from torch import Tensor
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
-from supernet.expert_repair import FEWEST_TOKENS, Experts, Routed, refit_experts, stacked_experts
+from supernet.expert_repair import refit_experts
+from supernet.experts import FEWEST_TOKENS, Experts, Routed, stacked_experts
+from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
-from supernet.moments import Sums, refit
-from supernet.repair import repair_in_sequence
+from supernet.moments import Sums, expert_place, gather, layer_file, load_moments, refit, save_moments
+from supernet.repair import RepairedVariants, repair_in_sequence
 from supernet.variants import Variants
 from tests.support.tiny_families import tiny_network
 
@@ -61,6 +65,84 @@ def test_experts_come_nearer_to_the_uncut_layer(family: str, cut: str) -> None:
     whole, sliced = behind(supernet.base, None), behind(architecture, None)
     repaired = behind(architecture, repair_in_sequence(supernet, architecture, fitted_to))
     assert (repaired - whole).square().sum() < (sliced - whole).square().sum()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_a_search_each_expert_is_fitted_to_its_own_output(family: str, tmp_path: Path) -> None:
+    """By hand: least squares on the tokens that come to it in the full network, towards the plain slice."""
+    supernet = SuperNetwork(tiny_network(family))
+    index = first_sparse(supernet)
+    experts, full = stacked_experts(supernet)[index], supernet.base.layers[index]
+    text, seen = rows_of_text(512), list[tuple[Tensor, Tensor, Tensor]]()
+    gathered = dict(gather(supernet, text))
+    for layer, moments in gathered.items():
+        save_moments(moments, layer_file(tmp_path, layer), "w")
+    variants = RepairedVariants(supernet, lambda layer: load_moments(layer_file(tmp_path, layer), "w"), 2**30)
+    width, number = full.intermediate_size // 2, full.num_experts - 1
+    repaired = variants.tensor(experts.name, replace(full, intermediate_size=width, num_experts=number))
+    assert repaired is not None and repaired.shape == (number, supernet.base.hidden_size, width)
+
+    with Hooks([experts.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))]):
+        walk = LayerWalk(supernet, text)
+        for layer in range(index + 1):
+            walk.step(layer)
+    states, chosen, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    batch = Routed(states, chosen, weights, torch.zeros(len(states), dtype=torch.bool))
+    fitted = 0
+    for expert in range(number):
+        whole = experts.outputs[expert].detach().double()
+        ridge = gathered[index][expert_place(expert)].ridge
+        if math.isinf(ridge):
+            assert torch.equal(repaired[expert], experts.outputs[expert, :, :width])
+            continue
+        fitted += 1
+        x = experts.coming(batch, expert)[1].detach().double()
+        second = x.T @ x / len(x) + ridge * x.square().mean() * torch.eye(x.shape[1], dtype=torch.float64)
+        by_hand = whole @ second[:, :width] @ torch.linalg.inv(second[:width, :width])
+        assert (repaired[expert] - by_hand).abs().max() <= 1e-3 * by_hand.abs().max()
+    assert fitted
+    # Neurons that all stay are their own best fit, and few bytes hold no less than many.
+    assert variants.tensor(experts.name, replace(full, num_experts=number)) is None
+    few = RepairedVariants(supernet, gathered.__getitem__, 0)
+    again = few.tensor(experts.name, replace(full, intermediate_size=width, num_experts=number))
+    assert again is not None and torch.equal(again, repaired)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_search_sees_experts_nearer_to_the_uncut_ones(family: str) -> None:
+    supernet = SuperNetwork(tiny_network(family))
+    index = first_sparse(supernet)
+    full, text = supernet.base.layers[index], rows_of_text(512)
+    architecture = cut_in(supernet, index, replace(full, intermediate_size=full.intermediate_size // 2))
+    moments = dict(gather(supernet, text))
+
+    def behind(architecture: Architecture, variants: Variants | None) -> Tensor:
+        supernet.use(variants)
+        with supernet.activated(architecture):
+            walk = LayerWalk(supernet, text)
+            for number in range(index):
+                walk.step(number)
+            outputs = torch.cat(walk.outputs(index))
+        supernet.use(None)
+        return outputs
+
+    whole, sliced = behind(supernet.base, None), behind(architecture, None)
+    repaired = behind(architecture, RepairedVariants(supernet, moments.__getitem__, 2**30))
+    assert (repaired - whole).square().sum() < (sliced - whole).square().sum()
+
+
+def test_experts_that_are_too_large_are_sliced_plainly_and_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supernet.moments.MOST_OF_EXPERTS", 100)
+    supernet = SuperNetwork(tiny_network("mixtral"))
+    moments = dict(gather(supernet, rows_of_text()))
+    assert "too large to be repaired in a search; the pick's are" in capsys.readouterr().err
+    index = first_sparse(supernet)
+    full = supernet.base.layers[index]
+    variants = RepairedVariants(supernet, moments.__getitem__, 2**30)
+    halved = replace(full, intermediate_size=full.intermediate_size // 2)
+    assert variants.tensor(stacked_experts(supernet)[index].name, halved) is None
 
 
 def routed(experts: Experts, tokens: int, each: int) -> Routed:
