@@ -33,6 +33,7 @@ RECIPE = """
 finetuning: {tokens: 256, batch_size: 2, sequence_length: 32}
 searching: {evaluations: 8, population: 4, limit: 8}
 healing: {tokens: 256}
+repair: {enabled: true, tokens: 256}
 targets: {max_params: [0.8]}
 seed: 3
 """
