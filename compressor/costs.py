@@ -274,7 +274,7 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
         # from the first layer that has fewer on.
         blocks = len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + 2 * MEASURED * HELD_OUT_BLOCKS
         seconds += blocks * counts.length * rates.teach * counts.searched
-        passes = sum(len(gene.values) - 1 for gene in bit_genes(job, uniform=False)) / 2
+        passes = sum(len(gene.values) - 1 for gene in bit_genes(job)) / 2
         of_bits = passes * blocks_to_read(job) * counts.length * rates.teach
     return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
     speeds, losses = measured_speedups(run), held_out_losses(job, list(evaluations.values()))
     rows = []
     for key in current_front(job)["front"]:
-        architecture, values = evaluations[key].architecture, evaluations[key].values
+        architecture = evaluations[key].architecture
+        values = {name: value for name, value in evaluations[key].values.items() if isfinite(value)}
         rows.append(
             FrontRow(
                 key=key,

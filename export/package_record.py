@@ -50,7 +50,7 @@ class QuantizationReport(Model):
     exceptions: dict[str, str] = Field(default_factory=dict)
     """Linear layers and embeddings that are not under the scheme, and what became of each."""
     bits: JSONArchitecture | None = None
-    """Of a `mixed` package, the sizes with the bits of every half-block, as the search scored them."""
+    """Of a `mixed` package, the sizes with the bits of every half-block, as they were searched or picked."""
 
 
 class GraphCache(Model):

@@ -64,11 +64,10 @@ def best_within(
     # Each choice's bytes beyond those of the gene's fewest, which are always there.
     most = {gene: max(saved for _, _, saved in rows) for gene, rows in choices.items()}
     rows = [[(round(most[gene] - saved), loss) for _, loss, saved in of_gene] for gene, of_gene in choices.items()]
-    least = bytes_of(plain) - sum(most.values())
-    fitting = [filled for filled in knapsacks(rows, bytes_of(plain)) if least + filled.size <= limit]
-    if not fitting:
+    least = bytes_of(plain) - round(sum(most.values()))
+    if limit < least:
         return None
-    best = min(fitting, key=lambda filled: filled.degradation)
+    best = min(knapsacks(rows, limit - least), key=lambda filled: filled.degradation)
     chosen = plain
     for (gene, of_gene), number in zip(choices.items(), best.taken, strict=True):
         chosen = with_gene(chosen, gene, of_gene[number][0])

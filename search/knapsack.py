@@ -250,9 +250,11 @@ class Knapsack:
 
 
 def knapsacks(rows: Sequence[Sequence[tuple[int, float]]], whole: int) -> list[Knapsack]:
-    """For every size, one option of each row, (size, degradation), of the least sum of degradations; by ascending size.
+    """For every size up to `whole`, one option of each row, (size, degradation), of the least sum of degradations; by
+    ascending size.
 
-    Solved row by row (dynamic programming) over sizes rounded to 1/4096 of `whole`, keeping what no other dominates.
+    Solved row by row (dynamic programming) over sizes rounded to 1/4096 of `whole`, keeping what no other dominates: a
+    sum that is less by less than that may be missed.
     """
     # 1. Add row after row. A state is a size with its least sum; `steps` has, for every row and state, the state before
     #    it and the option taken.
@@ -261,8 +263,10 @@ def knapsacks(rows: Sequence[Sequence[tuple[int, float]]], whole: int) -> list[K
     for row in rows:
         grown = (sizes[:, None] + np.array([size for size, _ in row])).ravel()
         totals_grown = (totals[:, None] + np.array([degradation for _, degradation in row])).ravel()
-        order = np.lexsort((grown, totals_grown, grown * GRID // whole))
-        cells = (grown * GRID // whole)[order]
+        cells = grown * GRID // (whole + 1)  # the last ends with the whole
+        order = np.lexsort((grown, totals_grown, cells))
+        order = order[grown[order] <= whole]
+        cells = cells[order]
         best = order[np.r_[True, cells[1:] != cells[:-1]]]  # the least degradation of each rounded size
         best = best[np.r_[True, totals_grown[best][1:] < np.minimum.accumulate(totals_grown[best])[:-1]]]
         sizes, totals = grown[best], totals_grown[best]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -114,14 +115,15 @@ class Target:
         return [(name, float(bound), upper) for name, bound, upper in wanted if bound is not None]
 
     def misses(self, evaluation: Evaluation) -> float:
-        """By how much an evaluation misses, as a sum of shares of the bounds; 0 where the target is met."""
-        total = 0.0
+        """By how much an evaluation misses, as a sum of shares of the bounds; 0 where the target is met, infinite where
+        a value is no number."""
+        missed = []
         for name, bound, upper in self.bounds():
             value = evaluation.values[name]
-            total += max(0.0, (value - bound if upper else bound - value) / abs(bound or 1.0))
+            missed.append((value - bound if upper else bound - value) / abs(bound or 1.0))
         if self.max_drop is not None:
-            total += max(0.0, 1 - self.max_drop - evaluation.values["quality"])
-        return total
+            missed.append(1 - self.max_drop - evaluation.values["quality"])
+        return math.inf if any(map(math.isnan, missed)) else sum(max(0.0, share) for share in missed)
 
     def __str__(self) -> str:
         parts = [f"{name} {'at most' if upper else 'at least'} {number(bound)}" for name, bound, upper in self.bounds()]

@@ -3,7 +3,7 @@ between the two.
 
 Scores tell networks apart that lie more than two standard errors from the best (`pareto.contenders`). Of the rest,
 held-out loss says which are near the best. It is that before healing: healing takes most of it back, and leaves the
-losses above the base's in about the proportions that they had (`docs/results.md`), so nearness is a share of them.
+losses above the whole network's in about the proportions that they had (`docs/results.md`), so nearness is a share.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 
 NEAR = 0.25
-"""By how much more a near network's loss may lie above the base's than the lowest does, as a share of that."""
+"""By how much more a near network's loss may lie above the whole network's than the lowest does, as a share of that."""
 
 
-def near(losses: Numbers, stderrs: Numbers, base: float) -> list[int]:
+def near(losses: Numbers, stderrs: Numbers, whole: float) -> list[int]:
     """Indices of those near the lowest loss, that one first: by `NEAR`, or within two standard errors of it.
 
-    `losses` and `stderrs` [n], and the base's loss, in the same unit; the standard error that counts is the lowest's.
+    `losses` and `stderrs` [n], and the whole network's loss, in the same unit; the standard error that counts is the
+    lowest's.
     """
     order = np.argsort(np.asarray(losses), kind="stable").tolist()
     lowest = losses[order[0]]
-    limit = lowest + max(2 * stderrs[order[0]], NEAR * (lowest - base))
+    limit = lowest + max(2 * stderrs[order[0]], NEAR * (lowest - whole))
     return [i for i in order if losses[i] <= limit]
 
 
-def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers, base: float) -> dict[Preference, int]:
+def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float) -> dict[Preference, int]:
     """The index that each preference takes.
 
     `quality`: the lowest loss. `speed`: of the `near` ones, the fastest. `balanced`: of the near ones between these
     two, the one that loses the least in sum of loss and speed, each as a share of what lies between the two; where
     nothing does, the lowest loss.
 
-    `losses` and `stderrs` [n] and the base's loss in nats per token, `speeds` [n] in tokens per second.
+    `losses` and `stderrs` [n] and the whole network's loss in nats per token, `speeds` [n] in tokens per second.
     """
     from search.pareto import knee  # pymoo takes longer to import than a wrong name may take to be refused
 
-    within = near(losses, stderrs, base)
+    within = near(losses, stderrs, whole)
     fastest = max(within, key=lambda i: speeds[i])  # of the same speed the lower loss, which comes first
     between = [i for i in within if losses[i] <= losses[fastest] and speeds[i] >= speeds[within[0]]]
     values = np.array([[losses[i], -speeds[i]] for i in between])
     return {"quality": within[0], "speed": fastest, "balanced": between[knee(values)]}
 
 
-def shortlist(losses: Numbers, stderrs: Numbers, speeds: Numbers, base: float, n: int) -> list[int]:
+def shortlist(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int) -> list[int]:
     """Indices of what is worth measuring closer, by increasing loss: the `n` of the lowest loss, and of the `near` ones
     at most `n` that no other of them beats in loss and speed, spread along that front."""
     from search.pareto import non_dominated, spread  # as above
 
-    within = near(losses, stderrs, base)
+    within = near(losses, stderrs, whole)
     values = np.array([[losses[i], -speeds[i]] for i in within])
     front = non_dominated(values)
     chosen = {within[front[i]] for i in spread(values[front], n)}

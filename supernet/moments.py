@@ -37,8 +37,6 @@ HELD_OUT_PARTS = 4
 """One part of the calibration text in so many is held out to choose ridges by."""
 LONGEST_PART = 1024
 """Tokens of a part: a row, or as many of a longer one."""
-MOST_OF_EXPERTS = 2**30
-"""Bytes that the moments of a layer's experts may take."""
 JUDGED_OUTPUTS = 64
 """Outputs of a projection, about so many, whose errors judge a ridge."""
 JUDGED_SHARES = (0.75, 0.5, 0.25)
@@ -284,15 +282,15 @@ def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Ten
     return solved(start, *(training + held).moments(centred)[:2], best), best
 
 
-def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Moments]]]:
-    """Each layer's moments on token ids [rows, length], first layer first: by half-block, and by `expert_place` those
-    of stacked experts, unless they take more than `MOST_OF_EXPERTS`. The full network is active meanwhile.
+def gather(
+    supernet: SuperNetwork, batches: Sequence[Tensor], experts: bool = False
+) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """Each layer's moments on token ids [rows, length], first layer first: by half-block and, of stacked `experts`
+    where they are asked for, by `expert_place`. The full network is active meanwhile.
 
-    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than inputs.
+    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than a half-block's inputs.
     """
-    by_half, by_layer = projections(supernet), stacked_experts(supernet)
-    if large := {index for index, experts in by_layer.items() if experts_bytes(experts) > MOST_OF_EXPERTS}:
-        say(f"note: repair: experts of {len(large)} layers are too large to be repaired in a search; the pick's are")
+    by_half, by_layer = projections(supernet), stacked_experts(supernet) if experts else {}
     walk = LayerWalk(supernet, batches)
     adds = bool(batches) and residual_scale(supernet, batches[0][:1]) is not None
     lengths = [batch.shape[1] for batch in batches]
@@ -300,17 +298,15 @@ def gather(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Iterator[tuple[
     few: list[tuple[int, int]] = []
     for index in range(len(supernet.layers)):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
-        experts = None if index in large else by_layer.get(index)
-        sums, routed = _sums_of_layer(
-            supernet, walk, index, here, supernet.halves(index) if adds else {}, experts, rows
-        )
+        stacked, adding = by_layer.get(index), supernet.halves(index) if adds else {}
+        sums, routed = _sums_of_layer(supernet, walk, index, here, adding, stacked, rows)
         moments: dict[str, Moments] = {}
         for half, pair in sums.items():
             own = here[half]
             moments[half] = _moments(own.name, own.weight(), own.bias() is not None, *pair)
-        if experts is not None:
-            moments |= _moments_of_experts(experts, routed)
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
+        if stacked is not None:
+            moments |= _moments_of_experts(stacked, routed)
         yield index, moments
     if few:
         tokens, inputs = max(few, key=lambda pair: pair[1])
@@ -370,8 +366,8 @@ def _sums_of_layer(
 
 @torch.no_grad()
 def _moments_of_experts(experts: Experts, routed: Sequence[Routed]) -> dict[str, Moments]:
-    """Of what the output projection of every expert reads times the router's weight, on the tokens that come to it. One
-    to which few come has an infinite ridge: it is sliced plainly."""
+    """Of what the output projection of an expert reads times the router's weight, on the tokens that come to it;
+    without those to which too few come."""
     found: dict[str, Moments] = {}
     for number, weight in enumerate(experts.outputs):
         training, held = (Sums(weight.shape[1], device=weight.device) for _ in range(2))
@@ -381,7 +377,7 @@ def _moments_of_experts(experts: Experts, routed: Sequence[Routed]) -> dict[str,
             training.add(x[~held_out])
             held.add(x[held_out])
         if training.tokens + held.tokens < FEWEST_TOKENS:
-            held = Sums(weight.shape[1], device=weight.device)  # nothing to judge by
+            continue
         name = f"{experts.name} of expert {number}"
         found[expert_place(number)] = _moments(name, weight.detach().double(), False, training, held)
     return found
@@ -390,12 +386,6 @@ def _moments_of_experts(experts: Experts, routed: Sequence[Routed]) -> dict[str,
 def expert_place(number: int) -> str:
     """Where the moments of an expert are, among those of a layer."""
     return f"experts.{number}"
-
-
-def experts_bytes(experts: Experts) -> int:
-    """Of the moments of a layer's experts."""
-    number, _, inputs = experts.outputs.shape
-    return 4 * number * inputs**2
 
 
 def _moments(name: str, weight: Tensor, centred: bool, training: Sums, held: Sums) -> Moments:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, Half, LayerSizes
+from supernet.architecture import Architecture, Half, LayerSizes, Structure
 from supernet.expert_repair import refit_experts
 from supernet.experts import Experts, Routed, stacked_experts
 from supernet.hooks import Hooks
@@ -157,31 +157,32 @@ class RepairedVariants:
         if not width or width == full.shape[2]:
             return None
         key = (layer, "experts", width, number)
-        if key not in self._made:
-            factors = [self._expert_factor(layer, full, expert) for expert in range(number)]
-            made = None
-            if any(factor is not None for factor in factors):
-                weights = [
-                    full[expert, :, :width].detach() if factor is None else factor.weight(width).to(full)
-                    for expert, factor in enumerate(factors)
-                ]
-                made = _Repaired(torch.stack(weights), None)
+        if key in self._made:
+            made = self._made[key]
+        else:
+            factors = self._factors_of_experts(layer, full)[:number]
+            weights = [
+                full[expert, :, :width].detach() if factor is None else factor.weight(width).to(full)
+                for expert, factor in enumerate(factors)
+            ]
+            made = _Repaired(torch.stack(weights), None) if any(factors) else None
             self._made.put(key, made, 0 if made is None else made.bytes)
-            return None if made is None else made.weight
-        made = self._made[key]
         return None if made is None else made.weight
 
-    def _expert_factor(self, layer: int, full: Tensor, expert: int) -> _Factor | None:
-        """Of what an expert reads; None where the plain slice is better, or its moments were not gathered."""
-        key = (layer, "experts", expert)
-        if key in self._factors:
-            return self._factors[key]
-        moments, factor = self._load(layer).get(expert_place(expert)), None
-        if moments is not None and math.isfinite(moments.ridge):
-            lower = factorised(moments.to(full.device).of(centred=False), moments.ridge)
-            factor = _Factor((full[expert].detach().double() @ lower).float(), lower.float(), None)
-        self._factors.put(key, factor, 0 if factor is None else factor.bytes)
-        return factor
+    def _factors_of_experts(self, layer: int, full: Tensor) -> list[_Factor | None]:
+        """Of what each expert of a layer reads; None where the plain slice is better, or moments were not gathered."""
+        keys = [(layer, "experts", expert) for expert in range(len(full))]
+        if any(key not in self._factors for key in keys):
+            moments, made = self._load(layer), list[_Factor | None]()
+            for key, weight in zip(keys, full.detach(), strict=True):
+                own, factor = moments.get(expert_place(key[-1])), None
+                if own is not None and math.isfinite(own.ridge):
+                    lower = factorised(own.to(full.device).of(centred=False), own.ridge)
+                    factor = _Factor((weight.double() @ lower).float(), lower.float(), None)
+                made.append(factor)
+                self._factors.put(key, factor, 0 if factor is None else factor.bytes)
+            return made
+        return [self._factors[key] for key in keys]
 
     def _carries(self, projection: Projection) -> bool:
         """Whether a projection can say something of what the other half-block of its layer says."""
@@ -228,6 +229,15 @@ class RepairedVariants:
             output = bias + weight @ mean
             means = mean, output if other is None else output + other.mean.double()
         return _Factor(products.float(), lower.float(), means)
+
+
+def experts_bytes(structure: Structure) -> int:
+    """Of what all experts of a network are repaired from: `RepairedVariants` is quick where it may keep so much."""
+    hidden = structure.base.hidden_size
+    return sum(
+        4 * layer.num_experts * (hidden + layer.intermediate_size) * layer.intermediate_size
+        for layer in structure.base.layers
+    )
 
 
 def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:

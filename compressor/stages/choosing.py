@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compressor.job import Job
+from compressor.sizing import largest_in_training
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOutLosses
 from evals.speed.table import SpeedTable
 from search.objectives import Evaluation
@@ -69,7 +70,7 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
             f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
             "documents (--limit) would. Held-out loss decides"
         )
-    measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), job.structure.base
+    measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), largest_in_training(job)
     timed = [speed or 0.0 for speed in speeds]
     if len(equals) > FINALISTS:
         whole, *first = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)

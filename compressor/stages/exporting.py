@@ -17,6 +17,7 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
+from compressor.sizing import byte_limit
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.measuring import measure_packages
@@ -31,6 +32,7 @@ from export.package_record import PackageEntry, read_record, update_record
 from export.verify import TaskFiles, verify_all
 from supernet.architecture import Architecture
 from supernet.common.files import fingerprint, write_json
+from supernet.common.formatting import size
 from supernet.common.progress import Bar, bar, say
 from supernet.common.versions import versions
 from supernet.streaming import StreamedNetwork
@@ -79,7 +81,20 @@ def export(job: Job) -> list[PackageEntry]:
                 verify_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
                 progress.advance(len(proofs) - progress.done)
     run.log(f"exported: {', '.join(written)}")
-    return [read_record(run.packages / name).entry for name in written]
+    entries = [read_record(run.packages / name).entry for name in written]
+    say_what_is_too_large(job, entries)
+    return entries
+
+
+def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
+    """Name the llama.cpp files that are larger than what was asked for: their types are not picked with the size."""
+    limit = byte_limit(job)
+    for entry in entries:
+        if limit is not None and entry.layout.startswith("gguf") and entry.bytes > limit:
+            say(
+                f"warning: {entry.name} takes {size(entry.bytes)}, and {size(limit)} were asked for; bits of llama.cpp "
+                "files are not picked with the size: name a smaller type, such as --format gguf-q2_k, or fewer bytes"
+            )
 
 
 def progress_by_name(progress: Bar) -> Callable[[str], None]:
@@ -120,7 +135,7 @@ def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks
     if (architecture := Architecture.from_dict(picked["architecture"])).has_bits:
         inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": own_group(job, picked)}
         if picked.get("bits") is not None:
-            inputs["-mixed"]["quantizing"] = quantizing
+            inputs["-mixed"]["quantizing"] = {key: value for key, value in quantizing.items() if key != "group_size"}
     for layout in recipe.formats:
         if layout in ("uneven", "uniform", "elastic"):
             continue

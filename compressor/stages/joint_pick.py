@@ -141,9 +141,10 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
             f"({least.bits})"
         )
     # 2. With bits of their own for every half-block.
-    genes = bit_genes(job, uniform)
-    losses_of_bits = losses_by_bits(job, genes, group_of(job, job.structure.base))
-    found = [mixed_candidate(job, evaluation, losses_of_bits, target.max_bytes) for evaluation in sizes]
+    costs = losses_by_bits(job, bit_genes(job), group_of(job, job.structure.base))
+    if uniform:  # the plain class of a tied network holds no quantized embedding
+        costs = {gene: cost for gene, cost in costs.items() if gene.kind != "embedding_bits"}
+    found = [mixed_candidate(job, evaluation, costs, target.max_bytes) for evaluation in sizes]
     mixed = [row for row in found if row is not None]
     # 3. What each loses by its size, and by its bits.
     architectures = list(dict.fromkeys(row.sizes for row in [*fitting, *mixed]))
@@ -204,9 +205,8 @@ def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidat
     return rows
 
 
-def bit_genes(job: Job, uniform: bool) -> list[Gene]:
-    """A gene of bits for every half-block of the base, for its embedding where the package can hold a quantized one,
-    and for a head with a weight of its own."""
+def bit_genes(job: Job) -> list[Gene]:
+    """A gene of bits for every half-block of the base, for its embedding, and for a head with a weight of its own."""
     genes = []
     for index, layer in enumerate(job.structure.base.layers):
         if layer.num_key_value_heads:
@@ -214,7 +214,7 @@ def bit_genes(job: Job, uniform: bool) -> list[Gene]:
         if layer.intermediate_size:
             genes.append(Gene(f"ffn_bits.{index}", (*BITS["ffn_bits"], AS_STORED)))
     outer = tuple(sorted({bits for bits in joint_embeddings(job) if bits < AS_STORED}))
-    if outer and not uniform:
+    if outer:
         genes.append(Gene("embedding_bits", (*outer, AS_STORED)))
     if outer and not job.structure.tied:
         genes.append(Gene("head_bits", (*outer, AS_STORED)))

@@ -8,10 +8,10 @@ from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
-from compressor.stages.front import read_front
+from compressor.stages.front import read_front, scored_weights
 from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
-from compressor.stages.repairing import rounding_inputs
+from compressor.stages.repairing import rounding_inputs, searched_weights
 from compressor.stages.searching import current_front, speed_table
 from export.layouts.table import copies_hold
 from export.report.alternatives import in_words
@@ -67,6 +67,11 @@ def pick(job: Job) -> list[PickRecord]:
     """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds."""
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
+    if scored_weights(job, read_front(run.front)) != searched_weights(job):
+        say(
+            "warning: the search scored networks that were repaired otherwise; held-out losses are of today's repair: "
+            f"compressor search {shell_word(run.path)} --redo search makes them one"
+        )
     config = job.checkpoint.config
     plain = [e for e in evaluations if fits_plain_class(config, e.architecture)]
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compressor.job import Job
-from compressor.sizing import can_hold
+from compressor.sizing import JOINT, can_hold, storage_of
 from compressor.stages.picks import PickRecord
 from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from export.layouts.gguf import checks as gguf_checks
@@ -44,8 +44,23 @@ def base_schemes(job: Job, picks: Sequence[PickRecord]) -> dict[SchemeName, Embe
     named |= dict.fromkeys(scheme for scheme in ALWAYS if can_hold(job, scheme, base))
     for picked in picks:
         named |= schemes_of(job, picked)
+        named |= scheme_beside(job, picked)
     bits = job.recipe.quantizing.embedding or 8
     return {scheme: named[scheme] or bits for scheme in SCHEMES if scheme in named}
+
+
+def scheme_beside(job: Job, picked: PickRecord) -> dict[SchemeName, EmbeddingBits | None]:
+    """For a pick with bits of its own, the scheme of most bits in which the base takes no more bytes, or else of the
+    fewest; with the pick's bits of the embedding."""
+    bits = picked.get("bits")
+    if bits is None or bits["scheme"] != "mixed":
+        return {}
+    base, embedding = job.untouched.structure.base, bits["embedding"]
+    able = [scheme for scheme in JOINT if can_hold(job, scheme, base)]
+    for scheme in able:
+        if job.untouched.structure.bytes(base, storage_of(job, scheme, base, embedding)) <= bits["bytes"]:
+            return {scheme: embedding}
+    return {able[-1]: embedding}
 
 
 def base_layouts(job: Job) -> list[str]:
@@ -73,7 +88,7 @@ def base_inputs(job: Job, picks: Sequence[PickRecord], blocks: Blocks) -> dict[P
 
 def tunes(job: Job, picks: Sequence[PickRecord]) -> bool:
     """Whether the base's rounding is tuned: as that of the picks is. Where none is quantized, neither is it tuned."""
-    return any(schemes_of(job, picked) for picked in picks)
+    return any(schemes_of(job, picked) or scheme_beside(job, picked) for picked in picks)
 
 
 def untouched_ids(job: Job, ids: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,6 @@ from supernet.training.data import Blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-if TYPE_CHECKING:
-    pass
-
 
 def schemes_of(job: Job, picked: PickRecord) -> dict[SchemeName, EmbeddingBits | None]:
     """The schemes that a pick is quantized in, with the embedding's bits: those that the recipe names, and the one that
@@ -107,6 +104,11 @@ def quantize_by_architecture(
     architecture = Architecture.from_dict(picked["architecture"])
     plan = mixed_plan(job, architecture, own_group(job, picked))
     bits, tuned = plan.bits or {}, picked.get("bits") is not None
+    if tuned and job.recipe.quantizing.group_size not in (None, plan.group_size):
+        say(
+            f"warning: {folder.name}: --group-size {job.recipe.quantizing.group_size}: its bits were picked for groups "
+            f"of {plan.group_size}, which it keeps; run compressor pick to pick them for others"
+        )
     release_cached_memory(job.device)  # the child quantizes on the same device
     layers = len(architecture.kept)
     with bar(f"quantizing {source.name}", layers) as progress:

@@ -18,18 +18,18 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import fingerprint, replacing
-from supernet.common.formatting import parse_bytes
+from supernet.common.formatting import parse_bytes, size
 from supernet.common.progress import bar, say
 from supernet.moments import gather, layer_file, load_moments, save_moments
-from supernet.repair import RepairedVariants, repair_in_sequence
+from supernet.repair import RepairedVariants, experts_bytes, repair_in_sequence
 from supernet.routed import FILE as ROUTED
 from supernet.routed import RoutedDeltas, check_stored
 from supernet.variants import FixedVariants, Variants
 
 BATCH = 8
 """Blocks of calibration text in a pass."""
-METHOD, METHOD_OF_EXPERTS = "halves", "halves, experts"
-"""Change with what is refitted, so that scores of repaired networks are of one kind."""
+METHOD = "halves"
+"""Changes with what is refitted, so that scores of repaired networks are of one kind."""
 
 
 class Rounding(TypedDict):
@@ -40,13 +40,23 @@ class Rounding(TypedDict):
 
 
 def repair_inputs(job: Job) -> dict[str, object]:
-    """What repaired weights depend on beside the super-network's; empty where repair is off."""
+    """What a repaired pick depends on beside the super-network's weights; empty where repair is off."""
     if not job.recipe.repair.enabled:
         return {}
     settings = job.recipe.finetuning
     text = [text_fingerprint(job, settings.tokens or 0), job.recipe.text_key, settings.sequence_length]
-    method = METHOD_OF_EXPERTS if any(layer.num_experts for layer in job.structure.base.layers) else METHOD
-    return {"repair": [method, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
+    return {"repair": [METHOD, job.recipe.repair.tokens, fingerprint(text), str(job.compute_dtype)]}
+
+
+def search_repair_inputs(job: Job) -> dict[str, object]:
+    """The same of the repaired sub-networks of a search, in which experts may be sliced plainly."""
+    return repair_inputs(job) | ({"experts": METHOD} if repairs_experts(job) else {})
+
+
+def repairs_experts(job: Job) -> bool:
+    """Whether a search repairs stacked experts: where there are some, and all of them fit in what it may keep."""
+    needed = experts_bytes(job.structure)
+    return bool(repair_inputs(job)) and 0 < needed <= parse_bytes(job.recipe.repair.memory)
 
 
 def rounding_inputs(job: Job) -> Rounding:
@@ -55,8 +65,8 @@ def rounding_inputs(job: Job) -> Rounding:
 
 
 def repaired_weights(job: Job) -> str:
-    """Fingerprint of the super-network's weights and of how they are repaired."""
-    weights, repair = job.run.supernet_weights, repair_inputs(job)
+    """Fingerprint of the super-network's weights and of how they are repaired in a search."""
+    weights, repair = job.run.supernet_weights, search_repair_inputs(job)
     return fingerprint([weights, repair]) if repair else weights
 
 
@@ -96,9 +106,12 @@ def variants_by_size(job: Job, supernet: SuperNetwork) -> Variants | None:
         return None
     folder, of = job.run.path / "moments", repaired_weights(job)
     if not job.run.whole(folder, of):
+        if experts_bytes(job.structure) and not repairs_experts(job):
+            needed = size(experts_bytes(job.structure))
+            say(f"note: experts are sliced plainly in the search, as their repair takes {needed} (repair.memory)")
         text = calibration_text(job)
         with job.run.stage(folder, of) as (partial, _), bar("gathering moments", len(supernet.layers)) as progress:
-            for index, moments in gather(supernet, text):
+            for index, moments in gather(supernet, text, experts=repairs_experts(job)):
                 save_moments(moments, layer_file(partial, index), of)
                 progress.advance()
     memory = parse_bytes(job.recipe.repair.memory)
@@ -143,7 +156,10 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
     if architecture.hidden_size != job.structure.base.hidden_size:
         say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
         return None
-    file = job.run.path / "repair" / f"{architecture.key}-{repaired_weights(job)}.safetensors"
+    # Before experts were repaired, those of networks with experts had the name without the last part.
+    kind = "-experts" if any(layer.num_experts for layer in job.structure.base.layers) else ""
+    of = fingerprint([job.run.supernet_weights, repair_inputs(job)])
+    file = job.run.path / "repair" / f"{architecture.key}-{of}{kind}.safetensors"
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)

@@ -9,7 +9,7 @@ from compressor.job import Job
 from compressor.recipe import EarlierSearch, Searching, Targets, former_names
 from compressor.run import Run
 from compressor.stages.front import FrontRecord, SearchPart, read_front
-from compressor.stages.repairing import repair_inputs, rounding_inputs
+from compressor.stages.repairing import rounding_inputs, search_repair_inputs
 from compressor.stages.score_keys import fidelities, score_keys
 from compressor.stages.warm_start import sources
 from search.objectives import Evaluation
@@ -34,7 +34,7 @@ def search_inputs(job: Job, weights: str) -> dict[str, object]:
         "seed": recipe.seed,
         "device": device_name(job.device),
         "speed_table": repr(job.given_speed_table()) if recipe.speed_table is not None else None,
-        **repair_inputs(job),
+        **search_repair_inputs(job),
         **rounding_inputs(job),
     }
 

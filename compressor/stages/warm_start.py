@@ -13,7 +13,7 @@ from compressor.run import Run
 from compressor.schedule import stage
 from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
 from compressor.stages.front import read_front
-from compressor.stages.repairing import repair_inputs, rounded_variants, search_variants, searched_weights
+from compressor.stages.repairing import rounded_variants, search_repair_inputs, search_variants, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
 from search.bit_assignment import Losses, spread_by_bytes, with_bits, with_gene
@@ -94,7 +94,7 @@ def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
     text = rows_fingerprint(job, 0)
     inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
-    inputs += [*repair_inputs(job).values(), METHOD]
+    inputs += [*search_repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         variants = layer_variants(job.space)
@@ -157,7 +157,7 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
     whole = job.structure.parameters(job.structure.base)
     sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
     inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), rows_fingerprint(job, 0), sizes]
-    inputs += [*repair_inputs(job).values()]
+    inputs += [*search_repair_inputs(job).values()]
     file = job.run.search / f"proposals-{method.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
         say(f"{method.name}: what baselines would cut")

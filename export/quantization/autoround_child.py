@@ -100,7 +100,7 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     target.mkdir()
     # 1. Weights and configuration: AutoRound's, or the source's where no layer is under the scheme.
     if set(plan.left_out) | as_stored | outside == set(linear):
-        raw, config = source, configuration({"group_0": CHANNEL_GROUP}, ignored=sorted(outside))
+        raw, config = source, configuration({"group_0": CHANNEL_GROUP}, ignored=sorted(outside | as_stored))
     else:
         raw = _autoround(model, job, plan, ids, target / "raw")
         config = read_json(raw / "config.json")["quantization_config"]

@@ -76,7 +76,7 @@ SCHEMES: dict[SchemeName, Scheme] = {
 
 
 MIXED = Scheme("W4A16", 2, 9.0)
-"""Of packages named `mixed`, whose layers have bits of their own, as a search of sizes and bits found them."""
+"""Of packages named `mixed`, whose half-blocks have bits of their own; AutoRound is told those of each layer."""
 FormName = Literal[SchemeName, "mixed"]
 
 

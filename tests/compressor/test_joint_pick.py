@@ -11,13 +11,16 @@ import pytest
 from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
-from compressor.stages.exporting import export
+from compressor.stages.exporting import export, say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
 from compressor.stages.picking import measured, pick
+from compressor.stages.quantized_base import base_schemes, tunes
 from compressor.stages.reporting import report
 from compressor.stages.searching import speed_table
 from search.pareto import Target
+from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
+from supernet.slicing import fits_plain_class
 from supernet.training.data import HELD_OUT_BLOCKS
 from tests.support import tiny
 from tests.support.export_networks import tiny_tokenizer
@@ -88,13 +91,20 @@ def test_the_lowest_loss_that_fits_is_picked(searched: Path, tmp_path: Path) -> 
         pick_with_bits(job, measured(job), Target(max_bytes=100), uniform=False)
 
 
-def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path, tmp_path: Path) -> None:
+def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("xllamacpp")
     given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0"}
     job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
     (picked,) = pick(job)
     assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] == "mixed"
-    export(job)
+    gguf = export(job)[-1]
+    capsys.readouterr()
+    say_what_is_too_large(job, [gguf])
+    assert gguf.name == "best-gguf-q8_0" and not capsys.readouterr().err
+    say_what_is_too_large(job, [gguf.model_copy(update={"bytes": 60_001})])
+    assert "best-gguf-q8_0 takes 60.0 kB, and 60.0 kB were asked for" in capsys.readouterr().err
     shown = report(job).model_dump(mode="json", by_alias=True)
     names = [package["name"] for package in shown["packages"]]
     assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0"]
@@ -118,6 +128,25 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(searched: Path,
     stamps = [file.stat().st_mtime_ns for file in files]
     export(job)
     assert len(files) == len(names) + len(bases) and [file.stat().st_mtime_ns for file in files] == stamps
+
+
+def test_a_plain_class_holds_mixed_bits_and_the_base_is_tuned_beside_them(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="60kB", formats="uneven,uniform")
+    uneven, uniform = pick(job)
+    measured_once = (job.run.search / "bits.json").stat().st_mtime_ns
+    pick(job)
+    assert (job.run.search / "bits.json").stat().st_mtime_ns == measured_once
+    assert [row["name"] for row in (uneven, uniform)] == ["best", "best-uniform"]
+    assert uniform["bits"] is not None and uniform["bits"]["scheme"] == "mixed" and uniform["bits"]["embedding"] == 16
+    network = Architecture.from_dict(uniform["architecture"])
+    assert network.has_bits and not network.embedding_bits
+    assert fits_plain_class(job.checkpoint.config, network.without_bits())
+    # The base is tuned as these are, and there in the scheme that takes no more bytes, or in the smallest.
+    assert tunes(job, [uniform]) and not tunes(job, [{**uniform, "bits": None}])
+    assert uneven["bits"] is not None
+    for stored, beside in ((1, {"int2"}), (10**6, set())):
+        other = {**uneven, "bits": {**uneven["bits"], "bytes": stored}}
+        assert set(base_schemes(job, [other])) == {"int8", "int4"} | beside
 
 
 @pytest.mark.parametrize(

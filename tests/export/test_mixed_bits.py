@@ -125,7 +125,7 @@ def test_tuned_packages_hold_the_same_bits_and_lose_less(tmp_path: Path) -> None
     torch.manual_seed(0)
     model = tiny_llama(head_dim=32)
     structure = describe(model.config)
-    of_layers = zip(UNEVEN.layers, (2, 4, 0, 3), (0, 3, 4, 0), strict=True)
+    of_layers = zip(UNEVEN.layers, (8, 4, 0, 3), (0, 2, 8, 0), strict=True)
     layers = [replace(layer, attention_bits=a, ffn_bits=f) for layer, a, f in of_layers]
     architecture = replace(UNEVEN, layers=tuple(layers), embedding_bits=8, head_bits=8)
     network = extract(model, structure, UNEVEN)

@@ -17,7 +17,7 @@ from supernet.experts import FEWEST_TOKENS, Experts, Routed, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
 from supernet.moments import Sums, expert_place, gather, layer_file, load_moments, refit, save_moments
-from supernet.repair import RepairedVariants, repair_in_sequence
+from supernet.repair import RepairedVariants, experts_bytes, repair_in_sequence
 from supernet.variants import Variants
 from tests.support.tiny_families import tiny_network
 
@@ -74,7 +74,7 @@ def test_in_a_search_each_expert_is_fitted_to_its_own_output(family: str, tmp_pa
     index = first_sparse(supernet)
     experts, full = stacked_experts(supernet)[index], supernet.base.layers[index]
     text, seen = rows_of_text(512), list[tuple[Tensor, Tensor, Tensor]]()
-    gathered = dict(gather(supernet, text))
+    gathered = dict(gather(supernet, text, experts=True))
     for layer, moments in gathered.items():
         save_moments(moments, layer_file(tmp_path, layer), "w")
     variants = RepairedVariants(supernet, lambda layer: load_moments(layer_file(tmp_path, layer), "w"), 2**30)
@@ -114,7 +114,7 @@ def test_a_search_sees_experts_nearer_to_the_uncut_ones(family: str) -> None:
     index = first_sparse(supernet)
     full, text = supernet.base.layers[index], rows_of_text(512)
     architecture = cut_in(supernet, index, replace(full, intermediate_size=full.intermediate_size // 2))
-    moments = dict(gather(supernet, text))
+    moments = dict(gather(supernet, text, experts=True))
 
     def behind(architecture: Architecture, variants: Variants | None) -> Tensor:
         supernet.use(variants)
@@ -131,18 +131,41 @@ def test_a_search_sees_experts_nearer_to_the_uncut_ones(family: str) -> None:
     assert (repaired - whole).square().sum() < (sliced - whole).square().sum()
 
 
-def test_experts_that_are_too_large_are_sliced_plainly_and_said(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("supernet.moments.MOST_OF_EXPERTS", 100)
-    supernet = SuperNetwork(tiny_network("mixtral"))
-    moments = dict(gather(supernet, rows_of_text()))
-    assert "too large to be repaired in a search; the pick's are" in capsys.readouterr().err
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expert_to_which_nothing_came_is_sliced_plainly(family: str, tmp_path: Path) -> None:
+    supernet = SuperNetwork(tiny_network(family))
     index = first_sparse(supernet)
+    experts, full = stacked_experts(supernet)[index], supernet.base.layers[index]
+
+    def without_the_first(_: object, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        states, chosen, weights = inputs
+        return states, torch.where(chosen == 0, 1, chosen), weights
+
+    with Hooks([experts.module.register_forward_pre_hook(without_the_first)]):
+        gathered = dict(gather(supernet, rows_of_text(512), experts=True))
+    assert expert_place(0) not in gathered[index] and expert_place(1) in gathered[index]
+    for layer, moments in gathered.items():
+        save_moments(moments, layer_file(tmp_path, layer), "w")
+    variants = RepairedVariants(supernet, lambda layer: load_moments(layer_file(tmp_path, layer), "w"), 2**30)
+    width = full.intermediate_size // 2
+    repaired = variants.tensor(experts.name, replace(full, intermediate_size=width))
+    assert repaired is not None and torch.equal(repaired[0], experts.outputs[0, :, :width])
+    assert not torch.equal(repaired[1], experts.outputs[1, :, :width])
+
+
+def test_experts_are_gathered_where_they_are_asked_for() -> None:
+    supernet = SuperNetwork(tiny_network("mixtral"))
+    index = first_sparse(supernet)
+    moments = dict(gather(supernet, rows_of_text()))
+    assert expert_place(0) not in moments[index]
     full = supernet.base.layers[index]
     variants = RepairedVariants(supernet, moments.__getitem__, 2**30)
     halved = replace(full, intermediate_size=full.intermediate_size // 2)
     assert variants.tensor(stacked_experts(supernet)[index].name, halved) is None
+    each = 4 * full.intermediate_size * (full.intermediate_size + supernet.base.hidden_size)
+    sparse = [layer for layer in supernet.base.layers if layer.num_experts]
+    assert experts_bytes(supernet.structure) == each * full.num_experts * len(sparse)
+    assert experts_bytes(SuperNetwork(tiny_network("llama")).structure) == 0
 
 
 def routed(experts: Experts, tokens: int, each: int) -> Routed:

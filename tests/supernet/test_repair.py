@@ -117,7 +117,7 @@ def test_refit_finds_the_target_and_starts_from_the_slice() -> None:
 
 
 def provider(supernet: SuperNetwork, memory: int = 2**30) -> RepairedVariants:
-    moments = dict(gather(supernet, text()))
+    moments = dict(gather(supernet, text(), experts=True))
     return RepairedVariants(supernet, moments.__getitem__, memory)
 
 
