@@ -24,6 +24,10 @@ NEAR = 0.25
 """By how much more a near network's loss may lie above the whole network's than the lowest does, as a share of that."""
 
 
+STEP = 0.05
+"""Share by which one finalist is faster than another, at least."""
+
+
 def near(losses: Numbers, stderrs: Numbers, whole: float) -> list[int]:
     """Indices of those near the lowest loss, that one first: by `NEAR`, or within two standard errors of it.
 
@@ -52,6 +56,33 @@ def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float) 
     between = [i for i in within if losses[i] <= losses[fastest] and speeds[i] >= speeds[within[0]]]
     values = np.array([[losses[i], -speeds[i]] for i in between])
     return {"quality": within[0], "speed": fastest, "balanced": between[knee(values)]}
+
+
+def ordered(prefer: Preference, losses: Numbers, speeds: Numbers, whole: float) -> list[int]:
+    """Indices of networks that were healed on some tokens, in the order in which they go on: by increasing loss; for
+    `speed` first the near ones, the fastest first; for `balanced` first the one that is taken of these."""
+    exact = [0.0] * len(losses)  # of the same text and tokens
+    order = np.argsort(np.asarray(losses), kind="stable").tolist()
+    first: list[int] = []
+    if prefer == "speed":
+        first = sorted(near(losses, exact, whole), key=lambda i: -speeds[i])
+    elif prefer == "balanced":
+        first = [preferred(losses, exact, speeds, whole)["balanced"]]
+    return [*first, *(i for i in order if i not in first)]
+
+
+def faster(losses: Numbers, speeds: Numbers, than: int, n: int) -> list[int]:
+    """Indices of at most `n` that are worth healing to see whether they come near: none beats them in loss and speed,
+    and each is faster by `STEP` at least than the one before it, number `than` first; by increasing loss."""
+    from search.pareto import non_dominated  # as above
+
+    front = non_dominated(np.array([[loss, -speed] for loss, speed in zip(losses, speeds, strict=True)])).tolist()
+    chosen, speed = list[int](), speeds[than]
+    for i in sorted(front, key=lambda i: losses[i]):
+        if speeds[i] >= (1 + STEP) * speed and len(chosen) < n:
+            chosen.append(i)
+            speed = speeds[i]
+    return chosen
 
 
 def shortlist(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOutLoss
 from evals.speed.table import SpeedTable
 from search.objectives import Evaluation
 from search.pareto import Target, contenders, knee, meeting
-from search.preference import Preference, preferred, shortlist
+from search.preference import Preference, faster, preferred, shortlist
 from search.scores import Score
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.progress import say
@@ -40,6 +40,8 @@ class Choices:
 
     by_preference: dict[Preference, Choice]
     nearest: list[Choice]
+    faster: list[Choice] = field(default_factory=list)
+    """Where finalists are healed and speed is preferred: what is faster than the pick and may come near by healing."""
 
 
 def choose(job: Job, evaluations: list[Evaluation], target: Target) -> Evaluation:
@@ -79,7 +81,13 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
     taken = preferred(*loss_columns(losses), [timed[i] for i in numbers], whole.value)
     listed = [Choice(equals[i], loss, speeds[i]) for i, loss in zip(numbers, losses, strict=True)]
     nearest = sorted(listed, key=lambda choice: choice.loss.value if choice.loss else 0.0)
-    return Choices({name: listed[i] for name, i in taken.items()}, nearest)
+    others = 0 if job.recipe.prefer == "quality" or not job.recipe.healing.tokens else job.recipe.healing.finalists - 1
+    beyond = []
+    if others:  # by the losses of all, on as many blocks
+        known = first if len(equals) > FINALISTS else losses
+        pick = numbers[taken[job.recipe.prefer]]
+        beyond = [Choice(equals[i], known[i], speeds[i]) for i in faster(loss_columns(known)[0], timed, pick, others)]
+    return Choices({name: listed[i] for name, i in taken.items()}, nearest, beyond)
 
 
 def within_drop(job: Job, found: list[Evaluation]) -> Choices:

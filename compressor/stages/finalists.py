@@ -8,6 +8,7 @@ the last round. What was healed is kept in `subnets/` until the best is known, s
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, inf, log2
 from pathlib import Path
@@ -21,13 +22,15 @@ from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_files import Inputs, cut_inputs, is_made_from, load_healed
 from export.package import write_package
 from export.package_record import read_record
+from search.preference import Preference, ordered
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 from supernet.streaming import StreamedNetwork
-from supernet.training.data import Blocks
+from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.loop import TrainSettings
+from supernet.training.losses import held_out_loss
 from supernet.training.supernet_training import heal
 
 FURTHER_SEED = 7919
@@ -92,9 +95,10 @@ def best_finalist(job: Job, picked: PickRecord, blocks: Blocks) -> tuple[PickRec
         if keys != list(places):
             raise ValueError("keys of finalists are not those of their architectures")
     # 1. What was chosen before is as it was.
-    rounds = _Rounds(job, picked["name"], blocks, plan)
+    rounds = _Rounds(job, picked, blocks, plan)
     file = job.run.subnets / f"{picked['name']}-finalists.json"
-    wanted = fingerprint([keys, plan, rounds.inputs_of(keys[0], 0)])
+    by = [] if rounds.prefer == "quality" else [rounds.prefer]
+    wanted = fingerprint([keys, plan, rounds.inputs_of(keys[0], 0), *by])
     with reading(f"{file}: not what this version writes; remove it"):
         known = dict(read_json(file)) if file.is_file() else {}
     best = str(known.get("best"))
@@ -113,8 +117,11 @@ class _Rounds:
     """The rounds of one pick but the last. Every network of every round is kept in `subnets/NAME-finalist-KEY-ROUND`,
     its held-out loss with it."""
 
-    def __init__(self, job: Job, name: str, blocks: Blocks, plan: list[tuple[int, int]]) -> None:
-        self.job, self.name, self.blocks, self.plan = job, name, blocks, plan
+    def __init__(self, job: Job, picked: PickRecord, blocks: Blocks, plan: list[tuple[int, int]]) -> None:
+        self.job, self.name, self.blocks, self.plan = job, picked["name"], blocks, plan
+        self.prefer: Preference = picked.get("prefer", "quality")
+        finalists = picked.get("finalists", [])
+        self._speeds = {row["key"]: row["values"].get("decode_tps") or 0.0 for row in finalists}
 
     def run(self, left: list[Architecture]) -> tuple[str, list[Round]]:
         """The key of the best finalist, and the tokens and held-out losses of every round, nats per token."""
@@ -123,11 +130,21 @@ class _Rounds:
         for number, (count, tokens) in enumerate(self.plan[:-1]):
             say(f"{self.name}: round {number + 1} of the finalists: {count} networks, {tokens:,} tokens each")
             losses = {a.key: self.loss(a, number) for a in left[:count]}
-            left = sorted(left[:count], key=lambda a: losses[a.key])  # of the same loss, the nearer pick stays
+            left = self.ordered(left[:count], losses)
             record.append({"tokens": tokens, "losses": losses})
         shown = ", ".join(f"{key[:8]} {loss:.4f}" for key, loss in record[0]["losses"].items())
         say(f"{self.name}: {left[0].key[:8]} is the best of the finalists (held-out losses after a round: {shown})")
         return left[0].key, record
+
+    def ordered(self, left: list[Architecture], losses: Mapping[str, float]) -> list[Architecture]:
+        """In the order in which they go on, by what the pick preferred; of the same loss, the nearer pick stays."""
+        whole = 0.0
+        if self.prefer != "quality":
+            _, held_out = self.blocks.split()
+            part = held_out.part(0, HELD_OUT_BLOCKS)
+            whole = held_out_loss(self.job.load_base(), part, self.settings(0).batch_size, self.job.device)
+        places = ordered(self.prefer, [losses[a.key] for a in left], [self._speeds[a.key] for a in left], whole)
+        return [left[place] for place in places]
 
     def folder(self, key: str, number: int | None = None) -> Path:
         """Where a network is as a round left it, by default the last but one of all."""

@@ -157,10 +157,12 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
 
 
 def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
-    """What may be healed beside a pick: first itself, then the nearest by held-out loss. Where speed is preferred, none
-    that is slower by more than `SLOWER`."""
+    """What may be healed beside a pick: first itself, then the nearest by held-out loss. Where speed is preferred, what
+    is faster and may come near by healing, and then none that is slower by more than `SLOWER`."""
     others = [choice for choice in found.nearest if choice.key != chosen.key]
     if job.recipe.prefer != "quality":
+        keys = {choice.key for choice in found.faster}
+        others = found.faster + [choice for choice in others if choice.key not in keys]
         least = (1 - SLOWER) * (chosen.decode_tps or 0.0)
         others = [choice for choice in others if (choice.decode_tps or 0.0) >= least]
     return [chosen, *others]
@@ -169,7 +171,8 @@ def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
 def network_of(choice: Choice) -> NetworkRecord:
     """The network of a choice and what was measured of it, as picks.json holds them."""
     record = choice.evaluation.to_dict()
-    return {"architecture": record["architecture"], "key": record["key"], "values": record["values"]}
+    values = record["values"] if choice.decode_tps is None else {**record["values"], "decode_tps": choice.decode_tps}
+    return {"architecture": record["architecture"], "key": record["key"], "values": values}
 
 
 def numbers(job: Job, choice: Choice, base_tps: float) -> ChoiceNumbers:

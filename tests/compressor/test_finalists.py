@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from compressor import cli
+from compressor import cli, pipeline
+from compressor.inputs import training_blocks
 from compressor.stages.finalists import rounds_of
+from search.preference import ordered
 from supernet.training import supernet_training
+from supernet.training.data import HELD_OUT_BLOCKS
+from supernet.training.losses import held_out_loss
 from tests.support import tiny
 
 TOKENS = 3072
@@ -94,6 +98,23 @@ def test_the_best_finalist_ships(
     # Picked and exported again, it heals nothing again.
     assert cli.run(["pick", str(run)]) == 0 and cli.run(["export", str(run)]) == 0
     assert len(read) == 6 and pick_of(run)["key"] == record["best"]
+
+
+def test_where_speed_is_preferred_the_fastest_of_the_near_ones_goes_on(made: Made, tmp_path: Path) -> None:
+    run = made.copy(tmp_path / "run")
+    assert cli.run(["pick", str(run), "--prefer", "speed"]) == 0
+    before = pick_of(run)
+    speeds = {row["key"]: row["values"]["decode_tps"] for row in before["finalists"]}
+    assert before["finalists"][0]["key"] == before["key"] and len(speeds) > 1
+    assert all(speed >= 0.97 * speeds[before["key"]] for speed in speeds.values())
+    assert cli.run(["export", str(run)]) == 0
+    record = json.loads((run / "subnets" / "best-finalists.json").read_text())
+    last = record["rounds"][-1]["losses"]
+    job = pipeline.resume(run, {})
+    _, held_out = training_blocks(job, TOKENS).split()
+    whole = held_out_loss(job.load_base(), held_out.part(0, HELD_OUT_BLOCKS), 4, job.device)
+    first, *_ = ordered("speed", list(last.values()), [speeds[key] for key in last], whole)
+    assert record["best"] == list(last)[first] == pick_of(run)["key"]
 
 
 def test_interrupted_finalists_go_on(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search.preference import near, preferred, shortlist
+from search.preference import faster, near, ordered, preferred, shortlist
 
 LOSSES = [1.30, 1.00, 1.02, 1.04, 1.06, 1.50]
 STDERRS = [0.03] * 6
@@ -39,3 +39,20 @@ def test_preferences_by_hand() -> None:
 def test_the_shortlist_has_the_best_and_the_fastest_of_the_near_ones() -> None:
     assert shortlist(LOSSES, STDERRS, SPEEDS, BASE, 2) == [1, 2, 4]
     assert shortlist(LOSSES, STDERRS, SPEEDS, BASE, 9) == [1, 2, 3, 4, 0, 5]
+
+
+def test_what_goes_on_by_each_preference() -> None:
+    losses, speeds = [1.20, 1.00, 1.04, 1.05], [400.0, 100.0, 300.0, 200.0]
+    assert ordered("quality", losses, speeds, 0.80) == [1, 2, 3, 0]
+    assert ordered("speed", losses, speeds, 0.80) == [2, 3, 1, 0]  # near: up to 1.05
+    assert ordered("balanced", losses, speeds, 0.80) == [1, 2, 3, 0]  # nothing lies between 1 and 2
+    assert ordered("speed", losses, speeds, 0.0) == [0, 2, 3, 1]  # up to 1.25
+
+
+def test_what_is_faster_and_may_come_near() -> None:
+    losses = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    speeds = [100.0, 103.0, 120.0, 110.0, 124.0, 180.0]
+    # 103 is no 5 % faster than 100, 110 is slower than 120 and worse, and 124 is no 5 % faster than 120.
+    assert faster(losses, speeds, 0, 3) == [2, 5]
+    assert faster(losses, speeds, 0, 1) == [2]
+    assert faster(losses, speeds, 5, 3) == []
