@@ -20,7 +20,7 @@ PREFERENCES: tuple[Preference, ...] = get_args(Preference)
 Numbers = Sequence[float] | NDArray[np.float64]
 
 
-NEAR = 0.25
+NEAR = 0.5
 """By how much more a near network's loss may lie above the whole network's than the lowest does, as a share of that."""
 
 
