@@ -25,8 +25,6 @@ from supernet.slicing import fits_plain_class
 
 GAP = 0.05
 """Share of a size by which a pick may be smaller without a word."""
-SLOWER = 0.03
-"""Share by which a finalist may be slower than a pick that was preferred for its speed."""
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -157,15 +155,10 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
 
 
 def finalists(job: Job, chosen: Choice, found: Choices) -> list[Choice]:
-    """What may be healed beside a pick: first itself, then the nearest by held-out loss. Where speed is preferred, what
-    is faster and may come near by healing, and then none that is slower by more than `SLOWER`."""
+    """What may be healed beside a pick: first itself, then the nearest by held-out loss or, where speed is preferred,
+    what is faster and may come near by healing."""
     others = [choice for choice in found.nearest if choice.key != chosen.key]
-    if job.recipe.prefer != "quality":
-        keys = {choice.key for choice in found.faster}
-        others = found.faster + [choice for choice in others if choice.key not in keys]
-        least = (1 - SLOWER) * (chosen.decode_tps or 0.0)
-        others = [choice for choice in others if (choice.decode_tps or 0.0) >= least]
-    return [chosen, *others]
+    return [chosen, *(others if job.recipe.prefer == "quality" else found.faster)]
 
 
 def network_of(choice: Choice) -> NetworkRecord:
