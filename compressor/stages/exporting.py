@@ -60,18 +60,22 @@ def export(job: Job) -> list[PackageEntry]:
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
                 wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
-            missing = {folder: i for folder, i in wanted.items() if job.redo == "export" or not is_proved(folder, i)}
+            missing = {f: inputs for f, inputs in wanted.items() if job.redo == "export" or not is_made_from(f, inputs)}
+            reference = Path(scratch) / f"{name}.safetensors"
             if missing:
-                reference = Path(scratch) / f"{name}.safetensors"
                 write_packages(job, picked, blocks, missing, reference, start)
                 for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # other inputs' too
                     left.unlink()
-                # A copy of a package that was there already is compared with that package's probe.
-                proofs += [(folder, reference if reference.is_file() else None) for folder in missing]
+            # An export that was interrupted may have left some unproved. What was there already, and copies of it, are
+            # compared with its probe.
+            unproved = [folder for folder in wanted if not read_record(folder).entry.verified]
+            remember_vocabulary(job, unproved)
+            fresh = reference if reference.is_file() else None
+            proofs += [(folder, fresh if folder in missing else None) for folder in unproved]
         bases = base_inputs(job, picks, blocks)
-        missing = {folder: i for folder, i in bases.items() if job.redo == "export" or not is_proved(folder, i)}
+        missing = {f: inputs for f, inputs in bases.items() if job.redo == "export" or not is_made_from(f, inputs)}
         write_base(job, missing, picks, blocks)
-        proofs += [(folder, None) for folder in missing]
+        proofs += [(folder, None) for folder in bases if not read_record(folder).entry.verified]
         measure_packages(job, written, [folder.name for folder in bases])
         if proofs:
             # The proof is computed on the CPU: what took a GPU to score would take it hours.
@@ -218,7 +222,6 @@ def write_packages(
             write_copy = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
         with job.schedule.stage("healing"):
             write_copy(layout, built, destination=folder, entry=named, lineage=own_lineage)
-    remember_vocabulary(job, missing)
 
 
 def logit_differences(job: Job) -> dict[str, float] | None:
@@ -236,11 +239,6 @@ def remember_vocabulary(job: Job, packages: Iterable[Path]) -> None:
     record, splits = job.vocabulary.record.model_dump(), [split.model_dump() for split in job.vocabulary.splits]
     for package in packages:
         update_record(package, entry={"vocabulary": record}, probe={"splits": splits})
-
-
-def is_proved(folder: Path, inputs: Inputs) -> bool:
-    """Whether this package is there and whole, proved, and was made from the same inputs."""
-    return is_made_from(folder, inputs) and bool(read_record(folder).entry.verified)
 
 
 def shipped_network(

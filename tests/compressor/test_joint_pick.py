@@ -17,6 +17,7 @@ from compressor.stages.picking import measured, pick
 from compressor.stages.quantized_base import base_schemes, tunes
 from compressor.stages.reporting import report
 from compressor.stages.searching import speed_table
+from export.package_record import read_record
 from search.pareto import Target
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -128,6 +129,27 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     stamps = [file.stat().st_mtime_ns for file in files]
     export(job)
     assert len(files) == len(names) + len(bases) and [file.stat().st_mtime_ns for file in files] == stamps
+
+
+def test_what_was_made_and_not_yet_proved_is_not_made_again(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="60kB", **{"quantizing.schemes": "int8"})
+    pick(job)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("compressor.stages.exporting.verify_all", interrupted)
+        export(job)
+    files = sorted(job.run.packages.glob("*/model*.safetensors"))
+    assert {file.parent.name for file in files} >= {"best", "best-int8", "best-mixed", "base-int8", "base-int4"}
+    assert not any(read_record(file.parent).entry.verified for file in files)
+    stamps = [file.stat().st_mtime_ns for file in files]
+    export(job)
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    assert all(read_record(file.parent).entry.verified for file in files)
 
 
 def test_a_plain_class_holds_mixed_bits_and_the_base_is_tuned_beside_them(searched: Path, tmp_path: Path) -> None:
