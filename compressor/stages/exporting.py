@@ -271,7 +271,7 @@ def shipped_network(
     if not recipe.healing.tokens:
         return cut
     inputs = network_inputs(job, cut_out(picked).key, blocks, start)
-    if is_made_from(healed, inputs):
+    if is_made_from(healed, inputs) and (healed / HEALING).is_file():  # which is written last
         return load_healed(cut, healed, held_dtype(job)).to(job.device)
     state = run.subnets / f".{name}-{fingerprint(inputs)}.training.safetensors"
     settings = healing_settings(job, blocks, start)
