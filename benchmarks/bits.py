@@ -1,7 +1,7 @@
 """Size and bits together against size first, bits afterwards, and against bits alone: bits per byte at equal bytes.
 
     python -m benchmarks.bits RUN [RUN ...] --bytes 3.3MB 2.9MB 2.55MB --new FILE.jsonl [--heal-tokens 200000]
-        [--genes RUN ...]
+        [--genes RUN ...] [--embeddings 0.618]
 
 Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways
 choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
@@ -183,6 +183,26 @@ def bits_in_words(job: Job, candidate: Candidate) -> str:
     return f"{own:.1f} bits in the mean, embedding in {architecture.embedding_bits or 16} bits"
 
 
+def print_embeddings(job: Job, share: float, texts: list[str]) -> None:
+    """INT4 of the measured network, or the whole one, that is nearest to a share of the parameters, rounded to nearest,
+    with its embedding in 16, 8 and 4 bits, beside the same unquantized."""
+    of_base = job.untouched_parameters
+    known = [whole_network(job), *measured(job)]
+    nearest = min(known, key=lambda evaluation: abs(evaluation.values["parameters"] / of_base - share))
+    architecture = nearest.architecture
+    print_header("parameters", "embedding", "bytes", "bits per byte", right_from=0)
+    forms: list[EmbeddingBits | None] = [None, 16, 8, 4]
+    for embedding in forms:
+        storage = None if embedding is None else storage_of(job, "int4", architecture, embedding)
+        bits = Bits(None if embedding is None else "int4", embedding)
+        network = made(job, Candidate(nearest, bits, storage, 0), 0)
+        score, length = logits_of(network), min(256, network.config.max_position_embeddings)
+        stored = job.structure.bytes(architecture, storage)
+        name = "unquantized" if embedding is None else f"{embedding} bits"
+        found = f"{bits_per_byte(score, length, job.tokenizer, texts):.4f}"
+        print_row(f"{nearest.values['parameters'] / of_base:.3f}", name, f"{stored:,}", found)
+
+
 def made(job: Job, candidate: Candidate, tokens: int) -> Any:
     """The network of a candidate, healed and rounded."""
     architecture = candidate.architecture.without_bits()
@@ -255,6 +275,7 @@ def main() -> None:
         "heal_tokens": 0,
         "mixed": (False, "also the bits that AutoRound's AutoScheme chooses, some minutes for each budget and RUN"),
         "genes": ([""], "runs that searched sizes and bits, one for each RUN"),
+        "embeddings": (float, "share of the parameters: INT4 of the first RUN's network of that size instead"),
     }
     parser = make_parser(__doc__, **own)
     parser.add_argument("runs", nargs="+", help="runs that were searched, one for each seed")
@@ -262,6 +283,10 @@ def main() -> None:
     if arguments.new is None:
         parser.error("--new is missing")
     torch.set_num_threads(1)
+    if arguments.embeddings is not None:
+        texts = [json.loads(line)["text"] for line in Path(arguments.new).read_text(encoding="utf-8").splitlines()]
+        print_embeddings(resume(Path(arguments.runs[0]), {}), arguments.embeddings, texts[: arguments.documents])
+        return
     results = compare(arguments)
     against = []
     for ways in results.values():

@@ -2,8 +2,9 @@
 between the two.
 
 Scores tell networks apart that lie more than two standard errors from the best (`pareto.contenders`). Of the rest,
-held-out loss says which are near the best. It is that before healing: healing takes most of it back, and leaves the
-losses above the whole network's in about the proportions that they had (`docs/results.md`), so nearness is a share.
+held-out loss says which are near the best. It is that before healing, which takes most of it back. On stories260K it
+left the losses above the whole network's in about the proportions that they had (`docs/results.md`), so nearness is a
+share of them; on other networks it may leave less of a difference, and then this is too strict.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def emit(value: Any, as_json: bool) -> None:
 
 
 def _as_json(value: object) -> object:
-    from pydantic import BaseModel  # imports much that most commands print nothing of
+    from pydantic import BaseModel  # keeps --help quick
 
     if not isinstance(value, BaseModel):
         raise TypeError(f"{type(value).__name__} is not for JSON")

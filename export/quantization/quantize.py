@@ -203,23 +203,25 @@ def quantize_packages(
     # 4. With data: tune the rounding in a child process, then make packages of what it wrote.
     if not isinstance(calibration, Tensor):
         calibration = pack_texts(source, calibration)
-    job = AutoRoundJob(
-        source=str(source.resolve()),
-        iterations=iterations,
-        seed=seed,
-        device=device,
-        linear=linear,
-        schemes=plans,
-    )
-    with _tuned(job, calibration, len(record.entry.architecture.kept), log, progress) as scratch:
+    options = {"iterations": iterations, "seed": seed, "device": device}
+    with _tuned(record, linear, plans, calibration, log, progress, **options) as scratch:
         return [assemble(plan, functools.partial(_move_weights, scratch / plan.scheme), TUNERS) for plan in plans]
 
 
 @contextmanager
 def _tuned(
-    job: AutoRoundJob, calibration: Tensor, blocks: int, log: Path | None, progress: Progress | None
+    source: PackageRecord,
+    linear: LinearLayers,
+    plans: Sequence[SchemePlan],
+    calibration: Tensor,
+    log: Path | None,
+    progress: Progress | None,
+    **options: Any,
 ) -> Iterator[Path]:
-    """Within, a folder that holds the weights of every scheme of a job, by its name, as the child has tuned them."""
+    """Within, a folder that holds the weights of every plan, by its scheme's name, as the child has tuned them;
+    `options` are of an `AutoRoundJob`."""
+    job = AutoRoundJob(source=str(source.folder.resolve()), linear=linear, schemes=list(plans), **options)
+    blocks = len(source.entry.architecture.kept)
     with tempfile.TemporaryDirectory(prefix="compressor-quantize-") as folder:
         scratch = Path(folder)
         save_file({"ids": calibration.contiguous()}, scratch / "calibration.safetensors")
@@ -271,15 +273,8 @@ def quantize_mixed(
     if calibration is None:
         assemble(0, plan, functools.partial(round_files, source, plan, linear), ["compressed-tensors"])
     else:
-        job = AutoRoundJob(
-            source=str(source.resolve()),
-            iterations=iterations,
-            seed=seed,
-            device=device,
-            linear=linear,
-            schemes=[plan],
-        )
-        with _tuned(job, calibration, len(record.entry.architecture.kept), log, progress) as scratch:
+        options = {"iterations": iterations, "seed": seed, "device": device}
+        with _tuned(record, linear, [plan], calibration, log, progress, **options) as scratch:
             assemble(iterations, plan, functools.partial(_move_weights, scratch / plan.scheme), TUNERS)
     made = read_record(destination).entry.quantization_report
     assert made is not None

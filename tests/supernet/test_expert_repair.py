@@ -39,6 +39,20 @@ def cut_in(supernet: SuperNetwork, index: int, sizes: LayerSizes) -> Architectur
     return Architecture(supernet.base.hidden_size, tuple(layers))
 
 
+def behind_layer(
+    supernet: SuperNetwork, index: int, text: list[Tensor], architecture: Architecture, variants: Variants | None
+) -> Tensor:
+    """What leaves a layer on a text, [tokens, hidden]."""
+    supernet.use(variants)
+    with supernet.activated(architecture):
+        walk = LayerWalk(supernet, text)
+        for number in range(index):
+            walk.step(number)
+        outputs = torch.cat(walk.outputs(index))
+    supernet.use(None)
+    return outputs
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", ["neurons", "experts", "both"])
 def test_experts_come_nearer_to_the_uncut_layer(family: str, cut: str) -> None:
@@ -53,14 +67,7 @@ def test_experts_come_nearer_to_the_uncut_layer(family: str, cut: str) -> None:
     fitted_to, new = text[:64], text[64:]
 
     def behind(architecture: Architecture, variants: Variants | None) -> Tensor:
-        supernet.use(variants)
-        with supernet.activated(architecture):
-            walk = LayerWalk(supernet, new)
-            for number in range(index):
-                walk.step(number)
-            outputs = torch.cat(walk.outputs(index))
-        supernet.use(None)
-        return outputs
+        return behind_layer(supernet, index, new, architecture, variants)
 
     whole, sliced = behind(supernet.base, None), behind(architecture, None)
     repaired = behind(architecture, repair_in_sequence(supernet, architecture, fitted_to))
@@ -117,14 +124,7 @@ def test_a_search_sees_experts_nearer_to_the_uncut_ones(family: str) -> None:
     moments = dict(gather(supernet, text, experts=True))
 
     def behind(architecture: Architecture, variants: Variants | None) -> Tensor:
-        supernet.use(variants)
-        with supernet.activated(architecture):
-            walk = LayerWalk(supernet, text)
-            for number in range(index):
-                walk.step(number)
-            outputs = torch.cat(walk.outputs(index))
-        supernet.use(None)
-        return outputs
+        return behind_layer(supernet, index, text, architecture, variants)
 
     whole, sliced = behind(supernet.base, None), behind(architecture, None)
     repaired = behind(architecture, RepairedVariants(supernet, moments.__getitem__, 2**30))
