@@ -82,6 +82,7 @@ measure_control = explain_oom(control.measure_control)
 
 
 export = explain_oom(exporting.export)
+check_proved = exporting.check_proved
 
 
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
@@ -171,7 +172,7 @@ def check_alone() -> None:
 
 @quiet_libraries()
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> Report:
-    """The whole job; returns its report."""
+    """The whole job; returns its report. Raises `VerificationError` behind it where a package was refused."""
     check_alone()
     with records_end():
         job = start(recipe, Path(output), redo=redo)
@@ -186,6 +187,7 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
             result = report(job)
         if recipe.time is not None:
             say(f"took {duration(job.schedule.elapsed)} of the {recipe.time} that were named")
+        check_proved(job)
     return result
 
 

@@ -117,7 +117,9 @@ class PackageEntry(Model):
     speed: Speed | None = None
     verified: dict[str, object] | None = None
     """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
-    `bound`), nested where that helps."""
+    `bound`), nested where that helps; None where nothing was yet, or it was refused."""
+    refused: str | None = None
+    """Why its proof failed; it is not to be shipped then."""
     quantization_report: QuantizationReport | None = None
     """None for an unquantized package."""
     file: str | None = None

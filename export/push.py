@@ -35,6 +35,8 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
     if not dry_run:
         _check_login()
     record = read_record(package)
+    if record.entry.refused:
+        raise RequestError(f"{package}: refused by its proof, and so not to be published: {record.entry.refused}")
     if not record.entry.verified:
         raise RequestError(f"{package}: not verified, and so not to be published; export it again")
     check_files(package)

@@ -22,6 +22,7 @@ from export.network_check import OWN, Claims, NetworkCheck, TaskFiles
 from export.package_record import check_files, read_record, update_record
 from export.shards import weight_bytes
 from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import write_json
 from supernet.common.processes import fresh_environment, last_line
 
 BEGINS = "proof begins: "
@@ -43,15 +44,32 @@ def verify_all(
     tasks: TaskFiles | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Claims]:
-    """What was proved of each package, in order, all in one fresh process.
+    """What was proved of each package, in order; as `prove_all`, but raises the first refusal once all are checked."""
+    proofs = prove_all(packages, record=record, log=log, tasks=tasks, progress=progress)
+    for proof in proofs:
+        if isinstance(proof, VerificationError):
+            raise proof
+    return [proof for proof in proofs if not isinstance(proof, VerificationError)]
+
+
+def prove_all(
+    packages: Sequence[tuple[Path, Path | None]],
+    *,
+    record: bool = False,
+    log: Path | None = None,
+    tasks: TaskFiles | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Claims | VerificationError]:
+    """What was proved of each package, in order, all in one fresh process; of one that is refused, the error that names
+    the file or the first claim that does not hold.
 
     Each comes with the full logits that export saved (`write_package(reference=…)`; the unquantized network's, for a
     quantized package), or None to compare with the compact probe inside the package. With `tasks`, every score that a
     package has in the report is measured again. With `record`, the result is written into each package's
     compression.json. The process's own output goes to `log`; `progress` is told each package whose proof begins.
 
-    Raises `VerificationError` naming the file or the first claim that does not hold, and `RequestError` where a folder
-    is no package or the runtime that it is for is not installed.
+    Raises `VerificationError` where files were changed since they were written or the process died, and `RequestError`
+    where a folder is no package or the runtime that it is for is not installed. What was proved before is recorded.
     """
     # 1. Nothing is loaded of a package whose files were changed.
     for package, _ in packages:
@@ -75,19 +93,27 @@ def verify_all(
         if log is not None:
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(said)
-        answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
-    # 3. Report, and record.
-    if "refused" in answer:
-        raise RequestError(answer["refused"])
-    if "error" in answer:
-        raise VerificationError(answer["error"])
-    if "results" not in answer:
-        raise VerificationError(f"{packages[0][0]}: the checking process died: {last_line(said)}")
-    for (package, _), claims in zip(packages, answer["results"], strict=True):
-        own = claims.pop(OWN, None)
+        answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"proofs": []}
+    # 3. Record, and report.
+    proofs = [_proof(package, found, record) for (package, _), found in zip(packages, answer["proofs"], strict=False)]
+    if "wrong" in answer:
+        raise RequestError(answer["wrong"])
+    if len(proofs) < len(packages):
+        raise VerificationError(f"{packages[len(proofs)][0]}: the checking process died: {last_line(said)}")
+    return proofs
+
+
+def _proof(package: Path, found: dict[str, Any], record: bool) -> Claims | VerificationError:
+    """What the process found of a package, recorded where that is asked for."""
+    if (reason := found.get("refused")) is not None:
         if record:
-            update_record(package, entry={"verified": claims}, probe={} if own is None else {OWN: own})
-    return answer["results"]
+            update_record(package, entry={"verified": None, "refused": reason.removeprefix(f"{package.resolve()}: ")})
+        return VerificationError(reason)
+    claims: Claims = found["claims"]
+    own = claims.pop(OWN, None)
+    if record:
+        update_record(package, entry={"verified": claims, "refused": None}, probe={} if own is None else {OWN: own})
+    return claims
 
 
 def _listen(process: subprocess.Popen[str], progress: Callable[[str], None]) -> str:
@@ -123,22 +149,22 @@ def check(package: Path, reference: Path | None = None, tasks: TaskFiles | None 
 
 
 def _main(jobs_file: Path, results_file: Path) -> None:
-    """The fresh process: results, or the first failure, into `results_file`."""
+    """The fresh process: what it found of each package, into `results_file`; the rest where it could not go on."""
     jobs = json.loads(jobs_file.read_text(encoding="utf-8"))
-    answer: dict[str, Any]
-    try:
-        tasks = None if jobs["tasks"] is None else TaskFiles(**jobs["tasks"])
-        pairs = [(Path(package), Path(reference) if reference else None) for package, reference in jobs["packages"]]
-        results = []
-        for package, reference in pairs:
-            print(f"{BEGINS}{package.name}", flush=True)
-            results.append(check(package, reference, tasks))
-        answer = {"results": results}
-    except VerificationError as error:
-        answer = {"error": str(error)}
-    except RequestError as error:
-        answer = {"refused": str(error)}
-    results_file.write_text(json.dumps(answer), encoding="utf-8")
+    tasks = None if jobs["tasks"] is None else TaskFiles(**jobs["tasks"])
+    pairs = [(Path(package), Path(reference) if reference else None) for package, reference in jobs["packages"]]
+    answer: dict[str, Any] = {"proofs": []}
+    for package, reference in pairs:
+        print(f"{BEGINS}{package.name}", flush=True)
+        try:
+            answer["proofs"].append({"claims": check(package, reference, tasks)})
+        except VerificationError as error:
+            answer["proofs"].append({"refused": str(error)})
+        except RequestError as error:
+            answer["wrong"] = str(error)
+        write_json(results_file, answer)  # each time: a later package may be more than the machine can hold
+        if "wrong" in answer:
+            break
 
 
 if __name__ == "__main__":

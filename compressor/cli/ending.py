@@ -66,7 +66,8 @@ def package_line(folder: Path, entry: PackageEntry) -> str:
     """A package in one line: where it is, its size, its quality on the report split and its scores."""
     scores = ", ".join(f"{task} {score.value:.3g}" for task, score in entry.tasks.items())
     quality = f", quality {percent(entry.quality)}" if entry.quality is not None else ""
-    return f"package: {folder}, {size(entry.bytes)}{quality}{f' ({scores})' if scores else ''}"
+    refused = "; refused by its proof" if entry.refused else ""
+    return f"package: {folder}, {size(entry.bytes)}{quality}{f' ({scores})' if scores else ''}{refused}"
 
 
 def reported(run: Path, report: Report) -> Report:

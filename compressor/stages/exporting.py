@@ -20,7 +20,7 @@ from compressor.job import Job
 from compressor.sizing import byte_limit
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
-from compressor.stages.measuring import measure_packages
+from compressor.stages.measuring import Measurements, measure_packages
 from compressor.stages.picks import PickRecord, cut_out, read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
@@ -29,8 +29,9 @@ from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_ma
 from export.layouts.table import needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import PackageEntry, read_record, update_record
-from export.verify import TaskFiles, verify_all
+from export.verify import TaskFiles, prove_all
 from supernet.architecture import Architecture
+from supernet.common.errors import VerificationError
 from supernet.common.files import fingerprint, write_json
 from supernet.common.formatting import size
 from supernet.common.progress import Bar, bar, say
@@ -42,7 +43,10 @@ from supernet.training.supernet_training import heal
 
 
 def export(job: Job) -> list[PackageEntry]:
-    """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries."""
+    """Slice, heal, package, quantize, prove and score every pick; returns the packages' entries.
+
+    One that its proof refuses says so in its entry, and the others are made all the same: `check_proved` raises.
+    """
     recipe, run = job.recipe, job.run
     picks = read_picks(job)
     run.packages.mkdir(exist_ok=True)
@@ -82,12 +86,25 @@ def export(job: Job) -> list[PackageEntry]:
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
             with job.schedule.stage("proving"), bar("proving", len(proofs)) as progress:
                 proved = progress_by_name(progress)
-                verify_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
+                prove_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
                 progress.advance(len(proofs) - progress.done)
     run.log(f"exported: {', '.join(written)}")
     entries = [read_record(run.packages / name).entry for name in written]
     say_what_is_too_large(job, entries)
     return entries
+
+
+def check_proved(job: Job) -> None:
+    """Raise `VerificationError` where a package of the run was refused by its proof."""
+    measured = Measurements.read(job.run.packages / "base.json")
+    entries = [read_record(job.run.packages / name).entry for name in (*measured.packages, *measured.quantized_base)]
+    if refused := [entry for entry in entries if entry.refused]:
+        first, others = refused[0], [entry.name for entry in refused[1:]]
+        more = f"; so {'was' if len(others) == 1 else 'were'} {', '.join(others)}" if others else ""
+        raise VerificationError(
+            f"{job.run.packages / first.name}: refused by its proof, do not ship it: {first.refused}{more}; the other "
+            "packages are proved"
+        )
 
 
 def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:

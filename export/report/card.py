@@ -86,7 +86,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         notes=notes(report.model_copy(update={"packages": siblings})),
         picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
-        checks=list(flattened(package.verified)),
+        checks=list(flattened(package.verified or {"refused": package.refused or "not proved"})),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
         repair=(report.recipe.get("repair") or {"enabled": False}),

@@ -112,7 +112,8 @@ def flattened(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 def checked(package: Package) -> dict[str, object]:
     """What was proved of a package. What it does not have, such as the quantization of one without, is left out."""
-    return {name: value for name, value in package.verified.items() if value is not None or name != "quantization"}
+    claims = package.verified or {"refused": package.refused or "not proved"}
+    return {name: value for name, value in claims.items() if value is not None or name != "quantization"}
 
 
 def written(sample: Sample) -> list[tuple[list[str], str]]:

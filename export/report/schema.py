@@ -126,7 +126,7 @@ class Package(PackageEntry):
 
     quality: float
     tasks: Scores
-    verified: dict[str, object]
+    verified: dict[str, object] | None
     change: PairedChange | None = None
     """From the base; None where scores by document are not known, as in runs of earlier versions."""
     change_by_quantization: PairedChange | None = None

@@ -36,8 +36,11 @@ def terminal_table(report: Report) -> Table:
     for row in report.rows:
         speed = row.speed
         mark = f" {marks[measured_in(row)]}" if speed else ""
+        name = Text(row.label if isinstance(row, Package) else "base")
+        if isinstance(row, Package) and row.refused:
+            name.append("\nrefused", style="yellow")
         table.add_row(
-            Text(row.label if isinstance(row, Package) else "base"),
+            name,
             f"{count(row.params)}\n{percent(row.params / base.params)}",
             f"{size(row.bytes)}\n{percent(row.bytes / base.bytes)}",
             *(_score_cell(row.tasks.get(task)) for task in report.tasks),

@@ -53,8 +53,15 @@ def verdict(report: Report) -> list[str]:
         return [f"No package of {report.base.name} has been written yet."]
     base = report.base
     sentences: list[str] = []
+    for package in [*report.packages, *report.quantized_base]:
+        if package.refused:
+            sentences.append(
+                f"{_sentence(package.label)} was refused by its proof and is not to be shipped: {package.refused}."
+            )
     for package in report.packages:
         plain = report.unquantized(package)
+        if package.refused:
+            continue
         if plain is None:
             sentences += _size_sentences(report, package, first=not sentences)
             sentences += _losses(report, package, base)

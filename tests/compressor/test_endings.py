@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from compressor.cli import run
 from compressor.pipeline import added
 from compressor.recipe import Recipe, read_recipe
+from export.package_record import read_record, update_record
 from tests.support import tiny
+from tests.support.export_networks import edited, record_anew
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,39 @@ def test_a_further_format_is_added(made: Path, capsys: pytest.CaptureFixture[str
         report["recipe"]["formats"] == read_recipe(made / "recipe.yaml", {}).formats == ["uneven", "padded", "uniform"]
     )
     assert f"next: compressor verify {made}/packages/best" in said
+
+
+def test_a_package_that_is_refused_is_said_and_the_others_are_kept(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(made, tmp_path / "run")
+    assert run(["export", str(folder), "--quantize", "int8"]) == 0
+    for name in ("best-int8", "base-int4"):
+        package = folder / "packages" / name
+        with edited(package / "config.json") as config:
+            config["rms_norm_eps"] = 3.0
+        record_anew(package, "config.json")
+        update_record(package, entry={"verified": None})
+    update_record(folder / "packages" / "best", entry={"verified": None})
+    capsys.readouterr()
+    assert run(["export", str(folder), "--quantize", "int8"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "best-int8: refused by its proof, do not ship it: log-probabilities differ by up to" in said
+    assert "so was base-int4; the other packages are proved" in said and "); refused by its proof" in said
+    assert read_record(folder / "packages" / "best").entry.verified
+    # 2. The report says it of both, and no sentence counts on them.
+    assert run(["report", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Compressed INT8 was refused by its proof and is not to be shipped: log-prob" in said
+    assert "Base INT4 was refused by its proof" in said and "The base INT4 takes" not in said
+    page, card = (folder / "report.html").read_text(), (folder / "packages" / "best-int8" / "README.md").read_text()
+    assert page.count("refused by its proof</span>") == 2 and "(this one, refused by its proof)" in card
+    assert "refused: log-probabilities differ by up to" in card
+    (whole,) = (row for row in json.loads((folder / "report.json").read_text())["packages"] if row["name"] == "best")
+    assert whole["verified"] and whole["refused"] is None
+    # 3. The whole job ends with it too, behind its report.
+    assert run(["compress", "--recipe", str(folder / "recipe.yaml"), "--output", str(folder)]) == 1
+    assert "best-int8: refused by its proof" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_elastic_package_is_written_proved_scored_and_cut(

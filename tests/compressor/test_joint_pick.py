@@ -141,7 +141,7 @@ def test_what_was_made_and_not_yet_proved_is_not_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("compressor.stages.exporting.verify_all", interrupted)
+        patched.setattr("compressor.stages.exporting.prove_all", interrupted)
         export(job)
     files = sorted(job.run.packages.glob("*/model*.safetensors"))
     assert {file.parent.name for file in files} >= {"best", "best-int8", "best-mixed", "base-int8", "base-int4"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from evals.scoring.tasks import TaskSet
 from export.network_check import NetworkCheck, TaskFiles
 from export.package import write_package
 from export.package_record import read_record, update_record
-from export.verify import check, verify, verify_all
+from export.push import push
+from export.verify import check, prove_all, verify, verify_all
 from supernet.common.errors import RequestError, VerificationError
+from supernet.common.files import read_json
 from supernet.families import base_architecture
 from tests.support import tiny
 from tests.support.export_networks import EVEN, UNEVEN, edited, record_anew, write_tiny
@@ -75,6 +78,45 @@ def test_faults_reach_the_caller_from_the_fresh_process(package: Path, capsys: p
         verify(package)
     with pytest.raises(RequestError, match="not a package"):
         verify(package.parent)
+
+
+def test_the_others_are_proved_where_one_is_refused(packages: Path, tmp_path: Path) -> None:
+    even, uneven = (shutil.copytree(packages / name, tmp_path / name) for name in NETWORKS)
+    with edited(even / "config.json") as config:
+        config["rms_norm_eps"] = 0.3
+    record_anew(even, "config.json")
+    refusal, claims = prove_all([(even, None), (uneven, None)], record=True)
+    assert isinstance(refusal, VerificationError) and str(refusal).startswith(f"{even}: log-probabilities differ")
+    refused, proved = read_record(even).entry, read_record(uneven).entry
+    assert refused.verified is None and f"{even}: {refused.refused}" == str(refusal)
+    assert proved.verified == claims and proved.refused is None
+    with pytest.raises(RequestError, match="even: refused by its proof, and so not to be published: log-prob"):
+        push(even, "you/model", dry_run=True)
+    with edited(even / "config.json") as config:  # once it is mended, its proof holds
+        config["rms_norm_eps"] = read_json(uneven / "config.json")["rms_norm_eps"]
+    record_anew(even, "config.json")
+    verify(even, record=True)
+    assert read_record(even).entry.refused is None and read_record(even).entry.verified
+
+
+def test_what_was_proved_before_the_process_died_is_kept(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    even, uneven = (shutil.copytree(packages / name, tmp_path / name) for name in NETWORKS)
+    # The process ends itself, as the system ends one that takes too much memory, at its second package.
+    dying = (
+        "import os, export.verify as v; whole = v.check\n"
+        "v.check = lambda p, *more: whole(p, *more) if p.name == 'even' else os._exit(9)\n"
+        "import sys; v._main(v.Path(sys.argv[1]), v.Path(sys.argv[2]))"
+    )
+    started = subprocess.Popen
+    monkeypatch.setattr(
+        "export.verify.subprocess.Popen",
+        lambda command, **options: started([command[0], "-c", dying, *command[-2:]], **options),
+    )
+    with pytest.raises(VerificationError, match="uneven: the checking process died"):
+        prove_all([(even, None), (uneven, None)], record=True)
+    assert read_record(even).entry.verified and read_record(uneven).entry.verified is None
 
 
 def test_no_second_network_is_in_memory(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
