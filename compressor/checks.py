@@ -22,6 +22,7 @@ from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
 from export.layouts.installed import check_installed
+from export.layouts.table import GGUF_MIXED
 from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
@@ -198,6 +199,8 @@ def check_formats(job: Job) -> None:
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
+            if layout == GGUF_MIXED and job.recipe.targets.max_bytes is None:
+                raise RequestError(f"--format {layout}: its types are those that fit a number of bytes: --max-bytes")
             try:
                 gguf_checks.check_family(config, {tensor.name for tensor in job.structure.tensors})
                 gguf_tokenizer.check_tokenizer(job.tokenizer)

@@ -20,13 +20,14 @@ from compressor.job import Job
 from compressor.sizing import byte_limit
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
+from compressor.stages.llama_types import bits_that_fit
 from compressor.stages.measuring import Measurements, measure_packages
 from compressor.stages.picks import PickRecord, cut_out, read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
-from export.layouts.table import needs_uniform, write_layout
+from export.layouts.table import GGUF_MIXED, needs_uniform, write_layout
 from export.package import write_package
 from export.package_record import PackageEntry, read_record, update_record
 from export.verify import TaskFiles, prove_all
@@ -108,14 +109,14 @@ def check_proved(job: Job) -> None:
 
 
 def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
-    """Name the llama.cpp files that are larger than what was asked for: their types are not picked with the size."""
+    """Name the llama.cpp files that are larger than what was asked for."""
     limit = byte_limit(job)
     for entry in entries:
         if limit is not None and entry.layout.startswith("gguf") and entry.bytes > limit:
-            say(
-                f"warning: {entry.name} takes {size(entry.bytes)}, and {size(limit)} were asked for; bits of llama.cpp "
-                "files are not picked with the size: name a smaller type, such as --format gguf-q2_k, or fewer bytes"
-            )
+            less = "none of its types takes less; pick a smaller network, with fewer bytes"
+            if not entry.name.endswith(GGUF_MIXED):
+                less = f"--format {GGUF_MIXED} chooses types that fit"
+            say(f"warning: {entry.name} takes {size(entry.bytes)}, and {size(limit)} were asked for; {less}")
 
 
 def progress_by_name(progress: Bar) -> Callable[[str], None]:
@@ -164,6 +165,8 @@ def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks
             inputs[f"-{layout}"] = {"network": network}
             if layout.startswith("gguf-"):
                 inputs[f"-{layout}"] |= {"quantizing": quantizing | {"embedding": recipe.quantizing.embedding}}
+            if layout == GGUF_MIXED:
+                inputs[f"-{layout}"] |= {"max_bytes": byte_limit(job)}
     return {job.run.packages / f"{name}{suffix}": read for suffix, read in inputs.items()}
 
 
@@ -237,6 +240,8 @@ def write_packages(
         write_copy = write
         if layout.startswith("gguf"):
             write_copy = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
+        if layout == GGUF_MIXED:
+            write_copy = partial(write_copy, bits=bits_that_fit(job, architecture, folder.name))
         with job.schedule.stage("healing"):
             write_copy(layout, built, destination=folder, entry=named, lineage=own_lineage)
 

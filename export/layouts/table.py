@@ -16,6 +16,7 @@ from export.layouts import elastic, graphs
 from export.layouts.elastic import ElasticSource
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import layout as gguf_layout
+from export.layouts.gguf.types import MIXED
 from export.layouts.gguf.types import TYPES as GGUF_TYPES
 from export.layouts.installed import check_installed
 from export.layouts.padded import pad
@@ -59,13 +60,15 @@ def write_padded(
     return write_package(padded, destination, entry=entry, layout="padded", expected=model, **options)
 
 
+GGUF_MIXED = f"gguf-{MIXED}"
+"""The layout whose types are those that fit a number of bytes."""
 LAYOUTS: dict[str, Write] = {
     "uneven": write_uneven,
     "uniform": write_uniform,
     "padded": write_padded,
     "elastic": elastic.write,
     "gguf": gguf_layout.write,
-    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in GGUF_TYPES if kind != "f16"},
+    **{f"gguf-{kind}": partial(gguf_layout.write, gguf_type=kind) for kind in (*GGUF_TYPES, MIXED) if kind != "f16"},
     "onnx": partial(graphs.write, "onnx"),
     "openvino": partial(graphs.write, "openvino"),
 }

@@ -96,19 +96,23 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("xllamacpp")
-    given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0"}
+    given = {"quantizing.schemes": "int8", "formats": "uneven,gguf-q8_0,gguf-mixed"}
     job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
     (picked,) = pick(job)
     assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] == "mixed"
-    gguf = export(job)[-1]
+    gguf, mixed = export(job)[-2:]
     capsys.readouterr()
-    say_what_is_too_large(job, [gguf])
-    assert gguf.name == "best-gguf-q8_0" and not capsys.readouterr().err
-    say_what_is_too_large(job, [gguf.model_copy(update={"bytes": 60_001})])
-    assert "best-gguf-q8_0 takes 60.0 kB, and 60.0 kB were asked for" in capsys.readouterr().err
+    say_what_is_too_large(job, [gguf, mixed])
+    assert gguf.name == "best-gguf-q8_0" and mixed.bytes <= 60_000 and not capsys.readouterr().err
+    assert mixed.quantization_report is not None and mixed.quantization_report.bits is not None
+    assert mixed.quantization_report.bits.without_bits() == gguf.architecture
+    say_what_is_too_large(job, [gguf.model_copy(update={"bytes": 60_001}), mixed.model_copy(update={"bytes": 60_001})])
+    said = capsys.readouterr().err.splitlines()
+    assert "best-gguf-q8_0 takes 60.0 kB, and 60.0 kB were asked for; --format gguf-mixed chooses" in said[0]
+    assert "best-gguf-mixed takes 60.0 kB, and 60.0 kB were asked for; none of its types takes less" in said[1]
     shown = report(job).model_dump(mode="json", by_alias=True)
     names = [package["name"] for package in shown["packages"]]
-    assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0"]
+    assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0", "best-gguf-mixed"]
     package = next(row for row in shown["packages"] if row["name"] == "best-mixed")
     assert package["quantization_report"]["bits"] == picked["architecture"] != package["architecture"]
     assert package["quantization_report"]["group_size"] == picked["bits"]["group_size"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,16 @@ from transformers.pytorch_utils import Conv1D
 from export.layouts.gguf.checks import check_network, table_of
 from export.layouts.gguf.families import GGUFFamily, Header
 from export.layouts.gguf.tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
-from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes, type_of
+from export.layouts.gguf.types import (
+    MIXED,
+    QUANTIZED,
+    TYPES,
+    asked_type,
+    blocks_of,
+    stored_bytes,
+    type_by_bits,
+    type_of,
+)
 from export.package import check_destination, package_draft
 from export.package_record import PackageRecord, read_record
 from export.probe import TOP, default_ids, greedy, logits_of, make_probe, stored_network
@@ -39,10 +49,13 @@ from supernet.slicing import build_standalone, family_of_standalone, standalone_
 from supernet.trust import load_tokenizer
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NARROW = 32
 """Width of the zero FFN: the smallest that quantized types hold."""
+Kinds = Callable[[str, tuple[int, ...]], str]
+"""The stored type of a tensor of a file, by its name and shape."""
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 MODELFILE = "Modelfile"
 """What Ollama makes its model from; the chat template is in the gguf file."""
@@ -59,6 +72,7 @@ def write(
     entry: Mapping[str, object],
     gguf_type: str = "f16",
     embedding: int | None = None,
+    bits: Architecture | None = None,
     calibration: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     lineage: Mapping[str, object] | None = None,
@@ -70,7 +84,8 @@ def write(
     """Write a standalone model as `model-TYPE.gguf` with compression.json beside it; returns the package's record.
 
     Weights whose rows a type's blocks do not divide are stored in another type (`types.type_of`), and so are listed;
-    `embedding` are the bits of embedding and head in quantized files (None: 8). `calibration` are token ids [sequences,
+    `embedding` are the bits of embedding and head in quantized files (None: 8). Where `gguf_type` is `mixed`, every
+    half-block, embedding and head have the type of their `bits`. `calibration` are token ids [sequences,
     length], by whose activations the types whose scales are searched weigh the inputs. `texts` are compared between
     the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the file
     holds what the other packages hold. `reference` is not used.
@@ -78,8 +93,9 @@ def write(
     Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
     """
     # 1. Refuse what llama.cpp cannot compute, before anything is computed or written.
-    if gguf_type not in TYPES:
-        raise RequestError(f"unknown gguf type '{gguf_type}'; known are: {', '.join(TYPES)}")
+    if gguf_type not in (*TYPES, MIXED):
+        raise RequestError(f"unknown gguf type '{gguf_type}'; known are: {', '.join((*TYPES, MIXED))}")
+    quantized = gguf_type in (*QUANTIZED, MIXED)
     config = model.config
     check_network(config, dict(model.named_parameters()))
     params = sum(p.numel() for p in model.parameters())
@@ -95,7 +111,7 @@ def write(
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
     ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
     held = _as_held(network, gguf_type)
-    searched = gguf_type in QUANTIZED and calibration is not None
+    searched = quantized and calibration is not None
     importance = input_squares(network, calibration[:, :context]) if searched and calibration is not None else {}
     probe = make_probe(
         logits_of(held, ids),
@@ -110,34 +126,50 @@ def write(
     # 3. The file, and what it costs.
     with package_draft(destination, needed, entry=entry, lineage=lineage, card=card) as draft:
         file = draft.folder / f"model-{gguf_type}.gguf"
-        kinds = partial(type_of, gguf_type=gguf_type, embedding=embedding)
+        kinds = kinds_of(gguf_type, embedding, bits)
         matrices = _write_file(file, network, architecture, header, tokenizer, kinds, importance)
         read = min(header["context_length"], OLLAMA_CONTEXT)
         (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\nPARAMETER num_ctx {read}\n", encoding="utf-8")
         draft.probe = probe
         draft.lineage["gguf"] = {"type": gguf_type, **versions(("gguf",))}
         draft.entry |= {"layout": "gguf", "file": file.name, "quantization": None, "params": params}
-        if gguf_type in QUANTIZED:
+        if quantized:
             bits_per_parameter = 8 * weight_bytes(draft.folder) / params
-            report = _quantization_report(matrices, gguf_type, bits_per_parameter)
+            report = _quantization_report(matrices, gguf_type, bits, bits_per_parameter)
             draft.entry |= {"quantization": gguf_type, "quantization_report": report}
     return read_record(destination)
 
 
+def kinds_of(gguf_type: str, embedding: int | None, bits: Architecture | None) -> Kinds:
+    """The stored type of every tensor of a file of a type, by name and shape."""
+    if gguf_type != MIXED:
+        return partial(type_of, gguf_type=gguf_type, embedding=embedding)
+    if bits is None:
+        raise RequestError("a mixed gguf file needs the bits of every half-block")
+    return partial(type_by_bits, bits=bits)
+
+
 def _quantization_report(
-    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits_per_parameter: float
+    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits: Architecture | None, bits_per_parameter: float
 ) -> dict[str, object]:
     """The fields of a `QuantizationReport`, from every matrix's type and number of weights."""
     in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
+    if bits is None:
+        exceptions = {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type}
+    else:
+        asked = {name: asked_type(name, bits) for name in matrices if name.startswith("blk.")}
+        others = {name: kind for name, kind in asked.items() if kind != matrices[name][0]}
+        exceptions = {name: f"{matrices[name][0]} for {kind}" for name, kind in others.items()}
     return {
         "scheme": gguf_type,
-        "group_size": TYPES[gguf_type].block,
+        "group_size": min(TYPES[kind].block for kind, _ in in_layers if kind in QUANTIZED) if in_layers else 32,
         "iterations": 0,
         "embedding": TYPES[matrices["token_embd"][0]].bits,
         "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,
         "bits_per_weight": sum(TYPES[kind].bits * n for kind, n in in_layers) / sum(n for _, n in in_layers),
         "bits_per_parameter": bits_per_parameter,
-        "exceptions": {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type},
+        "exceptions": exceptions,
+        "bits": None if bits is None else bits.to_dict(),
     }
 
 
@@ -195,23 +227,17 @@ def _write_file(
     architecture: Architecture,
     header: Header,
     tokenizer: PreTrainedTokenizerBase,
-    kind_of: Callable[[str, tuple[int, ...]], str],
+    kind_of: Kinds,
     importance: Mapping[str, Tensor],
 ) -> dict[str, tuple[str, int]]:
     """Write the file, each tensor in the type that `kind_of` gives its name and shape. `importance` has that of the
     inputs of matrices, by their parameters' names. Returns the type and the number of weights of each matrix, by its
     name in the file."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants  # an optional dependency
+    from gguf import GGMLQuantizationType, quants  # an optional dependency
 
     config, family = model.config, table_of(model.config)
     # 1. The header.
-    writer = GGUFWriter(file, family.name)
-    for key, value in header.items():
-        if "." in key:
-            writer.add_array(f"{family.name}.{key}", value)
-        else:
-            getattr(writer, f"add_{key}")(value)
-    write_tokenizer(writer, tokenizer, config.vocab_size)
+    writer = _begun(file, config, header, tokenizer)
     # 2. The tensors.
     matrices: dict[str, tuple[str, int]] = {}
 
@@ -242,6 +268,21 @@ def _write_file(
     return matrices
 
 
+def _begun(file: Path, config: PreTrainedConfig, header: Header, tokenizer: PreTrainedTokenizerBase) -> GGUFWriter:
+    """The writer of a file, header and tokenizer added."""
+    from gguf import GGUFWriter  # an optional dependency
+
+    family = table_of(config)
+    writer = GGUFWriter(file, family.name)
+    for key, value in header.items():
+        if "." in key:
+            writer.add_array(f"{family.name}.{key}", value)
+        else:
+            getattr(writer, f"add_{key}")(value)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
+    return writer
+
+
 @torch.no_grad()
 def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """The mean square of every input channel of each linear layer of the blocks on some text, [inputs], by the name of
@@ -267,24 +308,58 @@ def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return sums
 
 
+class FileSize:
+    """What the files that `write` writes of a sub-network of the base with this configuration take, in any types."""
+
+    def __init__(self, config: PreTrainedConfig, architecture: Architecture) -> None:
+        self._model = build_standalone(standalone_config(config, architecture))
+        self._architecture, family = architecture, table_of(self._model.config)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._exact: set[str] = set()
+        """Tensors that are f32 in every file."""
+        for source, parameter in self._model.named_parameters():
+            stored = family.stored(source)
+            for final, values in stored.to_file(parameter.detach(), self._model.config).items():
+                self._shapes[final] = tuple(values.shape)
+                if stored.exact:
+                    self._exact.add(final)
+        for final, values in _stand_ins(self._model.config, family, architecture).items():
+            self._shapes[final] = tuple(values.shape)
+        for factors, values in _rotary_factors(self._model.config, family.rope(self._model.config)).items():
+            self._shapes[f"{factors}.weight"] = tuple(values.shape)
+            self._exact.add(f"{factors}.weight")
+
+    def tensors(self, kind_of: Kinds) -> int:
+        """Bytes of all tensors: the file less its header."""
+        kinds = {name: "f32" if name in self._exact else kind_of(name, shape) for name, shape in self._shapes.items()}
+        return sum(stored_bytes(self._shapes[name], kind) for name, kind in kinds.items())
+
+    def header(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+        """Bytes of everything else, which are the same in every type. `name` is that of the package."""
+        from gguf import GGMLQuantizationType  # an optional dependency
+
+        config = self._model.config
+        header = {**_header(config, table_of(config), self._architecture), "name": name}
+        with tempfile.TemporaryDirectory(prefix="compressor-gguf-") as folder:
+            file = Path(folder) / "header.gguf"
+            writer = _begun(file, config, header, tokenizer)
+            for final, shape in self._shapes.items():
+                dtype, size = np.dtype(np.float32), 4 * math.prod(shape)
+                writer.add_tensor_info(final, shape, dtype, size, raw_dtype=GGMLQuantizationType.F32)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            written = file.stat().st_size
+        return -(-written // writer.data_alignment) * writer.data_alignment
+
+
 def file_bytes(
     config: PreTrainedConfig, architecture: Architecture, gguf_type: str, embedding: int | None = None
 ) -> int:
     """Bytes of all tensors of the file that `write` writes of a sub-network of the base with this configuration: the
     file less its header."""
-    model = build_standalone(standalone_config(config, architecture))
-    family = table_of(model.config)
-    shapes: list[tuple[tuple[int, ...], str]] = []
-    for source, parameter in model.named_parameters():
-        stored = family.stored(source)
-        for final, values in stored.to_file(parameter.detach(), model.config).items():
-            shape = tuple(values.shape)
-            shapes.append((shape, "f32" if stored.exact else type_of(final, shape, gguf_type, embedding)))
-    for final, values in _stand_ins(model.config, family, architecture).items():
-        shapes.append((tuple(values.shape), type_of(final, tuple(values.shape), gguf_type)))
-    for values in _rotary_factors(model.config, family.rope(model.config)).values():
-        shapes.append((tuple(values.shape), "f32"))
-    return sum(stored_bytes(shape, kind) for shape, kind in shapes)
+    return FileSize(config, architecture).tensors(kinds_of(gguf_type, embedding, None))
 
 
 def _header(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> Header:

@@ -11,7 +11,7 @@ from typing import Any
 
 from evals.speed.measured import Speed
 from export.layouts.gguf.layout import weight_file
-from export.layouts.gguf.types import QUANTIZED, TYPES
+from export.layouts.gguf.types import TYPES, bound_of_bits
 from export.layouts.installed import check_installed
 from export.package_record import PackageRecord, Probe
 from export.probe import compare_greedy
@@ -135,8 +135,9 @@ def check_gguf(package: PackageRecord) -> dict[str, object]:
     # 3. Log-probabilities: of a quantized file in the mean, of others everywhere, and then greedy text too.
     differences = _differences(runtime, probe)
     mean, largest = sum(differences) / len(differences), max(differences)
-    if gguf_type in QUANTIZED:
-        bound = TYPES[gguf_type].bound or 0.0
+    report = package.entry.quantization_report
+    if report is not None:
+        bound = TYPES[gguf_type].bound or 0.0 if report.bits is None else bound_of_bits(report.bits)
         if not mean <= bound:
             raise VerificationError(f"{file}: log-probabilities are off by {mean:.4f} on average")
         result |= {"mean_abs_logprob_difference": mean, "bound": bound}

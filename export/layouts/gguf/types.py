@@ -17,6 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from search.genes import AS_STORED
+from supernet.architecture import Architecture
+
 SUPER = 256
 """Weights in a block of the K types."""
 TRIED = 17
@@ -65,6 +68,10 @@ TYPES = {
 QUANTIZED = tuple(name for name, kind in TYPES.items() if kind.bound is not None)
 OUTER = {16: "f16", 8: "q8_0", 4: "iq4_nl"}
 """The type of embedding and head by their bits."""
+MIXED = "mixed"
+"""Files whose half-blocks have types of their own."""
+BY_BITS = {16: "f16", 8: "q8_0", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
+"""The type of a half-block of a `mixed` file by its bits."""
 
 
 def type_of(name: str, shape: tuple[int, ...], gguf_type: str, embedding: int | None = None) -> str:
@@ -79,6 +86,27 @@ def type_of(name: str, shape: tuple[int, ...], gguf_type: str, embedding: int | 
     while shape[-1] % TYPES[gguf_type].block:
         gguf_type = TYPES[gguf_type].instead
     return gguf_type
+
+
+def type_by_bits(name: str, shape: tuple[int, ...], bits: Architecture) -> str:
+    """The stored type of a tensor of a `mixed` file, whose half-blocks, embedding and head have these `bits`."""
+    if not name.startswith("blk."):
+        outer = bits.head_bits if name.startswith("output.") else bits.embedding_bits
+        return type_of(name, shape, BY_BITS[8], outer or AS_STORED)
+    return type_of(name, shape, asked_type(name, bits))
+
+
+def asked_type(name: str, bits: Architecture) -> str:
+    """The type of the bits of the half-block that a tensor `blk.N.…` of a file is of."""
+    _, number, tensor = name.split(".", 2)
+    layer = bits.layers[bits.kept[int(number)]]
+    return BY_BITS[(layer.attention_bits if tensor.startswith("attn") else layer.ffn_bits) or AS_STORED]
+
+
+def bound_of_bits(bits: Architecture) -> float:
+    """What the proof of a `mixed` file allows: what is allowed for the fewest of its bits."""
+    found = [of for layer in bits.layers for of in (layer.attention_bits, layer.ffn_bits) if of]
+    return TYPES[BY_BITS[min([*found, 8])]].bound or 0.0
 
 
 def stored_bytes(shape: tuple[int, ...], gguf_type: str) -> int:

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
-from export.layouts.gguf.layout import file_bytes, take_stored_weights
+from export.layouts.gguf.layout import FileSize, file_bytes, take_stored_weights
 from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
-from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes
+from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes, type_by_bits
 from export.layouts.table import copies_hold, needs_uniform
 from export.package_record import PackageRecord, check_files
 from export.verify import verify
@@ -245,7 +245,11 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
     def job(family: str, *formats: str) -> Any:
         config = tiny_member(family).config
         return SimpleNamespace(
-            recipe=SimpleNamespace(formats=formats, quantizing=SimpleNamespace(schemes=[], bits=None, embedding=None)),
+            recipe=SimpleNamespace(
+                formats=formats,
+                quantizing=SimpleNamespace(schemes=[], bits=None, embedding=None),
+                targets=SimpleNamespace(max_bytes=None),
+            ),
             checkpoint=SimpleNamespace(config=config),
             structure=describe(config),
             tokenizer=tiny_tokenizer(),
@@ -255,6 +259,8 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
     check_formats(job("gemma2", "uneven", "uniform", "gguf"))
     with pytest.raises(RequestError, match=r"gemma2 networks only where all layers are alike.*--format uniform,gguf"):
         check_formats(job("gemma2", "uneven", "gguf"))
+    with pytest.raises(RequestError, match="gguf-mixed: its types are those that fit a number of bytes: --max-bytes"):
+        check_formats(job("llama", "uneven", "gguf-mixed"))
     gemma, llama = job("gemma2").checkpoint.config, job("llama").checkpoint.config
     assert needs_uniform("gguf-q8_0", gemma)
     assert not needs_uniform("onnx", gemma) and not needs_uniform("gguf", llama)
@@ -364,6 +370,39 @@ def test_types(gguf_type: str, tmp_path: Path) -> None:
     assert report.bits_per_weight == pytest.approx(bits / total)
     modelfile = (package.folder / "Modelfile").read_text()
     assert modelfile.startswith(f"FROM ./model-{gguf_type}.gguf\n")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_half_block_has_the_type_of_its_bits(tied: bool, tmp_path: Path) -> None:
+    layers = (
+        LayerSizes(4, 2, 512, attention_bits=8, ffn_bits=2),
+        LayerSizes(4, 2, 256, ffn_bits=3),
+        LayerSizes(0, 0, 320, ffn_bits=3),
+    )
+    head = {} if tied else {"head_bits": 8}
+    bits = Architecture(256, layers, embedding_bits=4, **head)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 64}
+    model = tiny_llama(**sizes, tie_word_embeddings=tied)
+    network = cut(model, bits.without_bits())
+    given = {"gguf_type": "mixed", "calibration": probe_ids()}
+    with pytest.raises(RequestError, match="needs the bits"):
+        write(tmp_path / "none", bits.without_bits(), network, **given)
+    package = write(tmp_path / "p", bits.without_bits(), network, **given, bits=bits)
+    reader = gguf.GGUFReader(package.folder / package.entry.file)
+    kinds = {tensor.name.removesuffix(".weight"): tensor.tensor_type.name for tensor in reader.tensors}
+    assert [kinds[f"blk.{layer}.attn_output"] for layer in (0, 1)] == ["Q8_0", "F16"]
+    assert [kinds[f"blk.{layer}.ffn_down"] for layer in (0, 1, 2)] == ["Q2_K", "Q3_K", "IQ4_NL"]
+    assert kinds["token_embd"] == "IQ4_NL" and kinds.get("output") == (None if tied else "Q8_0")
+    # What it takes is known exactly before it is written, header and all.
+    size = FileSize(model.config, bits.without_bits())
+    header = size.header(tiny_tokenizer(), package.entry.name)
+    assert header == reader.data_offset
+    assert header + size.tensors(partial(type_by_bits, bits=bits)) == package.entry.bytes
+    report = package.entry.quantization_report
+    assert package.entry.quantization == "mixed" and report.bits == bits and report.group_size == 32
+    assert report.exceptions == {"blk.2.ffn_down": "iq4_nl for q3_k"}
+    result = check_gguf(package)
+    assert result["mean_abs_logprob_difference"] <= result["bound"] == TYPES["q2_k"].bound
 
 
 @pytest.mark.parametrize(("embedding", "kind"), [(16, "F16"), (None, "Q8_0"), (8, "Q8_0"), (4, "IQ4_NL")])
