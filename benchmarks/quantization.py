@@ -1,11 +1,11 @@
 """What quantization costs and saves: held-out bits per byte, bytes on disk, speed where it is not undone at load.
 
-    python -m benchmarks.quantization [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64]
+    python -m benchmarks.quantization [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64] [--mixed]
 
 The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
 written for llama.cpp and ONNX Runtime. Text that no variant saw is scored by transformers with each one's weights, as
 unpacked, and the ONNX graph by its runtime; speed is that of llama.cpp and ONNX Runtime, one thread, batch 1, prompt
-128, 128 new tokens.
+128, 128 new tokens. `--mixed` adds a row for every size of a llama.cpp file: the mixed types that fit in its bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import temporary_job
 from compressor.job import Job
+from compressor.stages.finetuning import finetune
+from compressor.stages.llama_types import bits_that_fit
 from compressor.stages.measuring import load_package
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
 from export.layouts.gguf.layout import take_stored_weights
 from export.layouts.gguf.types import QUANTIZED
-from export.layouts.table import write_layout
+from export.layouts.table import GGUF_MIXED, write_layout
 from export.package_record import PackageRecord, read_record
 from export.quantization.quantize import pack_texts, quantize_packages
 
@@ -71,9 +74,10 @@ def speed_cell(package: PackageRecord) -> str:
 def main() -> None:
     own = {"iterations": (200, "0: nothing is tuned"), "samples": 64, "documents": (HELD_OUT, "that are scored")}
     schemes = ("int8,int8-dynamic,int4", "empty: only what is for other runtimes")
-    arguments = make_parser(__doc__, "checkpoint", "data", **own, schemes=schemes).parse_args()
+    mixed = (False, "mixed types of llama.cpp's files too")
+    arguments = make_parser(__doc__, "checkpoint", "data", **own, schemes=schemes, mixed=mixed).parse_args()
     torch.set_num_threads(1)
-    with temporary_job(arguments.checkpoint, arguments.data, documents=3000) as job:
+    with temporary_job(arguments.checkpoint, arguments.data, documents=3000, finetuning={"tokens": 0}) as job:
         measure(arguments, job)
 
 
@@ -86,9 +90,9 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
     held_out = texts[-HELD_OUT:][: arguments.documents]
     score = partial(bits_per_byte, length=length, tokenizer=job.tokenizer, texts=held_out)
 
-    def write(layout: str, name: str) -> Path:
+    def write(layout: str, name: str, **more: Any) -> Path:
         entry = {"name": name, "architecture": architecture.to_dict()}
-        options = {"entry": entry, "tokenizer": job.tokenizer, "dtype": job.checkpoint.config.dtype}
+        options = {"entry": entry, "tokenizer": job.tokenizer, "dtype": job.checkpoint.config.dtype, **more}
         if layout.startswith("gguf"):
             options["calibration"] = calibration
         write_layout(layout, network, architecture, folder / name, **options)
@@ -131,10 +135,22 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
             quantize = partial(quantize_packages, whole, packages, calibration=seen, iterations=iterations)
             _, seconds = timed(quantize)
             row(f"{scheme}, {how}", packages[scheme], seconds, loaded(packages[scheme]))
+    sizes = set()
     for layout in ("gguf-f32", "gguf", *(f"gguf-{kind}" for kind in QUANTIZED)):
         package, seconds = timed(partial(write, layout, layout))
         stored = take_stored_weights(copy.deepcopy(network), package)
         row(layout, package, seconds, logits_of(stored))
+        if layout.removeprefix("gguf-") in QUANTIZED:
+            sizes.add(read_record(package).entry.bytes)
+    if arguments.mixed:
+        finetune(job)  # no tokens: what bits cost is measured in a super-network
+        job.run.search.mkdir()
+        for limit in sorted(sizes, reverse=True):
+            job.recipe.targets.max_bytes = str(limit)
+            name = f"gguf-mixed in {limit:,}"
+            bits = bits_that_fit(job, architecture, name)
+            package, seconds = timed(partial(write, GGUF_MIXED, name, bits=bits))
+            row(name, package, seconds, logits_of(take_stored_weights(copy.deepcopy(network), package)))
     package, seconds = timed(partial(write, "onnx", "onnx"))
     graph = graphs.Graph(read_record(package))
     row("onnx", package, seconds, lambda ids: graph(ids)[0])

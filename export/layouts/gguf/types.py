@@ -70,7 +70,7 @@ OUTER = {16: "f16", 8: "q8_0", 4: "iq4_nl"}
 """The type of embedding and head by their bits."""
 MIXED = "mixed"
 """Files whose half-blocks have types of their own."""
-BY_BITS = {16: "f16", 8: "q8_0", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
+BY_BITS = {16: "f16", 8: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
 """The type of a half-block of a `mixed` file by its bits."""
 
 
