@@ -19,12 +19,14 @@ from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.common.errors import RequestError
 from supernet.common.files import write_json
-from supernet.common.formatting import shell_word
+from supernet.common.formatting import percent, shell_word
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
 
 GAP = 0.05
 """Share of a size by which a pick may be smaller without a word."""
+POOR = 0.5
+"""Quality on the search's documents below which a pick is said to be poor, before anything is spent on it."""
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -138,6 +140,11 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     }
     base_tps = read_front(job.run.front)["base_decode_tps"]
     say(f"picked {name}: {described(job, numbers(job, chosen, base_tps))} (key {chosen.key[:8]}){bits}")
+    if (quality := chosen.evaluation.values["quality"]) < POOR:
+        say(
+            f"warning: before healing {name} keeps {percent(quality)} of the base's quality; compressor front "
+            f"{shell_word(job.run.path)} lists what larger ones keep"
+        )
     if found is None:
         return row
     row["prefer"] = job.recipe.prefer

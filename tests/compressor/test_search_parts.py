@@ -19,6 +19,7 @@ from compressor.run import Run
 from compressor.stages.picking import measured
 from compressor.stages.searching import LARGER_SHARE, speed_table
 from supernet.common.errors import RequestError
+from supernet.common.formatting import percent
 from tests.support import tiny
 
 EVALUATIONS = 28
@@ -218,6 +219,19 @@ def test_a_network_is_picked_by_the_beginning_of_its_key(
     assert cli.run(["pick", str(run), "--key", unique]) == 0
     assert cli.run(["pick", str(run), "--max-params", "0.7"]) == 0
     assert Run(run).recipe().key is None
+
+
+def test_a_poor_pick_is_said_before_anything_is_spent_on_it(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made.copy(tmp_path / "run")
+    best = max(made.front["evaluations"], key=lambda row: row["values"]["quality"])
+    quality = best["values"]["quality"]
+    for limit, said in ((quality, False), (quality + 0.01, True)):
+        monkeypatch.setattr("compressor.stages.picking.POOR", limit)
+        assert cli.run(["pick", str(run), "--key", best["key"]]) == 0
+        lines = capsys.readouterr().err
+        assert (f"warning: before healing best keeps {percent(quality)} of the base's quality" in lines) is said
 
 
 def test_every_preference_is_picked_and_the_others_are_named(
