@@ -2,20 +2,23 @@
 
     python -m benchmarks.repair [--checkpoint DIR --data FILE] [--tokens 4096 16384] [--shares 0.8 0.67 0.5]
         [--ordering wanda] [--halves 4]
+    python -m benchmarks.repair --picks RUN [--tokens 4096 16384]   # what a search picked
     python -m benchmarks.repair --inputs 11008 --outputs 4096       # what one projection of this size costs
 
-Cuts are those of `benchmarks.ordering`. Each is sliced plainly; repaired from moments of
-the whole network, as in a search; and repaired in sequence, as a pick is. The held-out blocks are from the other end of
-the data, and the excess is the loss less the base's. `--halves` removes one half-block of so many layers instead. One
-thread, two for `--inputs`.
+Cuts are those of `benchmarks.ordering`, or the picks of a run in its super-network, on its text. Each is sliced
+plainly; repaired from moments of the whole network, as in a search; and repaired in sequence, as a pick is. The
+held-out blocks are from the other end of the data, and the excess is the loss less the base's. `--halves` removes one
+half-block of so many layers instead. One thread, two for `--inputs`.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -25,6 +28,9 @@ from benchmarks.common import make_parser, print_header, print_row, resident, ti
 from benchmarks.jobs import ordered_supernet, subnet_loss, temporary_job
 from benchmarks.ordering import evenly_cut
 from compressor.inputs import CALIBRATION_BLOCKS, training_blocks
+from compressor.job import Job
+from compressor.pipeline import resume
+from compressor.stages.picks import cut_out, read_picks
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half
 from supernet.moments import Moments, Sums, choose_ridge, factorised, gather, prefix_weight
@@ -119,47 +125,59 @@ def main() -> None:
         "tokens": ([4096, 16384], "calibration tokens"),
         "shares": ([0.8, 0.67, 0.5], "sizes, as shares of the parameters"),
         "blocks": (48, "held-out blocks"),
+        "picks": ("", "a run whose picks are cut; no uniform cuts then"),
     }
     arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
     if arguments.inputs:
         cost_of_one(arguments.inputs, arguments.outputs)
         return
     torch.set_num_threads(1)
-    removed: dict[int, list[float]] = {tokens: [] for tokens in arguments.tokens}
-    with temporary_job(arguments.checkpoint, arguments.data) as job:
-        most = max(arguments.tokens)
-        blocks = training_blocks(job, 3 * most)
-        calibration, held_out = blocks.split(least=arguments.blocks)
-        held_out = held_out.part(0, min(arguments.blocks, len(held_out)))
-        batches = [batch.ids for batch in calibration[: -(-most // blocks.length)].split(ROWS)]
+    if arguments.picks:
+        measure(arguments, resume(Path(arguments.picks), {}))
+    else:
+        with temporary_job(arguments.checkpoint, arguments.data) as job:
+            measure(arguments, job)
+
+
+def measure(arguments: argparse.Namespace, job: Job) -> None:
+    """The table of a job's cuts, and its last line."""
+    # 1. Text, the super-network and what is cut.
+    most = max(arguments.tokens)
+    blocks = training_blocks(job, 3 * most)
+    calibration, held_out = blocks.split(least=arguments.blocks)
+    held_out = held_out.part(0, min(arguments.blocks, len(held_out)))
+    batches = [batch.ids for batch in calibration[: -(-most // blocks.length)].split(ROWS)]
+    if arguments.picks:
+        supernet, cuts = job.load_supernet(), [cut_out(picked) for picked in read_picks(job)]
+    else:
         supernet = ordered_supernet(job, batches[: CALIBRATION_BLOCKS // ROWS], arguments.ordering)
-        loss = partial(subnet_loss, supernet, held_out=held_out)
-        base, full = loss(supernet.base), job.structure.parameters(supernet.base)
-        print(f"Base: {base:.3f} nats per token.\n")
-        if arguments.halves:
-            removed_halves(supernet, loss, batches[: max(1, most // (ROWS * blocks.length))], arguments.halves)
-            return
-        print_header(
-            "parameters", "tokens", "sliced", "repaired", "in sequence", "excess removed", "seconds", right_from=1
-        )
-        for tokens in arguments.tokens:
-            text = batches[: max(1, tokens // (ROWS * blocks.length))]
-            moments, gathering = timed(partial(gathered, supernet, text))
-            repaired = RepairedVariants(supernet, moments.__getitem__, 2**30)
-            for share in arguments.shares:
-                cut = evenly_cut(job.structure, share)
-                losses = [loss(cut)]
-                in_sequence, seconds = timed(partial(repair_in_sequence, supernet, cut, text))
-                for variants in (repaired, in_sequence):
-                    supernet.use(variants)
-                    losses.append(loss(cut))
-                    supernet.use(None)
-                gone = [1 - (one - base) / (losses[0] - base) for one in losses[1:]]
-                removed[tokens].append(gone[1])
-                cells = [f"{one:.3f}" for one in losses] + [" and ".join(f"{100 * one:.0f} %" for one in gone)]
-                size = job.structure.parameters(cut) / full
-                print_row(f"{size:.3f}", f"{tokens:,}", *cells, f"{gathering:.1f} and {seconds:.1f}")
-        cost_of_switching(supernet, repaired, [evenly_cut(job.structure, share) for share in arguments.shares])
+        cuts = [evenly_cut(job.structure, share) for share in arguments.shares]
+    loss = partial(subnet_loss, supernet, held_out=held_out)
+    base, full = loss(supernet.base), job.structure.parameters(supernet.base)
+    print(f"Base: {base:.3f} nats per token.\n")
+    if arguments.halves:
+        removed_halves(supernet, loss, batches[: max(1, most // (ROWS * blocks.length))], arguments.halves)
+        return
+    # 2. A row for each of them and each number of tokens.
+    removed: dict[int, list[float]] = {tokens: [] for tokens in arguments.tokens}
+    print_header("parameters", "tokens", "sliced", "repaired", "in sequence", "excess removed", "seconds", right_from=1)
+    for tokens in arguments.tokens:
+        text = batches[: max(1, tokens // (ROWS * blocks.length))]
+        moments, gathering = timed(partial(gathered, supernet, text))
+        repaired = RepairedVariants(supernet, moments.__getitem__, 2**30)
+        for cut in cuts:
+            losses = [loss(cut)]
+            in_sequence, seconds = timed(partial(repair_in_sequence, supernet, cut, text))
+            for variants in (repaired, in_sequence):
+                supernet.use(variants)
+                losses.append(loss(cut))
+                supernet.use(None)
+            gone = [1 - (one - base) / (losses[0] - base) for one in losses[1:]]
+            removed[tokens].append(gone[1])
+            cells = [f"{one:.3f}" for one in losses] + [" and ".join(f"{100 * one:.0f} %" for one in gone)]
+            size = job.structure.parameters(cut) / full
+            print_row(f"{size:.3f}", f"{tokens:,}", *cells, f"{gathering:.1f} and {seconds:.1f}")
+    cost_of_switching(supernet, repaired, cuts)
     print(f"\nSeconds: moments of all layers, and one sequence. Peak memory {resident('VmHWM') / 2**30:.1f} GiB.")
     print(f"excess removed without training: {100 * mean(removed[max(removed)]):.0f} %")
 
