@@ -7,7 +7,7 @@ something that changed: another `--quantize` or `--format` adds folders to what 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
 from export.layouts.table import GGUF_MIXED, needs_uniform, write_layout
 from export.package import write_package
-from export.package_record import PackageEntry, read_record, update_record
+from export.package_record import RECORD, PackageEntry, read_record, update_record
 from export.verify import TaskFiles, prove_all
 from supernet.architecture import Architecture
 from supernet.common.errors import VerificationError
@@ -92,6 +92,7 @@ def export(job: Job) -> list[PackageEntry]:
     run.log(f"exported: {', '.join(written)}")
     entries = [read_record(run.packages / name).entry for name in written]
     say_what_is_too_large(job, entries)
+    say_what_is_left(job, {*written, *(folder.name for folder in bases)})
     return entries
 
 
@@ -117,6 +118,13 @@ def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
             if not entry.name.endswith(GGUF_MIXED):
                 less = f"--format {GGUF_MIXED} chooses types that fit"
             say(f"warning: {entry.name} takes {size(entry.bytes)}, and {size(limit)} were asked for; {less}")
+
+
+def say_what_is_left(job: Job, made: Collection[str]) -> None:
+    """Name the packages of the run that are not among those `made`: of earlier picks, sizes or schemes."""
+    others = sorted(record.parent.name for record in job.run.packages.glob(f"*/{RECORD}"))
+    if others := [name for name in others if name not in made]:
+        say(f"note: of earlier picks or settings, and not in the report: {', '.join(others)} in {job.run.packages}")
 
 
 def progress_by_name(progress: Bar) -> Callable[[str], None]:

@@ -48,6 +48,15 @@ def test_a_further_format_is_added(made: Path, capsys: pytest.CaptureFixture[str
     assert f"next: compressor verify {made}/packages/best" in said
 
 
+def test_what_an_earlier_pick_left_is_named(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(made, tmp_path / "run")
+    assert run(["export", str(folder)]) == 0
+    assert "earlier picks" not in capsys.readouterr().err
+    shutil.copytree(folder / "packages" / "best", folder / "packages" / "best-int3")
+    assert run(["export", str(folder)]) == 0
+    assert "note: of earlier picks or settings, and not in the report: best-int3 in" in capsys.readouterr().err
+
+
 def test_a_package_that_is_refused_is_said_and_the_others_are_kept(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
