@@ -11,7 +11,7 @@ from compressor.run import Run
 from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
 from supernet.common.errors import reading
 from supernet.common.files import read_json
-from supernet.common.formatting import duration, size
+from supernet.common.formatting import duration, shell_word, size
 from supernet.common.progress import say
 
 State = Literal["running", "done", "interrupted", "to do"]
@@ -39,6 +39,8 @@ class RunStatus(TypedDict):
     running: str | None
     """The process that works in it, and since when."""
     finished: bool
+    picked_since: bool
+    """Whether something was picked since the report was written: it is to be exported and reported."""
     report: str | None
     """The page, where there is one."""
     left: float | None
@@ -77,13 +79,16 @@ def run_status(folder: Path) -> RunStatus:
                 "began": time.began if time and time.began else None,
             }
         )
+    reported = run.report.is_file()
+    since = reported and run.picks.is_file() and run.picks.stat().st_mtime_ns > run.report.stat().st_mtime_ns
     return {
         "run": str(folder),
         "model": run.recipe().model,
         "stages": stages,
         "running": holder,
-        "finished": run.report.is_file() and all(stage["state"] == "done" for stage in stages),
-        "report": str(folder / "report.html") if run.report.is_file() else None,
+        "finished": reported and not since and all(stage["state"] == "done" for stage in stages),
+        "picked_since": since,
+        "report": str(folder / "report.html") if reported else None,
         "left": left(stages) if expected else None,
         "bytes": disk_used(folder),
         "last_error": last_error(run),
@@ -159,6 +164,9 @@ def print_status(status: RunStatus) -> None:
         say(f"working in it: {status['running']}")
     elif status["finished"]:
         say(f"finished: {status['report']}")
+    elif status["picked_since"]:
+        place = shell_word(status["run"])
+        say(f"picked since the report was written: compressor export {place}, then compressor report {place}")
     else:
         say("nobody works in it; the command that began it goes on where it was")
     if status["left"] and not status["finished"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,17 @@ def test_a_run_made_stage_by_stage_is_finished_with_its_report(made: Run) -> Non
     assert not run_status(made.path)["finished"]
     made.report.write_text("{}")
     assert run_status(made.path)["finished"]
+
+
+def test_a_pick_that_was_not_exported_yet_is_said(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    made.plan_file.unlink()
+    Schedule(made.times_file).add("search", 3.0, ended=True)
+    made.report.write_text("{}")
+    made.search.mkdir()
+    made.picks.write_text("[]")
+    written = made.report.stat().st_mtime_ns
+    for later, finished in ((-1, True), (1, False)):
+        os.utime(made.picks, ns=(written + later, written + later))
+        assert run_status(made.path)["finished"] is finished
+    assert run(["status", str(made.path)]) == 0
+    assert f"picked since the report was written: compressor export {made.path}, then" in capsys.readouterr().err
