@@ -165,8 +165,8 @@ def print_status(status: RunStatus) -> None:
     elif status["finished"]:
         say(f"finished: {status['report']}")
     elif status["picked_since"]:
-        place = shell_word(status["run"])
-        say(f"picked since the report was written: compressor export {place}, then compressor report {place}")
+        folder = shell_word(status["run"])
+        say(f"picked since the report was written: compressor export {folder}, then compressor report {folder}")
     else:
         say("nobody works in it; the command that began it goes on where it was")
     if status["left"] and not status["finished"]:
