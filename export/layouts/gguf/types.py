@@ -1,10 +1,10 @@
 """The number formats of gguf files: what a block of weights takes, and how weights become blocks.
 
-The `gguf` package packs the formats of 32 weights whose scale follows from the largest of them. Those whose scale is
-searched are packed here: IQ4_NL, and the K types, in which 256 weights share two half-precision numbers and parts of 16
-or 32 have scales of their own in 4 to 8 bits. For each part a few scales are tried, each refined by least squares,
-weighted by what the inputs are worth (`importance`): the idea of llama.cpp's importance matrix. `gguf.quants` reads
-what is written here, and so says where each bit lies.
+The `gguf` package packs floats and Q8_0. Formats whose scales are searched are packed here: Q4_0, Q5_1 and IQ4_NL, of
+32 weights, and the K types, in which 256 weights share two half-precision numbers and parts of 16 or 32 have scales of
+their own in 4 to 8 bits. For each part a few scales are tried, each refined by least squares, weighted by what the
+inputs are worth (`importance`): the idea of llama.cpp's importance matrix. `gguf.quants` reads what is written here,
+and so says where each bit lies.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ TYPES = {
     "q8_0": GGUFType(32, 34, 0.5),
     "q6_k": GGUFType(SUPER, 210, 0.75, "q8_0", searched=True),
     "q5_k": GGUFType(SUPER, 176, 1.5, "q5_1", searched=True),
-    "q5_1": GGUFType(32, 24, 1.5),
+    "q5_1": GGUFType(32, 24, 1.5, searched=True),
     "q4_k": GGUFType(SUPER, 144, 2.5, "iq4_nl", searched=True),
     "iq4_nl": GGUFType(32, 18, 2.5, searched=True),
-    "q4_0": GGUFType(32, 18, 2.5),
+    "q4_0": GGUFType(32, 18, 2.5, searched=True),
     "q3_k": GGUFType(SUPER, 110, 4.0, "iq4_nl", searched=True),
     "q2_k": GGUFType(SUPER, 84, 6.0, "iq4_nl", searched=True),
 }
@@ -278,6 +278,22 @@ def _iq4_nl(x: Tensor, w: Tensor) -> Tensor:
     return torch.cat([_half(scale.squeeze(-1)), _joined(codes.view(-1, 2, 16), 4)], 1)
 
 
+def _q5_1(x: Tensor, w: Tensor) -> Tensor:
+    scale, offset = (value.to(torch.float16).float() for value in _fit_affine(x, w, 31))
+    codes = ((x + offset) / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 31).int()
+    high = _joined((codes >> 4).view(-1, 4, 8, 1), 1).flatten(1)
+    low = _joined((codes & 15).view(-1, 2, 16), 4)
+    return torch.cat([_half(scale.squeeze(-1)), _half(-offset.squeeze(-1)), high, low], 1)
+
+
+def _q4_0(x: Tensor, w: Tensor) -> Tensor:
+    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    scale = _fit(x, w, lambda v: v.round().clamp(-8, 7), largest / -8)
+    scale = scale.to(torch.float16).float()
+    codes = (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7).int() + 8
+    return torch.cat([_half(scale.squeeze(-1)), _joined(codes.view(-1, 2, 16), 4)], 1)
+
+
 _PACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "q6_k": _q6_k,
     "q5_k": _q5_k,
@@ -285,4 +301,6 @@ _PACK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "q3_k": _q3_k,
     "q2_k": _q2_k,
     "iq4_nl": _iq4_nl,
+    "q5_1": _q5_1,
+    "q4_0": _q4_0,
 }
