@@ -26,7 +26,7 @@ from export.layouts.table import GGUF_MIXED
 from export.quantization.quantize import linear_layers
 from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
-from supernet.common.formatting import size
+from supernet.common.formatting import percent, size
 from supernet.common.progress import say
 from supernet.ordering import load_ordering
 from supernet.routed import check_routed
@@ -57,6 +57,23 @@ def check(job: Job) -> None:
     if recipe.tasks:
         check_tasks(job)
     job.checkpoint.check_finite()
+    hint_at_vocabulary(job)
+
+
+LARGE_VOCABULARY = 0.2
+"""Share of the parameters from which a vocabulary that nobody asked to cut is pointed out."""
+
+
+def hint_at_vocabulary(job: Job) -> None:
+    """Say where much of the network is its vocabulary, which no search over layers makes smaller."""
+    structure = job.structure
+    tables = structure.vocab_size * structure.base.hidden_size * (1 if structure.tied else 2)
+    share = tables / structure.parameters(structure.base)
+    if job.recipe.vocabulary.size is None and share >= LARGE_VOCABULARY:
+        say(
+            f"note: the vocabulary holds {percent(share)} of the parameters; --vocabulary auto drops tokens that the "
+            "text does not need, before anything is cut out of layers"
+        )
 
 
 def check_data(job: Job) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from compressor.checks import hint_at_vocabulary
 from compressor.cli import run
 from compressor.front_table import front_rows
 from compressor.job import Job
@@ -23,6 +25,8 @@ from export.package_record import read_record, update_record
 from export.verify import verify
 from supernet.checkpoint import open_checkpoint
 from supernet.common.errors import RequestError, VerificationError
+from supernet.common.formatting import percent
+from supernet.families import describe
 from supernet.training.data import pack
 from tests.support import tiny
 from tests.support.tiny_tokenizers import KINDS, fast, texts
@@ -293,3 +297,19 @@ def test_inspect_shows_sizes_beforehand(made: Made, capsys: pytest.CaptureFixtur
     assert rows["0.8"]["tokens"] == 384
     assert rows["0.8"]["tokens_per_byte"] > rows["1"]["tokens_per_byte"]
     assert rows["0.8"]["parameters_saved"] == 32 * (made.job().untouched.structure.vocab_size - 384)
+
+
+@pytest.mark.parametrize(("tokens", "size", "said"), [(64, None, False), (4096, None, True), (4096, "auto", False)])
+def test_a_large_vocabulary_that_nobody_asked_to_cut_is_pointed_out(
+    tokens: int, size: str | None, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structure = describe(
+        LlamaConfig(**{**tiny.SIZES, "vocab_size": tokens, "pad_token_id": 0, "tie_word_embeddings": True})
+    )
+    job: Any = SimpleNamespace(
+        structure=structure, recipe=Recipe.model_validate({"model": "m", "vocabulary": {"size": size}})
+    )
+    hint_at_vocabulary(job)
+    share = tokens * structure.base.hidden_size / structure.parameters(structure.base)
+    line = f"note: the vocabulary holds {percent(share)} of the parameters; --vocabulary auto drops"
+    assert (line in " ".join(capsys.readouterr().err.split())) is said
