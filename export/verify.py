@@ -42,14 +42,14 @@ def verify_all(
     record: bool = False,
     log: Path | None = None,
     tasks: TaskFiles | None = None,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> list[Claims]:
     """What was proved of each package, in order; as `prove_all`, but raises the first refusal once all are checked."""
-    proofs = prove_all(packages, record=record, log=log, tasks=tasks, progress=progress)
-    for proof in proofs:
+    claims: list[Claims] = []
+    for proof in prove_all(packages, record=record, log=log, tasks=tasks):
         if isinstance(proof, VerificationError):
             raise proof
-    return [proof for proof in proofs if not isinstance(proof, VerificationError)]
+        claims.append(proof)
+    return claims
 
 
 def prove_all(
