@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,18 @@ from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits
 from compressor.stages.joint_pick import MEASURED, bit_genes
+from compressor.stages.llama_types import llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import blocks_to_read, expected_passes
 from evals.speed.table import SpeedTable
+from export.layouts.table import GGUF_MIXED
 from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
+from search.genes import AS_STORED, Gene
 from search.scores import Split
 from supernet.device import activation_bytes
 from supernet.routed import routed, routed_parameters
@@ -274,9 +277,14 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
         # from the first layer that has fewer on.
         blocks = len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + 2 * MEASURED * HELD_OUT_BLOCKS
         seconds += blocks * counts.length * rates.teach * counts.searched
-        passes = sum(len(gene.values) - 1 for gene in bit_genes(job)) / 2
-        of_bits = passes * blocks_to_read(job) * counts.length * rates.teach
+        of_bits = _measuring_bits(counts, rates, bit_genes(job))
     return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
+
+
+def _measuring_bits(counts: _Counts, rates: Rates, genes: Iterable[Gene]) -> float:
+    """Each value of each gene in the whole network, from the first layer that has fewer bits on."""
+    passes = sum(bits < AS_STORED for gene in genes for bits in gene.values) / 2
+    return passes * blocks_to_read(counts.job) * counts.length * rates.teach
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:
@@ -298,11 +306,13 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
-    quantizing = counts.recipe.quantizing
+    quantizing, seconds = counts.recipe.quantizing, 0.0
+    if GGUF_MIXED in counts.recipe.formats:
+        seconds += rates.load + _measuring_bits(counts, rates, llama_genes(counts.job))
     if not counts.bases:
-        return StageCost("quantizing", "", 0.0)
+        return StageCost("quantizing", "", seconds)
     if not counts.schemes:  # only the base is rounded, without data
-        seconds = 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
+        seconds += 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
         return StageCost("quantizing", "of the base", seconds, disk=counts.bases * counts.base)
     iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
@@ -312,7 +322,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     several = sum(is_tuned(name) for name in counts.schemes)
     several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
     plain = 2 * rates.load + 2 * counts.base / DISK_RATE
-    seconds = counts.picks * (PROCESS * bool(several) + several * (start + counts.share * (samples + tuned)))
+    seconds += counts.picks * (PROCESS * bool(several) + several * (start + counts.share * (samples + tuned)))
     seconds += PROCESS + several_bases * (start + samples + tuned)
     seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)

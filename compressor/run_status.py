@@ -45,6 +45,8 @@ class RunStatus(TypedDict):
     """The page, where there is one."""
     left: float | None
     """Seconds, by the run's plan."""
+    refused: list[str]
+    """Packages that their proof refused."""
     bytes: int
     """Of all its files."""
     last_error: str | None
@@ -90,9 +92,17 @@ def run_status(folder: Path) -> RunStatus:
         "picked_since": since,
         "report": str(folder / "report.html") if reported else None,
         "left": left(stages) if expected else None,
+        "refused": refused(run),
         "bytes": disk_used(folder),
         "last_error": last_error(run),
     }
+
+
+def refused(run: Run) -> list[str]:
+    """The packages that their proof refused."""
+    records = sorted(run.packages.glob("*/compression.json"))
+    with reading(f"{run.packages}: not what this version writes; export again"):
+        return [file.parent.name for file in records if read_json(file)["entry"].get("refused")]
 
 
 def expected_seconds(run: Run) -> dict[str, float]:
@@ -169,6 +179,8 @@ def print_status(status: RunStatus) -> None:
         say(f"picked since the report was written: compressor export {folder}, then compressor report {folder}")
     else:
         say("nobody works in it; the command that began it goes on where it was")
+    if status["refused"]:
+        say(f"refused by their proof, not to be shipped: {', '.join(status['refused'])}")
     if status["left"] and not status["finished"]:
         say(f"left: about {duration(status['left'])}")
     say(f"on disk: {size(status['bytes'])}")

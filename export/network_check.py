@@ -125,8 +125,10 @@ class NetworkCheck:
         """What transformers raises in this block is a fault of the package, and is reported as one."""
         try:
             yield
-        except (VerificationError, RequestError):
+        except VerificationError:
             raise
+        except RequestError as error:  # of a file of the package, which names it
+            raise self.fail(str(error).removeprefix(f"{self.folder}: ")) from error
         except Exception as error:
             raise self.fail(f"{what} fails: {type(error).__name__}: {last_line(str(error))}") from error
 
@@ -280,11 +282,13 @@ class NetworkCheck:
         from evals.scoring.encoding import Encoder
         from evals.scoring.tasks import TaskSet
 
-        with contextlib.chdir(self.tasks.folder), self.step("reading the tasks"):
+        with self.step("reading configuration and tokenizer"):
             config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=self.trusted)
+            tokenizer = load_tokenizer(self.folder)
+        with contextlib.chdir(self.tasks.folder):  # what fails here is not the package's
             task_set = TaskSet.load(
                 [f"{name}:{score.metric}" for name, score in self.entry.tasks.items()],
-                encoder=Encoder(load_tokenizer(self.folder), config),
+                encoder=Encoder(tokenizer, config),
                 include_path=[self.tasks.include_path] if self.tasks.include_path else [],
             )
             for name, documents in self.documents.items():

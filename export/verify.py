@@ -61,20 +61,39 @@ def prove_all(
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Claims | VerificationError]:
     """What was proved of each package, in order, all in one fresh process; of one that is refused, the error that names
-    the file or the first claim that does not hold.
+    the file or the first claim that does not hold. Where the process dies, a further one goes on behind that package.
 
     Each comes with the full logits that export saved (`write_package(reference=…)`; the unquantized network's, for a
     quantized package), or None to compare with the compact probe inside the package. With `tasks`, every score that a
     package has in the report is measured again. With `record`, the result is written into each package's
     compression.json. The process's own output goes to `log`; `progress` is told each package whose proof begins.
 
-    Raises `VerificationError` where files were changed since they were written or the process died, and `RequestError`
-    where a folder is no package or the runtime that it is for is not installed. What was proved before is recorded.
+    Raises `VerificationError` where files were changed since they were written, and `RequestError` where a folder is no
+    package or the runtime that it is for is not installed. What was proved before is recorded.
     """
     # 1. Nothing is loaded of a package whose files were changed.
     for package, _ in packages:
         check_files(package)
-    # 2. Check in a fresh process.
+    # 2. Check in a fresh process, and behind one that died in another. Record.
+    proofs: list[Claims | VerificationError] = []
+    while len(proofs) < len(packages):
+        left = packages[len(proofs) :]
+        answer, end = _proved(left, tasks, log, progress)
+        proofs += [_proof(package, found, record) for (package, _), found in zip(left, answer["proofs"], strict=False)]
+        if "wrong" in answer:
+            raise RequestError(answer["wrong"])
+        if len(proofs) < len(packages):
+            proofs.append(VerificationError(f"{packages[len(proofs)][0]}: not proved: the checking process {end}"))
+    return proofs
+
+
+def _proved(
+    packages: Sequence[tuple[Path, Path | None]],
+    tasks: TaskFiles | None,
+    log: Path | None,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Any], str]:
+    """What a fresh process found of the packages, up to where it died, and how it ended."""
     with tempfile.TemporaryDirectory(prefix="compressor-verify-") as scratch:
         jobs, results = Path(scratch) / "jobs.json", Path(scratch) / "results.json"
         pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
@@ -94,13 +113,8 @@ def prove_all(
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(said)
         answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"proofs": []}
-    # 3. Record, and report.
-    proofs = [_proof(package, found, record) for (package, _), found in zip(packages, answer["proofs"], strict=False)]
-    if "wrong" in answer:
-        raise RequestError(answer["wrong"])
-    if len(proofs) < len(packages):
-        raise VerificationError(f"{packages[len(proofs)][0]}: the checking process died: {last_line(said)}")
-    return proofs
+    killed = f"was killed (signal {-process.returncode}); too little memory, perhaps" if process.returncode < 0 else ""
+    return answer, killed or f"died: {last_line(said)}"
 
 
 def _proof(package: Path, found: dict[str, Any], record: bool) -> Claims | VerificationError:

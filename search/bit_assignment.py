@@ -74,18 +74,28 @@ def best_within(
     return chosen, best.degradation
 
 
+def fewest_bytes(architecture: Architecture, losses: Losses, bytes_of: Callable[[Architecture], float]) -> Architecture:
+    """The architecture in the bits that take the fewest bytes; the most of those that take as few."""
+    fewest = architecture.without_bits()
+    for gene, of_gene in choices_of(fewest, losses, bytes_of).items():
+        fewest = with_gene(fewest, gene, of_gene[-1][0])  # every choice saves more than the one before it
+    return fewest
+
+
 def choices_of(
     plain: Architecture, losses: Losses, bytes_of: Callable[[Architecture], float]
 ) -> dict[Gene, list[tuple[int, float, float]]]:
-    """By gene: (bits, what they lose, the bytes that they save) of every value, from most bits to fewest. A loss that
-    falls where there are fewer bits is noise, and counts as that of more bits."""
+    """By gene: (bits, what they lose, the bytes that they save) of every value that saves more than the one before it,
+    from most bits to fewest. A loss that falls where there are fewer bits is noise, and counts as that of more bits."""
     full = bytes_of(plain)
     choices: dict[Gene, list[tuple[int, float, float]]] = {}
     for gene, of_gene in losses.items():
-        rows, worst = [(AS_STORED, 0.0, 0.0)], 0.0
+        rows, worst = [(AS_STORED, 0.0, 0.0)] if AS_STORED in gene.values else [], 0.0
         for bits, loss in sorted(of_gene.items(), reverse=True):
             worst = max(worst, loss)
-            rows.append((bits, worst, full - bytes_of(with_gene(plain, gene, bits))))
+            saved = full - bytes_of(with_gene(plain, gene, bits))
+            if not rows or saved > rows[-1][2]:  # a format may hold no fewer bits than it does
+                rows.append((bits, worst, saved))
         choices[gene] = rows
     return choices
 

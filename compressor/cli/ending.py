@@ -66,7 +66,7 @@ def package_line(folder: Path, entry: PackageEntry) -> str:
     """A package in one line: where it is, its size, its quality on the report split and its scores."""
     scores = ", ".join(f"{task} {score.value:.3g}" for task, score in entry.tasks.items())
     quality = f", quality {percent(entry.quality)}" if entry.quality is not None else ""
-    refused = "; refused by its proof" if entry.refused else ""
+    refused = "; refused by its proof" if entry.refused else "" if entry.verified else "; not proved"
     return f"package: {folder}, {size(entry.bytes)}{quality}{f' ({scores})' if scores else ''}{refused}"
 
 
@@ -74,8 +74,8 @@ def reported(run: Path, report: Report) -> Report:
     """Say where the packages of a report are, and what to do with them; returns the report."""
     for entry in report.packages:
         say(package_line(run / entry.path, entry))
-    if report.packages:
-        first = shlex.quote(str(run / report.packages[0].path))
+    if proved := [entry for entry in report.packages if entry.verified]:
+        first = shlex.quote(str(run / proved[0].path))
         say(f"next: compressor verify {first}, or compressor push {first} OWNER/NAME")
     return report
 

@@ -34,7 +34,6 @@ from export.verify import TaskFiles, prove_all
 from supernet.architecture import Architecture
 from supernet.common.errors import VerificationError
 from supernet.common.files import fingerprint, write_json
-from supernet.common.formatting import size
 from supernet.common.progress import Bar, bar, say
 from supernet.common.versions import versions
 from supernet.streaming import StreamedNetwork
@@ -87,7 +86,9 @@ def export(job: Job) -> list[PackageEntry]:
             tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
             with job.schedule.stage("proving"), bar("proving", len(proofs)) as progress:
                 proved = progress_by_name(progress)
-                prove_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
+                found = prove_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
+                for refusal in (proof for proof in found if isinstance(proof, VerificationError)):
+                    say(f"warning: {refusal}")
                 progress.advance(len(proofs) - progress.done)
     run.log(f"exported: {', '.join(written)}")
     entries = [read_record(run.packages / name).entry for name in written]
@@ -97,27 +98,34 @@ def export(job: Job) -> list[PackageEntry]:
 
 
 def check_proved(job: Job) -> None:
-    """Raise `VerificationError` where a package of the run was refused by its proof."""
+    """Raise `VerificationError` where a package of the run was refused by its proof, or its proof did not end."""
     measured = Measurements.read(job.run.packages / "base.json")
     entries = [read_record(job.run.packages / name).entry for name in (*measured.packages, *measured.quantized_base)]
-    if refused := [entry for entry in entries if entry.refused]:
-        first, others = refused[0], [entry.name for entry in refused[1:]]
-        more = f"; so {'was' if len(others) == 1 else 'were'} {', '.join(others)}" if others else ""
-        raise VerificationError(
-            f"{job.run.packages / first.name}: refused by its proof, do not ship it: {first.refused}{more}; the other "
-            "packages are proved"
-        )
+    if unproved := [entry for entry in entries if not entry.verified]:
+        first, others = unproved[0], [entry.name for entry in unproved[1:]]
+        why = f"refused by its proof, do not ship it: {first.refused}"
+        if first.refused is None:
+            why = "not proved yet: run the same command again"
+        more = f"; nor {'is' if len(others) == 1 else 'are'} {', '.join(others)} proved" if others else ""
+        raise VerificationError(f"{job.run.packages / first.name}: {why}{more}; all others are proved")
 
 
 def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
-    """Name the llama.cpp files that are larger than what was asked for."""
+    """Name the llama.cpp files that are larger than what was asked for, and the smallest of the others where it is:
+    what was picked was estimated."""
     limit = byte_limit(job)
-    for entry in entries:
-        if limit is not None and entry.layout.startswith("gguf") and entry.bytes > limit:
-            less = "none of its types takes less; pick a smaller network, with fewer bytes"
-            if not entry.name.endswith(GGUF_MIXED):
+    if limit is None:
+        return
+    others = [entry for entry in entries if not entry.layout.startswith("gguf")]
+    files = [entry for entry in entries if entry.layout.startswith("gguf")]
+    for entry in [*sorted(others, key=lambda entry: entry.bytes)[:1], *files]:
+        if entry.bytes > limit:
+            less = "pick with fewer bytes"
+            if entry.name.endswith(GGUF_MIXED):
+                less = "none of its types takes less; pick a smaller network, with fewer bytes"
+            elif entry in files:
                 less = f"--format {GGUF_MIXED} chooses types that fit"
-            say(f"warning: {entry.name} takes {size(entry.bytes)}, and {size(limit)} were asked for; {less}")
+            say(f"warning: {entry.name} takes {entry.bytes:,} bytes, and {limit:,} were asked for; {less}")
 
 
 def say_what_is_left(job: Job, made: Collection[str]) -> None:

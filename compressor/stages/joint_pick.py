@@ -28,7 +28,7 @@ from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from compressor.stages.warm_start import losses_by_bits
+from compressor.stages.warm_start import in_groups_of, losses_by_bits
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, FormName, OuterBits
@@ -141,7 +141,7 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
             f"({least.bits})"
         )
     # 2. With bits of their own for every half-block.
-    costs = losses_by_bits(job, bit_genes(job), group_of(job, job.structure.base))
+    costs = losses_by_bits(job, bit_genes(job), in_groups_of(group_of(job, job.structure.base)))
     if uniform:  # the plain class of a tied network holds no quantized embedding
         costs = {gene: cost for gene, cost in costs.items() if gene.kind != "embedding_bits"}
     found = [mixed_candidate(job, evaluation, costs, target.max_bytes) for evaluation in sizes]
@@ -205,19 +205,21 @@ def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidat
     return rows
 
 
-def bit_genes(job: Job) -> list[Gene]:
-    """A gene of bits for every half-block of the base, for its embedding, and for a head with a weight of its own."""
+def bit_genes(job: Job, inner: Sequence[int] = BITS["ffn_bits"]) -> list[Gene]:
+    """A gene of bits, `inner` or as stored, for every half-block of the base, and one for its embedding and for a head
+    with a weight of its own: of the bits that the recipe says, or else those that are compared and as stored."""
     genes = []
     for index, layer in enumerate(job.structure.base.layers):
         if layer.num_key_value_heads:
-            genes.append(Gene(f"attention_bits.{index}", (*BITS["attention_bits"], AS_STORED)))
+            genes.append(Gene(f"attention_bits.{index}", (*inner, AS_STORED)))
         if layer.intermediate_size:
-            genes.append(Gene(f"ffn_bits.{index}", (*BITS["ffn_bits"], AS_STORED)))
+            genes.append(Gene(f"ffn_bits.{index}", (*inner, AS_STORED)))
     outer = tuple(sorted({bits for bits in joint_embeddings(job) if bits < AS_STORED}))
     if outer:
-        genes.append(Gene("embedding_bits", (*outer, AS_STORED)))
-    if outer and not job.structure.tied:
-        genes.append(Gene("head_bits", (*outer, AS_STORED)))
+        values = outer if job.recipe.quantizing.embedding is not None else (*outer, AS_STORED)
+        genes.append(Gene("embedding_bits", values))
+        if not job.structure.tied:
+            genes.append(Gene("head_bits", values))
     return genes
 
 

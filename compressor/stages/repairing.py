@@ -3,6 +3,7 @@ routed ones."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from compressor.inputs import text_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.sizing import bits_group
-from export.quantization.rounded_variants import RoundedVariants
+from export.quantization.rounded_variants import Round, RoundedVariants, in_groups
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
@@ -87,14 +88,14 @@ def calibration_text(job: Job) -> list[Tensor]:
 def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
     """Weights for every sub-network: of its sizes, and where the space has genes of bits, rounded to these."""
     if job.declared_space.bits:
-        return rounded_variants(job, supernet, bits_group(job))
+        return rounded_variants(job, supernet, partial(in_groups, group_size=bits_group(job)))
     return variants_by_size(job, supernet)
 
 
-def rounded_variants(job: Job, supernet: SuperNetwork, group_size: int) -> RoundedVariants:
+def rounded_variants(job: Job, supernet: SuperNetwork, round_: Round) -> RoundedVariants:
     """Weights for every sub-network, rounded to the bits that it says."""
     variants = variants_by_size(job, supernet)
-    return RoundedVariants(supernet, variants, group_size, parse_bytes(job.recipe.repair.memory))
+    return RoundedVariants(supernet, variants, round_, parse_bytes(job.recipe.repair.memory))
 
 
 def variants_by_size(job: Job, supernet: SuperNetwork) -> Variants | None:

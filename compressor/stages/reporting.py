@@ -163,10 +163,22 @@ def with_changes(job: Job, report: Report, weights: Mapping[str, str | None]) ->
 def is_packaged(job: Job, pick: Mapping[str, Any]) -> bool:
     """Whether the package of a pick's name holds its network; said where it was picked anew since."""
     held = read_record(job.run.packages / pick["name"]).entry.architecture
-    if held == Architecture.from_dict(pick["architecture"]).without_bits():
+    if held == Architecture.from_dict(pick["architecture"]).without_bits() and has_its_bits(job, pick):
         return True
     say(f"note: {pick['name']} was picked anew and not packaged since: compressor export {shell_word(job.run.path)}")
     return False
+
+
+def has_its_bits(job: Job, pick: Mapping[str, Any]) -> bool:
+    """Whether the package in the bits that were picked with the size, where any were, is there and holds these."""
+    scheme = (pick.get("bits") or {}).get("scheme")
+    if scheme is None:
+        return True
+    package = job.run.packages / f"{pick['name']}-{scheme}"
+    if not package.is_dir():
+        return False
+    report = read_record(package).entry.quantization_report
+    return scheme != "mixed" or (report is not None and report.bits == Architecture.from_dict(pick["architecture"]))
 
 
 def other_picks(job: Job, packages: list[str]) -> list[Alternative]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from compressor.stages.front import read_front
 from compressor.stages.repairing import rounded_variants, search_repair_inputs, search_variants, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
+from export.quantization.rounded_variants import Round, in_groups
 from search.bit_assignment import Losses, spread_by_bytes, with_bits, with_gene
-from search.genes import BITS, Gene
+from search.genes import AS_STORED, BITS, Gene
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
@@ -119,7 +122,11 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     """A population of them with bits, spread from the fewest bytes to the most that are allowed: of each, the bits that
     lose least by what every gene's bits alone lose in the whole network."""
     genes = [gene for gene in job.space.genes if gene.kind in BITS]
-    losses, storage, most = losses_by_bits(job, genes, bits_group(job)), smallest_storage(job), byte_limit(job)
+    losses, storage, most = (
+        losses_by_bits(job, genes, in_groups_of(bits_group(job))),
+        smallest_storage(job),
+        byte_limit(job),
+    )
 
     def bytes_of(architecture: Architecture) -> float:
         return job.structure.bytes(architecture, storage)
@@ -129,17 +136,32 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     return spread_by_bytes(fitting, bytes_of, job.recipe.searching.population)
 
 
-def losses_by_bits(job: Job, genes: Sequence[Gene], group_size: int) -> Losses:
-    """KL(whole network || with one gene of bits at another value), nats per token; from `search/bits.json` where it was
-    measured before."""
-    asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values[:-1]]  # later layers first: less is new
+@dataclass(frozen=True)
+class Rounding:
+    """A way to round to bits: its name among the run's files, all that it depends on, and what it does."""
+
+    name: str
+    inputs: object
+    round: Round
+
+
+def in_groups_of(group_size: int) -> Rounding:
+    """As `mixed` packages of compressed-tensors are, in groups of so many input channels."""
+    return Rounding("bits", group_size, partial(in_groups, group_size=group_size))
+
+
+def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: Rounding) -> Losses:
+    """KL(whole network || with one gene of bits at another value), nats per token; from `search/NAME.json` of the
+    rounding where it was measured before."""
+    # Later layers first: less is new.
+    asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values if bits < AS_STORED]
     named = [(gene.name, gene.values) for gene in genes]
-    inputs = fingerprint([searched_weights(job), named, group_size, rows_fingerprint(job, 0)])
-    file = job.run.search / "bits.json"
+    inputs = fingerprint([searched_weights(job), named, rounding.inputs, rows_fingerprint(job, 0)])
+    file = job.run.search / f"{rounding.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != inputs:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
         supernet = job.load_supernet()
-        supernet.use(rounded_variants(job, supernet, group_size))
+        supernet.use(rounded_variants(job, supernet, rounding.round))
         degradation, measured = degradation_in(supernet, batches), list[float]()
         with bar("measuring bits", len(asked)) as progress:
             for gene, bits in asked:

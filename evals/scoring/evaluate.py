@@ -140,6 +140,10 @@ def load_checkpoint(
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # as everywhere in this tool: half precision is slow on most CPUs, and less exact
+    if not (folder / "config.json").is_file() and any(folder.glob("*.gguf")):
+        raise RequestError(
+            f"{name}: a file of llama.cpp, which transformers does not load; evaluate what it was made of"
+        )
     try:
         with reading(f"{name}: cannot be loaded as a causal language model"):
             tokenizer = read_tokenizer(folder, trust_remote_code=True) if trust_remote_code else load_tokenizer(folder)

@@ -6,7 +6,7 @@ al., arXiv 2312.13301, searches such bits with the sizes), after they were cut, 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
@@ -17,16 +17,25 @@ from supernet.architecture import LayerSizes, table_format, unit_counts
 from supernet.repair import Kept
 from supernet.variants import Variants
 
+Round = Callable[[Tensor, int], Tensor]
+"""A weight [outputs, inputs] as a format stores it where so many bits are asked for."""
+
+
+def in_groups(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """As a `mixed` package of compressed-tensors stores it: below 8 bits `group_size` input channels share a scale; at
+    8 bits, and where a width is no multiple of 32, all of an output channel's do."""
+    return rounded(weight, *weight_format(weight.shape, bits, group_size))
+
 
 class RoundedVariants:
     """Rounded weights of a super-network of the base's residual width, on top of the variants `inner`.
 
-    `group_size` input channels share a scale below 8 bits; at 8 bits, and where a width is no multiple of 32, all of an
-    output channel's do. What was rounded is kept within `memory` bytes, and made again where it was dropped.
+    `round_` says how weights are stored. What was rounded is kept within `memory` bytes, and made again where it was
+    dropped.
     """
 
-    def __init__(self, supernet: SuperNetwork, inner: Variants | None, group_size: int, memory: int) -> None:
-        self._supernet, self._inner, self._group_size = supernet, inner, group_size
+    def __init__(self, supernet: SuperNetwork, inner: Variants | None, round_: Round, memory: int) -> None:
+        self._supernet, self._inner, self._round = supernet, inner, round_
         self._full = dict(supernet.model.named_parameters())  # what shadows hide from `get_parameter`
         self._linear = {spec.name: spec for spec in supernet.structure.tensors if spec.role == "linear" and spec.half}
         self._names = frozenset(self._linear).union(() if inner is None else inner.names)
@@ -51,7 +60,7 @@ class RoundedVariants:
                 base = self._supernet.base
                 counts, left = (unit_counts(base.hidden_size, sizes) for sizes in (base.layers[spec.layer], kept))
                 weight = slice_parameter(self._full[name].detach(), spec.axes, counts, left)
-            made = rounded(weight, *weight_format(weight.shape, bits, self._group_size))
+            made = self._round(weight, bits)
             self._kept.put(key, made, made.nbytes)
             return made
         return self._kept[key]

@@ -14,7 +14,7 @@ def quantized_base_sentences(report: Report) -> list[str]:
     says so; nothing where the base was not quantized."""
     shipped = [package for package in report.packages if not package.refused]
     beaten = [(package, best) for package in shipped if (best := better_base(report, package)) is not None]
-    if not report.packages or all(base.refused for base in report.quantized_base):
+    if not shipped or all(base.refused for base in report.quantized_base):
         return []
     if not beaten:
         return ["No package is beaten by the base itself in few bits at equal bytes."]

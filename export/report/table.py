@@ -37,8 +37,8 @@ def terminal_table(report: Report) -> Table:
         speed = row.speed
         mark = f" {marks[measured_in(row)]}" if speed else ""
         name = Text(row.label if isinstance(row, Package) else "base")
-        if isinstance(row, Package) and row.refused:
-            name.append("\nrefused", style="yellow")
+        if isinstance(row, Package) and not row.verified:
+            name.append("\nrefused" if row.refused else "\nnot proved", style="yellow")
         table.add_row(
             name,
             f"{count(row.params)}\n{percent(row.params / base.params)}",

@@ -11,7 +11,7 @@ from export.report.quantized_base import quantized_base_sentences
 from export.report.schema import Base, Difference, Package, Report
 from export.report.vocabulary import decode_ratio
 from search.scores import Score
-from supernet.common.formatting import count, percent, size
+from supernet.common.formatting import count, parse_bytes, percent, size
 
 Meaning = Literal["better", "worse", "unclear", "unknown"]
 
@@ -58,12 +58,13 @@ def verdict(report: Report) -> list[str]:
             sentences.append(
                 f"{_sentence(package.label)} was refused by its proof and is not to be shipped: {package.refused}."
             )
-    for package in report.packages:
+        elif not package.verified:
+            sentences.append(f"{_sentence(package.label)} was not proved yet; compressor export proves it.")
+    shipped = [package for package in report.packages if not package.refused]
+    for package in shipped:
         plain = report.unquantized(package)
-        if package.refused:
-            continue
-        if plain is None:
-            sentences += _size_sentences(report, package, first=not sentences)
+        if plain is None or plain.refused:
+            sentences += _size_sentences(report, package, first=package is shipped[0])
             sentences += _losses(report, package, base)
             sentences += _text_loss(package, base)
         else:
@@ -73,6 +74,11 @@ def verdict(report: Report) -> list[str]:
                 "of the quality."
             )
             sentences += _losses(report, package, plain)
+    asked = (report.recipe.get("targets") or {}).get("max_bytes")
+    limit = parse_bytes(asked) if asked else math.inf
+    for package in (package for package in shipped if package.layout == "gguf" and package.bytes > limit):
+        more = f"more than the {limit:,} that were asked for"
+        sentences.append(f"{_sentence(package.label)} takes {package.bytes:,} bytes, {more}.")
     if remark := report.scale.remark:
         sentences.append(remark)
     return [*sentences, *quantized_base_sentences(report)]

@@ -11,6 +11,7 @@ import pytest
 from compressor.cli import run
 from compressor.pipeline import added
 from compressor.recipe import Recipe, read_recipe
+from compressor.run_status import run_status
 from export.package_record import read_record, update_record
 from tests.support import tiny
 from tests.support.export_networks import edited, record_anew
@@ -73,7 +74,8 @@ def test_a_package_that_is_refused_is_said_and_the_others_are_kept(
     assert run(["export", str(folder), "--quantize", "int8"]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "best-int8: refused by its proof, do not ship it: log-probabilities differ by up to" in said
-    assert "so was base-int4; the other packages are proved" in said and "); refused by its proof" in said
+    assert "nor is base-int4 proved; all others are proved" in said and "); refused by its proof" in said
+    assert "warning: " in said and run_status(folder)["refused"] == ["base-int4", "best-int8"]
     assert read_record(folder / "packages" / "best").entry.verified
     # 2. The report says it of both, and no sentence counts on them.
     assert run(["report", str(folder)]) == 0

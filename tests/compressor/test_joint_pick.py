@@ -108,8 +108,8 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     assert mixed.quantization_report.bits.without_bits() == gguf.architecture
     say_what_is_too_large(job, [gguf.model_copy(update={"bytes": 60_001}), mixed.model_copy(update={"bytes": 60_001})])
     said = capsys.readouterr().err.splitlines()
-    assert "best-gguf-q8_0 takes 60.0 kB, and 60.0 kB were asked for; --format gguf-mixed chooses" in said[0]
-    assert "best-gguf-mixed takes 60.0 kB, and 60.0 kB were asked for; none of its types takes less" in said[1]
+    assert "best-gguf-q8_0 takes 60,001 bytes, and 60,000 were asked for; --format gguf-mixed chooses" in said[0]
+    assert "best-gguf-mixed takes 60,001 bytes, and 60,000 were asked for; none of its types takes less" in said[1]
     shown = report(job).model_dump(mode="json", by_alias=True)
     names = [package["name"] for package in shown["packages"]]
     assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0", "best-gguf-mixed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from compressor.stages.quantizing import bits_by_module
 from export.probe import logits_of
 from export.quantization.quantize import linear_layers_in, quantize_mixed
 from export.quantization.round_to_nearest import round_network
-from export.quantization.rounded_variants import RoundedVariants
+from export.quantization.rounded_variants import RoundedVariants, in_groups
 from export.quantization.schemes import OuterBits, SchemePlan
 from export.shards import weight_bytes, weight_files
 from export.verify import check
@@ -53,7 +54,7 @@ def test_every_family_computes_with_its_bits(family: str) -> None:
     model = tiny_network(family)
     whole = logits(model)
     supernet, rng = SuperNetwork(model), random.Random(11)
-    supernet.use(RoundedVariants(supernet, None, 32, 2**24))
+    supernet.use(RoundedVariants(supernet, None, partial(in_groups, group_size=32), 2**24))
     for _ in range(2):
         plain = random_architecture(supernet.base, rng)
         architecture = in_bits(plain, rng, supernet.structure.tied)
@@ -76,7 +77,7 @@ def test_bits_are_never_left_out_in_silence() -> None:
         supernet.use(variants)
         with pytest.raises(ValueError, match="bits need a provider"):
             supernet.activate(architecture)
-    supernet.use(RoundedVariants(supernet, None, 32, 2**20))
+    supernet.use(RoundedVariants(supernet, None, partial(in_groups, group_size=32), 2**20))
     supernet.activate(architecture)
     with pytest.raises(ValueError, match="bits need a provider"):
         supernet.use(None)
@@ -90,7 +91,7 @@ def test_what_was_dropped_is_made_again() -> None:
     architecture = in_bits(supernet.base, random.Random(1), supernet.structure.tied)
     seen = []
     for memory in (0, 2**24):
-        supernet.use(RoundedVariants(supernet, None, 32, memory))
+        supernet.use(RoundedVariants(supernet, None, partial(in_groups, group_size=32), memory))
         supernet.activate(architecture)
         seen.append(logits(supernet.model))
         supernet.activate(supernet.base)

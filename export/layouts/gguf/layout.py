@@ -162,7 +162,7 @@ def _quantization_report(
         exceptions = {name: f"{matrices[name][0]} for {kind}" for name, kind in others.items()}
     return {
         "scheme": gguf_type,
-        "group_size": min(TYPES[kind].block for kind, _ in in_layers if kind in QUANTIZED) if in_layers else 32,
+        "group_size": min((TYPES[kind].block for kind, _ in in_layers if kind in QUANTIZED), default=-1),
         "iterations": 0,
         "embedding": TYPES[matrices["token_embd"][0]].bits,
         "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,

@@ -139,7 +139,7 @@ def check_gguf(package: PackageRecord) -> dict[str, object]:
     if report is not None:
         bound = TYPES[gguf_type].bound or 0.0 if report.bits is None else bound_of_bits(report.bits)
         if not mean <= bound:
-            raise VerificationError(f"{file}: log-probabilities are off by {mean:.4f} on average")
+            raise VerificationError(f"{file}: log-probabilities are off by {mean:.4f} on average, allowed are {bound}")
         result |= {"mean_abs_logprob_difference": mean, "bound": bound}
     else:
         allowed = max(TOLERANCE[probe.exact_to or gguf_type] * max(1.0, probe.max_abs_logit), probe.rounding)

@@ -100,13 +100,24 @@ def asked_type(name: str, bits: Architecture) -> str:
     """The type of the bits of the half-block that a tensor `blk.N.…` of a file is of."""
     _, number, tensor = name.split(".", 2)
     layer = bits.layers[bits.kept[int(number)]]
-    return BY_BITS[(layer.attention_bits if tensor.startswith("attn") else layer.ffn_bits) or AS_STORED]
+    return BY_BITS[(layer.ffn_bits if tensor.startswith("ffn") else layer.attention_bits) or AS_STORED]
+
+
+def as_stored(weight: Tensor, bits: int) -> Tensor:
+    """A weight [outputs, inputs] of a half-block of these bits with the values that a `mixed` file holds, all input
+    channels alike."""
+    from gguf import GGMLQuantizationType, quants  # an optional dependency
+
+    kind = type_of("blk.", tuple(weight.shape), BY_BITS[bits])
+    ggml, values = GGMLQuantizationType[kind.upper()], weight.detach().float().cpu()
+    blocks = blocks_of(values, kind) if TYPES[kind].searched else quants.quantize(values.numpy(), ggml)
+    return torch.from_numpy(quants.dequantize(blocks, ggml).astype("float32")).view_as(values).to(weight)
 
 
 def bound_of_bits(bits: Architecture) -> float:
     """What the proof of a `mixed` file allows: what is allowed for the fewest of its bits."""
-    found = [of for layer in bits.layers for of in (layer.attention_bits, layer.ffn_bits) if of]
-    return TYPES[BY_BITS[min([*found, 8])]].bound or 0.0
+    inner = [of for layer in bits.layers for of in (layer.attention_bits, layer.ffn_bits)]
+    return TYPES[BY_BITS[min([of for of in (*inner, bits.embedding_bits, bits.head_bits) if of] or [8])]].bound or 0.0
 
 
 def stored_bytes(shape: tuple[int, ...], gguf_type: str) -> int:
