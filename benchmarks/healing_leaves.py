@@ -38,7 +38,9 @@ from supernet.training.supernet_training import heal
 BAND = 0.05
 """Decode speeds over the base's that are taken together."""
 UP_TO = 0.5
-"""Share of excess over the lowest up to which the last line looks."""
+"""Share of excess over the lowest up to which the end looks."""
+NATS = 1.0
+"""The same in nats per token."""
 EACH = 2
 """Networks of a band that are healed."""
 
@@ -101,6 +103,10 @@ def show(job: Job) -> None:
     print(
         f"\nof 10 % more excess healing leaves {10 * slope:.0f} % ({len(before)} networks with up to {UP_TO:.0%} more)"
     )
+    more = np.array(rows) - np.array(rows[0])
+    before, after = more[(more[:, 0] > 0) & (more[:, 0] <= NATS)].T
+    left = float((before * after).sum() / (before**2).sum())
+    print(f"of each nat more healing leaves {left:.2f} ({len(before)} networks with up to {NATS:g} more)")
 
 
 def healed_loss(job: Job, architecture: Architecture) -> float:
