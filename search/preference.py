@@ -2,9 +2,9 @@
 between the two.
 
 Scores tell networks apart that lie more than two standard errors from the best (`pareto.contenders`). Of the rest,
-held-out loss says which are near the best. It is that before healing, which takes most of it back. On stories260K it
-left the losses above the whole network's in about the proportions that they had (`docs/results.md`), so nearness is a
-share of them; on other networks it may leave less of a difference, and then this is too strict.
+held-out loss says which are near the best. It is that before healing, which takes most of it back: of each nat by which
+one network loses more than another it left 0.3 on stories260K and 0.2 on prose-7m, though these lose twenty times less
+(`docs/results.md`). So nearness is a number of nats where something is healed, or a share of what the best loses.
 """
 
 from __future__ import annotations
@@ -25,34 +25,43 @@ NEAR = 0.5
 """By how much more a near network's loss may lie above the whole network's than the lowest does, as a share of that."""
 
 
+HEALED = 0.2
+"""By how many nats per token a near network may lose more than the lowest where it will be healed: 0.04 to 0.06 then
+remain."""
+
+
 STEP = 0.05
 """Share by which one finalist is faster than another, at least."""
 
 
-def near(losses: Numbers, stderrs: Numbers, whole: float) -> list[int]:
-    """Indices of those near the lowest loss, that one first: by `NEAR`, or within two standard errors of it.
+def near(losses: Numbers, stderrs: Numbers, whole: float, allowed: float = 0.0) -> list[int]:
+    """Indices of those near the lowest loss, that one first: by `NEAR`, within two standard errors of it, or within
+    `allowed` (`HEALED`, of losses before a healing).
 
-    `losses` and `stderrs` [n], and the whole network's loss, in the same unit; the standard error that counts is the
-    lowest's.
+    `losses` and `stderrs` [n], the whole network's loss, and `allowed`, in the same unit; the standard error that
+    counts is the lowest's.
     """
     order = np.argsort(np.asarray(losses), kind="stable").tolist()
     lowest = losses[order[0]]
-    limit = lowest + max(2 * stderrs[order[0]], NEAR * (lowest - whole))
+    limit = lowest + max(2 * stderrs[order[0]], NEAR * (lowest - whole), allowed)
     return [i for i in order if losses[i] <= limit]
 
 
-def preferred(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float) -> dict[Preference, int]:
+def preferred(
+    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, allowed: float = 0.0
+) -> dict[Preference, int]:
     """The index that each preference takes.
 
     `quality`: the lowest loss. `speed`: of the `near` ones, the fastest. `balanced`: of the near ones between these
     two, the one that loses the least in sum of loss and speed, each as a share of what lies between the two; where
     nothing does, the lowest loss.
 
-    `losses` and `stderrs` [n] and the whole network's loss in nats per token, `speeds` [n] in tokens per second.
+    `losses` and `stderrs` [n], the whole network's loss and what is `allowed` beyond the lowest in nats per token,
+    `speeds` [n] in tokens per second.
     """
     from search.pareto import knee  # pymoo takes longer to import than a wrong name may take to be refused
 
-    within = near(losses, stderrs, whole)
+    within = near(losses, stderrs, whole, allowed)
     fastest = max(within, key=lambda i: speeds[i])  # of the same speed the lower loss, which comes first
     between = [i for i in within if losses[i] <= losses[fastest] and speeds[i] >= speeds[within[0]]]
     values = np.array([[losses[i], -speeds[i]] for i in between])
@@ -86,12 +95,14 @@ def faster(losses: Numbers, speeds: Numbers, than: int, n: int) -> list[int]:
     return chosen
 
 
-def shortlist(losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int) -> list[int]:
+def shortlist(
+    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int, allowed: float = 0.0
+) -> list[int]:
     """Indices of what is worth measuring closer, by increasing loss: the `n` of the lowest loss, and of the `near` ones
     at most `n` that no other of them beats in loss and speed, spread along that front."""
     from search.pareto import non_dominated, spread  # as above
 
-    within = near(losses, stderrs, whole)
+    within = near(losses, stderrs, whole, allowed)
     values = np.array([[losses[i], -speeds[i]] for i in within])
     front = non_dominated(values)
     chosen = {within[front[i]] for i in spread(values[front], n)}

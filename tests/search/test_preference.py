@@ -27,6 +27,14 @@ def test_near_ones_lose_at_most_half_as_much_again() -> None:
     assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.40)["speed"] == 0
 
 
+def test_what_will_be_healed_may_lose_a_number_of_nats_more() -> None:
+    assert near(LOSSES, [0.0] * 6, 0.92, allowed=0.05) == [1, 2, 3]
+    assert near(LOSSES, [0.0] * 6, 0.92, allowed=0.31) == [1, 2, 3, 4, 0]
+    assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.92, allowed=0.31)["speed"] == 0
+    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 1, allowed=0.31) == [1]
+    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 2, allowed=0.31) == [1, 2, 0]
+
+
 def test_preferences_by_hand() -> None:
     assert preferred(LOSSES, STDERRS, SPEEDS, BASE) == {"quality": 1, "speed": 4, "balanced": 3}
     # (loss, speed) as shares of the range: (0, 0), (1/3, 0.1), (2/3, 0.8), (1, 1): the third loses 2/3 - 0.8.
