@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.common import make_parser, print_header, print_row
 from benchmarks.front import settings_of
@@ -96,17 +97,21 @@ def show(job: Job) -> None:
         share = job.structure.parameters(architecture) / job.untouched_parameters
         cells = [f"{share:.3f}", f"{speeds[architecture]:.2f}", f"{of[architecture]:.4f}", f"{healed:.4f}"]
         print_row(*cells, f"{excess:.2f}", f"{after:.2f}")
-    # 3. How proportions were kept.
-    ratios = np.array(rows) / np.array(rows[0]) - 1
-    before, after = ratios[(ratios[:, 0] > 0) & (ratios[:, 0] <= UP_TO)].T
-    slope = float((before * after).sum() / (before**2).sum())
+    # 3. What is left of differences, in proportion and in nats.
+    ratios, nats = (kept - kept[0] for kept in (np.array(rows) / np.array(rows[0]), np.array(rows)))
     print(
-        f"\nof 10 % more excess healing leaves {10 * slope:.0f} % ({len(before)} networks with up to {UP_TO:.0%} more)"
+        f"\nof 10 % more excess healing leaves, in percent: {left(ratios, UP_TO, 10, 'with up to half as much again')}"
     )
-    more = np.array(rows) - np.array(rows[0])
-    before, after = more[(more[:, 0] > 0) & (more[:, 0] <= NATS)].T
-    left = float((before * after).sum() / (before**2).sum())
-    print(f"of each nat more healing leaves {left:.2f} ({len(before)} networks with up to {NATS:g} more)")
+    print(f"of each nat more healing leaves: {left(nats, NATS, 1, 'with up to a nat more')}")
+
+
+def left(more: NDArray[np.float64], up_to: float, times: float, which: str) -> str:
+    """The slope of what is more after the healing over what was before it [n, 2], times a number, through the networks
+    of `up_to` more at most; and how many they are."""
+    before, after = more[(more[:, 0] > 0) & (more[:, 0] <= up_to)].T
+    if not len(before):
+        return f"nothing known (no network {which})"
+    return f"{times * float((before * after).sum() / (before**2).sum()):.2g} ({len(before)} networks {which})"
 
 
 def healed_loss(job: Job, architecture: Architecture) -> float:
