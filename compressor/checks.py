@@ -69,7 +69,8 @@ def hint_at_vocabulary(job: Job) -> None:
     structure = job.structure
     tables = structure.vocab_size * structure.base.hidden_size * (1 if structure.tied else 2)
     share = tables / structure.parameters(structure.base)
-    if job.recipe.vocabulary.size is None and share >= LARGE_VOCABULARY:
+    new = not job.run.recipe_file.is_file()
+    if new and job.recipe.vocabulary.size is None and share >= LARGE_VOCABULARY:
         say(
             f"note: the vocabulary holds {percent(share)} of the parameters; --vocabulary auto drops tokens that the "
             "text does not need, before anything is cut out of layers"
@@ -216,8 +217,8 @@ def check_formats(job: Job) -> None:
         if layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
-            if layout == GGUF_MIXED and job.recipe.targets.max_bytes is None:
-                raise RequestError(f"--format {layout}: its types are those that fit a number of bytes: --max-bytes")
+            if layout == GGUF_MIXED:
+                check_mixed_types(job)
             try:
                 gguf_checks.check_family(config, {tensor.name for tensor in job.structure.tensors})
                 gguf_tokenizer.check_tokenizer(job.tokenizer)
@@ -235,6 +236,19 @@ def check_formats(job: Job) -> None:
     if quantizing.schemes or quantizing.bits == "joint":
         linear_layers(config, job.recipe.trust_remote_code)
     check_embedding(job)
+
+
+def check_mixed_types(job: Job) -> None:
+    """Refuse types of llama.cpp that fit, where nothing is to be fitted, or what they cost is not measured."""
+    if job.recipe.targets.max_bytes is None:
+        raise RequestError(
+            f"--format {GGUF_MIXED}: its types are those that fit a number of bytes; name it with --max-bytes (of a "
+            "run that was searched: compressor pick RUN --max-bytes)"
+        )
+    if not job.quantizable:
+        raise RequestError(
+            f"--format {GGUF_MIXED}: is for networks whose weights are in linear layers; name a type, such as gguf-q4_k"
+        )
 
 
 def check_embedding(job: Job) -> None:

@@ -281,6 +281,10 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
 
 
+PACKED = 1e-6
+"""Seconds to pack a weight in every type of llama.cpp's whose scales are searched."""
+
+
 def _measuring_bits(counts: _Counts, rates: Rates, genes: Iterable[Gene]) -> float:
     """Each value of each gene in the whole network, from the first layer that has fewer bits on."""
     passes = sum(bits < AS_STORED for gene in genes for bits in gene.values) / 2
@@ -308,7 +312,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
     quantizing, seconds = counts.recipe.quantizing, 0.0
     if GGUF_MIXED in counts.recipe.formats:
-        seconds += rates.load + _measuring_bits(counts, rates, llama_genes(counts.job))
+        seconds += rates.load + PACKED * counts.base + _measuring_bits(counts, rates, llama_genes(counts.job))
     if not counts.bases:
         return StageCost("quantizing", "", seconds)
     if not counts.schemes:  # only the base is rounded, without data

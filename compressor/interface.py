@@ -120,7 +120,8 @@ def compress(
     `model` is a checkpoint, or a whole `Recipe`. `options` are those of the command, with underscores: `data`, `tasks`
     (names, or one string with commas), `max_params`, `quantize`, `time` and so on. `recipe` is a YAML file or the name
     of one that comes with the program; `settings` is any key of a recipe, as `--set` takes it: `{"seed": 1}`. Raises
-    `RequestError` in one line for what is wrong, before work begins where that can be seen.
+    `RequestError` in one line for what is wrong, before work begins where that can be seen. A package that its proof
+    refuses says so in its row of the report (`refused`).
     """
     from compressor.pipeline import compress as run_all
 

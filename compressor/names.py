@@ -60,7 +60,7 @@ FORMATS: Mapping[str, str] = {
     "gguf-q4_0": "llama.cpp, 4 bits, the simplest",
     "gguf-q3_k": "llama.cpp, 3 bits",
     "gguf-q2_k": "llama.cpp, 2 bits",
-    "gguf-mixed": "llama.cpp, of every half-block the bits that fit --max-bytes and lose least",
+    "gguf-mixed": "llama.cpp, every half-block in a type of its own, chosen to fit --max-bytes",
     "onnx": "ONNX Runtime",
     "openvino": "OpenVINO",
 }

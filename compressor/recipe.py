@@ -431,8 +431,8 @@ class Recipe(Section):
     quantizing: Quantizing = Field(default_factory=Quantizing)
     formats: Names = Field(default=["uneven"])
     """Layouts of the packages: `uneven`, `uniform`, `padded`, `elastic`, `gguf` (f16; or `gguf-` and one of `f32`,
-    `bf16`, `q8_0`, `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`, or `mixed`, which are those of
-    every half-block that fit `targets.max_bytes`), `onnx`, `openvino`."""
+    `bf16`, `q8_0`, `q6_k`, `q5_k`, `q5_1`, `q4_k`, `iq4_nl`, `q4_0`, `q3_k`, `q2_k`, or `mixed`: a type for every
+    half-block, chosen to fit `targets.max_bytes`), `onnx`, `openvino`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens scored in one pass. Unset: 4096 on a CPU, 16384 on a GPU."""
     speed_table: str | None = None

@@ -36,7 +36,8 @@ class QuantizationReport(Model):
 
     scheme: Quantization
     group_size: int
-    """Input channels that share a scale; -1: all of an output channel's."""
+    """Input channels that share a scale; -1: all of an output channel's. Of a llama.cpp file of several types, the
+    weights in their smallest block."""
     iterations: int
     """Rounds of tuning; 0: rounded to nearest."""
     bits_per_weight: float

@@ -68,32 +68,26 @@ def prove_all(
     package has in the report is measured again. With `record`, the result is written into each package's
     compression.json. The process's own output goes to `log`; `progress` is told each package whose proof begins.
 
-    Raises `VerificationError` where files were changed since they were written, and `RequestError` where a folder is no
-    package or the runtime that it is for is not installed. What was proved before is recorded.
+    Raises `RequestError` where a folder is no package, the runtime that it is for is not installed, or a task cannot be
+    read. What was proved before is recorded, also where this is interrupted.
     """
-    # 1. Nothing is loaded of a package whose files were changed.
-    for package, _ in packages:
-        check_files(package)
-    # 2. Check in a fresh process, and behind one that died in another. Record.
     proofs: list[Claims | VerificationError] = []
     while len(proofs) < len(packages):
-        left = packages[len(proofs) :]
-        answer, end = _proved(left, tasks, log, progress)
-        proofs += [_proof(package, found, record) for (package, _), found in zip(left, answer["proofs"], strict=False)]
-        if "wrong" in answer:
-            raise RequestError(answer["wrong"])
+        end = _prove(packages[len(proofs) :], proofs, record, tasks, log, progress)
         if len(proofs) < len(packages):
             proofs.append(VerificationError(f"{packages[len(proofs)][0]}: not proved: the checking process {end}"))
     return proofs
 
 
-def _proved(
+def _prove(
     packages: Sequence[tuple[Path, Path | None]],
+    proofs: list[Claims | VerificationError],
+    record: bool,
     tasks: TaskFiles | None,
     log: Path | None,
     progress: Callable[[str], None],
-) -> tuple[dict[str, Any], str]:
-    """What a fresh process found of the packages, up to where it died, and how it ended."""
+) -> str:
+    """Add to `proofs` what a fresh process finds of the packages, up to where it dies; returns how it ended."""
     with tempfile.TemporaryDirectory(prefix="compressor-verify-") as scratch:
         jobs, results = Path(scratch) / "jobs.json", Path(scratch) / "results.json"
         pairs = [[str(p.resolve()), str(r.resolve()) if r else None] for p, r in packages]
@@ -108,20 +102,28 @@ def _proved(
             text=True,
             errors="replace",
         )
-        said = _listen(process, progress)
-        if log is not None:
-            with log.open("a", encoding="utf-8") as stream:
-                stream.write(said)
-        answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"proofs": []}
+        try:
+            said = _listen(process, progress)
+        finally:
+            answer = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"proofs": []}
+            found = zip(packages, answer["proofs"], strict=False)
+            proofs += [_proof(package, one, record) for (package, _), one in found]
+    if log is not None:
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(said)
+    if "wrong" in answer:
+        raise RequestError(answer["wrong"])
     killed = f"was killed (signal {-process.returncode}); too little memory, perhaps" if process.returncode < 0 else ""
-    return answer, killed or f"died: {last_line(said)}"
+    return killed or f"died: {last_line(said)}"
 
 
 def _proof(package: Path, found: dict[str, Any], record: bool) -> Claims | VerificationError:
     """What the process found of a package, recorded where that is asked for."""
     if (reason := found.get("refused")) is not None:
-        if record:
-            update_record(package, entry={"verified": None, "refused": reason.removeprefix(f"{package.resolve()}: ")})
+        if record:  # without the folder's place here: a card may say it
+            place = str(package.resolve())
+            kept = reason.replace(f"{place}/", "").removeprefix(f"{place}: ")
+            update_record(package, entry={"verified": None, "refused": kept})
         return VerificationError(reason)
     claims: Claims = found["claims"]
     own = claims.pop(OWN, None)
@@ -171,6 +173,7 @@ def _main(jobs_file: Path, results_file: Path) -> None:
     for package, reference in pairs:
         print(f"{BEGINS}{package.name}", flush=True)
         try:
+            check_files(package)  # nothing is loaded of one whose files were changed
             answer["proofs"].append({"claims": check(package, reference, tasks)})
         except VerificationError as error:
             answer["proofs"].append({"refused": str(error)})

@@ -37,7 +37,8 @@ class Gene:
     `depth` the number of layers (a policy says which). `attention_bits`, `ffn_bits` (of all layers, or of one),
     `embedding_bits` and `head_bits` are what linear weights are rounded to, 16 for as they are stored.
 
-    `values` ascend and end with the base's. 0 removes the half-block (`kv`, `ffn`) or the layer (`layer`).
+    `values` ascend and end with the base's (those of bits that somebody asked for need not). 0 removes the half-block
+    (`kv`, `ffn`) or the layer (`layer`).
     """
 
     name: str

@@ -2,9 +2,10 @@
 between the two.
 
 Scores tell networks apart that lie more than two standard errors from the best (`pareto.contenders`). Of the rest,
-held-out loss says which are near the best. It is that before healing, which takes most of it back: of each nat by which
-one network loses more than another it left 0.3 on stories260K and 0.2 on prose-7m, though these lose twenty times less
-(`docs/results.md`). So nearness is a number of nats where something is healed, or a share of what the best loses.
+held-out loss says which are near the best. It is that before healing, which takes most of it back: of each nat by
+which one network loses more than another it left 0.3 on stories260K and 0.2 on prose-7m, whose networks lose twenty
+times less than those of stories260K (`docs/results.md`). So nearness is a number of nats where something is healed, or
+a share of what the best loses.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ NEAR = 0.5
 HEALED = 0.2
 """By how many nats per token a near network may lose more than the lowest where it will be healed: 0.04 to 0.06 then
 remain."""
+HEALED_TOKENS = 50_000
+"""Tokens of healing from which that was measured."""
 
 
 STEP = 0.05

@@ -30,9 +30,11 @@ def compress(
     """
     asked = recipe_of(recipe, model, given, output, redo)
     from compressor import pipeline  # imports torch
+    from compressor.run import Run
 
     if plan:
         emit(pipeline.plan(asked, output), json)
         return
     run = required(output)
     emit(reported(run, pipeline.compress(asked, run, redo=redo)), json)
+    pipeline.check_proved(Run(run))

@@ -21,5 +21,7 @@ def demo(
     stay_offline()
     announce("the demo, on the bundled checkpoint")
     from compressor import pipeline  # imports torch
+    from compressor.run import Run
 
     emit(reported(output, pipeline.demo(output)), json)
+    pipeline.check_proved(Run(output))

@@ -19,4 +19,4 @@ def export(run: RunFolder, given: Given, json: Json = False) -> None:
 
     job = pipeline.resume_export(run, given)
     emit(ended("export", job, pipeline.export(job)), json)
-    pipeline.check_proved(job)
+    pipeline.check_proved(job.run)

@@ -32,8 +32,8 @@ def verify(
             result = run_verification(package, tasks=TaskFiles(include_path) if scores or include_path else None)
     except VerificationError as error:  # of the package and not of this program
         raise RequestError(f"{error}; fetch or export the package again") from error
-    if scores and "task_scores" not in result:
-        say(f"note: {package}: a {result['layout']} package's scores are not measured again")
+    if scores and result["layout"] in ("gguf", "onnx", "openvino"):
+        say(f"note: {package}: in this runtime the scores are not measured again")
     if not json:
         say(f"{package}: verified ({', '.join(f'{k} {v}' for k, v in result.items() if not isinstance(v, dict))})")
     emit(result, json)

@@ -13,7 +13,7 @@ from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOutLoss
 from evals.speed.table import SpeedTable
 from search.objectives import Evaluation
 from search.pareto import Target, contenders, knee, meeting
-from search.preference import HEALED, Preference, faster, preferred, shortlist
+from search.preference import HEALED, HEALED_TOKENS, Preference, faster, preferred, shortlist
 from search.scores import Score
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.progress import say
@@ -74,7 +74,7 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
         )
     measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), largest_in_training(job)
     timed = [speed or 0.0 for speed in speeds]
-    allowed = HEALED if job.recipe.healing.tokens else 0.0
+    allowed = HEALED if (job.recipe.healing.tokens or 0) >= HEALED_TOKENS else 0.0
     if len(equals) > FINALISTS:
         whole, *first = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)
         numbers = shortlist(*loss_columns(first), timed, whole.value, FINALISTS, allowed)

@@ -17,6 +17,7 @@ import torch
 
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
+from compressor.run import Run
 from compressor.sizing import byte_limit
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
@@ -64,7 +65,7 @@ def export(job: Job) -> list[PackageEntry]:
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
                 wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
-            missing = {f: inputs for f, inputs in wanted.items() if job.redo == "export" or not is_made_from(f, inputs)}
+            missing = {f: inputs for f, inputs in wanted.items() if job.redo == "export" or not is_good(f, inputs)}
             reference = Path(scratch) / f"{name}.safetensors"
             if missing:
                 write_packages(job, picked, blocks, missing, reference, start)
@@ -97,17 +98,26 @@ def export(job: Job) -> list[PackageEntry]:
     return entries
 
 
-def check_proved(job: Job) -> None:
+def is_good(folder: Path, inputs: Inputs) -> bool:
+    """Whether a package is there, made from these. An unquantized one that was refused is made again: a second proof
+    would compare it with less."""
+    if not is_made_from(folder, inputs):
+        return False
+    entry = read_record(folder).entry
+    return entry.refused is None or entry.quantization is not None
+
+
+def check_proved(run: Run) -> None:
     """Raise `VerificationError` where a package of the run was refused by its proof, or its proof did not end."""
-    measured = Measurements.read(job.run.packages / "base.json")
-    entries = [read_record(job.run.packages / name).entry for name in (*measured.packages, *measured.quantized_base)]
+    measured = Measurements.read(run.packages / "base.json")
+    entries = [read_record(run.packages / name).entry for name in (*measured.packages, *measured.quantized_base)]
     if unproved := [entry for entry in entries if not entry.verified]:
         first, others = unproved[0], [entry.name for entry in unproved[1:]]
         why = f"refused by its proof, do not ship it: {first.refused}"
         if first.refused is None:
             why = "not proved yet: run the same command again"
         more = f"; nor {'is' if len(others) == 1 else 'are'} {', '.join(others)} proved" if others else ""
-        raise VerificationError(f"{job.run.packages / first.name}: {why}{more}; all others are proved")
+        raise VerificationError(f"{run.packages / first.name}: {why}{more}; all others are proved")
 
 
 def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:

@@ -142,8 +142,8 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     say(f"picked {name}: {described(job, numbers(job, chosen, base_tps))} (key {chosen.key[:8]}){bits}")
     if (quality := chosen.evaluation.values["quality"]) < POOR:
         say(
-            f"warning: before healing {name} keeps {percent(quality)} of the base's quality; compressor front "
-            f"{shell_word(job.run.path)} lists what larger ones keep"
+            f"warning: {name} keeps {percent(quality)} of the base's quality on the search's documents; "
+            f"compressor front {shell_word(job.run.path)} lists what larger ones keep"
         )
     if found is None:
         return row

@@ -170,15 +170,17 @@ def is_packaged(job: Job, pick: Mapping[str, Any]) -> bool:
 
 
 def has_its_bits(job: Job, pick: Mapping[str, Any]) -> bool:
-    """Whether the package in the bits that were picked with the size, where any were, is there and holds these."""
-    scheme = (pick.get("bits") or {}).get("scheme")
+    """Whether the package in the bits that were picked with the size or searched, where any were, is there and holds
+    these."""
+    architecture = Architecture.from_dict(pick["architecture"])
+    scheme = "mixed" if architecture.has_bits else (pick.get("bits") or {}).get("scheme")
     if scheme is None:
         return True
     package = job.run.packages / f"{pick['name']}-{scheme}"
     if not package.is_dir():
         return False
     report = read_record(package).entry.quantization_report
-    return scheme != "mixed" or (report is not None and report.bits == Architecture.from_dict(pick["architecture"]))
+    return not architecture.has_bits or (report is not None and report.bits == architecture)
 
 
 def other_picks(job: Job, packages: list[str]) -> list[Alternative]:

@@ -59,7 +59,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     """
     package = report.package(package_name)
     prompt = report.samples[0].prompt if report.samples else "Once upon a time"
-    alone = report.model_copy(update={"packages": [package]})
+    proved = [base for base in report.quantized_base if base.verified]
+    alone = report.model_copy(update={"packages": [package], "quantized_base": proved})
     siblings = [row for row in report.packages if row.architecture == package.architecture]
     compared = [
         table for table in summarize(report.comparison) if any(o.ours and o.params == package.params for o in table)
@@ -86,7 +87,7 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         notes=notes(report.model_copy(update={"packages": siblings})),
         picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
-        checks=list(flattened(package.verified or {"refused": package.refused or "not proved"})),
+        checks=list(flattened(package.verified or {"proof": package.refused or "still to be made"})),
         unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
         repair=(report.recipe.get("repair") or {"enabled": False}),

@@ -112,7 +112,7 @@ def flattened(data: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 def checked(package: Package) -> dict[str, object]:
     """What was proved of a package. What it does not have, such as the quantization of one without, is left out."""
-    claims = package.verified or {"refused": package.refused or "not proved"}
+    claims = package.verified or {"proof": package.refused or "still to be made"}
     return {name: value for name, value in claims.items() if value is not None or name != "quantization"}
 
 

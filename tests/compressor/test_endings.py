@@ -84,12 +84,15 @@ def test_a_package_that_is_refused_is_said_and_the_others_are_kept(
     assert "Base INT4 was refused by its proof" in said and "The base INT4 takes" not in said
     page, card = (folder / "report.html").read_text(), (folder / "packages" / "best-int8" / "README.md").read_text()
     assert page.count("refused by its proof</span>") == 2 and "(this one, refused by its proof)" in card
-    assert "refused: log-probabilities differ by up to" in card
+    assert "proof: log-probabilities differ by up to" in card and str(folder) not in card
+    assert "base INT4 was refused" not in (folder / "packages" / "best" / "README.md").read_text()
     (whole,) = (row for row in json.loads((folder / "report.json").read_text())["packages"] if row["name"] == "best")
     assert whole["verified"] and whole["refused"] is None
     # 3. The whole job ends with it too, behind its report.
-    assert run(["compress", "--recipe", str(folder / "recipe.yaml"), "--output", str(folder)]) == 1
-    assert "best-int8: refused by its proof" in " ".join(capsys.readouterr().err.split())
+    assert run(["compress", "--recipe", str(folder / "recipe.yaml"), "--output", str(folder), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "best-int8: refused by its proof" in " ".join(shown.err.split())
+    assert {row["name"] for row in json.loads(shown.out)["packages"] if row["refused"]} == {"best-int8"}
 
 
 def test_an_elastic_package_is_written_proved_scored_and_cut(

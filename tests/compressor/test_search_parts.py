@@ -231,7 +231,7 @@ def test_a_poor_pick_is_said_before_anything_is_spent_on_it(
         monkeypatch.setattr("compressor.stages.picking.POOR", limit)
         assert cli.run(["pick", str(run), "--key", best["key"]]) == 0
         lines = capsys.readouterr().err
-        assert (f"warning: before healing best keeps {percent(quality)} of the base's quality" in lines) is said
+        assert (f"warning: best keeps {percent(quality)} of the base's quality" in lines) is said
 
 
 def test_every_preference_is_picked_and_the_others_are_named(

@@ -307,7 +307,9 @@ def test_a_large_vocabulary_that_nobody_asked_to_cut_is_pointed_out(
         LlamaConfig(**{**tiny.SIZES, "vocab_size": tokens, "pad_token_id": 0, "tie_word_embeddings": True})
     )
     job: Any = SimpleNamespace(
-        structure=structure, recipe=Recipe.model_validate({"model": "m", "vocabulary": {"size": size}})
+        run=Run(Path("new")),
+        structure=structure,
+        recipe=Recipe.model_validate({"model": "m", "vocabulary": {"size": size}}),
     )
     hint_at_vocabulary(job)
     share = tokens * structure.base.hidden_size / structure.parameters(structure.base)

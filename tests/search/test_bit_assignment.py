@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from search.bit_assignment import best_within, spread_by_bytes, with_bits, with_gene
+from search.bit_assignment import best_within, choices_of, fewest_bytes, spread_by_bytes, with_bits, with_gene
 from search.genes import AS_STORED, Gene
 from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import PROSE
@@ -98,3 +98,20 @@ def test_they_are_spread_over_bytes() -> None:
     found = with_bits(PROSE.base, losses, bytes_of, prices=200)
     few = spread_by_bytes([*found, found[0]], bytes_of, 3)
     assert len(few) == 3 and few[0] == found[-1] and few[-1] == found[0]
+
+
+def test_a_value_that_saves_nothing_is_no_choice_and_what_was_asked_for_is_kept() -> None:
+    base = Architecture(64, (LayerSizes(4, 2, 128),))
+    inner, outer = Gene("ffn_bits.0", (2, 3, 4, 16)), Gene("embedding_bits", (8,))
+    losses = {inner: {4: 0.1, 3: 0.2, 2: 0.3}, outer: {8: 0.05}}
+
+    def bytes_of(bits: Architecture) -> int:
+        """3 and 2 bits take what 4 take, as where a format's blocks do not divide the rows."""
+        return 1000 - 500 * (bits.layers[0].ffn_bits > 0) - 100 * (bits.embedding_bits == 8)
+
+    assert [row[0] for row in choices_of(base, losses, bytes_of)[inner]] == [16, 4]
+    fewest = fewest_bytes(base, losses, bytes_of)
+    assert (fewest.layers[0].ffn_bits, fewest.embedding_bits) == (4, 8)
+    found = best_within(base, losses, bytes_of, 10_000)
+    assert found is not None
+    assert (found[0].layers[0].ffn_bits, found[0].embedding_bits) == (0, 8) and found[1] == 0.05

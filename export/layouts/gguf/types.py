@@ -290,7 +290,9 @@ def _iq4_nl(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _q5_1(x: Tensor, w: Tensor) -> Tensor:
-    scale, offset = (value.to(torch.float16).float() for value in _fit_affine(x, w, 31))
+    above = x.amin(-1, keepdim=True).clamp(min=0)  # its offset has a sign
+    scale, offset = _fit_affine(x - above, w, 31)
+    scale, offset = (value.to(torch.float16).float() for value in (scale, offset - above))
     codes = ((x + offset) / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 31).int()
     high = _joined((codes >> 4).view(-1, 4, 8, 1), 1).flatten(1)
     low = _joined((codes & 15).view(-1, 2, 16), 4)

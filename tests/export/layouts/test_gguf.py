@@ -259,8 +259,12 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
     check_formats(job("gemma2", "uneven", "uniform", "gguf"))
     with pytest.raises(RequestError, match=r"gemma2 networks only where all layers are alike.*--format uniform,gguf"):
         check_formats(job("gemma2", "uneven", "gguf"))
-    with pytest.raises(RequestError, match="gguf-mixed: its types are those that fit a number of bytes: --max-bytes"):
-        check_formats(job("llama", "uneven", "gguf-mixed"))
+    asked = job("llama", "uneven", "gguf-mixed")
+    with pytest.raises(RequestError, match="gguf-mixed: its types are those that fit a number of bytes; name it with"):
+        check_formats(asked)
+    asked.recipe.targets.max_bytes, asked.quantizable = "1MB", False
+    with pytest.raises(RequestError, match="gguf-mixed: is for networks whose weights are in linear layers"):
+        check_formats(asked)
     gemma, llama = job("gemma2").checkpoint.config, job("llama").checkpoint.config
     assert needs_uniform("gguf-q8_0", gemma)
     assert not needs_uniform("onnx", gemma) and not needs_uniform("gguf", llama)
@@ -437,6 +441,10 @@ def test_searched_blocks(gguf_type: str) -> None:
     plain = errors(None)
     assert plain.mean() <= limits[gguf_type] * weight.square().mean()
     assert errors(important)[:, ::7].mean() < 0.9 * plain[:, ::7].mean()
+    if gguf_type == "q5_1":  # the only one of these whose offset has a sign: weights may lie above zero
+        above = 1 + 0.1 * torch.rand(8, 512)
+        read = gguf.quants.dequantize(blocks_of(above, gguf_type), gguf.GGMLQuantizationType.Q5_1)
+        assert (torch.from_numpy(read) - above).abs().max() <= 0.1 / 31
     nothing = blocks_of(torch.zeros(2, 256), gguf_type)
     assert not gguf.quants.dequantize(nothing, gguf.GGMLQuantizationType[gguf_type.upper()]).any()
 
