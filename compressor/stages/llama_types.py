@@ -1,7 +1,8 @@
 """Types of a llama.cpp file that fit `--max-bytes`: every half-block and the embedding have one of their own.
 
 What the bits of one half-block alone cost the whole network is measured once, with its weights rounded as the file
-holds them. Of all types whose file fits, those of the least sum are taken (`search.bit_assignment`).
+holds them, though with all input channels alike; embedding and head are rounded as compressed-tensors does. Of all
+types whose file fits, those of the least sum are taken (`search.bit_assignment`).
 """
 
 from __future__ import annotations

@@ -122,11 +122,8 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     """A population of them with bits, spread from the fewest bytes to the most that are allowed: of each, the bits that
     lose least by what every gene's bits alone lose in the whole network."""
     genes = [gene for gene in job.space.genes if gene.kind in BITS]
-    losses, storage, most = (
-        losses_by_bits(job, genes, in_groups_of(bits_group(job))),
-        smallest_storage(job),
-        byte_limit(job),
-    )
+    losses = losses_by_bits(job, genes, in_groups_of(bits_group(job)))
+    storage, most = smallest_storage(job), byte_limit(job)
 
     def bytes_of(architecture: Architecture) -> float:
         return job.structure.bytes(architecture, storage)

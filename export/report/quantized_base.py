@@ -11,10 +11,10 @@ EQUAL = 1.005
 
 def quantized_base_sentences(report: Report) -> list[str]:
     """A sentence for every package that the base in few bits beats in no more bytes, and where none is beaten, one that
-    says so; nothing where the base was not quantized."""
+    says so; nothing where no such base was proved."""
     shipped = [package for package in report.packages if not package.refused]
     beaten = [(package, best) for package in shipped if (best := better_base(report, package)) is not None]
-    if not shipped or all(base.refused for base in report.quantized_base):
+    if not shipped or not any(base.verified for base in report.quantized_base):
         return []
     if not beaten:
         return ["No package is beaten by the base itself in few bits at equal bytes."]
@@ -35,5 +35,5 @@ def better_base(report: Report, package: Package) -> Package | None:
         lower = None in losses or losses[0] <= losses[1]  # type: ignore[operator]
         return base.bytes <= EQUAL * package.bytes and base.quality > package.quality and lower
 
-    proved = [base for base in report.quantized_base if not base.refused]
+    proved = [base for base in report.quantized_base if base.verified]
     return min(filter(beats, proved), key=lambda base: (-base.quality, base.bytes), default=None)
