@@ -161,7 +161,10 @@ def compared(run: Callable[[], Job], names: list[str]) -> dict[str, Any]:
     size = job.recipe.targets.max_params[0]
     comparison = SizeComparison(job, size, picks["quality"], job.load_supernet(), base, calibration, long)
     files: dict[str, Path] = {}
+    same = {architecture: preference for preference, architecture in reversed(picks.items())}  # made and healed once
     for preference, architecture in picks.items():
+        if same[architecture] != preference:
+            continue
         method = Method(
             named(preference), f"ours, {preference} preferred", cut_to(architecture), trained=True, repaired=True
         )
@@ -176,7 +179,10 @@ def compared(run: Callable[[], Job], names: list[str]) -> dict[str, Any]:
     time_beside_base(job, base, list(files.values()))
     speeds = {name: in_llama_cpp(job, base, file) for name, file in files.items()}
     # 3. How sure the differences are, ours by each preference against every other.
-    sure = {preference: judged(job, list(files.values()), named(preference)) for preference in PREFERENCES}
+    sure = {
+        preference: judged(job, list(files.values()), named(same[architecture]))
+        for preference, architecture in picks.items()
+    }
     rows: dict[str, Any] = {}
     for name, file in files.items():
         row = FinishedRow.read(file).row
@@ -189,7 +195,7 @@ def compared(run: Callable[[], Job], names: list[str]) -> dict[str, Any]:
             "llama.cpp": speeds[name],
             "worse": {preference: sure[preference].get(name) for preference in PREFERENCES},
         }
-    return rows
+    return {named(preference): rows[named(same[architecture])] for preference, architecture in picks.items()} | rows
 
 
 def named(preference: str) -> str:

@@ -18,7 +18,7 @@ from compressor.generated import rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
-from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits
+from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits, picks_types
 from compressor.stages.joint_pick import MEASURED, bit_genes
 from compressor.stages.llama_types import llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
@@ -102,6 +102,8 @@ class Rates(Model):
     """One more token after a prompt, with a cache."""
     rounding: float
     """A step of AutoRound's over one block."""
+    write: float = 1.0
+    """To write text, over what a pass for each token of many rows would take; known when some was written."""
 
     def times(self, **factors: float) -> Rates:
         """The same rates, some of them multiplied."""
@@ -158,7 +160,7 @@ class _Counts:
         self.judging = self.cubes(JUDGED, each_expert=True) if self.repaired_tokens else 0.0
         """Seconds that choosing the ridges of a repair takes."""
         self.schemes = list(recipe.quantizing.schemes)
-        if picks_bits(job) and "int4" not in self.schemes:
+        if picks_bits(job) and not picks_types(job) and "int4" not in self.schemes:
             self.schemes.append("int4")  # which one is picked with the size is not known yet
         copies = set(recipe.formats) - {"uneven", "uniform", "elastic"}
         self.elastic = int("elastic" in recipe.formats)
@@ -201,9 +203,24 @@ def _writing(counts: _Counts, rates: Rates) -> StageCost:
     job = counts.job
     if not is_generated(counts.recipe.data or ""):
         return StageCost("writing text", "", 0.0)
-    tokens = rows_to_read(job, max(counts.train_tokens, counts.heal_tokens)) * counts.length
-    seconds = rates.load + tokens * (rates.teach + rates.decode / rows_at_once(job))
-    return StageCost("writing text", f"{tokens:,} tokens", seconds, disk=10.0 * tokens)
+    return _written("writing text", counts, rates, rows_to_read(job, counts.train_tokens))
+
+
+def _writing_more(counts: _Counts, rates: Rates) -> StageCost:
+    """What healing reads beyond what was written before."""
+    job = counts.job
+    if not is_generated(counts.recipe.data or ""):
+        return StageCost("writing more text", "", 0.0)
+    rows = rows_to_read(job, max(counts.train_tokens, counts.heal_tokens)) - rows_to_read(job, counts.train_tokens)
+    return _written("writing more text", counts, rates, rows)
+
+
+def _written(stage: str, counts: _Counts, rates: Rates, rows: int) -> StageCost:
+    if not rows:
+        return StageCost(stage, "", 0.0)
+    tokens = rows * counts.length
+    seconds = rates.write * (rates.load + tokens * (rates.teach + rates.decode / rows_at_once(counts.job)))
+    return StageCost(stage, f"{tokens:,} tokens", seconds, disk=10.0 * tokens)
 
 
 def _ordering(counts: _Counts, rates: Rates) -> StageCost:
@@ -271,8 +288,13 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     the finalists on all."""
     blocks = FIRST_BLOCKS * counts.evaluations / 2 + 2 * FINALISTS * HELD_OUT_BLOCKS
     seconds = blocks * counts.length * rates.teach * counts.searched
-    of_bits = 0.0
-    if picks_bits(job := counts.job):
+    of_bits, job = 0.0, counts.job
+    if picks_types(job):
+        file = (counts.recipe.quantizing.samples or 0) * counts.length * rates.teach + PACKED * counts.base
+        read = HELD_OUT_BLOCKS * counts.length * rates.teach
+        seconds += MEASURED * (file + read) * counts.searched
+        of_bits = _measuring_types(counts, rates)
+    elif picks_bits(job):
         # Some on a few blocks to know what bits cost, the best on all; and each half-block's bits in the whole network,
         # from the first layer that has fewer on.
         blocks = len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + 2 * MEASURED * HELD_OUT_BLOCKS
@@ -289,6 +311,11 @@ def _measuring_bits(counts: _Counts, rates: Rates, genes: Iterable[Gene]) -> flo
     """Each value of each gene in the whole network, from the first layer that has fewer bits on."""
     passes = sum(bits < AS_STORED for gene in genes for bits in gene.values) / 2
     return passes * blocks_to_read(counts.job) * counts.length * rates.teach
+
+
+def _measuring_types(counts: _Counts, rates: Rates) -> float:
+    """The same in types of llama.cpp."""
+    return rates.load + PACKED * counts.base + _measuring_bits(counts, rates, llama_genes(counts.job))
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:
@@ -311,8 +338,8 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
     quantizing, seconds = counts.recipe.quantizing, 0.0
-    if GGUF_MIXED in counts.recipe.formats:
-        seconds += rates.load + PACKED * counts.base + _measuring_bits(counts, rates, llama_genes(counts.job))
+    if GGUF_MIXED in counts.recipe.formats and not picks_types(counts.job):
+        seconds += _measuring_types(counts, rates)
     if not counts.bases:
         return StageCost("quantizing", "", seconds)
     if not counts.schemes:  # only the base is rounded, without data
@@ -375,6 +402,7 @@ COSTS: dict[str, Callable[[_Counts, Rates], StageCost]] = {
     "proposals": _proposals,
     "search": _search,
     "picking": _picking,
+    "writing more text": _writing_more,
     "healing": _healing,
     "quantizing": _quantizing,
     "measuring": _measuring,
@@ -408,6 +436,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     return {
         "preparing": (weight_bytes if recipe.finetuning.parameters == "lora" else 4 * total) + activations,
         "writing text": scoring,
+        "writing more text": scoring,
         "ordering": scoring,
         "fine-tuning": training + activations,
         "timing the layers": 2 * weight_bytes,

@@ -62,9 +62,18 @@ def text_fingerprint(job: Job) -> str:
 
 def generated_rows(job: Job, tokens: int) -> Iterator[Row]:
     """The documents that a training of so many tokens reads, written first where they are not there yet."""
-    rows, folder = rows_to_read(job, tokens), job.run.data / f"{GENERATED}-{text_fingerprint(job)}"
+    rows, folder = rows_to_read(job, tokens), folder_of(job)
     write_text(job, folder, rows)
     return writing.read_documents(folder, rows)
+
+
+def folder_of(job: Job) -> Path:
+    return job.run.data / f"{GENERATED}-{text_fingerprint(job)}"
+
+
+def is_written(job: Job, tokens: int) -> bool:
+    """Whether all is there that a training of so many tokens reads."""
+    return not writing.missing_rows(folder_of(job), rows_to_read(job, tokens), rows_at_once(job))
 
 
 def write_text(job: Job, folder: Path, rows: int) -> None:
@@ -83,7 +92,9 @@ def write_text(job: Job, folder: Path, rows: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         job.threads(scoring=False)
         tokens = sum(map(len, share)) * length
-        with job.schedule.stage("writing text"), bar("writing training text", tokens) as progress:
+        # What healing reads beyond the beginning is written when it is known how much there is time for.
+        stage = "writing more text" if job.schedule.over("writing text") else "writing text"
+        with job.schedule.stage(stage), bar("writing training text", tokens) as progress:
             model = job.load_base()
             for numbers in share:
                 written = writing.write_rows(model, vocabulary, numbers, length, job.recipe.seed, progress.advance)

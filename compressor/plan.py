@@ -48,6 +48,13 @@ TRAINED = 0.1
 """From there on, the share of the tokens that are for the fine-tuning."""
 STEPS = 200
 """Least number of steps of a training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
+MADE_OF = {
+    "writing text": ["write"],
+    "ordering": ["teach"],
+    "fine-tuning": ["train", "teach"],
+    "search": ["read"],
+}
+"""Stages whose seconds say how fast what comes later is, and the rates that they are made of."""
 MOSTLY = 0.8
 """Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
 STAGE_OF = {
@@ -123,7 +130,7 @@ def adjust(job: Job) -> bool:
         return False
     # 1. Rates by the stages that are mostly made of them.
     factors: dict[str, float] = {}
-    for stage, names in (("ordering", ["teach"]), ("fine-tuning", ["train", "teach"]), ("search", ["read"])):
+    for stage, names in MADE_OF.items():
         if stage in done and plan.expected.get(stage) and share_of_rates(job, plan.rates, stage, names) > MOSTLY:
             ratio = min(3.0, max(1 / 3, job.schedule.times[stage].seconds / plan.expected[stage]))
             factors |= dict.fromkeys(names, ratio)
@@ -154,6 +161,8 @@ def is_settled(job: Job, budget: str) -> bool:
     """Whether the stage that a budget is spent in has begun, in whatever process, or what it makes is there."""
     made = {"fine-tuning": job.run.supernet / "manifest.json", "search": job.run.front}
     stage = STAGE_OF[budget]
+    if budget == "heal_tokens" and "writing more text" in job.schedule.times:  # which is what healing will read
+        return True
     return stage in job.schedule.times or job.schedule.over(stage) or (stage in made and made[stage].is_file())
 
 

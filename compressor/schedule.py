@@ -27,6 +27,7 @@ STAGES = (
     "proposals",
     "search",
     "picking",
+    "writing more text",
     "healing",
     "quantizing",
     "measuring",

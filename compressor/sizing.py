@@ -9,6 +9,7 @@ from math import gcd
 import numpy as np
 
 from compressor.job import Job
+from export.layouts.table import GGUF_MIXED
 from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName, outer_bits
 from search.genes import AS_STORED
 from search.sampling import sample, sample_near, uniform_members
@@ -80,6 +81,13 @@ def picks_bits(job: Job) -> bool:
     if bits is None:
         return job.recipe.targets.max_bytes is not None and job.quantizable
     return bits == "joint"
+
+
+def picks_types(job: Job) -> bool:
+    """Whether the size is picked together with types of llama.cpp: where no other packages than its files are asked
+    for, and those are of types that fit."""
+    formats = job.recipe.formats
+    return picks_bits(job) and GGUF_MIXED in formats and all(layout.startswith("gguf") for layout in formats)
 
 
 def storage_of(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compressor.generated import is_written
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.run import Run
@@ -26,6 +27,7 @@ from compressor.stages.measuring import Measurements, measure_packages
 from compressor.stages.picks import PickRecord, cut_out, read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
+from compressor.stages.reading import read_checked
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_made_from, load_healed
 from export.layouts.table import GGUF_MIXED, needs_uniform, write_layout
@@ -40,6 +42,7 @@ from supernet.common.versions import versions
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
 from supernet.training.loop import TrainSettings
+from supernet.training.sources import is_generated
 from supernet.training.supernet_training import heal
 
 
@@ -51,7 +54,7 @@ def export(job: Job) -> list[PackageEntry]:
     recipe, run = job.recipe, job.run
     picks = read_picks(job)
     run.packages.mkdir(exist_ok=True)
-    blocks = training_blocks(job, recipe.healing.tokens or 0)
+    blocks = blocks_to_heal_on(job)
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         proofs: list[tuple[Path, Path | None]] = []
@@ -96,6 +99,15 @@ def export(job: Job) -> list[PackageEntry]:
     say_what_is_too_large(job, entries)
     say_what_is_left(job, {*written, *(folder.name for folder in bases)})
     return entries
+
+
+def blocks_to_heal_on(job: Job) -> Blocks:
+    """The text that healing reads; what the base has not written of it yet is written, and compared with the report."""
+    tokens = job.recipe.healing.tokens or 0
+    if not is_generated(job.recipe.data or "") or is_written(job, tokens):
+        return training_blocks(job, tokens)
+    blocks, _ = read_checked(job, tokens)
+    return blocks
 
 
 def is_good(folder: Path, inputs: Inputs) -> bool:

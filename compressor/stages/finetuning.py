@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from compressor.sizing import (
     training_range,
     uniform_near,
 )
+from compressor.stages.reading import read_checked
 from export.probe import default_ids, logits_of
 from search.genes import BITS
 from supernet.activation import SuperNetwork
@@ -51,7 +51,6 @@ from supernet.routed import FILE as ROUTED
 from supernet.routed import RoutedDeltas
 from supernet.streaming import StreamedNetwork
 from supernet.training.adapters import PARAMETERS
-from supernet.training.contamination import RUN, Contamination
 from supernet.training.data import Blocks
 from supernet.training.history import History
 from supernet.training.losses import Loss
@@ -123,21 +122,13 @@ def finetune(job: Job) -> dict[str, Any]:
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
-        overlap = Contamination(report_texts(job))
         tokens, most = recipe.finetuning.tokens or 0, max(recipe.finetuning.tokens or 0, recipe.healing.tokens or 0)
+        if is_generated(recipe.data or ""):
+            most = tokens  # more is written when it is known how much there is time to heal on
         # All that healing will read too: a row that cannot be read ends the run now, and not after the search.
-        blocks = training_blocks(job, most, lambda row: overlap.show(row.text))
-        if blocks.skipped:
-            reasons = ", ".join(f"{count} because {reason}" for reason, count in blocks.skipped.items())
-            say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
+        blocks, contaminated = read_checked(job, most)
         if most > tokens:
             blocks = training_blocks(job, tokens)
-        contaminated = overlap.contaminated
-        if contaminated:
-            say(
-                f"warning: {len(contaminated)} of {overlap.documents} report documents share {RUN} words in a row "
-                f"with the training text, for example {min(contaminated)}; their scores may be too good"
-            )
         # What is not trained needs no more precision than it is computed in.
         dtype = job.compute_dtype if recipe.finetuning.parameters == "lora" else torch.float32
         ids = default_ids(job.checkpoint.config)
@@ -305,18 +296,3 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
         accelerator=job.accelerator,
         watched=watched,
     )
-
-
-def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
-    """Name and texts of every report document; none where there are no tasks yet.
-
-    A document's own columns and not its prompts, which few-shot examples share.
-    """
-    if not job.recipe.tasks:
-        return
-    for subtasks in job.tasks.requests("report").documents.values():
-        for subtask, documents in subtasks:
-            for document in documents:
-                columns = [value if isinstance(value, list) else [value] for value in document.doc.values()]
-                texts = [text for column in columns for text in column if isinstance(text, str)]
-                yield f"{subtask.name} {document.index}", texts

@@ -12,10 +12,11 @@ and rounding is to nearest: what a package holds that is rounded without data.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ from supernet.slicing import extract
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import held_out_loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CANDIDATES = 24
 """Sub-networks that are compared, at least, where so many were measured."""
 MEASURED = 6
@@ -56,16 +60,18 @@ HEADER_BYTES = 128
 
 @dataclass(frozen=True)
 class Bits:
-    """How a package is stored. `scheme` None: unquantized; `mixed`: as its architecture says."""
+    """How a package is stored. `scheme` None: unquantized, or in types of llama.cpp; `mixed`: as its architecture
+    says."""
 
     scheme: FormName | None
     embedding: EmbeddingBits | None = None
     mean: float | None = None
-    """Of a mixed one, bits of a weight of its linear layers, codes only."""
+    """Of a mixed one, bits of a weight of its linear layers, codes only; of types of llama.cpp, bits of the file for
+    each parameter."""
 
     def __str__(self) -> str:
         if self.scheme is None:
-            return "unquantized"
+            return "unquantized" if self.mean is None else f"types of llama.cpp, {self.mean:.1f} bits a parameter"
         mean = "" if self.mean is None else f", {self.mean:.1f} bits in the mean"
         return f"{self.scheme}{mean}, embedding in {self.embedding} bits"
 
@@ -126,12 +132,7 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
     """
     # 1. Everything that fits.
     assert target.max_bytes is not None
-    unlimited = replace(target, max_bytes=None)
-    others = [row for row in evaluations if row.architecture != job.structure.base]
-    able = [row for row in [whole_network(job), *others] if row.full and not unlimited.misses(row)]
-    if not able:
-        raise ValueError(f"no measured architecture has {unlimited}")
-    sizes = best_of_each_size(able)
+    sizes = sizes_within(job, evaluations, target)
     rows = [row for evaluation in sizes for row in candidates(job, evaluation, uniform)]
     fitting = [row for row in rows if row.bytes <= target.max_bytes]
     if not fitting:
@@ -156,7 +157,11 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
     fitting.sort(key=lambda row: (unrounded[row.sizes] + cost[row.bits], row.bytes, row.architecture.key))
     mixed.sort(key=lambda row: (unrounded[row.sizes] + row.harm, row.bytes, row.architecture.key))
     # 4. The best by the sum, as rounded.
-    finalists = fitting[:MEASURED] + mixed[:MEASURED]
+    return lowest(fitting[:MEASURED] + mixed[:MEASURED], measure)
+
+
+def lowest(finalists: Sequence[Candidate], measure: RoundedLosses) -> JointPick:
+    """The one of the lowest held-out loss as rounded."""
     with bar("held-out loss with bits", len(finalists)) as progress:
         losses = []
         for row in finalists:
@@ -164,6 +169,17 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
             progress.advance()
     best = min(range(len(finalists)), key=lambda number: (losses[number], finalists[number].bytes))
     return JointPick(finalists[best], losses[best])
+
+
+def sizes_within(job: Job, evaluations: Sequence[Evaluation], target: Target) -> list[Evaluation]:
+    """The best of these sub-networks and the whole one of each size that meets the target but for its bytes. Raises
+    ValueError where nothing does."""
+    unlimited = replace(target, max_bytes=None)
+    others = [row for row in evaluations if row.architecture != job.structure.base]
+    able = [row for row in [whole_network(job), *others] if row.full and not unlimited.misses(row)]
+    if not able:
+        raise ValueError(f"no measured architecture has {unlimited}")
+    return best_of_each_size(able)
 
 
 def whole_network(job: Job) -> Evaluation:
@@ -258,32 +274,59 @@ def mean_bits(structure: Structure, architecture: Architecture, storage: Storage
     return sum(weights * bits for weights, bits in sizes) / max(1, sum(weights for weights, _ in sizes))
 
 
-class RoundedLosses:
-    """Held-out losses of rounded sub-networks, from the store, or else measured and recorded there."""
+def form_of(candidate: Candidate) -> str | None:
+    """How the weights of a candidate are stored, beside its architecture; None: unquantized."""
+    scheme, storage = candidate.bits.scheme, candidate.storage
+    if scheme is None or storage is None:
+        return None
+    return f"{scheme}-{storage.group_size}-{storage.embedding}-{storage.head}"
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._weights = job, searched_weights(job)
+
+def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
+    """Give a network the values that a package of the candidate holds, rounded to nearest."""
+    scheme, storage = candidate.bits.scheme, candidate.storage
+    assert scheme is not None and storage is not None
+    linear = linear_layers_in(network)
+    if scheme == "mixed":
+        assert storage.group_size is not None
+        plan = mixed_plan(job, candidate.architecture, storage.group_size)
+    else:
+        plan = plan_scheme(linear.widths, scheme, job.recipe.quantizing.group_size if storage.bits < 8 else None)
+        plan = replace(plan, outer=OuterBits(storage.embedding, storage.head))
+    round_network(network, plan, linear)
+
+
+class RoundedLosses:
+    """Held-out losses of rounded sub-networks, from the store, or else measured and recorded there. `form` names the
+    way of rounding, and `round` does it."""
+
+    def __init__(
+        self,
+        job: Job,
+        form: Callable[[Candidate], str | None] = form_of,
+        round: Callable[[Job, PreTrainedModel, Candidate], None] = round_as_packaged,
+    ) -> None:
+        self._job, self._weights, self._form, self._round = job, searched_weights(job), form, round
         self._opened: tuple[Path, SuperNetwork] | None = None
 
     def __call__(self, candidate: Candidate, blocks: int) -> float:
         """On the first blocks, in nats per token."""
-        architecture, scheme, storage = candidate.architecture, candidate.bits.scheme, candidate.storage
-        if scheme is None or storage is None:
+        architecture, form = candidate.architecture, self._form(candidate)
+        if form is None:
             return held_out_losses(self._job, [architecture], blocks)[0]
         plain = held_out_keys(self._job, ["held_out_loss"], blocks)["held_out_loss"]
-        form = f"{scheme}-{storage.group_size}-{storage.embedding}-{storage.head}"
         key = ScoreKey(f"{plain.name} as {form}", plain.documents, plain.metric, higher_is_better=False)
         with EvaluationStore(self._job.run.evaluations) as store:
             score = store.get(architecture, self._weights, key)
             if score is None:
                 began = time.monotonic()
-                score = key.score(self._measure(architecture, scheme, storage, blocks), None, blocks).or_worst()
+                score = key.score(self._measure(candidate, blocks), None, blocks).or_worst()
                 store.put(architecture, self._weights, key, score, time.monotonic() - began)
         return score.value
 
     @torch.no_grad()
-    def _measure(self, architecture: Architecture, scheme: FormName, storage: StorageFormat, blocks: int) -> float:
-        job = self._job
+    def _measure(self, candidate: Candidate, blocks: int) -> float:
+        job, architecture = self._job, candidate.architecture
         folder = job.supernet_folder(architecture)
         if self._opened is None or self._opened[0] != folder:
             job.threads(scoring=True)
@@ -293,13 +336,6 @@ class RoundedLosses:
             self._opened = folder, supernet
         supernet = self._opened[1]
         network = extract(supernet.model, job.structure, architecture.without_bits(), supernet.variants)
-        linear = linear_layers_in(network)
-        if scheme == "mixed":
-            assert storage.group_size is not None
-            plan = mixed_plan(job, architecture, storage.group_size)
-        else:
-            plan = plan_scheme(linear.widths, scheme, job.recipe.quantizing.group_size if storage.bits < 8 else None)
-            plan = replace(plan, outer=OuterBits(storage.embedding, storage.head))
-        round_network(network, plan, linear)
+        self._round(job, network, candidate)
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         return held_out_loss(network, held_out.part(0, blocks), 1, job.device)

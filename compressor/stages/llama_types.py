@@ -2,23 +2,46 @@
 
 What the bits of one half-block alone cost the whole network is measured once, with its weights rounded as the file
 holds them, though with all input channels alike; embedding and head are rounded as compressed-tensors does. Of all
-types whose file fits, those of the least sum are taken (`search.bit_assignment`).
+types whose file fits, those of the least sum are taken (`search.bit_assignment`). Where only llama.cpp files are asked
+for, the size is picked together with them.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import byte_limit
-from compressor.stages.joint_pick import bit_genes
+from compressor.stages.joint_pick import (
+    MEASURED,
+    Bits,
+    Candidate,
+    JointPick,
+    RoundedLosses,
+    bit_genes,
+    lowest,
+    sizes_within,
+)
+from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
 from compressor.stages.warm_start import Rounding, losses_by_bits
-from export.layouts.gguf.layout import FileSize
+from export.layouts.gguf.layout import FileSize, take_stored_weights
 from export.layouts.gguf.types import BY_BITS, as_stored, type_by_bits
+from export.layouts.table import GGUF_MIXED, copies_hold, write_layout
 from search.bit_assignment import best_within, fewest_bytes
 from search.genes import AS_STORED, Gene
+from search.objectives import Evaluation
+from search.pareto import Target
 from supernet.architecture import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IN_LLAMA_CPP = Rounding("bits-gguf", BY_BITS, as_stored)
 
@@ -34,12 +57,67 @@ def bits_that_fit(job: Job, architecture: Architecture, name: str) -> Architectu
     those that take the fewest bytes where none does."""
     limit = byte_limit(job)
     assert limit is not None
-    file = FileSize(job.checkpoint.config, architecture)
-    header = file.header(job.tokenizer, name)
-
-    def bytes_of(bits: Architecture) -> int:
-        return header + file.tensors(partial(type_by_bits, bits=bits))
-
-    losses = losses_by_bits(job, llama_genes(job), IN_LLAMA_CPP)
+    bytes_of, losses = file_bytes(job, architecture, name), losses_by_bits(job, llama_genes(job), IN_LLAMA_CPP)
     found = best_within(architecture, losses, bytes_of, limit)
     return fewest_bytes(architecture, losses, bytes_of) if found is None else found[0]
+
+
+def file_bytes(job: Job, architecture: Architecture, name: str) -> Callable[[Architecture], int]:
+    """What the file of a package of this name takes, by the bits of the sub-network."""
+    file = FileSize(job.checkpoint.config, architecture)
+    header = file.header(job.tokenizer, name)
+    return lambda bits: header + file.tensors(partial(type_by_bits, bits=bits))
+
+
+def pick_with_types(job: Job, evaluations: Sequence[Evaluation], target: Target, name: str) -> JointPick:
+    """The sub-network of the lowest held-out loss in a file of the package `name`, in types that fit the bytes:
+    of these and the whole one, the best `MEASURED` by the sum of what their size and each of their types lose are
+    measured with the weights of their files.
+
+    Raises ValueError, naming the smallest, where nothing meets the target.
+    """
+    assert target.max_bytes is not None
+    losses = losses_by_bits(job, llama_genes(job), IN_LLAMA_CPP)
+    # 1. Each size in the best types that fit.
+    candidates, smallest = list[Candidate](), list[int]()
+    for evaluation in sizes_within(job, evaluations, target):
+        sizes = evaluation.architecture
+        if not copies_hold(sizes, job.checkpoint.config, job.recipe.formats):
+            continue
+        bytes_of = file_bytes(job, sizes, name)
+        found = best_within(sizes, losses, bytes_of, target.max_bytes)
+        if found is None:
+            smallest.append(bytes_of(fewest_bytes(sizes, losses, bytes_of)))
+            continue
+        own, harm = found
+        bits = Bits(None, mean=8 * bytes_of(own) / job.structure.parameters(sizes))
+        candidates.append(Candidate(evaluation, bits, None, bytes_of(own), own, harm))
+    if not candidates:
+        least = f"; the smallest file has {min(smallest):,}" if smallest else ""
+        raise ValueError(f"no measured architecture fits {target.max_bytes:,} bytes in types of llama.cpp{least}")
+    # 2. The best by the sum of both losses, with the weights of their files.
+    unrounded = held_out_losses(job, [row.sizes for row in candidates], FIRST_BLOCKS)
+    order = sorted(zip(unrounded, candidates, strict=True), key=lambda pair: (pair[0] + pair[1].harm, pair[1].bytes))
+    measure = RoundedLosses(job, lambda candidate: GGUF_MIXED, take_weights_of_file)
+    best = lowest([candidate for _, candidate in order[:MEASURED]], measure)
+    # The export finds the types again; the pick is of the size.
+    return replace(best, candidate=replace(best.candidate, own_bits=None))
+
+
+def take_weights_of_file(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
+    """Give a network the values that a file in the candidate's types holds."""
+    architecture, samples = candidate.architecture, job.recipe.quantizing.samples
+    with tempfile.TemporaryDirectory(prefix="compressor-gguf-") as scratch:
+        folder = Path(scratch) / "file"
+        write_layout(
+            GGUF_MIXED,
+            network,
+            architecture.without_bits(),
+            folder,
+            tokenizer=job.tokenizer,
+            dtype=job.stored_dtype,
+            entry={"name": folder.name, "architecture": architecture.without_bits().to_dict()},
+            bits=architecture,
+            calibration=training_blocks(job, 0)[:samples].ids,
+        )
+        take_stored_weights(network, folder)

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 from compressor.job import Job
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, parameter_limits, picks_bits, smallest_storage
+from compressor.sizing import byte_limit, parameter_limits, picks_bits, picks_types, smallest_storage
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.joint_pick import pick_with_bits
+from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
 from compressor.stages.repairing import rounding_inputs, searched_weights
 from compressor.stages.searching import current_front, speed_table
-from export.layouts.table import copies_hold
+from export.layouts.table import GGUF_MIXED, copies_hold
 from export.report.alternatives import in_words
 from search.objectives import Evaluation
 from search.pareto import Target
@@ -111,7 +112,10 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
     )
     try:
         if picks_bits(job):
-            joint = pick_with_bits(job, evaluations, target, uniform)
+            if picks_types(job):
+                joint = pick_with_types(job, evaluations, target, f"{name}-{GGUF_MIXED}")
+            else:
+                joint = pick_with_bits(job, evaluations, target, uniform)
             candidate = joint.candidate
             choice = Choice(candidate.evaluation, None, decode_speeds(job, [candidate.evaluation])[0])
             row = pick_row(job, name, str(target), choice, None, f"; {joint}")

@@ -126,6 +126,32 @@ def test_more_tokens_extend_the_text_and_cost_no_second_fine_tuning(made: Made, 
     assert {row["method"] for row in report["comparison"]} == {"ours", "random"}
 
 
+def test_what_only_healing_reads_is_written_after_the_pick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It too is compared with the report's documents, and is a stage of its own."""
+    bench = Made(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("healing: {tokens: 640}", "healing: {tokens: 9000}"))
+    assert bench.call("finetune") == 0
+    assert len(bench.texts()) == 8  # 256 rows of 32 tokens
+    assert run(["search", str(bench.run)]) == 0 and run(["pick", str(bench.run)]) == 0
+    assert len(bench.texts()) == 8
+    before = bench.texts()
+    assert run(["export", str(bench.run)]) == 0
+    after = bench.texts()
+    assert len(after) > 8 and {name: after[name] for name in before} == before
+    assert json.loads((bench.run / "times.json").read_text())["writing more text"]["ended"]
+    last = max((bench.run / "data").glob("*/*.jsonl"))
+    lines = [json.loads(line)["text"] for line in last.read_text().splitlines()]
+    last.unlink()
+    monkeypatch.setattr("compressor.stages.reading.report_texts", lambda job: [("task 7", lines)])
+    capsys.readouterr()
+    assert run(["export", str(bench.run)]) == 0
+    assert bench.texts() == after
+    assert "1 of 1 report documents share 13 words" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_text_that_is_lost_is_written_again(made: Made, tmp_path: Path) -> None:
     copy = copied(made, tmp_path)
     before = copy.texts()

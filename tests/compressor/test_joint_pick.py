@@ -13,6 +13,7 @@ from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.stages.exporting import export, say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
+from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picking import measured, pick
 from compressor.stages.quantized_base import base_schemes, tunes
 from compressor.stages.reporting import report
@@ -133,6 +134,33 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     stamps = [file.stat().st_mtime_ns for file in files]
     export(job)
     assert len(files) == len(names) + len(bases) and [file.stat().st_mtime_ns for file in files] == stamps
+
+
+def test_where_only_llama_cpp_files_are_asked_for_the_size_is_picked_with_their_types(
+    searched: Path, tmp_path: Path
+) -> None:
+    """What compressed-tensors would take says nothing then: its 2 bits fit a larger network than any type does."""
+    pytest.importorskip("xllamacpp")
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB", formats="gguf-mixed")
+    everything = pick_with_types(job, measured(job), Target(max_bytes=10**9), "best-gguf-mixed")
+    assert everything.candidate.harm == 0  # where all fits, nothing is rounded
+    largest = everything.candidate.bytes
+    with pytest.raises(ValueError, match=r"fits 1,000 bytes .* the smallest file has [\d,]+$") as no:
+        pick_with_types(job, measured(job), Target(max_bytes=1000), "best-gguf-mixed")
+    smallest = int(str(no.value).rpartition("has ")[2].replace(",", ""))
+    assert smallest < largest
+    # Just above the smallest file only the smallest networks are left; half way there are more, and the best is taken.
+    few = pick_with_types(job, measured(job), Target(max_bytes=smallest), "best-gguf-mixed")
+    assert few.candidate.bytes == smallest and few.candidate.sizes != job.structure.base
+    assert few.to_json()["scheme"] is None and "types of llama.cpp" in str(few)
+    job = resumed(searched, tmp_path / "half", max_bytes=str((smallest + largest) // 2), formats="gguf-mixed")
+    (picked,) = pick(job)
+    assert picked["bits"] is not None and picked["bits"]["held_out_loss"] <= few.loss + 1e-6
+    own, file = export(job)
+    assert (own.name, own.quantization, file.name) == ("best", None, "best-gguf-mixed")
+    assert file.bytes == picked["bits"]["bytes"] <= (smallest + largest) // 2
+    assert file.held_out_loss == pytest.approx(picked["bits"]["held_out_loss"], abs=0.02)  # repaired in sequence since
+    report(job)
 
 
 def test_what_was_made_and_not_yet_proved_is_not_made_again(

@@ -84,8 +84,9 @@ def test_every_stage_has_a_cost(given: dict[str, Any], tmp_path: Path) -> None:
     assert tuple(COSTS) == STAGES
     job = job_of(given, tmp_path)
     rows = stage_costs(job, RATES)
-    assert [row.name for row in rows] == [name for name in STAGES if name != "writing text"]
-    assert [row.name for row in stage_costs(job_of(given | {"data": "generated"}, tmp_path), RATES)] == list(STAGES)
+    assert [row.name for row in rows] == [name for name in STAGES if not name.startswith("writing")]
+    written = given | {"data": "generated", "finetuning.tokens": 10**4, "healing.tokens": 10**6}
+    assert [row.name for row in stage_costs(job_of(written, tmp_path), RATES)] == list(STAGES)
     assert all(row.memory > 0 for row in rows)
     without = stage_costs(job_of(given | {"quantizing.schemes": ""}, tmp_path), RATES)
     (rounding,) = [row for row in without if row.name == "quantizing"]
@@ -212,6 +213,34 @@ def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, 
     assert not adjust(job)  # no stage ended since
 
 
+def test_text_to_heal_on_is_written_when_it_is_known_how_much(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int]
+) -> None:
+    """What the first text took says what more of it will take; how much that is follows from the time that is left."""
+    job = pipeline.start(
+        read_recipe(None, given | {"data": "generated", "time": "20m", "finetuning.tokens": 0}), tmp_path
+    )
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None and plan.expected["writing more text"] > plan.expected["writing text"]
+    heal = job.recipe.healing.tokens or 0
+    late = 2 * plan.expected["writing text"]
+    with job.schedule.stage("writing text"):
+        pass
+    job.schedule.add("writing text", late, ended=True)
+    assert adjust(job)
+    after = read_plan(job.run.plan_file)
+    assert after is not None and after.rates.write == pytest.approx(2.0, rel=1e-3)
+    assert 0 < (job.recipe.healing.tokens or 0) < heal
+    with job.schedule.stage("picking"):
+        pass
+    job.schedule.began -= 600  # what is left is for the end alone
+    assert adjust(job) and (job.recipe.healing.tokens or 0) < heal / 2
+    assert not is_settled(job, "heal_tokens")
+    with pytest.raises(KeyboardInterrupt), job.schedule.stage("writing more text"):
+        raise KeyboardInterrupt
+    assert is_settled(job, "heal_tokens")  # so that what goes on writes the same text
+
+
 def test_a_stage_that_is_hardly_made_of_a_rate_says_nothing_of_it(
     given: dict[str, Any], tmp_path: Path, imagined: list[int]
 ) -> None:
@@ -256,7 +285,7 @@ def test_a_plan_alone_leaves_nothing_behind(
     out, err = capsys.readouterr()
     shown = json.loads(out)
     assert list(tmp_path.iterdir()) == []
-    assert [row["name"] for row in shown["stages"]] == [name for name in STAGES if name != "writing text"]
+    assert [row["name"] for row in shown["stages"]] == [name for name in STAGES if not name.startswith("writing")]
     assert shown["seconds"] <= 1200 and shown["budgets"]["heal_tokens"] > 0
     assert all(name in err for name in ("fine-tuning", "proving", "memory", "disk"))
 
@@ -355,7 +384,7 @@ def test_a_whole_run_by_the_clock(given: dict[str, Any], tmp_path: Path, imagine
     resolved = read_recipe(tmp_path / "run" / "recipe.yaml", {})
     assert not open_budgets(resolved)
     times = json.loads((tmp_path / "run" / "times.json").read_text())
-    assert list(times) == [name for name in STAGES if name != "writing text"]
+    assert list(times) == [name for name in STAGES if not name.startswith("writing")]
     assert all(row["ended"] for row in times.values())
     shutil.rmtree(tmp_path / "run" / "packages")
     pipeline.compress(resolved, tmp_path / "run")  # nothing is searched again

@@ -1,0 +1,43 @@
+"""The training text as a run reads it for the first time: what was passed over, and what of it the report asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compressor.inputs import training_blocks
+from compressor.job import Job
+from supernet.common.progress import say
+from supernet.training.contamination import RUN, Contamination
+from supernet.training.data import Blocks
+
+
+def read_checked(job: Job, tokens: int) -> tuple[Blocks, set[str]]:
+    """The text of a training of so many tokens, and names of the report documents that lie in it; warns of these, and
+    of rows that were passed over."""
+    overlap = Contamination(report_texts(job))
+    blocks = training_blocks(job, tokens, lambda row: overlap.show(row.text))
+    if blocks.skipped:
+        reasons = ", ".join(f"{count} because {reason}" for reason, count in blocks.skipped.items())
+        say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
+    contaminated = overlap.contaminated
+    if contaminated:
+        say(
+            f"warning: {len(contaminated)} of {overlap.documents} report documents share {RUN} words in a row "
+            f"with the training text, for example {min(contaminated)}; their scores may be too good"
+        )
+    return blocks, contaminated
+
+
+def report_texts(job: Job) -> Iterator[tuple[str, list[str]]]:
+    """Name and texts of every report document; none where there are no tasks yet.
+
+    A document's own columns and not its prompts, which few-shot examples share.
+    """
+    if not job.recipe.tasks:
+        return
+    for subtasks in job.tasks.requests("report").documents.values():
+        for subtask, documents in subtasks:
+            for document in documents:
+                columns = [value if isinstance(value, list) else [value] for value in document.doc.values()]
+                texts = [text for column in columns for text in column if isinstance(text, str)]
+                yield f"{subtask.name} {document.index}", texts
