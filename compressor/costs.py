@@ -25,6 +25,7 @@ from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import blocks_to_read, expected_passes
+from evals.speed.measured import runs_within
 from evals.speed.table import SpeedTable
 from export.layouts.table import GGUF_MIXED
 from export.models import Model
@@ -366,7 +367,8 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     read, written = counts.tokens_of("report")
     read += HELD_OUT_BLOCKS * counts.length
     each = read * rates.read + (written + 3 * 48) * rates.decode + rates.load
-    spoken = 8 * (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
+    turn = (128 * rates.read + 128 * rates.decode) * (1 + counts.share)
+    spoken = (1 + runs_within(turn, 7)) * turn
     if counts.job.device.type == "cuda":
         spoken = GPU_SPOKEN
     networks = 1 + counts.scored_packages * counts.share + counts.bases

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 WARMUP = 3
 """Passes before a CUDA graph is captured."""
 CUDA_GRAPH = " (CUDA graph)"
+TIMED, FEWEST_RUNS = 45.0, 3
+"""Seconds that the runs of networks that are timed in turn may take, and how many there are at the least: the longer a
+run is, the less its time varies."""
 READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
@@ -128,7 +131,8 @@ def compare_speed(
     """The speed of several networks, timed in turn, so that what slows the machine down slows all of them alike.
 
     `prompt` and `new` are cut to what the shortest of the networks' contexts holds. `threads`: torch's while measuring
-    (None: as they are). Times are medians of `repeats` runs after `warmup` others.
+    (None: as they are). Times are medians of `repeats` runs after `warmup` others; of fewer where these take long
+    (`runs_within`).
     """
     import torch
 
@@ -144,11 +148,16 @@ def compare_speed(
         ready, graphs = _ready([(model, ids[name], new - 1) for name, model in models.items()])
         passes = dict(zip(names, ready, strict=True))
         # 2. Runs in turn; each round begins with another network.
-        for turn in range(warmup + repeats):
+        turn = 0
+        while turn < warmup + repeats:
+            began = time.monotonic()
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 first, *steps = passes[name]()
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
+            turn += 1
+            if turn == warmup:
+                repeats = runs_within(time.monotonic() - began, repeats)
     # 3. Medians.
     speeds = {}
     for name, model in models.items():
@@ -192,6 +201,12 @@ def speed_beside(
     timed = ("prefill_tps", "decode_tps", "throughput_tps", "ttft_ms", "latency_ms")
     drift = {name: getattr(known, name) / getattr(base_speed, name) for name in timed}
     return speed.model_copy(update={name: getattr(speed, name) * drift[name] for name in timed}), known
+
+
+def runs_within(seconds: float, repeats: int) -> int:
+    """How many runs of so many seconds are timed, where there may be `repeats`: what fits into `TIMED`, but at least
+    `FEWEST_RUNS`."""
+    return min(repeats, max(FEWEST_RUNS, int(TIMED / max(seconds, 1e-9))))
 
 
 def _spread_of(times: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from evals.speed import measured as timing
-from evals.speed.measured import Speed, compare_speed, speed_beside
+from evals.speed.measured import Speed, compare_speed, runs_within, speed_beside
 from evals.speed.table import PartTimes, SpeedTable, Timed, designed, mixtures, sizes_to_time, times_layers
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes, Structure
@@ -179,6 +179,13 @@ def test_speeds_are_measured_side_by_side() -> None:
         assert speed.decode_tps > 0 and speed.prefill_tps > 0 and speed.ttft_ms <= speed.latency_ms
         assert speed.warmup == 1 and speed.prefill_spread >= 0 and speed.decode_spread >= 0
         assert speed.throughput_tps == pytest.approx(3 / speed.latency_ms * 1e3)
+
+
+def test_fewer_runs_are_timed_of_networks_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [runs_within(seconds, 7) for seconds in (0.0, 1.0, 10.0, 100.0)] == [7, 7, 4, 3]
+    assert runs_within(100.0, 2) == 2
+    monkeypatch.setattr(timing, "TIMED", 0.0)
+    assert compare_speed({"": tiny.llama()}, prompt=4, new=2)[""].repeats == 3
 
 
 def test_a_network_timed_later_is_stated_at_the_base_s_first_speed(monkeypatch: pytest.MonkeyPatch) -> None:
