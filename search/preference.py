@@ -4,8 +4,8 @@ between the two.
 Scores tell networks apart that lie more than two standard errors from the best (`pareto.contenders`). Of the rest,
 held-out loss says which are near the best. It is that before healing, which takes most of it back: of each nat by
 which one network loses more than another it left 0.3 on stories260K and 0.2 on prose-7m, whose networks lose twenty
-times less than those of stories260K (`docs/results.md`). So nearness is a number of nats where something is healed, or
-a share of what the best loses.
+times less than those of stories260K (`docs/results.md`). So nearness is a number of nats where something is healed;
+where little or nothing is, a share of what the best loses, and no more than that number.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ NEAR = 0.5
 """By how much more a near network's loss may lie above the whole network's than the lowest does, as a share of that."""
 
 
-HEALED = 0.2
-"""By how many nats per token a near network may lose more than the lowest where it will be healed: 0.04 to 0.06 then
-remain."""
+MOST, LEFT = 0.2, 0.06
+"""By how many nats per token a near network may lose more than the lowest, and what healing leaves of that."""
 HEALED_TOKENS = 50_000
-"""Tokens of healing from which that was measured."""
+"""Tokens of healing from which that was measured: with so many, all of `MOST` is allowed whatever the lowest loses."""
 
 
 STEP = 0.05
 """Share by which one finalist is faster than another, at least."""
 
 
-def near(losses: Numbers, stderrs: Numbers, whole: float, allowed: float = 0.0) -> list[int]:
-    """Indices of those near the lowest loss, that one first: by `NEAR`, within two standard errors of it, or within
-    `allowed` (`HEALED`, of losses before a healing).
+def near(losses: Numbers, stderrs: Numbers, whole: float, healed: bool = False, most: float = MOST) -> list[int]:
+    """Indices of those near the lowest loss, that one first: within two standard errors of it, or by `NEAR`, but within
+    `most`; where they will be `healed`, all within `most`.
 
-    `losses` and `stderrs` [n], the whole network's loss, and `allowed`, in the same unit; the standard error that
-    counts is the lowest's.
+    `losses` and `stderrs` [n], the whole network's loss, and `most`, in nats per token; the standard error that counts
+    is the lowest's.
     """
     order = np.argsort(np.asarray(losses), kind="stable").tolist()
     lowest = losses[order[0]]
-    limit = lowest + max(2 * stderrs[order[0]], NEAR * (lowest - whole), allowed)
+    allowed = most if healed else min(most, NEAR * (lowest - whole))
+    limit = lowest + max(2 * stderrs[order[0]], allowed)
     return [i for i in order if losses[i] <= limit]
 
 
 def preferred(
-    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, allowed: float = 0.0
+    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, healed: bool = False
 ) -> dict[Preference, int]:
     """The index that each preference takes.
 
@@ -59,12 +59,11 @@ def preferred(
     two, the one that loses the least in sum of loss and speed, each as a share of what lies between the two; where
     nothing does, the lowest loss.
 
-    `losses` and `stderrs` [n], the whole network's loss and what is `allowed` beyond the lowest in nats per token,
-    `speeds` [n] in tokens per second.
+    `losses` and `stderrs` [n] and the whole network's loss in nats per token, `speeds` [n] in tokens per second.
     """
     from search.pareto import knee  # pymoo takes longer to import than a wrong name may take to be refused
 
-    within = near(losses, stderrs, whole, allowed)
+    within = near(losses, stderrs, whole, healed)
     fastest = max(within, key=lambda i: speeds[i])  # of the same speed the lower loss, which comes first
     between = [i for i in within if losses[i] <= losses[fastest] and speeds[i] >= speeds[within[0]]]
     values = np.array([[losses[i], -speeds[i]] for i in between])
@@ -77,10 +76,12 @@ def ordered(prefer: Preference, losses: Numbers, speeds: Numbers, whole: float) 
     exact = [0.0] * len(losses)  # of the same text and tokens
     order = np.argsort(np.asarray(losses), kind="stable").tolist()
     first: list[int] = []
+    within = near(losses, exact, whole, most=LEFT)
     if prefer == "speed":
-        first = sorted(near(losses, exact, whole), key=lambda i: -speeds[i])
+        first = sorted(within, key=lambda i: -speeds[i])
     elif prefer == "balanced":
-        first = [preferred(losses, exact, speeds, whole)["balanced"]]
+        of_near, as_fast = ([numbers[i] for i in within] for numbers in (losses, speeds))
+        first = [within[preferred(of_near, [0.0] * len(within), as_fast, whole)["balanced"]]]
     return [*first, *(i for i in order if i not in first)]
 
 
@@ -99,13 +100,13 @@ def faster(losses: Numbers, speeds: Numbers, than: int, n: int) -> list[int]:
 
 
 def shortlist(
-    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int, allowed: float = 0.0
+    losses: Numbers, stderrs: Numbers, speeds: Numbers, whole: float, n: int, healed: bool = False
 ) -> list[int]:
     """Indices of what is worth measuring closer, by increasing loss: the `n` of the lowest loss, and of the `near` ones
     at most `n` that no other of them beats in loss and speed, spread along that front."""
     from search.pareto import non_dominated, spread  # as above
 
-    within = near(losses, stderrs, whole, allowed)
+    within = near(losses, stderrs, whole, healed)
     values = np.array([[losses[i], -speeds[i]] for i in within])
     front = non_dominated(values)
     chosen = {within[front[i]] for i in spread(values[front], n)}

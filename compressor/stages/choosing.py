@@ -13,7 +13,7 @@ from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOutLoss
 from evals.speed.table import SpeedTable
 from search.objectives import Evaluation
 from search.pareto import Target, contenders, knee, meeting
-from search.preference import HEALED, HEALED_TOKENS, Preference, faster, preferred, shortlist
+from search.preference import HEALED_TOKENS, Preference, faster, preferred, shortlist
 from search.scores import Score
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.progress import say
@@ -74,12 +74,12 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
         )
     measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), largest_in_training(job)
     timed = [speed or 0.0 for speed in speeds]
-    allowed = HEALED if (job.recipe.healing.tokens or 0) >= HEALED_TOKENS else 0.0
+    healed = (job.recipe.healing.tokens or 0) >= HEALED_TOKENS
     if len(equals) > FINALISTS:
         whole, *first = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)
-        numbers = shortlist(*loss_columns(first), timed, whole.value, FINALISTS, allowed)
+        numbers = shortlist(*loss_columns(first), timed, whole.value, FINALISTS, healed)
     whole, *losses = measurer.of([base, *(equals[i].architecture for i in numbers)], HELD_OUT_BLOCKS)
-    taken = preferred(*loss_columns(losses), [timed[i] for i in numbers], whole.value, allowed)
+    taken = preferred(*loss_columns(losses), [timed[i] for i in numbers], whole.value, healed)
     listed = [Choice(equals[i], loss, speeds[i]) for i, loss in zip(numbers, losses, strict=True)]
     nearest = sorted(listed, key=lambda choice: choice.loss.value if choice.loss else 0.0)
     others = 0 if job.recipe.prefer == "quality" or not job.recipe.healing.tokens else job.recipe.healing.finalists - 1

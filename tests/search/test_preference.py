@@ -22,17 +22,19 @@ def test_near_ones_lie_within_two_standard_errors_of_the_lowest() -> None:
 
 def test_near_ones_lose_at_most_half_as_much_again() -> None:
     assert near(LOSSES, [0.0] * 6, 0.92) == [1, 2, 3]  # up to 1.04
-    assert near(LOSSES, [0.0] * 6, 0.40) == [1, 2, 3, 4, 0]  # up to 1.30
+    assert near(LOSSES, [0.0] * 6, 0.40) == [1, 2, 3, 4]  # would be up to 1.30, but 0.2 nats are the most
+    assert near(LOSSES, [0.0] * 6, 0.40, most=0.3) == [1, 2, 3, 4, 0]
     assert near(LOSSES, [0.0] * 6, 1.10) == [1]  # better than the base: nothing is a share of that
-    assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.40)["speed"] == 0
+    assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.40)["speed"] == 4
 
 
 def test_what_will_be_healed_may_lose_a_number_of_nats_more() -> None:
-    assert near(LOSSES, [0.0] * 6, 0.92, allowed=0.05) == [1, 2, 3]
-    assert near(LOSSES, [0.0] * 6, 0.92, allowed=0.31) == [1, 2, 3, 4, 0]
-    assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.92, allowed=0.31)["speed"] == 0
-    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 1, allowed=0.31) == [1]
-    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 2, allowed=0.31) == [1, 2, 0]
+    assert near(LOSSES, [0.0] * 6, 0.92) == [1, 2, 3]
+    assert near(LOSSES, [0.0] * 6, 0.92, healed=True) == [1, 2, 3, 4]
+    assert near(LOSSES, [0.0] * 6, 0.92, healed=True, most=0.31) == [1, 2, 3, 4, 0]
+    assert preferred(LOSSES, [0.0] * 6, SPEEDS, 0.92, healed=True)["speed"] == 4
+    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 1, healed=True) == [1]
+    assert shortlist(LOSSES, [0.0] * 6, SPEEDS, 0.92, 2, healed=True) == [1, 2, 4]
 
 
 def test_preferences_by_hand() -> None:
@@ -54,7 +56,8 @@ def test_what_goes_on_by_each_preference() -> None:
     assert ordered("quality", losses, speeds, 0.80) == [1, 2, 3, 0]
     assert ordered("speed", losses, speeds, 0.90) == [2, 3, 1, 0]  # near: up to 1.05
     assert ordered("balanced", losses, speeds, 0.90) == [1, 2, 3, 0]  # nothing lies between 1 and 2
-    assert ordered("speed", losses, speeds, 0.60) == [0, 2, 3, 1]  # up to 1.20
+    assert ordered("speed", losses, speeds, 0.60) == [2, 3, 1, 0]  # would be up to 1.20; healing leaves 0.06
+    assert ordered("balanced", [1.00, 1.01, 1.03, 1.2], [1.0, 9.0, 10.0, 99.0], 0.90)[0] == 1
 
 
 def test_what_is_faster_and_may_come_near() -> None:
