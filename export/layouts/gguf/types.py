@@ -152,12 +152,15 @@ def _tried(count: int = TRIED) -> list[float]:
     return [1 + 0.25 * (2 * number / (count - 1) - 1) for number in range(count)]
 
 
-def _fit(x: Tensor, w: Tensor, codes: Callable[[Tensor], Tensor], first: Tensor) -> Tensor:
-    """The scale [..., 1] for which scale · codes(x / scale) is nearest to x, weighted, of some around `first`, each
-    refined once by least squares."""
-    best, most = first.clone(), torch.full_like(first, -1.0)
-    for share in _tried():
-        scale = first * share
+def _fit(x: Tensor, w: Tensor, codes: Callable[[Tensor], Tensor], ends: tuple[int, int]) -> Tensor:
+    """The scale [..., 1] for which scale · codes(x / scale) is nearest to x, weighted.
+
+    Of some around those that put the largest x at either of the codes' `ends`, each refined once by least squares. A
+    scale may be negative: where the ends differ, that is another grid.
+    """
+    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
+    best, most = largest / ends[0], torch.full_like(largest, -1.0)
+    for scale in (largest / end * share for end in ends for share in _tried()):
         found = codes(x / torch.where(scale == 0, 1.0, scale))
         across, within = (w * x * found).sum(-1, keepdim=True), (w * found * found).sum(-1, keepdim=True)
         explained = across * across / within.clamp(min=1e-30)  # of the weighted sum of squares
@@ -212,9 +215,8 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
 def _signed(x: Tensor, w: Tensor, lowest: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [n, 16, 16] from `lowest` to -lowest - 1, their parts' scales [n, 16] in whole numbers of which the lowest
     is -steps, and what these are multiplied by [n]."""
-    parts, weights = x.view(-1, 16, 16), w.view(-1, 16, 16)
-    largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
-    scales = _fit(parts, weights, lambda v: v.round().clamp(lowest, -lowest - 1), largest / lowest).squeeze(-1)
+    parts, weights, highest = x.view(-1, 16, 16), w.view(-1, 16, 16), -lowest - 1
+    scales = _fit(parts, weights, lambda v: v.round().clamp(lowest, highest), (lowest, highest)).squeeze(-1)
     whole = scales.gather(-1, scales.abs().argmax(-1, keepdim=True)) / -steps
     whole = whole.to(torch.float16).float()
     units = (scales / torch.where(whole == 0, 1.0, whole)).round().clamp(-steps, steps - 1)
@@ -281,11 +283,17 @@ def _q2_k(x: Tensor, w: Tensor) -> Tensor:
 
 def _iq4_nl(x: Tensor, w: Tensor) -> Tensor:
     values = torch.tensor(VALUES, dtype=torch.float32)
-    middles = (values[1:] + values[:-1]) / 2
-    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    scale = _fit(x, w, lambda v: values[torch.bucketize(v, middles)], largest / values[0])
+    # Middles between values are multiples of a half, so the half above a number says where it lies: a table of them.
+    halves = torch.arange(2 * VALUES[0], 2 * VALUES[-1] + 1)
+    codes_of = torch.bucketize(halves / 2, (values[1:] + values[:-1]) / 2)
+    values_of = values[codes_of]
+
+    def above(v: Tensor) -> Tensor:
+        return (v * 2).ceil_().clamp_(halves[0], halves[-1]).sub_(halves[0]).int()
+
+    scale = _fit(x, w, lambda v: values_of[above(v)], (VALUES[0], VALUES[-1]))
     scale = scale.to(torch.float16).float()
-    codes = torch.bucketize(x / torch.where(scale == 0, 1.0, scale), middles)
+    codes = codes_of[above(x / torch.where(scale == 0, 1.0, scale))]
     return torch.cat([_half(scale.squeeze(-1)), _joined(codes.view(-1, 2, 16), 4)], 1)
 
 
@@ -300,8 +308,7 @@ def _q5_1(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _q4_0(x: Tensor, w: Tensor) -> Tensor:
-    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    scale = _fit(x, w, lambda v: v.round().clamp(-8, 7), largest / -8)
+    scale = _fit(x, w, lambda v: v.round().clamp(-8, 7), (-8, 7))
     scale = scale.to(torch.float16).float()
     codes = (x / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7).int() + 8
     return torch.cat([_half(scale.squeeze(-1)), _joined(codes.view(-1, 2, 16), 4)], 1)

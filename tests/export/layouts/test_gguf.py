@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
 from export.layouts.gguf.layout import FileSize, file_bytes, take_stored_weights
 from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
-from export.layouts.gguf.types import QUANTIZED, TYPES, blocks_of, stored_bytes, type_by_bits
+from export.layouts.gguf.types import QUANTIZED, TYPES, VALUES, blocks_of, stored_bytes, type_by_bits
 from export.layouts.table import copies_hold, needs_uniform
 from export.package_record import PackageRecord, check_files
 from export.verify import verify
@@ -447,6 +448,17 @@ def test_searched_blocks(gguf_type: str) -> None:
         assert (torch.from_numpy(read) - above).abs().max() <= 0.1 / 31
     nothing = blocks_of(torch.zeros(2, 256), gguf_type)
     assert not gguf.quants.dequantize(nothing, gguf.GGMLQuantizationType[gguf_type.upper()]).any()
+
+
+@pytest.mark.parametrize(("gguf_type", "codes"), [("iq4_nl", VALUES[1:]), ("q4_0", range(-7, 8))])
+def test_a_block_whose_largest_weight_is_at_the_shorter_end_is_held_exactly(
+    gguf_type: str, codes: Sequence[int]
+) -> None:
+    """The codes reach further on one side. Such weights are multiples of the other end's scale."""
+    held = 0.5 * torch.tensor([*codes, *codes, *codes][:32], dtype=torch.float32).repeat(2, 1)
+    for weight in (held, -held):
+        read = gguf.quants.dequantize(blocks_of(weight, gguf_type), gguf.GGMLQuantizationType[gguf_type.upper()])
+        assert torch.equal(torch.from_numpy(read), weight)
 
 
 @pytest.mark.parametrize("gguf_type", ["bf16", "f16"])
