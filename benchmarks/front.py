@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.common import Measurements, make_parser, mean_spread, print_header, print_row
@@ -47,6 +47,8 @@ from supernet.common.errors import RequestError
 from supernet.common.progress import say
 from supernet.slicing import extract
 
+TURNS = 7
+"""How often a network and the base are timed in turn in llama.cpp, where the smallest networks take milliseconds."""
 AS_FAST = 0.97
 """Share of a baseline's speed that counts as fast as it."""
 
@@ -236,11 +238,11 @@ def in_llama_cpp(job: Job, base: Any, file: Path) -> float | None:
     network = load_package(job.run.path / row.path, job.compute_dtype, job.device)
     both = [(base, job.structure.base, "gguf"), (network, row.architecture, "gguf")]
     try:
-        ((base_speed, speed),) = speeds_in_llama_cpp(job, both, **work)
+        turns = speeds_in_llama_cpp(job, both, TURNS, **work)
     except RequestError as error:
         say(f"{row.method} is not timed in llama.cpp: {error}")
         return None
-    return speed.decode_tps / base_speed.decode_tps
+    return median(speed.decode_tps / of_base.decode_tps for of_base, speed in turns)
 
 
 def finalists(run: Callable[[], Job], count: int) -> dict[str, Any]:
@@ -282,9 +284,14 @@ def print_front(seeds: list[dict[str, Any]]) -> None:
             small = average(ours, "params") <= 1.005 * average(measured, "params")
             if name not in own and known and fine == len(known) and fast and small:
                 beyond = beyond or preference
-        label = f"ours, {'quality' if name == OURS else name.removeprefix(f'{OURS}-')}" if name in own else name
+        label = label_of(name)
         print_row(f"**{label}**" if name in own else label, *cells, beyond if beyond or name in own else "none")
     print(f"\n{len(seeds)} seed(s).\n")
+
+
+def label_of(name: str) -> str:
+    """A row's name as tables and plots show it."""
+    return "ours, quality" if name == OURS else name.replace(f"{OURS}-", "ours, ")
 
 
 def average(rows: list[dict[str, Any]], name: str) -> float:
@@ -301,25 +308,31 @@ def print_finalists(by_count: dict[int, list[dict[str, Any]]]) -> None:
 
 
 def plot(file: Path, seeds: list[dict[str, Any]]) -> None:
-    """Quality against decode speed, in transformers and in llama.cpp."""
+    """Quality against decode speed, in transformers and in llama.cpp: means over seeds, and each seed as a dot."""
     import matplotlib  # slow to import, and only for plots
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "front", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    shared: dict[str, list[str]] = {}  # networks that several methods end at are one mark
+    for name in dict.fromkeys(name for seed in seeds for name in seed):
+        made = str([[seed[name][key] for key in ("params", "quality")] for seed in seeds if name in seed])
+        shared.setdefault(made, []).append(name)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, runtime in zip(axes, ("transformers", "llama.cpp"), strict=True):
-        for name in dict.fromkeys(n for seed in seeds for n in seed):
-            rows = [seed[name] for seed in seeds if name in seed and seed[name][runtime] is not None]
+        for names, mark, number in zip(shared.values(), "*XPosD^v<>hpd", range(13), strict=False):
+            rows = [seed[names[0]] for seed in seeds if names[0] in seed and seed[names[0]][runtime] is not None]
             if not rows:
                 continue
-            x, y = average(rows, runtime), average(rows, "quality")
-            axis.scatter([row[runtime] for row in rows], [row["quality"] for row in rows], s=12, alpha=0.5)
-            axis.annotate(name, (x, y), fontsize=8)
+            colour, label = f"C{number % 10}", ", ".join(map(label_of, names))
+            axis.scatter([row[runtime] for row in rows], [row["quality"] for row in rows], s=9, color=colour)
+            at = average(rows, runtime), average(rows, "quality")
+            axis.scatter(*at, s=100, marker=mark, color=colour, edgecolor="black", linewidth=0.5, label=label)
         axis.set_xlabel(f"decode speed in {runtime}, base 1")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("quality, base 1")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)
 
