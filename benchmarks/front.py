@@ -319,7 +319,7 @@ def plot(file: Path, seeds: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(name for seed in seeds for name in seed):
         made = str([[seed[name][key] for key in ("params", "quality")] for seed in seeds if name in seed])
         shared.setdefault(made, []).append(name)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for axis, runtime in zip(axes, ("transformers", "llama.cpp"), strict=True):
         for names, mark, number in zip(shared.values(), "*XPosD^v<>hpd", range(13), strict=False):
             rows = [seed[names[0]] for seed in seeds if names[0] in seed and seed[names[0]][runtime] is not None]
@@ -333,7 +333,7 @@ def plot(file: Path, seeds: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("quality, base 1")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
 
 
