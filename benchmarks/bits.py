@@ -20,7 +20,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import mean
@@ -42,12 +42,13 @@ from compressor.stages.joint_pick import (
     Candidate,
     RoundedLosses,
     candidates,
+    form_of,
     mean_bits,
     pick_with_bits,
+    round_as_packaged,
     whole_network,
 )
 from compressor.stages.picking import measured
-from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
@@ -218,17 +219,10 @@ def made(job: Job, candidate: Candidate, tokens: int) -> Any:
             heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
         round_as_stored(job, network)
         job.threads(scoring=True)
-    scheme, storage = candidate.bits.scheme, candidate.storage
-    searched = candidate.architecture
     if isinstance(candidate, MixedCandidate):
         round_network(network, candidate.plan, linear_layers_in(network))
-    elif searched.has_bits:
-        assert storage is not None and storage.group_size is not None
-        round_network(network, mixed_plan(job, searched, storage.group_size), linear_layers_in(network))
-    elif scheme is not None and scheme != "mixed" and storage is not None:
-        linear = linear_layers_in(network)
-        plan = replace(plan_scheme(linear.widths, scheme), outer=OuterBits(storage.embedding, storage.head))
-        round_network(network, plan, linear)
+    elif form_of(candidate) is not None:
+        round_as_packaged(job, network, candidate)
     return network.eval()
 
 

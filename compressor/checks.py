@@ -15,9 +15,11 @@ from compressor.sizing import (
     input_widths,
     largest_in_training,
     parameter_limits,
+    picks_types,
     sizes_searched_for,
     smallest_storage,
 )
+from compressor.stages.llama_types import smallest_file
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
@@ -319,6 +321,8 @@ def check_targets(job: Job) -> None:
     limit = byte_limit(job)
     if limit is not None:
         bytes_ = job.structure.bytes(smallest, smallest_storage(job, smallest))
+        if picks_types(job):
+            bytes_ = smallest_file(job, smallest)
         if limit < bytes_:
             raise RequestError(
                 f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compressor.generated import rows_at_once, rows_to_read
+from compressor.generated import is_written, rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
 from compressor.schedule import STAGES
 from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits, picks_types
 from compressor.stages.joint_pick import MEASURED, bit_genes
-from compressor.stages.llama_types import llama_genes
+from compressor.stages.llama_types import SAMPLES, llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
@@ -201,19 +201,26 @@ def _preparing(counts: _Counts, rates: Rates) -> StageCost:
 
 def _writing(counts: _Counts, rates: Rates) -> StageCost:
     """The training text, where the base writes it: a pass for each token of many rows at once."""
-    job = counts.job
     if not is_generated(counts.recipe.data or ""):
         return StageCost("writing text", "", 0.0)
-    return _written("writing text", counts, rates, rows_to_read(job, counts.train_tokens))
+    return _written("writing text", counts, rates, _rows_written(counts, counts.train_tokens))
 
 
 def _writing_more(counts: _Counts, rates: Rates) -> StageCost:
     """What healing reads beyond what was written before."""
-    job = counts.job
+    job, stage = counts.job, "writing more text"
     if not is_generated(counts.recipe.data or ""):
-        return StageCost("writing more text", "", 0.0)
-    rows = rows_to_read(job, max(counts.train_tokens, counts.heal_tokens)) - rows_to_read(job, counts.train_tokens)
-    return _written("writing more text", counts, rates, rows)
+        return StageCost(stage, "", 0.0)
+    if stage not in job.schedule.times and job.run.data.is_dir() and is_written(job, counts.heal_tokens):
+        return StageCost(stage, "", 0.0)  # in a run of an earlier version
+    first = _rows_written(counts, counts.train_tokens)
+    return _written(stage, counts, rates, max(first, _rows_written(counts, counts.heal_tokens)) - first)
+
+
+def _rows_written(counts: _Counts, tokens: int) -> int:
+    """Rows of whole portions, as they are written."""
+    at_once = rows_at_once(counts.job)
+    return -(-rows_to_read(counts.job, tokens) // at_once) * at_once
 
 
 def _written(stage: str, counts: _Counts, rates: Rates, rows: int) -> StageCost:
@@ -291,7 +298,7 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     seconds = blocks * counts.length * rates.teach * counts.searched
     of_bits, job = 0.0, counts.job
     if picks_types(job):
-        file = (counts.recipe.quantizing.samples or 0) * counts.length * rates.teach + PACKED * counts.base
+        file = SAMPLES * counts.length * rates.teach + PACKED_ONCE * counts.base
         read = HELD_OUT_BLOCKS * counts.length * rates.teach
         seconds += MEASURED * (file + read) * counts.searched
         of_bits = _measuring_types(counts, rates)
@@ -304,8 +311,8 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
     return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
 
 
-PACKED = 1e-6
-"""Seconds to pack a weight in every type of llama.cpp's whose scales are searched."""
+PACKED, PACKED_ONCE = 1e-6, 2e-7
+"""Seconds to pack a weight in every type of llama.cpp's whose scales are searched, and in one of them."""
 
 
 def _measuring_bits(counts: _Counts, rates: Rates, genes: Iterable[Gene]) -> float:
@@ -499,7 +506,8 @@ def measure_rates(job: Job) -> Rates:
     model = model.to(job.compute_dtype)
     read, decode = _scoring_rate(job, model) or teach, decoding_rate(model, job.length)
     job.threads(scoring=False)
-    rounding = step_seconds(model, job.length) if job.recipe.quantizing.schemes or picks_bits(job) else 0.0
+    tunes = job.recipe.quantizing.schemes or (picks_bits(job) and not picks_types(job))
+    rounding = step_seconds(model, job.length) if tunes else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     return Rates(load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding)
 

@@ -92,8 +92,9 @@ def write_text(job: Job, folder: Path, rows: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         job.threads(scoring=False)
         tokens = sum(map(len, share)) * length
-        # What healing reads beyond the beginning is written when it is known how much there is time for.
-        stage = "writing more text" if job.schedule.over("writing text") else "writing text"
+        # What only healing reads is written when it is known how much there is time for.
+        more = missing[0].start >= rows_to_read(job, job.recipe.finetuning.tokens or 0)
+        stage = "writing more text" if more else "writing text"
         with job.schedule.stage(stage), bar("writing training text", tokens) as progress:
             model = job.load_base()
             for numbers in share:

@@ -318,7 +318,8 @@ def resume_export(path: Path, given: Mapping[str, object]) -> Job:
             f"{others[0]}: what was picked is exported; run compressor pick {shlex.quote(str(path))} first"
         )
     job = resume(path, given, add=True, keep=False)
-    wanted = "uniform" in job.recipe.formats and not has_uniform(read_picks(job)) and not has_uniform(pick(job))
+    picks = read_picks(job)
+    wanted = "uniform" in job.recipe.formats and not has_uniform(picks) and not has_uniform(pick(job, picks))
     if wanted and "formats" in given:
         raise RequestError(
             f"--format uniform holds only networks whose layers are alike, and those of {job.recipe.key} differ; pick "

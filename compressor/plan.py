@@ -48,12 +48,7 @@ TRAINED = 0.1
 """From there on, the share of the tokens that are for the fine-tuning."""
 STEPS = 200
 """Least number of steps of a training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
-MADE_OF = {
-    "writing text": ["write"],
-    "ordering": ["teach"],
-    "fine-tuning": ["train", "teach"],
-    "search": ["read"],
-}
+MADE_OF = {"ordering": ["teach"], "fine-tuning": ["train", "teach"], "search": ["read"]}
 """Stages whose seconds say how fast what comes later is, and the rates that they are made of."""
 MOSTLY = 0.8
 """Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
@@ -132,9 +127,11 @@ def adjust(job: Job) -> bool:
     factors: dict[str, float] = {}
     for stage, names in MADE_OF.items():
         if stage in done and plan.expected.get(stage) and share_of_rates(job, plan.rates, stage, names) > MOSTLY:
-            ratio = min(3.0, max(1 / 3, job.schedule.times[stage].seconds / plan.expected[stage]))
-            factors |= dict.fromkeys(names, ratio)
-    plan = plan.model_copy(update={"rates": plan.rates.times(**factors)})
+            factors |= dict.fromkeys(names, ratio(job, stage, plan.expected[stage]))
+    rates = plan.rates.times(**factors)
+    if "writing text" in done:  # what it took beyond what these rates explain
+        rates = rates.times(write=ratio(job, "writing text", expected_of(job, rates, "writing text")))
+    plan = plan.model_copy(update={"rates": rates})
     # 2. Budgets.
     open_ = [name for name in plan.open if not is_settled(job, name)]
     before = {name: job.recipe.budget(name) for name in open_}
@@ -150,11 +147,18 @@ def adjust(job: Job) -> bool:
 
 def share_of_rates(job: Job, rates: Rates, stage: str, names: Iterable[str]) -> float:
     """What share of a stage's expected seconds the named rates make up: by what it costs where they are 0."""
-    with_them, without = (
-        next((cost.seconds for cost in stage_costs(job, tried) if cost.name == stage), 0.0)
-        for tried in (rates, rates.times(**dict.fromkeys(names, 0.0)))
-    )
+    with_them, without = (expected_of(job, tried, stage) for tried in (rates, rates.times(**dict.fromkeys(names, 0.0))))
     return 1 - without / with_them if with_them else 0.0
+
+
+def expected_of(job: Job, rates: Rates, stage: str) -> float:
+    """Seconds that a stage is expected to take; 0 where there is nothing to do in it."""
+    return next((cost.seconds for cost in stage_costs(job, rates) if cost.name == stage), 0.0)
+
+
+def ratio(job: Job, stage: str, expected: float) -> float:
+    """By how much longer a stage took than expected, within a factor of three; 1 where nothing was expected."""
+    return min(3.0, max(1 / 3, job.schedule.times[stage].seconds / expected)) if expected else 1.0
 
 
 def is_settled(job: Job, budget: str) -> bool:

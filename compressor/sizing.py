@@ -84,10 +84,11 @@ def picks_bits(job: Job) -> bool:
 
 
 def picks_types(job: Job) -> bool:
-    """Whether the size is picked together with types of llama.cpp: where no other packages than its files are asked
-    for, and those are of types that fit."""
-    formats = job.recipe.formats
-    return picks_bits(job) and GGUF_MIXED in formats and all(layout.startswith("gguf") for layout in formats)
+    """Whether the size is picked together with types of llama.cpp: where nothing quantized is asked for but its files,
+    and those are of types that fit."""
+    formats, schemes = job.recipe.formats, job.recipe.quantizing.schemes
+    only = not schemes and all(layout.startswith("gguf") for layout in formats)
+    return picks_bits(job) and GGUF_MIXED in formats and only
 
 
 def storage_of(
@@ -151,7 +152,11 @@ def smallest_storage(job: Job, architecture: Architecture | None = None) -> Stor
     if job.declared_space.bits:
         return bits_storage(job)
     if picks_bits(job):
-        return storage_of(job, JOINT[-1], architecture, joint_embeddings(job)[-1])
+        base = job.structure.base
+        widths = {base.hidden_size, *(layer.intermediate_size for layer in base.layers)}
+        # Types of llama.cpp of fewer than 4.5 bits are for rows of multiples of 256.
+        coarse = picks_types(job) and any(width % 256 for width in widths)
+        return storage_of(job, "int4" if coarse else JOINT[-1], architecture, joint_embeddings(job)[-1])
     if not job.recipe.quantizing.schemes:
         return None
     smallest = min(job.recipe.quantizing.schemes, key=lambda name: (SCHEMES[name].bits, SCHEMES[name].auto_round))

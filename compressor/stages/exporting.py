@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from compressor.generated import is_written
 from compressor.inputs import HEALING, training_blocks
 from compressor.job import Job
 from compressor.run import Run
-from compressor.sizing import byte_limit
+from compressor.sizing import byte_limit, picks_types
 from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.llama_types import bits_that_fit
@@ -102,12 +101,12 @@ def export(job: Job) -> list[PackageEntry]:
 
 
 def blocks_to_heal_on(job: Job) -> Blocks:
-    """The text that healing reads; what the base has not written of it yet is written, and compared with the report."""
+    """The text that healing reads. What the base writes for it alone is written now, and so was not compared with the
+    report yet."""
     tokens = job.recipe.healing.tokens or 0
-    if not is_generated(job.recipe.data or "") or is_written(job, tokens):
-        return training_blocks(job, tokens)
-    blocks, _ = read_checked(job, tokens)
-    return blocks
+    if is_generated(job.recipe.data or "") and tokens > (job.recipe.finetuning.tokens or 0):
+        return read_checked(job, tokens)[0]
+    return training_blocks(job, tokens)
 
 
 def is_good(folder: Path, inputs: Inputs) -> bool:
@@ -138,7 +137,7 @@ def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
     limit = byte_limit(job)
     if limit is None:
         return
-    others = [entry for entry in entries if not entry.layout.startswith("gguf")]
+    others = [] if picks_types(job) else [entry for entry in entries if not entry.layout.startswith("gguf")]
     files = [entry for entry in entries if entry.layout.startswith("gguf")]
     for entry in [*sorted(others, key=lambda entry: entry.bytes)[:1], *files]:
         if entry.bytes > limit:

@@ -123,9 +123,10 @@ def finetune(job: Job) -> dict[str, Any]:
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
         tokens, most = recipe.finetuning.tokens or 0, max(recipe.finetuning.tokens or 0, recipe.healing.tokens or 0)
+        # All that healing will read too: a row that cannot be read ends the run now, and not after the search. Of what
+        # the base writes, more is written when it is known how much there is time to heal on.
         if is_generated(recipe.data or ""):
-            most = tokens  # more is written when it is known how much there is time to heal on
-        # All that healing will read too: a row that cannot be read ends the run now, and not after the search.
+            most = tokens
         blocks, contaminated = read_checked(job, most)
         if most > tokens:
             blocks = training_blocks(job, tokens)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -53,17 +53,17 @@ if TYPE_CHECKING:
 CANDIDATES = 24
 """Sub-networks that are compared, at least, where so many were measured."""
 MEASURED = 6
-"""Sub-networks with bits that are measured as rounded: so many under one scheme, and so many mixed ones."""
+"""Sub-networks with bits that are measured as rounded: so many under one scheme, and so many with bits of their own."""
 HEADER_BYTES = 128
 """Of a safetensors header for each tensor: its name, type, shape and place."""
 
 
 @dataclass(frozen=True)
 class Bits:
-    """How a package is stored. `scheme` None: unquantized, or in types of llama.cpp; `mixed`: as its architecture
-    says."""
+    """How a package is stored. `scheme` None: unquantized; `mixed`: as its architecture says; `gguf-mixed`: in types of
+    llama.cpp."""
 
-    scheme: FormName | None
+    scheme: FormName | Literal["gguf-mixed"] | None
     embedding: EmbeddingBits | None = None
     mean: float | None = None
     """Of a mixed one, bits of a weight of its linear layers, codes only; of types of llama.cpp, bits of the file for
@@ -71,7 +71,9 @@ class Bits:
 
     def __str__(self) -> str:
         if self.scheme is None:
-            return "unquantized" if self.mean is None else f"types of llama.cpp, {self.mean:.1f} bits a parameter"
+            return "unquantized"
+        if self.scheme == "gguf-mixed":
+            return f"types of llama.cpp, {self.mean:.1f} bits a parameter"
         mean = "" if self.mean is None else f", {self.mean:.1f} bits in the mean"
         return f"{self.scheme}{mean}, embedding in {self.embedding} bits"
 
@@ -85,9 +87,9 @@ class Candidate:
     storage: StorageFormat | None
     bytes: int
     own_bits: Architecture | None = None
-    """Of a mixed one, the sub-network with the bits of every half-block and of the embedding."""
+    """Where every half-block has its own bits, the sub-network with these and those of the embedding."""
     harm: float = 0.0
-    """Of a mixed one, the sum of what each of its bits alone costs the whole network, nats per token."""
+    """Then the sum of what each of these bits alone costs the whole network, nats per token."""
 
     @property
     def sizes(self) -> Architecture:
@@ -285,7 +287,7 @@ def form_of(candidate: Candidate) -> str | None:
 def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
     """Give a network the values that a package of the candidate holds, rounded to nearest."""
     scheme, storage = candidate.bits.scheme, candidate.storage
-    assert scheme is not None and storage is not None
+    assert scheme is not None and scheme != "gguf-mixed" and storage is not None
     linear = linear_layers_in(network)
     if scheme == "mixed":
         assert storage.group_size is not None
@@ -296,22 +298,27 @@ def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) 
     round_network(network, plan, linear)
 
 
-class RoundedLosses:
-    """Held-out losses of rounded sub-networks, from the store, or else measured and recorded there. `form` names the
-    way of rounding, and `round` does it."""
+@dataclass(frozen=True)
+class Storing:
+    """A way to store weights: its name among scores (None: unquantized), and what it makes of a network's weights."""
 
-    def __init__(
-        self,
-        job: Job,
-        form: Callable[[Candidate], str | None] = form_of,
-        round: Callable[[Job, PreTrainedModel, Candidate], None] = round_as_packaged,
-    ) -> None:
-        self._job, self._weights, self._form, self._round = job, searched_weights(job), form, round
+    form: Callable[[Candidate], str | None]
+    apply: Callable[[Job, PreTrainedModel, Candidate], None]
+
+
+AS_PACKAGED = Storing(form_of, round_as_packaged)
+
+
+class RoundedLosses:
+    """Held-out losses of rounded sub-networks, from the store, or else measured and recorded there."""
+
+    def __init__(self, job: Job, storing: Storing = AS_PACKAGED) -> None:
+        self._job, self._weights, self._storing = job, searched_weights(job), storing
         self._opened: tuple[Path, SuperNetwork] | None = None
 
     def __call__(self, candidate: Candidate, blocks: int) -> float:
         """On the first blocks, in nats per token."""
-        architecture, form = candidate.architecture, self._form(candidate)
+        architecture, form = candidate.architecture, self._storing.form(candidate)
         if form is None:
             return held_out_losses(self._job, [architecture], blocks)[0]
         plain = held_out_keys(self._job, ["held_out_loss"], blocks)["held_out_loss"]
@@ -336,6 +343,6 @@ class RoundedLosses:
             self._opened = folder, supernet
         supernet = self._opened[1]
         network = extract(supernet.model, job.structure, architecture.without_bits(), supernet.variants)
-        self._round(job, network, candidate)
+        self._storing.apply(job, network, candidate)
         _, held_out = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
         return held_out_loss(network, held_out.part(0, blocks), 1, job.device)

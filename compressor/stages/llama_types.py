@@ -25,6 +25,7 @@ from compressor.stages.joint_pick import (
     Candidate,
     JointPick,
     RoundedLosses,
+    Storing,
     bit_genes,
     lowest,
     sizes_within,
@@ -33,8 +34,8 @@ from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
 from compressor.stages.warm_start import Rounding, losses_by_bits
 from export.layouts.gguf.layout import FileSize, take_stored_weights
 from export.layouts.gguf.types import BY_BITS, as_stored, type_by_bits
-from export.layouts.table import GGUF_MIXED, copies_hold, write_layout
-from search.bit_assignment import best_within, fewest_bytes
+from export.layouts.table import GGUF_MIXED, write_layout
+from search.bit_assignment import best_within, fewest_bytes, with_gene
 from search.genes import AS_STORED, Gene
 from search.objectives import Evaluation
 from search.pareto import Target
@@ -43,6 +44,8 @@ from supernet.architecture import Architecture
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SAMPLES = 16
+"""Blocks of training text that inputs are weighed on in the files that are compared."""
 IN_LLAMA_CPP = Rounding("bits-gguf", BY_BITS, as_stored)
 
 
@@ -60,6 +63,15 @@ def bits_that_fit(job: Job, architecture: Architecture, name: str) -> Architectu
     bytes_of, losses = file_bytes(job, architecture, name), losses_by_bits(job, llama_genes(job), IN_LLAMA_CPP)
     found = best_within(architecture, losses, bytes_of, limit)
     return fewest_bytes(architecture, losses, bytes_of) if found is None else found[0]
+
+
+def smallest_file(job: Job, architecture: Architecture) -> int:
+    """Bytes of the sub-network's file in the types of the fewest bits."""
+    genes = llama_genes(job)
+    fewest = architecture
+    for gene in genes:
+        fewest = with_gene(fewest, gene, min(gene.values))
+    return file_bytes(job, architecture, f"best-{GGUF_MIXED}")(fewest)
 
 
 def file_bytes(job: Job, architecture: Architecture, name: str) -> Callable[[Architecture], int]:
@@ -82,15 +94,13 @@ def pick_with_types(job: Job, evaluations: Sequence[Evaluation], target: Target,
     candidates, smallest = list[Candidate](), list[int]()
     for evaluation in sizes_within(job, evaluations, target):
         sizes = evaluation.architecture
-        if not copies_hold(sizes, job.checkpoint.config, job.recipe.formats):
-            continue
         bytes_of = file_bytes(job, sizes, name)
         found = best_within(sizes, losses, bytes_of, target.max_bytes)
         if found is None:
             smallest.append(bytes_of(fewest_bytes(sizes, losses, bytes_of)))
             continue
         own, harm = found
-        bits = Bits(None, mean=8 * bytes_of(own) / job.structure.parameters(sizes))
+        bits = Bits("gguf-mixed", mean=8 * bytes_of(own) / job.structure.parameters(sizes))
         candidates.append(Candidate(evaluation, bits, None, bytes_of(own), own, harm))
     if not candidates:
         least = f"; the smallest file has {min(smallest):,}" if smallest else ""
@@ -98,16 +108,15 @@ def pick_with_types(job: Job, evaluations: Sequence[Evaluation], target: Target,
     # 2. The best by the sum of both losses, with the weights of their files.
     unrounded = held_out_losses(job, [row.sizes for row in candidates], FIRST_BLOCKS)
     order = sorted(zip(unrounded, candidates, strict=True), key=lambda pair: (pair[0] + pair[1].harm, pair[1].bytes))
-    measure = RoundedLosses(job, lambda candidate: GGUF_MIXED, take_weights_of_file)
-    best = lowest([candidate for _, candidate in order[:MEASURED]], measure)
+    best = lowest([candidate for _, candidate in order[:MEASURED]], RoundedLosses(job, AS_IN_FILE))
     # The export finds the types again; the pick is of the size.
     return replace(best, candidate=replace(best.candidate, own_bits=None))
 
 
 def take_weights_of_file(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
     """Give a network the values that a file in the candidate's types holds."""
-    architecture, samples = candidate.architecture, job.recipe.quantizing.samples
-    with tempfile.TemporaryDirectory(prefix="compressor-gguf-") as scratch:
+    architecture = candidate.architecture
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=job.run.search) as scratch:
         folder = Path(scratch) / "file"
         write_layout(
             GGUF_MIXED,
@@ -118,6 +127,9 @@ def take_weights_of_file(job: Job, network: PreTrainedModel, candidate: Candidat
             dtype=job.stored_dtype,
             entry={"name": folder.name, "architecture": architecture.without_bits().to_dict()},
             bits=architecture,
-            calibration=training_blocks(job, 0)[:samples].ids,
+            calibration=training_blocks(job, 0)[:SAMPLES].ids,
         )
         take_stored_weights(network, folder)
+
+
+AS_IN_FILE = Storing(lambda candidate: GGUF_MIXED, take_weights_of_file)

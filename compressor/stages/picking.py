@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from compressor.job import Job
@@ -64,8 +65,11 @@ def measured(job: Job) -> list[Evaluation]:
 
 
 @stage("picking")
-def pick(job: Job) -> list[PickRecord]:
-    """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds."""
+def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
+    """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds.
+
+    `beside` picks stay as they are: then only those for layouts that want layers that are alike are chosen.
+    """
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
     if scored_weights(job, read_front(run.front)) != searched_weights(job):
@@ -78,7 +82,9 @@ def pick(job: Job) -> list[PickRecord]:
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
     kinds = [False] if set(recipe.formats) - {"uniform"} else []
     kinds += [True] if "uniform" in recipe.formats else []
-    picks = []
+    if beside:
+        kinds = [True]
+    picks = [*beside]
     if recipe.key is not None:
         chosen = by_key(evaluations, recipe.key)
         choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
 from compressor.job import Job
 from compressor.stages.repairing import Rounding, rounding_inputs
@@ -41,14 +41,14 @@ class OtherPick(ChoiceNumbers):
 
 
 class BitsRecord(TypedDict):
-    """Bits that were picked together with the size. `scheme` None: unquantized."""
+    """Bits that were picked together with the size. `scheme` None: unquantized; `gguf-mixed`: in types of llama.cpp."""
 
-    scheme: FormName | None
+    scheme: FormName | Literal["gguf-mixed"] | None
     embedding: EmbeddingBits | None
     bytes: int
     """Of the weight files, headers too."""
     held_out_loss: float
-    """As rounded to nearest, nats per token."""
+    """As rounded to nearest, or as the llama.cpp file holds it, nats per token."""
     group_size: NotRequired[int]
     """Of a mixed pick, input channels that share a scale."""
 

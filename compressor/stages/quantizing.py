@@ -33,8 +33,9 @@ def schemes_of(job: Job, picked: PickRecord) -> dict[SchemeName, EmbeddingBits |
     quantizing, bits = job.recipe.quantizing, picked.get("bits")
     schemes: dict[SchemeName, EmbeddingBits | None] = {}
     schemes |= dict.fromkeys(quantizing.schemes, quantizing.embedding)
-    if bits is not None and bits["scheme"] is not None and bits["scheme"] != "mixed":
-        schemes[bits["scheme"]] = bits["embedding"]
+    scheme = None if bits is None else bits["scheme"]
+    if bits is not None and scheme is not None and scheme != "mixed" and scheme != "gguf-mixed":
+        schemes[scheme] = bits["embedding"]
     return schemes
 
 

@@ -155,9 +155,9 @@ def compare_speed(
                 first, *steps = passes[name]()
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
-            turn += 1
-            if turn == warmup:
+            if turn == warmup:  # the first that counts
                 repeats = runs_within(time.monotonic() - began, repeats)
+            turn += 1
     # 3. Medians.
     speeds = {}
     for name, model in models.items():

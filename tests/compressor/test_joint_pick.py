@@ -15,6 +15,7 @@ from compressor.stages.exporting import export, say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picking import measured, pick
+from compressor.stages.picks import read_picks
 from compressor.stages.quantized_base import base_schemes, tunes
 from compressor.stages.reporting import report
 from compressor.stages.searching import speed_table
@@ -137,7 +138,7 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
 
 
 def test_where_only_llama_cpp_files_are_asked_for_the_size_is_picked_with_their_types(
-    searched: Path, tmp_path: Path
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What compressed-tensors would take says nothing then: its 2 bits fit a larger network than any type does."""
     pytest.importorskip("xllamacpp")
@@ -152,15 +153,26 @@ def test_where_only_llama_cpp_files_are_asked_for_the_size_is_picked_with_their_
     # Just above the smallest file only the smallest networks are left; half way there are more, and the best is taken.
     few = pick_with_types(job, measured(job), Target(max_bytes=smallest), "best-gguf-mixed")
     assert few.candidate.bytes == smallest and few.candidate.sizes != job.structure.base
-    assert few.to_json()["scheme"] is None and "types of llama.cpp" in str(few)
+    assert few.to_json()["scheme"] == "gguf-mixed" and "types of llama.cpp" in str(few)
+    with pytest.raises(RequestError, match=rf"the smallest sub-network of this space takes {smallest:,} bytes"):
+        resumed(searched, tmp_path / "none", max_bytes=str(smallest - 1), formats="gguf-mixed")
     job = resumed(searched, tmp_path / "half", max_bytes=str((smallest + largest) // 2), formats="gguf-mixed")
     (picked,) = pick(job)
     assert picked["bits"] is not None and picked["bits"]["held_out_loss"] <= few.loss + 1e-6
+    capsys.readouterr()
     own, file = export(job)
+    assert "warning" not in capsys.readouterr().err
     assert (own.name, own.quantization, file.name) == ("best", None, "best-gguf-mixed")
     assert file.bytes == picked["bits"]["bytes"] <= (smallest + largest) // 2
     assert file.held_out_loss == pytest.approx(picked["bits"]["held_out_loss"], abs=0.02)  # repaired in sequence since
     report(job)
+    # A layout that wants layers that are alike is picked for beside it, and nothing that was made is made anew.
+    stamp = (job.run.packages / file.name / file.file).stat().st_mtime_ns
+    again = pipeline.resume_export(job.run.path, {"formats": "uniform"})
+    kept, uniform = read_picks(again)
+    assert kept == picked and uniform["name"] == "best-uniform"
+    assert [entry.name for entry in export(again)][:2] == ["best", "best-gguf-mixed"]
+    assert (job.run.packages / file.name / file.file).stat().st_mtime_ns == stamp
 
 
 def test_what_was_made_and_not_yet_proved_is_not_made_again(

@@ -20,11 +20,13 @@ from compressor.plan import (
     MOSTLY,
     WORTH_TRAINING,
     adjust,
+    expected_of,
     fit,
     is_settled,
     largest,
     make_plan,
     open_budgets,
+    put,
     read_plan,
     share_of_rates,
     two_digits,
@@ -214,7 +216,7 @@ def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, 
 
 
 def test_text_to_heal_on_is_written_when_it_is_known_how_much(
-    given: dict[str, Any], tmp_path: Path, imagined: list[int]
+    given: dict[str, Any], tmp_path: Path, imagined: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first text took says what more of it will take; how much that is follows from the time that is left."""
     job = pipeline.start(
@@ -224,6 +226,23 @@ def test_text_to_heal_on_is_written_when_it_is_known_how_much(
     assert plan is not None and plan.expected["writing more text"] > plan.expected["writing text"]
     heal = job.recipe.healing.tokens or 0
     late = 2 * plan.expected["writing text"]
+    with job.schedule.stage("writing text"):
+        pass
+    with job.schedule.stage("ordering"):
+        pass
+    job.schedule.add("writing text", late, ended=True)
+    job.schedule.add("ordering", 2 * plan.expected["ordering"], ended=True)
+    with monkeypatch.context() as patched:  # as if it were nearly all passes over text: they explain what writing took
+        patched.setattr("compressor.plan.MOSTLY", 0.0)
+        assert adjust(job)
+    after = read_plan(job.run.plan_file)
+    assert after is not None and after.rates.teach > plan.rates.teach
+    explained = expected_of(job, plan.rates.times(teach=after.rates.teach / plan.rates.teach), "writing text")
+    assert after.rates.write == pytest.approx(late / explained, rel=0.2) and after.rates.write < 2
+    write_plan(job, plan)
+    put(job, {"heal_tokens": heal})
+    job.schedule.newly_done()
+    job.schedule.times.clear()
     with job.schedule.stage("writing text"):
         pass
     job.schedule.add("writing text", late, ended=True)

@@ -221,7 +221,7 @@ def _signed(x: Tensor, w: Tensor, lowest: int, steps: int) -> tuple[Tensor, Tens
     whole = whole.to(torch.float16).float()
     units = (scales / torch.where(whole == 0, 1.0, whole)).round().clamp(-steps, steps - 1)
     step = (units * whole)[..., None]
-    codes = (parts / torch.where(step == 0, 1.0, step)).round().clamp(lowest, -lowest - 1)
+    codes = (parts / torch.where(step == 0, 1.0, step)).round().clamp(lowest, highest)
     return codes.int(), units.int(), whole.squeeze(-1)
 
 
