@@ -19,6 +19,7 @@ from compressor.sizing import (
     sizes_searched_for,
     smallest_storage,
 )
+from compressor.stages.finalists import check_rounds
 from compressor.stages.llama_types import smallest_file
 from export.layouts import graphs
 from export.layouts.gguf import checks as gguf_checks
@@ -44,6 +45,8 @@ def check(job: Job) -> None:
     recipe = job.recipe
     check_ordering(job)
     check_finetuning(job)
+    if job.recipe.healing.tokens and job.recipe.healing.finalists > 1:  # before anything is searched for
+        check_rounds(job, job.recipe.healing.finalists)
     check_memory(job)
     check_tokens(job)
     check_weights_by_size(job)

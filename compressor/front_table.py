@@ -138,9 +138,9 @@ def print_front(path: Path, rows: list[FrontRow]) -> None:
             str(row.layers),
         )
     console.print(table)
-    say("share: of the base's parameters; speed: over the base's, by the layers' timings; timed: of")
-    say("the package; quality (± one standard error; no task above the base's score) and loss: on the search's")
-    say("text, before healing")
+    say("share: of the base's parameters; bytes: of weights in the fewest bits that are asked for or compared,")
+    say("without a file's header; speed: over the base's, by the layers' timings; timed: of the package; quality")
+    say("(± one standard error; no task above the base's score) and loss: on the search's text, before healing")
     if picks := [f"{row.key[:8]} is {', '.join(row.picked)}" for row in rows if row.picked]:
         say(f"* {'; '.join(picks)}")
     if rows:

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 
 from compressor.run import Run
 from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
+from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json
 from supernet.common.formatting import duration, shell_word, size
@@ -40,7 +41,9 @@ class RunStatus(TypedDict):
     """The process that works in it, and since when."""
     finished: bool
     picked_since: bool
-    """Whether something was picked since the report was written: it is to be exported and reported."""
+    """Whether something was picked since packages were made: it is to be exported and reported."""
+    exported_since: bool
+    """Whether packages were made since the report was written."""
     report: str | None
     """The page, where there is one."""
     left: float | None
@@ -81,21 +84,38 @@ def run_status(folder: Path) -> RunStatus:
                 "began": time.began if time and time.began else None,
             }
         )
-    reported = run.report.is_file()
-    since = reported and run.picks.is_file() and run.picks.stat().st_mtime_ns > run.report.stat().st_mtime_ns
+    reported, measured = run.report.is_file(), run.packages / "base.json"
+    picked = reported and picked_anew(run)
+    proved = any(stage["name"] == STAGES[-1] and stage["state"] == "done" for stage in stages)
+    unreported = not reported or (measured.is_file() and measured.stat().st_mtime_ns > run.report.stat().st_mtime_ns)
+    exported = proved and measured.is_file() and unreported and not picked
     return {
         "run": str(folder),
         "model": run.recipe().model,
         "stages": stages,
         "running": holder,
-        "finished": reported and not since and all(stage["state"] == "done" for stage in stages),
-        "picked_since": since,
+        "finished": reported and not (picked or exported) and all(stage["state"] == "done" for stage in stages),
+        "picked_since": picked,
+        "exported_since": exported,
         "report": str(folder / "report.html") if reported else None,
         "left": left(stages) if expected else None,
         "refused": refused(run),
         "bytes": disk_used(folder),
         "last_error": last_error(run),
     }
+
+
+def picked_anew(run: Run) -> bool:
+    """Whether the package of a pick is not there, or holds another network."""
+    if not run.picks.is_file():
+        return False
+    with reading(f"{run.picks}: not what this version writes; pick again"):
+        for pick in read_json(run.picks):
+            record = run.packages / pick["name"] / "compression.json"
+            network = Architecture.from_dict(pick["architecture"]).without_bits()
+            if not record.is_file() or Architecture.from_dict(read_json(record)["entry"]["architecture"]) != network:
+                return True
+    return False
 
 
 def refused(run: Run) -> list[str]:
@@ -176,7 +196,9 @@ def print_status(status: RunStatus) -> None:
         say(f"finished: {status['report']}")
     elif status["picked_since"]:
         folder = shell_word(status["run"])
-        say(f"picked since the report was written: compressor export {folder}, then compressor report {folder}")
+        say(f"picked and not packaged since: compressor export {folder}, then compressor report {folder}")
+    elif status["exported_since"]:
+        say(f"exported and not reported since: compressor report {shell_word(status['run'])}")
     else:
         say("nobody works in it; the command that began it goes on where it was")
     if status["refused"]:

@@ -77,7 +77,9 @@ def predicted_control(
 ) -> Control | None:
     """What random searches of as many evaluations would have found, by a predictor that was trained on all that was
     measured. Measurements scatter around predictions, so each draw scatters as the predictor's errors do. None where
-    too little was measured, or nothing that is computed is bounded: then the whole base is the best, and no finding.
+    too little was measured, where nothing that is computed is bounded (then the whole base is the best, and no
+    finding), and where what is predicted lies beyond all that was measured within the bounds: networks outside them
+    are better, and pull predictions their way.
     """
     own, known = within_bounds(space, evaluations, objective, constraints), measured_fully(evaluations, objective)
     predictor = Predictor(len(space.genes), seed)
@@ -92,6 +94,8 @@ def predicted_control(
     if len(means) < len(own):
         return None
     scatter = predictor.scores[predictor.chosen].mae * np.sqrt(np.pi / 2)  # a normal one of this mean error
+    if np.quantile(means, 0.1) < costs_of(own, objective).min() - scatter:
+        return None
 
     def random(rng: np.random.Generator) -> Vector:
         chosen = rng.choice(means, len(own), replace=False)

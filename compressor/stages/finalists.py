@@ -69,6 +69,16 @@ def rounds_of(finalists: int, tokens: int) -> list[tuple[int, int]]:
     return [*plan[:-1], (1, tokens - spent)]
 
 
+def check_rounds(job: Job, finalists: int) -> None:
+    """Raise `RequestError` where so many finalists share fewer tokens than each takes a step of."""
+    tokens, step = job.recipe.healing.tokens or 0, (job.recipe.finetuning.batch_size or 1) * job.length
+    if min(each for _, each in rounds_of(finalists, tokens)) < step:
+        raise RequestError(
+            f"healing.finalists: {finalists} networks share {tokens:,} tokens, and a step takes {step:,}; "
+            "give more --heal-tokens, or fewer finalists"
+        )
+
+
 def best_finalist(job: Job, picked: PickRecord, blocks: Blocks) -> tuple[PickRecord, Start | None]:
     """A pick with the best of its finalists in the place of what was picked, and where its last round begins; the pick
     as it is, and None, where the recipe asks for no more than one.
@@ -82,12 +92,7 @@ def best_finalist(job: Job, picked: PickRecord, blocks: Blocks) -> tuple[PickRec
     if len(finalists) < healing.finalists:
         say(f"{picked['name']}: {len(finalists)} finalists, for no more were measured that are as good")
     plan = rounds_of(len(finalists), healing.tokens)
-    step = (job.recipe.finetuning.batch_size or 1) * blocks.length
-    if min(each for _, each in plan) < step:
-        raise RequestError(
-            f"healing.finalists: {len(finalists)} networks share {healing.tokens:,} tokens, and a step takes {step:,}; "
-            "give more --heal-tokens, or fewer finalists"
-        )
+    check_rounds(job, len(finalists))
     with reading(f"{job.run.picks}: not what this version writes; run compressor pick"):
         networks = [Architecture.from_dict(row["architecture"]) for row in finalists]
         keys = [network.key for network in networks]

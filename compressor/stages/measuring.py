@@ -268,7 +268,8 @@ class PackageMeasurer:
         measured = Measurements(
             base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
         )
-        write_json(self.file, measured.model_dump(mode="json"))
+        if not self.file.is_file() or Measurements.read(self.file) != measured:  # as old as what it says
+            write_json(self.file, measured.model_dump(mode="json"))
 
 
 def unread_text(job: Job) -> Blocks:

@@ -77,7 +77,7 @@ def verdict(report: Report) -> list[str]:
     asked = (report.recipe.get("targets") or {}).get("max_bytes")
     limit = parse_bytes(asked) if asked else math.inf
     for package in (package for package in shipped if package.layout == "gguf" and package.bytes > limit):
-        more = f"more than the {limit:,} that were asked for"
+        more = f"more than the {limit:,} that the recipe asks for"
         sentences.append(f"{_sentence(package.label)} takes {package.bytes:,} bytes, {more}.")
     if remark := report.scale.remark:
         sentences.append(remark)

@@ -75,15 +75,34 @@ def test_a_run_made_stage_by_stage_is_finished_with_its_report(made: Run) -> Non
     assert run_status(made.path)["finished"]
 
 
-def test_a_pick_that_was_not_exported_yet_is_said(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_not_exported_or_not_reported_yet_is_said(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
     made.plan_file.unlink()
-    Schedule(made.times_file).add("search", 3.0, ended=True)
-    made.report.write_text("{}")
+    for stage in ("search", "proving"):
+        Schedule(made.times_file).add(stage, 3.0, ended=True)
     made.search.mkdir()
-    made.picks.write_text("[]")
+    first, second = ({"hidden_size": 16, "layers": [sizes(width)]} for width in (32, 64))
+    made.picks.write_text(json.dumps([{"name": "best", "architecture": first}]))
+    record, measured = made.packages / "best" / "compression.json", made.packages / "base.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"entry": {"architecture": first}}))
+    measured.write_text("{}")
+
+    def said() -> str:
+        assert run(["status", str(made.path)]) == 0
+        return capsys.readouterr().err
+
+    assert f"exported and not reported since: compressor report {made.path}" in said()
+    made.report.write_text("{}")
+    assert run_status(made.path)["finished"]
     written = made.report.stat().st_mtime_ns
-    for later, finished in ((-1, True), (1, False)):
-        os.utime(made.picks, ns=(written + later, written + later))
-        assert run_status(made.path)["finished"] is finished
-    assert run(["status", str(made.path)]) == 0
-    assert f"picked since the report was written: compressor export {made.path}, then" in capsys.readouterr().err
+    os.utime(measured, ns=(written + 1, written + 1))
+    assert not run_status(made.path)["finished"] and "exported and not reported since" in said()
+    os.utime(measured, ns=(written - 1, written - 1))
+    made.picks.write_text(json.dumps([{"name": "best", "architecture": second}]))
+    made.report.write_text("{}")  # a report that was written after the pick says nothing of it
+    assert not run_status(made.path)["finished"]
+    assert f"picked and not packaged since: compressor export {made.path}, then" in said()
+
+
+def sizes(width: int) -> dict[str, int]:
+    return {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": width}

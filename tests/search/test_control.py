@@ -173,6 +173,19 @@ def test_scores_that_follow_sizes_of_layers_can_be_learned_and_noise_cannot() ->
     assert by_size is None, "what the number of parameters explains is no likeness of genomes"
 
 
+def test_what_lies_beyond_all_that_was_measured_within_the_bounds_is_no_finding() -> None:
+    """Scores that fall off a cliff at the bound: what lies above it pulls what is predicted below it up."""
+
+    def cliff(structure: Structure, architecture: Architecture) -> float:
+        return 0.9 if SMALLER.violation(np.array([structure.parameters(architecture)], float))[0] else 0.01
+
+    above = [e for e in evaluated(drawn(120, 4), cliff) if e.values["quality"] > 0.5][:40]
+    below = [e for e in evaluated(drawn(120, 4), cliff) if e.values["quality"] < 0.5]
+    smallest = sorted(below, key=lambda e: e.values["parameters"])[:5]
+    assert predicted_control(SPACE, [*above, *smallest], QUALITY, [SMALLER]) is None
+    assert predicted_control(SPACE, [*above, *below], QUALITY, [SMALLER]) is not None
+
+
 def test_too_little_was_measured() -> None:
     few = evaluated(drawn(6, 0))[:4]
     assert predicted_control(SPACE, few, QUALITY, [SMALLER]) is None and likeness(SPACE, few, QUALITY) is None
