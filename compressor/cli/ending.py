@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from supernet.common.formatting import percent, size
+from supernet.common.formatting import parse_bytes, percent, size
 from supernet.common.progress import say
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def reported(run: Path, report: Report) -> Report:
     for entry in report.packages:
         say(package_line(run / entry.path, entry))
     if proved := [entry for entry in report.packages if entry.verified]:
-        first = shlex.quote(str(run / proved[0].path))
+        asked = (report.recipe.get("targets") or {}).get("max_bytes")
+        fitting = [entry for entry in proved if not asked or entry.bytes <= parse_bytes(asked)]
+        first = shlex.quote(str(run / (fitting or proved)[0].path))
         say(f"next: compressor verify {first}, or compressor push {first} OWNER/NAME")
     return report
 
