@@ -325,7 +325,7 @@ def plot(file: Path, seeds: list[dict[str, Any]]) -> None:
             rows = [seed[names[0]] for seed in seeds if names[0] in seed and seed[names[0]][runtime] is not None]
             if not rows:
                 continue
-            colour, label = f"C{number % 10}", ", ".join(map(label_of, names))
+            colour, label = f"C{number % 10}", " = ".join(map(label_of, names))
             axis.scatter([row[runtime] for row in rows], [row["quality"] for row in rows], s=9, color=colour)
             at = average(rows, runtime), average(rows, "quality")
             axis.scatter(*at, s=100, marker=mark, color=colour, edgecolor="black", linewidth=0.5, label=label)
