@@ -84,11 +84,10 @@ def run_status(folder: Path) -> RunStatus:
                 "began": time.began if time and time.began else None,
             }
         )
-    reported, measured = run.report.is_file(), run.packages / "base.json"
+    reported = run.report.is_file()
     picked = reported and picked_anew(run)
     proved = any(stage["name"] == STAGES[-1] and stage["state"] == "done" for stage in stages)
-    unreported = not reported or (measured.is_file() and measured.stat().st_mtime_ns > run.report.stat().st_mtime_ns)
-    exported = proved and measured.is_file() and unreported and not picked
+    exported = proved and not picked and measured(run) != shown(run)
     return {
         "run": str(folder),
         "model": run.recipe().model,
@@ -116,6 +115,26 @@ def picked_anew(run: Run) -> bool:
             if not record.is_file() or Architecture.from_dict(read_json(record)["entry"]["architecture"]) != network:
                 return True
     return False
+
+
+def measured(run: Run) -> dict[str, tuple[int, float]]:
+    """Bytes and held-out loss of every package that was measured last, by name."""
+    file = run.packages / "base.json"
+    if not file.is_file():
+        return {}
+    with reading(f"{file}: not what this version writes; export again"):
+        records = [run.packages / name / "compression.json" for name in read_json(file)["packages"]]
+        entries = [read_json(record)["entry"] for record in records if record.is_file()]
+        return {entry["name"]: (entry["bytes"], entry["held_out_loss"]) for entry in entries}
+
+
+def shown(run: Run) -> dict[str, tuple[int, float]]:
+    """The same of the packages in the report."""
+    if not run.report.is_file():
+        return {}
+    with reading(f"{run.report}: not what this version writes; run compressor report"):
+        packages = read_json(run.report)["packages"]
+        return {package["name"]: (package["bytes"], package["held_out_loss"]) for package in packages}
 
 
 def refused(run: Run) -> list[str]:

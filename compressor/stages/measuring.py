@@ -268,8 +268,7 @@ class PackageMeasurer:
         measured = Measurements(
             base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
         )
-        if not self.file.is_file() or Measurements.read(self.file) != measured:  # as old as what it says
-            write_json(self.file, measured.model_dump(mode="json"))
+        write_json(self.file, measured.model_dump(mode="json"))
 
 
 def unread_text(job: Job) -> Blocks:
