@@ -139,14 +139,16 @@ def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
         return
     others = [] if picks_types(job) else [entry for entry in entries if not entry.layout.startswith("gguf")]
     files = [entry for entry in entries if entry.layout.startswith("gguf")]
-    mixed = any(entry.name.endswith(GGUF_MIXED) for entry in files)
+    mixed = next((entry for entry in files if entry.name.endswith(GGUF_MIXED)), None)
     for entry in [*sorted(others, key=lambda entry: entry.bytes)[:1], *files]:
         if entry.bytes > limit:
             less = "pick with fewer bytes"
             if entry.name.endswith(GGUF_MIXED):
                 less = "none of its types takes less; pick a smaller network, with fewer bytes"
-            elif entry in files and not mixed:
+            elif entry in files and mixed is None:
                 less = f"--format {GGUF_MIXED} chooses types that fit"
+            elif entry in files and mixed is not None and mixed.bytes <= limit:
+                less = f"{mixed.name} fits"
             say(f"warning: {entry.name} takes {entry.bytes:,} bytes, and {limit:,} were asked for; {less}")
 
 

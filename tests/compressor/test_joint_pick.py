@@ -108,10 +108,13 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     assert gguf.name == "best-gguf-q8_0" and mixed.bytes <= 60_000 and not capsys.readouterr().err
     assert mixed.quantization_report is not None and mixed.quantization_report.bits is not None
     assert mixed.quantization_report.bits.without_bits() == gguf.architecture
-    say_what_is_too_large(job, [gguf.model_copy(update={"bytes": 60_001}), mixed.model_copy(update={"bytes": 60_001})])
-    said = capsys.readouterr().err.splitlines()
-    assert "best-gguf-q8_0 takes 60,001 bytes, and 60,000 were asked for; --format gguf-mixed chooses" in said[0]
-    assert "best-gguf-mixed takes 60,001 bytes, and 60,000 were asked for; none of its types takes less" in said[1]
+    larger = [entry.model_copy(update={"bytes": 60_001}) for entry in (gguf, mixed)]
+    for entries in (larger[:1], [larger[0], mixed], larger):
+        say_what_is_too_large(job, entries)
+    alone, beside, both, smallest = capsys.readouterr().err.splitlines()
+    assert "best-gguf-q8_0 takes 60,001 bytes, and 60,000 were asked for; --format gguf-mixed chooses" in alone
+    assert beside.endswith("best-gguf-mixed fits") and both.endswith("pick with fewer bytes")
+    assert "best-gguf-mixed takes 60,001 bytes, and 60,000 were asked for; none of its types takes less" in smallest
     shown = report(job).model_dump(mode="json", by_alias=True)
     names = [package["name"] for package in shown["packages"]]
     assert names == ["best", "best-int8", "best-mixed", "best-gguf-q8_0", "best-gguf-mixed"]
