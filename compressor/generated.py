@@ -68,6 +68,7 @@ def generated_rows(job: Job, tokens: int) -> Iterator[Row]:
 
 
 def folder_of(job: Job) -> Path:
+    """Where the text lies that a run's base writes."""
     return job.run.data / f"{GENERATED}-{text_fingerprint(job)}"
 
 

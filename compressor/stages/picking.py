@@ -88,14 +88,14 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
     if recipe.key is not None:
         chosen = by_key(evaluations, recipe.key)
         choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
-        if kinds == [True] and chosen not in plain:
+        if kinds == [True] and not beside and chosen not in plain:
             raise RequestError(
                 f"--key {recipe.key}: its layers differ, and --format uniform holds only networks whose layers are "
                 "alike; pick another, or export --format uneven"
             )
         if True in kinds and chosen not in plain:
             say("  not for --format uniform: its layers differ")
-            kinds = [False]
+            kinds.remove(True)
         for uniform in kinds:
             picks.append(pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None))
     else:

@@ -330,6 +330,13 @@ def test_a_picked_key_that_a_format_cannot_hold_is_refused(
     assert cli.run(["export", str(run), "--format", "uniform"]) == 2
     assert "holds only networks whose layers are alike" in " ".join(capsys.readouterr().err.split())
     assert recipe_text(run) == before
+    # Picked in a run that has the format, it is said and left out; what there is is exported.
+    pipeline.resume(run, {"formats": "uneven,uniform"})
+    assert cli.run(["pick", str(run), "--key", uneven]) == 0
+    picks = (run / "search" / "picks.json").read_text()
+    pipeline.resume_export(run, {})
+    assert capsys.readouterr().err.count("not for --format uniform") == 2
+    assert (run / "search" / "picks.json").read_text() == picks
 
 
 def test_channels_that_were_never_put_in_order_are_not_cut(made: Made, tmp_path: Path) -> None:
