@@ -22,6 +22,7 @@ SHARED_OPTIONS: Mapping[str, object] = {
     "checkpoint": (str(demo.MODEL), "folder of the network; default: the bundled one"),
     "data": (str, "training text; default: generated"),
     "include_path": (str(demo.TASKS), "folder of lm-eval task files"),
+    "device": ("cpu", "cpu or cuda"),
     "output": (Path, "JSON file of what is measured; the next call goes on from it"),
     "minutes": (60.0, "after these, nothing new is measured"),
 }

@@ -1,4 +1,4 @@
-"""What works on a GPU, how exactly, and how fast: eleven parts within eight minutes, each a process of its own.
+"""What works on a GPU, how exactly, and how fast: twelve parts within ten minutes, each a process of its own.
 
     python -m benchmarks.gpu --checkpoint DIR [--include-path DIR --tasks A,B --data FILE] --output DIR
     python -m benchmarks.gpu --tiny --output DIR          # the same on a CPU, with tiny budgets: does it run?
@@ -450,10 +450,11 @@ def training(arguments: argparse.Namespace) -> Facts:
     from compressor.inputs import training_blocks
     from compressor.stages.finetuning import order_supernet, train_supernet
 
-    steps, rows = (2, 2) if arguments.tiny else (20, 16)
+    steps, rows = (2, 2) if arguments.tiny else (20, getattr(arguments, "rows", 16))
     length = 64 if arguments.tiny else SEQUENCE
     tokens = steps * rows * length
     changes = {"finetuning.tokens": tokens, "finetuning.batch_size": rows, "targets.max_params": "0.67"}
+    changes["finetuning.ordering"] = getattr(arguments, "ordering", None)
     with open_job(arguments, **changes) as job:
         rate = matrix_rate(place(), torch.bfloat16)
         network = job.supernet_of(job.load_base(torch.float32))
@@ -477,6 +478,31 @@ def training(arguments: argparse.Namespace) -> Facts:
         if torch.cuda.is_available():
             yield "synchronisations in three steps, by place", synchronisations(job, network, blocks)
             yield from profiled(job, network, blocks)
+
+
+def training_a_billion(arguments: argparse.Namespace) -> Facts:
+    """The same with a random network of 1.1 B parameters, by half as many sequences a step; its order is no matter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    tokenizer, tiny = AutoTokenizer.from_pretrained(arguments.checkpoint), arguments.tiny
+    config = LlamaConfig(
+        hidden_size=64 if tiny else 2048,
+        intermediate_size=128 if tiny else 5632,
+        num_hidden_layers=2 if tiny else 22,
+        num_attention_heads=4 if tiny else 32,
+        num_key_value_heads=2 if tiny else 4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with place():
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del network
+        changed = {"checkpoint": folder, "rows": 2 if tiny else 8, "ordering": "magnitude"}
+        yield from training(argparse.Namespace(**vars(arguments) | changed))
 
 
 def synchronisations(job: Job, network: Any, blocks: Any) -> dict[str, int]:
@@ -629,6 +655,7 @@ PARTS: dict[str, tuple[float, Callable[[argparse.Namespace], Facts]]] = {
     "correctness": (60, correctness),
     "scoring": (75, scoring),
     "training": (90, training),
+    "training-1b": (110, training_a_billion),
     "speed": (60, speed),
     "logits": (30, logits),
     "same-seed": (45, same_seed),

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import product
 
 import torch
-from accelerate import Accelerator
 
 from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
@@ -29,9 +28,9 @@ from supernet.variants import Variants
 
 def main() -> None:
     own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16", "repair": ("0", "calibration tokens")}
-    arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
+    arguments = make_parser(__doc__, "checkpoint", "data", "device", **own).parse_args()
     rates, batches = map(float, arguments.rates.split(",")), map(int, arguments.batches.split(","))
-    with temporary_job(arguments.checkpoint, arguments.data) as job:
+    with temporary_job(arguments.checkpoint, arguments.data, device=arguments.device) as job:
         job.threads(scoring=False)
         blocks = training_blocks(job, arguments.tokens)
         supernet = ordered_supernet(job, calibration_batches(job, blocks))
@@ -41,7 +40,11 @@ def main() -> None:
 
         def variants(tokens: int) -> Variants | None:
             text = blocks.split()[0][: tokens // blocks.length].split(8)
-            return repair_in_sequence(supernet, architecture, [batch.ids for batch in text]) if tokens else None
+            return (
+                repair_in_sequence(supernet, architecture, [batch.ids.to(job.device) for batch in text])
+                if tokens
+                else None
+            )
 
         cuts = {tokens: variants(tokens) for tokens in map(int, arguments.repair.split(","))}
 
@@ -49,7 +52,7 @@ def main() -> None:
             network = extract(supernet.model, job.structure, architecture, cuts[tokens])
             settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed=0)
             state = job.run.path / f"{rate}-{batch}-{tokens}.safetensors"
-            return heal(network, base, blocks, settings, state=state, accelerator=Accelerator(cpu=True))
+            return heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
 
         print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
         print_header("repaired on", "rate", "batch", "held-out loss before", "after", "seconds")

@@ -127,7 +127,7 @@ def main() -> None:
         "blocks": (48, "held-out blocks"),
         "picks": ("", "a run whose picks are cut; no uniform cuts then"),
     }
-    arguments = make_parser(__doc__, "checkpoint", "data", **own).parse_args()
+    arguments = make_parser(__doc__, "checkpoint", "data", "device", **own).parse_args()
     if arguments.inputs:
         cost_of_one(arguments.inputs, arguments.outputs)
         return
@@ -135,7 +135,7 @@ def main() -> None:
     if arguments.picks:
         measure(arguments, resume(Path(arguments.picks), {}))
     else:
-        with temporary_job(arguments.checkpoint, arguments.data) as job:
+        with temporary_job(arguments.checkpoint, arguments.data, device=arguments.device) as job:
             measure(arguments, job)
 
 
@@ -146,7 +146,7 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
     blocks = training_blocks(job, 3 * most)
     calibration, held_out = blocks.split(least=arguments.blocks)
     held_out = held_out.part(0, min(arguments.blocks, len(held_out)))
-    batches = [batch.ids for batch in calibration[: -(-most // blocks.length)].split(ROWS)]
+    batches = [batch.ids.to(job.device) for batch in calibration[: -(-most // blocks.length)].split(ROWS)]
     if arguments.picks:
         supernet, cuts = job.load_supernet(), [cut_out(picked) for picked in read_picks(job)]
     else:

@@ -42,10 +42,9 @@ def main() -> None:
         "tokens": [20_000, 100_000, 500_000],
         "batch": (4, "sequences in a step"),
         "heal": (False, "also heal a cut of each"),
-        "device": "cpu",
         "rate_factor": (1.0, "times the default rate"),
     }
-    arguments = make_parser(__doc__, "data", **own).parse_args()
+    arguments = make_parser(__doc__, "data", "device", **own).parse_args()
     columns = ["checkpoint", "tokens", "steps", "rate", "largest", "middle", "smallest", "highest of the largest"]
     columns += ["kept after", "halved after", "measuring", "seconds"]
     print_header(*columns, *[f"a cut to {HEALED} healed", "kept after"] * arguments.heal)

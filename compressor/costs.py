@@ -66,7 +66,7 @@ PROCESS = 12.0
 ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
 """Seconds that AutoRound needs for each scheme beside its steps, and those for each parameter: some 17 for 135 M on an
 H200."""
-GPU_TIMED, GPU_SPOKEN = 0.75, 15.0
+GPU_TIMED, GPU_SPOKEN = 0.75, 6.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there (23 seconds for 32 networks of 135 M parameters on an H200)."""
 COUNTING = 30.0

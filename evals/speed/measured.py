@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 WARMUP = 3
 """Passes before a CUDA graph is captured."""
 CUDA_GRAPH = " (CUDA graph)"
-TIMED, FEWEST_RUNS = 45.0, 3
-"""Seconds that the runs of networks that are timed in turn may take, and how many there are at the least: the longer a
-run is, the less its time varies."""
+TIMED, REPLAYED, FEWEST_RUNS = 45.0, 4.0, 3
+"""Seconds that the runs of networks that are timed in turn may take, called as usual or replayed as CUDA graphs, whose
+times hardly vary; and how many there are at the least: the longer a run is, the less its time varies."""
+MEMORY_STEPS = 4
+"""New tokens whose memory is looked at."""
 READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
@@ -156,7 +158,7 @@ def compare_speed(
                 if turn >= warmup:
                     runs[name].append((first, sum(steps)))
             if turn == warmup:  # the first that counts
-                repeats = runs_within(time.monotonic() - began, repeats)
+                repeats = runs_within(time.monotonic() - began, repeats, REPLAYED if graphs else TIMED)
             turn += 1
     # 3. Medians.
     speeds = {}
@@ -203,10 +205,10 @@ def speed_beside(
     return speed.model_copy(update={name: getattr(speed, name) * drift[name] for name in timed}), known
 
 
-def runs_within(seconds: float, repeats: int) -> int:
-    """How many runs of so many seconds are timed, where there may be `repeats`: what fits into `TIMED`, but at least
-    `FEWEST_RUNS`."""
-    return min(repeats, max(FEWEST_RUNS, int(TIMED / max(seconds, 1e-9))))
+def runs_within(seconds: float, repeats: int, within: float = TIMED) -> int:
+    """How many runs of so many seconds are timed, where there may be `repeats`: what fits into `within` seconds, but at
+    least `FEWEST_RUNS`."""
+    return min(repeats, max(FEWEST_RUNS, int(within / max(seconds, 1e-9))))
 
 
 def _spread_of(times: Sequence[float]) -> float:
@@ -477,9 +479,10 @@ def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor
 
 
 def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
-    """Bytes of the weights and the most that a run holds beside them (on a CPU: of its first steps)."""
+    """Bytes of the weights and the most that the first steps of a run hold beside them."""
     import torch
 
+    new = min(new, MEMORY_STEPS)
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     if ids.is_cuda:
@@ -491,7 +494,7 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with _native_stderr_closed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        list(_called(model, ids, min(new, 4) - 1)())
+        list(_called(model, ids, new - 1)())
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])

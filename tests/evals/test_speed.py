@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from evals.speed import measured as timing
-from evals.speed.measured import Speed, compare_speed, runs_within, speed_beside
+from evals.speed.measured import REPLAYED, Speed, compare_speed, runs_within, speed_beside
 from evals.speed.table import PartTimes, SpeedTable, Timed, designed, mixtures, sizes_to_time, times_layers
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes, Structure
@@ -184,6 +184,7 @@ def test_speeds_are_measured_side_by_side() -> None:
 def test_fewer_runs_are_timed_of_networks_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [runs_within(seconds, 7) for seconds in (0.0, 1.0, 10.0, 100.0)] == [7, 7, 4, 3]
     assert runs_within(100.0, 2) == 2
+    assert [runs_within(seconds, 7, REPLAYED) for seconds in (0.1, 1.0, 2.0)] == [7, 4, 3]
     monkeypatch.setattr(timing, "TIMED", 0.0)
     assert compare_speed({"": tiny.llama()}, prompt=4, new=2)[""].repeats == 3
 
