@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.auto_scheme import bits_by_auto_scheme
+from benchmarks.auto_scheme import LEFT_OUT, bits_by_auto_scheme
 from benchmarks.common import make_parser, mean_spread, print_header, print_row
 from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
@@ -142,7 +142,7 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
     mean_bits = min(2 + room, 8.0)
     while True:
         found = bits_by_auto_scheme(network, job.tokenizer, texts, mean_bits, group_size)
-        bits = {name: found.get(name, 8) for name in linear.widths}
+        bits = {name: found.get(name, LEFT_OUT) for name in linear.widths}
         stored = rest + of_layers(bits)
         if stored <= limit:
             break
