@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -19,7 +20,7 @@ from supernet.common.errors import RequestError, reading, unknown
 from supernet.common.files import read_text
 from supernet.raw_config import local_folder, read_raw_config
 from supernet.training.accelerator import check_device
-from supernet.training.sources import hub_dataset, is_generated, local_files
+from supernet.training.sources import GENERATED, hub_dataset, is_generated, local_files
 
 
 def check_request(recipe: Recipe, redo: str | None = None) -> None:
@@ -66,8 +67,11 @@ def check_places(recipe: Recipe) -> None:
             raise RequestError(f"--space {recipe.space}: no such file")
         with reading(f"--space {recipe.space}: not valid YAML"):
             yaml.safe_load(read_text(Path(recipe.space)))
-    if recipe.data is not None and not is_generated(recipe.data) and hub_dataset(recipe.data) is None:
-        local_files(recipe.data)
+    if recipe.data is not None and not is_generated(recipe.data):
+        if (named := hub_dataset(recipe.data)) is None:
+            local_files(recipe.data)
+        elif get_close_matches(named.lower(), [GENERATED], cutoff=0.85):  # no dataset of the hub is called so
+            raise unknown("--data", recipe.data, [recipe.data.replace(named, GENERATED)])
     if recipe.speed_table is not None and not Path(recipe.speed_table).is_file():
         raise RequestError(f"speed_table: {recipe.speed_table}: no such file")
     for start in recipe.searching.warm_start:

@@ -164,6 +164,10 @@ def no_tokenizer(b: Bench) -> None:
     (b.model / "tokenizer.json").unlink()
 
 
+def mistyped_generated(b: Bench) -> None:
+    b.data = Path("Generated:70k")
+
+
 def no_data(b: Bench) -> None:
     b.data = b.folder / "nowhere.jsonl"
 
@@ -318,6 +322,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (nan_weights, ["model.norm.weight", "NaN"]),
     (no_tokenizer, ["tokenizer"]),
     (no_data, ["nowhere.jsonl", "no such file"]),
+    (mistyped_generated, ["--data", "Generated:70k", "did you mean generated:70k"]),
     (empty_data, ["empty"]),
     (bad_json, ["line 7", "JSON"]),
     (no_text, ["row 2", "'text'", "'messages'"]),

@@ -15,6 +15,7 @@ import torch
 
 from compressor import generated, pipeline
 from compressor.cli import run
+from compressor.early_checks import check_places
 from compressor.inputs import text_fingerprint, training_blocks
 from compressor.inspection import inspect_job
 from compressor.job import Job
@@ -358,6 +359,10 @@ def test_a_file_of_the_name_is_said_to_be_left_alone(
 def test_it_is_no_dataset() -> None:
     assert hub_dataset("generated") is None and hub_dataset("generated:2M") is None
     assert hub_dataset("generated/text") == "generated/text" and hub_dataset("generator") == "generator"
+    for name in ("generated/text", "generator", "genetics"):
+        check_places(Recipe(model="owner/model", data=name))
+    with pytest.raises(RequestError, match=r"'Generated:2M' is unknown; did you mean generated:2M\?"):
+        check_places(Recipe(model="owner/model", data="Generated:2M"))
 
 
 def test_inspect_expects_the_writing(tmp_path: Path) -> None:
