@@ -60,6 +60,8 @@ class Schedule:
             with reading(f"{file}: not what this version writes; remove it"):
                 self.times = {name: StageTime.model_validate(row) for name, row in read_json(file).items()}
         self._done: set[str] = set()
+        self._begun: set[str] = set()
+        """What this process worked on."""
         self._running: tuple[str, float] | None = None
         self._earlier = sum(row.seconds for row in self.times.values())
         self._finished = self.over(STAGES[-1])
@@ -112,8 +114,10 @@ class Schedule:
         planned = [stage for stage, seconds in self.expected.items() if seconds]
         first = name not in self.times
         ended_before = not first and self.times[name].ended
-        if name in planned and first:
-            say(f"[{planned.index(name) + 1} of {len(planned)}] {name}; {left_of_all()}")
+        goes_on = not (first or ended_before or name in self._begun)
+        if name in planned and (first or goes_on):
+            say(f"[{planned.index(name) + 1} of {len(planned)}] {name}{' goes on' if goes_on else ''}; {left_of_all()}")
+        self._begun.add(name)
         self.add(name, 0.0, ended=False)  # whoever goes on later must know that it began
         began = time.monotonic()
         self._running = name, began

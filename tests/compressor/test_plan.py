@@ -384,6 +384,23 @@ def test_schedule_counts_down(tmp_path: Path) -> None:
     assert done.left() is None  # all of it was done before
 
 
+def test_a_stage_that_goes_on_has_a_headline_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    first = Schedule(tmp_path / "times.json")
+    first.expected = {"ordering": 5.0, "search": 10.0}
+    with first.stage("ordering"):
+        pass
+    with pytest.raises(ZeroDivisionError), first.stage("search"):
+        raise ZeroDivisionError
+    again = Schedule(tmp_path / "times.json")
+    again.expected = first.expected
+    for name in ("ordering", "search", "search"):
+        with again.stage(name):
+            pass
+    said = [line.split(";")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert said == ["[1 of 2] ordering", "[2 of 2] search", "[2 of 2] search goes on"]
+
+
 def test_largest() -> None:
     asked: list[int] = []
 
