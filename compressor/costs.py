@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import compressor
 from compressor.generated import is_written, rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
@@ -61,8 +62,9 @@ SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
 STEP_BYTES = 28
 """Bytes that a step of AdamW reads and writes for each weight: four numbers read, three of them written."""
-PROCESS = 12.0
-"""Seconds that a fresh process needs to import torch and transformers."""
+PROCESS, TASKS = 12.0, 18.0
+"""Seconds that a fresh process needs at most to import torch and transformers, and then to build lm-eval's tasks and to
+render their documents."""
 ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
 """Seconds that AutoRound needs for each scheme beside its steps, and those for each parameter: some 17 for 135 M on an
 H200."""
@@ -78,10 +80,9 @@ JUDGED = {"cpu": 3e-10, "cuda": 1e-12}
 """The same for choosing the ridges of a layer's projections."""
 GATHERED, IN_SEQUENCE = 2.0, 4.0
 """What it costs to gather the moments of text, and to repair in sequence on it, in passes over the text."""
-TASKS = 18.0
-"""Seconds that a fresh process needs to build lm-eval's tasks and to render their documents."""
-MEASURED_MORE = 6.0
-"""Seconds of measuring a package beside its scores and speed: loading it, unpacking weights, profiling its memory."""
+MEASURED_MORE, PROFILED = 1.0, 0.2
+"""Seconds of measuring a package beside its scores, its speed and loading it once more; and what profiling its memory
+takes, over a turn of timing it and the base."""
 PROBE_SECONDS = 1.0
 """A rate is measured on growing batches until one takes so long."""
 
@@ -105,6 +106,13 @@ class Rates(Model):
     """A step of AutoRound's over one block."""
     write: float = 1.0
     """To write text, over what a pass for each token of many rows would take; known when some was written."""
+    start: float = PROCESS + TASKS
+    """Until a fresh process can score: no more than this one needed until here."""
+
+    @property
+    def process(self) -> float:
+        """Until a fresh process can load networks."""
+        return min(PROCESS, self.start)
 
     def times(self, **factors: float) -> Rates:
         """The same rates, some of them multiplied."""
@@ -193,9 +201,9 @@ class _Counts:
 
 def _preparing(counts: _Counts, rates: Rates) -> StageCost:
     if counts.recipe.vocabulary.size is None:
-        return StageCost("preparing", "", PROCESS + 2 * rates.load)
+        return StageCost("preparing", "", rates.process + 2 * rates.load)
     disk = float(counts.base * counts.job.stored_dtype.itemsize)  # of a base with fewer tokens
-    seconds = PROCESS + COUNTING + 4 * rates.load + 2 * disk / DISK_RATE
+    seconds = rates.process + COUNTING + 4 * rates.load + 2 * disk / DISK_RATE
     return StageCost("preparing", "a smaller vocabulary", seconds, disk=disk)
 
 
@@ -361,8 +369,8 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     several = sum(is_tuned(name) for name in counts.schemes)
     several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
     plain = 2 * rates.load + 2 * counts.base / DISK_RATE
-    seconds += counts.picks * (PROCESS * bool(several) + several * (start + counts.share * (samples + tuned)))
-    seconds += PROCESS + several_bases * (start + samples + tuned)
+    seconds += counts.picks * (rates.process * bool(several) + several * (start + counts.share * (samples + tuned)))
+    seconds += rates.process + several_bases * (start + samples + tuned)
     seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk = counts.picks * counts.base * counts.share * bits / 8 + counts.bases * counts.base
@@ -383,7 +391,7 @@ def _measuring(counts: _Counts, rates: Rates) -> StageCost:
     return StageCost(
         "measuring",
         _packages(packages),
-        rates.load + networks * each + packages * (spoken + MEASURED_MORE),
+        rates.load + networks * each + packages * (spoken + MEASURED_MORE + rates.load + PROFILED * turn),
     )
 
 
@@ -394,11 +402,11 @@ def _packages(count: int) -> str:
 def _proving(counts: _Counts, rates: Rates) -> StageCost:
     """In a fresh process on the CPU; where networks are computed there, scores are measured again."""
     packages = counts.packages + counts.bases
-    seconds = PROCESS + packages * 2 * rates.load
+    seconds = rates.process + packages * 2 * rates.load
     if counts.job.device.type == "cpu":
         read, written = counts.tokens_of("report")
         networks = counts.packages * counts.share + counts.bases
-        seconds += TASKS + networks * (read * rates.read + written * rates.decode)
+        seconds += rates.start - rates.process + networks * (read * rates.read + written * rates.decode)
     return StageCost("proving", _packages(packages), seconds)
 
 
@@ -496,6 +504,7 @@ def measure_rates(job: Job) -> Rates:
     """Rates of this network on this device, each measured until a batch takes a second: half a minute for a network of
     135 M parameters on two cores. What is held at once is the network in float32, or in what is computed in where
     weights are not trained, and the activations of a batch; no gradients and moments of weights."""
+    start = min(PROCESS + TASKS, time.monotonic() - compressor.IMPORTED)
     began = time.perf_counter()
     dtype = job.compute_dtype if job.recipe.finetuning.parameters == "lora" else torch.float32
     model = job.load_base(dtype)
@@ -509,7 +518,9 @@ def measure_rates(job: Job) -> Rates:
     tunes = job.recipe.quantizing.schemes or (picks_bits(job) and not picks_types(job))
     rounding = step_seconds(model, job.length) if tunes else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
-    return Rates(load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding)
+    return Rates(
+        load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding, start=start
+    )
 
 
 def training_rates(model: PreTrainedModel, accelerator: Accelerator, length: int, most: int) -> tuple[float, float]:
