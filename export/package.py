@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+NAMED_TEMPLATES = "additional_chat_templates"
+"""The folder of those that are not the default one."""
 
 
 @contextmanager
@@ -140,6 +142,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase | Path, folder: Path) -> 
         raise RequestError(f"{tokenizer}: no tokenizer files; a package needs the base's tokenizer")
     for file in files:
         shutil.copyfile(file, folder / file.name)
+    if (tokenizer / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(tokenizer / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
     return load_tokenizer(folder)
 
 

@@ -85,6 +85,10 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.repo_info(repo.repo_id).private:  # one that is there stays as it is
+            raise RequestError(
+                f"{repo_id}: the repository is public; make it private on the hub, or choose another name"
+            )
         present = set(api.list_repo_files(repo.repo_id)) - {".gitattributes"}
         if present and RECORD not in present:
             raise RequestError(f"{repo_id}: the repository holds something else ({min(present)}); choose another name")

@@ -65,7 +65,7 @@ def export(job: Job) -> list[PackageEntry]:
             name = picked["name"]
             wanted = package_inputs(job, picked, network_inputs(job, cut_out(picked).key, blocks, start), blocks)
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
-                wanted[run.packages / f"{name}-elastic"] = elastic_inputs(job, picked)
+                wanted[elastic_folder(job, name)] = elastic_inputs(job, picked)
             written += [folder.name for folder in wanted]
             missing = {f: inputs for f, inputs in wanted.items() if job.redo == "export" or not is_good(f, inputs)}
             reference = Path(scratch) / f"{name}.safetensors"
@@ -74,11 +74,11 @@ def export(job: Job) -> list[PackageEntry]:
                 for left in run.subnets.glob(f".{name}-{'?' * 16}.training.safetensors*"):  # other inputs' too
                     left.unlink()
             # An export that was interrupted may have left some unproved. What was there already, and copies of it, are
-            # compared with its probe.
+            # compared with its probe; so is what holds the super-network, of which nothing was healed.
             unproved = [folder for folder in wanted if not read_record(folder).entry.verified]
             remember_vocabulary(job, unproved)
-            fresh = reference if reference.is_file() else None
-            proofs += [(folder, fresh if folder in missing else None) for folder in unproved]
+            fresh = {*missing} - {elastic_folder(job, name)} if reference.is_file() else set()
+            proofs += [(folder, reference if folder in fresh else None) for folder in unproved]
         bases = base_inputs(job, picks, blocks)
         missing = {f: inputs for f, inputs in bases.items() if job.redo == "export" or not is_made_from(f, inputs)}
         write_base(job, missing, picks, blocks)
@@ -98,6 +98,11 @@ def export(job: Job) -> list[PackageEntry]:
     say_what_is_too_large(job, entries)
     say_what_is_left(job, {*written, *(folder.name for folder in bases)})
     return entries
+
+
+def elastic_folder(job: Job, name: str) -> Path:
+    """Where a pick's elastic package is."""
+    return job.run.packages / f"{name}-elastic"
 
 
 def blocks_to_heal_on(job: Job) -> Blocks:
@@ -270,7 +275,7 @@ def write_packages(
         update_record(mixed, lineage={"inputs": fingerprint(missing[mixed])})
     for folder in copies:
         own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
-        if folder.name != f"{name}-elastic":
+        if folder != elastic_folder(job, name):
             own_lineage["copy_of"] = name
         layout = folder.name.removeprefix(f"{name}-")
         built = elastic_source(job, architecture) if layout == "elastic" else network()

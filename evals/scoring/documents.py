@@ -24,6 +24,8 @@ from supernet.common.files import read_json, write_text
 SEARCH_DIGITS = "02468ace"
 
 FEWSHOT_SEED = 1234  # lm-eval's default
+IMPOSSIBLE = -1e5
+"""Log-likelihood of what is not chosen."""
 
 
 Doc = Mapping[str, object]
@@ -144,16 +146,29 @@ class Subtask:
         digest = hash_string(json.dumps(parts, default=handle_non_serializable))[:16]
         return folder / f"{self.name.replace('/', '_')}-{digest}.json"
 
-    def chance(self, documents: Sequence[Document]) -> float | None:
-        """Mean accuracy of uniform guessing among each document's choices; None if the task is not multiple choice."""
+    def chance(self, documents: Sequence[Document], metric: str) -> float | None:
+        """Mean of a metric of accuracy under uniform guessing among each document's choices; None if the task is not
+        multiple choice."""
         if getattr(self.task, "OUTPUT_TYPE", None) != "multiple_choice" or not documents:
             return None
+        scored_by_itself = self.task.config.process_results is not None
         levels = []
         for document in documents:
+            if scored_by_itself:
+                levels += self._when_each_is_certain(document, metric)
+                continue
             choices = len(self.task.doc_to_choice(document.doc))
             target = self.task.doc_to_target(document.doc)
             levels.append((len(set(target)) if isinstance(target, list) else 1) / choices)
         return sum(levels) / len(levels)
+
+    def _when_each_is_certain(self, document: Document, metric: str) -> list[float]:
+        """The mean of what the task's own code gives where one choice is certain, over the choices: truthfulqa_mc2
+        counts the probability of all that are true."""
+        answers = range(len(document.instances))
+        given = [[(0.0 if one == certain else IMPOSSIBLE, one == certain) for one in answers] for certain in answers]
+        values = [float(self.task.process_results(document.doc, results)[metric]) for results in given]
+        return [sum(values) / len(values)]
 
     def _set_examples_aside(self, docs: list[Doc], hashes: list[str]) -> set[str]:
         """Hashes of the documents that are not scored because they are, or may become, few-shot examples. Raises

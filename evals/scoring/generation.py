@@ -101,7 +101,7 @@ class Generator:
                 break
             if len(rows) < len(active):
                 kept = torch.tensor(rows, device=self._device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # layers of linear attention have no batch_select_indices
                 chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
                 active = [active[row] for row in rows]
             # 3. The new tokens are the next input.

@@ -95,7 +95,7 @@ class ScoredTask:
         """What uniform guessing scores on the documents, or None where that has no meaning."""
         if self.metric not in CHOICE_METRICS:
             return None
-        levels = [(subtask.chance(docs), len(docs)) for subtask, docs in documents if docs]
+        levels = [(subtask.chance(docs, self.metric), len(docs)) for subtask, docs in documents if docs]
         total = 0.0
         for level, size in levels:
             if level is None:

@@ -38,7 +38,7 @@ TIMED, REPLAYED, FEWEST_RUNS = 45.0, 4.0, 3
 """Seconds that the runs of networks that are timed in turn may take, called as usual or replayed as CUDA graphs, whose
 times hardly vary; and how many there are at the least: the longer a run is, the less its time varies."""
 MEMORY_STEPS = 4
-"""New tokens whose memory is looked at."""
+"""New tokens whose memory is looked at; what the cache needs for the others is added."""
 READS, STEPS = 3, 16
 """Readings of the prompt, and decoding steps, in one round of timing."""
 
@@ -479,12 +479,13 @@ def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor
 
 
 def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
-    """Bytes of the weights and the most that the first steps of a run hold beside them."""
+    """Bytes of the weights and the most that a run holds beside them: at most, where reading the prompt needs most."""
     import torch
 
-    new = min(new, MEMORY_STEPS)
+    later, new = max(0, new - MEMORY_STEPS), min(new, MEMORY_STEPS)
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    weights += later * _bytes_of_a_token(model, ids)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
@@ -499,6 +500,19 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return weights + int(held.max(initial=0))
+
+
+def _bytes_of_a_token(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes by which the cache grows with each token of all rows."""
+    import torch
+
+    out = model(input_ids=ids[:, :1], use_cache=True, logits_to_keep=1)
+    held = []
+    for _ in range(2):
+        out = model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        kept = [value for layer in out.past_key_values.layers for value in vars(layer).values()]
+        held.append(sum(value.nbytes for value in kept if isinstance(value, torch.Tensor)))
+    return held[1] - held[0]
 
 
 @contextmanager

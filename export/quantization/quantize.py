@@ -373,6 +373,7 @@ def _assemble(
         skipped = {CARD, "config.json", "model.safetensors.index.json"}
         skipped |= {file.name for file in weight_files(source.folder)}
         for name in source.files.keys() - skipped:
+            (draft.folder / name).parent.mkdir(parents=True, exist_ok=True)  # named chat templates have a folder
             shutil.copyfile(source.folder / name, draft.folder / name)
         # 2. Weights and configuration.
         config["dtype"] = "bfloat16"

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from compressor.cli import run
 from compressor.pipeline import added
 from compressor.recipe import Recipe, read_recipe
 from compressor.run_status import run_status
+from compressor.stages import exporting
 from export.package_record import read_record, update_record
+from supernet.training.history import History
+from supernet.training.supernet_training import heal
 from tests.support import tiny
 from tests.support.export_networks import edited, record_anew
 
@@ -119,6 +124,24 @@ def test_an_elastic_package_is_written_proved_scored_and_cut(
     assert "the smallest size" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert run(["slice", str(made / "packages" / "best"), str(tmp_path / "other"), "--max-params", "0.5"]) == 2
     assert "--format elastic" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_elastic_package_is_proved_beside_a_healed_pick(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds what was not healed, so it is not compared with what was."""
+    folder = shutil.copytree(made, tmp_path / "run")
+
+    def healed_much(network: Any, *args: Any, **options: Any) -> History:
+        history = heal(network, *args, **options)
+        with torch.no_grad():
+            network.get_output_embeddings().weight.mul_(1.5)
+        return history
+
+    monkeypatch.setattr(exporting, "heal", healed_much)
+    assert run(["export", str(folder), "--format", "elastic", "--heal-tokens", "2000"]) == 0
+    healed, elastic = (read_record(folder / "packages" / name).entry for name in ("best", "best-elastic"))
+    assert healed.verified and elastic.verified and healed.held_out_loss != elastic.held_out_loss
 
 
 def test_every_stage_says_where_its_work_is_and_what_is_next(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,9 @@ def test_peak_memory_counts_weights_and_what_a_run_needs() -> None:
     small = compare_speed({"": model}, prompt=4, new=2, repeats=1)[""].peak_memory_bytes
     large = compare_speed({"": model}, prompt=32, new=2, repeats=1)[""].peak_memory_bytes
     assert weights < small < large < 4 * weights
+    a_token = 2 * 4 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    longest = compare_speed({"": model}, prompt=32, new=32, repeats=1)[""].peak_memory_bytes
+    assert longest is not None and longest >= weights + 28 * a_token
 
 
 def test_a_workload_is_cut_to_the_context() -> None:

@@ -86,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         if "/tree/" in (matched[2] or ""):
             return self.answer([{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()])
         siblings = [{"rfilename": name} for name in files]
-        return self.answer({"id": matched[1], "_id": "1", "sha": "a" * 40, "siblings": siblings})
+        facts = {"id": matched[1], "_id": "1", "sha": "a" * 40, "private": self.hub.private[matched[1]]}
+        return self.answer(facts | {"siblings": siblings})
 
     def do_PUT(self) -> None:
         content, oid = self.body(), self.path.rpartition("/")[2]
@@ -210,6 +211,12 @@ def test_a_package_arrives_whole(package: Path, hub: Hub) -> None:
     assert {name: content for name, content in stored.items() if name != ".gitattributes"} == expected
     assert {file["name"]: file["bytes"] for file in done["files"]} == {n: len(c) for n, c in expected.items()}
     assert done["bytes"] == sum(map(len, expected.values())) and "model-00001-of" in said
+
+
+def test_what_is_private_does_not_get_into_a_public_repository(package: Path, hub: Hub) -> None:
+    run_push(package, hub)
+    done, _ = run_push(package, hub, private=True)
+    assert "anna/best: the repository is public" in done["error"] and len(hub.commits) == 1
 
 
 def test_an_upload_that_broke_is_resumed(package: Path, hub: Hub) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor import demo
+from export.package import write_tokenizer
 from export.package_record import PackageRecord, check_files, read_record
 from export.probe import default_ids, logits_of, next_log_probabilities
 from export.quantization import quantize
@@ -48,6 +49,7 @@ from tests.support.export_networks import (
     UNEVEN,
     cut,
     probe_ids,
+    record_anew,
     tiny_llama,
     tiny_tokenizer,
     write_tiny,
@@ -95,6 +97,18 @@ def quantized(source: Path) -> dict[str, PackageRecord]:
     log = source.with_name("log.txt").read_text()
     assert "AutoRound" in log and "-- step" not in log  # what is for the bar alone is not for people
     return {scheme: read_record(package.folder) for scheme, package in zip(SCHEMES, packages, strict=True)}
+
+
+def test_named_chat_templates_come_along(source: Path, tmp_path: Path) -> None:
+    package = shutil.copytree(source, tmp_path / "best")
+    template = package / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    record_anew(package, str(template.relative_to(package)))
+    made = quantize_package(package, tmp_path / "int8", "int8", calibration=probe_ids(length=32), iterations=0)
+    assert (made.folder / template.relative_to(package)).read_text() == "{{ messages }}"
+    write_tokenizer(package, tmp_path)
+    assert (tmp_path / template.relative_to(package)).read_text() == "{{ messages }}"
 
 
 def test_the_display_moves_with_every_step() -> None:

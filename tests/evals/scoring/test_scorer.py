@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -42,7 +43,7 @@ from supernet.common.errors import RequestError
 from supernet.common.processes import available_cores
 from supernet.families import describe
 from supernet.slicing import extract
-from tests.support import tiny
+from tests.support import tiny, tiny_families
 from tests.support.scoring_helpers import (
     CHOICE,
     LAST_WORD,
@@ -436,6 +437,16 @@ def test_plain_greedy_decoding_goes_on_in_batches(
     expected = hflm(llama, batch=1).generate_until(requests(scorer.tasks), disable_tqdm=True)
     monkeypatch.setattr(llama, "generate", None)
     assert scorer.lm.generate_until(requests(scorer.tasks)) == expected
+
+
+def test_documents_leave_a_batch_of_linear_attention(tmp_path: Path) -> None:
+    writer = network(Qwen3_5TextConfig(**SIZES, **tiny_families.LINEAR, full_attention_interval=2))
+    write_task(tmp_path, "greedy", documents(8), **WRITING)
+    scorer = scorer_of(writer, tmp_path, "greedy")
+    written = scorer.lm.generate_until(requests(scorer.tasks))
+    assert len(set(map(len, written))) > 1
+    alone = [scorer.lm.generate_until([request])[0] for request in requests(scorer.tasks)]
+    assert written == alone
 
 
 CHAT = (

@@ -130,6 +130,23 @@ def test_chance_is_what_guessing_gives(tmp_path: Path) -> None:
     assert task_set.chance("word", "all") is None
 
 
+def test_chance_of_a_task_that_scores_by_itself_is_its_own(tmp_path: Path) -> None:
+    """As in truthfulqa_mc2: the probability of all true choices."""
+    code = (
+        "import numpy as np\n\n\n"
+        "def mass(doc, results):\n"
+        "    shares = np.exp([ll for ll, _ in results])\n"
+        "    return {'acc': (shares / shares.sum())[: doc['true']].sum()}\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    rows = [{"question": "what", "choices": [" a", " b", " c", " d"], "true": 1 + n % 2, "gold": 0} for n in range(8)]
+    metric = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    write_task(tmp_path, "mass", rows, **CHOICE | {"metric_list": metric}, process_results="!function own.mass")
+    file = tmp_path / "mass.yaml"
+    file.write_text(file.read_text().replace('"!function own.mass"', "!function own.mass"))
+    assert load(tmp_path, "mass").chance("mass", "all") == pytest.approx((1 / 4 + 2 / 4) / 2)
+
+
 def shot_texts(task_set: TaskSet, name: str) -> set[str]:
     """The prompts of all documents without the documents' own part."""
     texts = set()
