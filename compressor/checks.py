@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
-
 from compressor.costs import expected_memory
 from compressor.generated import repeated
 from compressor.job import Job
@@ -31,6 +29,7 @@ from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import percent, size
 from supernet.common.progress import say
+from supernet.device import free_bytes
 from supernet.ordering import load_ordering
 from supernet.routed import check_routed
 from supernet.tokens import no_row, tokens_without_row
@@ -45,9 +44,8 @@ def check(job: Job) -> None:
     recipe = job.recipe
     check_ordering(job)
     check_finetuning(job)
-    if job.recipe.healing.tokens and job.recipe.healing.finalists > 1:  # before anything is searched for
-        check_rounds(job, job.recipe.healing.finalists)
-    check_memory(job)
+    if recipe.time is None:
+        check_budgets(job)
     check_tokens(job)
     check_weights_by_size(job)
     check_bits(job)
@@ -184,18 +182,26 @@ def check_bits(job: Job) -> None:
         raise RequestError(f"{other}: not together with a space that has genes of bits; leave one out")
 
 
+def check_budgets(job: Job) -> None:
+    """Refuse budgets, a plan's among them, that finalists cannot share, or that a GPU has no memory for."""
+    healing = job.recipe.healing
+    if healing.tokens and healing.finalists > 1:  # before anything is searched for
+        check_rounds(job, healing.finalists)
+    check_memory(job)
+
+
 def check_memory(job: Job) -> None:
-    """Refuse training that a GPU has no memory for, by what `inspect` expects of it."""
+    """Refuse training that a GPU has no memory for, by what `inspect` expects of it. What was trained is done."""
     if job.device.type != "cuda":
         return
-    free, _ = torch.cuda.mem_get_info(job.device)
-    expected = expected_memory(job)
+    free, expected = free_bytes(job.device), expected_memory(job)
     instead = {
         "fine-tuning": "train adapters (finetuning.parameters: lora), share the layers among several GPUs "
         "(finetuning.shard), or search the base as it is (--train-tokens 0)",
         "healing": "leave it out (--heal-tokens 0), or ask for a smaller network",
     }
-    tokens = {"fine-tuning": job.recipe.finetuning.tokens, "healing": job.recipe.healing.tokens}
+    trained = job.run.manifest(job.run.supernet) is not None and job.redo != "finetune"
+    tokens = {"fine-tuning": 0 if trained else job.recipe.finetuning.tokens, "healing": job.recipe.healing.tokens}
     for stage, advice in instead.items():
         if tokens[stage] and expected[stage] > free and not job.recipe.finetuning.shard:
             raise RequestError(f"{stage} takes about {size(expected[stage])}, this GPU has {size(free)} free: {advice}")

@@ -506,8 +506,9 @@ def measure_rates(job: Job) -> Rates:
     weights are not trained, and the activations of a batch; no gradients and moments of weights."""
     start = min(PROCESS + TASKS, time.monotonic() - compressor.IMPORTED)
     began = time.perf_counter()
-    dtype = job.compute_dtype if job.recipe.finetuning.parameters == "lora" else torch.float32
-    model = job.load_base(dtype)
+    trains = job.recipe.finetuning.tokens != 0 or job.recipe.healing.tokens != 0
+    in_full = trains and job.recipe.finetuning.parameters != "lora"
+    model = job.load_base(torch.float32 if in_full else job.compute_dtype)
     load = time.perf_counter() - began
     job.threads(scoring=False)
     teach, train = training_rates(model, job.accelerator, job.length, job.recipe.finetuning.batch_size or 1)
@@ -515,12 +516,16 @@ def measure_rates(job: Job) -> Rates:
     model = model.to(job.compute_dtype)
     read, decode = _scoring_rate(job, model) or teach, decoding_rate(model, job.length)
     job.threads(scoring=False)
-    tunes = job.recipe.quantizing.schemes or (picks_bits(job) and not picks_types(job))
-    rounding = step_seconds(model, job.length) if tunes else 0.0
+    rounding = step_seconds(model, job.length) if tunes(job) else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     return Rates(
         load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding, start=start
     )
+
+
+def tunes(job: Job) -> bool:
+    """Whether weights may be rounded by AutoRound."""
+    return bool(job.recipe.quantizing.schemes) or (picks_bits(job) and not picks_types(job))
 
 
 def training_rates(model: PreTrainedModel, accelerator: Accelerator, length: int, most: int) -> tuple[float, float]:

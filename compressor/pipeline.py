@@ -17,6 +17,7 @@ from compressor import demo as bundled
 from compressor.checks import (
     check,
     check_bits,
+    check_budgets,
     check_formats,
     check_group_size,
     check_targets,
@@ -44,7 +45,7 @@ from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
 from export.report.schema import Comparison, Report
 from supernet.common.errors import RequestError
-from supernet.common.formatting import duration
+from supernet.common.formatting import duration, shell_word
 from supernet.common.metrics import send_to
 from supernet.common.progress import keep_lines, kept, say, whole, working
 from supernet.common.versions import versions
@@ -53,25 +54,32 @@ from supernet.training.accelerator import processes
 Result = TypeVar("Result")
 
 
-def explain_oom(stage: Callable[[Job], Result]) -> Callable[[Job], Result]:
+@contextmanager
+def explained_oom(job: Job, healing: bool = False) -> Iterator[None]:
+    """Within, a lack of memory says which batch sizes to try, and with what command."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch on a CPU raises a plain RuntimeError; other RuntimeErrors are no lack of memory.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        smaller = f"--set batch_tokens={max(64, job.batch_tokens // 2)}"
+        rows = f" --set finetuning.batch_size={max(1, (job.recipe.finetuning.batch_size or 2) // 2)}"
+        again = f"run again with {smaller}"
+        if job.run.manifest(job.run.supernet) is None:  # what is trained depends on its batch, once it is
+            again += rows
+        elif healing:
+            again = f"run compressor export {shell_word(job.run.path)} {smaller}{rows}"
+        raise RequestError(f"out of memory; {again}; what was done is kept") from error
+
+
+def explain_oom(stage: Callable[[Job], Result], healing: bool = False) -> Callable[[Job], Result]:
     """A stage that, out of memory, says which batch sizes to try."""
 
     @functools.wraps(stage)
     def run(job: Job) -> Result:
-        try:
-            with working("reading"):  # what is not part of a stage with a name of its own
-                return stage(job)
-        except (MemoryError, RuntimeError) as error:
-            # torch on a CPU raises a plain RuntimeError; other RuntimeErrors are no lack of memory.
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(
-                error
-            ):
-                raise
-            batch = max(1, (job.recipe.finetuning.batch_size or 2) // 2)
-            raise RequestError(
-                f"out of memory; put batch_tokens: {max(64, job.batch_tokens // 2)} and finetuning.batch_size: "
-                f"{batch} into a recipe and run again; what was done is kept"
-            ) from error
+        with explained_oom(job, healing), working("reading"):  # what is not part of a stage with a name of its own
+            return stage(job)
 
     return run
 
@@ -81,7 +89,7 @@ search = explain_oom(searching.search)
 measure_control = explain_oom(control.measure_control)
 
 
-export = explain_oom(exporting.export)
+export = explain_oom(exporting.export, healing=True)
 check_proved = exporting.check_proved
 
 
@@ -137,8 +145,11 @@ def prepare(
         if open_budgets(asked) and (not recipe.tasks or processes() > 1):
             raise RequestError("time: plans the whole job in one process; name the tasks too, or set the budgets")
         if tasks_needed or open_budgets(asked):
-            plan = make_plan(job, asked)
+            with explained_oom(job):
+                plan = make_plan(job, asked)
         job.fill_in()
+        if recipe.time is not None:  # which set them
+            check_budgets(job)
         keep_smallest_share(job)
         check_unchanged(job)
         if recipe.tasks:

@@ -14,7 +14,7 @@ from typing import TypedDict
 from rich import box
 from rich.table import Table
 
-from compressor.costs import Rates, StageCost, measure_rates, stage_costs
+from compressor.costs import Rates, StageCost, measure_rates, stage_costs, tunes
 from compressor.job import Job
 from compressor.recipe import OPEN, Recipe
 from export.models import Model
@@ -22,6 +22,7 @@ from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
 from supernet.common.formatting import duration, parse_duration, size
 from supernet.common.progress import console, say
+from supernet.device import device_name
 
 RESERVE = 0.04
 """Share of the time that is not planned for: machines slow down."""
@@ -76,6 +77,8 @@ class Plan(Model):
     """All of them, by name."""
     expected: dict[str, float]
     """Seconds of each stage under these budgets."""
+    made_on: str | None = None
+    """Where the rates were measured; None in plans of an earlier version."""
 
 
 def read_plan(file: Path) -> Plan | None:
@@ -97,16 +100,23 @@ def make_plan(job: Job, asked: Recipe) -> Plan:
     Puts the budgets into the job's recipes. Raises `RequestError` where the time is too short for the least budgets.
     """
     kept, open_ = read_plan(job.run.plan_file), open_budgets(asked)
-    if kept is not None and (kept.time, kept.open) == (asked.time, open_):
+    still = kept is not None and kept.made_on in (None, made_on(job)) and (kept.rates.rounding or not tunes(job))
+    if kept is not None and still and (kept.time, kept.open) == (asked.time, open_):
         put(job, {name: kept.budgets[name] for name in open_})
         return current(job, kept)
-    say("measuring how fast this network is here")
-    rates = kept.rates if kept is not None else measure_rates(job)
+    if kept is None or not still:
+        say("measuring how fast this network is here")
+    rates = kept.rates if kept is not None and still else measure_rates(job)
     if open_:
         settled = {name: kept.budgets[name] for name in open_ if is_settled(job, name)} if kept is not None else {}
         put(job, settled)
         fit(job, rates, [name for name in open_ if name not in settled], strict=True)
-    return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}))
+    return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}, made_on=made_on(job)))
+
+
+def made_on(job: Job) -> str:
+    """What rates are of: the device, and what is computed in."""
+    return f"{device_name(job.device)}, {job.compute_dtype}"
 
 
 def current(job: Job, plan: Plan) -> Plan:

@@ -178,6 +178,12 @@ class Run:
         manifest = self.manifest(folder)
         return manifest is not None and manifest.get("inputs") == fingerprint(inputs)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the super-network is there, or its training has begun."""
+        partial = self.supernet.with_name(f".{self.supernet.name}.partial")
+        return self.manifest(self.supernet) is not None or any(partial.glob("**/training.safetensors*"))
+
     def manifest(self, folder: Path) -> dict[str, Any] | None:
         file = folder / "manifest.json"
         if not file.is_file():

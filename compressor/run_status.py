@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 from datetime import datetime
 from pathlib import Path
+from time import time as now
 from typing import Literal, TypedDict
 
 from compressor.run import Run
-from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule
+from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule, StageTime
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json
@@ -79,7 +80,7 @@ def run_status(folder: Path) -> RunStatus:
             {
                 "name": name,
                 "state": state,
-                "seconds": time.seconds if time else None,
+                "seconds": seconds_so_far(time, state) if time else None,
                 "expected": expected.get(name),
                 "began": time.began if time and time.began else None,
             }
@@ -87,13 +88,17 @@ def run_status(folder: Path) -> RunStatus:
     reported = run.report.is_file()
     picked = reported and picked_anew(run)
     proved = any(stage["name"] == STAGES[-1] and stage["state"] == "done" for stage in stages)
-    exported = proved and not picked and measured(run) != shown(run)
+    made = measured(run)
+    unmeasured = any(loss is None for _, loss in made.values())
+    exported = proved and not (picked or unmeasured) and made != shown(run)
     return {
         "run": str(folder),
         "model": run.recipe().model,
         "stages": stages,
         "running": holder,
-        "finished": reported and not (picked or exported) and all(stage["state"] == "done" for stage in stages),
+        "finished": reported
+        and not (picked or unmeasured or exported)
+        and all(stage["state"] == "done" for stage in stages),
         "picked_since": picked,
         "exported_since": exported,
         "report": str(folder / "report.html") if reported else None,
@@ -102,6 +107,12 @@ def run_status(folder: Path) -> RunStatus:
         "bytes": disk_used(folder),
         "last_error": last_error(run),
     }
+
+
+def seconds_so_far(time: StageTime, state: State) -> float:
+    """What a stage took, with what one that is running has taken since it was begun."""
+    since = now() - time.began if state == "running" and time.began else 0.0
+    return round(time.seconds + max(0.0, since), 3)
 
 
 def picked_anew(run: Run) -> bool:
@@ -117,18 +128,18 @@ def picked_anew(run: Run) -> bool:
     return False
 
 
-def measured(run: Run) -> dict[str, tuple[int, float]]:
-    """Bytes and held-out loss of every package that was measured last, by name."""
+def measured(run: Run) -> dict[str, tuple[int, float | None]]:
+    """Bytes and held-out loss of every package that was measured last, by name; None where it was made anew since."""
     file = run.packages / "base.json"
     if not file.is_file():
         return {}
     with reading(f"{file}: not what this version writes; export again"):
         records = [run.packages / name / "compression.json" for name in read_json(file)["packages"]]
         entries = [read_json(record)["entry"] for record in records if record.is_file()]
-        return {entry["name"]: (entry["bytes"], entry["held_out_loss"]) for entry in entries}
+        return {entry["name"]: (entry["bytes"], entry.get("held_out_loss")) for entry in entries}
 
 
-def shown(run: Run) -> dict[str, tuple[int, float]]:
+def shown(run: Run) -> dict[str, tuple[int, float | None]]:
     """The same of the packages in the report."""
     if not run.report.is_file():
         return {}

@@ -18,7 +18,7 @@ from export.shards import FileRecord
 from export.vocabulary_record import SplitText, VocabularyRecord
 from search.scores import Score
 from supernet.common.errors import RequestError, VerificationError
-from supernet.common.files import read_json, sha256, write_json
+from supernet.common.files import read_json, sha256, write_json, write_text
 from supernet.common.versions import versions
 from supernet.trust import check_code
 
@@ -288,7 +288,7 @@ def update_record(package: Path, **sections: Mapping[str, object]) -> None:
 def write_card(package: Path, text: str) -> None:
     """Write the model card and record its hash. Raises as `read_record` does."""
     read_record(package)
-    (package / CARD).write_text(text, encoding="utf-8")
+    write_text(package / CARD, text)
     update_record(package, files={CARD: FileRecord.of(package / CARD).model_dump()})
 
 

@@ -201,14 +201,19 @@ class _Server:
             return error
 
 
+def check_ray() -> None:
+    """Raise ValueError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("ray is not installed; install it with: pip install 'nas-compressor[ray]'")
+
+
 class RayWorkers(Workers[Item, Result]):
     """Workers that are Ray actors, each with `gpus` GPUs: on the cluster that RAY_ADDRESS names, or else on this
     machine. All machines must see the files that `build` reads under the same paths. Raises ValueError without Ray.
     """
 
     def __init__(self, build: Build[Item, Result], n: int, gpus: int = 0) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise ValueError("ray is not installed; install it with: pip install 'nas-compressor[ray]'")
+        check_ray()
         import ray  # optional, and slow to import
 
         super().__init__(build, n)

@@ -38,12 +38,12 @@ def logits_at_once(device: torch.device) -> int:
     """Logits to compute at a time, tokens times vocabulary: on a GPU as its free memory allows, in float32."""
     if device.type != "cuda":
         return LOGITS
-    return max(LOGITS, int(SHARE_FOR_LOGITS * _free_bytes(device)) // 4)
+    return max(LOGITS, int(SHARE_FOR_LOGITS * free_bytes(device)) // 4)
 
 
 def cache_bytes(device: torch.device) -> int:
     """Bytes of layers' outputs that scoring may keep for the next sub-network."""
-    return max(CACHE_BYTES, int(SHARE_FOR_CACHE * _free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
+    return max(CACHE_BYTES, int(SHARE_FOR_CACHE * free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
 
 
 def activation_bytes(structure: Structure, tokens: int, checkpointing: bool = False) -> int:
@@ -87,7 +87,7 @@ def release_cached_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU, with what torch holds for later."""
     import torch
 

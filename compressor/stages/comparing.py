@@ -187,7 +187,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         picked = [cut_out(row) for row in own]
         labels = job.recipe.targets.max_params
         limits = [parse_parameters(label, full) for label in labels]
-        near = [job.structure.parameters(a) >= 0.9 * limit for a, limit in zip(picked, limits, strict=False)]
+        near = [0.9 * limit <= job.structure.parameters(a) <= limit for a, limit in zip(picked, limits, strict=False)]
         if len(labels) != len(picked) or not all(near):  # a size says what was picked, not only what was asked for
             labels = [f"{job.structure.parameters(a) / full:.2f}" for a in picked]
         return [(_plain(label), a) for label, a in zip(labels, picked, strict=True)]
@@ -361,7 +361,8 @@ def text_losses(job: Job, network: PreTrainedModel) -> list[float]:
 def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocuments:
     """The base's scores and documents on the report split; with `base`, scored where that was not done yet."""
     file = job.run.comparison / "base.json"
-    inputs = fingerprint(documents_scored(job))
+    tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)  # which text is held out of them
+    inputs = fingerprint([documents_scored(job), str(job.compute_dtype), tokens])
     if base is not None and not (file.is_file() and read_json(file)["inputs"] == inputs):
         job.threads(scoring=True)
         scores, documents = job.scorer(base, job.untouched_tasks).score_with_documents("report")

@@ -88,9 +88,11 @@ def best_finalist(job: Job, picked: PickRecord, blocks: Blocks) -> tuple[PickRec
     healing = job.recipe.healing
     finalists = picked.get("finalists", [])[: healing.finalists]
     if not healing.tokens or len(finalists) < 2:
+        if healing.tokens and healing.finalists > 1:
+            say(f"{picked['name']}: healed by itself, for no other was picked beside it that could be a finalist")
         return picked, None
     if len(finalists) < healing.finalists:
-        say(f"{picked['name']}: {len(finalists)} finalists, for no more were measured that are as good")
+        say(f"{picked['name']}: {len(finalists)} finalists, for no more were measured that are as near")
     plan = rounds_of(len(finalists), healing.tokens)
     check_rounds(job, len(finalists))
     with reading(f"{job.run.picks}: not what this version writes; run compressor pick"):

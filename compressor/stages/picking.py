@@ -14,7 +14,7 @@ from compressor.stages.joint_pick import pick_with_bits
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
 from compressor.stages.repairing import rounding_inputs, searched_weights
-from compressor.stages.searching import current_front, speed_table
+from compressor.stages.searching import current_front, speed_table, untouched_decode_tps
 from export.layouts.table import GGUF_MIXED, copies_hold
 from export.report.alternatives import in_words
 from search.objectives import Evaluation
@@ -59,7 +59,8 @@ def measured(job: Job) -> list[Evaluation]:
         if speed is not None:
             values |= {"decode_tps": speed.predict(architecture)["decode_tps"]}
         if "decode_tps" in values:
-            values["speedup"] = values["decode_tps"] / front["base_decode_tps"]
+            of_base = front["base_decode_tps"] if speed is None else untouched_decode_tps(job, speed.predict)
+            values["speedup"] = values["decode_tps"] / of_base
         evaluations.append(replace(found, values=values))
     return evaluations
 
@@ -122,6 +123,8 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
                 joint = pick_with_types(job, evaluations, target, f"{name}-{GGUF_MIXED}")
             else:
                 joint = pick_with_bits(job, evaluations, target, uniform)
+            if job.recipe.prefer != "quality":
+                say(f"note: size and bits are picked together by loss; --prefer {job.recipe.prefer} changes nothing")
             candidate = joint.candidate
             choice = Choice(candidate.evaluation, None, decode_speeds(job, [candidate.evaluation])[0])
             row = pick_row(job, name, str(target), choice, None, f"; {joint}")

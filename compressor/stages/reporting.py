@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from compressor.again import command_line
@@ -20,7 +21,7 @@ from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
 from evals.comparison import Resampled, paired_interval, resampled, score_intervals
 from evals.quality import QualityScale
-from export.package_record import read_record, update_record, write_card
+from export.package_record import PackageRecord, read_record, update_record, write_card
 from export.report.card import render_card
 from export.report.page import write_report
 from export.report.schema import (
@@ -54,6 +55,14 @@ from supernet.device import device_name
 from supernet.training.history import History
 
 
+def measured_record(package: Path) -> PackageRecord:
+    """A package's record. Raises `RequestError` where an export was interrupted before it measured it."""
+    record = read_record(package)
+    if record.entry.held_out_loss is None:
+        raise RequestError(f"{package}: not measured yet; run compressor export {shell_word(package.parent.parent)}")
+    return record
+
+
 def report(job: Job) -> Report:
     """Assemble report.json, write report.html and the cards, print the table."""
     run, recipe = job.run, job.recipe
@@ -62,7 +71,7 @@ def report(job: Job) -> Report:
         raise RequestError(f"{run.path}: nothing was exported yet; run compressor export")
     exported = Measurements.read(base_file)
     scale = QualityScale(exported.base.tasks, exported.base.held_out_loss)
-    records = [read_record(run.packages / name) for name in exported.packages]
+    records = [measured_record(run.packages / name) for name in exported.packages]
     packages = [record.entry.model_dump(exclude_unset=True) for record in records]
     for record, entry in zip(records, packages, strict=True):
         for size in entry.get("sizes", []):  # what only the proof reads
@@ -87,7 +96,8 @@ def report(job: Job) -> Report:
         "front": [point for point in search.points if point.on_front] if search else [],
         "packages": packages,
         "quantized_base": [
-            read_record(run.packages / name).entry.model_dump(exclude_unset=True) for name in exported.quantized_base
+            measured_record(run.packages / name).entry.model_dump(exclude_unset=True)
+            for name in exported.quantized_base
         ],
         "samples": exported.samples,
         "comparison": comparison_rows(job),

@@ -26,7 +26,7 @@ from compressor.stages.repairing import repair_inputs, rounding_inputs, search_v
 from compressor.stages.requalify import quality_of, requalified
 from compressor.stages.score_keys import measurable
 from compressor.stages.search_parts import earlier_result, for_search, parts_of, searches_in_turn
-from compressor.stages.subnet_scores import SubnetEvaluator
+from compressor.stages.subnet_scores import SubnetEvaluator, check_workers
 from compressor.stages.warm_start import proposals, sources
 from evals.quality import DEFINITION
 from evals.speed.table import SpeedTable
@@ -343,6 +343,7 @@ def check_searching(job: Job) -> None:
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(for_search(job), lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
+    check_workers(job)
     if job.recipe.searching.earlier:
         for part, _ in searches_in_turn(job):
             check_targets(part)

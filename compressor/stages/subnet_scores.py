@@ -31,7 +31,7 @@ from compressor.stages.score_keys import (
 from evals.quality import QualityScale
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
-from search.workers import Processes, RayWorkers, Workers, WorkersLost
+from search.workers import Processes, RayWorkers, Workers, WorkersLost, check_ray
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -202,21 +202,29 @@ def open_scorer(path: Path, recipe: dict[str, Any], by_text: bool = False) -> Su
     return SubnetScorer(job, by_text)
 
 
-def open_workers(job: Job, by_text: bool = False) -> Workers[Request, Measured]:
-    """The workers that the recipe asks for. Raises `RequestError` where they cannot be had."""
+def check_workers(job: Job) -> None:
+    """Refuse workers that cannot be had."""
     settings = job.recipe.searching
+    if settings.executor == "ray":
+        try:
+            check_ray()
+        except ValueError as error:
+            raise RequestError(f"searching.executor: {error}") from error
     if job.device.type == "cuda" and settings.executor == "processes" and settings.workers > 1:
         raise RequestError(
             "--workers: processes would share one GPU, which makes none of them faster; leave it at 1, or give each "
             "worker a GPU through Ray (searching.executor: ray)"
         )
+
+
+def open_workers(job: Job, by_text: bool = False) -> Workers[Request, Measured]:
+    """The workers that the recipe asks for. Raises `RequestError` where they cannot be had."""
+    check_workers(job)
+    settings = job.recipe.searching
     build = partial(open_scorer, job.run.path.resolve(), job.given.model_dump(), by_text)
     if settings.executor == "processes":
         return Processes(build, settings.workers)
-    try:
-        return RayWorkers(build, settings.workers, gpus=int(job.device.type == "cuda"))
-    except ValueError as error:
-        raise RequestError(f"searching.executor: {error}") from error
+    return RayWorkers(build, settings.workers, gpus=int(job.device.type == "cuda"))
 
 
 class SubnetEvaluator:

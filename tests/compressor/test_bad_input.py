@@ -400,6 +400,27 @@ def test_a_fault_of_ours_is_status_1_and_leaves_the_traceback(
     assert "ArithmeticError: an oddity (its traceback could not be written" in capsys.readouterr().err
 
 
+def test_what_helps_where_memory_is_short_depends_on_what_is_done(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another batch than was trained with would be refused, but healing may have one of its own."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    bench.options |= {"--train-tokens": "0", "--heal-tokens": "64", "--evaluations": "8"}
+    with monkeypatch.context() as patched:
+        patched.setattr("compressor.stages.searching.run_search", fail)
+        assert bench.compress() == 2
+    said = capsys.readouterr().err
+    assert "run again with --set batch_tokens=2048; what" in said
+    with monkeypatch.context() as patched:
+        patched.setattr("compressor.stages.exporting.heal", fail)
+        assert bench.compress() == 2
+    command = capsys.readouterr().err.split("out of memory; run compressor ")[1].split(";")[0]
+    assert run(command.split()) == 0
+
+
 def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["search", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
@@ -410,8 +431,8 @@ def test_a_tool_that_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.Capt
     [
         (OSError(errno.ENOSPC, "No space left on device", "weights"), ["no disk space", "weights"]),
         (PermissionError(errno.EACCES, "Permission denied", "weights"), ["weights: permission denied"]),
-        (MemoryError(), ["out of memory", "batch_tokens: 2048", "finetuning.batch_size: 2"]),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory", "batch_tokens: 2048"]),
+        (MemoryError(), ["out of memory", "--set batch_tokens=2048 --set finetuning.batch_size=2"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["out of memory", "--set batch_tokens=2048"]),
     ],
 )
 def test_a_machine_that_is_too_small_is_said_in_one_line(

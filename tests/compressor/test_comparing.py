@@ -353,6 +353,8 @@ def test_a_size_says_what_was_picked(made: Path) -> None:
     job.recipe.targets.max_params = ["1M"]  # as if something far smaller than asked for had been the best
     share = job.structure.parameters(ours) / job.structure.parameters(job.structure.base)
     assert comparing.sizes_to_compare(job, []) == [(f"{share:.2f}", ours)]
+    job.recipe.targets.max_params = ["0.5"]  # and where a key picked what is larger
+    assert comparing.sizes_to_compare(job, []) == [(f"{share:.2f}", ours)]
 
 
 def test_nothing_to_compare_with_is_said(

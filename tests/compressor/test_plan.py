@@ -341,6 +341,23 @@ def test_a_run_that_is_done_has_no_plan_left(
     assert capsys.readouterr().err == ""
 
 
+def test_rates_are_measured_again_where_they_do_not_hold(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int]
+) -> None:
+    """On another device, and where something is to be rounded that was not."""
+    asked = read_recipe(None, given | {"time": "20m"})
+    job = job_of(given, tmp_path, time="20m")
+    write_plan(job, make_plan(job, asked))
+    make_plan(job, asked)
+    assert len(imagined) == 1
+    kept = json.loads(job.run.plan_file.read_text())
+    for changed in ({"made_on": "cuda, torch.bfloat16"}, {"rates": kept["rates"] | {"rounding": 0.0}}):
+        job.run.plan_file.write_text(json.dumps(kept | changed))
+        before = len(imagined)
+        assert make_plan(job, asked).rates == RATES
+        assert len(imagined) == before + 1
+
+
 def test_a_damaged_plan_is_named(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
     job = job_of(given, tmp_path, time="20m")
     write_plan(job, make_plan(job, read_recipe(None, given | {"time": "20m"})))

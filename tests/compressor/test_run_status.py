@@ -47,6 +47,11 @@ def test_a_run_that_somebody_works_in(made: Run, capsys: pytest.CaptureFixture[s
     assert states(made)["search"] == "running"
     found = run_status(made.path)
     assert found["running"].startswith("process ") and found["stages"][2]["began"] > 0
+    times = json.loads(made.times_file.read_text())
+    times["search"]["began"] -= 8.0
+    made.times_file.write_text(json.dumps(times))
+    later = run_status(made.path)  # what it has taken since counts
+    assert later["left"] is not None and 0 < later["left"] < 18.0 and later["stages"][2]["seconds"] > 17.9
     assert run(["status", str(made.path)]) == 0
     shown = capsys.readouterr().err
     assert "3 of 4  search             running      since" in shown and "working in it: process" in shown
@@ -94,6 +99,9 @@ def test_what_was_not_exported_or_not_reported_yet_is_said(made: Run, capsys: py
     assert f"exported and not reported since: compressor report {made.path}" in said()
     made.report.write_text(json.dumps({"packages": [entry]}))
     assert run_status(made.path)["finished"]
+    unmeasured = {key: value for key, value in entry.items() if key != "held_out_loss"}
+    record.write_text(json.dumps({"entry": unmeasured}))  # as while an export works, or where it was interrupted
+    assert not run_status(made.path)["finished"] and "the command that began it goes on" in said()
     record.write_text(json.dumps({"entry": entry | {"held_out_loss": 1.9}}))  # healed by other tokens
     assert not run_status(made.path)["finished"] and "exported and not reported since" in said()
     record.write_text(json.dumps({"entry": entry}))
