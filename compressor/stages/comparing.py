@@ -361,8 +361,7 @@ def text_losses(job: Job, network: PreTrainedModel) -> list[float]:
 def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocuments:
     """The base's scores and documents on the report split; with `base`, scored where that was not done yet."""
     file = job.run.comparison / "base.json"
-    tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)  # which text is held out of them
-    inputs = fingerprint([documents_scored(job), str(job.compute_dtype), tokens])
+    inputs = fingerprint(documents_scored(job))
     if base is not None and not (file.is_file() and read_json(file)["inputs"] == inputs):
         job.threads(scoring=True)
         scores, documents = job.scorer(base, job.untouched_tasks).score_with_documents("report")
