@@ -343,7 +343,8 @@ def check_searching(job: Job) -> None:
     # Speeds are not known yet, and not needed to see whether the rest makes sense.
     objectives, constraints = goals(for_search(job), lambda architecture: dict.fromkeys(SPEEDS, 1.0))
     sources(job)
-    check_workers(job)
+    if not job.run.front.is_file():  # whoever goes on from a search may be on another machine
+        check_workers(job)
     if job.recipe.searching.earlier:
         for part, _ in searches_in_turn(job):
             check_targets(part)

@@ -231,7 +231,9 @@ def _tuned(
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(output)
         if not (scratch / "done").exists():
-            raise RuntimeError(f"quantization of {job.source} failed: {last_line(output)}")
+            if "out of memory" in (why := last_line(output)):
+                raise RequestError(f"tuning the rounding ran out of memory ({why}); --rounding-steps 0 needs less")
+            raise RuntimeError(f"quantization of {job.source} failed: {why}")
         yield scratch
 
 

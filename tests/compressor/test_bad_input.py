@@ -400,6 +400,19 @@ def test_a_fault_of_ours_is_status_1_and_leaves_the_traceback(
     assert "ArithmeticError: an oddity (its traceback could not be written" in capsys.readouterr().err
 
 
+def test_workers_that_cannot_be_had_are_refused_before_anything_is_trained(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ValueError("ray is not installed")
+
+    monkeypatch.setattr("compressor.stages.subnet_scores.check_ray", missing)
+    bench.options["--set"] = "searching.executor=ray"
+    assert bench.compress() == 2
+    assert "error: searching.executor: ray is not installed" in capsys.readouterr().err
+    assert not bench.output.exists()
+
+
 def test_what_helps_where_memory_is_short_depends_on_what_is_done(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,16 @@ def quantized(source: Path) -> dict[str, PackageRecord]:
     return {scheme: read_record(package.folder) for scheme, package in zip(SCHEMES, packages, strict=True)}
 
 
+def test_a_card_that_is_too_small_to_tune_on_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = "Traceback\n\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
+    monkeypatch.setattr(quantize, "_run_child", lambda *_: lost)
+    with pytest.raises(RequestError, match=r"out of memory \(.*2\.00 GiB\); --rounding-steps 0 needs less"):
+        quantize_package(source, tmp_path / "int4", "int4", calibration=probe_ids(length=32), iterations=2)
+    assert not (tmp_path / "int4").exists()
+
+
 def test_named_chat_templates_come_along(source: Path, tmp_path: Path) -> None:
     package = shutil.copytree(source, tmp_path / "best")
     template = package / "additional_chat_templates" / "tool_use.jinja"
