@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.hooks import Hooks
 from supernet.importance import block_influence, skipped_error, wanda
+from supernet.training.data import Batch
 from supernet.training.losses import token_losses
-from supernet.training.traces import trace
+from supernet.training.traces import LayerCache, trace
 
 
 def residuals(supernet: SuperNetwork, ids: Tensor) -> list[Tensor]:
@@ -81,14 +82,13 @@ def late_block(context: PruningContext) -> Cut:
 
 def sleb(context: PruningContext) -> Cut:
     """The base without one layer after another, always the one without which the calibration loss is least."""
-    supernet = context.supernet()
+    loss, base = calibration_loss(context), context.structure.base
 
     def greedily() -> Iterator[set[int]]:
         removed: set[int] = set()
-        depth = len(context.structure.base.layers)
-        while len(removed) < depth - 1:
-            left = [index for index in range(depth) if index not in removed]
-            removed = removed | {min(left, key=lambda index: loss_without(context, supernet, removed | {index}))}
+        while len(removed) < len(base.layers) - 1:
+            left = [index for index in range(len(base.layers)) if index not in removed]
+            removed = removed | {min(left, key=lambda index: loss(without(base, removed | {index})))}
             yield removed
 
     return _cut(context, removal(context, greedily()))
@@ -96,9 +96,9 @@ def sleb(context: PruningContext) -> Cut:
 
 def one_shot_loss(context: PruningContext) -> Cut:
     """The base without the layers without each of which, alone, the calibration loss is least."""
-    supernet = context.supernet()
-    depth = len(context.structure.base.layers)
-    order = sorted(range(depth), key=lambda index: loss_without(context, supernet, {index}))
+    loss, base = calibration_loss(context), context.structure.base
+    depth = len(base.layers)
+    order = sorted(range(depth), key=lambda index: loss(without(base, {index})))
     return _cut(context, removal(context, (order[:n] for n in range(1, depth))))
 
 
@@ -109,15 +109,27 @@ def nemotron_depth(context: PruningContext) -> Cut:
     return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
 
 
-def loss_without(context: PruningContext, supernet: SuperNetwork, removed: set[int]) -> float:
-    """Mean next-token cross-entropy on the calibration text, in nats, without these layers."""
-    total, count = 0.0, 0
-    with torch.no_grad(), supernet.activated(without(context.structure.base, removed)) as model:
-        for ids in context.calibration:
-            states = trace(model, as_batch(ids))
-            total += float(token_losses({"ce": 1.0}, states, None, 1.0))
-            count += len(states.targets)
-    return total / count
+def calibration_loss(context: PruningContext) -> Callable[[Architecture], float]:
+    """`loss_in`, on the calibration text."""
+    return loss_in(context.supernet(), [as_batch(ids) for ids in context.calibration])
+
+
+def loss_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
+    """Mean next-token cross-entropy on `batches`, in nats per token, as a function of the architecture; quick for one
+    that has leading layers in common with the one before it."""
+    passes = LayerCache(supernet)
+
+    @torch.no_grad()
+    def loss(architecture: Architecture) -> float:
+        total, count = 0.0, 0
+        with supernet.activated(architecture):
+            for number, batch in enumerate(batches):
+                states = passes.trace(number, batch)
+                total += float(token_losses({"ce": 1.0}, states, None, 1.0))
+                count += len(states.targets)
+        return total / max(1, count)
+
+    return loss
 
 
 def _cut(context: PruningContext, architecture: Architecture) -> Cut:

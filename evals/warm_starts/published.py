@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from evals.baselines import with_groups, without
-from evals.baselines.depth import angular_distance, residuals
+from evals.baselines.depth import angular_distance, loss_in, residuals
 from evals.warm_starts import Shapes
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -21,8 +21,6 @@ from supernet.architecture import Architecture
 from supernet.common.progress import bar
 from supernet.importance import block_influence
 from supernet.training.data import Batch
-from supernet.training.losses import token_losses
-from supernet.training.traces import LayerCache
 
 TRIED = 3
 """Layers whose removal SLEB's path measures at each step: those that hurt least when they were last measured."""
@@ -98,24 +96,6 @@ def removals(
         path(greedy),
         path(one_shot[:n] for n in steps),
     ]
-
-
-def loss_in(supernet: SuperNetwork, batches: Sequence[Batch]) -> Callable[[Architecture], float]:
-    """Mean next-token cross-entropy on `batches`, in nats per token, as a function of the architecture; quick for one
-    that has leading layers in common with the one before it."""
-    passes = LayerCache(supernet)
-
-    @torch.no_grad()
-    def loss(architecture: Architecture) -> float:
-        total, count = 0.0, 0
-        with supernet.activated(architecture):
-            for number, batch in enumerate(batches):
-                states = passes.trace(number, batch)
-                total += float(token_losses({"ce": 1.0}, states, None, 1.0))
-                count += len(states.targets)
-        return total / max(1, count)
-
-    return loss
 
 
 def greedily(

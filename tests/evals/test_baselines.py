@@ -11,12 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn
-from evals.baselines.depth import angular_distance, loss_without, residuals
+from evals.baselines import PruningContext, baselines, depth, uniform_width, with_ffn, without
+from evals.baselines.depth import angular_distance, calibration_loss, residuals
 from evals.baselines.flap import compensate, fluctuation, moments, remaining, unit_scores, with_biases
 from evals.baselines.slicegpt import covariance, fold_norms, norm_readers, principal_components, rotate, untied
 from supernet.activation import SuperNetwork
-from supernet.architecture import LayerSizes
+from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.importance import activation
@@ -87,10 +87,11 @@ def test_sleb_measures_again_after_each_layer_and_minitron_depth_does_not(monkey
     """Alone, layers 1 and 2 cost least; but once 1 is removed, 2 costs most and 4 least."""
     losses = {0: 5.0, 1: 1.0, 2: 1.5, 3: 4.0, 4: 3.0}
 
-    def loss(_: Any, __: Any, removed: set[int]) -> float:
-        return max(losses[index] for index in removed) + 10 * ({1, 2} <= set(removed))
+    def loss(architecture: Architecture) -> float:
+        removed = losses.keys() - set(architecture.kept)
+        return max(losses[index] for index in removed) + 10 * ({1, 2} <= removed)
 
-    monkeypatch.setattr(depth, "loss_without", loss)
+    monkeypatch.setattr(depth, "calibration_loss", lambda _: loss)
     context = context_of(llama(), 0.62)  # two layers and a little
     assert baselines()["minitron-depth"].cut(context)[1].kept == (0, 3, 4)
     assert baselines()["sleb"].cut(context)[1].kept == (0, 2, 3)
@@ -101,7 +102,9 @@ def test_the_loss_without_layers_is_that_of_the_network_without_them() -> None:
     silenced = llama()
     silence(silenced, 1, 3)
     expected = silenced(IDS, labels=IDS).loss.item()
-    assert loss_without(context, context.supernet(), {1, 3}) == pytest.approx(expected, rel=1e-5)
+    loss, base = calibration_loss(context), context.structure.base
+    assert loss(without(base, {1, 3})) == pytest.approx(expected, rel=1e-5)
+    assert loss(without(base, {2})) != loss(without(base, {1, 3})) == pytest.approx(expected, rel=1e-5)  # from a cache
 
 
 def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +116,8 @@ def test_no_pass_over_the_calibration_text_holds_the_logits_of_all_of_it(monkeyp
     residuals(supernet, IDS)
     moments(supernet, output_projections(supernet), (IDS,))
     assert seen == []
-    loss_without(context_of(model, 0.75), supernet, {1})
+    context = context_of(model, 0.75)
+    calibration_loss(context)(without(context.structure.base, {1}))
     assert seen and max(seen) <= 8
 
 
