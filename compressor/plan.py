@@ -100,18 +100,26 @@ def make_plan(job: Job, asked: Recipe) -> Plan:
     Puts the budgets into the job's recipes. Raises `RequestError` where the time is too short for the least budgets.
     """
     kept, open_ = read_plan(job.run.plan_file), open_budgets(asked)
-    still = kept is not None and kept.made_on in (None, made_on(job)) and (kept.rates.rounding or not tunes(job))
-    if kept is not None and still and (kept.time, kept.open) == (asked.time, open_):
+    same = kept is not None and (kept.time, kept.open) == (asked.time, open_)
+    rates = known_rates(job, kept)
+    if kept is not None and same and rates is not None:
         put(job, {name: kept.budgets[name] for name in open_})
         return current(job, kept)
-    if kept is None or not still:
+    if rates is None:
         say("measuring how fast this network is here")
-    rates = kept.rates if kept is not None and still else measure_rates(job)
+        rates = measure_rates(job)
     if open_:
         settled = {name: kept.budgets[name] for name in open_ if is_settled(job, name)} if kept is not None else {}
         put(job, settled)
-        fit(job, rates, [name for name in open_ if name not in settled], strict=True)
+        fit(job, rates, [name for name in open_ if name not in settled], strict=not same)
     return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}, made_on=made_on(job)))
+
+
+def known_rates(job: Job, kept: Plan | None) -> Rates | None:
+    """The rates of a kept plan; None where they are of another device, or without rounding, which is asked for now."""
+    if kept is None or kept.made_on not in (None, made_on(job)) or (tunes(job) and not kept.rates.rounding):
+        return None
+    return kept.rates
 
 
 def made_on(job: Job) -> str:

@@ -85,7 +85,7 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo.repo_id).private:  # one that is there stays as it is
+        if private and api.repo_info(repo.repo_id).private is False:  # one that is there stays as it is
             raise RequestError(
                 f"{repo_id}: the repository is public; make it private on the hub, or choose another name"
             )
