@@ -1,10 +1,11 @@
-"""Which peak learning rate and batch heal a sub-network best? Held-out loss after the same tokens.
+"""Which peak learning rate, batch and warm-up heal a sub-network best? Held-out loss after the same tokens.
 
     python -m benchmarks.healing_rate [--checkpoint DIR --data FILE] [--tokens 100000] [--rates 1e-3,3e-3,6e-3]
-        [--repair 0,16384]
+        [--repair 0,16384] [--warmups 0.03,0.3] [--seeds 3]
 
 A uniform cut to about two thirds of the parameters is taken from the ordered base, repaired in sequence on so many
-tokens (0: sliced plainly), and healed by distillation.
+tokens (0: sliced plainly), and healed by distillation, for each seed in another order of the text. The warm-up is the
+share of the steps in which the rate rises.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import product
 
 import torch
 
-from benchmarks.common import make_parser, print_header, print_row, timed
+from benchmarks.common import make_parser, mean_spread, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.sizing import uniform_near
@@ -28,8 +29,10 @@ from supernet.variants import Variants
 
 def main() -> None:
     own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16", "repair": ("0", "calibration tokens")}
+    own |= {"warmups": "0.03", "seeds": 1}
     arguments = make_parser(__doc__, "checkpoint", "data", "device", **own).parse_args()
-    rates, batches = map(float, arguments.rates.split(",")), map(int, arguments.batches.split(","))
+    rates, warmups = (list(map(float, given.split(","))) for given in (arguments.rates, arguments.warmups))
+    batches = list(map(int, arguments.batches.split(",")))
     with temporary_job(arguments.checkpoint, arguments.data, device=arguments.device) as job:
         job.threads(scoring=False)
         blocks = training_blocks(job, arguments.tokens)
@@ -48,18 +51,20 @@ def main() -> None:
 
         cuts = {tokens: variants(tokens) for tokens in map(int, arguments.repair.split(","))}
 
-        def healed(rate: float, batch: int, tokens: int) -> History:
+        def healed(rate: float, batch: int, tokens: int, warmup: float, seed: int) -> History:
             network = extract(supernet.model, job.structure, architecture, cuts[tokens])
-            settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed=0)
-            state = job.run.path / f"{rate}-{batch}-{tokens}.safetensors"
+            settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed, warmup_share=warmup)
+            state = job.run.path / f"{rate}-{batch}-{tokens}-{warmup}-{seed}.safetensors"
             return heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
 
         print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
-        print_header("repaired on", "rate", "batch", "held-out loss before", "after", "seconds")
-        for tokens, rate, batch in product(cuts, rates, batches):
-            history, seconds = timed(partial(healed, rate, batch, tokens))
-            before, after = history.start["loss"], (history.best or {})["loss"]
-            print_row(f"{tokens:,}", f"{rate:g}", str(batch), f"{before:.3f}", f"{after:.3f}", f"{seconds:.0f}")
+        print_header("repaired on", "rate", "batch", "warm-up", "held-out loss before", "after", "seconds of one")
+        for tokens, rate, batch, warmup in product(cuts, rates, batches, warmups):
+            one = partial(healed, rate, batch, tokens, warmup)
+            histories, seconds = timed(lambda one=one: list(map(one, range(arguments.seeds))))  # type: ignore[misc]
+            before, after = histories[0].start["loss"], [(history.best or {})["loss"] for history in histories]
+            cells = [f"{before:.3f}", mean_spread(after), f"{seconds / arguments.seeds:.0f}"]
+            print_row(f"{tokens:,}", f"{rate:g}", str(batch), f"{warmup:g}", *cells)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     from compressor.interface import Result, compress
     from compressor.recipe import Recipe
 
-IMPORTED = time.monotonic()
-"""When this process began to import us, by its monotonic clock."""
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Result", "__version__", "compress"]
 

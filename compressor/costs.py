@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import compressor
 from compressor.generated import is_written, rows_at_once, rows_to_read
 from compressor.inputs import calibration_blocks
 from compressor.job import Job
@@ -35,6 +34,7 @@ from export.quantization.cost import step_seconds
 from export.quantization.schemes import SCHEMES
 from search.genes import AS_STORED, Gene
 from search.scores import Split
+from supernet.common.progress import IMPORTED
 from supernet.device import activation_bytes
 from supernet.routed import routed, routed_parameters
 from supernet.training.accelerator import processes
@@ -504,7 +504,7 @@ def measure_rates(job: Job) -> Rates:
     """Rates of this network on this device, each measured until a batch takes a second: half a minute for a network of
     135 M parameters on two cores. What is held at once is the network in float32, or in what is computed in where
     weights are not trained, and the activations of a batch; no gradients and moments of weights."""
-    start = min(PROCESS + TASKS, time.monotonic() - compressor.IMPORTED)
+    start = min(PROCESS + TASKS, time.monotonic() - IMPORTED)
     began = time.perf_counter()
     trains = job.recipe.finetuning.tokens != 0 or job.recipe.healing.tokens != 0
     in_full = trains and job.recipe.finetuning.parameters != "lora"

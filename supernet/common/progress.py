@@ -24,6 +24,8 @@ from supernet.common.formatting import duration
 # Of several processes that train together, only the first prints.
 console = Console(stderr=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 
+IMPORTED = time.monotonic()
+"""When this process began to import us, before any large library, by its monotonic clock."""
 SILENCE, LONG_SILENCE = 8.0, 60.0
 """Seconds after which a log without a terminal says what still runs: in the first minute of a work, and later."""
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
