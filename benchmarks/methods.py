@@ -8,8 +8,9 @@
 
 `make` searches once for all sizes (not where FOLDER/picks.json holds them already, say of a search on another machine),
 then cuts, heals and scores every method's network of every size, `--workers` at a time: a row each in FOLDER/rows, so
-that it goes on where it was stopped. The text is that of the files and of what the base writes itself, shuffled. `ours`
-is the pick, `ours-speed` and `ours-balanced` what these preferences take, `ours-unrepaired` the pick sliced plainly,
+that it goes on where it was stopped. The text is that of the files and of what the base writes itself, shuffled; one
+that lies in FOLDER as text.jsonl is taken as it is. `ours` is the pick, `ours-speed` and `ours-balanced` what these
+preferences take, `ours-unrepaired` the pick sliced plainly, `NAME-repaired` a method's cut refitted as ours is,
 `base-TYPE` the base in a type of llama.cpp's files. `--bits` are tasks whose bits per byte are measured beside the
 scores. Speeds depend on sizes alone, so `time` cuts them out of the base, and times each in turn with it, in
 transformers and in llama.cpp. `table` judges every row against `ours` by a paired bootstrap over documents.
@@ -44,7 +45,7 @@ from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.choosing import choices
 from compressor.stages.comparing import base_documents, heal_as_ours, network_fingerprint, scored
-from compressor.stages.comparison_methods import SizeComparison, published
+from compressor.stages.comparison_methods import SizeComparison, methods
 from compressor.stages.picking import measured
 from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
@@ -71,6 +72,8 @@ OURS = {
     "ours-unrepaired": ("quality", False),
 }
 """Our rows: the preference that they are picked by, and whether what is cut is repaired where the run does so."""
+OTHERS = {name: one for name, one in methods(repair=True).items() if name.removesuffix("-repaired") in baselines()}
+"""Rows of published methods: as they are, and `NAME-repaired` by our repair where it suits them."""
 DOCUMENTS = {"tasks": "documents", "bits": "bits_documents"}
 """Where a row keeps what it scored on each document, by the kind of tasks."""
 GGUF = ("q8_0", "q4_0")
@@ -113,6 +116,12 @@ def make(arguments: Namespace) -> None:
     folder: Path = arguments.folder
     rows = folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(arguments, name) for name in ("train_tokens", "heal_tokens", "bits_limit")}
+    if (kept := folder / "settings.json").is_file() and read_json(kept) != settings:
+        raise SystemExit(
+            f"{folder}: its rows are of {read_json(kept)}, which these would not compare with; name another"
+        )
+    write_json(kept, settings)
     if not (folder / "text.jsonl").is_file():
         write_text(arguments, folder / "text.jsonl")
     sizes = arguments.sizes.split(",")
@@ -203,7 +212,7 @@ class Worker:
         if name not in OURS:
             best, text = self.pick(size, "quality"), self.blocks[False]
             same = SizeComparison(self.job, size, best, self.supernet, self.base, self.calibration, text)
-            return published(baselines()[name]).make(same, 0)
+            return OTHERS[name].make(same, 0)
         preference, repaired = OURS[name]
         architecture = self.pick(size, preference)
         variants = pick_variants(self.job, architecture, self.supernet) if repaired else None
@@ -219,7 +228,8 @@ class Worker:
         (network, architecture), cutting = timed(partial(self.cut, size, name))
         if own and name != "ours" and OURS[name][1] and architecture == self.pick(size, "quality"):
             return {"same_as": "ours"}
-        tokens, blocks, repaired = self.tokens[own], self.blocks[own], own and OURS[name][1]
+        tokens, blocks = self.tokens[own], self.blocks[own]
+        repaired = OURS[name][1] if own else OTHERS[name].repaired
         made = network_fingerprint(network)
         for file in self.rows.glob(f"{size}-*.json"):  # two methods may remove the same layers
             known = read_json(file)
@@ -345,7 +355,7 @@ def speeds_of(job: Job, base: Any, architecture: Architecture, name: str, new: i
 def read_table(folder: Path) -> list[dict[str, Any]]:
     """The rows of networks of their own, ours first."""
     rows = [read_json(file) for file in sorted((folder / "rows").glob("*.json"))]
-    order = [*OURS, *baselines()]
+    order = [*OURS, *OTHERS]
     own = [row for row in rows if "same_as" not in row]
     return sorted(own, key=lambda row: (-float(row["size"]), [*order, row["method"]].index(row["method"])))
 

@@ -83,9 +83,12 @@ def paired_interval(
     rng = np.random.default_rng(seed)
 
     def drawn(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """The mean over seeds drawn anew in each resample."""
-        stacked = np.stack(rows)
-        return np.take_along_axis(stacked, rng.integers(0, len(stacked), stacked.shape), axis=0).mean(0)
+        """The mean over seeds drawn anew in each resample; what is drawn spreads too little by n / (n - 1)."""
+        stacked, n = np.stack(rows), len(rows)
+        means = np.take_along_axis(stacked, rng.integers(0, n, stacked.shape), axis=0).mean(0)
+        if n == 1:
+            return means
+        return stacked.mean(0) + (means - stacked.mean(0)) * np.sqrt(n / (n - 1))
 
     differences = drawn(ours) - drawn(theirs)
     differences = differences[np.isfinite(differences)]

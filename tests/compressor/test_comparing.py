@@ -123,6 +123,8 @@ def test_better_is_said_only_where_it_is() -> None:
     assert meaning(ours, [drawn(list(same), base)]) == "unclear"
     assert paired_interval(ours, ours) == (0.0, 0.0)  # the same documents: no difference in any resample
     assert paired_interval(ours, [np.full_like(ours[0], np.nan)]) is None
+    two = [np.zeros(4000), np.ones(4000)]  # the standard error of their mean is a half, and so is what is drawn
+    assert paired_interval(two, [np.zeros(4000)]) == pytest.approx((0.5 - 0.5 * 2**0.5, 0.5 + 0.5 * 2**0.5))
 
 
 def test_seeds_that_disagree_widen_the_doubt() -> None:
