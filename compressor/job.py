@@ -351,8 +351,8 @@ class Job:
 
     @cached_property
     def _repaired_so_far(self) -> bool | None:
-        """Whether the run began with a repair; None where it has not begun."""
-        return self.run.recipe().repair.enabled if self.run.recipe_file.is_file() else None
+        """Whether the run's super-network was made for a repair; None where its training has not begun."""
+        return self.run.recipe().repair.enabled if self.run.trains else None
 
     @property
     def ordering(self) -> str:

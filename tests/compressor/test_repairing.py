@@ -121,7 +121,7 @@ def test_without_repair_nothing_is_compared_with_it() -> None:
 
 
 def test_what_is_trained_little_is_repaired(tmp_path: Path) -> None:
-    """By the tokens for each parameter, where nothing else is said; a run that has begun stays as it began."""
+    """By the tokens for each parameter, where nothing else is said; a run stays as its super-network was made."""
     base, data = str(tiny.checkpoint(tmp_path / "base")), str(tiny.data(tmp_path / "data.jsonl", 40))
 
     def job(folder: str, **keys: object) -> Job:
@@ -140,5 +140,8 @@ def test_what_is_trained_little_is_repaired(tmp_path: Path) -> None:
     assert job("a", **{"repair.enabled": True, "healing.tokens": size}).recipe.finetuning.ordering == "surgeon"
     assert not job("a", **{"repair.enabled": False}).recipe.repair.enabled
     assert job("a", **{"finetuning.ordering": "taylor"}).ordering == "taylor"
-    Run.create(tmp_path / "b", much.given, {}, {})
+    begun = Run.create(tmp_path / "b", much.given, {}, {})
+    assert job("b").recipe.repair.enabled  # nothing was made of it yet
+    begun.supernet.mkdir()
+    (begun.supernet / "manifest.json").write_text("{}")
     assert not job("b").recipe.repair.enabled
