@@ -281,16 +281,14 @@ def check_embedding(job: Job) -> None:
 
 
 def check_tokens(job: Job) -> None:
-    """Tokens of the tokenizer that have no row in the embedding: refused where all text or a layout needs them, named
-    otherwise. Text that has one is refused where it is read."""
+    """Tokens of the tokenizer that have no row in the embedding: refused where all text needs them, named otherwise.
+    Text that has one is refused where it is read; llama.cpp's files leave them out."""
     tokenizer, rows = job.tokenizer, job.structure.vocab_size
     beyond = tokens_without_row(tokenizer, rows)
     if not beyond:
         return
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     needed = [(token, index) for token, index in beyond if index in marks]
-    if any(layout.startswith("gguf") for layout in job.recipe.formats):
-        needed += beyond
     if needed:
         raise RequestError(f"{job.given.model}: {no_row(*needed[0], rows)}")
     say(f"warning: {job.given.model}: {no_row(*beyond[0], rows)} ({len(beyond)} tokens in all)")

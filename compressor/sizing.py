@@ -42,7 +42,15 @@ def parameter_limits(job: Job) -> list[tuple[str, int | None]]:
             raise RequestError(f"--max-params: {error}") from error
     if len(wanted) == 1:
         return [("best", limits[0])]
-    return [(f"best-{re.sub(r'[^0-9A-Za-z.]', '', text)}", limit) for text, limit in zip(wanted, limits, strict=True)]
+    return [(f"best-{size_label(text)}", limit) for text, limit in zip(wanted, limits, strict=True)]
+
+
+def size_label(size: str) -> str:
+    """A size as it was asked for, as a part of a file's name: `67%` is 0.67."""
+    text = size.strip()
+    if text.endswith("%"):
+        text = f"{float(text[:-1]) / 100:g}"
+    return re.sub(r"[^0-9A-Za-z.]", "", text)
 
 
 def sizes_asked_for(job: Job) -> list[int]:

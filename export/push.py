@@ -6,19 +6,25 @@ resumed by running the command again. This module never reads, keeps or prints a
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from export.package_record import RECORD, check_files, read_record
+from export.package import NAMED_TEMPLATES, TOKENIZER_FILES
+from export.package_record import CARD, RECORD, PackageRecord, check_files, read_record, write_card
 from export.shards import WEIGHT_FILES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import size
 from supernet.common.progress import say
 
-REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json"]
+REPLACED = [*WEIGHT_FILES, "*.py", "*.index.json", "*.bin", "export.json", "config.json", "generation_config.json"]
+REPLACED += ["elastic.json", "Modelfile", *TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*"]
 """Files of an earlier package that are deleted from the repository where this one has none of the name."""
 
 
@@ -49,7 +55,8 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
         say(f"{size(total):>10}  in all would go to {repo_id}; nothing was uploaded")
     else:
         say(f"uploading {size(total)} to {repo_id}")
-        url, commit = _upload(package, repo_id, list(sizes), private)
+        with _under_its_name(record, repo_id) as folder:
+            url, commit = _upload(folder, repo_id, list(sizes), private)
         say(f"{url} is at commit {commit}")
     return {
         "repo": repo_id,
@@ -59,6 +66,24 @@ def push(package: Path, repo_id: str, *, private: bool = False, dry_run: bool = 
         "url": url,
         "commit": commit,
     }
+
+
+@contextmanager
+def _under_its_name(record: PackageRecord, repo_id: str) -> Iterator[Path]:
+    """Within, a folder of links to the package's files whose card has its name on the hub in the place of a path."""
+    local, card = f"path/to/{record.entry.name}", record.folder / CARD
+    if not card.is_file() or local not in (text := card.read_text(encoding="utf-8")):
+        yield record.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="compressor-push-") as name:
+        folder = Path(name) / record.folder.name
+        for file in record.files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if file != CARD:
+                (folder / file).symlink_to((record.folder / file).resolve())
+        shutil.copyfile(record.folder / RECORD, folder / RECORD)
+        write_card(folder, text.replace(local, repo_id))
+        yield folder
 
 
 def _check_name(repo_id: str) -> None:

@@ -47,8 +47,12 @@ def chat(
     with suppress(KeyboardInterrupt):  # ends it as the end of stdin does
         for line in _lines():
             for speaker in speakers:
-                with working(f"{speaker.name} writes"):
-                    answer = speaker.answer(line, max_tokens)
+                try:
+                    with working(f"{speaker.name} writes"):
+                        answer = speaker.answer(line, max_tokens)
+                except RequestError as error:  # this line is too long, another may not be
+                    say(str(error))
+                    continue
                 if speaker.render is None:
                     answer = line + answer
                 print(f"{speaker.name}: {answer.strip()}" if len(speakers) > 1 else answer.strip(), flush=True)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
+from compressor.sizing import size_label
 from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
@@ -190,7 +191,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         near = [0.9 * limit <= job.structure.parameters(a) <= limit for a, limit in zip(picked, limits, strict=False)]
         if len(labels) != len(picked) or not all(near):  # a size says what was picked, not only what was asked for
             labels = [f"{job.structure.parameters(a) / full:.2f}" for a in picked]
-        return [(_plain(label), a) for label, a in zip(labels, picked, strict=True)]
+        return [(size_label(label), a) for label, a in zip(labels, picked, strict=True)]
     evaluations = measured(job)
     chosen = []
     for size in asked:
@@ -204,7 +205,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
                 f"--max-params: this run measured nothing close below {limit:,} parameters; search there first "
                 f"(compressor search {shell_word(job.run.path)} --max-params {size})"
             )
-        chosen.append((_plain(size), best))
+        chosen.append((size_label(size), best))
     return chosen
 
 
@@ -512,7 +513,3 @@ def _drawn(finished: FinishedRow, base: BaseDocuments, tasks: Mapping[str, Score
     if base.scale.by_text:
         return text_qualities((finished.losses or [])[:-1], (base.losses or [])[:-1])
     return base.scale.resampled(resampled(tasks, finished.documents))
-
-
-def _plain(size: str) -> str:
-    return re.sub(r"[^0-9A-Za-z.]", "", size)

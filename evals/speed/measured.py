@@ -202,7 +202,11 @@ def speed_beside(
         return speed, base_speed
     timed = ("prefill_tps", "decode_tps", "throughput_tps", "ttft_ms", "latency_ms")
     drift = {name: getattr(known, name) / getattr(base_speed, name) for name in timed}
-    return speed.model_copy(update={name: getattr(speed, name) * drift[name] for name in timed}), known
+    scaled: dict[str, Any] = {name: getattr(speed, name) * drift[name] for name in timed}
+    # Where one of the two has no graph, both are timed without; what they are scaled to says what they are of.
+    way = CUDA_GRAPH if known.runtime.endswith(CUDA_GRAPH) else ""
+    scaled["runtime"] = speed.runtime.removesuffix(CUDA_GRAPH) + way
+    return speed.model_copy(update=scaled), known
 
 
 def runs_within(seconds: float, repeats: int, within: float = TIMED) -> int:

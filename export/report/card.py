@@ -65,6 +65,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
     compared = [
         table for table in summarize(report.comparison) if any(o.ours and o.params == package.params for o in table)
     ]
+    if package.layout == "elastic":  # what is compared was healed, and it was not
+        compared = []
     return TEMPLATES.get_template("card.md.j2").render(
         metadata=card_data(report, package).to_yaml(),
         report=report,

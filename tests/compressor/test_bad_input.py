@@ -140,11 +140,6 @@ def tokens_in_the_tasks(b: Bench) -> None:
     more_tokens(b, "house")
 
 
-def tokens_in_llama_cpp(b: Bench) -> None:
-    more_tokens(b, "<new>")
-    b.options["--format"] = "gguf"
-
-
 def end_mark_without_row(b: Bench) -> None:
     more_tokens(b, eos_token="<end>")
 
@@ -313,7 +308,6 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (unknown_bias, ["model.layers.0.mlp.up_proj.bias", "config.json"]),
     (one_layer_more, ["model.layers.3.input_layernorm.weight", "config.json"]),
     (tokens_in_the_tasks, ["'house'", "no row in the embedding"]),
-    (tokens_in_llama_cpp, ["'<new>'", "no row in the embedding"]),
     (end_mark_without_row, ["'<end>'", "no row in the embedding"]),
     (missing_weight, ["lack", "model.layers.1.mlp.up_proj.weight"]),
     (another_shape, ["model.layers.1.mlp.up_proj.weight", "[60, 32]", "[64, 32]"]),

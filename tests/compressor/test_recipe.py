@@ -9,6 +9,7 @@ import pytest
 from compressor.demo import MODEL, RECIPE, TASK_NAMES
 from compressor.recipe import BUDGETS, former_names, learning_rate_for, read_recipe, write_recipe
 from compressor.recipe_reference import reference
+from compressor.sizing import size_label
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
 from tests.support import ROOT
@@ -157,3 +158,7 @@ def test_the_default_rate_moves_no_weight_by_more_than_a_hundredth_of_its_size()
     assert learning_rate_for(64, True, weight_scale=0.02) == pytest.approx(0.0004)
     assert learning_rate_for(64, False, adapters=True, weight_scale=0.02) == pytest.approx(0.0006)
     assert learning_rate_for(64, False, weight_scale=0.0) == 0.1 / 64  # nothing is known of such weights
+
+
+def test_a_percentage_in_a_name_is_a_share() -> None:
+    assert [size_label(text) for text in ("0.67", "67%", "2.5 M", "1e6")] == ["0.67", "0.67", "2.5M", "1e6"]

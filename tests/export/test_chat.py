@@ -60,6 +60,10 @@ def test_lines_of_stdin_are_answered_beside_the_base(
     lines = capsys.readouterr().out.splitlines()
     names = [line.partition(": ")[0] for line in lines if line.startswith(("other: ", "base: "))]
     assert names == ["other", "base"] * 2 and lines[0].startswith("other: the cat")
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat " * 500 + "\nthe cat\n"))
+    assert run(["chat", base, "--max-tokens", "4"]) == 0  # a line that is too long ends nothing
+    shown = capsys.readouterr()
+    assert "do not fit into its context" in shown.err and len(shown.out.splitlines()) == 1
     assert run(["chat", str(tmp_path / "nowhere")]) == 2
     assert run(["chat", str(tmp_path)]) == 2
     assert run(["chat", base, "--max-tokens", "0"]) == 2

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from export.package_record import update_record
+from export.package_record import update_record, write_card
 from export.push import push
 from supernet.common.errors import RequestError, VerificationError
 from tests.support import ROOT
@@ -211,6 +211,16 @@ def test_a_package_arrives_whole(package: Path, hub: Hub) -> None:
     assert {name: content for name, content in stored.items() if name != ".gitattributes"} == expected
     assert {file["name"]: file["bytes"] for file in done["files"]} == {n: len(c) for n, c in expected.items()}
     assert done["bytes"] == sum(map(len, expected.values())) and "model-00001-of" in said
+
+
+def test_the_card_says_the_name_on_the_hub(package: Path, hub: Hub) -> None:
+    write_card(package, 'name = "path/to/best"\n')
+    done, _ = run_push(package, hub)
+    stored = hub.repos["anna/best"]
+    assert "error" not in done and stored["README.md"] == b'name = "anna/best"\n'
+    recorded = json.loads(stored["compression.json"])["files"]["README.md"]
+    assert recorded["sha256"] == hashlib.sha256(stored["README.md"]).hexdigest() and len(hub.commits) == 1
+    assert (package / "README.md").read_text() == 'name = "path/to/best"\n'
 
 
 def test_what_is_private_does_not_get_into_a_public_repository(package: Path, hub: Hub) -> None:

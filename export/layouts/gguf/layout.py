@@ -25,7 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from export.layouts.gguf.checks import check_network, table_of
 from export.layouts.gguf.families import GGUFFamily, Header
-from export.layouts.gguf.tokenizer import check_tokenizer, composes, sample_texts, tokenization, write_tokenizer
+from export.layouts.gguf.tokenizer import (
+    check_tokenizer,
+    composes,
+    sample_texts,
+    strips_behind,
+    tokenization,
+    write_tokenizer,
+)
 from export.layouts.gguf.types import (
     MIXED,
     QUANTIZED,
@@ -103,11 +110,13 @@ def write(
     check_destination(destination, needed)
     if isinstance(tokenizer, Path):
         tokenizer = load_tokenizer(tokenizer)
-    check_tokenizer(tokenizer)
+    kind, _, described = check_tokenizer(tokenizer)
     # 2. What transformers says of the weights as the file holds them.
     network = stored_network(model, dtype)
     family = table_of(config)
-    header = {**_header(config, family, architecture), "name": str(entry["name"])}
+    # llama.cpp knows by this name alone that special tokens take the spaces behind them.
+    phi = " (phi-3)" if kind == "llama" and strips_behind(described) else ""
+    header = {**_header(config, family, architecture), "name": f"{entry['name']}{phi}"}
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
     ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
     held = _as_held(network, gguf_type)

@@ -4,7 +4,8 @@ llama.cpp knows pre-tokenizers by name only, not by their rules: a tokenizer who
 Whether both agree is checked by `export.layouts.gguf.runtime.check_gguf`, which asks llama.cpp itself.
 
 llama.cpp does not compose characters (NFC), which the tokenizers of Qwen and GPT-NeoX do first: they agree on text that
-is composed already, as nearly all text is, and are compared on such text.
+is composed already, as nearly all text is, and are compared on such text. Nor does it leave out the space before a text
+that begins with one, as transformers' tokenizer of Llama does: they are compared on text that does not.
 """
 
 from __future__ import annotations
@@ -46,12 +47,16 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     tokens = [f"[unused {i}]" for i in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
     for token, number in model["vocab"].items():
-        tokens[number], types[number] = token, TokenType.NORMAL
-        if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
-            types[number] = TokenType.BYTE
+        if number < vocabulary:
+            tokens[number], types[number] = token, TokenType.NORMAL
+            if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
+                types[number] = TokenType.BYTE
     for added in described["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        number, own = added["id"], not added["special"]
+        if number < vocabulary:  # what has no row, no text may hold
+            # llama.cpp prints these as they are, and replaces underlines of others only.
+            tokens[number] = added["content"].replace("▁", " ") if own and kind == "llama" else added["content"]
+            types[number] = TokenType.USER_DEFINED if own else TokenType.CONTROL
     # 2. Merges: as they are, or as the scores that lead to them.
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     writer.add_tokenizer_model(kind)
@@ -63,7 +68,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
         writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
-        writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described))
+        writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described) or _adds_space(described))
     else:
         writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_token_types(types)
@@ -77,7 +82,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
         if number is not None:
             add(number)
     plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    writer.add_add_bos_token(full[: len(full) - len(plain)] == [tokenizer.bos_token_id])
+    writer.add_add_bos_token(full[:1] == [tokenizer.bos_token_id] != plain[:1])
     writer.add_add_eos_token(len(full) > len(plain) and full[-1] == tokenizer.eos_token_id != plain[-1])
     if tokenizer.chat_template:
         template = tokenizer.chat_template
@@ -116,6 +121,8 @@ def tokenizer_kind(described: Described) -> tuple[str, str]:
         underlined = steps in ([_UNDERLINE_FIRST, _UNDERLINE_SPACES], [_UNDERLINE_SPACES])
         if underlined and rules in ([], [" "]):  # Gemma's splits at spaces, of which none are left
             return "llama", "default"
+        if not steps and _is_whole(pre):  # as transformers builds Llama's
+            return "llama", "default"
         raise RequestError(
             f"llama.cpp knows no byte-fallback tokenizer with the normalizer {kinds} and the pre-tokenizer "
             f"{pre and pre['type']}"
@@ -135,6 +142,25 @@ def tokenizer_kind(described: Described) -> tuple[str, str]:
     if whole_words and name != "llama-bpe":
         raise RequestError(f"llama.cpp's pre-tokenizer {name} knows no tokenizer with ignore_merges")
     return "gpt2", name
+
+
+def strips_behind(described: Described) -> bool:
+    """Whether spaces and line ends behind a special token belong to it, in a vocabulary that llama.cpp takes for
+    Phi-3's: it looks for these tokens."""
+    known = {*described["model"]["vocab"], *(added["content"] for added in described["added_tokens"])}
+    strips = any(added["special"] and added["rstrip"] for added in described["added_tokens"])
+    return strips and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= known
+
+
+def _is_whole(pre: Described | None) -> bool:
+    """Whether text is only underlined, and not split."""
+    return pre is not None and (pre["type"], pre.get("replacement"), pre.get("split")) == ("Metaspace", "▁", False)
+
+
+def _adds_space(described: Described) -> bool:
+    """Whether a space comes before a text that begins with none."""
+    pre = described.get("pre_tokenizer")
+    return pre is not None and _is_whole(pre) and pre["prepend_scheme"] != "never"
 
 
 def _normalizers(described: Described) -> list[Described]:
@@ -165,9 +191,12 @@ def composes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenization(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[tuple[str, list[int]]]:
-    """Texts and their token ids. Texts are composed first where the tokenizer composes them itself."""
+    """Texts and their token ids. Texts are composed first where the tokenizer composes them itself, and begin without a
+    space where it adds one to such texts alone."""
     if composes(tokenizer):
         texts = [unicodedata.normalize("NFC", text) for text in texts]
+    if _adds_space(json.loads(tokenizer.backend_tokenizer.to_str())):
+        texts = [stripped for text in texts if (stripped := text.lstrip(" "))]
     return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from export.layouts.gguf.runtime import check_gguf
@@ -91,7 +91,7 @@ def test_byte_level_tokenizers(name: str, tmp_path: Path) -> None:
     assert result["tokenizer_equal"] == 401 and ("tokenized" in result) == (normalizer is not None)
 
 
-@pytest.mark.parametrize("name", ["llama, phi3, mixtral", "gemma"])
+@pytest.mark.parametrize("name", ["llama, phi3, mixtral", "llama as transformers builds it", "gemma"])
 def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -99,13 +99,41 @@ def test_byte_fallback_tokenizers(name: str, tmp_path: Path) -> None:
     model = models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     if name == "gemma":
         tokenizer = tokenizer_of(model, pre_tokenizers.Split(" ", "merged_with_previous"), UNDERLINE)
-        tokenizer.add_tokens(["\n\n", "\t\t"])
+        tokenizer.add_tokens(["\n\n", "\t\t", "▁▁"])
+    elif "builds" in name:
+        tokenizer = tokenizer_of(model, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), None)
     else:
         tokenizer = tokenizer_of(model, None, UNDERLINED)
     tokenizer.unk_token = "<unk>"
     ids = tokenizer(TEXTS[-1]).input_ids
     assert tokenizer.convert_ids_to_tokens(ids[:1])[0].startswith("▁") == (name != "gemma")
-    assert check_gguf(write(tmp_path / "p", tokenizer, TEXTS))["tokenizer_equal"] == 401
+    package = write(tmp_path / "p", tokenizer, TEXTS)
+    assert check_gguf(package)["tokenizer_equal"] == 401
+    if name == "gemma":  # llama.cpp prints added tokens as they are
+        tokens, _ = header(package)
+        assert "  " in tokens and "▁▁" not in tokens
+
+
+def header(package: PackageRecord) -> tuple[list[str], str]:
+    """The tokens and the name that a file says."""
+    reader = gguf.GGUFReader(package.folder / (package.entry.file or ""))
+    fields = reader.fields
+    return fields["tokenizer.ggml.tokens"].contents(), fields["general.name"].contents()
+
+
+def test_tokens_without_a_row_are_left_out_and_phi_is_known_by_name(tmp_path: Path) -> None:
+    """Gemma 3 has a token more than rows. Special tokens that take the spaces behind them are Phi-3's."""
+    first = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary, merges = trained(pre_tokenizers.Metaspace(prepend_scheme="never"), first, limit_alphabet=60)
+    model = models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = tokenizer_of(model, None, UNDERLINED)
+    network = cut(tiny_llama(vocab_size=len(tokenizer)), EVEN)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True)]})
+    options = {"tokenizer": tokenizer, "texts": TEXTS, "probe_ids": probe_ids()[:1]}
+    package = write_tiny(tmp_path / "p", EVEN, network, layout="gguf-f32", **options)
+    tokens, name = header(package)
+    assert len(tokens) == network.config.vocab_size and "<|user|>" not in tokens and name.endswith("(phi-3)")
+    assert check_gguf(package)["tokenizer_equal"] > 200
 
 
 def test_composed_text_is_compared(tmp_path: Path) -> None:
