@@ -100,6 +100,8 @@ class QualityScale:
             return self.kept_of_text(loss) * (loss_stderr or 0.0)
         squares = 0.0
         for name in self.counted:
+            if name not in scores:  # one that is not finite is worth nothing, for certain
+                continue
             base, score = self.base[name], scores[name]
             if base.chance is not None:
                 squares += (score.uncertainty / (base.value - base.chance)) ** 2

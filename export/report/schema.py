@@ -42,6 +42,8 @@ def _all_finite(tasks: dict[str, Score]) -> dict[str, Score]:
 
 Scores = Annotated[dict[str, Score], AfterValidator(_all_finite)]
 """Scores by task, all of them finite."""
+FiniteScores = Annotated[dict[str, Score], AfterValidator(_finite_scores)]
+"""Scores by task, without those that are not."""
 
 
 class BaseCard(Model):
@@ -125,7 +127,7 @@ class Package(PackageEntry):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     quality: float
-    tasks: Scores
+    tasks: FiniteScores
     verified: dict[str, object] | None
     change: PairedChange | None = None
     """From the base; None where scores by document are not known, as in runs of earlier versions."""
@@ -150,7 +152,7 @@ class Candidate(Model):
     quality: float
     decode_tps: float | None = None
     """Computed from speed.json."""
-    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
+    tasks: FiniteScores = Field(default_factory=dict)
     """A score that is not finite, such as the perplexity of a collapsed network, is left out: JSON cannot hold it."""
     further: dict[str, float] = Field(default_factory=dict)
     """Other measurements of the search, such as `held_out_loss`."""
@@ -315,7 +317,7 @@ class Comparison(Model):
     """One standard error over documents, bootstrapped."""
     quality_before_healing: float | None = None
     """As published: cut, but not trained."""
-    tasks: Annotated[dict[str, Score], AfterValidator(_finite_scores)] = Field(default_factory=dict)
+    tasks: FiniteScores = Field(default_factory=dict)
     speed: Speed | None = None
     base_speed: Speed | None = None
     """The base's, measured alternately with this one's."""

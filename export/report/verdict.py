@@ -62,6 +62,8 @@ def verdict(report: Report) -> list[str]:
             sentences.append(f"{_sentence(package.label)} was not proved yet; compressor export proves it.")
     shipped = [package for package in report.packages if not package.refused]
     for package in shipped:
+        if missing := [task for task in base.tasks if task not in package.tasks]:
+            sentences.append(f"{_sentence(package.label)} has no finite score on {_listed(missing)}.")
         plain = report.unquantized(package)
         if plain is None or plain.refused:
             sentences += _size_sentences(report, package, first=package is shipped[0])

@@ -117,6 +117,15 @@ def test_what_is_no_number_or_no_architecture_is_refused() -> None:
         validate_report(data)
 
 
+def test_a_package_without_a_finite_score_still_has_a_report() -> None:
+    """The perplexity of a network that is wrecked, say: the whole job would have no report for it."""
+    data = minimal_report()
+    data["packages"][0]["tasks"]["grammar"]["value"] = float("inf")
+    report = validate_report(data)
+    assert "grammar" not in report.packages[0].tasks and render_html(report)
+    assert any("has no finite score on grammar" in sentence for sentence in verdict(report))
+
+
 def test_what_a_search_could_not_measure_is_left_out() -> None:
     data = full_report()
     data["search"]["points"][2]["tasks"]["coin"]["value"] = float("inf")
