@@ -66,7 +66,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
         # SentencePiece merges the pair with the highest score first: that of the earliest merge.
         ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(pairs)))}
         writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
-        if tokenizer.unk_token_id is not None:
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < vocabulary:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
         writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described) or _adds_space(described))
     else:
@@ -79,7 +79,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
-        if number is not None:
+        if number is not None and number < vocabulary:
             add(number)
     plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     writer.add_add_bos_token(full[:1] == [tokenizer.bos_token_id] != plain[:1])

@@ -128,7 +128,9 @@ def test_tokens_without_a_row_are_left_out_and_phi_is_known_by_name(tmp_path: Pa
     model = models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     tokenizer = tokenizer_of(model, None, UNDERLINED)
     network = cut(tiny_llama(vocab_size=len(tokenizer)), EVEN)
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|user|>", rstrip=True)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|user|>", rstrip=True)], "pad_token": "<p>"}
+    )
     options = {"tokenizer": tokenizer, "texts": TEXTS, "probe_ids": probe_ids()[:1]}
     package = write_tiny(tmp_path / "p", EVEN, network, layout="gguf-f32", **options)
     tokens, name = header(package)
