@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from compressor.local_paths import LocalPaths, localized
 from compressor.names import REDOABLE
-from compressor.recipe import RATE_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
+from compressor.recipe import WARMUP_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run, band_folder
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
@@ -312,30 +311,7 @@ class Job:
                 adapters = finetuning.parameters == "lora"
                 finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
             if healing.learning_rate is None:
-                healing.learning_rate = self._chosen_rate(bool(recipe.repair.enabled))
-
-    def follow_repair(self, before: bool | None) -> None:
-        """After a repair was switched on or off: heal at the rate that suits, where the recipe's was chosen for how it
-        was before."""
-        rate, now = self.recipe.healing.learning_rate, self.repairs
-        if rate is None or before is None or before == now:
-            return
-        if isclose(rate, self._chosen_rate(before)):
-            for recipe in (self.given, self.recipe):
-                recipe.healing.learning_rate = self._chosen_rate(now)
-
-    def healing_rate(self, repaired: bool) -> float:
-        """The peak rate that a network is healed with, after `fill_in`. The recipe's; where that was chosen for the
-        repaired networks of this run, a plain slice has the one that it would have without the repair."""
-        rate = self.recipe.healing.learning_rate
-        assert rate is not None
-        chosen = self.repairs and isclose(rate, self._chosen_rate(True))
-        return self._chosen_rate(False) if chosen and not repaired else rate
-
-    def _chosen_rate(self, repaired: bool) -> float:
-        """The healing rate of a repaired network, or of a plain slice, where the user names none."""
-        plain = learning_rate_for(self.structure.base.hidden_size, True, weight_scale=self.weight_scale)
-        return plain * (RATE_AFTER_REPAIR if repaired else 1)
+                healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
 
     @property
     def repairs(self) -> bool:
@@ -395,8 +371,11 @@ class Job:
         """The same, with batches computed in as many parts as this device needs."""
         return replace(settings, accumulation=self.parts_of_batch)
 
-    def train_settings(self, section: Finetuning | Healing, length: int, seed: int) -> TrainSettings:
-        """The loop's settings for a section of the recipe, after `fill_in`."""
+    def train_settings(
+        self, section: Finetuning | Healing, length: int, seed: int, repaired: bool | None = None
+    ) -> TrainSettings:
+        """The loop's settings for a section of the recipe, after `fill_in`; to heal a network that was `repaired` or
+        not, by default as this run does."""
         assert section.tokens is not None and section.learning_rate is not None
         finetuning = self.recipe.finetuning
         assert finetuning.batch_size is not None
@@ -404,6 +383,8 @@ class Job:
         if isinstance(section, Finetuning):
             names = ("schedule", "warmup_share", "tail_share", "weight_decay", "clip")
             chosen = {name: getattr(section, name) for name in names} | {"move_idle": section.move_inactive}
+        elif self.repairs if repaired is None else repaired:
+            chosen = {"warmup_share": WARMUP_AFTER_REPAIR}
         return TrainSettings(
             tokens=section.tokens,
             batch_size=finetuning.batch_size,

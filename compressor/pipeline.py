@@ -256,8 +256,6 @@ def resume(
     here = remembered(recipe, path)  # of what is given now; the rest lies where the run knows it
     paths = here | run.local_paths() | {name: place for name, place in here.items() if is_given(name, overrides)}
     job = Job(run, recipe, redo, paths=paths)
-    if "repair.enabled" in overrides and "healing.learning_rate" not in overrides:
-        job.follow_repair(run.recipe().repair.enabled)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
         check_weights_by_size(job)

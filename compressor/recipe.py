@@ -513,8 +513,9 @@ class Recipe(Section):
 FEW_TOKENS = 0.01
 """Tokens for each parameter, of fine-tuning and healing together, below which cut projections are repaired: what is
 healed on more than that ends as well without (docs/results.md)."""
-RATE_AFTER_REPAIR = 0.5
-"""The healing rate of a repaired network, as a share of a plain slice's: what was given back must not be undone."""
+WARMUP_AFTER_REPAIR = 0.3
+"""Share of the steps in which the rate of healing rises for a repaired network: what was given back must not be
+undone."""
 
 
 def learning_rate_for(

@@ -227,7 +227,7 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
         if cut is None or method.drawn:
             job.threads(scoring=True)
             cut, unhealed = method.make(comparison, seed), None
-        made = fingerprint([network_fingerprint(cut[0]), tokens, seed, *rate_of(job, method.repaired)])
+        made = fingerprint([network_fingerprint(cut[0]), tokens, seed, *healed_otherwise(job, method.repaired)])
         if twin := made_before(comparison, made):
             twin.with_row(method=method.name, about=method.about).write(file)
             continue
@@ -310,10 +310,9 @@ def made_before(comparison: SizeComparison, made: str) -> FinishedRow | None:
     return None
 
 
-def rate_of(job: Job, repaired: bool) -> list[float]:
-    """The rate that a method is healed with, where that is not the recipe's."""
-    rate = job.healing_rate(repaired)
-    return [] if rate == job.recipe.healing.learning_rate else [rate]
+def healed_otherwise(job: Job, repaired: bool) -> list[str]:
+    """Says so of a method that is not healed as ours is, since only one of them is repaired."""
+    return [] if repaired or not job.repairs else ["plain"]
 
 
 def network_fingerprint(network: Any) -> str:
@@ -336,10 +335,11 @@ def heal_as_ours(
     *,
     repaired: bool,
 ) -> None:
-    """Heal in place with the rate for networks that were `repaired` or not; seed 0 draws what the export of this run
-    drew."""
-    section = job.recipe.healing.model_copy(update={"tokens": tokens, "learning_rate": job.healing_rate(repaired)})
-    settings = job.train_settings(section, blocks.length, job.recipe.seed + 1 + seed)
+    """Heal in place, as suits one that was `repaired`, where the run does so, or not; seed 0 draws what the export
+    of this run drew."""
+    section = job.recipe.healing.model_copy(update={"tokens": tokens})
+    seed = job.recipe.seed + 1 + seed
+    settings = job.train_settings(section, blocks.length, seed, repaired=repaired and job.repairs)
     job.threads(scoring=False)
     heal(network, base, blocks, job.in_parts(settings), state=state, accelerator=job.accelerator)
     round_as_stored(job, network)

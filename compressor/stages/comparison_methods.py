@@ -76,8 +76,6 @@ class SizeComparison:
             "seed": job.recipe.seed,
             **repair_inputs(job),
         }
-        if (plain := job.healing_rate(repaired=False)) != job.recipe.healing.learning_rate:
-            read["plain_rate"] = plain
         return fingerprint(read)
 
     @cached_property
