@@ -50,15 +50,16 @@ def logits_of(model: PreTrainedModel) -> Logits:
 
 @torch.no_grad()
 def bits_per_byte(logits: Logits, length: int, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
-    """Of texts joined end to end and read in windows of `length` tokens, first tokens left out. Markers between texts
-    are predicted like any token and stand for no bytes."""
-    stream = [token for text in texts for token in tokenizer(text).input_ids]
-    rows = torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+    """Of texts, each read for itself in windows of `length` tokens, first tokens left out. Markers are predicted like
+    any token and stand for no bytes."""
     nats, shown = 0.0, 0
-    for ids in rows.split(16):
-        predicted, next_ids = logits(ids)[:, :-1].float(), ids[:, 1:]
-        nats += torch.nn.functional.cross_entropy(predicted.flatten(0, 1), next_ids.flatten(), reduction="sum").item()
-        shown += sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in next_ids.tolist())
+    for text in texts:
+        stream = torch.tensor([tokenizer(text).input_ids])
+        for ids in stream.split(length, dim=1):
+            if ids.shape[1] > 1:
+                predicted, next_ids = logits(ids)[0, :-1].float(), ids[0, 1:]
+                nats += torch.nn.functional.cross_entropy(predicted, next_ids, reduction="sum").item()
+                shown += len(tokenizer.decode(next_ids.tolist(), skip_special_tokens=True).encode())
     return nats / math.log(2) / shown
 
 

@@ -122,6 +122,14 @@ def test_markers_are_no_bytes() -> None:
     assert bits_per_byte(knows_nothing, 8, tokenizer, texts) == pytest.approx(math.log2(vocabulary + 3))
     texts = ["aaaa<s>aaa"]  # one window: seven tokens are predicted, of which six stand for bytes
     assert bits_per_byte(knows_nothing, 8, tokenizer, texts) == pytest.approx(7 / 6 * math.log2(vocabulary + 3))
+    read: list[int] = []
+
+    def counting(ids: torch.Tensor) -> torch.Tensor:
+        read.append(ids.shape[1])
+        return knows_nothing(ids)
+
+    bits_per_byte(counting, 8, tokenizer, ["aaa", "b" * 13])  # no text is the context of another
+    assert read == [3, 8, 5]
 
 
 def test_the_speed_of_writing_is_a_row_for_each_number_of_rows(
