@@ -328,7 +328,8 @@ class Job:
     @cached_property
     def _repaired_so_far(self) -> bool | None:
         """Whether the run's super-network was made for a repair; None where its training has not begun."""
-        return self.run.recipe().repair.enabled if self.run.trains else None
+        begun = self.run.trains and self.run.recipe_file.is_file()
+        return self.run.recipe().repair.enabled if begun else None
 
     @property
     def ordering(self) -> str:

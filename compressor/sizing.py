@@ -210,7 +210,8 @@ def keep_smallest_share(job: Job) -> None:
     """Put the small end of the fine-tuning into the recipe where the user said nothing: targets of later picks and
     searches do not move what was trained. Runs of earlier versions go on without it."""
     share = smallest_share(job)
-    if job.recipe.finetuning.smallest_share is None and job.run.trains and job.redo != "finetune":
+    begun = job.run.trains and job.run.recipe_file.is_file()
+    if job.recipe.finetuning.smallest_share is None and begun and job.redo != "finetune":
         began = job.run.recipe().finetuning.smallest_share
         if began is None:
             return

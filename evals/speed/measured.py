@@ -489,7 +489,8 @@ def _peak_memory(model: nn.Module, ids: torch.Tensor, new: int) -> int:
     later, new = max(0, new - MEMORY_STEPS), min(new, MEMORY_STEPS)
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    weights += later * _bytes_of_a_token(model, ids)
+    if later:
+        weights += later * _bytes_of_a_token(model, ids)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
