@@ -1,4 +1,4 @@
-"""What works on a GPU, how exactly, and how fast: twelve parts within ten minutes, each a process of its own.
+"""What works on a GPU, how exactly, and how fast: twelve parts, each a process of its own with a time limit.
 
     python -m benchmarks.gpu --checkpoint DIR [--include-path DIR --tasks A,B --data FILE] --output DIR
     python -m benchmarks.gpu --tiny --output DIR          # the same on a CPU, with tiny budgets: does it run?
@@ -442,7 +442,7 @@ def decode_times(network: Any, prompt: int, new: int, batch: int = 1) -> dict[st
     return {"prefill": prefill, "decode": plain, "graph": graphed}
 
 
-def training(arguments: argparse.Namespace) -> Facts:
+def training(arguments: argparse.Namespace, rows: int = 16, ordering: str | None = None) -> Facts:
     """Sandwich steps: seconds, synchronisations, memory, and the share of the card's rate."""
     import torch
 
@@ -450,11 +450,11 @@ def training(arguments: argparse.Namespace) -> Facts:
     from compressor.inputs import training_blocks
     from compressor.stages.finetuning import order_supernet, train_supernet
 
-    steps, rows = (2, 2) if arguments.tiny else (20, getattr(arguments, "rows", 16))
+    steps, rows = (2, 2) if arguments.tiny else (20, rows)
     length = 64 if arguments.tiny else SEQUENCE
     tokens = steps * rows * length
-    changes = {"finetuning.tokens": tokens, "finetuning.batch_size": rows, "targets.max_params": "0.67"}
-    changes["finetuning.ordering"] = getattr(arguments, "ordering", None)
+    changes: dict[str, Any] = {"finetuning.tokens": tokens, "finetuning.batch_size": rows}
+    changes |= {"finetuning.ordering": ordering, "targets.max_params": "0.67"}
     with open_job(arguments, **changes) as job:
         rate = matrix_rate(place(), torch.bfloat16)
         network = job.supernet_of(job.load_base(torch.float32))
@@ -501,8 +501,7 @@ def training_a_billion(arguments: argparse.Namespace) -> Facts:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del network
-        changed = {"checkpoint": folder, "rows": 2 if tiny else 8, "ordering": "magnitude"}
-        yield from training(argparse.Namespace(**vars(arguments) | changed))
+        yield from training(argparse.Namespace(**vars(arguments) | {"checkpoint": folder}), 8, "magnitude")
 
 
 def synchronisations(job: Job, network: Any, blocks: Any) -> dict[str, int]:

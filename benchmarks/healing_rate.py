@@ -42,12 +42,10 @@ def main() -> None:
         architecture = uniform_near(job, 0.67 * full)
 
         def variants(tokens: int) -> Variants | None:
+            if not tokens:
+                return None
             text = blocks.split()[0][: tokens // blocks.length].split(8)
-            return (
-                repair_in_sequence(supernet, architecture, [batch.ids.to(job.device) for batch in text])
-                if tokens
-                else None
-            )
+            return repair_in_sequence(supernet, architecture, [batch.ids.to(job.device) for batch in text])
 
         cuts = {tokens: variants(tokens) for tokens in map(int, arguments.repair.split(","))}
 
