@@ -9,7 +9,8 @@ import torch
 
 from export.layouts.elastic import nearest_size, open_elastic
 from export.package import write_package
-from export.package_record import PackageRecord, check_files, read_record
+from export.package_record import PackageRecord, check_files, read_record, write_card
+from export.report.card import render_slice_card
 from export.verify import verify
 from supernet.common.errors import RequestError, VerificationError
 
@@ -35,12 +36,14 @@ def cut(package: Path, destination: Path, most: Callable[[int], int]) -> Package
         source.size(size.architecture),
         destination,
         tokenizer=package,
-        entry={"name": destination.name, "architecture": size.architecture.to_dict(), "params": size.params},
+        entry={"name": destination.resolve().name, "architecture": size.architecture.to_dict(), "params": size.params},
         dtype=dtype,
         lineage={**lineage, "cut_from": record.entry.name, "size": size.name},
         probe_ids=torch.tensor(record.probe.ids),
     )
     verify(destination, record=True)
+    card = render_slice_card(read_record(destination).entry, record, size, source.structure.base)
+    write_card(destination, card)
     return read_record(destination)
 
 

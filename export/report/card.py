@@ -8,8 +8,9 @@ import shlex
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
+from export.package_record import ElasticSize, PackageEntry, PackageRecord
 from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
 from export.report.schema import Base, BaseCard, Package, Report, Training
@@ -26,13 +27,8 @@ UNEVEN_TRANSFORMERS = "5.15"
 def read_base_card(folder: Path) -> BaseCard:
     """What README.md in the base's local folder states about license, language and data; empty without one, and, with
     a warning, where its metadata cannot be read."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return BaseCard()
-    try:
-        data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (ValueError, TypeError, yaml.YAMLError) as error:  # whoever wrote it; the hub is as strict as that
-        say(f"warning: {readme}: its metadata cannot be read ({type(error).__name__}); its license is not kept")
+    data = _metadata(folder)
+    if data is None:
         return BaseCard()
 
     def text(key: str) -> str | None:
@@ -50,6 +46,53 @@ def read_base_card(folder: Path) -> BaseCard:
         language=texts("language"),
         datasets=texts("datasets"),
     )
+
+
+def _metadata(folder: Path) -> CardData | None:
+    """The metadata of README.md in a folder; None without one, and, with a warning, where it cannot be read."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    try:
+        return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # whoever wrote it; the hub is as strict as that
+        say(f"warning: {readme}: its metadata cannot be read ({type(error).__name__}); its license is not kept")
+        return None
+
+
+def render_slice_card(package: PackageEntry, elastic: PackageRecord, size: ElasticSize, whole: Architecture) -> str:
+    """README.md of a size that was cut out of an elastic package; `whole` is the architecture of its super-network."""
+    known = _metadata(elastic.folder) or ModelCardData(library_name="transformers", pipeline_tag="text-generation")
+    data = known.to_dict()
+    data.pop("model-index", None)  # scores of another network
+    data |= {"model_name": package.name, "tags": [tag for tag in data.get("tags") or [] if tag != "elastic"]}
+    if package.layout != "uniform":
+        data["tags"].append(package.layout)
+    return TEMPLATES.get_template("slice.md.j2").render(
+        metadata=ModelCardData(**data).to_yaml(),
+        title=package.name,
+        package=package,
+        elastic=elastic,
+        size=size,
+        whole=whole,
+        picture=picture(package.architecture, whole),
+        licensed=known.get("license"),
+        **loading(f"path/to/{package.name}", package, "Once upon a time"),
+    )
+
+
+def loading(place: str, package: PackageEntry, prompt: str) -> dict[str, object]:
+    """What `loading.md.j2` shows: how the package in `place`, a folder or a name on the hub, is loaded."""
+    return {
+        "location": _literal(place),
+        "place": shlex.quote(place),
+        "in_vllm": in_vllm(package),
+        "prompt": _literal(prompt),
+        "remote_code": package.layout in ("uneven", "elastic"),
+        "unpacked": DECOMPRESSED if decompressed_at_load(package) else "",
+        "uneven_transformers": UNEVEN_TRANSFORMERS,
+        "quantized_form": quantized_form(package),
+    }
 
 
 def render_card(report: Report, package_name: str, repo_id: str | None = None) -> str:
@@ -73,14 +116,9 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         base=report.base,
         package=package,
         title=repo_id or f"{report.base.name} {package.label}",
-        location=_literal(repo_id or f"path/to/{package.name}"),
-        place=shlex.quote(repo_id or f"path/to/{package.name}"),
-        in_vllm=in_vllm(package),
         file=package.file,
         file_location=_literal(f"{repo_id or f'path/to/{package.name}'}/{package.file}"),
-        prompt=_literal(prompt),
         shell_prompt=shell_word(" ".join(prompt.split())),
-        remote_code=package.layout in ("uneven", "elastic"),
         verdict=" ".join(verdict(alone)),
         rows=[report.base, *report.quantized_base, *siblings],
         metric=lambda task: metric_name(report, task),
@@ -90,18 +128,16 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         picture=picture(package.architecture, report.base.architecture),
         shown=_shown(report, package, siblings),
         checks=list(flattened(package.verified or {"proof": package.refused or "still to be made"})),
-        unpacked=DECOMPRESSED if decompressed_at_load(package) else "",
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
         repair=(report.recipe.get("repair") or {"enabled": False}),
         healing=healing_of(report, package),
         compared=compared[0] if compared else None,
         summary=summary,
-        uneven_transformers=UNEVEN_TRANSFORMERS,
-        quantized_form=quantized_form(package),
+        **loading(repo_id or f"path/to/{package.name}", package, prompt),
     )
 
 
-def in_vllm(package: Package) -> bool:
+def in_vllm(package: PackageEntry) -> bool:
     """Whether vLLM should load the package, by its source: its Transformers backend wants attention in every layer of
     an uneven package, and the code of an elastic one asks for a size that it does not pass on."""
     if package.quantization == "int8-dynamic" or package.layout not in ("uneven", "uniform", "padded"):
@@ -157,7 +193,7 @@ def card_data(report: Report, package: Package) -> ModelCardData:
     )
 
 
-def quantized_form(package: Package) -> str:
+def quantized_form(package: PackageEntry) -> str:
     """The form of a quantized package that transformers loads; also the name of the package that it needs."""
     return "auto-round" if (package.quantization or "").endswith("auto-round") else "compressed-tensors"
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from export.package_record import PackageEntry
 from export.report.schema import Base, Package, Report, Training
 from export.report.vocabulary import vocabulary_notes
 from search.scores import Score
@@ -136,7 +137,7 @@ def _score_cell(score: Score | None) -> Text:
     return cell
 
 
-def decompressed_at_load(package: Package) -> bool:
+def decompressed_at_load(package: PackageEntry) -> bool:
     """Whether the measured speed is that of floats: plain transformers unpacks compressed-tensors when it loads them on
     a CPU."""
     speed = package.speed

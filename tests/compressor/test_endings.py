@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from compressor.cli import run
 from compressor.pipeline import added
@@ -120,6 +121,10 @@ def test_an_elastic_package_is_written_proved_scored_and_cut(
     assert run(["slice", str(elastic), str(tmp_path / "cut"), "--max-params", str(smallest["params"])]) == 0
     assert f"package: {tmp_path / 'cut'}, " in capsys.readouterr().err
     assert run(["verify", str(tmp_path / "cut")]) == 0
+    card = ModelCard.load(tmp_path / "cut" / "README.md")
+    assert f"size {smallest['name']} of the elastic package best-elastic" in card.text
+    assert "elastic" not in card.data.tags and card.data.eval_results is None
+    assert run(["push", str(tmp_path / "cut"), "somebody/cut", "--dry-run"]) == 0
     assert run(["slice", str(elastic), str(tmp_path / "other"), "--max-params", "100"]) == 2
     assert "the smallest size" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert run(["slice", str(made / "packages" / "best"), str(tmp_path / "other"), "--max-params", "0.5"]) == 2

@@ -6,12 +6,16 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from export.report.card import fenced, inline, picture, read_base_card, render_card
+from export.package_record import ElasticSize, PackageEntry, PackageRecord
+from export.report.card import fenced, inline, picture, read_base_card, render_card, render_slice_card
 from export.report.schema import BaseCard, validate_report
 from supernet.architecture import Architecture, LayerSizes
 from tests.support.report_helpers import CUT, HOSTILE, card_of, code_block, full_report, minimal_report
@@ -240,6 +244,26 @@ def test_unknown_package() -> None:
 def test_a_base_card_that_cannot_be_read_is_no_reason_to_stop(tmp_path: Path, text: str | bytes) -> None:
     (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert read_base_card(tmp_path) == BaseCard()
+
+
+@pytest.mark.parametrize("known", [{}, {"held_out_loss": 2.5}, {"quality": 0.9, "quality_stderr": 0.02}])
+def test_a_slice_has_the_licence_of_its_elastic_package_and_what_is_known_of_its_size(
+    tmp_path: Path, known: dict[str, float]
+) -> None:
+    card = "---\nlicense: apache-2.0\nbase_model: a/b\ntags: [pruned, elastic]\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    record = SimpleNamespace(folder=tmp_path, entry=SimpleNamespace(name="best-elastic"))
+    sizes = CUT.to_dict()
+    entry = {"name": "my cut", "path": ".", "layout": "uneven", "architecture": sizes, "params": 10, "bytes": 20}
+    size = ElasticSize.model_validate({"name": "0.70", "architecture": sizes, "params": 10} | known)
+    text = render_slice_card(PackageEntry.model_validate(entry), cast(PackageRecord, record), size, CUT)
+    data = ModelCard(text).data
+    assert (data.license, data.base_model, data.tags) == ("apache-2.0", "a/b", ["pruned", "uneven"])
+    assert data.eval_results is None and "No license is known" not in text
+    assert ("Nothing was measured" in text) == (not known)
+    assert ("held-out loss: 2.500" in text) == ("held_out_loss" in known)
+    assert ("quality, search: 90.0 % ± 2.0" in text) == ("quality" in known)
+    assert 'name = "path/to/my cut"' in text
 
 
 def test_an_elastic_package_is_not_called_healed() -> None:
