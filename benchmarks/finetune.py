@@ -76,10 +76,15 @@ TRIALS: dict[str, Changes] = {
     "rate 0.2 / width, two random members": {"rate": 0.2, "random_members": 2},
     "taught in place, rate 0.03 / width": {"strong_teacher": 0.0, "rate": 0.03},
     "constant tail": {"tail_share": 0.25},
+    # what moves the weights
+    "adamw": {"optimizer": "adamw"},
+    "adamw, rate 0.2 / width": {"optimizer": "adamw", "rate": 0.2},
     # adapters only
     "lora": {"parameters": "lora"},
     "lora, rate 0.1 / width": {"parameters": "lora", "rate": 0.1},
     "lora, rate 1 / width": {"parameters": "lora", "rate": 1.0},
+    "lora, adamw": {"parameters": "lora", "optimizer": "adamw"},
+    "lora, adamw, rate 0.1 / width": {"parameters": "lora", "optimizer": "adamw", "rate": 0.1},
     # weights that depend on the sizes of a layer
     "routed": {"parameters": "routed"},
     # a super-network for each band of sizes, on equal parts of the tokens
@@ -206,7 +211,8 @@ class Trials:
             loss = held_out_loss(network.eval(), self.held_out, 8, torch.device("cpu"))
             return {"loss": loss, "passes": history.passes, "training": history.seconds}
 
-        return self.once({"what": "alone", "size": size, "rate": ALONE[size], "seed": seed}, trial)
+        facts = {"what": "alone", "size": size, "rate": ALONE[size], "seed": seed, "optimizer": job.optimizer}
+        return self.once(facts, trial)
 
 
 def print_trial(name: str, rows: Sequence[Row], reference: Sequence[float], tokens: int) -> None:

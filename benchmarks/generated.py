@@ -100,7 +100,7 @@ def compare(job: Job, sources: list[str], size: float) -> None:
         measure(job, network, texts, f"nothing, ordered on {name_of(source)}", base)
         job.threads(scoring=False)
         state = job.run.path / "healing.safetensors"
-        settings = job.train_settings(job.recipe.healing, blocks.length, seed=1)
+        settings = job.train_settings(job.recipe.healing, blocks.length, seed=1, repaired=False)
         heal(network, job.load_base(), blocks, settings, state=state, accelerator=job.accelerator)
         state.unlink(missing_ok=True)
         measure(job, network, texts, f"**{name_of(source)}**", base)

@@ -1,7 +1,7 @@
-"""Which peak learning rate, batch and warm-up heal a sub-network best? Held-out loss after the same tokens.
+"""Which optimizer, peak learning rate, batch and warm-up heal a sub-network best? Held-out loss after the same tokens.
 
     python -m benchmarks.healing_rate [--checkpoint DIR --data FILE] [--tokens 100000] [--rates 1e-3,3e-3,6e-3]
-        [--repair 0,16384] [--warmups 0.03,0.3] [--seeds 3]
+        [--optimizers muon,adamw] [--repair 0,16384] [--warmups 0.03,0.3] [--seeds 3]
 
 A uniform cut to about two thirds of the parameters is taken from the ordered base, repaired in sequence on so many
 tokens (0: sliced plainly), and healed by distillation, for each seed in another order of the text. The warm-up is the
@@ -10,8 +10,11 @@ share of the steps in which the rate rises.
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -29,7 +32,7 @@ from supernet.variants import Variants
 
 def main() -> None:
     own = {"tokens": 100_000, "rates": "1e-3,3e-3,6e-3", "batches": "4,16", "repair": ("0", "calibration tokens")}
-    own |= {"warmups": "0.03", "seeds": 1}
+    own |= {"warmups": "0.03", "optimizers": "muon", "seeds": 1}
     arguments = make_parser(__doc__, "checkpoint", "data", "device", **own).parse_args()
     rates, warmups = (list(map(float, given.split(","))) for given in (arguments.rates, arguments.warmups))
     batches = list(map(int, arguments.batches.split(",")))
@@ -49,20 +52,23 @@ def main() -> None:
 
         cuts = {tokens: variants(tokens) for tokens in map(int, arguments.repair.split(","))}
 
-        def healed(rate: float, batch: int, tokens: int, warmup: float, seed: int) -> History:
+        def healed(settings: TrainSettings, tokens: int, seed: int) -> History:
             network = extract(supernet.model, job.structure, architecture, cuts[tokens])
-            settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, seed, warmup_share=warmup)
-            state = job.run.path / f"{rate}-{batch}-{tokens}-{warmup}-{seed}.safetensors"
-            return heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
+            with tempfile.TemporaryDirectory(dir=job.run.path) as scratch:
+                state, settings = Path(scratch) / "state.safetensors", replace(settings, seed=seed)
+                return heal(network, base, blocks, settings, state=state, accelerator=job.accelerator)
 
         print(f"{job.structure.parameters(architecture) / full:.3f} of the parameters, {arguments.tokens:,} tokens\n")
-        print_header("repaired on", "rate", "batch", "warm-up", "held-out loss before", "after", "seconds of one")
-        for tokens, rate, batch, warmup in product(cuts, rates, batches, warmups):
-            one = partial(healed, rate, batch, tokens, warmup)
+        columns = "repaired on", "optimizer", "rate", "batch", "warm-up", "held-out loss before", "after"
+        print_header(*columns, "seconds of one")
+        optimizers = arguments.optimizers.split(",")
+        for tokens, optimizer, rate, batch, warmup in product(cuts, optimizers, rates, batches, warmups):
+            settings = TrainSettings(arguments.tokens, batch, blocks.length, rate, 0)
+            one = partial(healed, replace(settings, warmup_share=warmup, optimizer=optimizer), tokens)
             histories, seconds = timed(lambda one=one: list(map(one, range(arguments.seeds))))  # type: ignore[misc]
             before, after = histories[0].start["loss"], [(history.best or {})["loss"] for history in histories]
             cells = [f"{before:.3f}", mean_spread(after), f"{seconds / arguments.seeds:.0f}"]
-            print_row(f"{tokens:,}", f"{rate:g}", str(batch), f"{warmup:g}", *cells)
+            print_row(f"{tokens:,}", optimizer, f"{rate:g}", str(batch), f"{warmup:g}", *cells)
 
 
 if __name__ == "__main__":

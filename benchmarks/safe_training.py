@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,24 +53,24 @@ def main() -> None:
         bundled = Path(checkpoint).resolve() == demo.MODEL.resolve()
         with temporary_job(checkpoint, None if bundled else arguments.data, device=arguments.device) as job:
             for tokens in arguments.tokens:
-                cells = measure(tuned_job(job, tokens, arguments.batch, arguments.rate_factor), arguments.heal)
+                factor = arguments.rate_factor
+                cells = measure(tuned_job(job, tokens, arguments.batch, factor), arguments.heal, factor)
                 print_row(Path(checkpoint).name, f"{tokens:,}", *cells)
 
 
 def tuned_job(job: Job, tokens: int, batch: int, factor: float) -> Job:
-    """The default recipe with so many tokens for fine-tuning and healing, and its rates times a factor."""
+    """The default recipe with so many tokens for fine-tuning and healing, its rate of fine-tuning times a factor."""
     section = Finetuning(tokens=tokens, batch_size=batch)
     healing = job.recipe.healing.model_copy(update={"tokens": tokens, "learning_rate": None})
     tuned = Job(job.run, job.recipe.model_copy(update={"finetuning": section, "healing": healing}))
     tuned.fill_in()
-    for part in (tuned.recipe.finetuning, tuned.recipe.healing):
-        assert part.learning_rate is not None
-        part.learning_rate *= factor
+    assert tuned.recipe.finetuning.learning_rate is not None
+    tuned.recipe.finetuning.learning_rate *= factor
     tuned.threads(scoring=False)
     return tuned
 
 
-def measure(job: Job, healing: bool) -> list[str]:
+def measure(job: Job, healing: bool, factor: float) -> list[str]:
     """The cells of a row, from the number of steps on."""
     section = job.recipe.finetuning
     blocks = training_blocks(job, section.tokens or 0)
@@ -81,7 +82,7 @@ def measure(job: Job, healing: bool) -> list[str]:
     def losses() -> list[float]:
         return [subnet_loss(supernet, size, held_out) for size in sizes]
 
-    healed = heal_cut(job, supernet, blocks) if healing else []  # before the super-network is trained
+    healed = heal_cut(job, supernet, blocks, factor) if healing else []  # before the super-network is trained
     before = losses()
     history, seconds = timed(lambda: train_supernet(job, supernet, blocks, new_state(job)))
     after = losses()
@@ -98,11 +99,13 @@ def measure(job: Job, healing: bool) -> list[str]:
     ]
 
 
-def heal_cut(job: Job, supernet: SuperNetwork, blocks: Blocks) -> list[str]:
-    """A uniform cut of the super-network, healed as an export does: its losses, and the step whose state was kept."""
+def heal_cut(job: Job, supernet: SuperNetwork, blocks: Blocks, factor: float) -> list[str]:
+    """A uniform cut of the super-network, healed as a plain slice is, at its rate times a factor: its losses, and the
+    step whose state was kept."""
     architecture = uniform_near(job, HEALED * job.structure.parameters(job.structure.base))
     network = extract(supernet.model, job.structure, architecture).to(job.device)
-    settings = job.train_settings(job.recipe.healing, blocks.length, job.recipe.seed + 1)
+    settings = job.train_settings(job.recipe.healing, blocks.length, job.recipe.seed + 1, repaired=False)
+    settings = replace(settings, learning_rate=factor * settings.learning_rate)
     held_out = blocks.split()[1]
     before = held_out_loss(network.eval(), held_out, 8, job.device)
     history = heal(network, job.load_base(), blocks, settings, state=new_state(job), accelerator=job.accelerator)

@@ -296,7 +296,7 @@ def ranks(arguments: argparse.Namespace) -> None:
     model, base = job.load_supernet().model.float(), job.load_base(torch.float32)
     blocks = training_blocks(job, arguments.heal_tokens)
     job.recipe.healing.tokens = arguments.heal_tokens
-    settings = job.train_settings(job.recipe.healing, blocks.length, seed=0)
+    settings = job.train_settings(job.recipe.healing, blocks.length, seed=0, repaired=False)
     sliced, healed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, architecture in enumerate(architectures):

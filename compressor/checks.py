@@ -136,7 +136,7 @@ def check_finetuning(job: Job) -> None:
             raise RequestError(f"finetuning.bands: not together with {other}; leave one of the two out")
         if not finetuning.tokens:
             raise RequestError("finetuning.bands: nothing is trained (--train-tokens 0), so all would be alike")
-    check_optimizer(finetuning.optimizer, job.device.type)
+    check_optimizer(job.optimizer, job.device.type)
     narrows = any(gene.kind == "hidden_size" for gene in job.space.genes)
     losses = set(finetuning.losses)
     if narrows and ("hidden" in losses or (losses != {"ce"} and finetuning.strong_teacher < 1)):
@@ -144,7 +144,7 @@ def check_finetuning(job: Job) -> None:
             "--space: where hidden_size is searched, the largest sub-network cannot teach in place and hidden "
             "states cannot be compared; leave finetuning.strong_teacher at 1 and the loss hidden out"
         )
-    if finetuning.shard and (narrows or finetuning.optimizer == "adamw-8bit"):
+    if finetuning.shard and (narrows or job.optimizer == "adamw-8bit"):
         what = "a space that searches hidden_size" if narrows else "finetuning.optimizer: adamw-8bit"
         raise RequestError(f"finetuning.shard: not together with {what}; leave one of the two out")
     to_be_trained = job.redo == "finetune" or job.run.manifest(job.run.supernet) is None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +39,7 @@ from search.scores import Split
 from supernet.common.progress import IMPORTED
 from supernet.device import activation_bytes
 from supernet.routed import routed, routed_parameters
+from supernet.training import muon
 from supernet.training.accelerator import processes
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch
@@ -61,7 +64,8 @@ HEALED = 0.7
 SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""
 STEP_BYTES = 28
-"""Bytes that a step of AdamW reads and writes for each weight: four numbers read, three of them written."""
+"""Bytes that a step of AdamW reads and writes for each weight: four numbers read, three of them written. Muon's
+products of matrices come on top."""
 PROCESS, TASKS = 12.0, 18.0
 """Seconds that a fresh process needs at most to import torch and transformers, and then to build lm-eval's tasks and to
 render their documents."""
@@ -266,7 +270,10 @@ def _finetuning(counts: _Counts, rates: Rates) -> StageCost:
     each = train * (1 + smaller) + rates.teach * finetuning.strong_teacher
     steps, members = counts.steps(tokens), 3 + counts.limits
     watched = len(points_of(steps)) * members * HELD_OUT_BLOCKS * counts.length * rates.teach * counts.searched
-    seconds = tokens * each + steps * rates.step + watched + 3 * disk / DISK_RATE
+    moved = 1.0  # share of the weights that a step moves
+    if finetuning.parameters == "lora":
+        moved = adapter_parameters(counts.job.structure, finetuning.lora_rank) / counts.base
+    seconds = tokens * each + steps * moved * rates.step + watched + 3 * disk / DISK_RATE
     return StageCost("fine-tuning", f"{tokens:,} tokens", seconds, disk=disk)
 
 
@@ -438,12 +445,13 @@ def expected_memory(job: Job) -> dict[str, float]:
         for s in base.layers
     )
     weight_bytes = total * job.compute_dtype.itemsize
+    trained = 16 * total - 4 * sum(map(math.prod, _orthogonal_shapes(job)))  # Muon has one moment, AdamW two
     tokens, checkpointing = rows * recipe.finetuning.sequence_length, recipe.finetuning.gradient_checkpointing
     activations = activation_bytes(structure, tokens, checkpointing)
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
-        training = 16 * total + (weight_bytes if recipe.finetuning.strong_teacher else 0)
+        training = trained + (weight_bytes if recipe.finetuning.strong_teacher else 0)
     scoring = weight_bytes + 4 * job.batch_tokens * (6 * base.hidden_size + 3 * neurons)
     if recipe.finetuning.parameters == "routed":  # beside the weights, every FFN of the active network and its gradient
         changed = sum(math.prod(structure.shape(tensor, base) or ()) for tensor in routed(structure))
@@ -460,7 +468,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         "proposals": 2 * scoring,
         "search": scoring * recipe.finetuning.bands,  # each band's super-network stays open
         "picking": scoring * recipe.finetuning.bands,
-        "healing": weight_bytes + (16 * HEALED * total + activations if recipe.healing.tokens else 0),
+        "healing": weight_bytes + (HEALED * trained + activations if recipe.healing.tokens else 0),
         "quantizing": weight_bytes + 3 * kept,
         "measuring": 2 * scoring,
         "proving": scoring,
@@ -481,10 +489,19 @@ def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None
         read=read,
         teach=read,
         train=3 * read,
-        step=STEP_BYTES * total / bandwidth,
+        step=STEP_BYTES * total / bandwidth + EFFICIENCY * sum(map(muon.operations, _orthogonal_shapes(job))) / flops,
         decode=max(weights / bandwidth, len(structure.base.layers) * 2e-4),  # what launching a layer takes
         rounding=BATCH * job.length * 3 * read / len(structure.base.layers),
     )
+
+
+def _orthogonal_shapes(job: Job) -> list[tuple[int, ...]]:
+    """Shapes of the base's matrices where Muon trains them; none where another optimizer does."""
+    if job.optimizer != "muon":
+        return []
+    structure = job.structure
+    shapes = [structure.shape(tensor, structure.base) for tensor in structure.tensors if tensor.layer is not None]
+    return [shape for shape in shapes if shape is not None and muon.is_matrix(shape)]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
@@ -518,6 +535,9 @@ def measure_rates(job: Job) -> Rates:
     job.threads(scoring=False)
     rounding = step_seconds(model, job.length) if tunes(job) else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
+    for shape, number in Counter(_orthogonal_shapes(job)).items():
+        matrix = torch.randn(shape, device=job.device)
+        step += number * min(_seconds(job.device, partial(muon.orthogonal, matrix)) for _ in range(2))
     return Rates(
         load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding, start=start
     )

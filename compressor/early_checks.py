@@ -40,9 +40,10 @@ def check_names(recipe: Recipe, redo: str | None = None) -> None:
         ("finetuning.draw", finetuning.draw, names.DRAWS),
         *(("finetuning.loss", loss, names.LOSSES) for loss in finetuning.losses),
         ("finetuning.parameters", finetuning.parameters, names.TRAINED),
-        ("finetuning.optimizer", finetuning.optimizer, names.OPTIMIZERS),
         ("searching.algorithm", recipe.searching.algorithm, names.ALGORITHMS),
     ]
+    if finetuning.optimizer is not None:
+        named.append(("finetuning.optimizer", finetuning.optimizer, names.OPTIMIZERS))
     if redo is not None:
         named.append(("--redo", redo, names.REDOABLE))
     for key, name, known in named:

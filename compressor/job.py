@@ -13,7 +13,7 @@ import yaml
 
 from compressor.local_paths import LocalPaths, localized
 from compressor.names import REDOABLE
-from compressor.recipe import WARMUP_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
+from compressor.recipe import MUON_WIDTH, WARMUP_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
 from compressor.run import Run, band_folder
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
@@ -302,16 +302,14 @@ class Job:
 
     def fill_in(self) -> None:
         """Put what follows from the model into the recipe, where the user said nothing."""
-        hidden_size = self.structure.base.hidden_size
         for recipe in (self.given, self.recipe):
-            finetuning, healing = recipe.finetuning, recipe.healing
+            finetuning = recipe.finetuning
             recipe.repair.enabled = self.repairs
             finetuning.ordering = self.ordering
+            finetuning.optimizer = self.optimizer
             if finetuning.learning_rate is None:
-                adapters = finetuning.parameters == "lora"
-                finetuning.learning_rate = learning_rate_for(hidden_size, False, adapters, self.weight_scale)
-            if healing.learning_rate is None:
-                healing.learning_rate = learning_rate_for(hidden_size, True, weight_scale=self.weight_scale)
+                what = "adapters" if finetuning.parameters == "lora" else "fine-tuning"
+                finetuning.learning_rate = self.learning_rate(what)
 
     @property
     def repairs(self) -> bool:
@@ -319,17 +317,27 @@ class Job:
         elastic package is asked for, which has one set of weights for all sizes, and nothing else changes weights."""
         enabled = self.recipe.repair.enabled
         if enabled is None:
-            enabled = self._repaired_so_far
+            enabled = self._begun.repair.enabled if self._begun else None
         if enabled is None:
             little = self.recipe.trains_little(self.structure.parameters(self.structure.base))
             return little and "elastic" not in self.recipe.formats and not self.recipe.finetuning.weights_by_size
         return enabled
 
     @cached_property
-    def _repaired_so_far(self) -> bool | None:
-        """Whether the run's super-network was made for a repair; None where its training has not begun."""
-        begun = self.run.trains and self.run.recipe_file.is_file()
-        return self.run.recipe().repair.enabled if begun else None
+    def _begun(self) -> Recipe | None:
+        """The recipe that the run's super-network is made by; None where its training has not begun."""
+        return self.run.recipe() if self.run.trains and self.run.recipe_file.is_file() else None
+
+    def learning_rate(self, what: str) -> float:
+        """The peak rate of one of `RATES`, where the recipe names none."""
+        return learning_rate_for(what, self.structure.base.hidden_size, self.weight_scale)
+
+    @property
+    def optimizer(self) -> str:
+        """What trains: as the recipe says, else as this run began, else by the width."""
+        begun = self._begun.finetuning.optimizer if self._begun else None
+        narrow = self.structure.base.hidden_size <= MUON_WIDTH
+        return self.recipe.finetuning.optimizer or begun or ("muon" if narrow else "adamw")
 
     @property
     def ordering(self) -> str:
@@ -377,23 +385,25 @@ class Job:
     ) -> TrainSettings:
         """The loop's settings for a section of the recipe, after `fill_in`; to heal a network that was `repaired` or
         not, by default as this run does."""
-        assert section.tokens is not None and section.learning_rate is not None
-        finetuning = self.recipe.finetuning
-        assert finetuning.batch_size is not None
+        finetuning, rate = self.recipe.finetuning, section.learning_rate
+        assert section.tokens is not None and finetuning.batch_size is not None
         chosen: dict[str, Any] = {}
         if isinstance(section, Finetuning):
             names = ("schedule", "warmup_share", "tail_share", "weight_decay", "clip")
             chosen = {name: getattr(section, name) for name in names} | {"move_idle": section.move_inactive}
         elif self.repairs if repaired is None else repaired:
-            chosen = {"warmup_share": WARMUP_AFTER_REPAIR}
+            chosen, rate = {"warmup_share": WARMUP_AFTER_REPAIR}, rate or self.learning_rate("healing after repair")
+        else:
+            rate = rate or self.learning_rate("healing")
+        assert rate is not None
         return TrainSettings(
             tokens=section.tokens,
             batch_size=finetuning.batch_size,
             sequence_length=length,
-            learning_rate=section.learning_rate,
+            learning_rate=rate,
             seed=seed,
             accumulation=finetuning.gradient_accumulation or 1,
-            optimizer=finetuning.optimizer,
+            optimizer=self.optimizer,
             gradient_checkpointing=finetuning.gradient_checkpointing,
             **chosen,
         )

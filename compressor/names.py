@@ -17,7 +17,7 @@ SAMPLERS = ("sandwich", "joint", "alternate")
 DRAWS = ("sizes", "cuts", "genes", "shift")
 LOSSES = ("ce", "kl", "hidden", "relations")
 TRAINED = ("all", "lora", "routed")
-OPTIMIZERS = ("adamw", "adamw-8bit")
+OPTIMIZERS = ("muon", "adamw", "adamw-8bit")
 ALGORITHMS: Mapping[str, str] = {
     "linas": "evolution guided by predictors that are trained on what was measured (the default)",
     "ehvi": "LINAS, two at a time, by the hypervolume that they are expected to add",

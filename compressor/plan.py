@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -48,8 +49,8 @@ the base is searched as it is, and all tokens heal."""
 TRAINED = 0.1
 """From there on, the share of the tokens that are for the fine-tuning."""
 STEPS = 200
-"""Least number of steps of a training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
-MADE_OF = {"ordering": ["teach"], "fine-tuning": ["train", "teach"], "search": ["read"]}
+"""Least number of steps of the longer training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
+MADE_OF = {"ordering": ["teach"], "fine-tuning": ["train", "teach", "step"], "search": ["read"]}
 """Stages whose seconds say how fast what comes later is, and the rates that they are made of."""
 MOSTLY = 0.8
 """Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
@@ -123,8 +124,8 @@ def known_rates(job: Job, kept: Plan | None) -> Rates | None:
 
 
 def made_on(job: Job) -> str:
-    """What rates are of: the device, and what is computed in."""
-    return f"{device_name(job.device)}, {job.compute_dtype}"
+    """What rates are of: the device, what is computed in, and what trains."""
+    return f"{device_name(job.device)}, {job.compute_dtype}, {job.optimizer}"
 
 
 def current(job: Job, plan: Plan) -> Plan:
@@ -247,15 +248,20 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
     # 3. Training: the rest.
     if open_ & {"train_tokens", "heal_tokens"}:
 
-        def trained(tokens: int) -> float:
+        def trained(batch: int, tokens: int) -> float:
             pays = tokens >= WORTH_TRAINING * job.structure.parameters(job.structure.base)
             train = round(TRAINED * tokens) if pays else 0
-            heal = two_digits(tokens - train)
-            batch = min(MOST["batch"], max(FEWEST["batch"], power_of_two(heal / (STEPS * job.length))))
-            set_open(train_tokens=two_digits(train), heal_tokens=heal, batch=batch)
+            set_open(train_tokens=two_digits(train), heal_tokens=two_digits(tokens - train), batch=batch)
             return total()
 
-        largest(trained, time, 0, 10**11)
+        # Steps cost time too, so more tokens may fit in larger batches: the largest one that leaves enough steps.
+        batch = MOST["batch"]
+        while True:
+            largest(partial(trained, batch), time, 0, 10**11)
+            tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
+            if batch <= FEWEST["batch"] or tokens >= STEPS * job.length * batch:
+                break
+            batch //= 2
 
 
 def largest(seconds: Callable[[int], float], most: float, low: int, high: int) -> int:
@@ -274,11 +280,6 @@ def two_digits(number: int) -> int:
     """A number with all but its first two digits zero, which people can read."""
     scale = 10 ** max(0, len(str(number)) - 2)
     return number // scale * scale
-
-
-def power_of_two(number: float) -> int:
-    """The largest power of two up to a number; 1 below that."""
-    return 1 << max(0, int(number).bit_length() - 1)
 
 
 class PlanShown(TypedDict):

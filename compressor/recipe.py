@@ -249,8 +249,9 @@ class Finetuning(Section):
     """Largest norm of a step's gradient."""
     move_inactive: bool = Field(default=False, validation_alias=AliasChoices("move_inactive", "move_idle"))
     """Whether weight decay and momentum move slices that took no part in a step."""
-    optimizer: str = "adamw"
-    """`adamw` (fused), or `adamw-8bit` (bitsandbytes, GPU only)."""
+    optimizer: str | None = None
+    """Of fine-tuning and healing: `muon` (AdamW for what is no matrix), `adamw` (fused), or `adamw-8bit` (bitsandbytes,
+    GPU only). Unset: `muon` up to a residual width of 1,024, `adamw` beyond."""
     batch_size: int | None = Field(default=None, ge=1)
     """Sequences in a step, of fine-tuning and healing. Unset: by `effort`."""
     gradient_accumulation: int | None = Field(default=None, ge=1)
@@ -342,8 +343,8 @@ class Healing(Section):
     """The nearest picks that are healed on a share of the tokens, the better half on more, and so on to the one that
     ships: of as many tokens in all."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Unset: 0.2 / residual width; less where weights are small (two hundredths of their root mean
-    square)."""
+    """Peak learning rate. Unset: 0.2 / residual width, half of it for a repaired network; less where weights are small
+    (two hundredths of their root mean square)."""
 
 
 class Repair(Section):
@@ -516,24 +517,28 @@ healed on more than that ends as well without (docs/results.md)."""
 WARMUP_AFTER_REPAIR = 0.3
 """Share of the steps in which the rate of healing rises for a repaired network: what was given back must not be
 undone."""
+MUON_WIDTH = 1024
+"""Residual width up to which Muon is the default: its matrix products are nearly half as many operations there as the
+passes of a step of 4,096 tokens, and more in proportion to the width. Measured on widths of 64 to 576
+(docs/results.md)."""
+RATES = {"fine-tuning": 0.1, "adapters": 0.3, "healing": 0.2, "healing after repair": 0.1}
+"""Peak learning rates times the residual width. A plain slice needs, and bears, a rate that would undo much of what a
+whole or a repaired network knows; adapters alone, whose products start at zero, bear three times what whole weights
+do."""
 
 
-def learning_rate_for(
-    hidden_size: int, healing: bool, adapters: bool = False, weight_scale: float | None = None
-) -> float:
-    """Peak learning rate by residual width, and by the root mean square of the weights where that is known.
+def learning_rate_for(what: str, hidden_size: int, weight_scale: float | None = None) -> float:
+    """Peak learning rate of one of `RATES` by residual width, and by the root mean square of the weights where that is
+    known: 1.6e-3 to fine-tune at width 64, 2.4e-5 at 4096.
 
-    At width 64, 3e-3 to heal and 1.6e-3 to fine-tune; at 4096, 5e-5 and 2.4e-5. Adapters alone, whose products start at
-    zero, bear three times what whole weights do. The inverse of the width is how the best rate of an Adam-like step
-    falls for hidden weights (Yang et al., arXiv 2203.03466). The constants were found on stories260K and prose-7m: a
-    network that was cut needs, and bears, a rate that would undo much of what a whole one knows.
+    The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al., arXiv
+    2203.03466); the constants were found on stories260K and prose-7m.
 
     A step of Adam moves every weight by about the rate, whatever its size. So a fine-tuning moves none by more than a
     hundredth of what is typical of them: babyllama-char361, whose weights are three times smaller than those of another
     network of its width, is lost otherwise (`docs/results.md`).
     """
-    share = 0.2 if healing else 0.3 if adapters else 0.1
-    return share * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)
+    return RATES[what] * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)
 
 
 def read_recipe(file: Path | None, overrides: Mapping[str, object], *, new_targets: bool = False) -> Recipe:

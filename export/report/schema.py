@@ -247,6 +247,8 @@ class Training(Model):
     """A training: of the super-network, or of a sub-network that is healed."""
 
     curve: list[CurvePoint]
+    learning_rate: float | None = None
+    """The peak, as it was before it was halved."""
     tokens: int
     seconds: float
     measuring: float = 0.0
@@ -255,6 +257,8 @@ class Training(Model):
     """The step whose state was kept, being the best; 0: the untrained one."""
     halved: list[int] = Field(default_factory=list)
     """Steps after which training went back to the best state and halved its rate."""
+    slowed: list[int] = Field(default_factory=list)
+    """Steps after which it halved its rate and went on."""
     outcome: str = ""
     """The same as a sentence, with the losses before and after."""
 

@@ -26,6 +26,9 @@ class Rule:
     """The member that must not become worse by more than `tolerance`."""
     tolerance: float = 0.0
     """A rise of the guarded member's loss that is allowed, as a share of its loss at the start."""
+    slows: bool = False
+    """Whether the rate is halved, and training goes on, where a point is no better than the best one and no lower than
+    the one before."""
 
     def score(self, losses: Losses, start: Losses) -> float:
         """What the best state has least of: the mean loss of the scored members; infinite where the guarded one rose
@@ -51,6 +54,8 @@ class History:
 
     curve: list[Losses] = field(default_factory=list)
     """Points: `step` and `tokens` before them, and held-out losses by name; what is not finite is left out."""
+    learning_rate: float | None = None
+    """The peak, as it was before it was halved; None where an earlier version did not say."""
     tokens: int = 0
     seconds: float = 0.0
     """Of training, measuring among them."""
@@ -61,6 +66,8 @@ class History:
     """The step whose state is the best so far; 0: the untrained one. None: nothing was measured."""
     halved: list[int] = field(default_factory=list)
     """Steps after which the training went back to the best state and halved its rate."""
+    slowed: list[int] = field(default_factory=list)
+    """Steps after which it halved its rate and went on."""
 
     def add(self, step: int, losses: Losses) -> None:
         """Add a point to the curve."""
@@ -94,8 +101,9 @@ class History:
             for name, loss in best.items()
             if name not in ("step", "tokens") and name in self.start
         ]
-        times = {1: "once", 2: "twice"}.get(len(self.halved), f"{len(self.halved)} times")
-        slowed = f"the rate was halved {times}; " if self.halved else ""
+        halved = len(self.halved) + len(self.slowed)
+        times = {1: "once", 2: "twice"}.get(halved, f"{halved} times")
+        slowed = f"the rate was halved {times}; " if halved else ""
         share = self.measuring / max(self.seconds, 1e-9)
         return f"{kept}; held-out {', '.join(losses)}; {slowed}measuring took {share:.0%} of the time"
 

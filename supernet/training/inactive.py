@@ -1,8 +1,9 @@
 """Inactive slices, which no sub-network of a step used, and an optimizer step that does not change them.
 
-A sub-network's gradient is a full-sized tensor with zeros outside its slice. AdamW would still decay those entries and
-move them by their momentum, so that units would drift in steps that do not train them. So their weights and moments are
-restored after the step.
+A sub-network's gradient is a full-sized tensor with zeros outside its slice. An optimizer would still decay those
+entries and move them by their momentum, so that units would drift in steps that do not train them. So their weights and
+moments are restored after the step. (Muon makes a matrix orthogonal together with the momentum of its inactive part,
+which changes how far the active part moves, by a tenth or two.)
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, cos, isfinite, pi
+from math import ceil, cos, inf, isfinite, pi
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -39,6 +40,7 @@ from supernet.training.best_state import BestState
 from supernet.training.data import Batch, Blocks
 from supernet.training.history import History, Losses, Rule
 from supernet.training.inactive import Inactive, restore_inactive
+from supernet.training.muon import is_matrix
 from supernet.training.optimizers import OPTIMIZERS, Groups
 from supernet.training.sharding import by_sharding, clip_gradients, full_tensor, shard_like
 
@@ -127,9 +129,9 @@ class TrainSettings:
         left = 1 - progress if self.schedule == "linear" else (1 + cos(pi * progress)) / 2
         return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
-    def slowed_rate(self, step: int, halved: list[int]) -> float:
-        """`rate`, halved for each of these steps and warmed up again after the last of them."""
-        rate = self.rate(step) * 0.5 ** len(halved)
+    def slowed_rate(self, step: int, halved: list[int], slowed: list[int]) -> float:
+        """`rate`, halved for each of these steps, and warmed up again after the last one of `halved`."""
+        rate = self.rate(step) * 0.5 ** (len(halved) + len(slowed))
         return rate * min(1.0, (step - halved[-1] + 1) / self.warmup) if halved else rate
 
 
@@ -139,6 +141,8 @@ class TrainingState:
 
     path: Path
     parameters: dict[str, nn.Parameter]
+    name: str
+    """Of the optimizer."""
     optimizer: torch.optim.Optimizer
     history: History
     memory: dict[str, list[float]]
@@ -158,16 +162,20 @@ class TrainingState:
         if not accelerator.is_main_process:
             return
         facts = {"step": step, "history": vars(self.history), "memory": self.memory, "numbers": numbers}
+        facts["optimizer"] = self.name
         with replacing(self.path) as temporary:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
 
     def restore(self) -> int:
-        """Read the state in place. Returns the number of steps that were done; 0 where there is no file."""
+        """Read the state in place. Returns the number of steps that were done; 0 where there is no file. Raises
+        `RequestError` where another optimizer wrote it."""
         if not self.path.exists():
             return 0
         optimizer = self.optimizer
         with safe_open(self.path, "pt") as file, torch.no_grad():
             facts = json.loads(file.metadata()["facts"])
+            if (other := facts.get("optimizer", "adamw")) != self.name:
+                raise RequestError(f"{self.path}: a training by {other} wrote it, not by {self.name}; remove it")
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 key, _, parameter_name = name.partition("|")
                 parameter, value = self.parameters[parameter_name], file.get_tensor(name)
@@ -211,9 +219,11 @@ def train(
     """
     # 1. The optimizer, and the state of an interrupted run where there is one.
     parameters = dict(model.named_parameters()) if parameters is None else parameters
-    optimizer = OPTIMIZERS[settings.optimizer](_groups(parameters, settings), settings.learning_rate)
-    history = History()
-    training = TrainingState(state, parameters, optimizer, history, {} if memory is None else memory)
+    optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(model, parameters, settings), settings.learning_rate)
+    history = History(learning_rate=settings.learning_rate)
+    training = TrainingState(
+        state, parameters, settings.optimizer, optimizer, history, {} if memory is None else memory
+    )
     first = training.restore()
     watch = None
     if measure is not None:
@@ -233,7 +243,7 @@ def train(
                 watch.measure(number)
             # 2. One step: gradients of all members, then the optimizer.
             for group in optimizer.param_groups:
-                group["lr"] = settings.slowed_rate(number, history.halved)
+                group["lr"] = settings.slowed_rate(number, history.halved, history.slowed)
             torch.manual_seed(settings.seed * 1_000_003 + number)
             loss = _gradients(data, settings, number, step, accelerator, history)
             unused = ended() if ended is not None else {}
@@ -308,6 +318,9 @@ class Watch:
                 self.best.keep(step, write=left > 0)
             elif left > 0 and not self.best.rule.holds(losses, self.history.start, left):
                 self.go_back(step, "more than the steps left can regain")
+            elif left > 0 and self.best.rule.slows and self._rose(self.best.rule.scored, step):
+                self.history.slowed.append(step)
+                say(f"{self.what}: no better than before: half the rate from here on ({self._peak()})")
         self.history.measuring += time.monotonic() - began
 
     def go_back(self, step: int, why: str) -> None:
@@ -319,8 +332,20 @@ class Watch:
         self.history.halved.append(step)
         say(
             f"{self.what}: {why}: back to the state after {self.history.kept} steps, with half the rate from here on "
-            f"(a peak of {self.settings.learning_rate * 0.5 ** len(self.history.halved):.2g})"
+            f"({self._peak()})"
         )
+
+    def _rose(self, names: Sequence[str], step: int) -> bool:
+        """Whether the last point is no lower than the one before, and the rate no longer warms up: what recovers from a
+        rise, or rises because the rate does, is not slowed."""
+        before, last = (mean(point.get(name, inf) for name in names) for point in self.history.curve[-2:])
+        warm = (self.history.halved[-1] if self.history.halved else 0) + self.settings.warmup
+        return step >= warm and last >= before
+
+    def _peak(self) -> str:
+        """The peak of the schedule as it is halved so far, for people."""
+        halved = len(self.history.halved) + len(self.history.slowed)
+        return f"a peak of {self.settings.learning_rate * 0.5**halved:.2g}"
 
     def finish(self) -> None:
         """End with the best state, and say so."""
@@ -331,14 +356,20 @@ class Watch:
         say(f"{self.what}: {self.history.outcome}")
 
 
-def _groups(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> Groups:
-    """The optimizer's groups: matrices, which are decayed, and vectors, each as whole and sharded ones."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
+def parameter_groups(model: PreTrainedModel, parameters: dict[str, nn.Parameter], settings: TrainSettings) -> Groups:
+    """The optimizer's groups: matrices, embeddings and head, which are decayed, and vectors, each as whole and sharded
+    ones."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = {id(module._parameters.get("weight")) for module in (*modules, model.get_output_embeddings()) if module}
+    by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        matrix = is_matrix(tuple(parameter.shape)) and id(parameter) not in tables
+        by_kind.setdefault((matrix, decay), []).append(parameter)
     return [
-        {"params": kind, "weight_decay": decay}
-        for decay, decayed in ((settings.weight_decay, matrices), (0.0, vectors))
-        for kind in by_sharding(decayed)
+        {"params": kind, "weight_decay": decay, "matrices": matrices}
+        for (matrices, decay), members in by_kind.items()
+        for kind in by_sharding(members)
     ]
 
 

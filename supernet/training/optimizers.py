@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from supernet.common.errors import RequestError
+from supernet.training.muon import Muon
 
 Groups = list[dict[str, Any]]
-"""Parameter groups as torch's optimizers take them: `params`, `weight_decay`."""
+"""Parameter groups as torch's optimizers take them: `params`, `weight_decay`, and `matrices`, whether these are
+matrices that are no embeddings and no head."""
 
 BETAS = (0.9, 0.95)
 
@@ -28,7 +30,13 @@ def adamw_8bit(groups: Groups, rate: float) -> torch.optim.Optimizer:
     return AdamW8bit(groups, lr=rate, betas=BETAS)
 
 
+def muon(groups: Groups, rate: float) -> torch.optim.Optimizer:
+    """Muon for the matrices of layers, AdamW for the rest."""
+    return Muon(groups, rate, BETAS)
+
+
 OPTIMIZERS: dict[str, Callable[[Groups, float], torch.optim.Optimizer]] = {
+    "muon": muon,
     "adamw": adamw,
     "adamw-8bit": adamw_8bit,
 }
@@ -37,6 +45,6 @@ OPTIMIZERS: dict[str, Callable[[Groups, float], torch.optim.Optimizer]] = {
 def check_optimizer(name: str, device: str) -> None:
     """Raises `RequestError` for an optimizer that cannot run here."""
     if name == "adamw-8bit" and device != "cuda":
-        raise RequestError("finetuning.optimizer: adamw-8bit runs on a GPU only; use adamw")
+        raise RequestError("finetuning.optimizer: adamw-8bit runs on a GPU only; leave it out")
     if name == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise RequestError("finetuning.optimizer: adamw-8bit needs bitsandbytes: pip install bitsandbytes")

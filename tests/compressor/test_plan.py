@@ -18,6 +18,7 @@ from compressor.plan import (
     FEWEST,
     MOST,
     MOSTLY,
+    STEPS,
     WORTH_TRAINING,
     adjust,
     expected_of,
@@ -38,6 +39,7 @@ from compressor.schedule import STAGES, Schedule
 from export.quantization.cost import step_seconds
 from supernet.common.errors import RequestError
 from supernet.training.accelerator import make_accelerator
+from supernet.training.muon import operations
 from tests.support import tiny
 from tests.support.tiny_families import CONFIGS, tiny_network
 
@@ -156,6 +158,26 @@ def test_few_tokens_all_heal(given: dict[str, Any], tmp_path: Path) -> None:
     tokens = job.recipe.healing.tokens or 0
     assert job.recipe.finetuning.tokens == 0
     assert tokens < WORTH_TRAINING * job.structure.parameters(job.structure.base)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.0])
+def test_the_batch_is_the_largest_that_leaves_enough_steps_and_more_tokens_are_read_in_it(
+    given: dict[str, Any], tmp_path: Path, step: float
+) -> None:
+    """Steps that cost a second each (Muon's products on a wide network) are worth larger batches."""
+    rates = RATES.model_copy(update={"step": step})
+    tokens = {}
+    for batch in (None, 4, 8, 16, 32):
+        own = {} if batch is None else {"finetuning.batch_size": batch}
+        job = job_of(given, tmp_path, time="40m", **own)
+        fit(job, rates, [name for name in OPEN if batch is None or name != "batch"], strict=True)
+        tokens[batch] = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
+        if batch is None:
+            chosen = job.recipe.finetuning.batch_size
+            assert chosen in (8, 16, 32) and tokens[None] >= STEPS * job.length * chosen
+    assert tokens[None] == tokens[chosen]
+    assert all(tokens[other] < STEPS * job.length * other for other in (8, 16, 32) if other > chosen)
+    assert all(tokens[other] <= tokens[chosen] for other in (4, 8, 16) if other < chosen)
 
 
 def test_what_the_user_set_stays(given: dict[str, Any], tmp_path: Path) -> None:
@@ -307,6 +329,21 @@ def test_a_plan_alone_leaves_nothing_behind(
     assert [row["name"] for row in shown["stages"]] == [name for name in STAGES if not name.startswith("writing")]
     assert shown["seconds"] <= 1200 and shown["budgets"]["heal_tokens"] > 0
     assert all(name in err for name in ("fine-tuning", "proving", "memory", "disk"))
+
+
+def test_an_optimizer_that_multiplies_matrices_costs_time_and_less_memory(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "matrix_rate", lambda *_: 1e6)
+    monkeypatch.setattr(costs, "copy_rate", lambda *_: 1e9)
+    muon, adamw = (job_of(given, tmp_path / name, **{"finetuning.optimizer": name}) for name in ("muon", "adamw"))
+    structure = muon.structure
+    shapes = [structure.shape(t, structure.base) or () for t in structure.tensors if t.layer is not None]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    slower = sum(operations(shape) for shape in matrices) / 1e6
+    assert costs.estimate_rates(muon).step == pytest.approx(costs.estimate_rates(adamw).step + slower)
+    less = costs.expected_memory(adamw)["fine-tuning"] - costs.expected_memory(muon)["fine-tuning"]
+    assert less == 4 * sum(rows * columns for rows, columns in matrices) > 0
 
 
 def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Path) -> None:

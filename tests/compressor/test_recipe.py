@@ -153,11 +153,12 @@ def test_a_search_of_one_is_none() -> None:
 
 
 def test_the_default_rate_moves_no_weight_by_more_than_a_hundredth_of_its_size() -> None:
-    assert learning_rate_for(64, healing=False) == learning_rate_for(64, False, weight_scale=0.2) == 0.1 / 64
-    assert learning_rate_for(64, False, weight_scale=0.02) == pytest.approx(0.0002)
-    assert learning_rate_for(64, True, weight_scale=0.02) == pytest.approx(0.0004)
-    assert learning_rate_for(64, False, adapters=True, weight_scale=0.02) == pytest.approx(0.0006)
-    assert learning_rate_for(64, False, weight_scale=0.0) == 0.1 / 64  # nothing is known of such weights
+    assert learning_rate_for("fine-tuning", 64) == learning_rate_for("fine-tuning", 64, 0.2) == 0.1 / 64
+    assert learning_rate_for("fine-tuning", 64, 0.02) == pytest.approx(0.0002)
+    assert learning_rate_for("healing", 64, 0.02) == pytest.approx(0.0004)
+    assert learning_rate_for("healing after repair", 64, 0.02) == pytest.approx(0.0002)
+    assert learning_rate_for("adapters", 64, 0.02) == pytest.approx(0.0006)
+    assert learning_rate_for("fine-tuning", 64, 0.0) == 0.1 / 64  # nothing is known of such weights
 
 
 def test_a_percentage_in_a_name_is_a_share() -> None:

@@ -84,7 +84,8 @@ def test_switched_off_the_package_is_made_again(folder: Path) -> None:
     assert run(["export", str(folder), "--repair", "off"]) == 0
     plain = load_file(folder / "packages" / "best" / "model.safetensors")
     # It is healed as a plain slice, and the search is shown with the scores that it had.
-    assert healing_settings(opened(folder)) == replace(settings, warmup_share=0.03) != settings
+    plainly = replace(settings, warmup_share=0.03, learning_rate=2 * settings.learning_rate)
+    assert healing_settings(opened(folder)) == plainly
     assert run(["report", str(folder)]) == 0
     points = json.loads((folder / "report.json").read_text())["search"]["points"]
     assert points and all(point["tasks"] for point in points)
@@ -139,7 +140,9 @@ def test_what_is_trained_little_is_repaired(tmp_path: Path) -> None:
     assert little.recipe.repair.enabled and little.recipe.finetuning.ordering == "surgeon"
     much = job("a", **{"healing.tokens": size // 100 + 1})
     assert much.recipe.repair.enabled is False and much.recipe.finetuning.ordering == "wanda"
-    assert little.recipe.healing.learning_rate == much.recipe.healing.learning_rate
+    rates = [healing_settings(one).learning_rate for one in (little, much)]
+    assert rates[0] == rates[1] / 2
+    assert healing_settings(job("a", **{"healing.learning_rate": 1e-4})).learning_rate == 1e-4
     assert not job("a", **{"finetuning.tokens": size // 100 + 1}).recipe.repair.enabled
     assert not job("a", data=None).recipe.repair.enabled
     assert job("a", **{"repair.enabled": True, "healing.tokens": size}).recipe.finetuning.ordering == "surgeon"

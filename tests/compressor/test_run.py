@@ -152,3 +152,25 @@ def test_sizes_that_are_asked_for_are_watched_and_decide_which_state_is_kept(tmp
     name = "model.embed_tokens.weight"
     assert torch.equal(ours[name], base[name])
     assert {file.name for file in (tmp_path / "run" / "supernet").iterdir() if "training" in file.name} == set()
+
+
+def test_what_trains_follows_the_width_and_stays_what_a_run_began_with(tmp_path: Path) -> None:
+    data = str(tiny.data(tmp_path / "data.jsonl", 40))
+    wide = {"hidden_size": 1056, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def job(folder: str, base: Path, **keys: object) -> Job:
+        given = {"model": str(base), "data": data, "device": "cpu"} | keys
+        job = Job(Run(tmp_path / folder), read_recipe(None, given).resolved())
+        job.fill_in()
+        return job
+
+    narrow = tiny.checkpoint(tmp_path / "narrow")
+    assert job("a", narrow).recipe.finetuning.optimizer == "muon"
+    assert job("a", tiny.checkpoint(tmp_path / "wide", **wide)).recipe.finetuning.optimizer == "adamw"
+    other = job("a", narrow, **{"finetuning.optimizer": "adamw"})
+    assert other.train_settings(other.recipe.healing, 32, 0).optimizer == "adamw"
+    begun = Run.create(tmp_path / "b", other.given, {}, {})
+    assert job("b", narrow).optimizer == "muon"  # nothing was made of it yet
+    fill(begun, "inputs", "trained")
+    assert job("b", narrow).optimizer == "adamw"
+    assert job("b", narrow, **{"finetuning.optimizer": "muon"}).optimizer == "muon"

@@ -25,6 +25,8 @@ from supernet.training.traces import trace
 from tests.support import tiny
 from tests.support.finetune_helpers import CUT, SMALL, range_of, settings
 
+KINDS = ("all", "muon"), ("all", "adamw"), ("lora", "muon")
+"""What is trained, and by which optimizer."""
 STEPS = 8
 SCHEME = ElasticScheme("alternate", random_members=2)  # half of the steps leave slices inactive
 
@@ -33,6 +35,7 @@ def train(
     network: LlamaForCausalLM,
     blocks: Blocks,
     parameters: str,
+    optimizer: str,
     sharded: bool,
     state: Path,
     rate: float = 1e-3,
@@ -46,7 +49,7 @@ def train(
     return finetune_supernet(
         PARAMETERS[parameters](supernet, None, 4, 7),
         blocks,
-        settings(32 * STEPS, checkpoint_seconds=0, weight_decay=0.1, learning_rate=rate),
+        settings(32 * STEPS, checkpoint_seconds=0, weight_decay=0.1, learning_rate=rate, optimizer=optimizer),
         SCHEME,
         range_of(supernet.structure),
         state=state,
@@ -70,12 +73,13 @@ def main(folder: Path) -> None:
             save_file(tensors, folder / name)
 
     keep("start", start)
-    for parameters in ("all", "lora"):
+    for parameters, optimizer in KINDS:
+        kind = f"{parameters}-{optimizer}"
         for how, sharded in (("plain", False), ("whole", True)):
             network = copy.deepcopy(start)
-            train(network, blocks, parameters, sharded, folder / f"{parameters}-{how}-state")
-            keep(f"{parameters}-{how}", network)
-        state, passes = folder / f"{parameters}-killed-state", 0
+            train(network, blocks, parameters, optimizer, sharded, folder / f"{kind}-{how}-state")
+            keep(f"{kind}-{how}", network)
+        state, passes = folder / f"{kind}-killed-state", 0
 
         def dies(*arguments: object) -> object:
             nonlocal passes
@@ -86,18 +90,20 @@ def main(folder: Path) -> None:
 
         elastic.trace = dies
         try:
-            train(copy.deepcopy(start), blocks, parameters, True, state)
+            train(copy.deepcopy(start), blocks, parameters, optimizer, True, state)
         except KeyboardInterrupt:
             elastic.trace = trace
         accelerator.wait_for_everyone()
         network = copy.deepcopy(start)
-        train(network, blocks, parameters, True, state)
-        keep(f"{parameters}-resumed", network)
+        train(network, blocks, parameters, optimizer, True, state)
+        keep(f"{kind}-resumed", network)
     # At a rate that loses it, all processes go back alike, with whole and with sharded layers.
     ends = {}
     for how, sharded in (("plain", False), ("whole", True)):
         network = copy.deepcopy(start)
-        ends[how] = train(network, blocks, "all", sharded, folder / f"lost-{how}-state", rate=1e3, watched=True)
+        ends[how] = train(
+            network, blocks, "all", "adamw", sharded, folder / f"lost-{how}-state", rate=1e3, watched=True
+        )
         keep(f"lost-{how}", network)
     assert [history.halved for history in ends.values()] == [[2, 4, 6]] * 2
     assert [history.kept for history in ends.values()] == [0, 0]

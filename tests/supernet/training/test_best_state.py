@@ -200,6 +200,75 @@ def test_a_loss_that_is_no_number_is_gone_back_from_at_once(
     assert all(torch.isfinite(weight).all() for weight in learned.state_dict().values())
 
 
+def test_where_a_loss_stops_falling_the_rate_is_halved_and_training_goes_on(
+    learned: PreTrainedModel, blocks: Blocks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = settings(32 * 40, learning_rate=1e-3, schedule="constant", warmup_share=0.1)
+    points = points_of(how.steps)
+    losses = iter([1.0, 1.02, 0.9, 0.91, 0.92, 0.905, *[0.8 - 0.01 * n for n in range(len(points))]])
+    metrics: list[float] = []
+
+    def step(number: int, batch: Batch, backward: Backward) -> float:
+        backward(CE(trace(learned, batch), None))
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "record", lambda what, step, **values: metrics.append(values.get("learning_rate", 0.0)))
+        history = train(
+            learned,
+            blocks,
+            how,
+            step,
+            what="healing",
+            state=tmp_path / "s.safetensors",
+            accelerator=Accelerator(cpu=True),
+            measure=lambda: {"loss": next(losses)},
+            rule=Rule(("loss",), "loss", slows=True),
+        )
+    # Not where the rate still warms up (1.02), nor where a rise is being recovered from (0.905).
+    assert history.slowed == points[3:5] and not history.halved and history.kept == how.steps
+    rates = [rate for rate in metrics if rate]
+    assert rates[points[3] - 1] == 1e-3 and rates[points[3]] == 5e-4 and rates[points[4]] == rates[-1] == 2.5e-4
+    said = capsys.readouterr().err
+    assert "no better than before: half the rate from here on (a peak of 0.0005)" in said
+    assert "the rate was halved twice" in said
+
+
+def test_healing_is_slowed_and_a_killed_one_at_the_same_steps(
+    learned: PreTrainedModel, blocks: Blocks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = settings(32 * 40, learning_rate=1e-3, checkpoint_seconds=0)
+    rising = {point: 1 + point / 10_000 for point in points_of(how.steps)}
+
+    def healed(folder: str, dies_at: int | None = None) -> tuple[History, PreTrainedModel]:
+        cut = extract(copy.deepcopy(learned), describe(learned.config), CUT)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        state, done = tmp_path / folder / "s.safetensors", iter(points_of(how.steps))
+        if state.exists():  # the points that were measured before the kill
+            with safe_open(state, "pt") as file:
+                begun = json.loads(file.metadata()["facts"])["history"]["curve"]
+            done = iter(points_of(how.steps)[len(begun) :])
+
+        def loss(*_: Any) -> float:
+            point = next(done)
+            if point == dies_at:
+                raise Killed
+            return rising[point]
+
+        monkeypatch.setattr(supernet_training, "_held_out", loss)
+        return heal(cut, learned, blocks, how, state=state, accelerator=Accelerator(cpu=True), loss=CE), cut
+
+    whole, network = healed("whole")
+    assert whole.slowed and not whole.halved and whole.learning_rate == 1e-3
+    assert History.read(vars(whole)) == whole and History.read({"curve": [], "halved": [2]}).slowed == []
+    with pytest.raises(Killed):
+        healed("killed", dies_at=points_of(how.steps)[4])
+    resumed, again = healed("killed")
+    assert resumed.slowed == whole.slowed and resumed.curve == whole.curve
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, network.state_dict()[name]), name
+
+
 class Killed(Exception):
     pass
 

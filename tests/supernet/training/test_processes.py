@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from supernet.common.errors import RequestError
 from supernet.training.accelerator import make_accelerator
 from tests.support import ROOT, tiny
+from tests.support.sharded import KINDS
 
 
 def finetune(folder: Path, processes: int, shard: bool = False) -> Path:
@@ -69,8 +70,8 @@ def test_a_killed_run_of_sharded_layers_ends_at_the_same_weights_and_adapters_ar
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for parameters in ("all", "lora"):
-        plain, whole, resumed = (load_file(tmp_path / f"{parameters}-{how}") for how in ("plain", "whole", "resumed"))
+    for kind in map("-".join, KINDS):
+        plain, whole, resumed = (load_file(tmp_path / f"{kind}-{how}") for how in ("plain", "whole", "resumed"))
         assert any((plain[name] - value).abs().max() > 1e-3 for name, value in load_file(tmp_path / "start").items())
         for name, value in plain.items():
             assert torch.equal(whole[name], resumed[name]), name

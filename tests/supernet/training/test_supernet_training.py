@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedConfig, PreT
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
+from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.slicing import extract
 from supernet.training import loop, samplers, supernet_training
@@ -138,18 +139,29 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(("draw", "parameters"), [("sizes", "all"), ("shift", "all"), ("sizes", "lora")])
+@pytest.mark.parametrize(
+    ("draw", "parameters", "optimizer"),
+    [
+        ("sizes", "all", "muon"),
+        ("sizes", "all", "adamw"),
+        ("shift", "all", "muon"),
+        ("sizes", "lora", "muon"),
+        ("sizes", "lora", "adamw"),
+        ("sizes", "routed", "muon"),
+    ],
+)
 def test_a_killed_run_ends_at_the_same_weights_bit_for_bit(
     network: PreTrainedModel,
     blocks: Blocks,
     tmp_path: Path,
     draw: str,
     parameters: str,
+    optimizer: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = copy.deepcopy(network.state_dict())
     later = copy.deepcopy(network)  # what a new process loads: nothing that the killed one held in memory
-    how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1)
+    how = settings(32 * 24, checkpoint_seconds=0, weight_decay=0.1, optimizer=optimizer)
     scheme = ElasticScheme(draw=draw)
     (tmp_path / "whole").mkdir()
     tuned(network, blocks, tmp_path / "whole", scheme, how, parameters)
@@ -231,11 +243,12 @@ def test_a_strong_teacher_teaches_the_first_part_only(network: PreTrainedModel, 
     assert all(torch.equal(before[name], weight) for name, weight in base.state_dict().items())
 
 
-def moved(network: PreTrainedModel, members: list[Architecture], move_idle: bool) -> dict[str, torch.Tensor]:
+def moved(network: PreTrainedModel, members: list[Architecture], move_idle: bool, name: str) -> dict[str, torch.Tensor]:
     """Train the full network for a step, so that there is momentum; then a step of `members` only. What moved?"""
     supernet = SuperNetwork(network)
     parameters = dict(network.named_parameters())
-    optimizer = OPTIMIZERS["adamw"]([{"params": list(parameters.values()), "weight_decay": 0.1}], 1e-2)
+    settings = TrainSettings(1, 1, 1, 1e-2, 0, weight_decay=0.1)
+    optimizer = OPTIMIZERS[name](loop.parameter_groups(network, parameters, settings), 1e-2)
     ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     batch = Batch(ids, ids, torch.arange(16).expand(2, 16))
     before: dict[str, torch.Tensor] = {}
@@ -252,8 +265,9 @@ def moved(network: PreTrainedModel, members: list[Architecture], move_idle: bool
     return {name: parameters[name].detach() != before[name] for name in parameters}
 
 
-def test_decay_and_momentum_leave_inactive_slices_alone(network: PreTrainedModel) -> None:
-    at = {True: moved(copy.deepcopy(network), [SMALL], True), False: moved(network, [SMALL], False)}
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decay_and_momentum_leave_inactive_slices_alone(network: PreTrainedModel, optimizer: str) -> None:
+    at = {moves: moved(copy.deepcopy(network), [SMALL], moves, optimizer) for moves in (True, False)}
     gate, query = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj.weight"
     out, gone = "model.layers.2.self_attn.o_proj.weight", "model.layers.1.self_attn.v_proj.weight"
     assert at[True][gate][32:].all() and at[True][query][16:].all()  # what would happen
@@ -414,11 +428,20 @@ def test_state_is_json_and_safetensors_only(network: PreTrainedModel, blocks: Bl
     assert facts["step"] == 3 and facts["history"]["tokens"] == 96 and facts["memory"] == {"a": [0.1]}
 
 
+def test_a_state_of_another_optimizer_is_refused(network: PreTrainedModel, blocks: Blocks, tmp_path: Path) -> None:
+    for how in (settings(64, checkpoint_seconds=0, optimizer=name) for name in ("muon", "adamw")):
+        if (tmp_path / "state.safetensors").exists():
+            with pytest.raises(RequestError, match="a training by muon wrote it, not by adamw"):
+                tuned(network, blocks, tmp_path, ElasticScheme(), how)
+        else:
+            tuned(network, blocks, tmp_path, ElasticScheme(), how)
+
+
 def test_every_name_of_the_recipe_is_known() -> None:
     from compressor.recipe import Finetuning
 
     section = Finetuning()
-    assert section.sampler in SAMPLERS and section.draw in DRAWS and section.optimizer in OPTIMIZERS
+    assert section.sampler in SAMPLERS and section.draw in DRAWS and section.optimizer is None
     assert section.parameters in PARAMETERS
     assert set(section.losses) <= set(LOSSES) and Finetuning(loss={"ce": 0.3, "kl": 0.7}).losses["kl"] == 0.7
     with pytest.raises(ValueError, match="weights must be above 0"):
