@@ -70,7 +70,6 @@ class SizeComparison:
             "ours": self.architecture.key,
             "finetuning": job.recipe.finetuning.tokens,
             "healing": asdict(job.train_settings(job.recipe.healing, self.text.length, job.recipe.seed)),
-            "slowed": True,  # since then healing halves its rate by itself
             "dtype": str(job.compute_dtype),
             "data": self.text.fingerprint,
             "documents": documents_scored(job),

@@ -257,8 +257,6 @@ class Training(Model):
     """The step whose state was kept, being the best; 0: the untrained one."""
     halved: list[int] = Field(default_factory=list)
     """Steps after which training went back to the best state and halved its rate."""
-    slowed: list[int] = Field(default_factory=list)
-    """Steps after which it halved its rate and went on."""
     outcome: str = ""
     """The same as a sentence, with the losses before and after."""
 

@@ -26,9 +26,6 @@ class Rule:
     """The member that must not become worse by more than `tolerance`."""
     tolerance: float = 0.0
     """A rise of the guarded member's loss that is allowed, as a share of its loss at the start."""
-    slows: bool = False
-    """Whether the rate is halved, and training goes on, where a point is no better than the best one and no lower than
-    the one before."""
 
     def score(self, losses: Losses, start: Losses) -> float:
         """What the best state has least of: the mean loss of the scored members; infinite where the guarded one rose
@@ -66,8 +63,6 @@ class History:
     """The step whose state is the best so far; 0: the untrained one. None: nothing was measured."""
     halved: list[int] = field(default_factory=list)
     """Steps after which the training went back to the best state and halved its rate."""
-    slowed: list[int] = field(default_factory=list)
-    """Steps after which it halved its rate and went on."""
 
     def add(self, step: int, losses: Losses) -> None:
         """Add a point to the curve."""
@@ -101,9 +96,8 @@ class History:
             for name, loss in best.items()
             if name not in ("step", "tokens") and name in self.start
         ]
-        halved = len(self.halved) + len(self.slowed)
-        times = {1: "once", 2: "twice"}.get(halved, f"{halved} times")
-        slowed = f"the rate was halved {times}; " if halved else ""
+        times = {1: "once", 2: "twice"}.get(len(self.halved), f"{len(self.halved)} times")
+        slowed = f"the rate was halved {times}; " if self.halved else ""
         share = self.measuring / max(self.seconds, 1e-9)
         return f"{kept}; held-out {', '.join(losses)}; {slowed}measuring took {share:.0%} of the time"
 

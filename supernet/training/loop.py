@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, cos, inf, isfinite, pi
+from math import ceil, cos, isfinite, pi
 from pathlib import Path
-from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -129,9 +128,9 @@ class TrainSettings:
         left = 1 - progress if self.schedule == "linear" else (1 + cos(pi * progress)) / 2
         return self.learning_rate * (self.final_share + (1 - self.final_share) * left)
 
-    def slowed_rate(self, step: int, halved: list[int], slowed: list[int]) -> float:
-        """`rate`, halved for each of these steps, and warmed up again after the last one of `halved`."""
-        rate = self.rate(step) * 0.5 ** (len(halved) + len(slowed))
+    def slowed_rate(self, step: int, halved: list[int]) -> float:
+        """`rate`, halved for each of these steps and warmed up again after the last of them."""
+        rate = self.rate(step) * 0.5 ** len(halved)
         return rate * min(1.0, (step - halved[-1] + 1) / self.warmup) if halved else rate
 
 
@@ -243,7 +242,7 @@ def train(
                 watch.measure(number)
             # 2. One step: gradients of all members, then the optimizer.
             for group in optimizer.param_groups:
-                group["lr"] = settings.slowed_rate(number, history.halved, history.slowed)
+                group["lr"] = settings.slowed_rate(number, history.halved)
             torch.manual_seed(settings.seed * 1_000_003 + number)
             loss = _gradients(data, settings, number, step, accelerator, history)
             unused = ended() if ended is not None else {}
@@ -318,9 +317,6 @@ class Watch:
                 self.best.keep(step, write=left > 0)
             elif left > 0 and not self.best.rule.holds(losses, self.history.start, left):
                 self.go_back(step, "more than the steps left can regain")
-            elif left > 0 and self.best.rule.slows and self._rose(self.best.rule.scored, step):
-                self.history.slowed.append(step)
-                say(f"{self.what}: no better than before: half the rate from here on ({self._peak()})")
         self.history.measuring += time.monotonic() - began
 
     def go_back(self, step: int, why: str) -> None:
@@ -332,20 +328,8 @@ class Watch:
         self.history.halved.append(step)
         say(
             f"{self.what}: {why}: back to the state after {self.history.kept} steps, with half the rate from here on "
-            f"({self._peak()})"
+            f"(a peak of {self.settings.learning_rate * 0.5 ** len(self.history.halved):.2g})"
         )
-
-    def _rose(self, names: Sequence[str], step: int) -> bool:
-        """Whether the last point is no lower than the one before, and the rate no longer warms up: what recovers from a
-        rise, or rises because the rate does, is not slowed."""
-        before, last = (mean(point.get(name, inf) for name in names) for point in self.history.curve[-2:])
-        warm = (self.history.halved[-1] if self.history.halved else 0) + self.settings.warmup
-        return step >= warm and last >= before
-
-    def _peak(self) -> str:
-        """The peak of the schedule as it is halved so far, for people."""
-        halved = len(self.history.halved) + len(self.history.slowed)
-        return f"a peak of {self.settings.learning_rate * 0.5**halved:.2g}"
 
     def finish(self) -> None:
         """End with the best state, and say so."""
@@ -360,6 +344,7 @@ def parameter_groups(model: PreTrainedModel, parameters: dict[str, nn.Parameter]
     """The optimizer's groups: matrices, embeddings and head, which are decayed, and vectors, each as whole and sharded
     ones."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # Not `module.weight`, which is a view where a narrower sub-network is active.
     tables = {id(module._parameters.get("weight")) for module in (*modules, model.get_output_embeddings()) if module}
     by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in parameters.values():

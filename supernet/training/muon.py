@@ -5,8 +5,8 @@ move. Muon replaces the momentum U S Vᵀ of a matrix by U Vᵀ (Jordan et al., 
 arXiv 2502.16982). Embeddings, head, norms and biases are trained by AdamW beside it.
 
 Its state is the momentum, 4 bytes for each weight of a matrix, where AdamW has 8. What it costs is products of the
-matrices with themselves, as many whatever the batch is: as many operations as the passes over one and a
-half to two times as many tokens as the network is wide.
+matrices with themselves, whatever the batch is: as many operations as the passes over one and a half to two times as
+many tokens as the network is wide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, {"lr": lr, "fused": True})
+        super().__init__(groups, {"lr": lr, "fused": True})  # fused: AdamW's step count lies beside its moments
         others = [group for group in self.param_groups if not group["matrices"]]  # the same objects: they share rates
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
         if self.adamw is not None:

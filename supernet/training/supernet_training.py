@@ -224,7 +224,7 @@ def heal(
         state=state,
         accelerator=accelerator,
         measure=lambda: {"loss": _held_out(model, held_out, settings.batch_size, accelerator)},
-        rule=Rule(("loss",), "loss", slows=True),
+        rule=Rule(("loss",), "loss"),
     )
 
 
