@@ -105,7 +105,7 @@ def search(job: Job) -> FrontRecord:
             starts = proposals(part)
             budget = part.recipe.searching.evaluations or 0
             with job.schedule.stage("search"), bar("searching", budget) as progress:
-                shown = SearchProgress(part, progress)
+                shown = SearchProgress(part, progress, evaluator)
                 result = run_searches(part, evaluator, speed.predict, starts, shown, within, result)
             say(shown.outcome)
             # 4. Record.
@@ -242,8 +242,9 @@ def run_searches(
 class SearchProgress:
     """Shows how the search goes: the best so far on the bar, each generation in the log, predictors that fail."""
 
-    def __init__(self, job: Job, bar: Bar) -> None:
+    def __init__(self, job: Job, bar: Bar, evaluator: SubnetEvaluator) -> None:
         self._job, self._bar = job, bar
+        self._evaluator, self._stored = evaluator, evaluator.stored
         self._largest = max(sizes_asked_for(job), default=None)
         self._best = (0.0, 0)
         self._best_stderr = 0.0
@@ -267,6 +268,7 @@ class SearchProgress:
             self._best = evaluation.values["quality"], parameters
             self._best_stderr = evaluation.values.get("quality_stderr", 0.0)
         share = self._best[1] / self._job.untouched_parameters
+        self._bar.before = self._evaluator.stored - self._stored
         self._bar.advance(note=f"best quality {self._best[0]:.3f} at {share:.2f} of the parameters")
 
     @property

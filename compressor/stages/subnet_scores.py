@@ -237,6 +237,8 @@ class SubnetEvaluator:
         self.base = base_scores(job, store)
         self.scale = search_scale(job, store, self.base)
         self.keys = {fidelity: search_keys(job, fidelity, self.scale.by_text) for fidelity in fidelities(job)}
+        self.stored = 0
+        """How many of those that were asked for in full the store had already."""
         self._workers: Workers[Request, Measured] | None = None
         self._scorer: SubnetScorer | None = None
 
@@ -247,6 +249,7 @@ class SubnetEvaluator:
         waiting = []
         for architecture in asked:
             if values := self._known(architecture, fidelity):
+                self.stored += fidelity == "full"
                 yield architecture, values
             else:
                 waiting.append(Request(architecture, fidelity))

@@ -81,6 +81,8 @@ class Bar:
     total: float | None = None
     done: float = 0
     note: str = field(default="")
+    before: float = 0
+    """How much of `done` was done before this began: it says nothing of the time that the rest takes."""
     began: float = field(default_factory=time.monotonic)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -93,18 +95,20 @@ class Bar:
 
     @property
     def left(self) -> str:
-        """`12 s left`, by what is done so far; nothing before something is."""
-        if not self.total or not 0 < self.done < self.total:
+        """`12 s left`, by what was done since this began; nothing before something is."""
+        now_done = self.done - self.before
+        if not self.total or now_done <= 0 or self.done >= self.total:
             return ""
-        return f"{duration(self.seconds / self.done * (self.total - self.done))} left"
+        return f"{duration(self.seconds / now_done * (self.total - self.done))} left"
 
 
 @contextmanager
-def bar(what: str, total: float) -> Iterator[Bar]:
-    """A bar of `total` units of work, within `with bar("searching", 60) as b: b.advance()`. A finished one says so."""
+def bar(what: str, total: float, before: float = 0) -> Iterator[Bar]:
+    """A bar of `total` units of work, within `with bar("searching", 60) as b: b.advance()`. A finished one says so.
+    `before`: how many an interrupted run has done already."""
     if not console.is_terminal:
         console.print(f"{what} ... {left_of_all()}".rstrip(), soft_wrap=True)
-    running = Bar(what, total)
+    running = Bar(what, total, before, before=before)
     with _screen.showing(running):
         yield running
     console.print(

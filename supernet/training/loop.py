@@ -235,8 +235,7 @@ def train(
     started = saved = time.monotonic()
     pause, seconds_before = settings.checkpoint_seconds, history.seconds
     tokens_of_step, points = settings.batch_size * settings.sequence_length, points_of(settings.steps)
-    with bar(what, settings.steps) as progress:
-        progress.advance(first)
+    with bar(what, settings.steps, first) as progress:
         for number in range(first, settings.steps):
             if watch is not None and number in points:
                 watch.measure(number)

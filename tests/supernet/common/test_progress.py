@@ -27,6 +27,15 @@ def test_a_task_of_its_own_says_what_is_left_of_it() -> None:
     assert "left" not in line(Bar("proving"), 80)
 
 
+def test_what_an_interrupted_run_did_says_nothing_of_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bar("healing", 32, 4) as running:
+        assert "4/32" in line(running, 80) and "left" not in line(running, 80)
+        running.began -= 30
+        running.advance()
+        monkeypatch.setattr(progress.time, "monotonic", lambda: running.began + 30)
+        assert line(running, 80).endswith("13 min 30 s left")  # 27 steps of 30 seconds
+
+
 def test_a_finished_bar_says_so_and_lines_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     keep_lines(lines.append)
