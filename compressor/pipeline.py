@@ -7,9 +7,8 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -34,9 +33,8 @@ from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.sizing import keep_smallest_share
-from compressor.stages import comparing, control, exporting, finetuning, searching
+from compressor.stages import comparing, control, exporting, finetuning, picking, searching
 from compressor.stages.finetuning import check_unchanged
-from compressor.stages.picking import pick
 from compressor.stages.picks import PickRecord, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
@@ -51,6 +49,7 @@ from supernet.common.progress import keep_lines, kept, say, whole, working
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
@@ -73,13 +72,15 @@ def explained_oom(job: Job, healing: bool = False) -> Iterator[None]:
         raise RequestError(f"out of memory; {again}; what was done is kept") from error
 
 
-def explain_oom(stage: Callable[[Job], Result], healing: bool = False) -> Callable[[Job], Result]:
+def explain_oom(
+    stage: Callable[Concatenate[Job, P], Result], healing: bool = False
+) -> Callable[Concatenate[Job, P], Result]:
     """A stage that, out of memory, says which batch sizes to try."""
 
     @functools.wraps(stage)
-    def run(job: Job) -> Result:
+    def run(job: Job, *args: P.args, **kwargs: P.kwargs) -> Result:
         with explained_oom(job, healing), working("reading"):  # what is not part of a stage with a name of its own
-            return stage(job)
+            return stage(job, *args, **kwargs)
 
     return run
 
@@ -87,6 +88,7 @@ def explain_oom(stage: Callable[[Job], Result], healing: bool = False) -> Callab
 finetune = explain_oom(finetuning.finetune)
 search = explain_oom(searching.search)
 measure_control = explain_oom(control.measure_control)
+pick = explain_oom(picking.pick)
 
 
 export = explain_oom(exporting.export, healing=True)
@@ -364,7 +366,7 @@ def compare(
     job: Job, *, baselines: Sequence[str], sizes: Sequence[str], seeds: int, others: Sequence[str]
 ) -> list[Comparison]:
     """Put ours beside pruning baselines; returns the report's rows, and writes the report anew where there is one."""
-    rows = explain_oom(partial(comparing.compare, baselines=baselines, sizes=sizes, seeds=seeds, others=others))(job)
+    rows = explain_oom(comparing.compare)(job, baselines=baselines, sizes=sizes, seeds=seeds, others=others)
     if job.run.report.is_file():
         report(job)
     return rows

@@ -419,8 +419,11 @@ def test_what_helps_where_memory_is_short_depends_on_what_is_done(
     with monkeypatch.context() as patched:
         patched.setattr("compressor.stages.searching.run_search", fail)
         assert bench.compress() == 2
-    said = capsys.readouterr().err
-    assert "run again with --set batch_tokens=2048; what" in said
+    assert "run again with --set batch_tokens=2048; what" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("compressor.stages.picking.measured", fail)
+        assert bench.compress() == 2
+    assert "run again with --set batch_tokens=2048; what" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr("compressor.stages.exporting.heal", fail)
         assert bench.compress() == 2
