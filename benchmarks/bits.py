@@ -34,10 +34,9 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_storage, storage_of
+from compressor.sizing import bits_storage, file_bytes, header_bytes, storage_of
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import (
-    HEADER_BYTES,
     Bits,
     Candidate,
     RoundedLosses,
@@ -123,7 +122,6 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
     network = made(job, Candidate(evaluation, Bits(None), None, 0), 0)
     linear, storage = linear_layers_in(network), storage_of(job, "int4", architecture, embedding)
     group_size = plan_scheme(linear.widths, "int4").group_size
-    tensors = sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
 
     def of_layers(bits: Mapping[str, int]) -> int:
         formats = {name: weight_format(shape, bits[name], group_size) for name, shape in linear.widths.items()}
@@ -131,7 +129,7 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
 
     # 1. The mean of the bits that fit.
     rest = structure.bytes(architecture, storage) - of_layers(dict.fromkeys(linear.widths, 4))
-    rest += 3 * HEADER_BYTES * tensors
+    rest += header_bytes(structure, architecture, storage)
     counts = {name: prod(shape) for name, shape in linear.widths.items()}
     room = 8 * (limit - rest - of_layers(dict.fromkeys(linear.widths, 2))) / sum(counts.values())
     if room < 0:
@@ -163,8 +161,7 @@ def choose_genes(job: Job, limit: int) -> Candidate | None:
     rows = []
     for evaluation in measured(job):
         architecture, storage = evaluation.architecture, bits_storage(job)
-        tensors = sum(job.structure.shape(tensor, architecture) is not None for tensor in job.structure.tensors)
-        stored = job.structure.bytes(architecture, storage) + 3 * HEADER_BYTES * tensors
+        stored = file_bytes(job.structure, architecture, storage)
         if evaluation.full and stored <= limit:
             rows.append(Candidate(evaluation, Bits(None), storage, stored))
     return min(rows, key=lambda row: row.evaluation.values["held_out_loss"], default=None)

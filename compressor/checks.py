@@ -10,9 +10,11 @@ from compressor.generated import repeated
 from compressor.job import Job
 from compressor.sizing import (
     byte_limit,
+    file_bytes,
     input_widths,
     largest_in_training,
     parameter_limits,
+    picks_bits,
     picks_types,
     sizes_searched_for,
     smallest_storage,
@@ -174,8 +176,7 @@ def check_bits(job: Job) -> None:
     others = {
         "quantizing.bits: joint": recipe.quantizing.bits == "joint",
         "healing.finalists": recipe.healing.finalists > 1,
-        "--format elastic": "elastic" in recipe.formats,
-        "--format uniform": "uniform" in recipe.formats,
+        **{f"--format {layout}": True for layout in recipe.formats if layout != "uneven"},  # of one width each
         "greedy": "greedy" in (recipe.searching.algorithm, *recipe.searching.warm_start),
     }
     for other in (name for name, asked in others.items() if asked):
@@ -265,11 +266,14 @@ def check_mixed_types(job: Job) -> None:
 def check_embedding(job: Job) -> None:
     """Refuse bits of the embedding that no package asked for can hold; say once where a plain class keeps bfloat16."""
     recipe, asked = job.recipe, job.recipe.quantizing.embedding
-    schemes = recipe.quantizing.schemes
-    if not schemes or asked == 16:
+    schemes, joint = recipe.quantizing.schemes, picks_bits(job)
+    files = any(layout.startswith("gguf") for layout in recipe.formats)
+    if asked is not None and not (schemes or joint or files or job.declared_space.bits):
+        raise RequestError(f"quantizing.embedding: {asked} bits, but nothing is quantized; say --quantize int4")
+    if not (schemes or joint) or asked == 16:
         return
     holds = "layouts that hold a quantized embedding are uneven (compressed-tensors) and gguf"
-    if asked is not None and all(SCHEMES[name].auto_round for name in schemes):
+    if schemes and asked is not None and all(SCHEMES[name].auto_round for name in schemes):
         raise RequestError(f"quantizing.embedding: {asked} bits, but auto-round's own form holds none; {holds}")
     if job.structure.tied and set(recipe.formats) == {"uniform"}:
         if asked is not None:
@@ -327,7 +331,7 @@ def check_targets(job: Job) -> None:
         )
     limit = byte_limit(job)
     if limit is not None:
-        bytes_ = job.structure.bytes(smallest, smallest_storage(job, smallest))
+        bytes_ = file_bytes(job.structure, smallest, smallest_storage(job, smallest))
         if picks_types(job):
             bytes_ = smallest_file(job, smallest)
         if limit < bytes_:

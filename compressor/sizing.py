@@ -14,7 +14,7 @@ from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName, oute
 from search.genes import AS_STORED
 from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
-from supernet.architecture import GROUP_SIZES, Architecture, StorageFormat
+from supernet.architecture import GROUP_SIZES, Architecture, StorageFormat, Structure
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
 from supernet.slicing import fits_plain_class
@@ -155,8 +155,11 @@ def bits_storage(job: Job) -> StorageFormat:
     return StorageFormat(AS_STORED, bits_group(job), by_architecture=True)
 
 
-def smallest_storage(job: Job, architecture: Architecture | None = None) -> StorageFormat | None:
-    """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized."""
+def smallest_storage(
+    job: Job, architecture: Architecture | None = None, uniform: bool | None = None
+) -> StorageFormat | None:
+    """How the smallest requested variant stores its weights: what `--max-bytes` is about. None: unquantized. `uniform`
+    as in `storage_of`."""
     if job.declared_space.bits:
         return bits_storage(job)
     if picks_bits(job):
@@ -164,11 +167,26 @@ def smallest_storage(job: Job, architecture: Architecture | None = None) -> Stor
         widths = {base.hidden_size, *(layer.intermediate_size for layer in base.layers)}
         # Types of llama.cpp of fewer than 4.5 bits are for rows of multiples of 256.
         coarse = picks_types(job) and any(width % 256 for width in widths)
-        return storage_of(job, "int4" if coarse else JOINT[-1], architecture, joint_embeddings(job)[-1])
+        return storage_of(job, "int4" if coarse else JOINT[-1], architecture, joint_embeddings(job)[-1], uniform)
     if not job.recipe.quantizing.schemes:
         return None
     smallest = min(job.recipe.quantizing.schemes, key=lambda name: (SCHEMES[name].bits, SCHEMES[name].auto_round))
-    return storage_of(job, smallest, architecture)
+    return storage_of(job, smallest, architecture, uniform=uniform)
+
+
+HEADER_BYTES = 128
+"""Of a safetensors header for each tensor: its name, type, shape and place."""
+
+
+def header_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
+    """About the bytes of the headers of a package's weight files."""
+    tensors = sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
+    return HEADER_BYTES * tensors * (1 if storage is None else 3)  # a quantized weight is stored as three tensors
+
+
+def file_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
+    """The bytes of a package's weight files, headers too."""
+    return structure.bytes(architecture, storage) + header_bytes(structure, architecture, storage)
 
 
 def training_range(job: Job, band: int = 0) -> TrainingRange:

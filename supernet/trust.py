@@ -1,4 +1,5 @@
-"""Which code in a package's folder may run: the one code file that this version writes, and no other.
+"""Which code in a package's folder may run: the one code file that this version writes, or an earlier one wrote, and no
+other.
 
 `trust_remote_code=True` of transformers trusts a whole folder: the files that its `auto_map` names, in sub-folders too,
 and `custom_generate/generate.py`. So the whole folder is checked first. Needs no torch.
@@ -6,11 +7,13 @@ and `custom_generate/generate.py`. So the whole folder is checked first. Needs n
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import read_json
+from supernet.earlier_code import EARLIER_CODE
 from supernet.elastic import ELASTIC_PREFIX, elastic_auto_map, elastic_file_name, elastic_source
 from supernet.families import families
 from supernet.tokens import read_tokenizer
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def check_code(folder: Path) -> bool:
-    """True where the folder's only code is the file that this version writes, False where it has no code.
+    """True where the folder's only code is the file that this version writes, or an earlier one wrote; False where it
+    has no code.
 
     Raises `VerificationError` naming the file where there is other code. Neither `verify` nor `evaluate` runs that.
     """
@@ -50,7 +54,8 @@ def check_code(folder: Path) -> bool:
             raise VerificationError(f"{file}: a link to a folder, whose code would be trusted too")
     if not expected.is_file():
         raise VerificationError(f"{expected}: the code file is missing")
-    if expected.read_bytes() != source.encode():
+    written = expected.read_bytes()
+    if written != source.encode() and sha256(written).hexdigest() not in EARLIER_CODE:
         raise VerificationError(f"{expected}: the code file differs from what this version writes")
     return True
 

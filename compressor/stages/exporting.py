@@ -266,7 +266,8 @@ def write_packages(
             write("uneven", network(), destination=own, entry=entry, lineage=own_lineage, reference=reference)
     if schemes:
         with job.schedule.stage("quantizing"):
-            quantize(job, own, len(architecture.kept), schemes, embeddings, blocks[: quantizing.samples].ids)
+            seen, plain = blocks[: quantizing.samples].ids, name.endswith("-uniform")
+            quantize(job, own, len(architecture.kept), schemes, embeddings, seen, plain=plain)
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     if mixed in missing:

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
 from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.sizing import JOINT, can_hold, joint_embeddings, smallest_storage, storage_of
+from compressor.sizing import JOINT, can_hold, file_bytes, header_bytes, joint_embeddings, smallest_storage, storage_of
 from compressor.stages.picks import BitsRecord
 from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
@@ -54,8 +54,6 @@ CANDIDATES = 24
 """Sub-networks that are compared, at least, where so many were measured."""
 MEASURED = 6
 """Sub-networks with bits that are measured as rounded: so many under one scheme, and so many with bits of their own."""
-HEADER_BYTES = 128
-"""Of a safetensors header for each tensor: its name, type, shape and place."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,12 @@ class Candidate:
         """The sub-network, with bits where it is mixed."""
         return self.own_bits or self.sizes
 
+    @property
+    def stored(self) -> Bits:
+        """How its package is stored: a plain class has an embedding of more bits than were asked for."""
+        held = self.bits.embedding if self.storage is None else embedding_bits(self.storage.embedding)
+        return replace(self.bits, embedding=held)
+
 
 @dataclass(frozen=True)
 class JointPick:
@@ -111,7 +115,7 @@ class JointPick:
 
     def __str__(self) -> str:
         bytes_ = size(self.candidate.bytes)
-        return f"{self.candidate.bits}: about {bytes_}, held-out loss {self.loss:.4f} nats per token"
+        return f"{self.candidate.stored}: about {bytes_}, held-out loss {self.loss:.4f} nats per token"
 
     def to_json(self) -> BitsRecord:
         bits, storage = self.candidate.bits, self.candidate.storage
@@ -141,7 +145,7 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
         least = min(rows, key=lambda row: row.bytes)
         raise ValueError(
             f"no measured architecture fits {target.max_bytes:,} bytes; the smallest file has {least.bytes:,} "
-            f"({least.bits})"
+            f"({least.stored})"
         )
     # 2. With bits of their own for every half-block.
     costs = losses_by_bits(job, bit_genes(job), in_groups_of(group_of(job, job.structure.base)))
@@ -177,11 +181,15 @@ def sizes_within(job: Job, evaluations: Sequence[Evaluation], target: Target) ->
     """The best of these sub-networks and the whole one of each size that meets the target but for its bytes. Raises
     ValueError where nothing does."""
     unlimited = replace(target, max_bytes=None)
-    others = [row for row in evaluations if row.architecture != job.structure.base]
-    able = [row for row in [whole_network(job), *others] if row.full and not unlimited.misses(row)]
+    whole = whole_network(job)
+    others = [row for row in evaluations if row.architecture != whole.architecture]
+    able = [row for row in [whole, *others] if row.full and not unlimited.misses(row)]
     if not able:
         raise ValueError(f"no measured architecture has {unlimited}")
-    return best_of_each_size(able)
+    found = best_of_each_size(able)
+    if whole in able and whole not in found:  # hidden by a smaller one of a quality above its own, by chance
+        found.append(whole)
+    return found
 
 
 def whole_network(job: Job) -> Evaluation:
@@ -190,7 +198,7 @@ def whole_network(job: Job) -> Evaluation:
     values = {
         "quality": 1.0,
         "parameters": job.structure.parameters(base),
-        "bytes": job.structure.bytes(base, smallest_storage(job, base)),
+        "bytes": file_bytes(job.structure, base, smallest_storage(job, base)),
         "speedup": 1.0,
     }
     return Evaluation(base, values, generation=0, index=0)
@@ -210,15 +218,12 @@ def best_of_each_size(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidate]:
     """A sub-network with all bits that its package can hold, each way to store it once."""
     structure, architecture = job.structure, evaluation.architecture
-    tensors = sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
-    unquantized = structure.bytes(architecture) + HEADER_BYTES * tensors
-    rows = [Candidate(evaluation, Bits(None), None, unquantized)]
+    rows = [Candidate(evaluation, Bits(None), None, file_bytes(structure, architecture, None))]
     for scheme in (scheme for scheme in JOINT if can_hold(job, scheme, architecture)):
         for embedding in joint_embeddings(job):
             storage = storage_of(job, scheme, architecture, embedding, uniform)
             if storage not in [row.storage for row in rows]:
-                # A quantized weight is stored as three tensors.
-                stored = structure.bytes(architecture, storage) + 3 * HEADER_BYTES * tensors
+                stored = file_bytes(structure, architecture, storage)
                 rows.append(Candidate(evaluation, Bits(scheme, embedding), storage, stored))
     return rows
 
@@ -250,7 +255,7 @@ def mixed_candidate(job: Job, evaluation: Evaluation, losses: Losses, limit: int
     """A sub-network with the bits of its own that fit and lose least; None where no bits fit, or none are needed."""
     structure, architecture = job.structure, evaluation.architecture
     storage = StorageFormat(AS_STORED, group_of(job, architecture), by_architecture=True)
-    headers = 3 * HEADER_BYTES * sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
+    headers = header_bytes(structure, architecture, storage)
 
     def bytes_of(one: Architecture) -> int:
         return structure.bytes(one, storage) + headers
@@ -261,9 +266,13 @@ def mixed_candidate(job: Job, evaluation: Evaluation, losses: Losses, limit: int
     own, harm = found
     if not own.has_bits:
         return None
-    embedding: EmbeddingBits = next(bits for bits in (4, 8, 16) if bits == (own.embedding_bits or 16))
-    bits = Bits("mixed", embedding, mean_bits(structure, own, storage))
+    bits = Bits("mixed", embedding_bits(own.embedding_bits or 16), mean_bits(structure, own, storage))
     return Candidate(evaluation, bits, storage, bytes_of(own), own, harm)
+
+
+def embedding_bits(number: int) -> EmbeddingBits:
+    """Bits of an embedding, as the recipe knows them."""
+    return next(bits for bits in get_args(EmbeddingBits) if bits == number)
 
 
 def mean_bits(structure: Structure, architecture: Architecture, storage: StorageFormat) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compressor.job import Job
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, parameter_limits, picks_bits, picks_types, smallest_storage
+from compressor.sizing import byte_limit, file_bytes, parameter_limits, picks_bits, picks_types, smallest_storage
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.joint_pick import pick_with_bits
@@ -54,7 +54,7 @@ def measured(job: Job) -> list[Evaluation]:
         values = {
             **found.values,
             "parameters": job.structure.parameters(architecture),
-            "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
+            "bytes": file_bytes(job.structure, architecture, smallest_storage(job, architecture)),
         }
         if speed is not None:
             values |= {"decode_tps": speed.predict(architecture)["decode_tps"]}
@@ -79,7 +79,7 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
             f"compressor search {shell_word(run.path)} --redo search makes them one"
         )
     config = job.checkpoint.config
-    plain = [e for e in evaluations if fits_plain_class(config, e.architecture)]
+    plain = [as_plain_class(job, e) for e in evaluations if fits_plain_class(config, e.architecture)]
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
     kinds = [False] if set(recipe.formats) - {"uniform"} else []
     kinds += [True] if "uniform" in recipe.formats else []
@@ -89,12 +89,13 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
     if recipe.key is not None:
         chosen = by_key(evaluations, recipe.key)
         choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
-        if kinds == [True] and not beside and chosen not in plain:
+        alike = chosen.architecture in [e.architecture for e in plain]
+        if kinds == [True] and not beside and not alike:
             raise RequestError(
                 f"--key {recipe.key}: its layers differ, and --format uniform holds only networks whose layers are "
                 "alike; pick another, or export --format uneven"
             )
-        if True in kinds and chosen not in plain:
+        if True in kinds and not alike:
             say("  not for --format uniform: its layers differ")
             kinds.remove(True)
         for uniform in kinds:
@@ -108,6 +109,14 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
         say("  (these speeds are of layers in transformers; llama.cpp's will be measured of the packages)")
     write_json(run.picks, picks)
     return picks
+
+
+def as_plain_class(job: Job, evaluation: Evaluation) -> Evaluation:
+    """The same sub-network with the bytes of a package of the family's plain class, which holds an embedding in fewer
+    forms."""
+    architecture = evaluation.architecture
+    bytes_ = file_bytes(job.structure, architecture, smallest_storage(job, architecture, uniform=True))
+    return replace(evaluation, values={**evaluation.values, "bytes": bytes_})
 
 
 def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> PickRecord:

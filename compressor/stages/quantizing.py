@@ -57,16 +57,19 @@ def quantize(
     schemes: Mapping[SchemeName, Path],
     embeddings: Mapping[SchemeName, EmbeddingBits | None],
     calibration: torch.Tensor | None,
+    *,
+    plain: bool = False,
 ) -> None:
     """Quantize the package in `source`, of so many layers, with the embeddings in these bits. `calibration` are token
-    ids [samples, length]; None: rounded to nearest without data."""
+    ids [samples, length]; None: rounded to nearest without data. `plain`: packages stay of the family's plain class,
+    whatever it cannot hold."""
     quantizing = job.recipe.quantizing
     release_cached_memory(job.device)  # the child quantizes on the same device
     tuned = {name: folder for name, folder in schemes.items() if calibration is not None and is_tuned(name)}
-    plain = {name: folder for name, folder in schemes.items() if name not in tuned}
+    nearest = {name: folder for name, folder in schemes.items() if name not in tuned}
     records: list[PackageRecord] = []
     with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
-        for part, seen in ((plain, None), (tuned, calibration)):
+        for part, seen in ((nearest, None), (tuned, calibration)):
             if not part:
                 continue
             before = progress.done
@@ -77,6 +80,7 @@ def quantize(
                 iterations=0 if seen is None else quantizing.iterations or 0,
                 group_size=quantizing.group_size,
                 embedding=embeddings,
+                code=not plain,
                 seed=job.recipe.seed,
                 device=job.device.type,
                 log=job.run.debug_file,
@@ -84,10 +88,11 @@ def quantize(
             )
             progress.advance(before + len(part) * layers - progress.done)
     kept = [record.entry.name for record in records if keeps_embedding(record)]
-    if kept and quantizing.embedding is None:
+    if kept and (plain or quantizing.embedding is None):
+        other = "--format uneven" if plain else "with quantizing.embedding: 8 a code file"
         say(
             f"{', '.join(kept)}: the embedding stays in 16 bits, as transformers' plain class holds no quantized one; "
-            "with quantizing.embedding: 8 a code file does, and --format gguf-q8_0 does for llama.cpp"
+            f"{other} does, and --format gguf-q8_0 does for llama.cpp"
         )
 
 

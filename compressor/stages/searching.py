@@ -14,6 +14,7 @@ from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import (
     byte_limit,
+    header_bytes,
     largest_in_training,
     sizes_asked_for,
     sizes_searched_for,
@@ -330,8 +331,9 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     sizes = sizes_asked_for(job)
     if sizes:
         constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=smallest_to_search(job)))
-    if byte_limit(job) is not None:
-        constraints.append(Constraint(exact["bytes"], maximum=byte_limit(job)))
+    if (limit := byte_limit(job)) is not None:
+        headers = header_bytes(job.structure, job.structure.base, smallest_storage(job))
+        constraints.append(Constraint(exact["bytes"], maximum=limit - headers))
     if targets.min_speedup is not None:
         base = untouched_decode_tps(job, predict)
         constraints.append(Constraint(exact["decode_tps"], minimum=targets.min_speedup * base))

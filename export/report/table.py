@@ -139,14 +139,15 @@ def _score_cell(score: Score | None) -> Text:
 
 def decompressed_at_load(package: PackageEntry) -> bool:
     """Whether the measured speed is that of floats: plain transformers unpacks compressed-tensors when it loads them on
-    a CPU."""
+    a CPU. Where activations are rounded too, that takes longer."""
     speed = package.speed
-    if speed is None or package.quantization is None or package.quantization.endswith("auto-round"):
+    if speed is None or package.quantization is None or package.quantization.endswith(("auto-round", "dynamic")):
         return False
     return "decompress" in speed.runtime or (speed.runtime.startswith("transformers") and speed.device == "cpu")
 
 
 DECOMPRESSED = (
     "Transformers unpacks compressed-tensors on a CPU: the speed there is that of floats, measured with weights that "
-    "were unpacked once. compressed-tensors by itself rounds them again at every call, which is slower."
+    "were unpacked once. compressed-tensors rounds them again at every call, which is slower, until a package's code "
+    "file or the lines in its card stop it."
 )

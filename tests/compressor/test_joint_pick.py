@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.stages.exporting import export, say_what_is_too_large
-from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, whole_network
+from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, sizes_within, whole_network
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picking import measured, pick
 from compressor.stages.picks import read_picks
@@ -218,9 +219,48 @@ def test_a_plain_class_holds_mixed_bits_and_the_base_is_tuned_beside_them(search
         assert set(base_schemes(job, [other])) == {"int8", "int4"} | beside
 
 
+def test_a_quantized_plain_class_stays_one_and_is_picked_by_its_own_bytes(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"quantizing.schemes": "int8", "quantizing.embedding": 8, "formats": "uneven,uniform"}
+    job = resumed(searched, tmp_path / "run", max_params=[0.9], **given)
+    uneven, uniform = pick(job)
+    packages = {entry.name: entry for entry in export(job)}
+    plain, with_code = packages["best-uniform-int8"], packages["best-int8"]
+    assert plain.layout == "uniform" and not list((job.run.packages / plain.name).glob("*.py"))
+    assert plain.quantization_report is not None and plain.quantization_report.embedding == 16
+    assert with_code.layout == "uneven" and with_code.quantization_report is not None
+    assert with_code.quantization_report.embedding == 8
+    assert "best-uniform-int8: the embedding stays in 16 bits" in capsys.readouterr().err
+    for picked, entry in ((uneven, with_code), (uniform, plain)):
+        assert abs(entry.bytes - picked["values"]["bytes"]) <= 4096  # headers are estimated
+
+
+def test_a_plain_class_says_what_it_holds(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB", formats="uniform")
+    rows = candidates(job, whole_network(job), uniform=True)
+    assert [str(row.stored) for row in rows[1:3]] == ["int8, embedding in 16 bits", "int4, embedding in 16 bits"]
+
+
+def test_the_whole_network_is_compared_also_where_a_smaller_one_seems_better(searched: Path, tmp_path: Path) -> None:
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    lucky = [
+        replace(row, values={**row.values, "quality": 1.5}, index=100 + n)
+        for n in range(30)
+        for row in measured(job)[1:2]
+    ]
+    found = sizes_within(job, [*measured(job), *lucky], Target(max_bytes=10**9))
+    assert whole_network(job) in found and lucky[0] in found
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
+        (
+            {"max_bytes": "43kB", "quantizing.embedding": 4, "formats": "uniform"},
+            "quantizing.embedding: 4 bits, but a plain class holds no quantized embedding that is the head too",
+        ),
+        ({"quantizing.embedding": 8, "max_params": [0.8]}, "8 bits, but nothing is quantized; say --quantize int4"),
         (
             {"quantizing.schemes": "int4", "quantizing.embedding": 4, "formats": "uniform", "max_params": [0.8]},
             "quantizing.embedding: 4 bits, but a plain class holds no quantized embedding that is the head too",

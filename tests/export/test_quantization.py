@@ -54,6 +54,7 @@ from tests.support.export_networks import (
     tiny_tokenizer,
     write_tiny,
 )
+from tests.support.report_helpers import card_of, code_block, full_report
 from tests.support.tiny_families import CONFIGS, tiny_network
 
 # The second layer's FFN width of 80 is no multiple of 32; the third has no attention, the fourth no MLP.
@@ -308,6 +309,36 @@ def test_the_embedding_is_quantized_where_the_package_can_hold_it(
         theirs = loaded(input_ids=probe_ids()).logits
     # Norms are stored in bfloat16.
     assert (mine - theirs).abs().max() <= 0.02 * mine.abs().max()
+
+
+def rounds_again(model: Any) -> bool:
+    """Whether a module of compressed-tensors rounds its weight at every call, or moves what it reads."""
+    return any(hasattr(module, "quantization_scheme") and "forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_an_uneven_package_rounds_its_unpacked_weights_once(quantized: dict[str, PackageRecord]) -> None:
+    folder, ids = quantized["int4"].folder, probe_ids()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    first = model(input_ids=ids).logits
+    assert not rounds_again(model)
+    assert torch.allclose(model(input_ids=ids).logits, first, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_lines_in_the_card_of_a_plain_class_stop_the_rounding(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "best", EVEN, cut(tiny_llama(), EVEN))
+    package = quantize_package(source.folder, tmp_path / "int8", "int8", calibration=None, iterations=0, code=False)
+    report = full_report()
+    report["packages"][1]["layout"] = "uniform"
+    lines = code_block(card_of(report, "best-int8").text)
+    shown: dict[str, Any] = {}
+    exec(lines.replace('"path/to/best-int8"', repr(str(package.folder))), shown)
+    assert "remove_dispatch" in lines and not rounds_again(shown["model"])
+    as_loaded = AutoModelForCausalLM.from_pretrained(package.folder).eval()
+    expected = as_loaded(input_ids=probe_ids()).logits
+    assert rounds_again(as_loaded)
+    assert torch.allclose(shown["model"](input_ids=probe_ids()).logits, expected, atol=1e-5)
 
 
 def test_a_plain_class_stays_plain_where_code_is_not_wanted(tmp_path: Path) -> None:
