@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from supernet.experts import FEWEST_TOKENS, Experts, Routed
-from supernet.moments import Sums, refit
+from supernet.moments import Sums, check_finite, refit
 
 
 @torch.no_grad()
@@ -41,6 +41,8 @@ def refit_experts(experts: Experts, batches: Sequence[Routed], gaps: Sequence[Te
             coming.append((tokens, x))
         if training.tokens + held_out.tokens < FEWEST_TOKENS or not (training.tokens and held_out.tokens):
             continue
+        sums = training.xx, training.xt, held_out.xx, held_out.xt
+        check_finite(f"{experts.name} of expert {number}", *sums)
         fitted, ridge = refit(weight, training, held_out, centred=False)
         if math.isinf(ridge):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -119,16 +119,21 @@ class Sums:
         self.t = torch.zeros(outputs, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, t: Tensor | None = None) -> None:
-        """Add some tokens. Products are taken in float32: of one batch, that is precise enough."""
-        x = x.float()
+        """Add some tokens. Products are taken in float32, of values less the batch's means, which may be far larger
+        than how they vary; of one batch, that is precise enough."""
+        if not len(x):
+            return
+        x, mean, rest = _less_mean(x)
         self.tokens += len(x)
         self.xx += x.T @ x
-        self.x += x.double().sum(0)
+        self.xx.addr_(mean, rest + len(x) * mean).addr_(rest, mean)
+        self.x += rest + len(x) * mean
         if t is not None:
-            t = t.float()
+            t, t_mean, t_rest = _less_mean(t)
             self.xt += x.T @ t
-            self.t += t.double().sum(0)
-            self.tt += float(t.double().square().sum())
+            self.xt.addr_(mean, t_rest + len(t) * t_mean).addr_(rest, t_mean)
+            self.t += t_rest + len(t) * t_mean
+            self.tt += float(t.double().square().sum() + t_mean @ (2 * t_rest + len(t) * t_mean))
 
     def __add__(self, other: Sums) -> Sums:
         both = Sums(0)
@@ -146,6 +151,14 @@ class Sums:
             x, t = self.x / n, self.t / n
             xx, xt, tt = xx - torch.outer(x, x), xt - torch.outer(x, t), tt - float(t.square().sum())
         return xx, xt, tt
+
+
+def _less_mean(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values [tokens, n] less about their means over tokens, in float32; these means, and the sums of what is left, in
+    float64."""
+    mean = values.float().mean(0)
+    values = values.float() - mean
+    return values, mean.double(), values.sum(0, dtype=torch.float64)
 
 
 def is_held_out(tokens: int, length: int, first_row: int) -> Tensor:
@@ -170,7 +183,8 @@ class Moments:
     and the ridge that serves all sizes best (infinite where the plain slice does).
 
     `other` is of what the layer's other half-block puts out, o: with it, this one says what it can of o where the other
-    is removed.
+    is removed. `centred`: second moments are of x less its mean, as those of a projection with a bias are kept, since
+    means that are large beside how x varies leave nothing of that in float32.
     """
 
     second: Tensor
@@ -178,16 +192,20 @@ class Moments:
     tokens: int
     ridge: float
     other: Other | None = None
+    centred: bool = False
 
     def to(self, device: torch.device) -> Moments:
         """The same on a device."""
         other = self.other and Other(self.other.product.to(device), self.other.mean.to(device), self.other.ridge)
-        return Moments(self.second.to(device), self.mean.to(device), self.tokens, self.ridge, other)
+        return replace(self, second=self.second.to(device), mean=self.mean.to(device), other=other)
 
     def of(self, centred: bool) -> Tensor:
         """Second moments in float64; with `centred`, of the inputs less their means."""
         second, mean = self.second.double(), self.mean.double()
-        return second - torch.outer(mean, mean) if centred else second
+        if centred == self.centred:
+            return second
+        means = torch.outer(mean, mean)
+        return second - means if centred else second + means
 
 
 def factorised(second: Tensor, ridge: float) -> Tensor:
@@ -296,6 +314,7 @@ def gather(
     lengths = [batch.shape[1] for batch in batches]
     rows = [(length, sum(map(len, batches[:n]))) for n, length in enumerate(lengths)]
     few: list[tuple[int, int]] = []
+    judging = 0
     for index in range(len(supernet.layers)):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
         stacked, adding = by_layer.get(index), supernet.halves(index) if adds else {}
@@ -304,11 +323,18 @@ def gather(
         for half, pair in sums.items():
             own = here[half]
             moments[half] = _moments(own.name, own.weight(), own.bias() is not None, *pair)
-        few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
+            judging += pair[1].tokens
         if stacked is not None:
             moments |= _moments_of_experts(stacked, routed)
+            judging += sum(int(batch.held_out.sum()) for batch in routed)
+        few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
         yield index, moments
-    if few:
+    if not judging:
+        say(
+            f"warning: repair: {sum(map(torch.Tensor.numel, batches)):,} calibration tokens are too few to hold some "
+            "out, by which it is judged; nothing is refitted (more: repair.tokens, or more text)"
+        )
+    elif few:
         tokens, inputs = max(few, key=lambda pair: pair[1])
         say(
             f"warning: repair: {tokens:,} calibration tokens are fewer than the {inputs:,} inputs of {len(few)} "
@@ -392,12 +418,8 @@ def _moments(name: str, weight: Tensor, centred: bool, training: Sums, held: Sum
     """From sums of what the projection of that name and `weight` [outputs, inputs] reads; `centred` where it has a
     bias."""
     both = training + held
-    if not (torch.isfinite(both.xx).all() and torch.isfinite(both.x).all()):
-        raise RequestError(
-            f"repair: what {name} reads is not finite on the calibration text; compute in float32 "
-            "(--dtype float32), or leave repair off (--repair off)"
-        )
-    second, product, _ = both.moments(False)
+    check_finite(name, both.xx, both.x)
+    product = both.moments(False)[1]
     ridge, other = math.inf, None  # nothing to judge by: the plain slice
     if training.tokens and held.tokens:
         ridge = choose_ridge(weight, training, held, centred)
@@ -405,7 +427,17 @@ def _moments(name: str, weight: Tensor, centred: bool, training: Sums, held: Sum
             nothing = torch.zeros_like(product.T)
             fits = refit(nothing, training, held, centred)[1]
             other = Other(product.T.float().cpu(), (both.t / both.tokens).float().cpu(), fits)
-    return Moments(second.float().cpu(), (both.x / both.tokens).float().cpu(), both.tokens, ridge, other)
+    second, mean = both.moments(centred)[0].float().cpu(), (both.x / both.tokens).float().cpu()
+    return Moments(second, mean, both.tokens, ridge, other, centred)
+
+
+def check_finite(name: str, *sums: Tensor) -> None:
+    """Raises `RequestError` where sums of what the projection of that name reads, or is to put out, are not finite."""
+    if not all(torch.isfinite(part).all() for part in sums):
+        raise RequestError(
+            f"repair: what {name} reads is not finite on the calibration text; compute in float32 "
+            "(--dtype float32), or leave repair off (--repair off)"
+        )
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -419,6 +451,7 @@ def save_moments(moments: Mapping[str, Moments], file: Path, of: str) -> None:
     for place, m in moments.items():
         tensors |= {f"{place}.second": m.second, f"{place}.mean": m.mean}
         facts |= {f"{place}.tokens": str(m.tokens), f"{place}.ridge": repr(m.ridge)}
+        facts |= {f"{place}.centred": "yes"} if m.centred else {}  # those of earlier versions are not
         if m.other is not None:
             tensors |= {f"{place}.other.product": m.other.product.contiguous(), f"{place}.other.mean": m.other.mean}
             facts[f"{place}.other.ridge"] = repr(m.other.ridge)
@@ -446,6 +479,7 @@ def load_moments(file: Path, of: str) -> dict[str, Moments]:
                 )
                 if f"{place}.other.product" in names
                 else None,
+                f"{place}.centred" in facts,
             )
             for place in (name.removesuffix(".second") for name in sorted(names) if name.endswith(".second"))
         }

@@ -37,6 +37,7 @@ from supernet.moments import (
     Moments,
     Projection,
     Sums,
+    check_finite,
     expert_place,
     factorised,
     is_held_out,
@@ -264,7 +265,9 @@ class Kept(OrderedDict[Key, Value]):
         if size > self._memory:
             return
         self[key] = value
-        self._bytes[key], self._held = size, self._held + size
+        self.move_to_end(key)
+        self._held += size - self._bytes.get(key, 0)
+        self._bytes[key] = size
         while self._held > self._memory:
             dropped, _ = self.popitem(last=False)
             self._held -= self._bytes.pop(dropped)
@@ -366,6 +369,7 @@ class _Sequence:
             held_out.add(x[held], target[held])
         if not (training.tokens and held_out.tokens):
             return
+        check_finite(projection.name, training.xx, training.xt, held_out.xx, held_out.xt)
         biased = projection.bias() is not None
         weight, ridge = refit(start, training, held_out, biased)
         if math.isfinite(ridge):

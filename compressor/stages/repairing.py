@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,10 +158,7 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
     if architecture.hidden_size != job.structure.base.hidden_size:
         say("warning: repair: a network of another residual width is sliced plainly; all that was cut is lost to it")
         return None
-    # Before experts were repaired, those of networks with experts had the name without the last part.
-    kind = "-experts" if any(layer.num_experts for layer in job.structure.base.layers) else ""
-    of = fingerprint([job.run.supernet_weights, repair_inputs(job)])
-    file = job.run.path / "repair" / f"{architecture.key}-{of}{kind}.safetensors"
+    file = repair_file(job, architecture)
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         job.threads(scoring=False)
@@ -168,6 +166,28 @@ def pick_variants(job: Job, architecture: Architecture, supernet: SuperNetwork |
         text = calibration_text(job)
         with bar("repairing", len(supernet.layers)) as progress:
             variants = repair_in_sequence(supernet, architecture, text, progress.advance)
+        tensors = {name: tensor.cpu() for name, tensor in variants.tensors.items()}
+        if not tensors and architecture != job.structure.base:
+            say("warning: repair: the calibration text refits nothing of it; sliced plainly (more: repair.tokens)")
         with replacing(file) as temporary:
-            save_file({name: tensor.cpu() for name, tensor in variants.tensors.items()}, temporary)
-    return FixedVariants(load_file(file))
+            save_file(tensors, temporary, {"tokens": str(sum(map(torch.Tensor.numel, text)))})
+    with reading(f"{file}: damaged; remove it to repair again"):
+        return FixedVariants(load_file(file))
+
+
+def repair_file(job: Job, architecture: Architecture) -> Path:
+    """Where the repaired weights of a pick are kept."""
+    # Before experts were repaired, those of networks with experts had the name without the last part.
+    kind = "-experts" if any(layer.num_experts for layer in job.structure.base.layers) else ""
+    of = fingerprint([job.run.supernet_weights, repair_inputs(job)])
+    return job.run.path / "repair" / f"{architecture.key}-{of}{kind}.safetensors"
+
+
+def repaired_on(job: Job, architecture: Architecture) -> int:
+    """The tokens that a pick's projections were refitted on; 0 where none was."""
+    file = repair_file(job, architecture.without_bits())
+    if not repair_inputs(job) or not file.is_file():
+        return 0
+    with reading(f"{file}: damaged; remove it to repair again"), safe_open(file, "pt") as stored:
+        refitted, facts = bool(stored.keys()), stored.metadata() or {}
+    return int(facts.get("tokens", job.recipe.repair.tokens)) if refitted else 0

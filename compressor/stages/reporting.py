@@ -16,6 +16,7 @@ from compressor.stages.comparison_methods import documents_scored
 from compressor.stages.control import control_of, likeness_of
 from compressor.stages.front import FrontRecord, scored_weights
 from compressor.stages.measuring import Measurements, ReportDocuments
+from compressor.stages.repairing import repaired_on
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
@@ -120,6 +121,7 @@ def report(job: Job) -> Report:
     if recipe.healing.tokens:  # what an earlier export healed may still lie there
         healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
         data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
+    data["repaired"] = {r.entry.name: repaired_on(job, r.entry.architecture) for r in records}
     if "finetune" in data or recipe.healing.tokens:
         data["hub_dataset"] = finetune.get("hub_dataset")
     checked = with_changes(job, validate_report(data), {r.entry.name: r.lineage.scored_weights for r in records})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
@@ -13,13 +15,14 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from export.package_record import ElasticSize, PackageEntry, PackageRecord
 from export.report.comparison import summarize, summary
 from export.report.page import TEMPLATES, flattened
-from export.report.schema import Base, BaseCard, Package, Report, Training
+from export.report.schema import Base, BaseCard, Package, Report
 from export.report.table import ABOUT_QUALITY, DECOMPRESSED, decompressed_at_load, measured_in, metric_name, notes
 from export.report.verdict import verdict
 from supernet.architecture import Architecture
 from supernet.common.formatting import shell_word
 from supernet.common.progress import say
 
+Known = TypeVar("Known")
 UNEVEN_TRANSFORMERS = "5.15"
 """The oldest transformers that reads `per_layer_config`, which uneven packages need."""
 
@@ -129,8 +132,8 @@ def render_card(report: Report, package_name: str, repo_id: str | None = None) -
         shown=_shown(report, package, siblings),
         checks=list(flattened(package.verified or {"proof": package.refused or "still to be made"})),
         healed_tokens=(report.recipe.get("healing") or {}).get("tokens"),
-        repair=(report.recipe.get("repair") or {"enabled": False}),
-        healing=healing_of(report, package),
+        refitted_tokens=refitted_tokens(report, package),
+        healing=of_network(report.healing, package),
         compared=compared[0] if compared else None,
         summary=summary,
         **loading(repo_id or f"path/to/{package.name}", package, prompt),
@@ -147,10 +150,19 @@ def in_vllm(package: PackageEntry) -> bool:
     )
 
 
-def healing_of(report: Report, package: Package) -> Training | None:
-    """The healing of the network that a package holds, whatever its form; None where none is known."""
-    names = [name for name in report.healing if package.name == name or package.name.startswith(f"{name}-")]
-    return report.healing[max(names, key=len)] if names else None
+def of_network(known: Mapping[str, Known], package: Package) -> Known | None:
+    """What is known of the network that a package holds, whatever its form; None where nothing is."""
+    names = [name for name in known if package.name == name or package.name.startswith(f"{name}-")]
+    return known[max(names, key=len)] if names else None
+
+
+def refitted_tokens(report: Report, package: Package) -> int:
+    """The tokens that the package's projections were refitted on, 0 where they were not; by the recipe where the report
+    does not say."""
+    if report.repaired is not None:
+        return of_network(report.repaired, package) or 0
+    repair = report.recipe.get("repair") or {}
+    return int(repair.get("tokens", 0)) if repair.get("enabled") else 0
 
 
 def _literal(text: str) -> str:

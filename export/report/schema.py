@@ -363,6 +363,9 @@ class Report(Model):
     comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None
+    repaired: dict[str, int] | None = None
+    """Tokens that what was sliced was refitted on by least squares, 0 where it was not, by the name of the package;
+    None in reports of versions that did not say."""
     healing: dict[str, Training] = Field(default_factory=dict)
     """By the name of the package that was healed."""
     hub_dataset: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compressor import pipeline
 from compressor.cli import run
@@ -17,8 +17,16 @@ from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
 from compressor.stages.comparison_methods import methods
-from compressor.stages.repairing import pick_variants, repair_inputs, search_variants, searched_weights
+from compressor.stages.repairing import (
+    pick_variants,
+    repair_file,
+    repair_inputs,
+    repaired_on,
+    search_variants,
+    searched_weights,
+)
 from supernet.architecture import Architecture
+from supernet.common.errors import RequestError
 from supernet.training.loop import TrainSettings
 from tests.support import tiny
 
@@ -90,6 +98,25 @@ def test_switched_off_the_package_is_made_again(folder: Path) -> None:
     points = json.loads((folder / "report.json").read_text())["search"]["points"]
     assert points and all(point["tasks"] for point in points)
     assert shipped.keys() == plain.keys() and any(not torch.equal(shipped[name], plain[name]) for name in shipped)
+
+
+def test_what_was_kept_is_read_with_care(folder: Path) -> None:
+    job = opened(folder)
+    job.recipe.repair.enabled = True
+    (pick,) = json.loads((folder / "search" / "picks.json").read_text())
+    architecture = Architecture.from_dict(pick["architecture"])
+    assert repaired_on(job, architecture) == 1024 and repaired_on(job, job.structure.base) == 0
+    file = repair_file(job, architecture)
+    kept = file.read_bytes()
+    try:
+        save_file({}, file)
+        assert repaired_on(job, architecture) == 0
+        file.write_bytes(kept[:-5])
+        for read in (repaired_on, pick_variants):
+            with pytest.raises(RequestError, match=r"damaged; remove it to repair again"):
+                read(job, architecture)
+    finally:
+        file.write_bytes(kept)
 
 
 def test_without_text_it_is_sliced_plainly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

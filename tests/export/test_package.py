@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_weights_are_stored_in_the_given_dtype(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32, trust_remote_code=True)
     with torch.no_grad(), safe_open(tmp_path / "reference.safetensors", "pt") as reference:
         assert_close(loaded(reference.get_tensor("ids")).logits, reference.get_tensor("logits"))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_every_layer_attends_as_is_asked(tmp_path: Path, later: bool) -> None:
+    package = write_tiny(tmp_path / "p", UNEVEN).folder
+    given = {} if later else {"attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(package, trust_remote_code=True, **given)
+    if later:
+        assert {module.config._attn_implementation for module in attention_of(model)} == {"sdpa"}
+        model.set_attn_implementation("eager")
+    assert {module.config._attn_implementation for module in attention_of(model)} == {"eager"}
+    attentions = model(input_ids=probe_ids(), output_attentions=True).attentions
+    assert len(attentions) == sum("attention" not in layer.skip for layer in UNEVEN.layers)
+
+
+def attention_of(model: nn.Module) -> list[Any]:
+    return [
+        module for name, module in model.named_modules() if name.endswith("self_attn") and hasattr(module, "config")
+    ]
 
 
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
@@ -259,13 +279,18 @@ def test_every_edit_is_found_and_named(package: Path) -> None:
     check_files(package)
 
 
-def test_code_is_trusted_only_as_this_version_writes_it(tmp_path: Path) -> None:
+def test_code_is_trusted_only_as_this_version_or_an_earlier_one_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = write_tiny(tmp_path / "p", UNEVEN).folder
     code = package / "modeling_uneven_llama.py"
     code.write_text(code.read_text() + "\nimport os\n")
     record_anew(package, code.name)
     with pytest.raises(VerificationError, match=r"modeling_uneven_llama\.py: the code file differs"):
         check_files(package)
+    with monkeypatch.context() as patched:
+        patched.setattr("supernet.trust.EARLIER_CODE", {sha256(code.read_bytes()).hexdigest()})
+        assert check_code(package)
     with edited(package / "config.json") as config:
         config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling.Model"
     with pytest.raises(VerificationError, match="auto_map"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from supernet.moments import (
     refit,
     save_moments,
 )
-from supernet.repair import RepairedVariants, repair_in_sequence
+from supernet.repair import Kept, RepairedVariants, repair_in_sequence
 from supernet.slicing import extract
 from tests.support.tiny_families import CONFIGS, assert_close, logits, random_architecture, tiny_network
 
@@ -324,6 +325,54 @@ def test_inputs_that_are_not_finite_are_one_line() -> None:
         dict(gather(SuperNetwork(model), text()))
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_a_cut_network_that_is_not_finite_is_one_line(family: str, value: float) -> None:
+    supernet = SuperNetwork(tiny_network(family))
+    names = {
+        "llama": "model.layers.1.mlp.up_proj.weight",
+        "opt": "model.decoder.layers.1.fc1.weight",
+        "mixtral": "model.layers.1.mlp.experts.gate_up_proj",
+    }
+    with torch.no_grad():
+        supernet.model.get_parameter(names[family]).view(-1)[:1].fill_(value)
+    layers = [replace(full, intermediate_size=full.intermediate_size // 2) for full in supernet.base.layers]
+    with pytest.raises(RequestError, match="not finite on the calibration text"):
+        repair_in_sequence(supernet, Architecture(supernet.base.hidden_size, tuple(layers)), text())
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+def test_means_that_are_large_leave_the_moments_as_they_are(mean: float, tmp_path: Path) -> None:
+    """They would leave little of how inputs vary in float32, in which products are taken and moments are kept."""
+    x, t = mixed(400, 10), mixed(400, 4, seed=3)
+    one, both = sums(x, t), sums(x + mean, t - mean)
+    for mine, expected in zip(both.moments(True), one.moments(True), strict=True):
+        expected = torch.as_tensor(expected)
+        assert (torch.as_tensor(mine) - expected).abs().max() <= (1e-3 if mean > 100 else 1e-4) * expected.abs().max()
+    raw = (x + mean).double()
+    assert_close(both.moments(False)[0], raw.T @ raw / len(x))
+    supernet = SuperNetwork(tiny_network("opt"))
+    with torch.no_grad():
+        supernet.model.get_parameter("model.decoder.layers.1.fc1.bias").add_(mean)
+    for index, moments in gather(supernet, text()):
+        save_moments(moments, layer_file(tmp_path, index), "w")
+        kept = load_moments(layer_file(tmp_path, index), "w")["mlp"]
+        factorised(kept.of(centred=True), 1e-4)  # it would not be positive definite
+        assert_close(
+            kept.of(centred=False) - torch.outer(kept.mean.double(), kept.mean.double()), kept.of(centred=True)
+        )
+
+
+def test_what_takes_no_more_room_is_not_counted_twice() -> None:
+    kept: Kept[str] = Kept(10)
+    for _ in range(3):
+        kept.put(("a",), "a", 4)
+    kept.put(("b",), "b", 6)
+    assert kept[("a",)] == "a" and kept[("b",)] == "b"
+    kept.put(("a",), "a", 8)
+    assert ("b",) not in kept and kept[("a",)] == "a"
+
+
 def test_fewer_tokens_than_units_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     supernet = SuperNetwork(tiny_network("llama"))
     dict(gather(supernet, text()))
@@ -332,6 +381,7 @@ def test_fewer_tokens_than_units_are_said(capsys: pytest.CaptureFixture[str]) ->
     assert "32 calibration tokens are fewer than the 56 inputs" in " ".join(capsys.readouterr().err.split())
     for _, moments in gather(supernet, text(1, 8)):  # nothing is held out to judge by
         assert all(math.isinf(m.ridge) for m in moments.values())
+    assert "8 calibration tokens are too few to hold some out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_residual_width_is_not_repaired() -> None:
