@@ -1,4 +1,4 @@
-"""What works on a GPU, how exactly, and how fast: twelve parts, each a process of its own with a time limit.
+"""What works on a GPU, how exactly, and how fast: thirteen parts, each a process of its own with a time limit.
 
     python -m benchmarks.gpu --checkpoint DIR [--include-path DIR --tasks A,B --data FILE] --output DIR
     python -m benchmarks.gpu --tiny --output DIR          # the same on a CPU, with tiny budgets: does it run?
@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +54,7 @@ def main() -> None:
         part=(str, argparse.SUPPRESS),
         tiny=(False, "tiny budgets, for a CPU"),
         job=(False, "only a whole compression to 0.67 of the parameters"),
-        time=("4m", "the time that the whole compression may take"),
+        time=("6m", "the time that the whole compression may take"),
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -73,10 +75,15 @@ def run_part(name: str, arguments: argparse.Namespace) -> None:
     ended: int | str
     began = time.monotonic()
     with (arguments.output / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            ended = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             ended = f"stopped after {seconds} s"
+        finally:  # with what it has started, which would keep the card
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     fact = {"part": name, "fact": "exit, seconds", "value": [ended, round(time.monotonic() - began, 1)]}
     with (arguments.output / "gpu.jsonl").open("a") as facts:
         facts.write(json.dumps(fact) + "\n")
@@ -460,19 +467,22 @@ def training(arguments: argparse.Namespace, rows: int = 16, ordering: str | None
         network = job.supernet_of(job.load_base(torch.float32))
         blocks = training_blocks(job, tokens)
         order_supernet(job, network, blocks)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as folder:
+            job.recipe.finetuning.tokens = tokens // steps  # the first steps build kernels
+            train_supernet(job, network, blocks, Path(folder) / "first")
+            job.recipe.finetuning.tokens = tokens
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             began = time.monotonic()
             history = train_supernet(job, network, blocks, Path(folder) / "state")
             synchronize()
-        taken = time.monotonic() - began
+        taken, stepping = time.monotonic() - began, history.seconds - history.measuring
         structure = job.structure
         macs = structure.macs(structure.base, length // 2)
         flop = (6 * 3 * 0.8 + 2) * macs * tokens
-        yield "seconds a step, tokens/s", [history.seconds / steps, tokens / history.seconds]
+        yield "optimizer, seconds a step, tokens/s", [job.optimizer, stepping / steps, tokens / stepping]
         yield "seconds with the curve's points", taken
-        yield "model FLOP utilisation", flop / history.seconds / rate
+        yield "model FLOP utilisation, the optimizer's products not counted", flop / stepping / rate
         yield "TFLOP/s of a matrix product", rate / 1e12
         yield "peak GiB, and as inspect expects", [peak_gib(), expected_memory(job)["fine-tuning"] / 2**30]
         if torch.cuda.is_available():
@@ -529,6 +539,7 @@ def synchronisations(job: Job, network: Any, blocks: Any) -> dict[str, int]:
 def profiled(job: Job, network: Any, blocks: Any) -> Facts:
     """What the GPU does in a step, by kernel, and the share of the time that it does anything."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from compressor.stages.finetuning import train_supernet
@@ -539,11 +550,39 @@ def profiled(job: Job, network: Any, blocks: Any) -> Facts:
         train_supernet(job, network, blocks, Path(folder) / "state")
         torch.cuda.synchronize()
         taken = time.perf_counter() - began
-    events = trace.key_averages()
+    events = [event for event in trace.key_averages() if event.device_type == DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in events) / 1e6
     yield "seconds of three steps and their curve, share of them that the GPU is busy", [taken, busy / taken]
     longest = sorted(events, key=lambda event: -event.self_device_time_total)[:18]
     yield "ms of the GPU by kernel", {e.key[:60]: round(e.self_device_time_total / 1e3, 1) for e in longest}
+
+
+def optimizers(arguments: argparse.Namespace) -> Facts:
+    """A step of each optimizer on the network's own matrices: milliseconds, and the memory that it takes beside
+    weights and gradients; and how far Muon's directions in bfloat16 are from those in float32."""
+    import torch
+
+    from compressor.costs import estimate_rates
+    from supernet.training.loop import OPTIMIZERS, parameter_groups
+    from supernet.training.muon import orthogonal
+
+    for name in ("muon", "adamw"):
+        changes = {"finetuning.optimizer": name, "finetuning.tokens": 4096}
+        with open_job(arguments, **changes) as job:
+            network = job.load_base(torch.float32)
+            settings = job.train_settings(job.recipe.finetuning, job.length, 0)
+            parameters = dict(network.named_parameters())
+            groups = parameter_groups(network, parameters, settings)
+            optimizer = OPTIMIZERS[name](groups, settings.learning_rate)
+            for parameter in parameters.values():
+                parameter.grad = torch.randn_like(parameter)
+            before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+            taken = 1000 * seconds_of(optimizer.step, 5)
+            held = (torch.cuda.memory_allocated() - before) / 2**30 if torch.cuda.is_available() else None
+            yield f"{name}: ms a step, as foretold, GiB", [taken, 1000 * estimate_rates(job).step, held]
+    matrix = torch.randn(1536, 576, device=place())
+    exact, rounded = orthogonal(matrix.cpu()).flatten(), orthogonal(matrix).cpu().flatten()
+    yield "cosine of Muon's directions here and on the CPU", float(torch.cosine_similarity(exact, rounded, 0))
 
 
 def same_seed(arguments: argparse.Namespace) -> Facts:
@@ -655,6 +694,7 @@ PARTS: dict[str, tuple[float, Callable[[argparse.Namespace], Facts]]] = {
     "scoring": (75, scoring),
     "training": (90, training),
     "training-1b": (110, training_a_billion),
+    "optimizers": (40, optimizers),
     "speed": (60, speed),
     "logits": (30, logits),
     "same-seed": (45, same_seed),

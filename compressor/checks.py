@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from compressor.costs import expected_memory
+from compressor.costs import without_room
 from compressor.generated import repeated
 from compressor.job import Job
 from compressor.sizing import (
@@ -31,7 +31,6 @@ from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import percent, size
 from supernet.common.progress import say
-from supernet.device import free_bytes
 from supernet.ordering import load_ordering
 from supernet.routed import check_routed
 from supernet.tokens import no_row, tokens_without_row
@@ -193,19 +192,13 @@ def check_budgets(job: Job) -> None:
 
 def check_memory(job: Job) -> None:
     """Refuse training that a GPU has no memory for, by what `inspect` expects of it. What was trained is done."""
-    if job.device.type != "cuda":
-        return
-    free, expected = free_bytes(job.device), expected_memory(job)
     instead = {
         "fine-tuning": "train adapters (finetuning.parameters: lora), share the layers among several GPUs "
         "(finetuning.shard), or search the base as it is (--train-tokens 0)",
         "healing": "leave it out (--heal-tokens 0), or ask for a smaller network",
     }
-    trained = job.run.manifest(job.run.supernet) is not None and job.redo != "finetune"
-    tokens = {"fine-tuning": 0 if trained else job.recipe.finetuning.tokens, "healing": job.recipe.healing.tokens}
-    for stage, advice in instead.items():
-        if tokens[stage] and expected[stage] > free and not job.recipe.finetuning.shard:
-            raise RequestError(f"{stage} takes about {size(expected[stage])}, this GPU has {size(free)} free: {advice}")
+    for stage, (expected, free) in without_room(job).items():
+        raise RequestError(f"{stage} takes about {size(expected)}, this GPU has {size(free)} free: {instead[stage]}")
 
 
 def check_weights_by_size(job: Job) -> None:

@@ -37,7 +37,7 @@ from export.quantization.schemes import SCHEMES
 from search.genes import AS_STORED, Gene
 from search.scores import Split
 from supernet.common.progress import IMPORTED
-from supernet.device import activation_bytes
+from supernet.device import activation_bytes, free_bytes, logits_at_once
 from supernet.routed import routed, routed_parameters
 from supernet.training import muon
 from supernet.training.accelerator import processes
@@ -447,7 +447,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     weight_bytes = total * job.compute_dtype.itemsize
     trained = 16 * total - 4 * sum(map(math.prod, _orthogonal_shapes(job)))  # Muon has one moment, AdamW two
     tokens, checkpointing = rows * recipe.finetuning.sequence_length, recipe.finetuning.gradient_checkpointing
-    activations = activation_bytes(structure, tokens, checkpointing)
+    activations = activation_bytes(structure, tokens, checkpointing, logits_at_once(job.device))
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
     else:
@@ -473,6 +473,17 @@ def expected_memory(job: Job) -> dict[str, float]:
         "measuring": 2 * scoring,
         "proving": scoring,
     }
+
+
+def without_room(job: Job) -> dict[str, tuple[float, int]]:
+    """Trainings that are still to come and that a GPU has no memory for: the bytes that each is expected to hold, and
+    those that are free."""
+    if job.device.type != "cuda" or job.recipe.finetuning.shard:
+        return {}
+    free, expected = free_bytes(job.device), expected_memory(job)
+    trained = job.run.manifest(job.run.supernet) is not None and job.redo != "finetune"
+    tokens = {"fine-tuning": 0 if trained else job.recipe.finetuning.tokens, "healing": job.recipe.healing.tokens}
+    return {stage: (expected[stage], free) for stage, number in tokens.items() if number and expected[stage] > free}
 
 
 def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None = None) -> Rates:
@@ -536,8 +547,9 @@ def measure_rates(job: Job) -> Rates:
     rounding = step_seconds(model, job.length) if tunes(job) else 0.0
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     for shape, number in Counter(_orthogonal_shapes(job)).items():
-        matrix = torch.randn(shape, device=job.device)
-        step += number * min(_seconds(job.device, partial(muon.orthogonal, matrix)) for _ in range(2))
+        together = min(number, muon.in_a_stack(math.prod(shape), job.device))
+        stack = torch.randn(together, *shape, device=job.device)
+        step += number / together * min(_seconds(job.device, partial(muon.orthogonal, stack)) for _ in range(2))
     return Rates(
         load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding, start=start
     )

@@ -15,7 +15,7 @@ from typing import TypedDict
 from rich import box
 from rich.table import Table
 
-from compressor.costs import Rates, StageCost, measure_rates, stage_costs, tunes
+from compressor.costs import Rates, StageCost, measure_rates, stage_costs, tunes, without_room
 from compressor.job import Job
 from compressor.recipe import OPEN, Recipe
 from export.models import Model
@@ -254,12 +254,14 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
             set_open(train_tokens=two_digits(train), heal_tokens=two_digits(tokens - train), batch=batch)
             return total()
 
-        # Steps cost time too, so more tokens may fit in larger batches: the largest one that leaves enough steps.
+        # Steps cost time too, so more tokens may fit in larger batches: the largest one that leaves enough steps, and
+        # that a GPU has memory for.
         batch = MOST["batch"]
         while True:
             largest(partial(trained, batch), time, 0, 10**11)
             tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
-            if batch <= FEWEST["batch"] or tokens >= STEPS * job.length * batch:
+            enough = tokens >= STEPS * job.length * batch and not ("batch" in open_ and without_room(job))
+            if batch <= FEWEST["batch"] or enough:
                 break
             batch //= 2
 

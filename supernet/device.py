@@ -18,8 +18,10 @@ CACHE_BYTES = 2**28
 """Bytes of layers' outputs that scoring keeps on a CPU for the next sub-network."""
 ACTIVATION_BYTES = 3 * 2**30
 """Bytes that a step's backward pass may need on a CPU; larger batches are computed in parts."""
-SHARE_FOR_LOGITS, SHARE_FOR_CACHE = 1 / 16, 1 / 3
-"""Shares of a GPU's free memory for the same."""
+SHARE_FOR_LOGITS = 1 / 32
+"""Share of a GPU's memory for the same: of all of it, since what is free changes, and with it would how sums round."""
+SHARE_FOR_CACHE = 1 / 3
+"""Share of a GPU's free memory for layers' outputs."""
 
 
 def prepare(device: torch.device) -> None:
@@ -35,10 +37,12 @@ def prepare(device: torch.device) -> None:
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Logits to compute at a time, tokens times vocabulary: on a GPU as its free memory allows, in float32."""
+    """Logits to compute at a time, tokens times vocabulary: on a GPU as its memory allows, in float32."""
+    import torch
+
     if device.type != "cuda":
         return LOGITS
-    return max(LOGITS, int(SHARE_FOR_LOGITS * free_bytes(device)) // 4)
+    return max(LOGITS, int(SHARE_FOR_LOGITS * torch.cuda.get_device_properties(device).total_memory) // 4)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -46,14 +50,14 @@ def cache_bytes(device: torch.device) -> int:
     return max(CACHE_BYTES, int(SHARE_FOR_CACHE * free_bytes(device))) if device.type == "cuda" else CACHE_BYTES
 
 
-def activation_bytes(structure: Structure, tokens: int, checkpointing: bool = False) -> int:
-    """Bytes, about, that the backward pass of so many tokens needs in float32: what the layers keep, and the logits.
-    With `checkpointing` a layer keeps its input, and one at a time all."""
+def activation_bytes(structure: Structure, tokens: int, checkpointing: bool = False, logits: int = LOGITS) -> int:
+    """Bytes, about, that the backward pass of so many tokens needs in float32: what the layers keep, and of the logits
+    those that are computed at a time. With `checkpointing` a layer keeps its input, and one at a time all."""
     base, each = structure.base, structure.experts_per_token
     neurons = max(s.intermediate_size * min(s.num_experts, each) or s.intermediate_size for s in base.layers)
     layers, of_layer = len(base.layers), 10 * base.hidden_size + 4 * neurons
     kept = layers * base.hidden_size + of_layer if checkpointing else layers * of_layer
-    return 4 * tokens * (kept + 4 * structure.vocab_size)
+    return 4 * (tokens * kept + 4 * min(tokens * structure.vocab_size, logits))
 
 
 def parts_of_batch(
@@ -62,9 +66,9 @@ def parts_of_batch(
     """Equal parts that a batch is to be computed in, so that a CPU holds `ACTIVATION_BYTES`, or one row's."""
     if device.type == "cuda":
         return 1
-    row = activation_bytes(structure, length, checkpointing)
-    fitting = (n for n in range(1, rows + 1) if rows % n == 0)
-    return next((n for n in fitting if rows // n * row <= ACTIVATION_BYTES), rows)
+    equal = (n for n in range(1, rows + 1) if rows % n == 0)
+    fits = (n for n in equal if activation_bytes(structure, rows // n * length, checkpointing) <= ACTIVATION_BYTES)
+    return next(fits, rows)
 
 
 def pass_tokens(device: torch.device) -> int:

@@ -28,6 +28,9 @@ ITERATIONS = 3
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 AT_ONCE = 2**25
 """Numbers of a stack of matrices that are made orthogonal together; the work takes some five copies of them."""
+STACKED = {"cuda": AT_ONCE}
+"""The same of matrices of one shape, by kind of device. Where a launch takes longer than a small product, a network of
+a few hundred of them is quick in stacks only; on a CPU these gain nothing, and take memory."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,23 +51,48 @@ class Muon(torch.optim.Optimizer):
         """Move what has a gradient; there is no closure."""
         for group in self.param_groups:
             if group["matrices"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._move(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+                for alike in in_stacks(moving):
+                    self._move(alike, group["lr"], group["weight_decay"])
         if self.adamw is not None:
             self.adamw.step()
 
-    def _move(self, parameter: Tensor, gradient: Tensor, rate: float, decay: float) -> None:
-        state = self.state[parameter]
+    def _move(self, alike: list[Tensor], rate: float, decay: float) -> None:
+        """Move parameters of one shape."""
+        directions = [self._direction(parameter) for parameter in alike]
+        moves = orthogonal(torch.stack(directions)) if len(alike) > 1 else [orthogonal(directions[0])]
+        for parameter, move in zip(alike, moves, strict=True):
+            if decay:
+                parameter.mul_(1 - rate * decay)
+            # U Vᵀ of m x n numbers has a squared sum of at most min(m, n): its root mean square is 1 / sqrt(max(m, n)).
+            parameter.add_(shard_like(move, parameter), alpha=-rate * sqrt(max(move.shape[-2:])))
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Where the momentum of a parameter leads (Nesterov's), of all of it where it is sharded."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
         gradient, nesterov = full_tensor(gradient), full_tensor(gradient.lerp(momentum, MOMENTUM))
         # An expert that no token came to has only its fading momentum, which would move it as far as ever.
-        nesterov *= gradient.abs().amax((-2, -1), keepdim=True) > 0
-        parameter.mul_(1 - rate * decay)
-        # U Vᵀ of m x n numbers has a squared sum of at most min(m, n): its root mean square is 1 / sqrt(max(m, n)).
-        parameter.add_(shard_like(orthogonal(nesterov), parameter), alpha=-rate * sqrt(max(nesterov.shape[-2:])))
+        return nesterov * (gradient.abs().amax((-2, -1), keepdim=True) > 0)
+
+
+def in_a_stack(numbers: int, device: torch.device) -> int:
+    """Parameters of so many numbers each that are moved together."""
+    return max(1, STACKED.get(device.type, 0) // numbers)
+
+
+def in_stacks(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters that are moved together: of one shape, and as many as `STACKED` allows where they lie."""
+    stacks: dict[tuple[object, ...], list[list[Tensor]]] = {}
+    for parameter in parameters:
+        stack = stacks.setdefault((parameter.shape, parameter.dtype, parameter.device), [[]])
+        if len(stack[-1]) == in_a_stack(parameter.numel(), parameter.device):
+            stack.append([])
+        stack[-1].append(parameter)
+    return [alike for stack in stacks.values() for alike in stack]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

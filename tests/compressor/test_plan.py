@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compressor import costs, pipeline
+from compressor.checks import check_budgets
 from compressor.cli import run
 from compressor.costs import COSTS, Rates, stage_costs
 from compressor.job import Job
@@ -344,6 +346,38 @@ def test_an_optimizer_that_multiplies_matrices_costs_time_and_less_memory(
     assert costs.estimate_rates(muon).step == pytest.approx(costs.estimate_rates(adamw).step + slower)
     less = costs.expected_memory(adamw)["fine-tuning"] - costs.expected_memory(muon)["fine-tuning"]
     assert less == 4 * sum(rows * columns for rows, columns in matrices) > 0
+
+
+def test_a_batch_is_one_that_a_gpu_has_memory_for(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = read_recipe(None, given | {"time": "10h"})
+    job = job_of(given, tmp_path / "one", time="10h")
+    make_plan(job, asked)
+    batch = job.recipe.finetuning.batch_size
+    assert batch is not None and batch > 4
+
+    def missing(job: Job) -> dict[str, tuple[float, int]]:
+        return {"healing": (2.0, 1)} if (job.recipe.finetuning.batch_size or 0) > 4 else {}
+
+    monkeypatch.setattr("compressor.plan.without_room", missing)
+    smaller = job_of(given, tmp_path / "two", time="10h")
+    make_plan(smaller, asked)
+    assert smaller.recipe.finetuning.batch_size == 4 and (smaller.recipe.healing.tokens or 0) > 0
+
+
+def test_training_that_a_gpu_has_no_memory_for_is_refused(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(given, tmp_path, **{"finetuning.tokens": 0, "healing.tokens": 1000})
+    assert costs.without_room(job) == {}
+    monkeypatch.setattr(Job, "device", torch.device("cuda"))
+    monkeypatch.setattr(costs, "logits_at_once", lambda _: 2**25)
+    for free, found in ((10**12, []), (10, ["healing"])):
+        monkeypatch.setattr(costs, "free_bytes", lambda _, free=free: free)
+        assert list(costs.without_room(job)) == found
+    with pytest.raises(RequestError, match=r"healing takes about .*, this GPU has 10 B free: leave it out"):
+        check_budgets(job)
 
 
 def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ def test_bytes_by_hand() -> None:
     """Two layers of width 48 and 56 neurons, 101 tokens."""
     structure = describe(CONFIGS["llama"]())
     layers = len(structure.base.layers)
-    assert activation_bytes(structure, 10) == 4 * 10 * (layers * (10 * 48 + 4 * 56) + 4 * 101)
+    kept = layers * (10 * 48 + 4 * 56)
+    assert activation_bytes(structure, 10) == 4 * 10 * (kept + 4 * 101)
+    # Of all logits, those of two tokens at a time.
+    assert activation_bytes(structure, 10, logits=202) == 4 * (10 * kept + 4 * 202)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6, 16])
@@ -26,7 +29,7 @@ def test_parts_are_equal_and_fit(rows: int, rows_that_fit: float) -> None:
     length = int(ACTIVATION_BYTES / rows_that_fit / activation_bytes(structure, 1))
     parts = parts_of_batch(structure, rows, length, CPU)
     assert rows % parts == 0
-    assert rows // parts <= max(1.0, rows_that_fit)
+    assert parts == rows or activation_bytes(structure, rows // parts * length) <= ACTIVATION_BYTES
     fewer = [n for n in range(1, parts) if rows % n == 0]
-    assert all(rows // n > rows_that_fit for n in fewer)
+    assert all(activation_bytes(structure, rows // n * length) > ACTIVATION_BYTES for n in fewer)
     assert parts_of_batch(structure, rows, length, torch.device("cuda")) == 1

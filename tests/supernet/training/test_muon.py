@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from supernet.training import muon
 from supernet.training.loop import TrainSettings, parameter_groups
-from supernet.training.muon import Muon, operations, orthogonal
+from supernet.training.muon import Muon, in_stacks, operations, orthogonal
 from tests.support.tiny_families import CONFIGS, tiny_network
 
 BETAS = (0.9, 0.95)
@@ -123,3 +123,24 @@ def test_operations_are_those_of_its_products() -> None:
         orthogonal(random(3, 8, 12))
         orthogonal(random(12, 8))
     assert counter.get_total_flops() == operations((3, 8, 12)) + operations((12, 8))
+
+
+@pytest.mark.parametrize("most", [0, 2 * 24, 10**6])
+def test_matrices_of_one_shape_move_together_as_they_move_alone(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "STACKED", {"cpu": most})
+    shapes = [(4, 6), (6, 4), (4, 6), (2, 4, 6), (4, 6)]
+    parameters = [nn.Parameter((n + 1) * random(*shape)) for n, shape in enumerate(shapes)]
+    alone = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    sizes = sorted(len(stack) for stack in in_stacks(parameters))
+    assert sizes == {0: [1, 1, 1, 1, 1], 48: [1, 1, 1, 2], 10**6: [1, 1, 3]}[most]
+    optimizer = Muon([{"params": parameters, "weight_decay": 0.1, "matrices": True}], 0.01, BETAS)
+    others = [Muon([{"params": [one], "weight_decay": 0.1, "matrices": True}], 0.01, BETAS) for one in alone]
+    for step in range(3):
+        for n, pair in enumerate(zip(parameters, alone, strict=True)):
+            for parameter in pair:
+                parameter.grad = random(*shapes[n]).roll(n + step, 0) if n + step != 3 else None
+        optimizer.step()
+        for other in others:
+            other.step()
+    for parameter, one in zip(parameters, alone, strict=True):
+        assert torch.allclose(parameter, one, atol=1e-6)
