@@ -106,7 +106,7 @@ def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed
         keep_base(job)
     if plan is not None:
         write_plan(job, plan)
-    if recipe.tasks:
+    if recipe.tasks and job.run.writes:
         job.tasks.keep(job.run.requests)
     keep_records(job)
     job.run.log(f"started: {recipe.model}")

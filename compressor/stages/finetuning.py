@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from compressor.checks import check_targets
 from compressor.inputs import (
@@ -145,9 +146,14 @@ def finetune(job: Job) -> dict[str, Any]:
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, resumable)
         if recipe.finetuning.shard:
-            state = {name: full_tensor(value) for name, value in model.state_dict().items()}
-            model = job.load_base(torch.float32)  # one that is whole, to be stored
-            model.load_state_dict(state)
+            state: dict[str, Tensor] = {}
+            for name, value in model.state_dict().items():
+                whole = full_tensor(value)  # which all processes must ask for, and one GPU has no room to hold all of
+                if run.writes:
+                    state[name] = whole.cpu()
+            if run.writes:
+                model = job.load_base(torch.float32)  # one that is whole, to be stored
+                model.load_state_dict(state)
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", job.ordering)
             proof["files"] = store(job, model, folder, ids)

@@ -155,7 +155,7 @@ class TrainingState:
                 if not isinstance(value, Tensor):
                     numbers[f"{key}|{name}"] = value
                 elif accelerator.is_main_process:
-                    tensors[f"{key}|{name}"] = full_tensor(value)
+                    tensors[f"{key}|{name}"] = full_tensor(value).cpu()  # one GPU has no room for all of it
                 else:
                     full_tensor(value)
         if not accelerator.is_main_process:

@@ -81,6 +81,17 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_of_several_processes_only_the_first_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may be ahead of it, and it refuses a folder that holds something else."""
+    recipe = read_recipe(None, tiny.job_recipe(tmp_path) | {"finetuning": {"tokens": 0}, "healing": {"tokens": 0}})
+    monkeypatch.setattr("compressor.run.is_main", lambda: False)
+    job = pipeline.start(recipe, tmp_path / "run", tasks_needed=False)
+    assert job.recipe.tasks and not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    pipeline.start(recipe, tmp_path / "run", tasks_needed=False)
+    assert (tmp_path / "run" / "requests").is_dir()
+
+
 def test_a_class_that_the_checkpoint_brings_stays_the_super_networks(tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "model")
     (model / "modeling_own.py").write_text(
