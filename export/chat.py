@@ -14,7 +14,7 @@ from typing import Any
 
 from evals.scoring.evaluate import load_checkpoint
 from export.layouts.gguf.layout import weight_file
-from export.layouts.gguf.runtime import LlamaCpp
+from export.layouts.gguf.server import LlamaCpp
 from export.layouts.installed import check_installed
 from export.package_record import RECORD, read_record
 from supernet.common.errors import RequestError

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import urllib.request
-from collections.abc import Sequence
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
-from typing import Any
 
 from evals.speed.measured import Speed
 from export.layouts.gguf.layout import weight_file
+from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import TYPES, bound_of_bits
 from export.layouts.installed import check_installed
 from export.package_record import PackageRecord, Probe
 from export.probe import compare_greedy
 from supernet.common.errors import VerificationError
+from supernet.common.files import read_json, write_json
+from supernet.common.processes import fresh_environment, last_line
 from supernet.common.versions import versions
 
 # Largest |Δ log-probability| (nats) against transformers, for each nat of the largest |logit|: llama.cpp rounds
@@ -26,73 +28,30 @@ TOLERANCE = {"f32": 2e-5, "f16": 2e-3, "bf16": 8e-3}
 CHECKED_POSITIONS = 8
 
 
-class LlamaCpp:
-    """llama.cpp with one model, in this process: a wheel's server, asked over the loopback interface."""
-
-    def __init__(self, file: Path, context: int, threads: int = 1) -> None:
-        import xllamacpp  # an optional dependency
-
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(file)
-        settings.n_ctx = context
-        settings.n_parallel = 1
-        settings.warmup = False
-        settings.fit_params = False
-        settings.verbosity = 0
-        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self._server = xllamacpp.Server(settings)
-        self.address = self._server.listening_address
-        self._harmless = self.tokenize("a")[-1]
-
-    def ask(self, path: str, **values: object) -> dict[str, Any]:
-        """The server's reply, as JSON, to a request with these values."""
-        request = urllib.request.Request(
-            f"{self.address}{path}", json.dumps(values).encode(), {"Content-Type": "application/json"}
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=600) as reply:
-            return json.load(reply)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids, with those that stand for the text's beginning."""
-        return self.ask("/tokenize", content=text, add_special=True)["tokens"]
-
-    def complete(self, ids: Sequence[int], new: int, **options: object) -> dict[str, Any]:
-        """The server's reply to a prompt, with `new` greedy tokens.
-
-        Prompts are not taken from its cache, which for networks with windows may still hold the one before.
-        """
-        return self.ask("/completion", prompt=list(ids), n_predict=new, temperature=0.0, cache_prompt=False, **options)
-
-    def log_probabilities(self, ids: Sequence[int], top: int) -> dict[int, float]:
-        """Natural log-probabilities of the `top` likeliest next tokens.
-
-        The server reports none where the sampled token ends the text or is a part of a character, so a harmless one is
-        forced; the reported probabilities are those before sampling.
-        """
-        reply = self.complete(ids, 1, n_probs=top, logit_bias=[[self._harmless, 1e6]])
-        return {token["id"]: token["logprob"] for token in reply["completion_probabilities"][0]["top_logprobs"]}
-
-    def timed(self, ids: Sequence[int], new: int) -> tuple[float, float]:
-        """Seconds to read the prompt, and to write each of `new` tokens behind it, by the server's own clock."""
-        timings = self.complete(ids, new, ignore_eos=True)["timings"]
-        return timings["prompt_ms"] / 1e3, timings["predicted_per_token_ms"] / 1e3
-
-    def greedy(self, ids: Sequence[int], new: int) -> list[int]:
-        """The `new` token ids of a greedy continuation; fewer where the text ends."""
-        return self.complete(ids, new, return_tokens=True)["tokens"]
-
-
 def measure_speed(
     package: PackageRecord, *, prompt: int, new: int, threads: int, vocabulary: int = 200, repeats: int = 5
 ) -> Speed:
-    """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs."""
+    """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs.
+
+    In a process of its own: where torch has computed on several threads, llama.cpp on several is slowed down by a
+    tenfold, as threads of two OpenMP libraries wait for each other's processors (docs/results.md).
+    """
     file, gguf_type = weight_file(package.folder)
-    runtime = LlamaCpp(file, prompt + new + 8, threads)
     ids = [1 + i % min(200, vocabulary - 1) for i in range(prompt)]
-    runs = [runtime.timed(ids, new) for _ in range(repeats + 1)][1:]
+    with tempfile.TemporaryDirectory(prefix="compressor-timing-") as folder:
+        scratch = Path(folder)
+        job = {"file": str(file.resolve()), "ids": ids, "new": new, "threads": threads, "repeats": repeats}
+        write_json(scratch / "job.json", job)
+        done = subprocess.run(
+            [sys.executable, "-m", "export.layouts.gguf.speed_child", str(scratch / "job.json")],
+            env=fresh_environment(scratch, file.stat().st_size),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{file}: timing it in llama.cpp failed: {last_line(done.stderr)}")
+        runs = read_json(scratch / "runs.json")
     return Speed(
         runtime="llama.cpp",
         device="cpu",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
-from export.layouts.gguf.layout import FileSize, file_bytes, take_stored_weights
-from export.layouts.gguf.runtime import LlamaCpp, check_gguf, measure_speed
+from export.layouts.gguf.layout import FileSize, file_bytes, take_stored_weights, weight_file
+from export.layouts.gguf.runtime import check_gguf, measure_speed
+from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import QUANTIZED, TYPES, VALUES, blocks_of, stored_bytes, type_by_bits
 from export.layouts.table import copies_hold, needs_uniform
 from export.package_record import PackageRecord, check_files
@@ -30,7 +33,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe, families
 from supernet.slicing import extract
-from tests.support import tiny
+from tests.support import ROOT, tiny
 from tests.support.export_networks import EVEN, TEXTS, UNEVEN, cut, probe_ids, tiny_llama, tiny_tokenizer, write_tiny
 from tests.support.tiny_families import CONFIGS, LLAMA3_ROPE
 
@@ -495,6 +498,17 @@ def test_the_files_weights_can_be_scored_and_its_speed_measured(gguf_type: str, 
     speed = measure_speed(package, prompt=16, new=8, threads=1, vocabulary=320, repeats=1)
     assert speed.runtime == "llama.cpp" and speed.dtype == gguf_type
     assert speed.prefill_tps > 0 and speed.decode_tps > 0
+
+
+def test_timing_is_in_a_process_without_torch_and_its_failure_is_one_line(tmp_path: Path) -> None:
+    """Where torch has computed on several threads, llama.cpp on several is slowed down by a tenfold."""
+    code = "import sys, export.layouts.gguf.speed_child; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    package = write(tmp_path / "good", UNEVEN)
+    weight_file(package.folder)[0].write_bytes(b"GGUF and nothing else")
+    with pytest.raises(RuntimeError, match=r"timing it in llama\.cpp failed: .+") as caught:
+        measure_speed(package, prompt=4, new=2, threads=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_wrong_tensor_is_found_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
