@@ -548,7 +548,7 @@ def measure_rates(job: Job) -> Rates:
     step = STEP_BYTES * job.structure.parameters(job.structure.base) / copy_rate(job.device)
     for shape, number in Counter(_orthogonal_shapes(job)).items():
         together = min(number, muon.in_a_stack(math.prod(shape), job.device))
-        stack = torch.randn(together, *shape, device=job.device)
+        stack = torch.randn(*([together] if together > 1 else []), *shape, device=job.device)
         step += number / together * min(_seconds(job.device, partial(muon.orthogonal, stack)) for _ in range(2))
     return Rates(
         load=load, read=read, teach=teach, train=train, step=step, decode=decode, rounding=rounding, start=start

@@ -170,7 +170,8 @@ def is_held_out(tokens: int, length: int, first_row: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Other:
-    """E[o xᵀ] [outputs, inputs] and E[o] [outputs] in float32, and the ridge that fits o to x best."""
+    """E[o xᵀ] [outputs, inputs], of both less their means where the moments are centred, and E[o] [outputs] in float32,
+    and the ridge that fits o to x best."""
 
     product: Tensor
     mean: Tensor
@@ -419,11 +420,11 @@ def _moments(name: str, weight: Tensor, centred: bool, training: Sums, held: Sum
     bias."""
     both = training + held
     check_finite(name, both.xx, both.x)
-    product = both.moments(False)[1]
     ridge, other = math.inf, None  # nothing to judge by: the plain slice
     if training.tokens and held.tokens:
         ridge = choose_ridge(weight, training, held, centred)
         if len(both.t):
+            product = both.moments(centred)[1]
             nothing = torch.zeros_like(product.T)
             fits = refit(nothing, training, held, centred)[1]
             other = Other(product.T.float().cpu(), (both.t / both.tokens).float().cpu(), fits)

@@ -222,7 +222,7 @@ class RepairedVariants:
         products = weight[:, order] @ lower
         if other is not None:
             product = other.product.double()
-            if bias is not None:
+            if bias is not None and not moments.centred:
                 product = product - torch.outer(other.mean.double(), mean)
             products += torch.linalg.solve_triangular(lower.T, product[:, order], upper=True, left=False)
         means = None

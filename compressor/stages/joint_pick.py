@@ -102,8 +102,9 @@ class Candidate:
     @property
     def stored(self) -> Bits:
         """How its package is stored: a plain class has an embedding of more bits than were asked for."""
-        held = self.bits.embedding if self.storage is None else embedding_bits(self.storage.embedding)
-        return replace(self.bits, embedding=held)
+        if self.storage is None or self.storage.by_architecture:
+            return self.bits
+        return replace(self.bits, embedding=embedding_bits(self.storage.embedding))
 
 
 @dataclass(frozen=True)

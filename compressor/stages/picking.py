@@ -99,7 +99,8 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
             say("  not for --format uniform: its layers differ")
             kinds.remove(True)
         for uniform in kinds:
-            picks.append(pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None))
+            taken = replace(choice, evaluation=as_plain_class(job, chosen)) if uniform else choice
+            picks.append(pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", taken, None))
     else:
         for name, size in parameter_limits(job):
             for uniform in kinds:

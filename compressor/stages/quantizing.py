@@ -88,8 +88,8 @@ def quantize(
             )
             progress.advance(before + len(part) * layers - progress.done)
     kept = [record.entry.name for record in records if keeps_embedding(record)]
-    if kept and (plain or quantizing.embedding is None):
-        other = "--format uneven" if plain else "with quantizing.embedding: 8 a code file"
+    if kept and (quantizing.embedding is None or (plain and quantizing.embedding < 16)):
+        other = f"{'with --format uneven and' if plain else 'with'} quantizing.embedding: 8 a code file"
         say(
             f"{', '.join(kept)}: the embedding stays in 16 bits, as transformers' plain class holds no quantized one; "
             f"{other} does, and --format gguf-q8_0 does for llama.cpp"

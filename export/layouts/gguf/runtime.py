@@ -33,8 +33,8 @@ def measure_speed(
 ) -> Speed:
     """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs.
 
-    In a process of its own: where torch has computed on several threads, llama.cpp on several is slowed down by a
-    tenfold, as threads of two OpenMP libraries wait for each other's processors (docs/results.md).
+    In a process of its own: where torch has computed on several threads, llama.cpp on several is ten times
+    slower, as threads of two OpenMP libraries wait for each other's processors (docs/results.md).
     """
     file, gguf_type = weight_file(package.folder)
     ids = [1 + i % min(200, vocabulary - 1) for i in range(prompt)]
