@@ -256,6 +256,7 @@ def test_a_job_writes_the_sub_network_whose_layers_are_alike() -> None:
             ),
             checkpoint=SimpleNamespace(config=config),
             structure=describe(config),
+            declared_space=SimpleNamespace(bits=False),
             tokenizer=tiny_tokenizer(),
         )
 
