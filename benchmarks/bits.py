@@ -34,7 +34,7 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_storage, file_bytes, header_bytes, storage_of
+from compressor.sizing import bits_storage, header_bytes, package_bytes, storage_of
 from compressor.stages.exporting import round_as_stored
 from compressor.stages.joint_pick import (
     Bits,
@@ -161,7 +161,7 @@ def choose_genes(job: Job, limit: int) -> Candidate | None:
     rows = []
     for evaluation in measured(job):
         architecture, storage = evaluation.architecture, bits_storage(job)
-        stored = file_bytes(job.structure, architecture, storage)
+        stored = package_bytes(job.structure, architecture, storage)
         if evaluation.full and stored <= limit:
             rows.append(Candidate(evaluation, Bits(None), storage, stored))
     return min(rows, key=lambda row: row.evaluation.values["held_out_loss"], default=None)

@@ -579,7 +579,7 @@ def optimizers(arguments: argparse.Namespace) -> Facts:
             before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
             taken = 1000 * seconds_of(optimizer.step, 5)
             held = (torch.cuda.memory_allocated() - before) / 2**30 if torch.cuda.is_available() else None
-            yield f"{name}: ms a step, as foretold, GiB", [taken, 1000 * estimate_rates(job).step, held]
+            yield f"{name}: ms a step, as predicted, GiB", [taken, 1000 * estimate_rates(job).step, held]
     matrix = torch.randn(1536, 576, device=place())
     exact, rounded = orthogonal(matrix.cpu()).flatten(), orthogonal(matrix).cpu().flatten()
     yield "cosine of Muon's directions here and on the CPU", float(torch.cosine_similarity(exact, rounded, 0))

@@ -35,7 +35,7 @@ from compressor.run import Run
 from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, picking, searching
 from compressor.stages.finetuning import check_unchanged
-from compressor.stages.picks import PickRecord, read_picks
+from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
 from compressor.stages.searching import check_searching, check_speedup
@@ -343,7 +343,7 @@ def resume_export(path: Path, given: Mapping[str, object]) -> Job:
 
 def has_uniform(picks: Iterable[PickRecord]) -> bool:
     """Whether one of the picks is for layouts that want layers that are alike."""
-    return any(row["name"].endswith("-uniform") for row in picks)
+    return any(is_uniform(row["name"]) for row in picks)
 
 
 def names_targets(names: Iterable[str]) -> bool:

@@ -379,7 +379,8 @@ class Quantizing(Section):
     embedding: EmbeddingBits | None = None
     """Bits of the embedding, and of a head of its own, in quantized packages: 16, 8 or 4. Those of a tied network need
     the code file of an uneven package (or a gguf file): where a number is given, a network whose layers are alike is
-    written as one too, in the layout `uneven`. Unset: 8 where the package can hold it."""
+    written as one too, in the layout `uneven`, but for `--format uniform`, whose embedding then stays in 16 bits.
+    Unset: 8 where the package can hold it."""
     group_size: int | None = Field(default=None, ge=8)
     """Input channels that share a scale, for fewer than 8 bits. Unset: the largest of 128, 64, 32 that divides all
     widths."""

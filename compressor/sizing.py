@@ -184,7 +184,7 @@ def header_bytes(structure: Structure, architecture: Architecture, storage: Stor
     return HEADER_BYTES * tensors * (1 if storage is None else 3)  # a quantized weight is stored as three tensors
 
 
-def file_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
+def package_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
     """The bytes of a package's weight files, headers too."""
     return structure.bytes(architecture, storage) + header_bytes(structure, architecture, storage)
 

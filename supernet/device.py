@@ -19,7 +19,7 @@ CACHE_BYTES = 2**28
 ACTIVATION_BYTES = 3 * 2**30
 """Bytes that a step's backward pass may need on a CPU; larger batches are computed in parts."""
 SHARE_FOR_LOGITS = 1 / 32
-"""Share of a GPU's memory for the same: of all of it, since what is free changes, and with it would how sums round."""
+"""Share of a GPU's memory for logits: of all of it, since what is free changes, and rounding would change with it."""
 SHARE_FOR_CACHE = 1 / 3
 """Share of a GPU's free memory for layers' outputs."""
 

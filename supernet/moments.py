@@ -330,7 +330,7 @@ def gather(
             judging += sum(int(batch.held_out.sum()) for batch in routed)
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
         yield index, moments
-    if not judging:
+    if not judging and (by_half or by_layer):
         say(
             f"warning: repair: {sum(map(torch.Tensor.numel, batches)):,} calibration tokens are too few to hold some "
             "out, by which it is judged; nothing is refitted (more: repair.tokens, or more text)"

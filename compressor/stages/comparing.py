@@ -30,7 +30,7 @@ from compressor.stages.comparison_methods import Method, SizeComparison, documen
 from compressor.stages.exporting import remember_vocabulary, round_as_stored
 from compressor.stages.measuring import load_package, unread_text
 from compressor.stages.picking import measured
-from compressor.stages.picks import cut_out, read_picks
+from compressor.stages.picks import cut_out, is_uniform, read_picks
 from evals.baselines import Cut
 from evals.comparison import paired_interval, resampled, text_qualities
 from evals.quality import QualityScale
@@ -184,7 +184,7 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
     full = job.untouched_parameters
     if not asked:
         picks = read_picks(job)
-        own = [row for row in picks if not row["name"].endswith("-uniform")] or picks
+        own = [row for row in picks if not is_uniform(row["name"])] or picks
         picked = [cut_out(row) for row in own]
         labels = job.recipe.targets.max_params
         limits = [parse_parameters(label, full) for label in labels]

@@ -23,7 +23,7 @@ from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.finalists import Start, best_finalist
 from compressor.stages.llama_types import bits_that_fit
 from compressor.stages.measuring import Measurements, measure_packages
-from compressor.stages.picks import PickRecord, cut_out, read_picks
+from compressor.stages.picks import PickRecord, cut_out, is_uniform, read_picks
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
 from compressor.stages.reading import read_checked
@@ -199,6 +199,8 @@ def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks
     inputs: dict[str, Inputs] = {"": {"network": network}}
     for scheme, embedding in schemes_of(job, picked).items():
         inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
+        if is_uniform(name) and embedding not in (None, 16):  # earlier versions gave such a package a code file
+            inputs[f"-{scheme}"]["plain"] = True
     if (architecture := Architecture.from_dict(picked["architecture"])).has_bits:
         inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": own_group(job, picked)}
         if picked.get("bits") is not None:
@@ -206,7 +208,7 @@ def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks
     for layout in recipe.formats:
         if layout in ("uneven", "uniform", "elastic"):
             continue
-        if needs_uniform(layout, job.checkpoint.config) == name.endswith("-uniform"):
+        if needs_uniform(layout, job.checkpoint.config) == is_uniform(name):
             inputs[f"-{layout}"] = {"network": network}
             if layout.startswith("gguf-"):
                 inputs[f"-{layout}"] |= {"quantizing": quantizing | {"embedding": recipe.quantizing.embedding}}
@@ -266,8 +268,8 @@ def write_packages(
             write("uneven", network(), destination=own, entry=entry, lineage=own_lineage, reference=reference)
     if schemes:
         with job.schedule.stage("quantizing"):
-            seen, plain = blocks[: quantizing.samples].ids, name.endswith("-uniform")
-            quantize(job, own, len(architecture.kept), schemes, embeddings, seen, plain=plain)
+            seen = blocks[: quantizing.samples].ids
+            quantize(job, own, len(architecture.kept), schemes, embeddings, seen, plain=is_uniform(name))
         for folder in schemes.values():
             update_record(folder, lineage={"inputs": fingerprint(missing[folder])})
     if mixed in missing:

@@ -148,8 +148,8 @@ def finetune(job: Job) -> dict[str, Any]:
         if recipe.finetuning.shard:
             state: dict[str, Tensor] = {}
             for name, value in model.state_dict().items():
-                whole = full_tensor(value)  # which all processes must ask for, and one GPU has no room to hold all of
-                if run.writes:
+                whole = full_tensor(value)  # which all processes must ask for
+                if run.writes:  # at once on the CPU: beside its shards a GPU may have no room for them
                     state[name] = whole.cpu()
             if run.writes:
                 model = job.load_base(torch.float32)  # one that is whole, to be stored

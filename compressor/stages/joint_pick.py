@@ -23,7 +23,15 @@ import torch
 
 from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.sizing import JOINT, can_hold, file_bytes, header_bytes, joint_embeddings, smallest_storage, storage_of
+from compressor.sizing import (
+    JOINT,
+    can_hold,
+    header_bytes,
+    joint_embeddings,
+    package_bytes,
+    smallest_storage,
+    storage_of,
+)
 from compressor.stages.picks import BitsRecord
 from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
@@ -199,7 +207,7 @@ def whole_network(job: Job) -> Evaluation:
     values = {
         "quality": 1.0,
         "parameters": job.structure.parameters(base),
-        "bytes": file_bytes(job.structure, base, smallest_storage(job, base)),
+        "bytes": package_bytes(job.structure, base, smallest_storage(job, base)),
         "speedup": 1.0,
     }
     return Evaluation(base, values, generation=0, index=0)
@@ -219,12 +227,12 @@ def best_of_each_size(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 def candidates(job: Job, evaluation: Evaluation, uniform: bool) -> list[Candidate]:
     """A sub-network with all bits that its package can hold, each way to store it once."""
     structure, architecture = job.structure, evaluation.architecture
-    rows = [Candidate(evaluation, Bits(None), None, file_bytes(structure, architecture, None))]
+    rows = [Candidate(evaluation, Bits(None), None, package_bytes(structure, architecture, None))]
     for scheme in (scheme for scheme in JOINT if can_hold(job, scheme, architecture)):
         for embedding in joint_embeddings(job):
             storage = storage_of(job, scheme, architecture, embedding, uniform)
             if storage not in [row.storage for row in rows]:
-                stored = file_bytes(structure, architecture, storage)
+                stored = package_bytes(structure, architecture, storage)
                 rows.append(Candidate(evaluation, Bits(scheme, embedding), storage, stored))
     return rows
 

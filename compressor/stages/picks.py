@@ -99,3 +99,8 @@ def check_rounding(job: Job, found: Rounding) -> None:
 def cut_out(picked: NetworkRecord) -> Architecture:
     """The sizes of a pick, which are what is cut out: bits that were searched with them come when it is packaged."""
     return Architecture.from_dict(picked["architecture"]).without_bits()
+
+
+def is_uniform(name: str) -> bool:
+    """Whether a pick of this name is for layouts that want layers that are alike: its packages have no code file."""
+    return name.endswith("-uniform")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compressor.job import Job
-from compressor.sizing import JOINT, can_hold, storage_of
+from compressor.sizing import JOINT, can_hold, package_bytes, storage_of
 from compressor.stages.picks import PickRecord
 from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
 from export.layouts.gguf import checks as gguf_checks
@@ -58,7 +58,7 @@ def scheme_beside(job: Job, picked: PickRecord) -> dict[SchemeName, EmbeddingBit
     base, embedding = job.untouched.structure.base, bits["embedding"]
     able = [scheme for scheme in JOINT if can_hold(job, scheme, base)]
     for scheme in able:
-        if job.untouched.structure.bytes(base, storage_of(job, scheme, base, embedding)) <= bits["bytes"]:
+        if package_bytes(job.untouched.structure, base, storage_of(job, scheme, base, embedding)) <= bits["bytes"]:
             return {scheme: embedding}
     return {able[-1]: embedding}
 

@@ -332,7 +332,8 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     if sizes:
         constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=smallest_to_search(job)))
     if (limit := byte_limit(job)) is not None:
-        headers = header_bytes(job.structure, job.structure.base, smallest_storage(job))
+        # `bytes` are those of weights. Headers are at least those of the smallest; a pick counts its own.
+        headers = header_bytes(job.structure, job.space.smallest(), smallest_storage(job))
         constraints.append(Constraint(exact["bytes"], maximum=limit - headers))
     if targets.min_speedup is not None:
         base = untouched_decode_tps(job, predict)

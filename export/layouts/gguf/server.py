@@ -10,7 +10,7 @@ from typing import Any
 
 
 class LlamaCpp:
-    """llama.cpp with one model, in this process: a wheel's server, asked over the loopback interface."""
+    """A server in this process, on a file, with a context of so many tokens."""
 
     def __init__(self, file: Path, context: int, threads: int = 1) -> None:
         import xllamacpp  # an optional dependency
