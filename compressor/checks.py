@@ -12,7 +12,6 @@ from compressor.sizing import (
     byte_limit,
     input_widths,
     largest_in_training,
-    package_bytes,
     parameter_limits,
     picks_bits,
     picks_types,
@@ -324,7 +323,7 @@ def check_targets(job: Job) -> None:
         )
     limit = byte_limit(job)
     if limit is not None:
-        bytes_ = package_bytes(job.structure, smallest, smallest_storage(job, smallest))
+        bytes_ = job.structure.bytes(smallest, smallest_storage(job, smallest))
         if picks_types(job):
             bytes_ = smallest_file(job, smallest)
         if limit < bytes_:

@@ -207,7 +207,7 @@ def whole_network(job: Job) -> Evaluation:
     values = {
         "quality": 1.0,
         "parameters": job.structure.parameters(base),
-        "bytes": package_bytes(job.structure, base, smallest_storage(job, base)),
+        "bytes": job.structure.bytes(base, smallest_storage(job, base)),
         "speedup": 1.0,
     }
     return Evaluation(base, values, generation=0, index=0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compressor.job import Job
 from compressor.schedule import stage
-from compressor.sizing import byte_limit, package_bytes, parameter_limits, picks_bits, picks_types, smallest_storage
+from compressor.sizing import byte_limit, parameter_limits, picks_bits, picks_types, smallest_storage
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.joint_pick import pick_with_bits
@@ -54,7 +54,7 @@ def measured(job: Job) -> list[Evaluation]:
         values = {
             **found.values,
             "parameters": job.structure.parameters(architecture),
-            "bytes": package_bytes(job.structure, architecture, smallest_storage(job, architecture)),
+            "bytes": job.structure.bytes(architecture, smallest_storage(job, architecture)),
         }
         if speed is not None:
             values |= {"decode_tps": speed.predict(architecture)["decode_tps"]}
@@ -113,10 +113,10 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
 
 
 def as_plain_class(job: Job, evaluation: Evaluation) -> Evaluation:
-    """The same sub-network with the bytes of a package of the family's plain class, which holds an embedding in fewer
-    forms."""
+    """The same sub-network with the bytes of weights in a package of the family's plain class, which holds an embedding
+    in fewer forms."""
     architecture = evaluation.architecture
-    bytes_ = package_bytes(job.structure, architecture, smallest_storage(job, architecture, uniform=True))
+    bytes_ = job.structure.bytes(architecture, smallest_storage(job, architecture, uniform=True))
     return replace(evaluation, values={**evaluation.values, "bytes": bytes_})
 
 

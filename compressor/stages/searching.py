@@ -14,7 +14,6 @@ from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import (
     byte_limit,
-    header_bytes,
     largest_in_training,
     sizes_asked_for,
     sizes_searched_for,
@@ -331,10 +330,8 @@ def goals(job: Job, predict: Callable[[Architecture], dict[str, float]]) -> tupl
     sizes = sizes_asked_for(job)
     if sizes:
         constraints.append(Constraint(exact["parameters"], maximum=max(sizes), minimum=smallest_to_search(job)))
-    if (limit := byte_limit(job)) is not None:
-        # `bytes` are those of weights. Headers are at least those of the smallest; a pick counts its own.
-        headers = header_bytes(job.structure, job.space.smallest(), smallest_storage(job))
-        constraints.append(Constraint(exact["bytes"], maximum=limit - headers))
+    if byte_limit(job) is not None:
+        constraints.append(Constraint(exact["bytes"], maximum=byte_limit(job)))
     if targets.min_speedup is not None:
         base = untouched_decode_tps(job, predict)
         constraints.append(Constraint(exact["decode_tps"], minimum=targets.min_speedup * base))

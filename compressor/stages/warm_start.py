@@ -13,7 +13,7 @@ from compressor.inputs import LARGE, rows_fingerprint, training_blocks
 from compressor.job import Job
 from compressor.run import Run
 from compressor.schedule import stage
-from compressor.sizing import bits_group, byte_limit, package_bytes, sizes_asked_for, smallest_storage
+from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
 from compressor.stages.front import read_front
 from compressor.stages.repairing import rounded_variants, search_repair_inputs, search_variants, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
@@ -126,7 +126,7 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     storage, most = smallest_storage(job), byte_limit(job)
 
     def bytes_of(architecture: Architecture) -> float:
-        return package_bytes(job.structure, architecture, storage)
+        return job.structure.bytes(architecture, storage)
 
     found = [one for architecture in architectures for one in with_bits(architecture, losses, bytes_of)]
     fitting = [one for one in found if one in job.space and (most is None or bytes_of(one) <= most)]

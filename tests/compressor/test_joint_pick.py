@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from compressor import pipeline
 from compressor.job import Job
@@ -233,7 +234,8 @@ def test_a_quantized_plain_class_stays_one_and_is_picked_by_its_own_bytes(
     assert with_code.quantization_report.embedding == 8
     assert "best-uniform-int8: the embedding stays in 16 bits" in capsys.readouterr().err
     for picked, entry in ((uneven, with_code), (uniform, plain)):
-        assert abs(entry.bytes - picked["values"]["bytes"]) <= 4096  # headers are estimated
+        weights = load_file(job.run.packages / entry.name / "model.safetensors")
+        assert picked["values"]["bytes"] == sum(tensor.nbytes for tensor in weights.values())
 
 
 def test_a_plain_class_says_what_it_holds(searched: Path, tmp_path: Path) -> None:
