@@ -453,8 +453,9 @@ def training(arguments: argparse.Namespace, rows: int = 16, ordering: str | None
     """Sandwich steps: seconds, synchronisations, memory, and the share of the card's rate."""
     import torch
 
-    from compressor.costs import expected_memory, matrix_rate
     from compressor.inputs import training_blocks
+    from compressor.memory_needs import expected_memory
+    from compressor.rates import matrix_rate
     from compressor.stages.finetuning import order_supernet, train_supernet
 
     steps, rows = (2, 2) if arguments.tiny else (20, rows)
@@ -562,7 +563,7 @@ def optimizers(arguments: argparse.Namespace) -> Facts:
     weights and gradients; and how far Muon's directions in bfloat16 are from those in float32."""
     import torch
 
-    from compressor.costs import estimate_rates
+    from compressor.rates import estimate_rates
     from supernet.training.loop import OPTIMIZERS, parameter_groups
     from supernet.training.muon import orthogonal
 

@@ -15,9 +15,10 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.common import make_parser, print_header, print_row
-from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_costs
+from compressor.costs import stage_costs
 from compressor.job import Job
 from compressor.names import recipes
+from compressor.rates import GPU_BANDWIDTH, GPU_RATE, estimate_rates
 from compressor.recipe import read_recipe
 from compressor.run import Run
 from supernet.common.files import write_text

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from compressor.costs import without_room
 from compressor.generated import repeated
 from compressor.job import Job
+from compressor.memory_needs import without_room
 from compressor.sizing import (
     byte_limit,
     input_widths,

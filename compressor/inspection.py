@@ -12,8 +12,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from compressor.costs import GPU_BANDWIDTH, GPU_RATE, estimate_rates, stage_costs
+from compressor.costs import stage_costs
 from compressor.job import Job
+from compressor.rates import GPU_BANDWIDTH, GPU_RATE, estimate_rates
 from compressor.recipe import OPEN
 from supernet.architecture import HALVES
 from supernet.common.formatting import count, duration, size

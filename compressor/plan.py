@@ -15,8 +15,10 @@ from typing import TypedDict
 from rich import box
 from rich.table import Table
 
-from compressor.costs import Rates, StageCost, measure_rates, stage_costs, tunes, without_room
+from compressor.costs import StageCost, stage_costs
 from compressor.job import Job
+from compressor.memory_needs import without_room
+from compressor.rates import Rates, measure_rates, tunes
 from compressor.recipe import OPEN, Recipe
 from export.models import Model
 from supernet.common.errors import RequestError, reading

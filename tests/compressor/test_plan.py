@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from compressor import costs, pipeline
+from compressor import memory_needs, pipeline, rates
 from compressor.checks import check_budgets
 from compressor.cli import run
-from compressor.costs import COSTS, Rates, stage_costs
+from compressor.costs import COSTS, stage_costs
 from compressor.job import Job
 from compressor.plan import (
     FEWEST,
@@ -35,6 +35,7 @@ from compressor.plan import (
     two_digits,
     write_plan,
 )
+from compressor.rates import Rates
 from compressor.recipe import OPEN, read_recipe
 from compressor.run import Run
 from compressor.schedule import STAGES, Schedule
@@ -167,12 +168,12 @@ def test_the_batch_is_the_largest_that_leaves_enough_steps_and_more_tokens_are_r
     given: dict[str, Any], tmp_path: Path, step: float
 ) -> None:
     """Steps that cost a second each (Muon's products on a wide network) are worth larger batches."""
-    rates = RATES.model_copy(update={"step": step})
+    here = RATES.model_copy(update={"step": step})
     tokens = {}
     for batch in (None, 4, 8, 16, 32):
         own = {} if batch is None else {"finetuning.batch_size": batch}
         job = job_of(given, tmp_path, time="40m", **own)
-        fit(job, rates, [name for name in OPEN if batch is None or name != "batch"], strict=True)
+        fit(job, here, [name for name in OPEN if batch is None or name != "batch"], strict=True)
         tokens[batch] = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
         if batch is None:
             chosen = job.recipe.finetuning.batch_size
@@ -336,15 +337,15 @@ def test_a_plan_alone_leaves_nothing_behind(
 def test_an_optimizer_that_multiplies_matrices_costs_time_and_less_memory(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "matrix_rate", lambda *_: 1e6)
-    monkeypatch.setattr(costs, "copy_rate", lambda *_: 1e9)
+    monkeypatch.setattr(rates, "matrix_rate", lambda *_: 1e6)
+    monkeypatch.setattr(rates, "copy_rate", lambda *_: 1e9)
     muon, adamw = (job_of(given, tmp_path / name, **{"finetuning.optimizer": name}) for name in ("muon", "adamw"))
     structure = muon.structure
     shapes = [structure.shape(t, structure.base) or () for t in structure.tensors if t.layer is not None]
     matrices = [shape for shape in shapes if len(shape) == 2]
     slower = sum(operations(shape) for shape in matrices) / 1e6
-    assert costs.estimate_rates(muon).step == pytest.approx(costs.estimate_rates(adamw).step + slower)
-    less = costs.expected_memory(adamw)["fine-tuning"] - costs.expected_memory(muon)["fine-tuning"]
+    assert rates.estimate_rates(muon).step == pytest.approx(rates.estimate_rates(adamw).step + slower)
+    less = memory_needs.expected_memory(adamw)["fine-tuning"] - memory_needs.expected_memory(muon)["fine-tuning"]
     assert less == 4 * sum(rows * columns for rows, columns in matrices) > 0
 
 
@@ -370,28 +371,28 @@ def test_training_that_a_gpu_has_no_memory_for_is_refused(
     given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(given, tmp_path, **{"finetuning.tokens": 0, "healing.tokens": 1000})
-    assert costs.without_room(job) == {}
+    assert memory_needs.without_room(job) == {}
     monkeypatch.setattr(Job, "device", torch.device("cuda"))
-    monkeypatch.setattr(costs, "logits_at_once", lambda _: 2**25)
+    monkeypatch.setattr(memory_needs, "logits_at_once", lambda _: 2**25)
     for free, found in ((10**12, []), (10, ["healing"])):
-        monkeypatch.setattr(costs, "free_bytes", lambda _, free=free: free)
-        assert list(costs.without_room(job)) == found
+        monkeypatch.setattr(memory_needs, "free_bytes", lambda _, free=free: free)
+        assert list(memory_needs.without_room(job)) == found
     with pytest.raises(RequestError, match=r"healing takes about .*, this GPU has 10 B free: leave it out"):
         check_budgets(job)
 
 
 def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Path) -> None:
-    rates = costs.measure_rates(job_of(given, tmp_path))
-    assert all(value > 0 for _, value in rates)
-    assert costs.measure_rates(job_of(given | {"quantizing.schemes": ""}, tmp_path)).rounding == 0
+    measured = rates.measure_rates(job_of(given, tmp_path))
+    assert all(value > 0 for _, value in measured)
+    assert rates.measure_rates(job_of(given | {"quantizing.schemes": ""}, tmp_path)).rounding == 0
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_can_be_measured(family: str) -> None:
     """Its matrices hold no gradients afterwards: a large network would not fit four times."""
     network = tiny_network(family)
-    teach, train = costs.training_rates(network, make_accelerator("cpu", "float32"), 16, 2)
-    assert 0 < teach < train and costs.decoding_rate(network, 16) > 0
+    teach, train = rates.training_rates(network, make_accelerator("cpu", "float32"), 16, 2)
+    assert 0 < teach < train and rates.decoding_rate(network, 16) > 0
     assert all(p.grad is None and p.requires_grad == (p.ndim <= 1) for p in network.parameters())
     if family not in ("gpt2", "mixtral", "qwen3_moe"):  # refused before: their weights are not in linear layers
         assert step_seconds(network, 16, 2) > 0
