@@ -105,6 +105,8 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
         raw = _autoround(model, job, plan, ids, target / "raw")
         config = read_json(raw / "config.json")["quantization_config"]
         expected = set(plan.left_out) if auto_round_form else outside | as_stored | set(plan.left_out)
+        if not auto_round_form:
+            config["ignore"] = [job.linear.module_of(name) for name in config["ignore"]]
         ignored = set(config.get("extra_config", ()) if auto_round_form else config["ignore"])
         if ignored != expected:
             unexpected = ", ".join(sorted(ignored ^ expected))
@@ -117,7 +119,8 @@ def _quantize(job: AutoRoundJob, plan: SchemePlan, ids: Tensor, target: Path) ->
     #    rounded to nearest, and all the rest is bfloat16.
     outer, tables = outer_modules(plan, job.linear), dict[str, tuple[int, int]]()
     with WeightWriter(target) as weights:
-        for name, tensor in _stored(raw):
+        for stored_name, tensor in _stored(raw):
+            name = job.linear.name_of(stored_name)
             module, _, part = name.rpartition(".")
             if module in outer:
                 tables[module] = outer[module], tensor.shape[1]
@@ -152,7 +155,9 @@ def _autoround(model: PreTrainedModel, job: AutoRoundJob, plan: SchemePlan, ids:
         scheme=scheme.preset,
         iters=job.iterations,
         batch_size=min(BATCH, len(ids)),
-        dataset=list(ids.split(BATCH)),
+        # Without a mask, since there is no padding. auto-round would make one and give every layer the first one's,
+        # which layers of another kind cannot take; and it would take a text's own end-of-text tokens for padding.
+        dataset=[{"input_ids": part, "attention_mask": None} for part in ids.split(BATCH)],
         nsamples=len(ids),
         seqlen=ids.shape[1],
         seed=job.seed,

@@ -29,6 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from export.package import check_destination, package_draft, write_config
 from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record, update_record
@@ -52,6 +54,7 @@ from supernet.common.processes import fresh_environment, last_line
 from supernet.common.versions import versions
 from supernet.families import describe
 from supernet.slicing import build_standalone, family_of_standalone, standalone_config
+from supernet.streaming import WeightFiles
 from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -99,7 +102,14 @@ def linear_layers_of(source: Path) -> LinearLayers:
     """The linear layers of the network in a package. Raises `RequestError` as `linear_layers` does."""
     trusted = check_code(source)
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trusted)
-    return linear_layers(config, trusted)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    renamings = [
+        one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightRenaming)
+    ]
+    names = {stored: rename_source_key(stored, renamings, [])[0] for stored in WeightFiles(source)}
+    renamed = {stored: name for stored, name in names.items() if name != stored}
+    return replace(linear_layers_in(model), renamed=renamed)
 
 
 def plan_scheme(widths: Mapping[str, tuple[int, int]], scheme: SchemeName, group_size: int | None = None) -> SchemePlan:

@@ -165,8 +165,8 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
     files, form, left_out = WeightFiles(source), form_of(plan.scheme), plan.left_out
     outer, tables = outer_modules(plan, linear), dict[str, tuple[int, int]]()
     with WeightWriter(target) as weights:
-        for name in files:
-            tensor = files.read(name)
+        for stored_name in files:
+            tensor, name = files.read(stored_name), linear.name_of(stored_name)
             module, _, part = name.rpartition(".")
             if module in outer:
                 tables[module] = outer[module], tensor.shape[1]

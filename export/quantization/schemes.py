@@ -10,7 +10,7 @@ int8-dynamic has no such form: auto-round has no layer that runs it on a CPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeGuard
 
 from supernet.architecture import Architecture, StorageFormat
@@ -122,6 +122,17 @@ class LinearLayers:
     """Name of the output head, which is among those outside."""
     tied: bool = False
     """Whether the head's weight is the embedding's."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """The network's names of tensors that the hub's files name otherwise, as GPT-NeoX's `embed_out.weight`. A quantized
+    package has the network's, which every class loads."""
+
+    def name_of(self, stored: str) -> str:
+        """The network's name of a tensor in a file."""
+        return self.renamed.get(stored, stored)
+
+    def module_of(self, stored: str) -> str:
+        """The network's name of a linear layer that a file's configuration names."""
+        return self.name_of(f"{stored}.weight").removesuffix(".weight")
 
 
 @dataclass(frozen=True)

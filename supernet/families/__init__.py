@@ -65,7 +65,8 @@ class Family:
 
     With `head_width_follows`, the plain class (or another loader of it) derives a head's width from the number of
     heads, so it can hold only the full number. With `attention_resized`, the attention module does so too, and the
-    uneven code cuts it after it was built. `fixed_hidden` is the reason why the residual width is not elastic, or
+    uneven code cuts it after it was built. With `scaled_embedding`, the embedding module multiplies by a buffer of its
+    own. `fixed_hidden` is the reason why the residual width is not elastic, or
     empty. `refused` are settings that are not supported, each with the reason.
     """
 
@@ -96,6 +97,7 @@ class Family:
     router: str = ""
     head_width_follows: bool = False
     attention_resized: bool = False
+    scaled_embedding: bool = False
     fixed_hidden: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ GEMMA2 = replace(
     },
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    scaled_embedding=True,
     fixed_hidden="embeddings are scaled by its root",
     refused={"use_bidirectional_attention": "it is no causal language model"},
 )

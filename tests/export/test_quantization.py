@@ -33,7 +33,7 @@ from export.quantization.quantize import (
     quantize_packages,
 )
 from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_network, round_to_nearest
-from export.quantization.schemes import SCHEMES, OuterBits, SchemeName, outer_bits
+from export.quantization.schemes import SCHEMES, EmbeddingBits, OuterBits, SchemeName, outer_bits
 from export.shards import weight_bytes, weight_files
 from export.verify import check, verify_all
 from supernet.architecture import Architecture, LayerSizes
@@ -369,6 +369,43 @@ def test_bytes_are_known_before_anything_is_written(seed: int, tmp_path: Path) -
     report = package.entry.quantization_report
     storage = SCHEMES[scheme].storage_format(outer=OuterBits(report.embedding, report.head))
     assert data_bytes(package.folder) == describe(model.config).bytes(architecture, storage)
+
+
+QUANTIZABLE = sorted(CONFIGS.keys() - {"gpt2", "mixtral", "qwen3_moe", "qwen3_moe-dense"})
+"""Those of linear layers (`test_networks_without_linear_layers_are_refused`)."""
+
+
+@pytest.mark.parametrize("embedding", [8, None])
+@pytest.mark.parametrize("name", QUANTIZABLE)
+def test_every_family_loads_as_it_was_rounded(name: str, embedding: EmbeddingBits | None, tmp_path: Path) -> None:
+    """The whole network of every family, from files named as the hub names them; with a code file and without."""
+    network = tiny_network(name)
+    structure = describe(network.config)
+    source = write_tiny(tmp_path / "base", structure.base, network, probe_ids=probe_ids(vocabulary=101)).folder
+    package = quantize_package(
+        source, tmp_path / "p", "int8", calibration=None, iterations=0, embedding=embedding, code=embedding is not None
+    )
+    report = package.entry.quantization_report
+    assert (report.embedding, report.head) == (embedding or 16, 16 if structure.tied else 8)
+    assert check(package.folder)["mean_abs_logprob_difference"] < SCHEMES["int8"].bound / 5
+    storage = SCHEMES["int8"].storage_format(outer=OuterBits(report.embedding, report.head))
+    assert data_bytes(package.folder) == structure.bytes(structure.base, storage)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_5_text"])
+def test_autoround_takes_other_names_and_kinds_of_layers(name: str, tmp_path: Path) -> None:
+    """A head that files name otherwise, and layers that no mask of the first one's kind suits."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    config = CONFIGS[name]()
+    known = {key: value for key, value in sizes.items() if key in config.to_dict()}
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | known)).eval()
+    base = describe(network.config).base
+    source = write_tiny(tmp_path / "base", base, network, probe_ids=probe_ids(vocabulary=101)).folder
+    destinations: dict[SchemeName, Path] = {scheme: tmp_path / scheme for scheme in ("int8", "int4")}
+    quantize_packages(source, destinations, calibration=probe_ids(101, 32), iterations=1, embedding=8)
+    for scheme, folder in destinations.items():
+        assert check(folder)["mean_abs_logprob_difference"] < SCHEMES[scheme].bound / 5
 
 
 def test_the_same_seed_gives_the_same_weights(
