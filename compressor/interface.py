@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.cli.offline import offline_if_local
 from compressor.cli.options import RECIPE_OPTIONS
 from compressor.recipe import Recipe, read_recipe
 from supernet.common.errors import RequestError, unknown
@@ -88,7 +89,7 @@ class Result:
         if colours is not None:
             axes.figure.colorbar(dots, ax=axes, label="decode speed, base 1")
         best = sorted(undominated([(share(row), row["quality"]) for row in points], True))
-        axes.step(*zip(*best, strict=True), where="post", color="grey", lw=1)
+        axes.step([size for size, _ in best], [quality for _, quality in best], where="post", color="grey", lw=1)
         axes.scatter([1], [base["quality"]], marker="s", color="black", label="the base")
         rows = self.report["packages"]
         shown = [(row.get("quantization_report") or {}).get("bits") or row["architecture"] for row in rows]
@@ -123,14 +124,15 @@ def compress(
     `RequestError` in one line for what is wrong, before work begins where that can be seen. A package that its proof
     refuses says so in its row of the report (`refused`).
     """
-    from compressor.pipeline import compress as run_all
-
     if isinstance(model, Recipe):
         if recipe is not None or settings or options:
             raise RequestError("compress: a whole recipe was given; put the options into it")
         asked = model
     else:
         asked = read_recipe(_path(recipe), _overrides(model, options) | dict(settings or {}))
+    offline_if_local(asked)
+    from compressor.pipeline import compress as run_all  # which imports what reads whether the network may be asked
+
     run_all(asked, Path(output), redo=redo)
     return Result(output)
 

@@ -204,7 +204,9 @@ class Job:
             if isinstance(named, dict):
                 return SearchSpace.from_dict(named, self.structure, measured_order)
             if Path(named).suffix in (".yaml", ".yml"):
-                return SearchSpace.from_dict(yaml.safe_load(Path(named).read_text()), self.structure, measured_order)
+                return SearchSpace.from_dict(
+                    yaml.safe_load(Path(named).read_text(encoding="utf-8")), self.structure, measured_order
+                )
             return SearchSpace.preset(named, self.structure)
         except FileNotFoundError as error:
             raise RequestError(f"--space {named}: no such file") from error

@@ -54,6 +54,9 @@ STEPS = 200
 """Least number of steps of the longer training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
 MADE_OF = {"ordering": ["teach"], "fine-tuning": ["train", "teach", "step"], "search": ["read"]}
 """Stages whose seconds say how fast what comes later is, and the rates that they are made of."""
+ALSO_SLOWED = ("teach", "train", "step", "rounding", "decode")
+"""Rates of what comes after the search that no stage before may have told. A search that took longer than expected says
+that this machine is slower now; one that was faster says nothing of them, as its documents may have been cheap."""
 MOSTLY = 0.8
 """Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
 STAGE_OF = {
@@ -148,7 +151,10 @@ def adjust(job: Job) -> bool:
     factors: dict[str, float] = {}
     for stage, names in MADE_OF.items():
         if stage in done and plan.expected.get(stage) and share_of_rates(job, plan.rates, stage, names) > MOSTLY:
-            factors |= dict.fromkeys(names, ratio(job, stage, plan.expected[stage]))
+            factor = ratio(job, stage, plan.expected[stage])
+            if stage == "search":
+                factors = dict.fromkeys(ALSO_SLOWED, max(1.0, factor)) | factors
+            factors |= dict.fromkeys(names, factor)
     rates = plan.rates.times(**factors)
     if "writing text" in done:  # what it took beyond what these rates explain
         rates = rates.times(write=ratio(job, "writing text", expected_of(job, rates, "writing text")))

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm import tqdm
-
 LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "datasets", "lm_eval", "accelerate")
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,6 +25,10 @@ def quiet_libraries() -> Iterator[None]:
 
     Afterwards levels, variables and bars are as they were: the program that calls us may want to see them.
     """
+    # Here: huggingface_hub reads for good, when it is imported, whether it may ask the network, and that is known late.
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from tqdm import tqdm
+
     with ExitStack() as undo:
         if not are_progress_bars_disabled():
             undo.callback(enable_progress_bars)

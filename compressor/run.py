@@ -28,6 +28,8 @@ from supernet.common.files import fingerprint, follow_umask, read_json, write_js
 from supernet.common.metrics import Number
 from supernet.training.accelerator import is_main
 
+LOCK_TRIES = 11
+"""A tenth of a second apart."""
 _LOCKED: dict[Path, IO[str]] = {}
 """Lock files of the runs that this process works in: closing one would give the lock up."""
 
@@ -111,14 +113,21 @@ class Run:
         """
         if not self.writes or self.path.resolve() in _LOCKED:
             return
-        file = self.lock_file.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise RequestError(f"{self.path}: {holder} works in this run; wait until it is done, or stop it") from None
+        file = self.lock_file.open("a+", encoding="utf-8")
+        for tries_left in reversed(range(LOCK_TRIES)):  # `compressor status` holds it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if tries_left:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise RequestError(
+                    f"{self.path}: {holder} works in this run; wait until it is done, or stop it"
+                ) from None
         file.truncate(0)
         now = datetime.now().isoformat(timespec="seconds", sep=" ")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now},")
@@ -162,7 +171,7 @@ class Run:
             return
         if self.log_file.exists() and not self.log_file.is_file():
             raise RequestError(f"{self.log_file}: not a file that can be written")
-        with self.log_file.open("a") as log:
+        with self.log_file.open("a", encoding="utf-8") as log:
             log.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def keep_metric(self, kind: str, step: int | None, values: dict[str, Number]) -> None:
@@ -220,9 +229,9 @@ class Run:
         write_json(mark, fingerprint(inputs))
         facts: dict[str, object] = {}
         yield temporary, facts
-        mark.unlink()
         follow_umask(temporary)
         write_json(temporary / "manifest.json", {"inputs": fingerprint(inputs), **facts})
+        mark.unlink()  # only now: without it, and without a manifest, all that is in the folder would be thrown away
         self.settle()
 
     def settle(self) -> None:

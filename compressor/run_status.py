@@ -182,7 +182,7 @@ def lock_holder(run: Run) -> str | None:
     """The process that works in a run and since when; None where nobody does."""
     if not run.lock_file.is_file():
         return None
-    with run.lock_file.open() as file:
+    with run.lock_file.open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -76,10 +76,8 @@ def open_speaker(name: str, device: str = "auto") -> Speaker:
 def _in_transformers(name: str, device: str) -> Speaker:
     import torch
 
-    # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
-    with redirect_stderr(StringIO()), torch.no_grad():
+    with redirect_stderr(StringIO()):  # compressed-tensors draws bars of its own
         model, tokenizer = load_checkpoint(name, device, "auto", None, False)
-        model.eval()(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     torch.set_num_threads(1 if weights < SMALL_BYTES else available_cores())
     network: Any = model

@@ -61,16 +61,16 @@ def staged(destination: Path, needed: int) -> Iterator[Path]:
         yield partial
         if destination.exists():
             destination.rename(old)
-            partial.rename(destination)
-            shutil.rmtree(old)
-        else:
-            partial.rename(destination)
+        partial.rename(destination)
     except Exception as error:
         if not out_of_space(error):
             raise
         raise RequestError(f"{destination}: no disk space left; {size(needed)} are needed") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not destination.exists():  # interrupted between the two
+            old.rename(destination)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_destination(destination: Path, needed: int) -> None:

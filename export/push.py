@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from export.package import NAMED_TEMPLATES, TOKENIZER_FILES
 from export.package_record import CARD, RECORD, PackageRecord, check_files, read_record, write_card
 from export.shards import WEIGHT_FILES
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, first_line
 from supernet.common.formatting import size
 from supernet.common.progress import say
 
@@ -90,7 +90,7 @@ def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RequestError(f"'{repo_id}' is no name of a repository: {str(error).splitlines()[0]}") from None
+        raise RequestError(f"'{repo_id}' is no name of a repository: {first_line(error)}") from None
     if "/" not in repo_id:
         raise RequestError(f"'{repo_id}' names no owner: write OWNER/{repo_id}")
 
@@ -136,14 +136,14 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
         cause = error.__cause__
         if not isinstance(cause, transport_error):
             raise
-        raise RequestError(f"{error} ({str(cause).splitlines()[0]}); run the command again to resume") from None
+        raise RequestError(f"{error} ({first_line(cause)}); run the command again to resume") from None
     return str(repo), commit.oid
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     """What the hub answered, and what to do about it, in one line."""
     status = error.response.status_code if error.response is not None else None
-    reason = (error.server_message or str(error).strip().splitlines()[0]).rstrip(".")
+    reason = (error.server_message or first_line(error)).rstrip(".")
     if status == 401:
         return f"the hub does not know the token: {reason}; run `hf auth login` again, or renew HF_TOKEN"
     if status == 403:

@@ -96,6 +96,8 @@ class EvaluationStore:
         except sqlite3.DatabaseError as error:
             if out_of_space(error):
                 raise
+            if is_busy(error):
+                raise RequestError(f"{self.path}: {error}; nothing is lost, try again in a while") from None
             raise RequestError(f"{self.path} is damaged or no evaluation store: {error}") from None
         if state != "ok":
             raise RequestError(f"{self.path} is damaged: {' '.join(state.split())}")
@@ -158,6 +160,8 @@ class EvaluationStore:
             try:
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.DatabaseError as error:
+                if is_busy(error):
+                    raise RequestError(f"{self.path}: {error}; nothing is lost, try again in a while") from None
                 raise RequestError(f"{self.path} is damaged: {error}") from None
 
     def close(self) -> None:
@@ -172,3 +176,8 @@ class EvaluationStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another process holds the file."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -115,7 +115,7 @@ def surgeon(supernet: SuperNetwork, batches: Batches) -> Scores:
     scores = wanda(supernet, batches)
     names: dict[Half, Unit] = {"attention": "kv", "mlp": "ffn"}
     by_half = projections(supernet)
-    for layer, moments in gather(supernet, batches):
+    for layer, moments in gather(supernet, batches, more="more text"):
         for half in names.keys() & moments.keys():  # not of experts
             units, found = (layer, names[half]), moments[half]
             scores[units] = removal_errors(by_half[layer, half], found, len(scores[units]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -10,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, first_line, out_of_space
 from supernet.common.files import read_json
 from supernet.raw_config import local_folder
 
@@ -44,17 +46,22 @@ def loaded_files(folder: Path) -> list[Path]:
         )
         hint = f" ({others[0]} is not what transformers loads; convert it first)" if others else ""
         raise RequestError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}{hint}")
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise RequestError(f"{folder / INDEX}: has no 'weight_map' of tensors to files; fetch it again")
-    names = sorted(set(weight_map.values()))
+    names = files_of_index(folder)
     for name in names:
         if Path(name).name != name:
             raise RequestError(f"{folder / INDEX}: names the file {name}, which is outside the folder")
         if not (folder / name).is_file():
             raise RequestError(f"{folder}: the shard {name} is missing ({len(names)} are listed); fetch it again")
     return [folder / name for name in names]
+
+
+def files_of_index(folder: Path) -> list[str]:
+    """The names of the files that a folder's index lists. Raises `RequestError` where it is no such index."""
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise RequestError(f"{folder / INDEX}: has no 'weight_map' of tensors to files; fetch it again")
+    return sorted(set(weight_map.values()))
 
 
 def load_causal_lm(
@@ -134,6 +141,16 @@ def stop_rounding(model: PreTrainedModel) -> None:
             module.quantization_status = type(module.quantization_status).COMPRESSED
 
 
+@torch.no_grad()
+def unpack(model: PreTrainedModel) -> None:
+    """Unpack the weights of a compressed-tensors network, which a first pass does, and let it compute with them as they
+    are (`stop_rounding`). Other networks are left alone."""
+    if any(getattr(module, "quantization_scheme", None) is not None for module in model.modules()):
+        with redirect_stderr(StringIO()):  # it draws a bar of its own
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+        stop_rounding(model)
+
+
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 """Files of a hub repository that are fetched beside the weights."""
 
@@ -155,10 +172,11 @@ def checkpoint_folder(name: str, revision: str | None, *, weights: bool = True, 
             return fetch(*(BESIDE_WEIGHTS if beside else ("*config.json",)))
         folder = fetch(*BESIDE_WEIGHTS, SINGLE)
         if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-            folder = fetch(*sorted(set(read_json(folder / INDEX)["weight_map"].values())))
+            folder = fetch(*files_of_index(folder))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if out_of_space(error):
+            raise
         raise RequestError(
-            f"{name}: neither a folder nor a model that can be fetched from the hub ({reason})"
+            f"{name}: neither a folder nor a model that can be fetched from the hub ({first_line(error)})"
         ) from error

@@ -302,12 +302,13 @@ def refit(start: Tensor, training: Sums, held: Sums, centred: bool) -> tuple[Ten
 
 
 def gather(
-    supernet: SuperNetwork, batches: Sequence[Tensor], experts: bool = False
+    supernet: SuperNetwork, batches: Sequence[Tensor], experts: bool = False, more: str = "repair.tokens, or more text"
 ) -> Iterator[tuple[int, dict[str, Moments]]]:
     """Each layer's moments on token ids [rows, length], first layer first: by half-block and, of stacked `experts`
     where they are asked for, by `expert_place`. The full network is active meanwhile.
 
-    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than a half-block's inputs.
+    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than a half-block's inputs, and that
+    there would be `more` of them by what.
     """
     by_half, by_layer = projections(supernet), stacked_experts(supernet) if experts else {}
     walk = LayerWalk(supernet, batches)
@@ -333,13 +334,13 @@ def gather(
     if not judging and (by_half or by_layer):
         say(
             f"warning: repair: {sum(map(torch.Tensor.numel, batches)):,} calibration tokens are too few to hold some "
-            "out, by which it is judged; nothing is refitted (more: repair.tokens, or more text)"
+            f"out, by which it is judged; nothing is refitted (more: {more})"
         )
     elif few:
         tokens, inputs = max(few, key=lambda pair: pair[1])
         say(
             f"warning: repair: {tokens:,} calibration tokens are fewer than the {inputs:,} inputs of {len(few)} "
-            "projections; what is refitted stays nearer to the plain slice (more: repair.tokens)"
+            f"projections; what is refitted stays nearer to the plain slice (more: {more})"
         )
 
 

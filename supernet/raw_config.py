@@ -35,15 +35,19 @@ def read_raw_config(name: str, path: Path) -> dict[str, Any]:
             raise RequestError(f"{name}: an adapter without its base; merge it into the base model and give that")
         raise RequestError(f"{name}: there is no config.json in {path}; give the folder of a Hugging Face checkpoint")
     try:
-        raw = json.loads((path / "config.json").read_text())
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise RequestError(f"{name}: config.json is not valid JSON ({error})") from error
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if not isinstance(raw, dict):
+        raise RequestError(f"{name}: config.json holds no settings by name; give the folder of a checkpoint")
+    if (quantized := raw.get("quantization_config")) is not None:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
         raise RequestError(f"{name}: already quantized ({method}); give the unquantized checkpoint")
     if any(key in raw for key in ("vision_config", "audio_config", "text_config")):
         raise RequestError(f"{name}: a multimodal wrapper; extract its text model first and give that")
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
+        raise RequestError(f"{name}: config.json: architectures is no list of names")
     if architectures and not any("CausalLM" in entry or "LMHead" in entry for entry in architectures):
         raise RequestError(f"{name}: not a causal language model (its architecture is {architectures[0]})")
     if str(raw.get("model_type", "")).startswith(UNEVEN_PREFIX):

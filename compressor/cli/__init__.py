@@ -40,7 +40,7 @@ from compressor.cli.speed_table import speed_table
 from compressor.cli.status import status
 from compressor.cli.verify import verify
 from compressor.quiet import quiet_libraries
-from supernet.common.errors import RequestError, VerificationError, out_of_space
+from supernet.common.errors import RequestError, VerificationError, first_line, out_of_space
 from supernet.common.metrics import send_to
 from supernet.common.progress import console, keep_lines, kept
 
@@ -133,9 +133,9 @@ def _explain(error: Exception) -> int:
         place = getattr(error, "filename", None) or "while writing"
         return _fail(2, f"no disk space left ({place}); free some and run again to resume")
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        return _fail(2, f"{error.filename2 or error.filename}: {(error.strerror or 'not allowed').lower()}")
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return _fail(1, f"a fault of ours: {type(error).__name__}: {reason} ({_keep_traceback()})")
+        place = error.filename2 or error.filename
+        return _fail(2, f"{f'{place}: ' if place else ''}{(error.strerror or 'not allowed').lower()}")
+    return _fail(1, f"a fault of ours: {type(error).__name__}: {first_line(error)} ({_keep_traceback()})")
 
 
 def _keep_traceback() -> str:

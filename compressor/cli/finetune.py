@@ -7,10 +7,12 @@ from compressor.cli.options import Given, Json, Output, RecipeFile, Redo, recipe
 from compressor.cli.output import emit
 from compressor.cli.request import ModelUnlessInRecipe, recipe_of, required
 
-OPTIONS = ("data", "tasks", "include_path", "space", "vocabulary", "vocabulary_text", "effort", "train_tokens")
+OPTIONS = ("data", "tasks", "include_path", "space", "vocabulary", "vocabulary_text", "repair", "effort")
 
 
-@recipe_options(*OPTIONS, "max_params", "seed", "device", "dtype", "revision", "trust_remote_code", any_key=True)
+@recipe_options(
+    *OPTIONS, "train_tokens", "max_params", "seed", "device", "dtype", "revision", "trust_remote_code", any_key=True
+)
 def finetune(
     given: Given,
     model: ModelUnlessInRecipe = None,

@@ -159,15 +159,14 @@ def compare(
     rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
     comparisons = [SizeComparison(job, size, one, supernet, base, calibration, long) for size, one in picked]
     for comparison in comparisons:
-        done = []
+        done: list[Path] = []
+        compared: list[str] = []
         for number, method in enumerate(chosen, start=1):
             say(f"{method.name} at {comparison.size} ({number} of {len(chosen)} methods)")
             tokens, blocks = (recipe.healing.tokens or 0, short) if method.trained else (total, long)
-            try:
-                done += run_method(comparison, method, seeds, tokens, blocks)
-            except RequestError as error:  # it does not reach the size, or does not suit the family
-                say(f"{method.name} is left out at {comparison.size}: {error}")
-        if len(chosen) > 1 and len(done) == seeds:
+            made = run_method(comparison, method, seeds, tokens, blocks)
+            done, compared = done + made, compared + [method.name] * bool(made)
+        if len(chosen) > 1 and compared == [OURS]:
             raise RequestError(
                 f"no method could be compared with ours at {comparison.size}, for the reasons above; compare at "
                 "another size (--max-params)"
@@ -211,7 +210,8 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
 
 def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:
     """One method at one size for every seed; returns its rows. What is there already is left as it is, and what another
-    method has made of the same cut is taken from there."""
+    method has made of the same cut is taken from there. A method that does not reach the size, or does not suit the
+    family, is left out from that seed on, and says so."""
     job = comparison.job
     cut: Cut | None = None
     unhealed: Scored | None = None
@@ -220,13 +220,20 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
     for seed in range(seeds):
         name = f"{method.name}-{comparison.size}-{seed}"
         file = job.run.comparison / f"{name}.json"
-        rows.append(file)
         if file.is_file() and read_json(file)["inputs"] == comparison.inputs:
+            rows.append(file)
             continue
         # 1. Cut, once for all seeds of a method that does not draw.
         if cut is None or method.drawn:
             job.threads(scoring=True)
-            cut, unhealed = method.make(comparison, seed), None
+            try:
+                cut, unhealed = method.make(comparison, seed), None
+            except RequestError as error:
+                if method.name == OURS:
+                    raise
+                say(f"{method.name} is left out at {comparison.size}: {error}")
+                return rows
+        rows.append(file)
         made = fingerprint([network_fingerprint(cut[0]), tokens, seed, *healed_otherwise(job, method.repaired)])
         if twin := made_before(comparison, made):
             twin.with_row(method=method.name, about=method.about).write(file)

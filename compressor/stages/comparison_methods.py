@@ -32,6 +32,7 @@ from supernet.common.versions import versions
 from supernet.repair import repair_in_sequence
 from supernet.slicing import extract, placed
 from supernet.training.data import Blocks
+from supernet.variants import Variants
 
 TOLERANCE = 0.01
 """Sizes count as the same within this share."""
@@ -118,13 +119,15 @@ def ours_unrepaired(contest: SizeComparison, seed: int) -> Cut:
 
 
 def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
-    """The first draw of the super-network's space that has the size; never repaired."""
+    """The first draw of the super-network's space that has the size; refitted where what was searched was."""
     rng = np.random.default_rng([contest.job.recipe.seed, seed])
     for _ in range(1000):
         architecture = draw_near(contest.job, rng, contest.parameters)
         if same_size(contest.job.structure.parameters(architecture), contest.parameters):
             supernet = contest.supernet_of(architecture)
-            variants = trained_variants(contest.job, architecture, supernet)
+            variants: Variants | None = trained_variants(contest.job, architecture, supernet)
+            if variants is None and contest.job.repairs:
+                variants = repair_in_sequence(supernet, architecture, calibration_text(contest.job))
             return extract(supernet.model, contest.job.structure, architecture, variants), architecture
     raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
 
@@ -180,7 +183,14 @@ def methods(repair: bool = False) -> dict[str, Method]:
     repair makes of the baselines that it suits: so that everybody sees what comes from what."""
     own = [
         Method(OURS, "searched in the fine-tuned super-network", ours, trained=True, repaired=True),
-        Method("random", "a random sub-network of the same super-network", random_subnetwork, trained=True, drawn=True),
+        Method(
+            "random",
+            "a random sub-network of the same super-network",
+            random_subnetwork,
+            trained=True,
+            drawn=True,
+            repaired=True,
+        ),
         Method("untrained-search", "the same search in the base, not fine-tuned", untrained_search, repaired=True),
         Method("scratch", "the shape of ours, distilled from random weights", from_scratch, drawn=True),
     ]

@@ -20,8 +20,8 @@ from compressor.inputs import (
     weights_fingerprint,
 )
 from compressor.job import Job
-from compressor.recipe import former_names
-from compressor.run import band_folder
+from compressor.recipe import Finetuning, former_names
+from compressor.run import Run, band_folder
 from compressor.schedule import stage
 from compressor.sizing import (
     band_limits,
@@ -80,6 +80,8 @@ def finetuning_inputs(job: Job) -> dict[str, object]:
     }
     if recipe.finetuning.tokens == 0:  # nothing is drawn, so sizes and samplers do not matter
         inputs = {key: inputs[key] for key in ("model", "data", "seed")} | {"ordering": job.given.finetuning.ordering}
+        if job.given.finetuning.sequence_length != Finetuning().sequence_length:  # what is ordered on is so long
+            inputs["length"] = job.given.finetuning.sequence_length
     if recipe.text_key is not None:
         inputs["text_key"] = recipe.text_key
     if job.ordering not in IMPORTANCES:
@@ -118,6 +120,7 @@ def finetune(job: Job) -> dict[str, Any]:
     recipe, run = job.recipe, job.run
     inputs = finetuning_inputs(job)
     if run.whole(run.supernet, inputs) and hidden_is_ordered(job) and job.redo != "finetune":
+        remove_state(run)
         return run.manifest(run.supernet) or {}
     check_unchanged(job)
     with run.stage(run.supernet, inputs) as (folder, facts):
@@ -185,11 +188,17 @@ def finetune(job: Job) -> dict[str, Any]:
                 "skipped_rows": blocks.skipped,
                 "overlapping_report_documents": len(contaminated),
             }
-            for left in folder.rglob(f"*{STATE}*"):  # only now: whatever goes wrong before costs no training
-                left.unlink()
+    remove_state(run)  # only now: whatever goes wrong before costs no training
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def remove_state(run: Run) -> None:
+    """Remove what the fine-tuning would have gone on from."""
+    if run.writes:
+        for left in run.supernet.rglob(f"*{STATE}*"):
+            left.unlink()
 
 
 def train_band(

@@ -39,7 +39,7 @@ from supernet.common.files import read_json, write_json
 from supernet.common.metrics import record
 from supernet.common.progress import bar
 from supernet.device import device_name
-from supernet.loading import load_network, stop_rounding
+from supernet.loading import load_network, unpack
 from supernet.training.data import HELD_OUT_BLOCKS, IGNORED, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
@@ -331,12 +331,10 @@ def scored_network(job: Job, record: PackageRecord) -> Any:
 
 def load_package(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A package as users load it, through transformers. Its code file runs only if it is what this version writes."""
-    # compressed-tensors draws bars of its own, in loading and when the first pass unpacks the weights.
-    with redirect_stderr(StringIO()), torch.no_grad():
+    with redirect_stderr(StringIO()):  # compressed-tensors draws bars of its own
         model, _ = load_network(folder, dtype, check_code(folder))
-        model = model.to(device).eval()
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
-        stop_rounding(model)
+    model = model.to(device).eval()
+    unpack(model)
     return model
 
 

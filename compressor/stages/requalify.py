@@ -89,6 +89,8 @@ def _hypervolumes(
     values, generation = costs(evaluations, objectives), np.array([e.generation for e in evaluations])
     usable = np.isfinite(values).all(axis=1)
     first = values[usable & (generation == 0)]
+    if not len(first):
+        return [0.0] * number
     best, worst = first.min(0), first.max(0)
     usable &= ~(violations(evaluations, constraints) > 0).any(axis=1) & np.array([e.full for e in evaluations])
     return [hypervolume_in(values[usable & (generation <= g)], best, worst) for g in range(number)]

@@ -246,7 +246,8 @@ class SearchProgress:
         self._job, self._bar = job, bar
         self._evaluator, self._stored = evaluator, evaluator.stored
         self._largest = max(sizes_asked_for(job), default=None)
-        self._best = (0.0, 0)
+        self._best = (-math.inf, 0)
+        """Quality, and parameters; of those as good, the fewest."""
         self._best_stderr = 0.0
         self._set_aside: dict[str, list[str]] = {}
 
@@ -264,8 +265,9 @@ class SearchProgress:
         structure = self._job.structure
         parameters = structure.parameters(evaluation.architecture)
         asked = evaluation.full and (self._largest is None or parameters <= self._largest)
-        if asked and (evaluation.values["quality"], parameters) > self._best:
-            self._best = evaluation.values["quality"], parameters
+        quality, best = evaluation.values["quality"], self._best
+        if asked and (quality, -parameters) > (best[0], -best[1]):
+            self._best = quality, parameters
             self._best_stderr = evaluation.values.get("quality_stderr", 0.0)
         share = self._best[1] / self._job.untouched_parameters
         self._bar.before = self._evaluator.stored - self._stored

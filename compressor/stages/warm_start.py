@@ -11,6 +11,7 @@ import numpy as np
 
 from compressor.inputs import LARGE, rows_fingerprint, training_blocks
 from compressor.job import Job
+from compressor.recipe import Finetuning
 from compressor.run import Run
 from compressor.schedule import stage
 from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
@@ -95,8 +96,8 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
-    text = rows_fingerprint(job, 0)
-    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), text, job.recipe.targets.model_dump()]
+    text = [rows_fingerprint(job, 0), *length_read(job)]
+    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), *text, job.recipe.targets.model_dump()]
     inputs += [*search_repair_inputs(job).values(), METHOD]
     file = job.run.search / f"proposals-{name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
@@ -153,7 +154,8 @@ def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: Rounding) -> Losse
     # Later layers first: less is new.
     asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values if bits < AS_STORED]
     named = [(gene.name, gene.values) for gene in genes]
-    inputs = fingerprint([searched_weights(job), named, rounding.inputs, rows_fingerprint(job, 0)])
+    read = [rows_fingerprint(job, 0), *length_read(job)]
+    inputs = fingerprint([searched_weights(job), named, rounding.inputs, *read])
     file = job.run.search / f"{rounding.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != inputs:
         batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
@@ -175,7 +177,8 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
     sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
-    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), rows_fingerprint(job, 0), sizes]
+    text = [rows_fingerprint(job, 0), *length_read(job)]
+    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), *text, sizes]
     inputs += [*search_repair_inputs(job).values()]
     file = job.run.search / f"proposals-{method.name}.json"
     if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
@@ -186,6 +189,12 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
         found = method.propose(supernet, job.space, batches, sizes)
         write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for a in found]})
     return [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
+
+
+def length_read(job: Job) -> list[int]:
+    """What inputs say of the length of blocks: nothing where it is the default, as in earlier versions."""
+    length = job.recipe.finetuning.sequence_length
+    return [] if length == Finetuning().sequence_length else [length]
 
 
 def blocks_to_read(job: Job) -> int:

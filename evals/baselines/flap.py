@@ -59,8 +59,11 @@ def flap(context: PruningContext) -> Cut:
     means, variances = moments(supernet, projections, context.calibration)
     scores = unit_scores(units_of(supernet.base), variances, projections)
     architecture = remaining(context.parameters, structure, scores)
-    # 3. Compensate for what goes, then cut it.
+    # 3. Compensate for what goes, unless it is refitted, then cut it.
     order, kept = order_by(scores), units_of(architecture)
+    if context.repair is not None:
+        apply_ordering(supernet, order)
+        return extract(supernet.model, structure, architecture, context.repair(supernet, architecture)), architecture
     for units, reader in projections.items():
         compensate(reader, means[units], order[units][kept.get(units, 0) :], len(order[units]))
     apply_ordering(supernet, order)
@@ -178,4 +181,4 @@ def compensate(reader: Reader, mean: Tensor, removed: Tensor, units: int) -> Non
         bias.copy_(bias + outgoing(reader)[:, channels].double() @ mean[channels])
 
 
-BASELINES = (Baseline("flap", "An et al., arXiv 2312.11983", flap),)
+BASELINES = (Baseline("flap", "An et al., arXiv 2312.11983", flap, True),)

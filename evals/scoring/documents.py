@@ -141,7 +141,7 @@ class Subtask:
             self._holdout,
             dataclasses.astuple(self._prompting),
             self._encoder.tokenizer.chat_template if self._prompting.chat else None,
-            [file.read_text() for file in code],
+            [file.read_text(encoding="utf-8") for file in code],
         ]
         digest = hash_string(json.dumps(parts, default=handle_non_serializable))[:16]
         return folder / f"{self.name.replace('/', '_')}-{digest}.json"

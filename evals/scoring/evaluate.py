@@ -21,7 +21,7 @@ from evals.scoring.tasks import TaskSet
 from supernet.common.errors import RequestError, VerificationError, reading
 from supernet.common.processes import available_cores
 from supernet.device import prepare
-from supernet.loading import check_fit, checkpoint_folder, load_network
+from supernet.loading import check_fit, checkpoint_folder, load_network, unpack
 from supernet.tokens import read_tokenizer
 from supernet.trust import brings_code, check_code, load_tokenizer
 
@@ -152,7 +152,9 @@ def load_checkpoint(
         raise RequestError(str(error)) from error
     check_fit(name, info)
     prepare(place)
-    return model.to(place), tokenizer
+    model = model.to(place).eval()
+    unpack(model)
+    return model, tokenizer
 
 
 def _is_own_code(name: str, folder: Path) -> bool:

@@ -12,7 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lm_eval.api.metrics import _bootstrap_internal, acc_all_stderr, mean_stderr, sample_stddev, stderr_for_metric
+from lm_eval.api.metrics import (
+    _bootstrap_internal,
+    acc_all_stderr,
+    mean,
+    mean_stderr,
+    sample_stddev,
+    stderr_for_metric,
+)
 
 from evals.scoring.documents import Document, Split, Subtask
 from evals.scoring.lm import NetworkLM
@@ -109,7 +116,7 @@ def score_of(
     Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
     """
     aggregated = [
-        _aggregated(subtask.task.aggregation().get(task.metric, _mean), items) if items else (math.nan, None)
+        _aggregated(subtask.task.aggregation().get(task.metric, mean), items) if items else (math.nan, None)
         for (subtask, _), items in zip(documents, values, strict=True)
     ]
     sizes = [len(items) for items in values]
@@ -172,7 +179,3 @@ def _aggregated(aggregation: Callable[[Sequence[Any]], float], items: Sequence[A
         return float(aggregation(items)), standard_error(aggregation, items)
     except OverflowError:
         return math.inf, None
-
-
-def _mean(items: Sequence[float]) -> float:
-    return sum(items) / len(items)

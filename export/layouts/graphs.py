@@ -8,7 +8,6 @@ so does the runtime itself, by the names of its inputs.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ from export.probe import (
 )
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
-from supernet.common.processes import last_line
+from supernet.common.processes import available_cores, last_line
 from supernet.common.versions import versions
 from supernet.families import head_dim
 from supernet.trust import UNEVEN_PREFIX, load_tokenizer
@@ -213,7 +212,7 @@ def measure_speed(
     layout = package.entry.layout
     graph = Graph(package, threads)
     if layout == "openvino":
-        threads = os.cpu_count() or 1
+        threads = available_cores()
     runs = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

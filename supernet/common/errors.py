@@ -34,6 +34,11 @@ def reading(what: str) -> Iterator[None]:
         raise RequestError(f"{what} ({reason})") from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def out_of_space(error: BaseException | None) -> bool:
     """Whether a full disk is the cause. Libraries that are not written in Python say so in their text only."""
     while error is not None:

@@ -107,7 +107,7 @@ def bar(what: str, total: float, before: float = 0) -> Iterator[Bar]:
     """A bar of `total` units of work, within `with bar("searching", 60) as b: b.advance()`. A finished one says so.
     `before`: how many an interrupted run has done already."""
     if not console.is_terminal:
-        console.print(f"{what} ... {left_of_all()}".rstrip(), soft_wrap=True)
+        console.print(f"{what} ... {left_of_all()}".rstrip(), markup=False, soft_wrap=True)
     running = Bar(what, total, before, before=before)
     with _screen.showing(running):
         yield running

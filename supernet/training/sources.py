@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from supernet.common.errors import RequestError, did_you_mean
+from supernet.common.errors import RequestError, did_you_mean, first_line, out_of_space
 from supernet.common.formatting import parse_tokens
 
 Columns: TypeAlias = Mapping[str, Any]
@@ -339,9 +339,11 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
     try:
         yield from datasets.load_dataset(name, config, split=split, streaming=True)
     except (FileNotFoundError, ValueError, ConnectionError) as error:
+        if out_of_space(error):
+            raise
         asked = ":".join(part for part in (name, config or "", split) if part)
-        reason = str(error).strip().splitlines()[0]
-        what = f"neither a local file nor a reachable hub dataset ({reason}){did_you_mean(name, [GENERATED])}"
+        hint = did_you_mean(name, [GENERATED])
+        what = f"neither a local file nor a reachable hub dataset ({first_line(error)}){hint}"
         raise RequestError(f"--data {asked}: {what}") from error
 
 
@@ -392,7 +394,9 @@ def _tables(kind: str) -> Callable[[Path], Numbered]:
             rows: Iterable[object] = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
             yield from enumerate(rows, 1)
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            raise RequestError(f"--data {file}: cannot be read ({str(error).strip().splitlines()[0]})") from error
+            if out_of_space(error):
+                raise
+            raise RequestError(f"--data {file}: cannot be read ({first_line(error)})") from error
 
     return read
 
@@ -418,7 +422,7 @@ def _opened(file: Path) -> Iterator[io.TextIOWrapper]:
     except UnicodeDecodeError as error:
         raise RequestError(f"--data {file}: not text in UTF-8 ({error})") from error
     except OSError as error:
-        raise RequestError(f"--data {file}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise RequestError(f"--data {file}: cannot be read ({first_line(error)})") from error
 
 
 def _parsed(text: str, where: str) -> object:

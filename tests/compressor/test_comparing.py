@@ -359,6 +359,21 @@ def test_a_size_says_what_was_picked(made: Path) -> None:
     assert comparing.sizes_to_compare(job, []) == [(f"{share:.2f}", ours)]
 
 
+def test_what_fails_of_ours_ends_a_comparison(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(*_: object) -> None:
+        raise RequestError("no room")
+
+    known = methods()
+    monkeypatch.setattr(comparing, "methods", lambda **_: known | {"ours": replace(known["ours"], make=cut)})
+    for file in (made / "comparison").glob("ours-*.json"):
+        file.unlink()
+    assert run(["compare", str(made), "--baselines", "taylor"]) == 2
+    said = capsys.readouterr().err
+    assert "error: no room" in said and "left out" not in said
+
+
 def test_nothing_to_compare_with_is_said(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

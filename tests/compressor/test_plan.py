@@ -218,6 +218,24 @@ def test_a_run_that_goes_on_keeps_its_budgets(given: dict[str, Any], tmp_path: P
     assert len(imagined) == 1
 
 
+@pytest.mark.parametrize(("taken", "slower"), [(2.0, 2.0), (0.5, 1.0)])
+def test_a_late_search_slows_what_comes_after_it(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int], taken: float, slower: float
+) -> None:
+    """A search that took twice as long leaves less healing; one that was faster leaves its rate as it was measured."""
+    job = pipeline.start(read_recipe(None, given | {"time": "20m"}), tmp_path / "run")
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None and share_of_rates(job, plan.rates, "search", ["read"]) > MOSTLY
+    with job.schedule.stage("search"):
+        pass
+    job.schedule.add("search", taken * plan.expected["search"], ended=True)
+    adjust(job)
+    after = read_plan(job.run.plan_file)
+    assert after is not None and after.rates.read == pytest.approx(taken * plan.rates.read, rel=1e-2)
+    for name in ("teach", "train", "step", "rounding", "decode"):
+        assert getattr(after.rates, name) == pytest.approx(slower * getattr(plan.rates, name), rel=1e-2)
+
+
 def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
     """A fine-tuning that took three times as long leaves less healing; what has begun keeps its budget."""
     recipe = read_recipe(None, given | {"time": "20m"})

@@ -24,6 +24,16 @@ def test_importing_the_library_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_that_no_network_is_asked_can_be_said_after_the_command_line_was_imported() -> None:
+    code = (
+        "import compressor.cli; from compressor.cli.offline import stay_offline; stay_offline(); "
+        "from huggingface_hub import constants; assert constants.HF_HUB_OFFLINE"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_the_host_had_set_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

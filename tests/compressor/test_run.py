@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
+from compressor.stages.finetuning import finetuning_inputs
+from compressor.stages.warm_start import length_read
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json, write_json
 from tests.support import tiny
@@ -54,6 +58,15 @@ def test_a_kill_while_the_old_folder_makes_room_loses_neither(
     assert run.whole(run.supernet, "new inputs")
     assert (run.supernet / "weights").read_text() == "hours of training"
     assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+def test_who_looks_at_a_run_for_a_moment_keeps_nobody_out(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.lock_file.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        run.lock()
+    assert "process" in run.lock_file.read_text()
 
 
 @pytest.mark.parametrize("left", [".lock", "paths.json", ".paths.json.tmp-999999", ".recipe.yaml.tmp-999999"])
@@ -138,6 +151,9 @@ def test_a_full_disk_while_the_super_network_is_saved_costs_no_training(
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         patched.setattr(LlamaForCausalLM, "save_pretrained", full)
         pipeline.finetune(job())
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):  # and at the last file
+        patched.setattr("compressor.run.follow_umask", full)
+        pipeline.finetune(job())
     steps = []
     monkeypatch.setattr("supernet.training.loop._gradients", lambda *given: steps.append(given))
     manifest = pipeline.finetune(job())
@@ -185,3 +201,19 @@ def test_what_trains_follows_the_width_and_stays_what_a_run_began_with(tmp_path:
     fill(begun, "inputs", "trained")
     assert job("b", narrow).optimizer == "adamw"
     assert job("b", narrow, **{"finetuning.optimizer": "muon"}).optimizer == "muon"
+
+
+def test_what_is_read_at_another_length_is_ordered_anew(tmp_path: Path) -> None:
+    given = {
+        "model": str(tiny.checkpoint(tmp_path / "model")),
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "finetuning": {"tokens": 0},
+        "device": "cpu",
+    }
+    inputs = []
+    for length in (256, 32, 64):
+        recipe = read_recipe(None, given | {"finetuning": {"tokens": 0, "sequence_length": length}})
+        job = pipeline.start(recipe, tmp_path / f"run-{length}", tasks_needed=False)
+        inputs.append(finetuning_inputs(job))
+        assert length_read(job) == ([] if length == 256 else [length])
+    assert "length" not in inputs[0] and inputs[1] != inputs[2]

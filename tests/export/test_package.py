@@ -213,6 +213,23 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path, monkeypatch: pyte
     assert left == {"p", ".p.partial-222", ".p.partial-333", ".p-int8.partial-111"}
 
 
+def test_an_interrupt_while_a_package_is_replaced_brings_the_earlier_one_back(
+    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_record(package.rename(tmp_path / "p"))
+    rename = Path.rename
+
+    def interrupted(source: Path, target: Path) -> Path:
+        if ".partial-" in source.name:
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tiny(tmp_path / "p", EVEN, dtype=torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["p"] and read_record(tmp_path / "p").files == before.files
+
+
 def test_an_earlier_package_is_replaced_and_anything_else_is_not(tmp_path: Path, package: Path) -> None:
     before = read_record(package.rename(tmp_path / "p")).entry.bytes
     assert write_tiny(tmp_path / "p", EVEN, dtype=torch.bfloat16).entry.bytes < before

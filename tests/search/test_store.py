@@ -152,3 +152,17 @@ def test_foreign_and_damaged_files_are_refused_and_left_alone(tmp_path: Path) ->
             EvaluationStore(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value)
         assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_a_file_that_another_process_holds_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "e.db"
+    EvaluationStore(path).close()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **options | {"timeout": 0.01}))
+    other = connect(path)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(RequestError, match="database is locked; nothing is lost, try again"):
+        EvaluationStore(path)
+    other.close()

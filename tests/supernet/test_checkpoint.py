@@ -133,6 +133,20 @@ def test_the_scale_of_weights_is_that_of_the_layers_matrices(folder: Path) -> No
     assert open_checkpoint(str(folder)).weight_scale() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("[]", "config.json holds no settings by name"),
+        ('{"quantization_config": "fp8"}', r"already quantized \(fp8\)"),
+        ('{"architectures": "LlamaForCausalLM"}', "architectures is no list of names"),
+    ],
+)
+def test_a_configuration_of_another_form_is_named(folder: Path, config: str, why: str) -> None:
+    (folder / "config.json").write_text(config)
+    with pytest.raises(RequestError, match=why):
+        open_checkpoint(str(folder))
+
+
 def test_a_dtype_that_the_configuration_does_not_say_is_that_of_the_weights(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config.pop("dtype", None)

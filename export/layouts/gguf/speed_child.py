@@ -15,11 +15,11 @@ from export.layouts.gguf.server import LlamaCpp
 
 def main() -> None:
     file = Path(sys.argv[1])
-    job = json.loads(file.read_text())
+    job = json.loads(file.read_text(encoding="utf-8"))
     ids, new = job["ids"], job["new"]
     server = LlamaCpp(Path(job["file"]), len(ids) + new + 8, job["threads"])
     runs = [server.timed(ids, new) for _ in range(job["repeats"] + 1)][1:]  # the first is for warming up
-    file.with_name("runs.json").write_text(json.dumps(runs))
+    file.with_name("runs.json").write_text(json.dumps(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,14 +40,16 @@ def test_a_finished_bar_says_so_and_lines_are_kept(capsys: pytest.CaptureFixture
     lines: list[str] = []
     keep_lines(lines.append)
     try:
-        with working("search"), bar("searching", 3) as running:
+        with working("search"), bar("searching", 3) as running, bar("quantizing best[a] [/x]", 1) as other:
+            other.advance()
             for _ in range(3):
                 running.advance(note="quality 0.9")
         say("picked")
     finally:
         keep_lines()
     shown = capsys.readouterr().err.splitlines()
-    assert shown[0] == "searching ..." and shown[1].startswith("searching: 3 of 3 in ") and "quality 0.9" in shown[1]
+    assert shown[:2] == ["searching ...", "quantizing best[a] [/x] ..."]  # names are no markup
+    assert shown[3].startswith("searching: 3 of 3 in ") and "quality 0.9" in shown[3]
     assert lines == ["picked"]
 
 
