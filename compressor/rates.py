@@ -21,6 +21,7 @@ from export.models import Model
 from export.quantization.autoround_child import BATCH
 from export.quantization.cost import step_seconds
 from supernet.common.progress import IMPORTED
+from supernet.tokens import GREEDY
 from supernet.training import muon
 from supernet.training.data import Batch
 from supernet.training.losses import Loss
@@ -182,7 +183,7 @@ def decoding_rate(model: PreTrainedModel, length: int) -> float:
     """Seconds of one more token behind a prompt, with a cache; both together are at most `length` tokens."""
     ids = torch.ones((1, max(1, min(32, length // 2))), dtype=torch.long, device=model.device)
     new = max(2, min(8, length // 2))
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    options: dict[str, Any] = {**GREEDY, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
 
     def generate(tokens: int) -> float:
         return _seconds(

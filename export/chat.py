@@ -19,6 +19,7 @@ from export.layouts.installed import check_installed
 from export.package_record import RECORD, read_record
 from supernet.common.errors import RequestError
 from supernet.common.processes import SMALL_BYTES, available_cores
+from supernet.tokens import GREEDY
 
 CONTEXT = 4096
 """Tokens of a conversation in llama.cpp at most; its cache is made for so many."""
@@ -91,7 +92,7 @@ def _in_transformers(name: str, device: str) -> Speaker:
     def write(ids: list[int], new: int) -> str:
         prompt = torch.tensor([ids], device=network.device)
         out = network.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=pad
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, pad_token_id=pad, **GREEDY
         )
         return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
 

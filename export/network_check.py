@@ -35,6 +35,7 @@ from supernet.common.files import read_json
 from supernet.common.processes import last_line
 from supernet.common.versions import versions
 from supernet.loading import load_network
+from supernet.tokens import GREEDY
 from supernet.trust import check_code, load_tokenizer
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class NetworkCheck:
                 prompt,
                 use_cache=use_cache,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=False,
+                **GREEDY,
                 max_new_tokens=min(NEW_TOKENS, room),
                 pad_token_id=model.config.pad_token_id or 0,
             )

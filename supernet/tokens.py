@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
+"""Arguments of `generate` for one greedy continuation as token ids, whatever generation_config.json says."""
+
+
 def read_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, tried once: some settings that are no good are only met when text is encoded.
 

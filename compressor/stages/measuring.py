@@ -40,6 +40,7 @@ from supernet.common.metrics import record
 from supernet.common.progress import bar
 from supernet.device import device_name
 from supernet.loading import load_network, unpack
+from supernet.tokens import GREEDY
 from supernet.training.data import HELD_OUT_BLOCKS, IGNORED, Blocks
 from supernet.training.losses import held_out_loss
 from supernet.trust import check_code
@@ -413,7 +414,7 @@ def continuations(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max(1, min(new, context - ids.shape[1])),
-                do_sample=False,
+                **GREEDY,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
         texts[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

@@ -28,6 +28,7 @@ HARMLESS = (
     "_sample",
     "_cache",
     "output_",
+    "return_dict_",
 )
 """Parts of the names of generation settings that leave greedy decoding as it is."""
 
@@ -112,7 +113,8 @@ class Generator:
 
     def _generated(self, prompts: Prompts, settings: Generation) -> list[list[int]]:
         """Continuations by the network's own `generate`, with HFLM's arguments."""
-        arguments = {"temperature": 0.0, **settings.arguments}
+        # Token ids alone, whatever the network's own configuration asks for.
+        arguments = {"temperature": 0.0, **settings.arguments, "return_dict_in_generate": False}
         if arguments["temperature"] == 0.0 and not arguments.get("do_sample"):
             arguments["do_sample"] = False
             arguments.pop("temperature")

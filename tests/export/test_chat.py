@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from compressor.cli import run
+from compressor.rates import decoding_rate
+from compressor.stages.measuring import continuations
+from evals.scoring.encoding import Encoder
+from evals.scoring.generation import Generation, Generator
 from export.chat import open_speaker
+from export.verify import check
 from supernet.common.errors import RequestError
 from tests.support import tiny
-from tests.support.export_networks import EVEN, TEXTS, UNEVEN, cut, tiny_llama, write_tiny
+from tests.support.export_networks import EVEN, TEXTS, UNEVEN, cut, tiny_llama, tiny_tokenizer, write_tiny
 
 
 def test_transformers_and_llama_cpp_say_the_same(tmp_path: Path) -> None:
@@ -38,6 +43,25 @@ def test_a_text_is_continued_where_there_is_no_template(tmp_path: Path) -> None:
         expected[0, len(ids) :], skip_special_tokens=True
     )
     assert speaker.history == []
+
+
+def test_what_a_checkpoint_wants_generated_otherwise_is_not_asked_for(tmp_path: Path) -> None:
+    """Proofs, chats, samples and rates are of one greedy continuation, as token ids."""
+    network = cut(tiny_llama(), EVEN)
+    plain = write_tiny(tmp_path / "plain", EVEN, network)
+    expected = open_speaker(str(plain.folder), "cpu").answer("Anna gave", 6)
+    network.generation_config.update(
+        return_dict_in_generate=True, output_scores=True, num_beams=3, num_return_sequences=2
+    )
+    package = write_tiny(tmp_path / "package", EVEN, network)
+    assert check(package.folder)["cached_equals_uncached"]
+    assert open_speaker(str(package.folder), "cpu").answer("Anna gave", 6) == expected
+    assert decoding_rate(network, 16) > 0
+    generator = Generator(network, Encoder(tiny_tokenizer(), network.config))
+    settings = Generation(until=[], new=4, arguments={"num_return_sequences": 1})  # in beams, as lm-eval's HFLM does
+    assert [len(written) for written in generator.continuations([(5, 6, 7)], settings)] == [4]
+    sample = continuations(tiny_tokenizer(), {"Anna": torch.tensor([[5, 6, 7]])}, lambda: network, {}, new=4)
+    assert sample.keys() == {"Anna"}
 
 
 def test_the_oldest_turns_are_forgotten_where_the_context_is_full(tmp_path: Path) -> None:
