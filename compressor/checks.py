@@ -11,6 +11,7 @@ from compressor.memory_needs import without_room
 from compressor.sizing import (
     byte_limit,
     input_widths,
+    is_held_in_space,
     largest_in_training,
     parameter_limits,
     picks_bits,
@@ -92,13 +93,19 @@ def check_data(job: Job) -> None:
         raise RequestError(f"--data {recipe.data}: no row has a text")
 
 
+def say_what_is_repeated(job: Job) -> None:
+    """Say how often trainings read the same text, where the base writes it and no more of it was asked for."""
+    if is_generated(job.recipe.data or "") and (over := repeated(job)) is not None:
+        say(f"--data {job.given.data}: {over}")
+
+
 def check_generated(job: Job) -> None:
     """Refuse what makes no sense where the base writes the text, and say what else the words may have meant."""
     source = job.given.data
     if job.recipe.text_key is not None:
         raise RequestError("--text-key: text that the base writes has no columns; leave it out")
-    if (over := repeated(job)) is not None:
-        say(f"--data {source}: {over}")
+    if job.recipe.time is None:
+        say_what_is_repeated(job)
     for name in dict.fromkeys((str(source), GENERATED)):
         if Path(name).exists():
             say(f"warning: --data {source}: the base writes the text; what lies here as {name} is read as ./{name}")
@@ -239,6 +246,12 @@ def check_formats(job: Job) -> None:
         raise RequestError("--bits joint: picks what fits a number of bytes; name it with --max-bytes")
     if quantizing.schemes or quantizing.bits == "joint":
         linear_layers(config, job.recipe.trust_remote_code)
+    for scheme in quantizing.schemes:
+        if not is_held_in_space(job, scheme):
+            raise RequestError(
+                f"--quantize {scheme}: needs widths that are multiples of 32, and the residual stream's is "
+                f"{job.structure.base.hidden_size}, which every layer reads or writes; ask for int8"
+            )
     check_embedding(job)
 
 

@@ -22,6 +22,7 @@ from compressor.checks import (
     check_targets,
     check_tasks,
     check_weights_by_size,
+    say_what_is_repeated,
 )
 from compressor.costs import stage_costs
 from compressor.early_checks import check_request
@@ -34,7 +35,7 @@ from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, picking, searching
-from compressor.stages.finetuning import check_unchanged
+from compressor.stages.finetuning import check_same_base, check_unchanged
 from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
@@ -152,6 +153,7 @@ def prepare(
         job.fill_in()
         if recipe.time is not None:  # which set them
             check_budgets(job)
+            say_what_is_repeated(job)
         keep_smallest_share(job)
         check_unchanged(job)
         if recipe.tasks:
@@ -258,6 +260,8 @@ def resume(
     here = remembered(recipe, path)  # of what is given now; the rest lies where the run knows it
     paths = here | run.local_paths() | {name: place for name, place in here.items() if is_given(name, overrides)}
     job = Job(run, recipe, redo, paths=paths)
+    if redo != "finetune":
+        check_same_base(job)
     check_targets(job)
     if overrides:  # whatever is wrong with them must not get into the run's recipe
         check_weights_by_size(job)

@@ -129,6 +129,14 @@ def can_hold(job: Job, scheme: SchemeName, architecture: Architecture) -> bool:
     return any(shape is not None and not (shape[0] % 32 or shape[1] % 32) for shape in shapes)
 
 
+def is_held_in_space(job: Job, scheme: SchemeName) -> bool:
+    """Whether a scheme can apply to any layer of any sub-network, by the residual width, which is one of each linear
+    layer's two."""
+    genes = {gene.name: gene.values for gene in job.space.genes}
+    odd = all(width % 32 for width in genes.get("hidden_size", (job.structure.base.hidden_size,)))
+    return not odd or (SCHEMES[scheme].bits == 8 and not SCHEMES[scheme].auto_round)
+
+
 def input_widths(job: Job) -> set[int]:
     """The input widths that the space can give linear layers inside blocks."""
     genes = {gene.name: gene.values for gene in job.space.genes}

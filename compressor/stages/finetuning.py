@@ -93,6 +93,8 @@ def check_unchanged(job: Job) -> None:
     """Refuse to throw a super-network and its evaluations away unasked. Before the run's recipe is replaced."""
     run = job.run
     made = run.manifest(run.supernet) is not None
+    if job.redo != "finetune":
+        check_same_base(job)
     if made and job.redo != "finetune" and not hidden_is_ordered(job):
         raise RequestError(
             f"{run.path}: its residual channels were left as they are, and this space takes the most important of "
@@ -103,6 +105,17 @@ def check_unchanged(job: Job) -> None:
         raise RequestError(
             f"{run.path}: its super-network was fine-tuned from another recipe or data; compress with --redo finetune "
             "to do it again (its evaluations will not count any more), or name another --output"
+        )
+
+
+def check_same_base(job: Job) -> None:
+    """Refuse a base whose weights are not those that the run's super-network was made from: what was measured in the
+    one would be held against the other."""
+    made = (job.run.manifest(job.run.supernet) or {}).get("base")  # earlier versions did not keep it
+    if made is not None and made != job.untouched_fingerprint:
+        raise RequestError(
+            f"{job.run.path}: the weights of {job.given.model} changed since its super-network was made from them; put "
+            "those back, or compress these into another --output"
         )
 
 
@@ -171,6 +184,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 proof["files"] = max(proof.get("files", 0.0), off)
             facts["bands"] = trained
         if run.writes:
+            facts["base"] = job.untouched_fingerprint
             facts["logit_differences"] = proof
             folders = [band_folder(folder, band) for band in range(recipe.finetuning.bands)]
             weights = [weights_fingerprint(each) for each in folders]

@@ -141,6 +141,7 @@ def summary(table: Sequence[MethodSummary]) -> str:
     if not others:
         return f"At {ours.size} nothing was compared with ours yet."
     ahead = [method for method in others if method.quality > ours.quality]
+    equal = [method.method for method in others if method.quality == ours.quality]
     better = [method.method for method in ahead if method.meaning == "worse"]
     beaten = sum(method.meaning == "better" for method in others)
     quality = f"quality {percent(ours.quality)} at {count(ours.params)} parameters"
@@ -150,6 +151,8 @@ def summary(table: Sequence[MethodSummary]) -> str:
     elif ahead:
         names = ", ".join(method.method for method in ahead)
         start = f"At {ours.size} ours ({quality}) is not clearly different from the best ({names})"
+    elif equal:
+        start = f"At {ours.size} ours ({quality}) is as good as {' and '.join(equal)}"
     else:
         start = f"At {ours.size} ours is best ({quality})"
     return f"{start}; it is better than {beaten} of {len(others)} others."

@@ -209,6 +209,11 @@ def group_size(b: Bench) -> None:
     b.options |= {"--quantize": "int4", "--group-size": "48"}
 
 
+def odd_widths(b: Bench) -> None:
+    b.model = tiny.checkpoint(b.folder / "odd", hidden_size=40)
+    b.options["--quantize"] = "int8,int4"
+
+
 def occupied(b: Bench) -> None:
     b.output.mkdir()
     (b.output / "thesis.txt").write_text("mine")
@@ -327,6 +332,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (not_smaller, ["5,000,000", "base"]),
     (not_a_size, ["1.5", "0.67"]),
     (group_size, ["48", "width"]),
+    (odd_widths, ["int4", "multiples of 32", "is 40", "int8"]),
     (occupied, ["something else"]),
     (below_a_file, ["file/run", "cannot be made"]),
     (no_percentage, ["5%%", "such as 1%"]),

@@ -164,6 +164,8 @@ def test_what_wins_stands_first_whoever_made_it() -> None:
     )
     assert "is not clearly different from the best (flap)" in summary([one for one in table if one.method != "sleb"])
     assert "ours is best" in summary(table[2:])
+    (tie,) = summarize([row("ours", 0.9), row("flap", 0.9, ours_minus_this=less(-0.01, 0.01))])
+    assert "ours (quality 90" in summary(tie) and "is as good as flap; it is better than 0 of 1" in summary(tie)
     assert terminal_table([table]).row_count == 5
 
 

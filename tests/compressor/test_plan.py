@@ -15,6 +15,7 @@ from compressor import memory_needs, pipeline, rates
 from compressor.checks import check_budgets
 from compressor.cli import run
 from compressor.costs import COSTS, stage_costs
+from compressor.generated import repeated
 from compressor.job import Job
 from compressor.plan import (
     FEWEST,
@@ -234,6 +235,15 @@ def test_a_late_search_slows_what_comes_after_it(
     assert after is not None and after.rates.read == pytest.approx(taken * plan.rates.read, rel=1e-2)
     for name in ("teach", "train", "step", "rounding", "decode"):
         assert getattr(after.rates, name) == pytest.approx(slower * getattr(plan.rates, name), rel=1e-2)
+
+
+def test_how_often_text_is_read_is_said_of_the_budgets_by_the_time(
+    given: dict[str, Any], tmp_path: Path, imagined: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = read_recipe(None, given | {"time": "20m", "data": "generated:5k"})
+    job = pipeline.start(recipe, tmp_path / "run")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "generated:5k: " in line)
+    assert line == f"--data generated:5k: {repeated(job)}"
 
 
 def test_budgets_follow_what_stages_took(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:

@@ -217,3 +217,23 @@ def test_what_is_read_at_another_length_is_ordered_anew(tmp_path: Path) -> None:
         inputs.append(finetuning_inputs(job))
         assert length_read(job) == ([] if length == 256 else [length])
     assert "length" not in inputs[0] and inputs[1] != inputs[2]
+
+
+def test_a_base_that_changed_in_its_place_is_refused(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    given = {
+        "model": str(model),
+        "data": str(tiny.data(tmp_path / "data.jsonl", 300)),
+        "finetuning": {"tokens": 0, "sequence_length": 32},
+        "device": "cpu",
+    }
+    job = pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+    pipeline.finetune(job)
+    pipeline.resume(tmp_path / "run", {})
+    shutil.rmtree(model)
+    tiny.checkpoint(model, seed=1)
+    with pytest.raises(RequestError, match=r"the weights of .*model changed since its super-network was made"):
+        pipeline.resume(tmp_path / "run", {})
+    with pytest.raises(RequestError, match=r"the weights of .*model changed"):
+        pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False)
+    pipeline.start(read_recipe(None, given), tmp_path / "run", tasks_needed=False, redo="finetune")
