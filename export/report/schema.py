@@ -67,7 +67,7 @@ class Base(Model):
     params: int
     """Embeddings counted, tied ones once."""
     bytes: int
-    """Of the safetensors files."""
+    """Size of the safetensors files."""
     dtype: str
     architecture: JSONArchitecture
     tasks: Scores
@@ -240,7 +240,7 @@ class CurvePoint(Model):
     asked: float | None = None
     """Mean over uniform cuts of the sizes that were asked for."""
     loss: float | None = None
-    """Of the one network that is healed."""
+    """Loss of the one network that is healed."""
 
 
 class Training(Model):
@@ -284,7 +284,7 @@ class Alternative(Model):
     """What another preference would have picked in the place of a package's network."""
 
     name: str
-    """Of the package."""
+    """Name of the package."""
     prefer: str
     key: str
     params: int

@@ -148,6 +148,6 @@ def decompressed_at_load(package: PackageEntry) -> bool:
 
 DECOMPRESSED = (
     "Transformers unpacks compressed-tensors on a CPU: the speed there is that of floats, measured with weights that "
-    "were unpacked once. compressed-tensors rounds them again at every call, which is slower, until a package's code "
-    "file or the lines in its card stop it."
+    "were unpacked once. By default compressed-tensors rounds them again at every call, which is slower. The package's "
+    "code file switches that off; for packages without one, the card shows the lines that do."
 )
