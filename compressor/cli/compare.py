@@ -18,7 +18,11 @@ from supernet.common.progress import console, say
 def compare(
     run: RunFolder,
     baselines: Annotated[
-        str | None, typer.Option(help="methods to compare with, comma-separated; all by default")
+        str | None,
+        typer.Option(
+            help="methods to compare with, comma-separated; all by default. Where ours is repaired also "
+            "ours-unrepaired, magnitude-repaired, wanda-repaired, taylor-repaired"
+        ),
     ] = None,
     max_params: Annotated[
         str | None, typer.Option(help="sizes, as in compress; the run's own picks by default")
