@@ -10,13 +10,11 @@ import numpy as np
 from lm_eval.api.metrics import mean
 from numpy.typing import NDArray
 
+from evals.quality import Resampled
 from evals.scoring.scorer import DocumentValues
 from evals.scoring.tasks import ScoredTask
 
 RESAMPLES = 1000
-
-Resampled = dict[str, NDArray[np.float64]]
-"""{task: its score in each resample}."""
 
 
 def resampled(
@@ -27,7 +25,7 @@ def resampled(
     The draws depend on the seed and the subtask alone, so that resample i of two networks rests on the same documents,
     and two tasks' draws are independent.
     """
-    scores: Resampled = {}
+    scores: dict[str, NDArray[np.float64]] = {}
     for name, values in documents.items():
         task = tasks[name]
         columns = []

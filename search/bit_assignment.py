@@ -25,7 +25,7 @@ Losses = Mapping[Gene, Mapping[int, float]]
 
 def with_gene(architecture: Architecture, gene: Gene, bits: int) -> Architecture:
     """The architecture with another value of a gene of bits."""
-    value: dict[str, Any] = {gene.kind: bits % AS_STORED}
+    value: dict[str, Any] = {gene.kind: 0 if bits == AS_STORED else bits}
     if gene.kind in OUTER:
         return replace(architecture, **value)
     layers = enumerate(architecture.layers)

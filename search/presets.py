@@ -89,7 +89,7 @@ def _llama_nas(structure: Structure, step: int | None, depth: WriteDepth) -> Rec
     """Three depths and two FFN widths for each layer: {24, 28, 32} and {5504, 11008} on Llama-2-7B, in proportion
     elsewhere (LLaMA-NAS, section 3)."""
     count = len(structure.base.layers)
-    genes: RecipeSpace = {"depth": depth([_shrunk(count, 3, 4), _shrunk(count, 7, 8), count])}
+    genes: RecipeSpace = {"depth": depth([_shrunk(count, 3 / 4, 2), _shrunk(count, 7 / 8, 1), count])}
     for i, layer in enumerate(structure.base.layers):
         genes[f"ffn.{i}"] = _shares(layer.intermediate_size, (1 / 2,), step, structure.step(layer))
     return genes
@@ -98,7 +98,7 @@ def _llama_nas(structure: Structure, step: int | None, depth: WriteDepth) -> Rec
 def _instatune(structure: Structure, step: int | None, depth: WriteDepth) -> RecipeSpace:
     """Depths from three quarters up, half to all heads, half to all of the FFN, for each layer."""
     count = len(structure.base.layers)
-    genes: RecipeSpace = {"depth": depth(range(_shrunk(count, 3, 4), count + 1))}
+    genes: RecipeSpace = {"depth": depth(range(_shrunk(count, 3 / 4, 2), count + 1))}
     for i, layer in enumerate(structure.base.layers):
         if kv := layer.num_key_value_heads:
             genes[f"kv.{i}"] = sorted({max(1, round(kv * share)) for share in (1 / 2, 2 / 3, 5 / 6)} | {kv})
@@ -150,10 +150,9 @@ def _experts(count: int, per_token: int) -> list[int]:
     return sorted({max(per_token, round(count * eighths / 8)) for eighths in range(1, 9)})
 
 
-def _shrunk(count: int, numerator: int, denominator: int) -> int:
-    """A share of `count` layers, different for 3/4, 7/8 and 1 where `count` is at least 3."""
-    missing = {4: 2, 8: 1}[denominator]
-    return max(1, min(round(count * numerator / denominator), count - missing))
+def _shrunk(count: int, share: float, missing: int) -> int:
+    """A share of `count` layers, with at least so many `missing` where that leaves one."""
+    return max(1, min(round(count * share), count - missing))
 
 
 def _shares(base: int, shares: Sequence[float], step: int | None, least: int) -> list[int]:

@@ -8,11 +8,10 @@ for, the size is picked together with them.
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.inputs import training_blocks
@@ -40,6 +39,7 @@ from search.genes import AS_STORED, Gene
 from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.architecture import Architecture
+from supernet.common.files import temporary_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,8 +116,10 @@ def pick_with_types(job: Job, evaluations: Sequence[Evaluation], target: Target,
 def take_weights_of_file(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
     """Give a network the values that a file in the candidate's types holds."""
     architecture = candidate.architecture
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=job.run.search) as scratch:
-        folder = Path(scratch) / "file"
+    scratch = temporary_name(job.run.search / "types", "gguf")  # which removes what killed processes left
+    scratch.mkdir()
+    try:
+        folder = scratch / "file"
         write_layout(
             GGUF_MIXED,
             network,
@@ -130,6 +132,8 @@ def take_weights_of_file(job: Job, network: PreTrainedModel, candidate: Candidat
             calibration=training_blocks(job, 0)[:SAMPLES].ids,
         )
         take_stored_weights(network, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 AS_IN_FILE = Storing(lambda candidate: GGUF_MIXED, take_weights_of_file)

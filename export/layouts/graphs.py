@@ -89,13 +89,11 @@ def write(
     lineage: Mapping[str, object] | None = None,
     probe_ids: Tensor | None = None,
     card: str | None = None,
-    reference: Path | None = None,
 ) -> PackageRecord:
     """Write a standalone model as a graph for ONNX Runtime or OpenVINO, with compression.json beside it; returns the
     package's record.
 
     `dtype` is the base's: weights are rounded to it first, so that the graph holds what the other packages hold.
-    `reference` is not used.
 
     Raises `RequestError` for a network that the exporter does not support.
     """

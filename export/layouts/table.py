@@ -2,7 +2,7 @@
 
 Every function takes the standalone network that `supernet.slicing.extract` made (`elastic`: an `ElasticSource`), its
 architecture, and the destination folder, and returns the package's record; the keyword arguments are those of
-`export.package.write_package`.
+`export.package.write_package` (`reference` only where a folder of weights is written).
 """
 
 from __future__ import annotations

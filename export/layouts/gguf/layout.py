@@ -86,7 +86,6 @@ def write(
     probe_ids: Tensor | None = None,
     texts: Sequence[str] = (),
     card: str | None = None,
-    reference: Path | None = None,
 ) -> PackageRecord:
     """Write a standalone model as `model-TYPE.gguf` with compression.json beside it; returns the package's record.
 
@@ -95,7 +94,7 @@ def write(
     half-block, embedding and head have the type of their `bits`. `calibration` are token ids [sequences,
     length], by whose activations the types whose scales are searched weigh the inputs. `texts` are compared between
     the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the file
-    holds what the other packages hold. `reference` is not used.
+    holds what the other packages hold.
 
     Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
     """
