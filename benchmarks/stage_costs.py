@@ -81,7 +81,7 @@ def held_out(job: Job, supernet: SuperNetwork, share: float) -> str:
 
 
 def rounding(job: Job, supernet: SuperNetwork, share: float) -> str:
-    """A step of a block of AutoRound's to int4, as foretold, and as taken: two layers, 4 and 14 steps of each."""
+    """A step of a block of AutoRound's to int4, as predicted, and as taken: two layers, 4 and 14 steps of each."""
     seconds = step_seconds(supernet.model, job.recipe.finetuning.sequence_length)
     base = supernet.base
     some = Architecture(base.hidden_size, (*base.layers[:2], *base.without_layers().layers[2:]))
@@ -95,7 +95,7 @@ def rounding(job: Job, supernet: SuperNetwork, share: float) -> str:
         destination = job.run.path / f"int4-{steps}"
         quantize_package(folder, destination, "int4", calibration=ids, iterations=steps, device=job.device.type)
         spent.append(time.perf_counter() - began)
-    return f"{seconds:.2f} s a step and block foretold, {(spent[1] - spent[0]) / 20:.2f} s taken"
+    return f"{seconds:.2f} s a step and block predicted, {(spent[1] - spent[0]) / 20:.2f} s taken"
 
 
 def scoring(job: Job, supernet: SuperNetwork, share: float) -> str:

@@ -272,7 +272,7 @@ def _measuring_types(counts: _Counts, rates: Rates) -> float:
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:
-    """Of each pick, with the slicing before and the packaging after it."""
+    """The cost of each pick, with the slicing before and the packaging after it."""
     tokens, share = counts.heal_tokens, counts.share
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
     each = 4 * rates.load + 4 * bytes_ / DISK_RATE

@@ -35,14 +35,14 @@ class FrontRow(Model):
     key: str
     parameters: int
     share: float
-    """Of the base's parameters."""
+    """Share of the base's parameters."""
     bytes: int
-    """Of its weights, in the smallest variant that the recipe asks for."""
+    """Bytes of its weights, in the smallest variant that the recipe asks for."""
     decode_tps: float | None
     """Tokens per second by the layers' timings."""
     speedup: float | None
     measured_speedup: float | None
-    """Of its package, timed in turn with the base; None where there is none."""
+    """Speed of its package, timed in turn with the base; None where there is none."""
     quality: float
     quality_stderr: float | None
     held_out_loss: float | None

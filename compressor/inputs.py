@@ -38,7 +38,7 @@ def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
 
 
 def text_fingerprint(job: Job, tokens: int) -> str:
-    """Of the training text that a training of so many tokens reads."""
+    """Fingerprint of the text that a training of so many tokens reads."""
     source = job.recipe.data or ""
     return generated_fingerprint(job, tokens) if is_generated(source) else data_fingerprint(source)
 
@@ -50,7 +50,7 @@ def rows_fingerprint(job: Job, tokens: int) -> str:
 
 
 def data_fingerprint(source: str) -> str:
-    """Of a local file or folder: its contents. Of a hub dataset: its name, as its revision is the hub's."""
+    """Fingerprint of a local file or folder by contents; of a hub dataset by name, as its revision is the hub's."""
     path = Path(source).expanduser()
     files = [path] if path.is_file() else local_files(source) or [] if path.is_dir() else []
     return content_fingerprint(files, source.encode() if not files else b"")

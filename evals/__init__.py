@@ -1,1 +1,1 @@
-"""nas-compressor's room for lm-eval scoring, speed, pruning baselines, comparison."""
+"""Scoring with lm-eval, speed, pruning baselines, comparison."""

@@ -37,10 +37,11 @@ Resampled = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class QualityScale:
-    """What qualities on some documents are measured against."""
+    """What qualities on some documents are measured against. Raises `RequestError` where a base score is not finite,
+    or is not above zero in a task whose chance is not known."""
 
     base: Mapping[str, Score]
-    """The base's score on every task. Raises `RequestError` where no share can be taken of one."""
+    """The base's score on every task."""
     base_loss: float | None = None
     """The base's held-out loss, nats per token; needed where no task counts."""
 

@@ -1,1 +1,1 @@
-"""nas-compressor's room for quantization, package layouts, verification, report, card, push."""
+"""Quantization, package layouts, verification, report, card, push."""

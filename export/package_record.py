@@ -58,7 +58,7 @@ class GraphCache(Model):
     """The key-value cache that a graph takes and gives."""
 
     key_value_heads: list[int]
-    """Of every layer with attention."""
+    """Number of heads, of every layer with attention."""
     head_dim: int
 
 
@@ -108,7 +108,7 @@ class PackageEntry(Model):
     architecture: JSONArchitecture
     params: int
     bytes: int
-    """Of the weight files as they are on disk."""
+    """Size of the weight files as they are on disk."""
     quality: float | None = None
     """What it keeps of the base's scores on the report split (`evals.quality`)."""
     tasks: dict[str, Score] = Field(default_factory=dict)
@@ -117,7 +117,7 @@ class PackageEntry(Model):
     """Nats per token of the base on some of the user's text that was not trained on; None where it was not measured."""
     speed: Speed | None = None
     verified: dict[str, object] | None = None
-    """What was proved in a fresh process: checks by name with true, false or a number (`max_logit_difference`,
+    """What was proved in a fresh process: checks by name with true, false or a number (`max_abs_logit_difference`,
     `bound`), nested where that helps; None where nothing was yet, or it was refused."""
     refused: str | None = None
     """Why its proof failed; it is not to be shipped then."""

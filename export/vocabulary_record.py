@@ -18,9 +18,9 @@ class VocabularyRecord(Model):
     """What a vocabulary was cut to, in numbers. Text that was not counted for the choice is what they are about."""
 
     rows: int
-    """Of the embedding."""
+    """Rows of the embedding."""
     base_rows: int
-    """Of the untouched base's."""
+    """Rows of the untouched base's embedding."""
     coverage: float
     """Share of the untouched base's tokens of the text that were kept."""
     tasks_coverage: float | None = None

@@ -4,8 +4,8 @@ Techniques, arXiv 1904.00438: a search that does not condition on what it measur
 - A control: a random search of as many evaluations, within the same computed bounds. Predicted from what was measured,
   or measured too where that is asked for. Compared are the means of the best tenth: single bests are mostly luck.
 - Whether networks of like genomes have like scores, beyond what their sizes say: the distance correlation of the two
-  (Székely, Rizzo and Bakirov 2007, arXiv 0803.4101, section 2: of doubly centred matrices of distances). Where they
-  have not, there is nothing to learn from, and the documents are too few or too easy.
+  (Székely, Rizzo and Bakirov 2007, arXiv 0803.4101, section 2: of doubly centred matrices of distances). If not,
+  the search has nothing to learn from: score more documents, or harder ones.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files that transformers loads; others in the folder are nobody's."""
+        """The weight files that transformers loads; other files in the folder are ignored."""
         return loaded_files(self.path)
 
     @property

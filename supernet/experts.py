@@ -42,7 +42,7 @@ class Experts:
 
     def coming(self, batch: Routed, number: int) -> tuple[Tensor, Tensor]:
         """The tokens that come to an active expert, and what its output projection reads of them times the router's
-        weight, [tokens, neurons] in float32: of that its share of the layer's output is linear."""
+        weight, [tokens, neurons] in float32. The expert's share of the layer's output is a linear function of these."""
         tokens, place = torch.where(batch.chosen == number)
         x = self.read(batch.states[tokens], number) * batch.weights[tokens, place, None]
         return tokens, x.float()

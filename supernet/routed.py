@@ -35,7 +35,7 @@ def routed(structure: Structure) -> list[TensorSpec]:
     """The weights that get routed changes: of linear layers in FFNs. Raises `RequestError` where there are none."""
     found = [tensor for tensor in structure.tensors if tensor.role == "linear" and tensor.half == "mlp"]
     if not found or any(tensor.role == "experts" for tensor in structure.tensors):
-        raise RequestError("finetuning.parameters: routed is for FFNs of linear layers, which this network has not")
+        raise RequestError("finetuning.parameters: routed needs FFNs made of linear layers; this network has none")
     return found
 
 

@@ -54,10 +54,10 @@ def removed_in_turn(weight: Tensor, inverse: Tensor, units: int, steps: int = ST
         chosen = left[order[:at_once]]
         errors[chosen] = gone + costs[order[:at_once]].cumsum(0)
         removed = (chosen[:, None] * width + within).flatten()
-        # 3. The others take over what they said. Rows and columns of what is gone become zero, and are not read again.
+        # 3. The others take over their outputs. Rows and columns of what is gone become zero, and are not read again.
         taken = solved(inverse[removed][:, removed], torch.cat([inverse[removed], weight[:, removed].T], 1))
-        shift, said = taken[:, : len(inverse)], taken[:, len(inverse) :]
-        gone = gone + (weight[:, removed] * said.T).sum()
+        shift, outputs = taken[:, : len(inverse)], taken[:, len(inverse) :]
+        gone = gone + (weight[:, removed] * outputs.T).sum()
         weight -= weight[:, removed] @ shift
         inverse -= inverse[:, removed] @ shift
         left = left[order[at_once:]].sort().values

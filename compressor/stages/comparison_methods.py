@@ -107,34 +107,36 @@ class Method:
     repaired: bool = False
 
 
-def ours(contest: SizeComparison, seed: int) -> Cut:
-    job, architecture = contest.job, contest.architecture
-    supernet = contest.supernet_of(architecture)
+def ours(comparison: SizeComparison, seed: int) -> Cut:
+    job, architecture = comparison.job, comparison.architecture
+    supernet = comparison.supernet_of(architecture)
     variants = pick_variants(job, architecture, supernet)
     return extract(supernet.model, job.structure, architecture, variants), architecture
 
 
-def ours_unrepaired(contest: SizeComparison, seed: int) -> Cut:
-    return extract(contest.supernet.model, contest.job.structure, contest.architecture), contest.architecture
+def ours_unrepaired(comparison: SizeComparison, seed: int) -> Cut:
+    job, architecture = comparison.job, comparison.architecture
+    return extract(comparison.supernet.model, job.structure, architecture), architecture
 
 
-def random_subnetwork(contest: SizeComparison, seed: int) -> Cut:
+def random_subnetwork(comparison: SizeComparison, seed: int) -> Cut:
     """The first draw of the super-network's space that has the size; refitted where what was searched was."""
-    rng = np.random.default_rng([contest.job.recipe.seed, seed])
+    job = comparison.job
+    rng = np.random.default_rng([job.recipe.seed, seed])
     for _ in range(1000):
-        architecture = draw_near(contest.job, rng, contest.parameters)
-        if same_size(contest.job.structure.parameters(architecture), contest.parameters):
-            supernet = contest.supernet_of(architecture)
-            variants: Variants | None = trained_variants(contest.job, architecture, supernet)
-            if variants is None and contest.job.repairs:
-                variants = repair_in_sequence(supernet, architecture, calibration_text(contest.job))
-            return extract(supernet.model, contest.job.structure, architecture, variants), architecture
-    raise RequestError(f"no random sub-network of {contest.parameters:,} parameters came up in 1,000 draws")
+        architecture = draw_near(job, rng, comparison.parameters)
+        if same_size(job.structure.parameters(architecture), comparison.parameters):
+            supernet = comparison.supernet_of(architecture)
+            variants: Variants | None = trained_variants(job, architecture, supernet)
+            if variants is None and job.repairs:
+                variants = repair_in_sequence(supernet, architecture, calibration_text(job))
+            return extract(supernet.model, job.structure, architecture, variants), architecture
+    raise RequestError(f"no random sub-network of {comparison.parameters:,} parameters came up in 1,000 draws")
 
 
-def untrained_search(contest: SizeComparison, seed: int) -> Cut:
+def untrained_search(comparison: SizeComparison, seed: int) -> Cut:
     """What the same search finds in the base as it is: a run of its own beside the comparison, without fine-tuning."""
-    job = contest.job
+    job = comparison.job
     recipe = job.recipe.model_copy(deep=True)
     recipe.finetuning.tokens, recipe.finetuning.bands = 0, 1
     plain = Job(Run.create(job.run.comparison / "untrained-search", recipe, {"versions": versions()}), recipe)
@@ -147,25 +149,25 @@ def untrained_search(contest: SizeComparison, seed: int) -> Cut:
     plain.redo = None if whole or plain.run.manifest(plain.run.supernet) is None else "finetune"
     finetune(plain)
     search(plain)
-    evaluations = [e for e in measured(plain) if same_size(e.values["parameters"], contest.parameters)]
+    evaluations = [e for e in measured(plain) if same_size(e.values["parameters"], comparison.parameters)]
     if not evaluations:
-        raise RequestError(f"the search without fine-tuning measured nothing of {contest.parameters:,} parameters")
-    best = choose(plain, evaluations, Target(max_params=math.ceil(contest.parameters * (1 + TOLERANCE)))).architecture
-    best = best.without_bits()
+        raise RequestError(f"the search without fine-tuning measured nothing of {comparison.parameters:,} parameters")
+    target = Target(max_params=math.ceil(comparison.parameters * (1 + TOLERANCE)))
+    best = choose(plain, evaluations, target).architecture.without_bits()
     return extract(plain.load_supernet().model, job.structure, best, pick_variants(plain, best)), best
 
 
-def from_scratch(contest: SizeComparison, seed: int) -> Cut:
+def from_scratch(comparison: SizeComparison, seed: int) -> Cut:
     """The shape of ours with random weights, to be distilled from the base like all others."""
-    network, architecture = ours(contest, seed)
-    torch.manual_seed(contest.job.recipe.seed + seed)
+    network, architecture = ours(comparison, seed)
+    torch.manual_seed(comparison.job.recipe.seed + seed)
     fresh: Any = type(network)(network.config)
     fresh.generation_config = copy.deepcopy(network.generation_config)
-    return placed(fresh, contest.job.device, contest.job.compute_dtype).eval(), architecture
+    return placed(fresh, comparison.job.device, comparison.job.compute_dtype).eval(), architecture
 
 
 def published(baseline: Baseline) -> Method:
-    return Method(baseline.name, baseline.paper, lambda contest, seed: baseline.cut(contest.pruning))
+    return Method(baseline.name, baseline.paper, lambda comparison, seed: baseline.cut(comparison.pruning))
 
 
 def repaired(baseline: Baseline) -> Method:
@@ -174,8 +176,8 @@ def repaired(baseline: Baseline) -> Method:
     return Method(f"{baseline.name}-repaired", about, cut, repaired=True)
 
 
-def _repaired_cut(baseline: Baseline, contest: SizeComparison, seed: int) -> Cut:
-    return baseline.cut(contest.repairing)
+def _repaired_cut(baseline: Baseline, comparison: SizeComparison, seed: int) -> Cut:
+    return baseline.cut(comparison.repairing)
 
 
 def methods(repair: bool = False) -> dict[str, Method]:

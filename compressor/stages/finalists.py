@@ -56,7 +56,7 @@ class Start:
     tokens_left: int
     """Tokens of the last round."""
     seed: int
-    """Of the last round."""
+    """Seed of the last round."""
 
 
 def rounds_of(finalists: int, tokens: int) -> list[tuple[int, int]]:

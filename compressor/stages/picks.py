@@ -46,7 +46,7 @@ class BitsRecord(TypedDict):
     scheme: FormName | Literal["gguf-mixed"] | None
     embedding: EmbeddingBits | None
     bytes: int
-    """Of the weight files, headers too."""
+    """Size of the weight files, headers too."""
     held_out_loss: float
     """As rounded to nearest, or as the llama.cpp file holds it, nats per token."""
     group_size: NotRequired[int]

@@ -34,7 +34,7 @@ MEASURED = 5.0
 
 def passes_around(layers: int) -> float:
     """Passes over the text that measuring around an architecture takes. What sharing leading layers saves, the head
-    takes (45 seconds on prose-7m, where 42 are foretold so)."""
+    takes (45 seconds on prose-7m, where 42 are predicted so)."""
     return 1 + MEASURED * layers
 
 

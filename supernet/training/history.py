@@ -55,7 +55,7 @@ class History:
     """The peak, as it was before it was halved; None where an earlier version did not say."""
     tokens: int = 0
     seconds: float = 0.0
-    """Of training, measuring among them."""
+    """Seconds of training, measuring among them."""
     measuring: float = 0.0
     """Seconds of them that held-out losses and keeping the best state took."""
     passes: int = 0

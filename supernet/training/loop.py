@@ -141,7 +141,7 @@ class TrainingState:
     path: Path
     parameters: dict[str, nn.Parameter]
     name: str
-    """Of the optimizer."""
+    """Name of the optimizer."""
     optimizer: torch.optim.Optimizer
     history: History
     memory: dict[str, list[float]]

@@ -134,7 +134,7 @@ def test_what_is_stored_comes_back(network: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "message"), [("mixtral", 8, "FFNs of linear layers"), ("llama", 6, "multiple")]
+    ("name", "rank", "message"), [("mixtral", 8, "FFNs made of linear layers"), ("llama", 6, "multiple")]
 )
 def test_what_cannot_be_routed(name: str, rank: int, message: str) -> None:
     with pytest.raises(RequestError, match=message):
