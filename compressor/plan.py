@@ -211,7 +211,7 @@ def put(job: Job, budgets: dict[str, int | None]) -> None:
 
 
 def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
-    """Choose the `open_` budgets so that what has not ended yet fits into the time that is left.
+    """Choose the `open_` budgets so that the stages still to run fit into the remaining time.
 
     The search and the rounding get their shares of what the least budgets leave, training the rest. Where even the
     least budgets take longer, they are taken, or with `strict` it is refused: `RequestError`.
@@ -298,7 +298,7 @@ class PlanShown(TypedDict):
     stages: list[dict[str, object]]
     """Each a `StageCost`."""
     seconds: float
-    """Of all stages."""
+    """Seconds of all stages together."""
     memory: float
     """Bytes at most."""
     disk: float

@@ -52,7 +52,7 @@ class RunStatus(TypedDict):
     refused: list[str]
     """Packages that their proof refused."""
     bytes: int
-    """Of all its files."""
+    """Size of all its files."""
     last_error: str | None
 
 

@@ -54,10 +54,10 @@ class Projection:
     layer: int
     half: Half
     name: str
-    """Of the module, in the network."""
+    """Name of the module, in the network."""
     module: nn.Module
     axis: Axis
-    """Of its inputs."""
+    """Axis of its inputs."""
     transposed: bool
     """Whether the weight is stored [inputs, outputs] (transformers' Conv1D)."""
 
@@ -359,13 +359,13 @@ def _sums_of_layer(
     sums: dict[Half, tuple[Sums, Sums]] = {}
     routed: list[Routed] = []
     read: dict[Half, Tensor] = {}
-    said: dict[Half, Tensor] = {}
+    outputs: dict[Half, Tensor] = {}
 
     def reads(half: Half) -> Callable[..., None]:
         return lambda _, inputs: read.update({half: inputs[0].detach().flatten(0, -2)})
 
-    def says(half: Half) -> Callable[..., None]:
-        return lambda _, __, output: said.update({half: first_of(output).detach().flatten(0, -2)})
+    def puts_out(half: Half) -> Callable[..., None]:
+        return lambda _, __, output: outputs.update({half: first_of(output).detach().flatten(0, -2)})
 
     def route(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         states, chosen, weights = (part.detach() for part in inputs)
@@ -375,7 +375,7 @@ def _sums_of_layer(
     def collect(*_: object) -> None:
         """At the layer's end, where both half-blocks have run."""
         for half, x in read.items():
-            other = said.get(OTHER[half])
+            other = outputs.get(OTHER[half])
             if half not in sums:
                 shape = x.shape[1], 0 if other is None else other.shape[1], x.device
                 sums[half] = Sums(*shape), Sums(*shape)
@@ -384,7 +384,7 @@ def _sums_of_layer(
                 part.add(x[chosen], None if other is None else other[chosen])
 
     hooks = [p.module.register_forward_pre_hook(reads(half)) for half, p in here.items()]
-    hooks += [module.register_forward_hook(says(half)) for half, module in adding.items()]
+    hooks += [module.register_forward_hook(puts_out(half)) for half, module in adding.items()]
     if experts is not None:
         hooks.append(experts.module.register_forward_pre_hook(route))
     with Hooks([*hooks, supernet.layers[index].register_forward_hook(collect)]):

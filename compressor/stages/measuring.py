@@ -291,8 +291,8 @@ def split_again(job: Job, text: Blocks) -> Blocks:
         cuts = [0, *((learnt[1:] != learnt[:-1]) | begins[1:]).nonzero().flatten().add(1).tolist(), len(ids)]
         blocks.append([])
         for start, stop in pairwise(cuts):
-            said = job.tokenizer.decode(ids[start:stop])
-            again = job.untouched_tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+            passage = job.tokenizer.decode(ids[start:stop])
+            again = job.untouched_tokenizer(passage, add_special_tokens=False, verbose=False).input_ids
             blocks[-1].append((again, bool(learnt[start]), bool(begins[start])))
     length = max(sum(len(ids) for ids, _, _ in block) for block in blocks)
     table = torch.zeros(len(blocks), 3, length, dtype=torch.int32)

@@ -226,15 +226,15 @@ def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:
 
     Genes that change several layers at once, and genes of bits, have no such variants: the methods leave them whole.
     """
-    variants = {}
+    variants = []
     whole = [len(gene.values) - 1 for gene in space.genes]
     for position, gene in enumerate(space.genes):
         for value in range(len(gene.values) - 1) if gene.kind not in BITS else ():
             cut = space.decode([*whole[:position], value, *whole[position + 1 :]])
             changed = [i for i, (a, b) in enumerate(zip(cut.layers, space.base.layers, strict=True)) if a != b]
             if len(changed) == 1 and cut.hidden_size == space.base.hidden_size:
-                variants[changed[0], cut.layers[changed[0]]] = gene.name
-    return list(variants)
+                variants.append((changed[0], cut.layers[changed[0]]))
+    return list(dict.fromkeys(variants))
 
 
 def spread_over_sizes(

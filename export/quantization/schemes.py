@@ -145,7 +145,7 @@ class SchemePlan:
     left_out: list[str]
     """Linear layers inside blocks that are not under the scheme."""
     outer: OuterBits = OuterBits()
-    """Of what lies outside the blocks."""
+    """Bits of what lies outside the blocks."""
     bits: Mapping[str, int] | None = None
     """Of a `mixed` plan, those of every linear layer inside blocks, by module name; 16: it stays bfloat16."""
 

@@ -18,7 +18,7 @@ class VerificationError(Exception):
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Within, whatever a library raises becomes a `RequestError` that begins with `what`, ends with the reason.
+    """Within, whatever a library raises becomes a `RequestError`: `what`, then the reason in brackets.
 
     Only for libraries that read files of the user's: they raise anything, and what they cannot read is the user's to
     mend. What this project raises itself passes through.
@@ -29,7 +29,7 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         if out_of_space(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)):
-            raise  # the machine's, and said as such
+            raise  # a fault of the machine: the command line explains it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(f"{what} ({reason})") from error
 

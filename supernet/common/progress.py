@@ -54,12 +54,12 @@ def left_of_all() -> str:
 
 
 def keep_lines(*keep: Callable[[str], None]) -> None:
-    """From here on, these get every line that is said, instead of who got them before."""
+    """Send every line to these functions from now on; they replace the earlier ones."""
     _kept[:] = keep
 
 
 def kept(line: str) -> None:
-    """Give a line to who keeps lines, without showing it."""
+    """Send a line to those functions without printing it."""
     for keep in _kept:
         keep(line)
 
