@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.offline import offline_if_local
 from compressor.cli.options import RECIPE_OPTIONS
 from compressor.recipe import Recipe, read_recipe
 from supernet.common.errors import RequestError, unknown
@@ -122,17 +121,17 @@ def compress(
     (names, or one string with commas), `max_params`, `quantize`, `time` and so on. `recipe` is a YAML file or the name
     of one that comes with the program; `settings` is any key of a recipe, as `--set` takes it: `{"seed": 1}`. Raises
     `RequestError` in one line for what is wrong, before work begins where that can be seen. A package that its proof
-    refuses says so in its row of the report (`refused`).
+    refuses says so in its row of the report (`refused`). Whether the network may be asked is the program's to say
+    (`HF_HUB_OFFLINE`): the command asks none where all that it needs lies here.
     """
+    from compressor.pipeline import compress as run_all
+
     if isinstance(model, Recipe):
         if recipe is not None or settings or options:
             raise RequestError("compress: a whole recipe was given; put the options into it")
         asked = model
     else:
         asked = read_recipe(_path(recipe), _overrides(model, options) | dict(settings or {}))
-    offline_if_local(asked)
-    from compressor.pipeline import compress as run_all  # which imports what reads whether the network may be asked
-
     run_all(asked, Path(output), redo=redo)
     return Result(output)
 

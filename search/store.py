@@ -180,4 +180,5 @@ class EvaluationStore:
 
 def is_busy(error: sqlite3.Error) -> bool:
     """Whether another process holds the file."""
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = getattr(error, "sqlite_errorcode", 0)  # of an error of the database, not of a wrong use of the module
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
