@@ -21,7 +21,7 @@ def compare(
         str | None,
         typer.Option(
             help="methods to compare with, comma-separated; all by default. Where ours is repaired also "
-            "ours-unrepaired, magnitude-repaired, wanda-repaired, taylor-repaired"
+            "ours-unrepaired, magnitude-repaired, wanda-repaired, taylor-repaired, flap-repaired"
         ),
     ] = None,
     max_params: Annotated[
