@@ -27,6 +27,7 @@ from compressor.stages.repairing import (
 )
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
+from supernet.slicing import extract
 from supernet.training.loop import TrainSettings
 from tests.support import tiny
 
@@ -134,7 +135,7 @@ def test_a_comparison_tells_what_comes_from_the_repair(folder: Path, tmp_path: P
     (pick,) = json.loads((folder / "search" / "picks.json").read_text())
     pick |= {"architecture": half.to_dict(), "key": half.key}
     (folder / "search" / "picks.json").write_text(json.dumps([pick]))
-    names = ["ours-unrepaired", "wanda", "wanda-repaired"]
+    names = ["ours-unrepaired", "wanda", "wanda-repaired", "flap", "flap-repaired", "random"]
     assert run(["compare", str(folder), "--baselines", ",".join(names)]) == 0
     rows = {row["method"]: row for row in json.loads((folder / "report.json").read_text())["comparison"]}
     assert set(rows) == {"ours", *names}
@@ -142,11 +143,17 @@ def test_a_comparison_tells_what_comes_from_the_repair(folder: Path, tmp_path: P
     def weights(method: str) -> dict[str, torch.Tensor]:
         return load_file(folder / rows[method]["path"] / "model.safetensors")
 
-    for plain, refitted in (("ours-unrepaired", "ours"), ("wanda", "wanda-repaired")):
-        before, after = weights(plain), weights(refitted)
-        assert rows[plain]["architecture"] == rows[refitted]["architecture"] and set(before) == set(after)
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert changed and all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+    job = pipeline.resume(folder, {})
+    drawn = Architecture.from_dict(rows["random"]["architecture"])
+    sliced = extract(job.load_supernet().model, job.structure, drawn).state_dict()
+    pairs = {"ours": weights("ours-unrepaired"), "wanda-repaired": weights("wanda"), "random": sliced}
+    for refitted, before in (pairs | {"flap-repaired": weights("flap")}).items():
+        after = weights(refitted)
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        projections = ("o_proj.weight", "down_proj.weight", *(["o_proj.bias", "down_proj.bias"] * ("flap" in refitted)))
+        assert changed and all(name.endswith(projections) for name in changed)
+    for plain, refitted in (("ours-unrepaired", "ours"), ("wanda", "wanda-repaired"), ("flap", "flap-repaired")):
+        assert rows[plain]["architecture"] == rows[refitted]["architecture"]
 
 
 def test_without_repair_nothing_is_compared_with_it() -> None:
