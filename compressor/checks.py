@@ -13,6 +13,7 @@ from compressor.sizing import (
     input_widths,
     is_held_in_space,
     largest_in_training,
+    package_bytes,
     parameter_limits,
     picks_bits,
     picks_types,
@@ -336,9 +337,12 @@ def check_targets(job: Job) -> None:
         )
     limit = byte_limit(job)
     if limit is not None:
-        bytes_ = job.structure.bytes(smallest, smallest_storage(job, smallest))
+        storage = smallest_storage(job, smallest)
+        bytes_ = job.structure.bytes(smallest, storage)
         if picks_types(job):
             bytes_ = smallest_file(job, smallest)
+        elif picks_bits(job):  # where size and bits are picked together, it is of files with their headers
+            bytes_ = package_bytes(job.structure, smallest, storage)
         if limit < bytes_:
             raise RequestError(
                 f"--max-bytes: {limit:,} bytes cannot be reached; the smallest sub-network of this space takes "

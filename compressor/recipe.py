@@ -146,7 +146,7 @@ class Targets(Section):
     max_params: Annotated[list[str], BeforeValidator(_sizes)] = Field(default_factory=list)
     """Most parameters: a share of the base's (`0.67`, `67%`) or a number (`450M`); several give a package set each."""
     max_bytes: str | None = None
-    """Most bytes of the smallest requested variant's weights, such as `2GiB`."""
+    """Most bytes of the smallest requested variant's weights, such as `2GiB`; of its file where bits are picked too."""
     min_speedup: float | None = Field(default=None, gt=0)
     """Least decode tokens per second, as a multiple of the base's."""
     max_drop: Annotated[float | None, BeforeValidator(_share)] = Field(default=None, ge=0, lt=1)
