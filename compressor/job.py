@@ -42,6 +42,11 @@ SMALL = 50_000_000
 """Parameters under which one thread scores faster than several: the threads would mostly wait for one another."""
 
 
+def threads_to_score(parameters: int, cores: int) -> int:
+    """Threads of torch's for scoring or timing one network of so many parameters at a time, of the cores there are."""
+    return 1 if parameters < SMALL else cores
+
+
 class Job:
     """A run with its recipe resolved, and everything that is expensive to open, opened once.
 
@@ -270,8 +275,8 @@ class Job:
     def threads(self, scoring: bool) -> None:
         """Pin torch's threads for training, or for scoring and timing one network at a time."""
         if self.device.type == "cpu":
-            small = scoring and self.structure.parameters(self.structure.base) < SMALL
-            torch.set_num_threads(1 if small else self.cores)
+            parameters = self.structure.parameters(self.structure.base)
+            torch.set_num_threads(threads_to_score(parameters, self.cores) if scoring else self.cores)
 
     def load_base(self, dtype: torch.dtype | None = None) -> Any:
         return self.checkpoint.load_model(dtype or self.compute_dtype, self.device)

@@ -28,8 +28,6 @@ from supernet.common.files import fingerprint, follow_umask, read_json, write_js
 from supernet.common.metrics import Number
 from supernet.training.accelerator import is_main
 
-LOCK_TRIES = 11
-"""A tenth of a second apart."""
 _LOCKED: dict[Path, IO[str]] = {}
 """Lock files of the runs that this process works in: closing one would give the lock up."""
 
@@ -114,20 +112,11 @@ class Run:
         if not self.writes or self.path.resolve() in _LOCKED:
             return
         file = self.lock_file.open("a+", encoding="utf-8")
-        for tries_left in reversed(range(LOCK_TRIES)):  # `compressor status` holds it for a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if tries_left:
-                    time.sleep(0.1)
-                    continue
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise RequestError(
-                    f"{self.path}: {holder} works in this run; wait until it is done, or stop it"
-                ) from None
+        if not is_locked_by_us(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RequestError(f"{self.path}: {holder} works in this run; wait until it is done, or stop it")
         file.truncate(0)
         now = datetime.now().isoformat(timespec="seconds", sep=" ")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now},")
@@ -249,3 +238,15 @@ class Run:
                 temporary.replace(self.path / name)
         for old in self.path.glob(".*.old-*"):
             shutil.rmtree(old)
+
+
+def is_locked_by_us(file: IO[str]) -> bool:
+    """Lock a file for this process. Returns whether it could: who looks at a run (`compressor status`) holds it for a
+    moment, so it is tried for a second."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+    return False

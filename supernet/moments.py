@@ -307,8 +307,8 @@ def gather(
     """Each layer's moments on token ids [rows, length], first layer first: by half-block and, of stacked `experts`
     where they are asked for, by `expert_place`. The full network is active meanwhile.
 
-    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than a half-block's inputs, and that
-    there would be `more` of them by what.
+    Raises `RequestError` where inputs are not finite. Says where tokens are fewer than a half-block's inputs; `more` is
+    what gives more of them.
     """
     by_half, by_layer = projections(supernet), stacked_experts(supernet) if experts else {}
     walk = LayerWalk(supernet, batches)

@@ -24,7 +24,7 @@ def speed_table(model: Model, file: Annotated[Path, typer.Argument(help="where t
     announce(model, "evals.speed.table")
     import torch  # these take seconds to import
 
-    from compressor.job import SMALL
+    from compressor.job import threads_to_score
     from evals.speed.table import SpeedTable
     from supernet.checkpoint import open_checkpoint
     from supernet.common.processes import available_cores
@@ -34,8 +34,8 @@ def speed_table(model: Model, file: Annotated[Path, typer.Argument(help="where t
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # As a search computes here: what is timed in another way would not be what it compares.
     if device.type == "cpu":
-        small = checkpoint.structure.parameters(checkpoint.structure.base) < SMALL
-        torch.set_num_threads(1 if small else available_cores())
+        parameters = checkpoint.structure.parameters(checkpoint.structure.base)
+        torch.set_num_threads(threads_to_score(parameters, available_cores()))
     network = checkpoint.load_model(torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     with bar("timing the layers", SpeedTable.steps(checkpoint.structure, device)) as progress:
         table = SpeedTable.measure(

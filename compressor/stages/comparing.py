@@ -164,8 +164,9 @@ def compare(
         for number, method in enumerate(chosen, start=1):
             say(f"{method.name} at {comparison.size} ({number} of {len(chosen)} methods)")
             tokens, blocks = (recipe.healing.tokens or 0, short) if method.trained else (total, long)
-            made = run_method(comparison, method, seeds, tokens, blocks)
-            done, compared = done + made, compared + [method.name] * bool(made)
+            if made := run_method(comparison, method, seeds, tokens, blocks):
+                done += made
+                compared.append(method.name)
         if len(chosen) > 1 and compared == [OURS]:
             raise RequestError(
                 f"no method could be compared with ours at {comparison.size}, for the reasons above; compare at "
