@@ -11,6 +11,7 @@ import numpy as np
 from compressor.job import Job
 from export.layouts.table import GGUF_MIXED
 from export.quantization.schemes import SCHEMES, EmbeddingBits, SchemeName, outer_bits
+from export.shards import header_bytes
 from search.genes import AS_STORED
 from search.sampling import sample, sample_near, uniform_members
 from search.space import SearchSpace
@@ -180,16 +181,6 @@ def smallest_storage(
         return None
     smallest = min(job.recipe.quantizing.schemes, key=lambda name: (SCHEMES[name].bits, SCHEMES[name].auto_round))
     return storage_of(job, smallest, architecture, uniform=uniform)
-
-
-HEADER_BYTES = 128
-"""Of a safetensors header for each tensor: its name, type, shape and place."""
-
-
-def header_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
-    """About the bytes of the headers of a package's weight files."""
-    tensors = sum(structure.shape(tensor, architecture) is not None for tensor in structure.tensors)
-    return HEADER_BYTES * tensors * (1 if storage is None else 3)  # a quantized weight is stored as three tensors
 
 
 def package_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:

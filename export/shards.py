@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.models import Model
+from supernet.architecture import Architecture, StorageFormat, Structure, TensorSpec
 from supernet.common.files import sha256, write_json
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ MAX_SHARD_BYTES = 2 * 10**9
 """Of one weight file; writing takes twice as much memory."""
 
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin")
+
+
+HEADER = len('........{"__metadata__":{"format":"pt"}}')
+ENTRY = len(',"":{"dtype":"BF16","shape":[],"data_offsets":[,]}')
+"""Bytes of a safetensors header without tensors, and for each tensor beside its name, shape and place."""
 
 
 class FileRecord(Model):
@@ -38,6 +44,31 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_bytes(folder: Path) -> int:
     """Bytes on disk of all files that hold weights, headers and graphs included."""
     return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def header_bytes(structure: Structure, architecture: Architecture, storage: StorageFormat | None) -> int:
+    """Bytes of the header of a package's weight file, a few more than it will have: all places are taken to have as
+    many digits as the last, and where bits are the architecture's, all weights to be packed. Experts that a family's
+    files hold one by one are counted as stacked."""
+    digits = 2 * len(str(structure.bytes(architecture, storage)))
+    bytes_ = HEADER
+    for tensor in structure.tensors:
+        if (shape := structure.shape(tensor, architecture)) is None:
+            continue
+        entry = ENTRY + len(tensor.name) + len(",".join(map(str, shape))) + digits
+        bytes_ += sum(entry + len(suffix) for suffix in _suffixes(tensor, architecture, storage))
+    return bytes_
+
+
+def _suffixes(tensor: TensorSpec, architecture: Architecture, storage: StorageFormat | None) -> tuple[str, ...]:
+    """What the names of the tensors end in that a weight is stored as."""
+    if storage is None or tensor.role not in ("linear", "embedding", "head"):
+        return ("",)
+    if not storage.by_architecture and storage.bits_of(tensor, architecture) == 16:
+        return ("",)
+    if tensor.role == "linear" and not storage.extra:
+        return "", "_scale"
+    return "_packed", "_scale", "_shape"
 
 
 class WeightWriter:

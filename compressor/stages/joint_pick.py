@@ -26,7 +26,6 @@ from compressor.job import Job
 from compressor.sizing import (
     JOINT,
     can_hold,
-    header_bytes,
     joint_embeddings,
     package_bytes,
     smallest_storage,
@@ -41,6 +40,7 @@ from compressor.stages.warm_start import in_groups_of, losses_by_bits
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, FormName, OuterBits
+from export.shards import header_bytes
 from search.bit_assignment import Losses, best_within
 from search.genes import AS_STORED, BITS, Gene
 from search.objectives import Evaluation

@@ -34,7 +34,7 @@ from export.quantization.quantize import (
 )
 from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_network, round_to_nearest
 from export.quantization.schemes import SCHEMES, EmbeddingBits, OuterBits, SchemeName, outer_bits
-from export.shards import weight_bytes, weight_files
+from export.shards import header_bytes, weight_bytes, weight_files
 from export.verify import check, verify_all
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, VerificationError
@@ -390,6 +390,9 @@ def test_every_family_loads_as_it_was_rounded(name: str, embedding: EmbeddingBit
     assert check(package.folder)["mean_abs_logprob_difference"] < SCHEMES["int8"].bound / 5
     storage = SCHEMES["int8"].storage_format(outer=OuterBits(report.embedding, report.head))
     assert data_bytes(package.folder) == structure.bytes(structure.base, storage)
+    header = weight_bytes(package.folder) - data_bytes(package.folder)
+    if not any(tensor.role == "experts" for tensor in structure.tensors):
+        assert header <= header_bytes(structure, structure.base, storage) < 1.1 * header
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen3_5_text"])
