@@ -34,8 +34,8 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_storage, header_bytes, package_bytes, storage_of
-from compressor.stages.exporting import round_as_stored
+from compressor.sizing import bits_storage, package_bytes, storage_of
+from compressor.stages.healing import round_as_stored
 from compressor.stages.joint_pick import (
     Bits,
     Candidate,
@@ -53,6 +53,7 @@ from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, OuterBits, SchemePlan, weight_format
+from export.shards import header_bytes
 from search.objectives import Evaluation
 from search.pareto import Target
 from supernet.common.formatting import parse_bytes

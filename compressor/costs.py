@@ -92,7 +92,7 @@ class _Counts:
         self.length = job.length
         self.train_tokens = recipe.finetuning.tokens or 0
         self.heal_tokens = recipe.healing.tokens or 0
-        self.repaired_tokens = recipe.repair.tokens if job.repairs else 0
+        self.repaired_tokens = (recipe.repair.tokens or 0) if job.repairs else 0
         self.evaluations = recipe.searching.evaluations or 0
         limits = [limit for _, limit in parameter_limits(job)]
         self.limits = len(limits)
@@ -272,32 +272,34 @@ def _measuring_types(counts: _Counts, rates: Rates) -> float:
 
 
 def _healing(counts: _Counts, rates: Rates) -> StageCost:
-    """The cost of each pick, with the slicing before and the packaging after it."""
+    """The cost of each pick, with the slicing before it."""
     tokens, share = counts.heal_tokens, counts.share
     bytes_ = counts.base * share * counts.job.stored_dtype.itemsize
-    each = 4 * rates.load + 4 * bytes_ / DISK_RATE
+    each = 3 * rates.load + 2 * bytes_ / DISK_RATE
     if counts.repaired_tokens:
         each += IN_SEQUENCE * counts.repaired_tokens * rates.teach + counts.cubes(JUDGED, each_expert=True)
     if tokens:
         steps = counts.steps(tokens)
         each += tokens * (share * rates.train + rates.teach) + steps * share * rates.step
         each += len(points_of(steps)) * HELD_OUT_BLOCKS * counts.length * rates.teach * share
-    copies = counts.packages - counts.elastic - counts.picks * counts.forms
-    disk = bytes_ * (counts.picks * (3 if tokens else 2) + copies)
-    disk += counts.elastic * counts.base * counts.job.stored_dtype.itemsize
+    disk = bytes_ * counts.picks * (2 if tokens else 1)
     return StageCost("healing", f"{tokens:,} tokens" if tokens else "no tokens", counts.picks * each, disk=disk)
 
 
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
-    """AutoRound reads the samples twice, then tunes each block by its own steps (`export.quantization.cost`)."""
-    quantizing, seconds = counts.recipe.quantizing, 0.0
+    """The unquantized packages are written too. AutoRound reads the samples twice, then tunes each block by its own
+    steps (`export.quantization.cost`)."""
+    quantizing, weight = counts.recipe.quantizing, counts.job.stored_dtype.itemsize
+    copies = counts.packages - counts.elastic - counts.picks * counts.forms
+    disk = counts.base * weight * (counts.share * (counts.picks + copies) + counts.elastic)
+    seconds = (counts.picks + copies + counts.elastic) * rates.load + 2 * disk / DISK_RATE
     if GGUF_MIXED in counts.recipe.formats and not picks_types(counts.job):
         seconds += _measuring_types(counts, rates)
     if not counts.bases:
-        return StageCost("quantizing", "", seconds)
+        return StageCost("quantizing", "", seconds, disk=disk)
     if not counts.schemes:  # only the base is rounded, without data
         seconds += 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
-        return StageCost("quantizing", "of the base", seconds, disk=counts.bases * counts.base)
+        return StageCost("quantizing", "of the base", seconds, disk=disk + counts.bases * counts.base)
     iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
     tuned = iterations * counts.layers * rates.rounding
@@ -310,7 +312,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     seconds += rates.process + several_bases * (start + samples + tuned)
     seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
-    disk = counts.picks * counts.base * counts.share * bits / 8 + counts.bases * counts.base
+    disk += counts.picks * counts.base * counts.share * bits / 8 + counts.bases * counts.base
     return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
 
 

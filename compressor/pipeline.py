@@ -36,12 +36,14 @@ from compressor.run import Run
 from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, picking, searching
 from compressor.stages.finetuning import check_same_base, check_unchanged
+from compressor.stages.healing import blocks_to_heal_on, heal_picks
 from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
 from compressor.stages.searching import check_searching, check_speedup
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
+from export.package_record import PackageEntry
 from export.report.schema import Comparison, Report
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration, shell_word
@@ -92,7 +94,15 @@ measure_control = explain_oom(control.measure_control)
 pick = explain_oom(picking.pick)
 
 
-export = explain_oom(exporting.export, healing=True)
+def _export(job: Job) -> list[PackageEntry]:
+    """Heal every pick, then package, prove and score them: what rounding may cost is planned in between."""
+    blocks = blocks_to_heal_on(job)
+    healed = heal_picks(job, blocks)
+    keep_time(job)
+    return exporting.export(job, healed, blocks)
+
+
+export = explain_oom(_export, healing=True)
 check_proved = exporting.check_proved
 
 

@@ -29,8 +29,9 @@ from supernet.device import device_name
 
 RESERVE = 0.04
 """Share of the time that is not planned for: machines slow down."""
-SEARCH_SHARE, ROUNDING_SHARE = 0.25, 0.1
-"""Shares of the time beyond what every run needs, for the search and for tuning the rounding; training has the rest."""
+SEARCH_SHARE, ROUNDING_SHARE, CALIBRATION_SHARE = 0.25, 0.1, 0.1
+"""Shares of the time beyond what every run needs, for the search, for tuning the rounding and for the text that cut
+projections are refitted to; training has the rest."""
 FEWEST = {
     "train_tokens": 0,
     "heal_tokens": 0,
@@ -39,9 +40,10 @@ FEWEST = {
     "rounding": 0,
     "samples": 16,
     "batch": 4,
+    "calibration": 4096,
 }
 """Least budgets; less is not worth a run."""
-MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "samples": 64, "batch": 32}
+MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "samples": 64, "batch": 32, "calibration": 65536}
 """Budgets beyond which more was never seen to help."""
 LIMIT_PER_EVALUATION = 200 / 72
 """Documents to sub-networks, in which a search's time is split."""
@@ -52,11 +54,19 @@ TRAINED = 0.1
 """From there on, the share of the tokens that are for the fine-tuning."""
 STEPS = 200
 """Least number of steps of the longer training, where that leaves batches of `FEWEST["batch"]` sequences or more."""
-MADE_OF = {"ordering": ["teach"], "fine-tuning": ["train", "teach", "step"], "search": ["read"]}
+MADE_OF = {
+    "ordering": ["teach"],
+    "fine-tuning": ["train", "teach", "step"],
+    "search": ["read"],
+    "healing": ["train", "teach", "step"],
+}
 """Stages whose seconds say how fast what comes later is, and the rates that they are made of."""
-ALSO_SLOWED = ("teach", "train", "step", "rounding", "decode")
-"""Rates of what comes after the search that no stage before may have told. A search that took longer than expected says
-that this machine is slower now; one that was faster says nothing of them, as its documents may have been cheap."""
+ALSO_SLOWED = {
+    "search": ("teach", "train", "step", "rounding", "decode"),
+    "healing": ("read", "rounding", "decode"),
+}
+"""Rates of what comes after a stage that no stage before may have told. One that took longer than expected says that
+this machine is slower now; one that was faster says nothing of them, as documents may have been cheap."""
 MOSTLY = 0.8
 """Share of a stage's seconds from which on how long it took says how fast what it is made of is."""
 STAGE_OF = {
@@ -64,6 +74,7 @@ STAGE_OF = {
     "batch": "fine-tuning",
     "evaluations": "search",
     "limit": "search",
+    "calibration": "search",
     "heal_tokens": "healing",
     "rounding": "quantizing",
     "samples": "quantizing",
@@ -106,16 +117,19 @@ def make_plan(job: Job, asked: Recipe) -> Plan:
     Puts the budgets into the job's recipes. Raises `RequestError` where the time is too short for the least budgets.
     """
     kept, open_ = read_plan(job.run.plan_file), open_budgets(asked)
-    same = kept is not None and (kept.time, kept.open) == (asked.time, open_)
+    # An earlier version knew fewer budgets: those stay as they are without a time.
+    before = {} if kept is None else {name: kept.budgets.get(name, job.recipe.budget(name)) for name in OPEN}
+    known = [name for name in open_ if kept is None or name in kept.budgets]
+    same = kept is not None and (kept.time, kept.open) == (asked.time, known)
     rates = known_rates(job, kept)
     if kept is not None and same and rates is not None:
-        put(job, {name: kept.budgets[name] for name in open_})
+        put(job, {name: before[name] for name in open_})
         return current(job, kept)
     if rates is None:
         say("measuring how fast this network is here")
         rates = measure_rates(job)
     if open_:
-        settled = {name: kept.budgets[name] for name in open_ if is_settled(job, name)} if kept is not None else {}
+        settled = {name: before[name] for name in open_ if name in before and is_settled(job, name)}
         put(job, settled)
         fit(job, rates, [name for name in open_ if name not in settled], strict=not same)
     return current(job, Plan(time=asked.time, open=open_, rates=rates, budgets={}, expected={}, made_on=made_on(job)))
@@ -152,8 +166,7 @@ def adjust(job: Job) -> bool:
     for stage, names in MADE_OF.items():
         if stage in done and plan.expected.get(stage) and share_of_rates(job, plan.rates, stage, names) > MOSTLY:
             factor = ratio(job, stage, plan.expected[stage])
-            if stage == "search":
-                factors = dict.fromkeys(ALSO_SLOWED, max(1.0, factor)) | factors
+            factors = dict.fromkeys(ALSO_SLOWED.get(stage, ()), max(1.0, factor)) | factors
             factors |= dict.fromkeys(names, factor)
     rates = plan.rates.times(**factors)
     if "writing text" in done:  # what it took beyond what these rates explain
@@ -213,8 +226,8 @@ def put(job: Job, budgets: dict[str, int | None]) -> None:
 def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
     """Choose the `open_` budgets so that the stages still to run fit into the remaining time.
 
-    The search and the rounding get their shares of what the least budgets leave, training the rest. Where even the
-    least budgets take longer, they are taken, or with `strict` it is refused: `RequestError`.
+    The search, the rounding and the calibration get their shares of what the least budgets leave, training the rest.
+    Where even the least budgets take longer, they are taken, or with `strict` it is refused: `RequestError`.
     """
     assert job.recipe.time is not None
     open_ = set(open_)
@@ -253,7 +266,16 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
             return total()
 
         largest(rounded, before + ROUNDING_SHARE * spare, 0, MOST["rounding"])
-    # 3. Training: the rest.
+    # 3. Calibration, where cut projections are refitted: its share.
+    if "calibration" in open_ and job.repairs:
+        before = total()
+
+        def calibrated(tokens: int) -> float:
+            set_open(calibration=two_digits(tokens))
+            return total()
+
+        largest(calibrated, before + CALIBRATION_SHARE * spare, FEWEST["calibration"], MOST["calibration"])
+    # 4. Training: the rest.
     if open_ & {"train_tokens", "heal_tokens"}:
 
         def trained(batch: int, tokens: int) -> float:

@@ -56,6 +56,8 @@ class Budget(BaseModel):
     """AutoRound's steps for each block."""
     samples: int = 64
     """Sequences that the rounding is tuned on."""
+    calibration: int = 16384
+    """Tokens that cut projections are refitted to."""
 
 
 BUDGETS = {
@@ -76,6 +78,7 @@ OPEN = {
     "batch": "finetuning.batch_size",
     "rounding": "quantizing.iterations",
     "samples": "quantizing.samples",
+    "calibration": "repair.tokens",
 }
 """The recipe's key of each budget."""
 
@@ -354,8 +357,9 @@ class Repair(Section):
     """Whether the search scores repaired sub-networks, and picks are sliced with a repair in sequence. Unset: where
     fine-tuning and healing together read fewer tokens than a hundredth of the parameters, and no elastic package is
     asked for."""
-    tokens: int = Field(default=16384, ge=256)
-    """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less."""
+    tokens: int | None = Field(default=None, ge=256)
+    """Tokens of the fine-tuning's text that projections are fitted to; better ten times the FFN width than less. Unset:
+    16,384, or by `time`."""
     memory: str = "1GiB"
     """Bytes of repaired weights that a search keeps, such as `1GiB`, and as much of what they are made from; those
     dropped are made again."""

@@ -9,7 +9,7 @@ from time import time as now
 from typing import Literal, TypedDict
 
 from compressor.run import Run
-from compressor.schedule import FOR_EACH_PICK, STAGES, Schedule, StageTime
+from compressor.schedule import STAGES, Schedule, StageTime
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 from supernet.common.files import read_json
@@ -66,7 +66,6 @@ def run_status(folder: Path) -> RunStatus:
     schedule = Schedule(run.times_file)
     expected = expected_seconds(run)
     holder = lock_holder(run)
-    begun = [name for name in STAGES if name in schedule.times]
     current = schedule.running if holder else None
     stages: list[StageStatus] = []
     for name in STAGES:
@@ -74,7 +73,7 @@ def run_status(folder: Path) -> RunStatus:
         if name not in schedule.times and needless:
             continue  # this run has no such stage
         time = schedule.times.get(name)
-        done = time is not None and time.ended and (name not in FOR_EACH_PICK or later_begun(name, begun))
+        done = time is not None and time.ended
         state: State = "running" if name == current else "done" if done else "interrupted" if time else "to do"
         stages.append(
             {
@@ -161,12 +160,6 @@ def expected_seconds(run: Run) -> dict[str, float]:
         return {}
     with reading(f"{run.plan_file}: not what this version writes; remove it"):
         return {str(name): float(seconds) for name, seconds in read_json(run.plan_file)["expected"].items()}
-
-
-def later_begun(name: str, begun: list[str]) -> bool:
-    """Whether a stage behind this one began that does not take turns with it."""
-    later = STAGES[STAGES.index(name) + 1 :]
-    return any(other in begun for other in later if other not in FOR_EACH_PICK)
 
 
 def left(stages: list[StageStatus]) -> float:

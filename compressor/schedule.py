@@ -34,8 +34,6 @@ STAGES = (
     "proving",
 )
 """In the order in which they come."""
-FOR_EACH_PICK = {"healing", "quantizing"}
-"""Stages that take turns, one pick after the other."""
 
 
 class StageTime(Model):
@@ -86,9 +84,8 @@ class Schedule:
     def over(self, name: str) -> bool:
         """Whether a stage has nothing left to do: it ended, and one that comes after it began."""
         begun = {*self.times, *([self._running[0]] if self._running else [])}
-        later = set(STAGES[STAGES.index(name) + 1 :]) - (FOR_EACH_PICK if name in FOR_EACH_PICK else set())
-        done = name in self.times and self.times[name].ended and name not in FOR_EACH_PICK
-        return done or bool(begun & later)
+        done = name in self.times and self.times[name].ended
+        return done or bool(begun & {*STAGES[STAGES.index(name) + 1 :]})
 
     def left(self) -> float | None:
         """Seconds until the last stage ends; None where nothing was planned, or all was done before."""

@@ -27,7 +27,8 @@ from compressor.job import Job
 from compressor.sizing import size_label
 from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
-from compressor.stages.exporting import remember_vocabulary, round_as_stored
+from compressor.stages.exporting import remember_vocabulary
+from compressor.stages.healing import round_as_stored
 from compressor.stages.measuring import load_package, unread_text
 from compressor.stages.picking import measured
 from compressor.stages.picks import cut_out, is_uniform, read_picks

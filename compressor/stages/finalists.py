@@ -18,8 +18,7 @@ import torch
 
 from compressor.job import Job
 from compressor.stages.picks import PickRecord
-from compressor.stages.repairing import pick_variants
-from compressor.stages.subnet_files import Inputs, cut_inputs, is_made_from, load_healed
+from compressor.stages.subnet_files import Inputs, cut_inputs, cut_network, is_made_from, load_healed
 from export.package import write_package
 from export.package_record import read_record
 from search.preference import Preference, ordered
@@ -27,7 +26,6 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
-from supernet.streaming import StreamedNetwork
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
 from supernet.training.loop import TrainSettings
 from supernet.training.losses import held_out_loss
@@ -181,10 +179,7 @@ class _Rounds:
         if is_made_from(folder, inputs):
             loss = read_record(folder).entry.held_out_loss
             return inf if loss is None else loss
-        variants = pick_variants(job, architecture)
-        cut = StreamedNetwork(
-            job.supernet_folder(architecture), job.checkpoint.config, job.structure, architecture, variants
-        )
+        cut = cut_network(job, architecture)
         if number:
             network = load_healed(cut, self.folder(key, number - 1), torch.float32).to(job.device)
         else:

@@ -82,7 +82,7 @@ def calibration_text(job: Job) -> list[Tensor]:
     """Token ids of the first blocks of what the fine-tuning trains on, [rows, length] each: as many as the recipe says
     or as there are, and none of those that held-out losses are measured on."""
     training, _ = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
-    rows = max(1, job.recipe.repair.tokens // training.length)
+    rows = max(1, (job.recipe.repair.tokens or 0) // training.length)
     return [batch.ids for batch in training[:rows].to(job.device).split(BATCH)]
 
 
@@ -190,4 +190,4 @@ def repaired_on(job: Job, architecture: Architecture) -> int:
         return 0
     with reading(f"{file}: damaged; remove it to repair again"), safe_open(file, "pt") as stored:
         refitted, facts = bool(stored.keys()), stored.metadata() or {}
-    return int(facts.get("tokens", job.recipe.repair.tokens)) if refitted else 0
+    return int(facts.get("tokens", job.recipe.repair.tokens or 0)) if refitted else 0

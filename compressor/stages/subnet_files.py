@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from compressor.job import Job
-from compressor.stages.repairing import repair_inputs
-from export.package_record import RECORD, check_files
+from compressor.stages.repairing import pick_variants, repair_inputs
+from export.package_record import RECORD, check_files, read_record
+from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.common.files import fingerprint
 from supernet.common.progress import say
@@ -33,6 +34,22 @@ def is_made_from(folder: Path, inputs: Inputs) -> bool:
     except (RequestError, VerificationError) as error:
         say(f"warning: {error}; it is made again")
         return False
+
+
+def is_good(folder: Path, inputs: Inputs) -> bool:
+    """Whether a package is there, made from these. An unquantized one that was refused is made again: a second proof
+    would compare it with less."""
+    if not is_made_from(folder, inputs):
+        return False
+    entry = read_record(folder).entry
+    return entry.refused is None or entry.quantization is not None
+
+
+def cut_network(job: Job, architecture: Architecture) -> StreamedNetwork:
+    """A sub-network as it is cut out of the super-network's files, repaired where the run does so."""
+    variants = pick_variants(job, architecture)
+    folder = job.supernet_folder(architecture)
+    return StreamedNetwork(folder, job.checkpoint.config, job.structure, architecture, variants)
 
 
 def load_healed(cut: StreamedNetwork, folder: Path, dtype: torch.dtype) -> Any:

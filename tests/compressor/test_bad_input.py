@@ -431,7 +431,7 @@ def test_what_helps_where_memory_is_short_depends_on_what_is_done(
         assert bench.compress() == 2
     assert "run again with --set batch_tokens=2048; what" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr("compressor.stages.exporting.heal", fail)
+        patched.setattr("compressor.stages.healing.heal", fail)
         assert bench.compress() == 2
     command = capsys.readouterr().err.split("out of memory; run compressor ")[1].split(";")[0]
     assert run(command.split()) == 0

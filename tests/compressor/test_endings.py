@@ -15,7 +15,7 @@ from compressor.cli import run
 from compressor.pipeline import added
 from compressor.recipe import Recipe, read_recipe
 from compressor.run_status import run_status
-from compressor.stages import exporting
+from compressor.stages import healing
 from export.package_record import read_record, update_record
 from supernet.training.history import History
 from supernet.training.supernet_training import heal
@@ -143,7 +143,7 @@ def test_an_elastic_package_is_proved_beside_a_healed_pick(
             network.get_output_embeddings().weight.mul_(1.5)
         return history
 
-    monkeypatch.setattr(exporting, "heal", healed_much)
+    monkeypatch.setattr(healing, "heal", healed_much)
     assert run(["export", str(folder), "--format", "elastic", "--heal-tokens", "2000"]) == 0
     healed, elastic = (read_record(folder / "packages" / name).entry for name in ("best", "best-elastic"))
     assert healed.verified and elastic.verified and healed.held_out_loss != elastic.held_out_loss

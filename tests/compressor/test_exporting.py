@@ -14,7 +14,9 @@ from transformers import LlamaConfig
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
-from compressor.stages.exporting import Inputs, load_healed, network_inputs, package_inputs
+from compressor.stages.exporting import package_inputs
+from compressor.stages.healing import network_inputs
+from compressor.stages.subnet_files import Inputs, load_healed
 from export.package import write_package
 from supernet.common.files import write_json
 from supernet.families import describe

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from compressor import pipeline
 from compressor.job import Job
 from compressor.recipe import read_recipe
-from compressor.stages.exporting import export, say_what_is_too_large
+from compressor.stages.exporting import say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, sizes_within, whole_network
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picking import measured, pick
@@ -104,7 +104,7 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     job = resumed(searched, tmp_path / "run", max_bytes="60kB", **given)
     (picked,) = pick(job)
     assert picked["bits"]["bytes"] <= 60_000 and picked["bits"]["scheme"] == "mixed"
-    gguf, mixed = export(job)[-2:]
+    gguf, mixed = pipeline.export(job)[-2:]
     capsys.readouterr()
     say_what_is_too_large(job, [gguf, mixed])
     assert gguf.name == "best-gguf-q8_0" and mixed.bytes <= 60_000 and not capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_what_was_picked_is_packaged_beside_the_base_in_few_bits(
     # Done again, nothing is made anew.
     files = [file for name in [*names, *bases] for file in (job.run.packages / name).glob("model[.-]*")]
     stamps = [file.stat().st_mtime_ns for file in files]
-    export(job)
+    pipeline.export(job)
     assert len(files) == len(names) + len(bases) and [file.stat().st_mtime_ns for file in files] == stamps
 
 
@@ -165,7 +165,7 @@ def test_where_only_llama_cpp_files_are_asked_for_the_size_is_picked_with_their_
     (picked,) = pick(job)
     assert picked["bits"] is not None and picked["bits"]["held_out_loss"] <= few.loss + 1e-6
     capsys.readouterr()
-    own, file = export(job)
+    own, file = pipeline.export(job)
     assert "warning" not in capsys.readouterr().err
     assert (own.name, own.quantization, file.name) == ("best", None, "best-gguf-mixed")
     assert file.bytes == picked["bits"]["bytes"] <= (smallest + largest) // 2
@@ -176,7 +176,7 @@ def test_where_only_llama_cpp_files_are_asked_for_the_size_is_picked_with_their_
     again = pipeline.resume_export(job.run.path, {"formats": "uniform"})
     kept, uniform = read_picks(again)
     assert kept == picked and uniform["name"] == "best-uniform"
-    assert [entry.name for entry in export(again)][:2] == ["best", "best-gguf-mixed"]
+    assert [entry.name for entry in pipeline.export(again)][:2] == ["best", "best-gguf-mixed"]
     assert (job.run.packages / file.name / file.file).stat().st_mtime_ns == stamp
 
 
@@ -191,12 +191,12 @@ def test_what_was_made_and_not_yet_proved_is_not_made_again(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("compressor.stages.exporting.prove_all", interrupted)
-        export(job)
+        pipeline.export(job)
     files = sorted(job.run.packages.glob("*/model*.safetensors"))
     assert {file.parent.name for file in files} >= {"best", "best-int8", "best-mixed", "base-int8", "base-int4"}
     assert not any(read_record(file.parent).entry.verified for file in files)
     stamps = [file.stat().st_mtime_ns for file in files]
-    export(job)
+    pipeline.export(job)
     assert [file.stat().st_mtime_ns for file in files] == stamps
     assert all(read_record(file.parent).entry.verified for file in files)
 
@@ -226,7 +226,7 @@ def test_a_quantized_plain_class_stays_one_and_is_picked_by_its_own_bytes(
     given = {"quantizing.schemes": "int8", "quantizing.embedding": 8, "formats": "uneven,uniform"}
     job = resumed(searched, tmp_path / "run", max_params=[0.9], **given)
     uneven, uniform = pick(job)
-    packages = {entry.name: entry for entry in export(job)}
+    packages = {entry.name: entry for entry in pipeline.export(job)}
     plain, with_code = packages["best-uniform-int8"], packages["best-int8"]
     assert plain.layout == "uniform" and not list((job.run.packages / plain.name).glob("*.py"))
     assert plain.quantization_report is not None and plain.quantization_report.embedding == 16

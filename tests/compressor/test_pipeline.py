@@ -179,7 +179,7 @@ def test_run_again_it_does_nothing_anew(made: Made, capsys: pytest.CaptureFixtur
 def test_another_format_adds_a_folder_and_leaves_the_others_alone(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressor.stages import exporting
+    from compressor.stages import healing
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("healed again")
@@ -190,7 +190,7 @@ def test_another_format_adds_a_folder_and_leaves_the_others_alone(
     left.write_bytes(b"of a run with another --heal-tokens")
     weights = [file for file in again.run.rglob("*") if file.suffix in (".safetensors", ".gguf", ".onnx")]
     stamps = {file: file.stat().st_mtime_ns for file in weights if file != left}
-    monkeypatch.setattr(exporting, "heal", refuse)
+    monkeypatch.setattr(healing, "heal", refuse)
     assert run(["export", str(again.run), "--format", "uneven,padded,gguf-q8_0,onnx,gguf-f32"]) == 0
     assert run(["report", str(again.run)]) == 0
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps

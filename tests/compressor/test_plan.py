@@ -37,7 +37,7 @@ from compressor.plan import (
     write_plan,
 )
 from compressor.rates import Rates
-from compressor.recipe import OPEN, read_recipe
+from compressor.recipe import BUDGETS, OPEN, read_recipe
 from compressor.run import Run
 from compressor.schedule import STAGES, Schedule
 from export.quantization.cost import step_seconds
@@ -235,6 +235,55 @@ def test_a_late_search_slows_what_comes_after_it(
     assert after is not None and after.rates.read == pytest.approx(taken * plan.rates.read, rel=1e-2)
     for name in ("teach", "train", "step", "rounding", "decode"):
         assert getattr(after.rates, name) == pytest.approx(slower * getattr(plan.rates, name), rel=1e-2)
+
+
+def test_late_healing_leaves_less_rounding(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    """All picks are healed before the first is rounded, so what healing took decides how long the rounding is tuned."""
+    slow = RATES.model_copy(update={"rounding": 0.05})
+    job = pipeline.start(read_recipe(None, given | {"time": "20m"}), tmp_path / "run")
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None
+    write_plan(job, plan.model_copy(update={"rates": slow}))
+    put(job, {"rounding": 150})
+    late = 3 * plan.expected["healing"]
+    with job.schedule.stage("healing"):
+        pass
+    job.schedule.add("healing", late, ended=True)
+    job.schedule.began -= 1100
+    heal = job.recipe.healing.tokens
+    assert adjust(job)
+    assert (job.recipe.quantizing.iterations or 0) < 100 and job.recipe.healing.tokens == heal
+    with job.schedule.stage("quantizing"):
+        pass
+    assert is_settled(job, "rounding")
+
+
+def test_a_longer_time_calibrates_on_more(given: dict[str, Any], tmp_path: Path) -> None:
+    """Where projections are refitted, between the least and the most; what the user set stays."""
+    slow = RATES.model_copy(update={"teach": 5e-3, "train": 15e-3})
+    found = []
+    for number, time in enumerate(("20m", "3h")):
+        job = job_of(given, tmp_path / str(number), time=time, **{"repair.enabled": True})
+        fit(job, slow, list(OPEN), strict=False)
+        found.append(job.recipe.repair.tokens or 0)
+    assert FEWEST["calibration"] * 0.9 < found[0] < found[1] <= MOST["calibration"]
+    job = job_of(given, tmp_path / "own", time="3h", **{"repair.enabled": True, "repair.tokens": 5000})
+    fit(job, slow, [name for name in OPEN if name != "calibration"], strict=False)
+    assert job.recipe.repair.tokens == 5000
+
+
+def test_a_plan_that_knew_fewer_budgets_goes_on(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:
+    """Its run was calibrated on what was the default then, and stays so."""
+    recipe = read_recipe(None, given | {"time": "20m"})
+    job = pipeline.start(recipe, tmp_path / "run")
+    plan = read_plan(job.run.plan_file)
+    assert plan is not None
+    budgets = {name: value for name, value in plan.budgets.items() if name != "calibration"}
+    open_ = [name for name in plan.open if name != "calibration"]
+    write_plan(job, plan.model_copy(update={"budgets": budgets, "open": open_}))
+    again = pipeline.start(recipe, tmp_path / "run")
+    assert {name: again.recipe.budget(name) for name in budgets} == budgets
+    assert again.recipe.repair.tokens == BUDGETS["standard"].calibration and len(imagined) == 1
 
 
 def test_how_often_text_is_read_is_said_of_the_budgets_by_the_time(
@@ -478,16 +527,18 @@ def test_schedule_counts_down(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), schedule.stage("search"):
         raise ZeroDivisionError
     assert not schedule.over("search")
-    for name in ("search", "healing", "quantizing", "healing"):  # two picks in turn
-        with schedule.stage(name):
-            pass
+    with schedule.stage("search"):
+        pass
     left = schedule.left()
     assert left is not None and 24.9 < left <= 25.0
+    with schedule.stage("healing"):
+        pass
+    assert schedule.over("healing") and schedule.left() == 5.0
     again = Schedule(tmp_path / "times.json")
-    assert again.over("search") and not again.over("healing")
+    assert again.over("healing") and not again.over("quantizing")
     with again.stage("proving"):
         pass
-    assert again.over("healing")
+    assert again.over("quantizing")
     again.expected = schedule.expected
     assert again.left() == 0.0
     for error, stands in ((RequestError, True), (ZeroDivisionError, False)):  # what is refused undoes nothing
