@@ -296,7 +296,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     if GGUF_MIXED in counts.recipe.formats and not picks_types(counts.job):
         seconds += _measuring_types(counts, rates)
     if not counts.bases:
-        return StageCost("quantizing", "", seconds, disk=disk)
+        return StageCost("quantizing", "packages only", seconds, disk=disk)
     if not counts.schemes:  # only the base is rounded, without data
         seconds += 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
         return StageCost("quantizing", "of the base", seconds, disk=disk + counts.bases * counts.base)

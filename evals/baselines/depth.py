@@ -23,6 +23,7 @@ from torch import Tensor
 from evals.baselines import Baseline, Cut, PruningContext, as_batch, ordered_cut, removal, without
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
+from supernet.common.progress import bar
 from supernet.hooks import Hooks
 from supernet.importance import block_influence, skipped_error, wanda
 from supernet.training.data import Batch
@@ -87,8 +88,8 @@ def sleb(context: PruningContext) -> Cut:
     def greedily() -> Iterator[set[int]]:
         removed: set[int] = set()
         while len(removed) < len(base.layers) - 1:
-            left = [index for index in range(len(base.layers)) if index not in removed]
-            removed = removed | {min(left, key=lambda index: loss(without(base, removed | {index})))}
+            losses = losses_without_one_more(loss, base, removed)
+            removed = removed | {min(losses, key=losses.__getitem__)}
             yield removed
 
     return _cut(context, removal(context, greedily()))
@@ -97,9 +98,9 @@ def sleb(context: PruningContext) -> Cut:
 def one_shot_loss(context: PruningContext) -> Cut:
     """The base without the layers without each of which, alone, the calibration loss is least."""
     loss, base = calibration_loss(context), context.structure.base
-    depth = len(base.layers)
-    order = sorted(range(depth), key=lambda index: loss(without(base, {index})))
-    return _cut(context, removal(context, (order[:n] for n in range(1, depth))))
+    losses = losses_without_one_more(loss, base, set())
+    order = sorted(losses, key=losses.__getitem__)
+    return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
 
 
 def nemotron_depth(context: PruningContext) -> Cut:
@@ -107,6 +108,19 @@ def nemotron_depth(context: PruningContext) -> Cut:
     errors = skipped_error(context.supernet(), context.calibration)
     order = sorted(range(len(errors)), key=errors.__getitem__)
     return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
+
+
+def losses_without_one_more(
+    loss: Callable[[Architecture], float], base: Architecture, removed: set[int]
+) -> dict[int, float]:
+    """The loss without the `removed` layers and one more, by that layer."""
+    left = [index for index in range(len(base.layers)) if index not in removed]
+    losses = {}
+    with bar(f"choosing layer {len(removed) + 1} to remove", len(left)) as progress:
+        for index in left:
+            losses[index] = loss(without(base, removed | {index}))
+            progress.advance()
+    return losses
 
 
 def calibration_loss(context: PruningContext) -> Callable[[Architecture], float]:
