@@ -93,6 +93,14 @@ def search_variants(job: Job, supernet: SuperNetwork) -> Variants | None:
     return variants_by_size(job, supernet)
 
 
+def load_searched(job: Job, architecture: Architecture | None = None) -> SuperNetwork:
+    """The super-network with the weights that the search scores; of several bands of sizes, that of the architecture's
+    (`Job.load_supernet`)."""
+    supernet = job.load_supernet(architecture)
+    supernet.use(search_variants(job, supernet))
+    return supernet
+
+
 def rounded_variants(job: Job, supernet: SuperNetwork, round_: Round) -> RoundedVariants:
     """Weights for every sub-network, rounded to the bits that it says."""
     variants = variants_by_size(job, supernet)

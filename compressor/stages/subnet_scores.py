@@ -17,7 +17,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
-from compressor.stages.repairing import search_variants, searched_weights
+from compressor.stages.repairing import load_searched, searched_weights
 from compressor.stages.score_keys import (
     HELD_OUT,
     Fidelity,
@@ -79,8 +79,7 @@ class SubnetScorer:
         """The super-network that a sub-network is one of, with what scores it."""
         folder = self.job.supernet_folder(architecture)
         if folder not in self._opened:
-            supernet = self.job.load_supernet(architecture)
-            supernet.use(search_variants(self.job, supernet))
+            supernet = load_searched(self.job, architecture)
             self._opened[folder] = supernet, self.job.scorer(supernet.model)
         return self._opened[folder]
 
@@ -187,8 +186,7 @@ class HeldOutLosses:
         folder = self._job.supernet_folder(architecture)
         if folder not in self._opened:
             self._job.threads(scoring=True)
-            supernet = self._job.load_supernet(architecture)
-            supernet.use(search_variants(self._job, supernet))
+            supernet = load_searched(self._job, architecture)
             held_out = HeldOut(self._job)
             held_out.passes = LayerCache(supernet)
             self._opened[folder] = supernet, held_out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from compressor.run import Run
 from compressor.schedule import stage
 from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
 from compressor.stages.front import read_front
-from compressor.stages.repairing import rounded_variants, search_repair_inputs, search_variants, searched_weights
+from compressor.stages.repairing import load_searched, rounded_variants, search_repair_inputs, searched_weights
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
 from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
 from export.quantization.rounded_variants import Round, in_groups
@@ -25,8 +25,9 @@ from search.genes import AS_STORED, BITS, Gene
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
-from supernet.common.files import fingerprint, read_json, sha256, write_json
+from supernet.common.files import kept_json, sha256
 from supernet.common.progress import bar, say
+from supernet.training.data import Batch
 
 BLOCKS, BATCH = 8, 4
 """Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
@@ -96,27 +97,35 @@ def earlier_front(job: Job, path: Path) -> list[Architecture]:
 
 def proposed(job: Job, name: str) -> list[Architecture]:
     """What a method proposes in this run's space; from `search/proposals-NAME.json` where it was asked before."""
-    text = [rows_fingerprint(job, 0), *length_read(job)]
-    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), *text, job.recipe.targets.model_dump()]
-    inputs += [*search_repair_inputs(job).values(), METHOD]
-    file = job.run.search / f"proposals-{name}.json"
-    if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
-        variants = layer_variants(job.space)
-        method = warm_starts()[name]
-        assert isinstance(method, WarmStart)
-        if not variants:
-            say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
-            return []
+    method, variants = warm_starts()[name], layer_variants(job.space)
+    assert isinstance(method, WarmStart)
+    if not variants:
+        say(f"{name} has nothing to propose: this search space has no sizes of single layers to choose from")
+        return []
+
+    def propose() -> list[Architecture]:
         say(f"{name}: looking for architectures to start from")
-        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
-        supernet = job.load_supernet()
-        supernet.use(search_variants(job, supernet))
+        batches, supernet = batches_read(job), load_searched(job)
         found = method.propose(supernet, variants, batches)
         sizes, rounds = sizes_asked_for(job), rounds_of(job)
         path = found.path + refined(supernet, variants, batches, found.path, sizes, found.halves, rounds)
-        write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for _, a in path]})
-    architectures = [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
+        return [architecture for _, architecture in path]
+
+    of = [job.run.supernet_weights, job.space.to_dict(), *text_read(job), job.recipe.targets.model_dump()]
+    architectures = kept_proposals(job, name, [*of, *search_repair_inputs(job).values(), METHOD], propose)
     return [architecture for architecture in architectures if architecture in job.space]
+
+
+def kept_proposals(
+    job: Job, name: str, inputs: Sequence[object], propose: Callable[[], Sequence[Architecture]]
+) -> list[Architecture]:
+    """What a method proposed from these inputs, as `search/proposals-NAME.json` holds it, or proposes now."""
+
+    def make() -> dict[str, object]:
+        return {"architectures": [architecture.to_dict() for architecture in propose()]}
+
+    kept = kept_json(job.run.search / f"proposals-{name}.json", inputs, make)
+    return [Architecture.from_dict(row) for row in kept["architectures"]]
 
 
 def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architecture]:
@@ -154,21 +163,21 @@ def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: Rounding) -> Losse
     # Later layers first: less is new.
     asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values if bits < AS_STORED]
     named = [(gene.name, gene.values) for gene in genes]
-    read = [rows_fingerprint(job, 0), *length_read(job)]
-    inputs = fingerprint([searched_weights(job), named, rounding.inputs, *read])
-    file = job.run.search / f"{rounding.name}.json"
-    if not file.is_file() or read_json(file)["inputs"] != inputs:
-        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
-        supernet = job.load_supernet()
+
+    def measure() -> dict[str, object]:
+        batches, supernet = batches_read(job), job.load_supernet()
         supernet.use(rounded_variants(job, supernet, rounding.round))
         degradation, measured = degradation_in(supernet, batches), list[float]()
         with bar("measuring bits", len(asked)) as progress:
             for gene, bits in asked:
                 measured.append(degradation(with_gene(supernet.base, gene, bits)))
                 progress.advance()
-        write_json(file, {"inputs": inputs, "losses": measured})
+        return {"losses": measured}
+
+    inputs = [searched_weights(job), named, rounding.inputs, *text_read(job)]
+    kept = kept_json(job.run.search / f"{rounding.name}.json", inputs, measure)
     losses: dict[Gene, dict[int, float]] = {}
-    for (gene, bits), loss in zip(asked, read_json(file)["losses"], strict=True):
+    for (gene, bits), loss in zip(asked, kept["losses"], strict=True):
         losses.setdefault(gene, {})[bits] = loss
     return losses
 
@@ -177,18 +186,24 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
     sizes = sizes_asked_for(job) or [round(share * whole) for share in SHAPES_SIZES]
-    text = [rows_fingerprint(job, 0), *length_read(job)]
-    inputs: list[object] = [job.run.supernet_weights, job.space.to_dict(), *text, sizes]
-    inputs += [*search_repair_inputs(job).values()]
-    file = job.run.search / f"proposals-{method.name}.json"
-    if not file.is_file() or read_json(file)["inputs"] != fingerprint(inputs):
+
+    def propose() -> Sequence[Architecture]:
         say(f"{method.name}: what baselines would cut")
-        batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
-        supernet = job.load_supernet()
-        supernet.use(search_variants(job, supernet))
-        found = method.propose(supernet, job.space, batches, sizes)
-        write_json(file, {"inputs": fingerprint(inputs), "architectures": [a.to_dict() for a in found]})
-    return [Architecture.from_dict(row) for row in read_json(file)["architectures"]]
+        batches = batches_read(job)
+        return method.propose(load_searched(job), job.space, batches, sizes)
+
+    of = [job.run.supernet_weights, job.space.to_dict(), *text_read(job), sizes]
+    return kept_proposals(job, method.name, [*of, *search_repair_inputs(job).values()], propose)
+
+
+def batches_read(job: Job) -> list[Batch]:
+    """The blocks of training text that the methods look at."""
+    return training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
+
+
+def text_read(job: Job) -> list[object]:
+    """What the inputs of kept files say of the training text."""
+    return [rows_fingerprint(job, 0), *length_read(job)]
 
 
 def length_read(job: Job) -> list[int]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not valid JSON ({error})") from None
+
+
+def kept_json(path: Path, inputs: object, make: Callable[[], Mapping[str, object]]) -> Any:
+    """The object of a JSON file that was made from these inputs, whose fingerprint it holds as `inputs`; where there is
+    none, or one of other inputs, what `make` returns, which is kept there."""
+    of = fingerprint(inputs)
+    if not path.is_file() or read_json(path)["inputs"] != of:
+        write_json(path, {"inputs": of, **make()})
+    return read_json(path)
 
 
 def read_text(path: Path) -> str:
