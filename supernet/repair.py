@@ -18,16 +18,15 @@ less their means, which the bias then carries (all that FLAP does, An et al., ar
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes, Structure
+from supernet.common.byte_cache import ByteCache
 from supernet.expert_repair import refit_experts
 from supernet.experts import Experts, Routed, stacked_experts
 from supernet.hooks import Hooks
@@ -46,9 +45,6 @@ from supernet.moments import (
     refit,
 )
 from supernet.variants import FixedVariants
-
-Key = tuple[object, ...]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,10 @@ class _Repaired:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
+def _bytes_of(made: _Factor | _Repaired | None) -> int:
+    return 0 if made is None else made.bytes
+
+
 class RepairedVariants:
     """Repaired output projections for every size of a super-network, made when they are first asked for.
 
@@ -107,8 +107,8 @@ class RepairedVariants:
         self._experts = {
             experts.name: (layer, parameters[experts.name]) for layer, experts in stacked_experts(supernet).items()
         }
-        self._made: Kept[_Repaired | None] = Kept(memory)
-        self._factors: Kept[_Factor | None] = Kept(memory)
+        self._made: ByteCache[_Repaired | None] = ByteCache(memory, _bytes_of)
+        self._factors: ByteCache[_Factor | None] = ByteCache(memory, _bytes_of)
         self._carrying: dict[tuple[int, Half], bool] = {}
 
     @property
@@ -124,11 +124,7 @@ class RepairedVariants:
         if not units[0] or (units == _units(half, full) and not alone):
             return None
         key = (projection.layer, half, *units, alone)
-        if key in self._made:
-            made = self._made[key]
-        else:
-            made = self._make(projection, kept, alone)
-            self._made.put(key, made, 0 if made is None else made.bytes)
+        made = self._made.get_or_make(key, lambda: self._make(projection, kept, alone))
         if made is None:
             return None
         return made.weight if name == projection.weight_name else made.bias
@@ -157,17 +153,16 @@ class RepairedVariants:
         width, number = kept.intermediate_size, kept.num_experts
         if not width or width == full.shape[2]:
             return None
-        key = (layer, "experts", width, number)
-        if key in self._made:
-            made = self._made[key]
-        else:
+
+        def make() -> _Repaired | None:
             factors = self._factors_of_experts(layer, full)[:number]
             weights = [
                 full[expert, :, :width].detach() if factor is None else factor.weight(width).to(full)
                 for expert, factor in enumerate(factors)
             ]
-            made = _Repaired(torch.stack(weights), None) if any(factors) else None
-            self._made.put(key, made, 0 if made is None else made.bytes)
+            return _Repaired(torch.stack(weights), None) if any(factors) else None
+
+        made = self._made.get_or_make((layer, "experts", width, number), make)
         return None if made is None else made.weight
 
     def _factors_of_experts(self, layer: int, full: Tensor) -> list[_Factor | None]:
@@ -181,7 +176,7 @@ class RepairedVariants:
                     lower = factorised(own.to(full.device).of(centred=False), own.ridge)
                     factor = _Factor((weight.double() @ lower).float(), lower.float(), None)
                 made.append(factor)
-                self._factors.put(key, factor, 0 if factor is None else factor.bytes)
+                self._factors.put(key, factor)
             return made
         return [self._factors[key] for key in keys]
 
@@ -199,13 +194,12 @@ class RepairedVariants:
         heads = 0
         if projection.half == "attention":
             heads = kept.num_attention_heads // kept.num_key_value_heads
-        key = (projection.layer, projection.half, heads, carries)
-        if key in self._factors:
-            return self._factors[key]
-        moments = self._load(projection.layer)[projection.half].to(projection.device)
-        factor = None if math.isinf(moments.ridge) else self._factorise(projection, heads, moments, carries)
-        self._factors.put(key, factor, 0 if factor is None else factor.bytes)
-        return factor
+
+        def make() -> _Factor | None:
+            moments = self._load(projection.layer)[projection.half].to(projection.device)
+            return None if math.isinf(moments.ridge) else self._factorise(projection, heads, moments, carries)
+
+        return self._factors.get_or_make((projection.layer, projection.half, heads, carries), make)
 
     def _factorise(self, projection: Projection, heads: int, moments: Moments, carries: bool) -> _Factor:
         full = self._full[projection.layer]
@@ -246,31 +240,6 @@ def _units(half: Half, sizes: LayerSizes) -> tuple[int, ...]:
     if half == "attention":
         return sizes.num_key_value_heads, sizes.num_attention_heads
     return (sizes.intermediate_size,)
-
-
-class Kept(OrderedDict[Key, Value]):
-    """Values within a number of bytes; the one used longest ago is dropped first."""
-
-    def __init__(self, memory: int) -> None:
-        super().__init__()
-        self._memory, self._held = memory, 0
-        self._bytes: dict[Key, int] = {}
-
-    def __getitem__(self, key: Key) -> Value:
-        self.move_to_end(key)
-        return super().__getitem__(key)
-
-    def put(self, key: Key, value: Value, size: int) -> None:
-        """Keep a value of so many bytes, unless it alone is too large."""
-        if size > self._memory:
-            return
-        self[key] = value
-        self.move_to_end(key)
-        self._held += size - self._bytes.get(key, 0)
-        self._bytes[key] = size
-        while self._held > self._memory:
-            dropped, _ = self.popitem(last=False)
-            self._held -= self._bytes.pop(dropped)
 
 
 def repair_in_sequence(

@@ -13,8 +13,8 @@ from torch import Tensor
 from export.quantization.round_to_nearest import rounded
 from export.quantization.schemes import weight_format
 from supernet.activation import SuperNetwork, slice_parameter
-from supernet.architecture import LayerSizes, table_format, unit_counts
-from supernet.repair import Kept
+from supernet.architecture import LayerSizes, TensorSpec, table_format, unit_counts
+from supernet.common.byte_cache import ByteCache
 from supernet.variants import Variants
 
 Round = Callable[[Tensor, int], Tensor]
@@ -39,7 +39,7 @@ class RoundedVariants:
         self._full = dict(supernet.model.named_parameters())  # what shadows hide from `get_parameter`
         self._linear = {spec.name: spec for spec in supernet.structure.tensors if spec.role == "linear" and spec.half}
         self._names = frozenset(self._linear).union(() if inner is None else inner.names)
-        self._kept: Kept[Tensor] = Kept(memory)
+        self._kept: ByteCache[Tensor] = ByteCache(memory, lambda made: made.nbytes)
 
     @property
     def names(self) -> Collection[str]:
@@ -52,24 +52,18 @@ class RoundedVariants:
         if spec is None or not bits or (spec.half is not None and spec.half in kept.skip):
             return None if inner is None else inner.tensor(name, plain)
         # A repaired half-block may carry what the other one said, so the sizes of both tell variants apart.
-        key = (name, plain, bits)
-        if key not in self._kept:
-            weight = None if inner is None else inner.tensor(name, plain)
-            if weight is None:
-                assert spec.layer is not None
-                base = self._supernet.base
-                counts, left = (unit_counts(base.hidden_size, sizes) for sizes in (base.layers[spec.layer], kept))
-                weight = slice_parameter(self._full[name].detach(), spec.axes, counts, left)
-            made = self._round(weight, bits)
-            self._kept.put(key, made, made.nbytes)
-            return made
-        return self._kept[key]
+        return self._kept.get_or_make((name, plain, bits), lambda: self._round(self._cut(spec, kept, inner), bits))
 
     def table(self, name: str, bits: int) -> Tensor:
-        key = (name, bits)
-        if key not in self._kept:
-            weight = self._full[name].detach()
-            made = rounded(weight, *table_format(bits, weight.shape[1]))
-            self._kept.put(key, made, made.nbytes)
-            return made
-        return self._kept[key]
+        weight = self._full[name].detach()
+        return self._kept.get_or_make((name, bits), lambda: rounded(weight, *table_format(bits, weight.shape[1])))
+
+    def _cut(self, spec: TensorSpec, kept: LayerSizes, inner: Variants | None) -> Tensor:
+        """A weight of a layer of these sizes before it is rounded: the variant that `inner` has, or a slice."""
+        weight = None if inner is None else inner.tensor(spec.name, kept.without_bits())
+        if weight is not None:
+            return weight
+        assert spec.layer is not None
+        base = self._supernet.base
+        counts, left = (unit_counts(base.hidden_size, sizes) for sizes in (base.layers[spec.layer], kept))
+        return slice_parameter(self._full[spec.name].detach(), spec.axes, counts, left)

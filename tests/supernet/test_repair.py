@@ -32,7 +32,7 @@ from supernet.moments import (
     refit,
     save_moments,
 )
-from supernet.repair import Kept, RepairedVariants, repair_in_sequence
+from supernet.repair import RepairedVariants, repair_in_sequence
 from supernet.slicing import extract
 from tests.support.tiny_families import CONFIGS, assert_close, logits, random_architecture, tiny_network
 
@@ -361,16 +361,6 @@ def test_means_that_are_large_leave_the_moments_as_they_are(mean: float, tmp_pat
         assert_close(
             kept.of(centred=False) - torch.outer(kept.mean.double(), kept.mean.double()), kept.of(centred=True)
         )
-
-
-def test_what_takes_no_more_room_is_not_counted_twice() -> None:
-    kept: Kept[str] = Kept(10)
-    for _ in range(3):
-        kept.put(("a",), "a", 4)
-    kept.put(("b",), "b", 6)
-    assert kept[("a",)] == "a" and kept[("b",)] == "b"
-    kept.put(("a",), "a", 8)
-    assert ("b",) not in kept and kept[("a",)] == "a"
 
 
 def test_fewer_tokens_than_units_are_said(capsys: pytest.CaptureFixture[str]) -> None:
