@@ -87,9 +87,9 @@ def run_status(folder: Path) -> RunStatus:
     reported = run.report.is_file()
     picked = reported and picked_anew(run)
     proved = any(stage["name"] == STAGES[-1] and stage["state"] == "done" for stage in stages)
-    made = measured(run)
-    unmeasured = any(loss is None for _, loss in made.values())
-    exported = proved and not (picked or unmeasured) and made != shown(run)
+    measured = measured_packages(run)
+    unmeasured = any(loss is None for _, loss in measured.values())
+    exported = proved and not (picked or unmeasured) and measured != reported_packages(run)
     return {
         "run": str(folder),
         "model": run.recipe().model,
@@ -127,7 +127,7 @@ def picked_anew(run: Run) -> bool:
     return False
 
 
-def measured(run: Run) -> dict[str, tuple[int, float | None]]:
+def measured_packages(run: Run) -> dict[str, tuple[int, float | None]]:
     """Bytes and held-out loss of every package that was measured last, by name; None where it was made anew since."""
     file = run.packages / "base.json"
     if not file.is_file():
@@ -138,7 +138,7 @@ def measured(run: Run) -> dict[str, tuple[int, float | None]]:
         return {entry["name"]: (entry["bytes"], entry.get("held_out_loss")) for entry in entries}
 
 
-def shown(run: Run) -> dict[str, tuple[int, float | None]]:
+def reported_packages(run: Run) -> dict[str, tuple[int, float | None]]:
     """The same of the packages in the report."""
     if not run.report.is_file():
         return {}

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from supernet.architecture import Architecture, Axis, Half, LayerSizes, Structure, Unit, unit_counts
 from supernet.families import Family, describe, family_of
-from supernet.variants import Rounding, Variants
+from supernet.variants import RoundingVariants, Variants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -255,7 +255,7 @@ class SuperNetwork:
         if self.structure.fixed_hidden and architecture.hidden_size != self.base.hidden_size:
             raise ValueError(f"the residual width cannot change: {self.structure.fixed_hidden}")
         narrow = {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}
-        if architecture.has_bits and (narrow or not isinstance(self.variants, Rounding)):
+        if architecture.has_bits and (narrow or not isinstance(self.variants, RoundingVariants)):
             raise ValueError("bits need a provider of rounded weights, and the base's residual width")
         for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
             if narrow or not sizes == before == layer.full:  # a layer that was and stays whole has no shadows
@@ -292,7 +292,7 @@ class SuperNetwork:
         """From here on, what `variants` has stands in the place of prefixes, in the active sub-network too. None: all
         are prefixes. Outputs of layers that were kept from before must not be used any more. Raises ValueError where
         the active sub-network has bits and these do not round."""
-        if self.current.has_bits and not isinstance(variants, Rounding):
+        if self.current.has_bits and not isinstance(variants, RoundingVariants):
             raise ValueError("bits need a provider of rounded weights")
         for layer in self._layers:
             for _, module, attribute, _ in layer.parameters:
@@ -320,7 +320,7 @@ class SuperNetwork:
             if bits == shown:
                 continue
             name = next((tensor.name for tensor in self.structure.tensors if tensor.role == role), "")
-            table = self.variants.table(name, bits) if bits and isinstance(self.variants, Rounding) else None
+            table = self.variants.table(name, bits) if bits and isinstance(self.variants, RoundingVariants) else None
             for module in self._tables[role]:
                 _shadow(module, "weight", table)
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from supernet.experts import FEWEST_TOKENS, Experts, Routed
+from supernet.experts import FEWEST_TOKENS, ExpertInputs, Experts
 from supernet.moments import Sums, check_finite, refit
 
 
 @torch.no_grad()
-def refit_experts(experts: Experts, batches: Sequence[Routed], gaps: Sequence[Tensor]) -> Tensor | None:
+def refit_experts(experts: Experts, batches: Sequence[ExpertInputs], gaps: Sequence[Tensor]) -> Tensor | None:
     """The output projections [experts, hidden, neurons] of the active experts, refitted so that less is missing of
     `gaps` [tokens, hidden], one for each batch; None where that is so of none. An expert to which fewer than
     `FEWEST_TOKENS` come, or whose error on held-out tokens no ridge makes less, stays as it is."""

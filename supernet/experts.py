@@ -17,7 +17,7 @@ mostly luck."""
 
 
 @dataclass(frozen=True)
-class Routed:
+class ExpertInputs:
     """What the experts of a layer were given for one batch: states [tokens, hidden], and for each token the experts
     that were chosen and their weights [tokens, experts of each]; with it which tokens are held out [tokens]."""
 
@@ -40,7 +40,7 @@ class Experts:
         gate, up = gate_and_up.chunk(2, dim=-1)
         return cast(nn.Module, self.module.act_fn)(gate) * up
 
-    def coming(self, batch: Routed, number: int) -> tuple[Tensor, Tensor]:
+    def coming(self, batch: ExpertInputs, number: int) -> tuple[Tensor, Tensor]:
         """The tokens that come to an active expert, and what its output projection reads of them times the router's
         weight, [tokens, neurons] in float32. The expert's share of the layer's output is a linear function of these."""
         tokens, place = torch.where(batch.chosen == number)

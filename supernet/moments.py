@@ -23,7 +23,7 @@ from supernet.architecture import Axis, Half, LayerSizes, unit_counts
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import replacing
 from supernet.common.progress import say
-from supernet.experts import FEWEST_TOKENS, Experts, Routed, stacked_experts
+from supernet.experts import FEWEST_TOKENS, ExpertInputs, Experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, first_of, residual_scale
 from supernet.ordering import output_projections
@@ -320,15 +320,15 @@ def gather(
     for index in range(len(supernet.layers)):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}
         stacked, adding = by_layer.get(index), supernet.halves(index) if adds else {}
-        sums, routed = _sums_of_layer(supernet, walk, index, here, adding, stacked, rows)
+        sums, expert_inputs = _sums_of_layer(supernet, walk, index, here, adding, stacked, rows)
         moments: dict[str, Moments] = {}
         for half, pair in sums.items():
             own = here[half]
             moments[half] = _moments(own.name, own.weight(), own.bias() is not None, *pair)
             judging += pair[1].tokens
         if stacked is not None:
-            moments |= _moments_of_experts(stacked, routed)
-            judging += sum(int(batch.held_out.sum()) for batch in routed)
+            moments |= _moments_of_experts(stacked, expert_inputs)
+            judging += sum(int(batch.held_out.sum()) for batch in expert_inputs)
         few += [(m.tokens, len(m.mean)) for m in moments.values() if m.tokens < len(m.mean)]
         yield index, moments
     if not judging and (by_half or by_layer):
@@ -352,12 +352,12 @@ def _sums_of_layer(
     adding: Mapping[Half, nn.Module],
     experts: Experts | None,
     rows: Sequence[tuple[int, int]],
-) -> tuple[dict[Half, tuple[Sums, Sums]], list[Routed]]:
+) -> tuple[dict[Half, tuple[Sums, Sums]], list[ExpertInputs]]:
     """Take a walk through a layer. Sums of what each of its projections reads and of what the other half-block, where
     it is among those `adding`, puts out meanwhile: over the tokens to fit to, and over those held out. Beside them what
     came to its `experts`, batch by batch. `rows` has the length of each batch's rows and the number of its first."""
     sums: dict[Half, tuple[Sums, Sums]] = {}
-    routed: list[Routed] = []
+    expert_inputs: list[ExpertInputs] = []
     read: dict[Half, Tensor] = {}
     outputs: dict[Half, Tensor] = {}
 
@@ -370,7 +370,7 @@ def _sums_of_layer(
     def route(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         states, chosen, weights = (part.detach() for part in inputs)
         held = is_held_out(len(states), *rows[walk.number]).to(states.device)
-        routed.append(Routed(states, chosen, weights, held))
+        expert_inputs.append(ExpertInputs(states, chosen, weights, held))
 
     def collect(*_: object) -> None:
         """At the layer's end, where both half-blocks have run."""
@@ -389,17 +389,17 @@ def _sums_of_layer(
         hooks.append(experts.module.register_forward_pre_hook(route))
     with Hooks([*hooks, supernet.layers[index].register_forward_hook(collect)]):
         walk.step(index)
-    return sums, routed
+    return sums, expert_inputs
 
 
 @torch.no_grad()
-def _moments_of_experts(experts: Experts, routed: Sequence[Routed]) -> dict[str, Moments]:
+def _moments_of_experts(experts: Experts, inputs: Sequence[ExpertInputs]) -> dict[str, Moments]:
     """Of what the output projection of an expert reads times the router's weight, on the tokens that come to it;
     without those to which too few come."""
     found: dict[str, Moments] = {}
     for number, weight in enumerate(experts.outputs):
         training, held = (Sums(weight.shape[1], device=weight.device) for _ in range(2))
-        for batch in routed:
+        for batch in inputs:
             tokens, x = experts.coming(batch, number)
             held_out = batch.held_out[tokens]
             training.add(x[~held_out])

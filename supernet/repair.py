@@ -28,7 +28,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes, Structure
 from supernet.common.byte_cache import ByteCache
 from supernet.expert_repair import refit_experts
-from supernet.experts import Experts, Routed, stacked_experts
+from supernet.experts import ExpertInputs, Experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, Through, residual_scale
 from supernet.moments import (
@@ -351,16 +351,16 @@ class _Sequence:
         """Refit the output projections of a layer's active experts to what the residual stream behind them lacks."""
         if self.scale is None:  # no family with experts norms what they put out
             return
-        routed: list[Routed] = []
+        expert_inputs: list[ExpertInputs] = []
 
         def look(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
             states, chosen, weights = inputs
-            routed.append(Routed(states, chosen, weights, self._held_out(self.cut.number, states)))
+            expert_inputs.append(ExpertInputs(states, chosen, weights, self._held_out(self.cut.number, states)))
 
         with Hooks([experts.module.register_forward_pre_hook(look)]):
             behind = self.cut.outputs(index)
         gaps = [(whole - cut).flatten(0, -2) / self.scale for whole, cut in zip(outputs, behind, strict=True)]
-        if (refitted := refit_experts(experts, routed, gaps)) is not None:
+        if (refitted := refit_experts(experts, expert_inputs, gaps)) is not None:
             self.tensors[experts.name] = refitted.contiguous()
 
     def _held_out(self, number: int, of_tokens: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Variants(Protocol):
 
 
 @runtime_checkable
-class Rounding(Variants, Protocol):
+class RoundingVariants(Variants, Protocol):
     """A provider that rounds weights to the bits that an architecture says."""
 
     def table(self, name: str, bits: int) -> Tensor:

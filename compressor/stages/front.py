@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from pydantic import BaseModel
 
-from compressor.stages.repairing import Rounding, searched_weights
+from compressor.stages.repairing import RoundingRecord, searched_weights
 from export.models import JSONArchitecture
 from search.run import SearchRecord
 from supernet.common.errors import reading
@@ -52,7 +52,7 @@ class BesideChance(TypedDict):
     likeness: NotRequired[dict[str, object] | None]
 
 
-class FrontRecord(SearchRecord, Rounding, BesideChance):
+class FrontRecord(SearchRecord, RoundingRecord, BesideChance):
     """All of front.json. What may be missing is missing in files of earlier versions."""
 
     inputs: str

@@ -30,7 +30,7 @@ from compressor.stages.joint_pick import (
     sizes_within,
 )
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from compressor.stages.warm_start import Rounding, losses_by_bits
+from compressor.stages.warm_start import RoundingMethod, losses_by_bits
 from export.layouts.gguf.layout import FileSize, take_stored_weights
 from export.layouts.gguf.types import BY_BITS, as_stored, type_by_bits
 from export.layouts.table import GGUF_MIXED, write_layout
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 16
 """Blocks of training text that inputs are weighed on in the files that are compared."""
-IN_LLAMA_CPP = Rounding("bits-gguf", BY_BITS, as_stored)
+IN_LLAMA_CPP = RoundingMethod("bits-gguf", BY_BITS, as_stored)
 
 
 def llama_genes(job: Job) -> list[Gene]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypedDict, cast
 
 from compressor.job import Job
-from compressor.stages.repairing import Rounding, rounding_inputs
+from compressor.stages.repairing import RoundingRecord, rounding_inputs
 from export.quantization.schemes import EmbeddingBits, FormName
 from search.preference import Preference
 from supernet.architecture import Architecture, ArchitectureJSON
@@ -53,7 +53,7 @@ class BitsRecord(TypedDict):
     """Of a mixed pick, input channels that share a scale."""
 
 
-class PickRecord(NetworkRecord, Rounding):
+class PickRecord(NetworkRecord, RoundingRecord):
     """One pick."""
 
     name: str
@@ -86,7 +86,7 @@ def read_picks(job: Job) -> list[PickRecord]:
     return picks
 
 
-def check_rounding(job: Job, found: Rounding) -> None:
+def check_rounding(job: Job, found: RoundingRecord) -> None:
     """Raises `RequestError` where weights were rounded otherwise when this was found."""
     now = rounding_inputs(job).get("rounding")
     if found.get("rounding") != now:

@@ -34,7 +34,7 @@ METHOD = "halves"
 """Changes with what is refitted, so that scores of repaired networks are of one kind."""
 
 
-class Rounding(TypedDict):
+class RoundingRecord(TypedDict):
     """What picks and searches record of rounded weights: nothing where no bits are searched."""
 
     rounding: NotRequired[int | None]
@@ -61,7 +61,7 @@ def repairs_experts(job: Job) -> bool:
     return bool(repair_inputs(job)) and 0 < needed <= parse_bytes(job.recipe.repair.memory)
 
 
-def rounding_inputs(job: Job) -> Rounding:
+def rounding_inputs(job: Job) -> RoundingRecord:
     """What rounded weights depend on beside those that are rounded and the bits; empty where no bits are searched."""
     return {"rounding": bits_group(job)} if job.declared_space.bits else {}
 

@@ -226,13 +226,13 @@ def training(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(history).items() if name != "passes"} | {"outcome": history.outcome}
 
 
-def candidates(job: Job, front: FrontRecord) -> list[Point]:
+def points(job: Job, front: FrontRecord) -> list[Point]:
     """Every measured sub-network as the report shows it."""
     keys = {fidelity: score_keys(job, fidelity) for fidelity in fidelities(job)}
     on_front = set(front["front"])
     names = job.recipe.searching.objectives
     further = [name for name in names if name in HELD_OUT or ":" in name or (name == "bytes" and job.space.bits)]
-    points, weights = [], scored_weights(job, front)
+    shown, weights = [], scored_weights(job, front)
     with EvaluationStore(job.run.evaluations) as store:
         for row in front["evaluations"]:
             found = Evaluation.from_dict(row)
@@ -241,7 +241,7 @@ def candidates(job: Job, front: FrontRecord) -> list[Point]:
             # A task that the recipe names only since the search has no value there.
             tasks = {n: key for n, key in keys["full" if row["full"] else "screening"].items() if n in values}
             scores = known_scores(store, architecture, weights, tasks)
-            points.append(
+            shown.append(
                 Point(
                     key=row["key"],
                     architecture=architecture,
@@ -260,7 +260,7 @@ def candidates(job: Job, front: FrontRecord) -> list[Point]:
                     full=row["full"],
                 )
             )
-    return points
+    return shown
 
 
 def predictor_score(predictors: JudgedPredictor | None) -> PredictorScore | None:
@@ -299,7 +299,7 @@ def searched(job: Job, front: FrontRecord) -> Search:
         algorithm=front["algorithm"],
         evaluations=len(front["evaluations"]),
         generations=generations,
-        points=candidates(job, front),
+        points=points(job, front),
         space=Space(
             name=job.space.name, genes=[Gene(name=gene.name, values=list(gene.values)) for gene in job.space.genes]
         ),

@@ -144,7 +144,7 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingMethod:
     """A way to round to bits: its name among the run's files, all that it depends on, and what it does."""
 
     name: str
@@ -152,12 +152,12 @@ class Rounding:
     round: Round
 
 
-def in_groups_of(group_size: int) -> Rounding:
+def in_groups_of(group_size: int) -> RoundingMethod:
     """As `mixed` packages of compressed-tensors are, in groups of so many input channels."""
-    return Rounding("bits", group_size, partial(in_groups, group_size=group_size))
+    return RoundingMethod("bits", group_size, partial(in_groups, group_size=group_size))
 
 
-def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: Rounding) -> Losses:
+def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) -> Losses:
     """KL(whole network || with one gene of bits at another value), nats per token; from `search/NAME.json` of the
     rounding where it was measured before."""
     # Later layers first: less is new.

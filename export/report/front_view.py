@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from export.report.comparison import summarize
 from export.report.plots import Dot, Kind, percent_tick, scatter, shades, times_tick, undominated
-from export.report.schema import Candidate, Package, Point, Report
+from export.report.schema import MeasuredNetwork, Package, Point, Report
 from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.formatting import count, parse_parameters, percent, rate
@@ -108,29 +108,29 @@ def _items(report: Report) -> list[Item]:
         bits = package.quantization_report and package.quantization_report.bits
         if package.quantization is None or bits:
             packaged.setdefault((bits or package.architecture).key, []).append(package)
-    front = {candidate.key for candidate in report.front}
-    candidates: Sequence[Candidate] = report.search.points if report.search else report.front
-    for candidate in candidates:
-        full = not isinstance(candidate, Point) or candidate.full
-        chosen = packaged.get(candidate.architecture.key, [])
-        about = [f"generation {candidate.generation}"] if isinstance(candidate, Point) else []
+    front = {network.key for network in report.front}
+    networks: Sequence[MeasuredNetwork] = report.search.points if report.search else report.front
+    for network in networks:
+        full = not isinstance(network, Point) or network.full
+        chosen = packaged.get(network.architecture.key, [])
+        about = [f"generation {network.generation}"] if isinstance(network, Point) else []
         if chosen:
             about.append(f"packaged with quality {percent(chosen[0].quality)} on the report split")
-        tps = candidate.decode_tps
+        tps = network.decode_tps
         items.append(
             Item(
                 kind="chosen" if chosen else "point" if full else "screened",
                 name=", ".join(package.name for package in chosen),
-                params=candidate.params,
-                quality=candidate.quality,
+                params=network.params,
+                quality=network.quality,
                 speedup=tps / base_tps if tps is not None and base_tps else None,
-                key=candidate.key,
+                key=network.key,
                 about="; ".join(about),
                 decode_tps=tps,
-                architecture=candidate.architecture,
-                tasks=candidate.tasks,
-                further=candidate.further,
-                on_front=candidate.key in front or (isinstance(candidate, Point) and candidate.on_front),
+                architecture=network.architecture,
+                tasks=network.tasks,
+                further=network.further,
+                on_front=network.key in front or (isinstance(network, Point) and network.on_front),
             )
         )
     for less_is_better in (True, False):

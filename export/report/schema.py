@@ -142,7 +142,7 @@ class Package(PackageEntry):
         return re.sub("-(?!round)", " ", label)
 
 
-class Candidate(Model):
+class MeasuredNetwork(Model):
     """A measured sub-network of the search. Its scores are those of the search split, before healing."""
 
     key: str
@@ -158,8 +158,8 @@ class Candidate(Model):
     """Other measurements of the search, such as `held_out_loss`."""
 
 
-class Point(Candidate):
-    """A candidate with its place in the search."""
+class Point(MeasuredNetwork):
+    """The same with its place in the search."""
 
     generation: int
     on_front: bool
@@ -355,7 +355,7 @@ class Report(Model):
     base: Base
     quality: QualityBasis | None = None
     """What qualities on the report split rest on."""
-    front: list[Candidate]
+    front: list[MeasuredNetwork]
     """The Pareto front of fully measured sub-networks."""
     packages: list[Package]
     quantized_base: list[Package] = Field(default_factory=list)

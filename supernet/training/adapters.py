@@ -77,7 +77,7 @@ class AllWeights:
         pass
 
 
-class Routed(AllWeights):
+class RoutedWeights(AllWeights):
     """Every weight is trained, and routed changes of FFN matrices (`supernet.routed`), which start at zero. They stay
     in use afterwards."""
 
@@ -86,7 +86,7 @@ class Routed(AllWeights):
         self._deltas = RoutedDeltas(supernet, rank, seed)
         self.trained |= self._deltas.parameters
 
-    def __enter__(self) -> Routed:
+    def __enter__(self) -> RoutedWeights:
         self.supernet.use(self._deltas)
         return self
 
@@ -239,7 +239,7 @@ def lora(supernet: SuperNetwork, load: Load | None, rank: int, seed: int) -> Par
 
 
 def routed(supernet: SuperNetwork, load: Load | None, rank: int, seed: int) -> Parameters:
-    return Routed(supernet, load() if load is not None else None, rank, seed)
+    return RoutedWeights(supernet, load() if load is not None else None, rank, seed)
 
 
 PARAMETERS: dict[str, Callable[[SuperNetwork, Load | None, int, int], Parameters]] = {

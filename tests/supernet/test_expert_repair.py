@@ -13,7 +13,7 @@ from torch import Tensor
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.expert_repair import refit_experts
-from supernet.experts import FEWEST_TOKENS, Experts, Routed, stacked_experts
+from supernet.experts import FEWEST_TOKENS, ExpertInputs, Experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
 from supernet.moments import Sums, expert_place, gather, layer_file, load_moments, refit, save_moments
@@ -94,7 +94,7 @@ def test_in_a_search_each_expert_is_fitted_to_its_own_output(family: str, tmp_pa
         for layer in range(index + 1):
             walk.step(layer)
     states, chosen, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    batch = Routed(states, chosen, weights, torch.zeros(len(states), dtype=torch.bool))
+    batch = ExpertInputs(states, chosen, weights, torch.zeros(len(states), dtype=torch.bool))
     fitted = 0
     for expert in range(number):
         whole = experts.outputs[expert].detach().double()
@@ -168,16 +168,16 @@ def test_experts_are_gathered_where_they_are_asked_for() -> None:
     assert experts_bytes(SuperNetwork(tiny_network("llama")).structure) == 0
 
 
-def routed(experts: Experts, tokens: int, each: int) -> Routed:
+def routed(experts: Experts, tokens: int, each: int) -> ExpertInputs:
     """States and a routing of their own, a quarter of the tokens held out."""
     generator = torch.Generator().manual_seed(tokens)
     number, hidden, _ = experts.outputs.shape
     states = torch.randn(tokens, hidden, generator=generator)
     weights, chosen = torch.randn(tokens, number, generator=generator).softmax(-1).topk(each, dim=-1)
-    return Routed(states, chosen, weights, torch.arange(tokens) % 4 == 3)
+    return ExpertInputs(states, chosen, weights, torch.arange(tokens) % 4 == 3)
 
 
-def lacking(experts: Experts, batch: Routed) -> Tensor:
+def lacking(experts: Experts, batch: ExpertInputs) -> Tensor:
     """A gap that other weights of the same experts would close."""
     generator = torch.Generator().manual_seed(1)
     gap = torch.zeros_like(batch.states)

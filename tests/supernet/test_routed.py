@@ -17,7 +17,7 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.routed import EXPERTS, RoutedDeltas, check_routed, check_stored, routed_parameters
 from supernet.slicing import extract
-from supernet.training.adapters import Routed
+from supernet.training.adapters import RoutedWeights
 from supernet.training.data import Batch
 from supernet.training.losses import Loss
 from supernet.training.traces import trace
@@ -90,7 +90,7 @@ def test_the_formula_by_hand(network: PreTrainedModel) -> None:
 
 def test_weights_changes_and_routers_learn_and_the_base_learns_none_of_the_changes(network: PreTrainedModel) -> None:
     supernet = SuperNetwork(network)
-    parameters = Routed(supernet, None, RANK, seed=0)
+    parameters = RoutedWeights(supernet, None, RANK, seed=0)
     with torch.no_grad():
         for name, parameter in parameters.trained.items():
             if name.endswith("routed_B"):
