@@ -78,20 +78,8 @@ def search(job: Job) -> FrontRecord:
     speed = speed_table(job, lambda: job.load_supernet().model)
     if repair_inputs(job):
         search_variants(job, job.load_supernet())  # moments are gathered once, before workers want them
-    # 3. One search after another, each from what those before it measured. Below what was trained is no front, but
-    # where such a size is asked for.
-    sizes = computed(job.structure)["parameters"]
-    within = []
-    if asked := sizes_searched_for(job):
-        trained = smallest_in_training(job)[1]
-        within = [Constraint(sizes, minimum=smallest_to_search(job))]
-        if min(asked) <= trained:
-            say(
-                f"warning: nothing below {trained:,.0f} parameters was trained, and {min(asked):,} are asked for; "
-                "a run of its own for that size trains them"
-            )
-    if (largest := largest_in_training(job)) != job.structure.base:  # nor is above it
-        within.append(Constraint(sizes, maximum=job.structure.parameters(largest)))
+    # 3. One search after another, each from what those before it measured.
+    within = bounds_of_front(job)
     in_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, done, strict=False)))
     if in_common:
         front = current_front(job)
@@ -103,20 +91,15 @@ def search(job: Job) -> FrontRecord:
     ):
         for part, inputs in searches[in_common:]:
             starts = proposals(part)
-            budget = part.recipe.searching.evaluations or 0
-            with job.schedule.stage("search"), bar("searching", budget) as progress:
+            with (
+                job.schedule.stage("search"),
+                bar("searching", part.recipe.searching.evaluations or 0) as progress,
+            ):
                 shown = SearchProgress(part, progress, evaluator)
                 result = run_searches(part, evaluator, speed.predict, starts, shown, within, result)
             say(shown.outcome)
             # 4. Record.
-            this: SearchPart = {
-                "inputs": inputs,
-                "targets": part.recipe.targets.model_dump(),
-                "evaluations": budget,
-                "measured": len(result.evaluations),
-                "generations": len(result.generations),
-            }
-            parts.append(this)
+            parts.append(part_record(part, inputs, result))
             front = {
                 "inputs": inputs,
                 "weights": run.supernet_weights,
@@ -133,6 +116,34 @@ def search(job: Job) -> FrontRecord:
             run.log(f"searched: {len(result.evaluations)} sub-networks measured")
     assert front is not None
     return front
+
+
+def bounds_of_front(job: Job) -> list[Constraint]:
+    """The sizes that the front lies within: outside of what was trained is none, but below it where such a size is
+    asked for, of which this warns."""
+    parameters, bounds = computed(job.structure)["parameters"], list[Constraint]()
+    if asked := sizes_searched_for(job):
+        trained = smallest_in_training(job)[1]
+        bounds.append(Constraint(parameters, minimum=smallest_to_search(job)))
+        if min(asked) <= trained:
+            say(
+                f"warning: nothing below {trained:,.0f} parameters was trained, and {min(asked):,} are asked for; "
+                "a run of its own for that size trains them"
+            )
+    if (largest := largest_in_training(job)) != job.structure.base:
+        bounds.append(Constraint(parameters, maximum=job.structure.parameters(largest)))
+    return bounds
+
+
+def part_record(part: Job, inputs: str, result: SearchResult) -> SearchPart:
+    """What front.json holds of one search: what it was for, and how much was measured when it ended."""
+    return {
+        "inputs": inputs,
+        "targets": part.recipe.targets.model_dump(),
+        "evaluations": part.recipe.searching.evaluations or 0,
+        "measured": len(result.evaluations),
+        "generations": len(result.generations),
+    }
 
 
 def beside_chance(job: Job, result: SearchResult, predict: Callable[[Architecture], dict[str, float]]) -> BesideChance:
@@ -205,11 +216,7 @@ def run_searches(
     )
     # 1. The sizes asked for.
     sizes = sizes_asked_for(job)
-    larger = round(LARGER_SHARE * budget) if sizes and before is None else 0
-    whole = largest_in_training(job) == job.structure.base
-    # Nothing larger is trained, or there: what a vocabulary is cut to is smaller.
-    if sizes and (not whole or max(sizes) >= job.structure.parameters(job.structure.base)):
-        larger = 0
+    larger = evaluations_of_larger(job) if before is None else 0
     known = [] if before is None else before.evaluations
     if GREEDY in settings.warm_start and before is None:
         share = int(GREEDY_SHARE * budget)
@@ -237,6 +244,15 @@ def run_searches(
             generations=result.generations,
         )
     return result
+
+
+def evaluations_of_larger(job: Job) -> int:
+    """How many of the evaluations go to sizes between the largest asked for and the base (`LARGER_SHARE`): none where
+    no size is asked for, and where nothing larger is trained, or there (what a vocabulary is cut to is smaller)."""
+    sizes, base = sizes_asked_for(job), job.structure.base
+    if not sizes or largest_in_training(job) != base or max(sizes) >= job.structure.parameters(base):
+        return 0
+    return round(LARGER_SHARE * (job.recipe.searching.evaluations or 1))
 
 
 class SearchProgress:

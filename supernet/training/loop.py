@@ -224,7 +224,7 @@ def train(
         state, parameters, settings.optimizer, optimizer, history, {} if memory is None else memory
     )
     first = training.restore()
-    watch = None
+    best = watch = None
     if measure is not None:
         best = None if rule is None else BestState(rule, state, parameters, history, accelerator, history.kept)
         watch = Watch(what, model, settings, measure, history, accelerator, optimizer, best)
@@ -232,8 +232,8 @@ def train(
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    started = saved = time.monotonic()
-    pause, seconds_before = settings.checkpoint_seconds, history.seconds
+    started, seconds_before = time.monotonic(), history.seconds
+    saving = Saving(training, settings.checkpoint_seconds, accelerator, best)
     tokens_of_step, points = settings.batch_size * settings.sequence_length, points_of(settings.steps)
     with bar(what, settings.steps, first) as progress:
         for number in range(first, settings.steps):
@@ -259,13 +259,7 @@ def train(
             speed = (number + 1 - first) * tokens_of_step
             record(what, number + 1, loss=loss, learning_rate=optimizer.param_groups[0]["lr"], tokens=history.tokens)
             progress.advance(note=f"loss {loss:.3f}, {speed / (time.monotonic() - started):,.0f} tokens/s")
-            if _main_decides(time.monotonic() - saved > pause, accelerator):
-                began = time.monotonic()
-                training.save(number + 1, accelerator)
-                if watch is not None and watch.best is not None:
-                    watch.best.state_saved()
-                saved = time.monotonic()
-                pause = settings.checkpoint_seconds * max(1.0, (saved - began) / SAVING_SECONDS)
+            saving.after(number + 1)
         # 4. The last point of the curve, the best state, and evaluation mode.
         if watch is not None:
             watch.measure(settings.steps)
@@ -275,6 +269,27 @@ def train(
         model.gradient_checkpointing_disable()
     model.eval()
     return history
+
+
+class Saving:
+    """Writes the state of a training now and then: `seconds` apart, or more where writing takes long."""
+
+    def __init__(
+        self, training: TrainingState, seconds: float, accelerator: Accelerator, best: BestState | None
+    ) -> None:
+        self.training, self.seconds, self.accelerator, self.best = training, seconds, accelerator, best
+        self.saved, self.pause = time.monotonic(), seconds
+
+    def after(self, step: int) -> None:
+        """Write the state after so many steps, where it is time to."""
+        if not _main_decides(time.monotonic() - self.saved > self.pause, self.accelerator):
+            return
+        began = time.monotonic()
+        self.training.save(step, self.accelerator)
+        if self.best is not None:
+            self.best.state_saved()
+        self.saved = time.monotonic()
+        self.pause = self.seconds * max(1.0, (self.saved - began) / SAVING_SECONDS)
 
 
 @dataclass
