@@ -82,6 +82,15 @@ def _expectation(job: Job) -> dict[str, Any]:
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """The facts of `inspect_job` as a few tables on stderr."""
+    print_structure(facts)
+    if "vocabulary" in facts:
+        print_vocabulary(facts)
+    print_space(facts["space"])
+    print_costs(facts)
+
+
+def print_structure(facts: dict[str, Any]) -> None:
+    """What the network is, and where its parameters are."""
     total = facts["parameters"]
     say(f"{facts['model']} ({facts['family']}, {facts['dtype']})")
     model = Table(box=box.SIMPLE)
@@ -100,9 +109,10 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"vocabulary {facts['vocab_size']:,}{' (tied)' if facts['tied_embeddings'] else ''}; {size(facts['bytes'])} on "
         f"disk; {size(facts['kv_cache_bytes_per_token'])} of KV cache for each token"
     )
-    if "vocabulary" in facts:
-        print_vocabulary(facts)
-    space = facts["space"]
+
+
+def print_space(space: dict[str, Any]) -> None:
+    """The search space's genes, those with the same values once, and how small it goes."""
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for gene, values in space["genes"].items():
         kind = (gene.partition(".")[0], tuple(values))
@@ -119,6 +129,10 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"10^{math.log10(space['size']):.1f} genomes; the smallest sub-network has {space['smallest_parameters']:,} "
         f"parameters ({space['smallest_share']:.3f} of the base)"
     )
+
+
+def print_costs(facts: dict[str, Any]) -> None:
+    """What every stage would take under the recipe's budgets."""
     say(f"\nto expect of --effort {facts['effort']} on {facts['device']}")
     cost = Table(box=box.SIMPLE)
     for column in ("stage", "budget", "memory", "disk", "time here", f"at {GPU_RATE / 1e12:.0f} TFLOP/s"):

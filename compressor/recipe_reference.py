@@ -21,11 +21,11 @@ def reference() -> str:
         "win over it. Every run keeps its recipe, with all defaults filled in, in `RUN/recipe.yaml`. This page is made",
         "from the code (`python -m compressor.recipe_reference`).",
         "",
-        *table("", Recipe),
+        *table(Recipe),
     ]
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            lines += ["", f"## {name}", "", str(field.annotation.__doc__), "", *table(name, field.annotation)]
+            lines += ["", f"## {name}", "", str(field.annotation.__doc__), "", *table(field.annotation)]
     lines += ["", "## Budgets", "", "What `effort` sets, where a key is not set by itself:", ""]
     lines += [f"| | {' | '.join(BUDGETS)} |", f"|---|{'---|' * len(BUDGETS)}"]
     for key, field in Budget.model_fields.items():
@@ -35,7 +35,7 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(section: str, model: type[Section]) -> list[str]:
+def table(model: type[Section]) -> list[str]:
     """The keys of one section as a Markdown table."""
     rows = ["| key | default | |", "|---|---|---|"]
     for name, field in model.model_fields.items():

@@ -257,16 +257,19 @@ class SuperNetwork:
         narrow = {architecture.hidden_size, self.current.hidden_size} != {self.base.hidden_size}
         if architecture.has_bits and (narrow or not isinstance(self.variants, RoundingVariants)):
             raise ValueError("bits need a provider of rounded weights, and the base's residual width")
-        for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
-            if narrow or not sizes == before == layer.full:  # a layer that was and stays whole has no shadows
-                layer.activate(sizes, architecture.hidden_size, self.model.config)
+        changed = [
+            (layer, sizes)
+            for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True)
+            if narrow or not sizes == before == layer.full  # a layer that was and stays whole has no shadows
+        ]
+        for layer, sizes in changed:
+            layer.activate(sizes, architecture.hidden_size, self.model.config)
         self._show_tables(architecture, self.current)
         if narrow:
             self._activate_residual(architecture.hidden_size)
         if self.variants is not None and architecture.hidden_size == self.base.hidden_size:
-            for layer, sizes, before in zip(self._layers, architecture.layers, self.current.layers, strict=True):
-                if narrow or not sizes == before == layer.full:
-                    layer.show_variants(sizes, self.variants)
+            for layer, sizes in changed:
+                layer.show_variants(sizes, self.variants)
         self._activate_cache(architecture)
         shadow = self._decoder.__dict__
         if len(architecture.kept) < len(self._layers):

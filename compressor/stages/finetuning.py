@@ -139,14 +139,7 @@ def finetune(job: Job) -> dict[str, Any]:
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
-        tokens, most = recipe.finetuning.tokens or 0, max(recipe.finetuning.tokens or 0, recipe.healing.tokens or 0)
-        # All that healing will read too: a row that cannot be read ends the run now, and not after the search. Of what
-        # the base writes, more is written when it is known how much there is time to heal on.
-        if is_generated(recipe.data or ""):
-            most = tokens
-        blocks, contaminated = read_checked(job, most)
-        if most > tokens:
-            blocks = training_blocks(job, tokens)
+        blocks, contaminated = text_to_train_on(job)
         # What is not trained needs no more precision than it is computed in.
         dtype = job.compute_dtype if recipe.finetuning.parameters == "lora" else torch.float32
         ids = default_ids(job.checkpoint.config)
@@ -162,14 +155,7 @@ def finetune(job: Job) -> dict[str, Any]:
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, resumable)
         if recipe.finetuning.shard:
-            state: dict[str, Tensor] = {}
-            for name, value in model.state_dict().items():
-                whole = full_tensor(value)  # which all processes must ask for
-                if run.writes:  # at once on the CPU: beside its shards a GPU may have no room for them
-                    state[name] = whole.cpu()
-            if run.writes:
-                model = job.load_base(torch.float32)  # one that is whole, to be stored
-                model.load_state_dict(state)
+            model = gathered(job, model)
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", job.ordering)
             proof["files"] = store(job, model, folder, ids)
@@ -189,23 +175,54 @@ def finetune(job: Job) -> dict[str, Any]:
             folders = [band_folder(folder, band) for band in range(recipe.finetuning.bands)]
             weights = [weights_fingerprint(each) for each in folders]
             facts["weights"] = weights[0] if len(weights) == 1 else fingerprint(weights)
-            facts["finetune"] = {
-                **vars(history),
-                "processes": job.accelerator.num_processes,
-                "sampler": recipe.finetuning.sampler,
-                "parameters": recipe.finetuning.parameters,
-                "loss": " + ".join(f"{weight:g} {name}" for name, weight in recipe.finetuning.losses.items()),
-                "data": "text that the base wrote" if is_generated(recipe.data or "") else job.given.data,
-                "hub_dataset": hub_dataset(recipe.data or ""),
-                "blocks": len(blocks),
-                "data_fingerprint": blocks.fingerprint,
-                "skipped_rows": blocks.skipped,
-                "overlapping_report_documents": len(contaminated),
-            }
+            facts["finetune"] = {**vars(history), **text_and_settings(job, blocks, contaminated)}
     remove_state(run)  # only now: whatever goes wrong before costs no training
     job.accelerator.wait_for_everyone()  # until the manifest is there
     run.log("fine-tuned")
     return run.manifest(run.supernet) or {}
+
+
+def text_to_train_on(job: Job) -> tuple[Blocks, set[str]]:
+    """The text of the fine-tuning, and names of the report documents that lie in what the run will read.
+
+    All that healing will read too is read here: a row that cannot be read ends the run now, and not after the search.
+    Of what the base writes, more is written when it is known how much there is time to heal on.
+    """
+    tokens, healing = job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0
+    most = tokens if is_generated(job.recipe.data or "") else max(tokens, healing)
+    blocks, contaminated = read_checked(job, most)
+    return training_blocks(job, tokens) if most > tokens else blocks, contaminated
+
+
+def gathered(job: Job, sharded: Any) -> Any:
+    """A whole network with the weights of a sharded one, in the process that writes; every process must ask."""
+    state: dict[str, Tensor] = {}
+    for name, value in sharded.state_dict().items():
+        whole = full_tensor(value)
+        if job.run.writes:  # at once on the CPU: beside its shards a GPU may have no room for them
+            state[name] = whole.cpu()
+    if not job.run.writes:
+        return sharded
+    model = job.load_base(torch.float32)
+    model.load_state_dict(state)
+    return model
+
+
+def text_and_settings(job: Job, blocks: Blocks, contaminated: set[str]) -> dict[str, object]:
+    """What the manifest says of a fine-tuning beside its history."""
+    recipe, section = job.recipe, job.recipe.finetuning
+    return {
+        "processes": job.accelerator.num_processes,
+        "sampler": section.sampler,
+        "parameters": section.parameters,
+        "loss": " + ".join(f"{weight:g} {name}" for name, weight in section.losses.items()),
+        "data": "text that the base wrote" if is_generated(recipe.data or "") else job.given.data,
+        "hub_dataset": hub_dataset(recipe.data or ""),
+        "blocks": len(blocks),
+        "data_fingerprint": blocks.fingerprint,
+        "skipped_rows": blocks.skipped,
+        "overlapping_report_documents": len(contaminated),
+    }
 
 
 def remove_state(run: Run) -> None:

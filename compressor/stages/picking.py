@@ -88,7 +88,6 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
     picks = [*beside]
     if recipe.key is not None:
         chosen = by_key(evaluations, recipe.key)
-        choice = Choice(chosen, None, decode_speeds(job, [chosen])[0])
         alike = chosen.architecture in [e.architecture for e in plain]
         if kinds == [True] and not beside and not alike:
             raise RequestError(
@@ -98,9 +97,7 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
         if True in kinds and not alike:
             say("  not for --format uniform: its layers differ")
             kinds.remove(True)
-        for uniform in kinds:
-            taken = replace(choice, evaluation=as_plain_class(job, chosen)) if uniform else choice
-            picks.append(pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", taken, None))
+        picks += [picked_by_key(job, chosen, uniform) for uniform in kinds]
     else:
         for name, size in parameter_limits(job):
             for uniform in kinds:
@@ -118,6 +115,13 @@ def as_plain_class(job: Job, evaluation: Evaluation) -> Evaluation:
     architecture = evaluation.architecture
     bytes_ = job.structure.bytes(architecture, smallest_storage(job, architecture, uniform=True))
     return replace(evaluation, values={**evaluation.values, "bytes": bytes_})
+
+
+def picked_by_key(job: Job, chosen: Evaluation, uniform: bool) -> PickRecord:
+    """The pick of the sub-network that the recipe's key names, which is also said."""
+    speed = decode_speeds(job, [chosen])[0]
+    choice = Choice(as_plain_class(job, chosen) if uniform else chosen, None, speed)
+    return pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None)
 
 
 def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> PickRecord:
@@ -162,7 +166,7 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
         "bits": None,
     }
     base_tps = read_front(job.run.front)["base_decode_tps"]
-    say(f"picked {name}: {described(job, numbers(job, chosen, base_tps))} (key {chosen.key[:8]}){bits}")
+    say(f"picked {name}: {described(job, numbers(chosen, base_tps))} (key {chosen.key[:8]}){bits}")
     if (quality := chosen.evaluation.values["quality"]) < POOR:
         say(
             f"warning: {name} keeps {percent(quality)} of the base's quality on the search's documents; "
@@ -174,7 +178,7 @@ def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | 
     row["others"], run = [], shell_word(job.run.path)
     for preference, other in found.by_preference.items():
         if other.key != chosen.key:
-            known = numbers(job, other, base_tps)
+            known = numbers(other, base_tps)
             row["others"].append({"prefer": preference, **known})
             say(
                 f"  by {preference} it would be {described(job, known)}: compressor pick {run} "
@@ -198,7 +202,7 @@ def network_of(choice: Choice) -> NetworkRecord:
     return {"architecture": record["architecture"], "key": record["key"], "values": values}
 
 
-def numbers(job: Job, choice: Choice, base_tps: float) -> ChoiceNumbers:
+def numbers(choice: Choice, base_tps: float) -> ChoiceNumbers:
     """What is known of a choice, as picks.json holds it; `base_tps`: the base's decode speed by its layers' timings."""
     return {
         "key": choice.key,

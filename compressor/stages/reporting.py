@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,6 @@ def report(job: Job) -> Report:
         entry["quality"] = scale.quality(record.entry.tasks, record.entry.held_out_loss)
         if entry["quality"] != record.entry.quality:  # an earlier version's definition
             update_record(record.folder, entry={"quality": entry["quality"]})
-    made = run.manifest(run.supernet) or {}
-    finetune = made.get("finetune", {})
     fingerprints = {
         "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
@@ -112,18 +110,8 @@ def report(job: Job) -> Report:
             device=device_name(job.device),
         ),
     }
-    if finetune.get("tokens"):
-        data["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
-        if "bands" in made:
-            bands = data["finetune"]["bands"] = [training(band) for band in made["bands"]]
-            for name in ("tokens", "seconds", "measuring"):  # of all; the curve is that of the largest sizes
-                data["finetune"][name] += sum(band[name] for band in bands)
-    if recipe.healing.tokens:  # what an earlier export healed may still lie there
-        healed = [name for name in exported.packages if (run.subnets / name / HEALING).is_file()]
-        data["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
+    data |= trainings(job, exported.packages)
     data["repaired"] = {r.entry.name: repaired_on(job, r.entry.architecture) for r in records}
-    if "finetune" in data or recipe.healing.tokens:
-        data["hub_dataset"] = finetune.get("hub_dataset")
     checked = with_changes(job, validate_report(data), {r.entry.name: r.lineage.scored_weights for r in records})
     for package in checked.packages:
         write_card(run.packages / package.name, render_card(checked, package.name))
@@ -218,6 +206,25 @@ def other_picks(job: Job, packages: list[str]) -> list[Alternative]:
             for other in pick.get("others", [])
             if other["key"] != pick["key"]  # a finalist may have taken the pick's place
         ]
+
+
+def trainings(job: Job, packages: Sequence[str]) -> dict[str, Any]:
+    """What the report says of the fine-tuning and of the healing of each package, as far as there was any."""
+    run, said = job.run, dict[str, Any]()
+    made = run.manifest(run.supernet) or {}
+    finetune = made.get("finetune", {})
+    if finetune.get("tokens"):
+        said["finetune"] = training(finetune) | {key: finetune[key] for key in ("sampler", "loss", "data")}
+        if "bands" in made:
+            bands = said["finetune"]["bands"] = [training(band) for band in made["bands"]]
+            for name in ("tokens", "seconds", "measuring"):  # of all; the curve is that of the largest sizes
+                said["finetune"][name] += sum(band[name] for band in bands)
+    if job.recipe.healing.tokens:  # what an earlier export healed may still lie there
+        healed = [name for name in packages if (run.subnets / name / HEALING).is_file()]
+        said["healing"] = {name: training(read_json(run.subnets / name / HEALING)) for name in healed}
+    if said:
+        said["hub_dataset"] = finetune.get("hub_dataset")
+    return said
 
 
 def training(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,25 +141,14 @@ def compare_speed(
     # 1. The same work for all of them.
     context = min(context_of(model, prompt + new) for model in models.values())
     prompt, new = fitting(prompt, new, context)
-    names = list(models)
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with torch.inference_mode(), _threads(threads):
         used_threads = torch.get_num_threads()
         ids = {name: _random_ids(model, batch, prompt) for name, model in models.items()}
         memory = {name: _peak_memory(model, ids[name], new) for name, model in models.items()}
         ready, graphs = _ready([(model, ids[name], new - 1) for name, model in models.items()])
-        passes = dict(zip(names, ready, strict=True))
-        # 2. Runs in turn; each round begins with another network.
-        turn = 0
-        while turn < warmup + repeats:
-            began = time.monotonic()
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                first, *steps = passes[name]()
-                if turn >= warmup:
-                    runs[name].append((first, sum(steps)))
-            if turn == warmup:  # the first that counts
-                repeats = runs_within(time.monotonic() - began, repeats, REPLAYED if graphs else TIMED)
-            turn += 1
+        # 2. Runs in turn.
+        passes = dict(zip(models, ready, strict=True))
+        runs = _runs_in_turn(passes, warmup, repeats, REPLAYED if graphs else TIMED)
     # 3. Medians.
     speeds = {}
     for name, model in models.items():
@@ -182,11 +171,31 @@ def compare_speed(
             latency_ms=1e3 * total,
             peak_memory_bytes=memory[name],
             warmup=warmup,
-            repeats=repeats,
+            repeats=len(runs[name]),
             prefill_spread=_spread_of([first for first, _ in runs[name]]),
             decode_spread=_spread_of([rest for _, rest in runs[name]]),
         )
     return speeds
+
+
+def _runs_in_turn(
+    passes: Mapping[str, Passes], warmup: int, repeats: int, within: float
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of reading and of generating in each run of every network, but for those that warm up. They take turns,
+    and each round begins with another one. There are `repeats`, or fewer that take `within` seconds (`runs_within`)."""
+    names = list(passes)
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    turn = 0
+    while turn < warmup + repeats:
+        began = time.monotonic()
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first, *steps = passes[name]()
+            if turn >= warmup:
+                runs[name].append((first, sum(steps)))
+        if turn == warmup:  # the first that counts
+            repeats = runs_within(time.monotonic() - began, repeats, within)
+        turn += 1
+    return runs
 
 
 def speed_beside(

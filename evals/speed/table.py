@@ -113,6 +113,26 @@ class PartTimes:
             [0.0, *map(float, solution[split:])],
         )
 
+    @classmethod
+    def fit_and_check(
+        cls,
+        networks: Sequence[Sequence[Timed]],
+        design: Sequence[Architecture],
+        sizes: tuple[Sequence[int], Sequence[int]],
+        hidden_size: int,
+    ) -> tuple[PartTimes, float]:
+        """Parts' times from the timings of all networks of a design; and the median relative error for each of the last
+        `HELD_OUT` of them by the timings of the others."""
+
+        def fit(rows: Sequence[Sequence[Timed]]) -> PartTimes:
+            return cls.fit([part for network in rows for part in network], *sizes, hidden_size)
+
+        off = []
+        for i in range(max(1, len(design) - HELD_OUT), len(design)):
+            without = fit([*networks[:i], *networks[i + 1 :]])
+            off.append(without.seconds(design[i], hidden_size) / sum(part.seconds for part in networks[i]) - 1)
+        return fit(networks), float(np.median(np.abs(off)))
+
 
 @dataclass(frozen=True)
 class SpeedTable:
@@ -202,36 +222,26 @@ class SpeedTable:
             timed.append(by_phase)
             references.append(of_base)
             on_step()
-        # 2. Fit with all, and without each of the last ones to state the error.
-        held_out = range(max(1, len(design) - HELD_OUT), len(design))
-        times: list[PartTimes] = []
-        errors = {}
-        for phase, name in enumerate(("prefill", "decode")):
+        # 2. The parts' times: those were shares of the base's.
+        fitted = []
+        for phase in (0, 1):
             scale = float(np.median([row[phase] for row in references]))
             rows = [[replace(part, seconds=scale * part.seconds) for part in network[phase]] for network in timed]
-
-            def fit(rows: list[list[Timed]]) -> PartTimes:
-                return PartTimes.fit([part for network in rows for part in network], *sizes, base.hidden_size)
-
-            off = []
-            for i in held_out:
-                without = fit([*rows[:i], *rows[i + 1 :]])
-                off.append(without.seconds(design[i], base.hidden_size) / sum(part.seconds for part in rows[i]) - 1)
-            errors[f"{name}_median_error"] = float(np.median(np.abs(off)))
-            times.append(fit(rows))
+            fitted.append(PartTimes.fit_and_check(rows, design, sizes, base.hidden_size))
+        (prefill, prefill_error), (decode, decode_error) = fitted
         return cls(
-            runtime_of(reference),
-            device_name(parameter.device),
-            torch.get_num_threads() if parameter.device.type == "cpu" else None,
-            str(parameter.dtype).removeprefix("torch."),
-            batch,
-            prompt,
-            new,
-            base.hidden_size,
-            times[0],
-            times[1],
-            errors,
-            structure.vocab_size,
+            runtime=runtime_of(reference),
+            device=device_name(parameter.device),
+            threads=torch.get_num_threads() if parameter.device.type == "cpu" else None,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            batch=batch,
+            prompt=prompt,
+            new=new,
+            hidden_size=base.hidden_size,
+            prefill=prefill,
+            decode=decode,
+            check={"prefill_median_error": prefill_error, "decode_median_error": decode_error},
+            vocab_size=structure.vocab_size,
         )
 
     def made_on(self, device: torch.device, dtype: torch.dtype) -> bool:

@@ -400,14 +400,14 @@ def _assemble(
             head=plan.outer.head,
             bits_per_weight=stored_bits(draft.folder, linear.widths),
             bits_per_parameter=8 * weight_bytes(draft.folder) / source.entry.params,
-            exceptions=_exceptions(linear, plan, config),
+            exceptions=_exceptions(linear, plan),
         )
         draft.entry["quantization_report"] = report.model_dump()
         draft.probe = source.probe
     return read_record(destination)
 
 
-def _exceptions(linear: LinearLayers, plan: SchemePlan, config: Mapping[str, Any]) -> dict[str, str]:
+def _exceptions(linear: LinearLayers, plan: SchemePlan) -> dict[str, str]:
     """The linear layers and embeddings that are not under the scheme, and what became of each."""
     bits = {linear.embedding: plan.outer.embedding} | dict.fromkeys(linear.outside, 16) | {linear.head: plan.outer.head}
     if linear.tied:

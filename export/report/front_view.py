@@ -103,12 +103,22 @@ def _items(report: Report) -> list[Item]:
     items = [
         Item("base", "base", base.params, 1.0, 1.0, decode_tps=base_tps, architecture=base.architecture)
     ]  # its scores are of the report split, and stand in the table of results
+    items += _measured_items(report, base_tps)
+    for less_is_better in (True, False):
+        _mark_front(items, less_is_better)
+    return items + _compared_items(report)
+
+
+def _measured_items(report: Report, base_tps: float | None) -> list[Item]:
+    """Every sub-network that the search measured; without a search, those on the front. `base_tps`: the base's decode
+    speed by the layers' timings."""
     packaged: dict[str, list[Package]] = {}
     for package in report.packages:
         bits = package.quantization_report and package.quantization_report.bits
         if package.quantization is None or bits:
             packaged.setdefault((bits or package.architecture).key, []).append(package)
     front = {network.key for network in report.front}
+    items = []
     networks: Sequence[MeasuredNetwork] = report.search.points if report.search else report.front
     for network in networks:
         full = not isinstance(network, Point) or network.full
@@ -133,26 +143,29 @@ def _items(report: Report) -> list[Item]:
                 on_front=network.key in front or (isinstance(network, Point) and network.on_front),
             )
         )
-    for less_is_better in (True, False):
-        _mark_front(items, less_is_better)
+    return items
+
+
+def _compared_items(report: Report) -> list[Item]:
+    """The methods of the comparison, at every size."""
     rows = {(row.method, row.size): row for row in reversed(report.comparison)}
     tables = summarize(report.comparison)
-    for method in (method for table in tables for method in table):
-        items.append(
-            Item(
-                kind="ours" if method.ours else "other",
-                name=f"{method.method} {method.size}" if method.size and len(tables) > 1 else method.method,
-                params=method.params,
-                quality=method.quality,
-                speedup=method.speedup,
-                error=method.stderr,
-                about=f"{method.about}; healed, on the report split",
-                decode_tps=method.decode_tps,
-                architecture=rows[method.method, method.size].architecture,
-                tasks=dict(method.tasks),
-            )
+    return [
+        Item(
+            kind="ours" if method.ours else "other",
+            name=f"{method.method} {method.size}" if method.size and len(tables) > 1 else method.method,
+            params=method.params,
+            quality=method.quality,
+            speedup=method.speedup,
+            error=method.stderr,
+            about=f"{method.about}; healed, on the report split",
+            decode_tps=method.decode_tps,
+            architecture=rows[method.method, method.size].architecture,
+            tasks=dict(method.tasks),
         )
-    return items
+        for table in tables
+        for method in table
+    ]
 
 
 def _x(item: Item, report: Report, by_params: bool) -> float | None:
