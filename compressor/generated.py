@@ -51,10 +51,10 @@ def generated_fingerprint(job: Job, tokens: int) -> str:
     """Of all that the text of a training of so many tokens follows from. What the user allows is part of it only where
     the training would have more."""
     rows = rows_to_read(job, tokens)
-    return text_fingerprint(job) if rows == wanted_rows(job, tokens) else fingerprint([text_fingerprint(job), rows])
+    return origin_fingerprint(job) if rows == wanted_rows(job, tokens) else fingerprint([origin_fingerprint(job), rows])
 
 
-def text_fingerprint(job: Job) -> str:
+def origin_fingerprint(job: Job) -> str:
     """Of all that a run's text follows from, however much of it there is."""
     template = getattr(job.tokenizer, "chat_template", None)
     return fingerprint([writing.VERSION, job.base_fingerprint, job.recipe.seed, job.length, template])
@@ -69,7 +69,7 @@ def generated_rows(job: Job, tokens: int) -> Iterator[Row]:
 
 def folder_of(job: Job) -> Path:
     """Where the text lies that a run's base writes."""
-    return job.run.data / f"{GENERATED}-{text_fingerprint(job)}"
+    return job.run.data / f"{GENERATED}-{origin_fingerprint(job)}"
 
 
 def is_written(job: Job, tokens: int) -> bool:

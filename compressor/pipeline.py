@@ -48,7 +48,7 @@ from export.report.schema import Comparison, Report
 from supernet.common.errors import RequestError
 from supernet.common.formatting import duration, shell_word
 from supernet.common.metrics import send_to
-from supernet.common.progress import keep_lines, kept, say, whole, working
+from supernet.common.progress import counting_down, keep_lines, log_line, say, working
 from supernet.common.versions import versions
 from supernet.training.accelerator import processes
 
@@ -180,7 +180,7 @@ def records_end() -> Iterator[None]:
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         with suppress(OSError):  # a full disk, perhaps: the first cause is what the user needs to see
-            kept("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
+            log_line("interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {reason}")
         raise
     finally:
         keep_lines()
@@ -202,7 +202,7 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
     with records_end():
         job = start(recipe, Path(output), redo=redo)
         show_plan(job)
-        with whole(job.schedule.left):
+        with counting_down(job.schedule.left):
             finetune(job)
             keep_time(job)
             search(job)

@@ -16,7 +16,7 @@ from export.models import Model
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
 from supernet.common.formatting import duration
-from supernet.common.progress import kept, left_of_all, say, working
+from supernet.common.progress import left_of_all, log_line, say, working
 
 STAGES = (
     "preparing",
@@ -128,7 +128,7 @@ class Schedule:
             raise
         else:
             self.add(name, time.monotonic() - began, ended=True)
-            kept(f"{name} took {duration(time.monotonic() - began)}")
+            log_line(f"{name} took {duration(time.monotonic() - began)}")
             if first:
                 self._done.add(name)
         finally:

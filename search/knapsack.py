@@ -95,7 +95,7 @@ class HalfSizes:
         estimates = np.where(x > points[-1], values[-1] + slopes[-1] * (x - points[-1]), estimates)
         return [float(known.get(i, estimate)) for i, estimate in enumerate(estimates)]
 
-    def measured(self, degradations: Mapping[int, float]) -> HalfSizes:
+    def rescaled(self, degradations: Mapping[int, float]) -> HalfSizes:
         """The same with the base's degradations as its scale, from those of the anchors: a power of the old scale
         between two of them, and in proportion to it below the first and above the last."""
         if self.scale is None:
@@ -151,6 +151,7 @@ def options_around(
 
     layers = []
     for index, full in reversed(list(enumerate(structure.base.layers))):
+        # 1. What the layer is now, from which sizes are exchanged.
         now, removed = at.layers[index], dict[LayerSizes, float]()
         of_half = {half: halves.get((index, half), HalfSizes([full], None)) for half in HALVES}
         shift = 0.0
@@ -158,6 +159,7 @@ def options_around(
             # Where a layer goes as a whole only, its half-blocks have no size 0 to be exchanged for another: their
             # sizes are measured around the whole layer.
             removed, now, shift = {now: 0.0}, full, more(index, full)
+        # 2. Every size of each half-block: a few are measured, the others estimated.
         rows: dict[Half, dict[LayerSizes, float]] = {}
         for half, own in of_half.items():
             units = _units_of(now, half)
@@ -167,11 +169,12 @@ def options_around(
                 for i in own.to_measure(number)
             }
             if at == structure.base and (index, half) in halves:
-                own = after[index, half] = own.measured(measured)
+                own = after[index, half] = own.rescaled(measured)
                 assert own.scale is not None
                 rows[half] = dict(zip(own.sizes, own.scale, strict=True))
             else:
                 rows[half] = dict(zip(own.sizes, own.degradations(number, measured), strict=True))
+        # 3. The layer's removal.
         removals = [
             sizes for layer, sizes in variants if layer == index and sizes.removed and sizes not in (now, *removed)
         ]

@@ -302,9 +302,7 @@ def _forward(supernet: SuperNetwork, batches: Batches, *, head: bool = False) ->
     with torch.no_grad():
         for ids in batches:
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            for part in (
-                states.flatten(0, 1).split(max(1, logits_at_once(states.device) // output.weight.shape[0]))
-                if head
-                else ()
-            ):
-                output(part)
+            if head:
+                rows = max(1, logits_at_once(states.device) // output.weight.shape[0])
+                for part in states.flatten(0, 1).split(rows):
+                    output(part)

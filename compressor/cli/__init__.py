@@ -42,7 +42,7 @@ from compressor.cli.verify import verify
 from compressor.quiet import quiet_libraries
 from supernet.common.errors import RequestError, VerificationError, first_line, out_of_space
 from supernet.common.metrics import send_to
-from supernet.common.progress import console, keep_lines, kept
+from supernet.common.progress import console, keep_lines, log_line
 
 INTERRUPTED = 130
 OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
@@ -152,5 +152,5 @@ def _fail(status: int, line: str) -> int:
     printable = " ".join(line.split()).encode("utf-8", "backslashreplace").decode()
     with contextlib.suppress(OSError):  # nobody reads any more: the status still says it
         console.print(f"error: {printable}", markup=False, soft_wrap=True, style="red")
-        kept(f"error: {printable}")
+        log_line(f"error: {printable}")
     return status

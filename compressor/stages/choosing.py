@@ -62,6 +62,7 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
     """
     if target.max_drop is not None:
         return within_drop(job, meeting(evaluations, target))
+    # 1. What the tasks do not tell from the best.
     equals = contenders(evaluations, target)
     speeds = decode_speeds(job, equals)
     if len(equals) == 1:
@@ -72,20 +73,24 @@ def choices(job: Job, evaluations: list[Evaluation], target: Target) -> Choices:
             f"warning: the tasks do not tell {len(equals)} of the {len(evaluations)} measured sub-networks apart; more "
             "documents (--limit) would. Held-out loss decides"
         )
+    # 2. Of many, the best and the fastest by their losses on a few blocks.
     measurer, numbers, base = HeldOutLosses(job), list(range(len(equals))), largest_in_training(job)
     timed = [speed or 0.0 for speed in speeds]
     healed = (job.recipe.healing.tokens or 0) >= HEALED_TOKENS
+    losses_of_all: list[Score] | None = None
     if len(equals) > FINALISTS:
-        whole, *first = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)
-        numbers = shortlist(*loss_columns(first), timed, whole.value, FINALISTS, healed)
+        whole, *losses_of_all = measurer.of([base, *(e.architecture for e in equals)], FIRST_BLOCKS)
+        numbers = shortlist(*loss_columns(losses_of_all), timed, whole.value, FINALISTS, healed)
+    # 3. What each preference takes of these, by their losses on all blocks.
     whole, *losses = measurer.of([base, *(equals[i].architecture for i in numbers)], HELD_OUT_BLOCKS)
     taken = preferred(*loss_columns(losses), [timed[i] for i in numbers], whole.value, healed)
     listed = [Choice(equals[i], loss, speeds[i]) for i, loss in zip(numbers, losses, strict=True)]
     nearest = sorted(listed, key=lambda choice: choice.loss.value if choice.loss else 0.0)
+    # 4. What is faster than the pick, by the losses of all on as many blocks.
     others = 0 if job.recipe.prefer == "quality" or not job.recipe.healing.tokens else job.recipe.healing.finalists - 1
     beyond = []
-    if others:  # by the losses of all, on as many blocks
-        known = first if len(equals) > FINALISTS else losses
+    if others:
+        known = losses if losses_of_all is None else losses_of_all
         pick = numbers[taken[job.recipe.prefer]]
         beyond = [Choice(equals[i], known[i], speeds[i]) for i in faster(loss_columns(known)[0], timed, pick, others)]
     return Choices({name: listed[i] for name, i in taken.items()}, nearest, beyond)

@@ -67,18 +67,22 @@ def shortgpt(context: PruningContext) -> Cut:
 
 def late_block(context: PruningContext) -> Cut:
     """The base without the n consecutive layers that turn the last token's residual least (eq. 3)."""
-    supernet = context.supernet()
-    depth = len(context.structure.base.layers)
-    last_tokens = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in context.calibration]
+    block = least_turning(context.supernet(), context.calibration)
+    return _cut(context, removal(context, (block(n) for n in range(1, len(context.structure.base.layers)))))
+
+
+def least_turning(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Callable[[int], range]:
+    """The n consecutive layers of the least mean angular distance between the last token's residuals, as a function of
+    n; `batches` are token ids [rows, length]."""
+    last_tokens = [torch.stack(residuals(supernet, ids))[:, :, -1] for ids in batches]
     last = torch.cat(last_tokens, dim=1)  # [depth + 1, sequences, hidden]
 
     def block(n: int) -> range:
-        """The n layers of the least mean distance."""
-        distances = [float(angular_distance(last[start], last[start + n]).mean()) for start in range(depth - n + 1)]
+        distances = [float(angular_distance(last[start], last[start + n]).mean()) for start in range(len(last) - n)]
         start = min(range(len(distances)), key=distances.__getitem__)
         return range(start, start + n)
 
-    return _cut(context, removal(context, (block(n) for n in range(1, depth))))
+    return block
 
 
 def sleb(context: PruningContext) -> Cut:

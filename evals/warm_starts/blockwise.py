@@ -45,7 +45,7 @@ def blockwise(supernet: SuperNetwork, variants: Variants, batches: Sequence[Batc
 
     The degradation of a variant is KL(whole network || network with the one block replaced), in nats per token on
     `batches`. It is measured for two or three sizes of each half-block, one pass over the batches each, and estimated
-    for the others from the closed-form errors of their outputs (`supernet.slice_errors`, `HalfSizes.measured`).
+    for the others from the closed-form errors of their outputs (`supernet.slice_errors`, `HalfSizes.rescaled`).
     """
     halves = halves_of(supernet, variants, batches)
     options, measured = _measured_around(supernet, supernet.base, variants, halves, batches)

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from evals.baselines import with_groups, without
-from evals.baselines.depth import angular_distance, loss_in, residuals
+from evals.baselines.depth import least_turning, loss_in
 from evals.warm_starts import Shapes
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
@@ -73,13 +71,7 @@ def removals(
         ids = [batch.ids for batch in batches]
         influence = block_influence(supernet, ids)
         by_influence = sorted(range(depth), key=influence.__getitem__)
-        last = torch.cat([torch.stack(residuals(supernet, rows))[:, :, -1] for rows in ids], dim=1)
-
-        def late(n: int) -> range:
-            distances = [float(angular_distance(last[i], last[i + n]).mean()) for i in range(depth - n + 1)]
-            start = min(range(len(distances)), key=distances.__getitem__)
-            return range(start, start + n)
-
+        late = least_turning(supernet, ids)
         # 2. Each layer alone: Minitron.
         loss = loss_in(supernet, batches)
         alone = []
@@ -139,29 +131,28 @@ def uniform_width(space: SearchSpace, size: int) -> Architecture | None:
     """All layers of one width and one number of head groups, at about the same share of both; None where the space has
     none within the size."""
     most = max(layer.num_key_value_heads for layer in space.base.layers)
-    full = max(layer.intermediate_size for layer in space.base.layers)
-    candidates = []
-    for groups in range(1, most + 1):
-        cut = with_groups(space.base, groups)
-        shape = at_most(space, size, partial(with_widths, space, cut))
-        if shape is not None and shape in space:
-            width = max(layer.intermediate_size for layer in shape.layers)
-            candidates.append((abs(groups / most - width / full), -groups, shape))
-    return min(candidates, key=lambda candidate: candidate[:2], default=(0.0, 0, None))[2]
+    return evenest(space, size, ((groups / most, with_groups(space.base, groups)) for groups in range(1, most + 1)))
 
 
 def residual_width(space: SearchSpace, size: int) -> Architecture | None:
     """All heads and layers, the residual and the FFN at about the same share; None where the residual width cannot be
     cut."""
+    full = space.base.hidden_size
+    narrower = [hidden for hidden in space.values_of("hidden_size") if hidden < full]
+    return evenest(space, size, ((hidden / full, replace(space.base, hidden_size=hidden)) for hidden in narrower))
+
+
+def evenest(space: SearchSpace, size: int, cuts: Iterable[tuple[float, Architecture]]) -> Architecture | None:
+    """Of cuts, each with the share of its units that it keeps, narrowed to the size: the one whose FFN keeps the share
+    nearest to that, the larger share among equals; None where the space has none within the size."""
     full = max(layer.intermediate_size for layer in space.base.layers)
-    candidates = []
-    for hidden in space.values_of("hidden_size"):
-        cut = replace(space.base, hidden_size=hidden)
+    shapes = []
+    for share, cut in cuts:
         shape = at_most(space, size, partial(with_widths, space, cut))
-        if shape is not None and shape in space and hidden < space.base.hidden_size:
+        if shape is not None and shape in space:
             width = max(layer.intermediate_size for layer in shape.layers)
-            candidates.append((abs(hidden / space.base.hidden_size - width / full), -hidden, shape))
-    return min(candidates, key=lambda candidate: candidate[:2], default=(0.0, 0, None))[2]
+            shapes.append((abs(share - width / full), -share, shape))
+    return min(shapes, key=lambda row: row[:2], default=(0.0, 0.0, None))[2]
 
 
 def at_most(space: SearchSpace, size: int, sized: Callable[[int], Architecture]) -> Architecture | None:

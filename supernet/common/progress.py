@@ -38,7 +38,7 @@ _kept: list[Callable[[str], None]] = []
 
 
 @contextmanager
-def whole(left: Callable[[], float | None]) -> Iterator[None]:
+def counting_down(left: Callable[[], float | None]) -> Iterator[None]:
     """Within, bars show what `left` says: seconds until all the work is done that they are parts of, or None."""
     _left_of_all.append(left)
     try:
@@ -58,7 +58,7 @@ def keep_lines(*keep: Callable[[str], None]) -> None:
     _kept[:] = keep
 
 
-def kept(line: str) -> None:
+def log_line(line: str) -> None:
     """Send a line to those functions without printing it."""
     for keep in _kept:
         keep(line)
@@ -70,7 +70,7 @@ def say(line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
     _screen.spoken = time.monotonic()
     if line.strip():
-        kept(line.strip())
+        log_line(line.strip())
 
 
 @dataclass

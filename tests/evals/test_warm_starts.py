@@ -80,7 +80,7 @@ def test_a_few_sizes_tell_the_others() -> None:
     assert half.to_measure(4) == [3, 5, 8] and half.to_measure(8) == [7] and half.to_measure(1) == [0, 2, 3]
     # Around the base a degradation is a power of the error; here of the power 2.
     true = [3 * x**2 for x in moved]
-    known = half.measured({i: true[i] for i in half.to_measure(0)})
+    known = half.rescaled({i: true[i] for i in half.to_measure(0)})
     assert known.sizes == sizes and known.scale is not None
     assert known.scale[3:] == pytest.approx(true[3:])
     assert known.scale[:3] == pytest.approx([true[3] * x / moved[3] for x in moved[:3]])  # below, in proportion
@@ -96,7 +96,7 @@ def test_of_what_no_error_is_known_every_size_is_measured() -> None:
     unknown = HalfSizes(sizes, None)
     assert unknown.to_measure(1) == [0, 2, 3, 4]
     assert unknown.degradations(1, {0: -1.0, 2: 1.0, 3: 5.0, 4: 2.0}) == [-1.0, 0.0, 1.0, 5.0, 2.0]
-    known = unknown.measured({1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0})
+    known = unknown.rescaled({1: 1.0, 2: 3.0, 3: 2.0, 4: 5.0})
     assert known.scale == [0.0, 1.0, 2.0, 3.0, 5.0]
     assert [row.intermediate_size for row in known.sizes] == [128, 96, 32, 64, 0]
 
@@ -125,7 +125,7 @@ def test_estimates_order_variants_as_measurements_do(model: PreTrainedModel) -> 
     for (layer, _), own in halves.items():
         each = [degradation(with_layer(supernet.base, layer, sizes)) for sizes in own.sizes]
         measured += each[1:]
-        estimated += (own.measured({i: each[i] for i in own.to_measure(0)}).scale or [])[1:]
+        estimated += (own.rescaled({i: each[i] for i in own.to_measure(0)}).scale or [])[1:]
     assert len(measured) == len(variants)
     assert kendalltau(estimated, measured).statistic > 0.9
 

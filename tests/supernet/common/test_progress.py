@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from supernet.common import progress
-from supernet.common.progress import Bar, bar, keep_lines, line, say, whole, working
+from supernet.common.progress import Bar, bar, counting_down, keep_lines, line, say, working
 
 
 @pytest.mark.parametrize("width", [36, 40, 60, 80, 120])
 def test_the_time_left_is_the_last_thing_that_is_cut(width: int) -> None:
     running = Bar("measuring around a proposal", 12, 5, "best quality 0.912 at 0.67 of the parameters")
-    with whole(lambda: 4000.0):
+    with counting_down(lambda: 4000.0):
         shown = line(running, width)
     assert len(shown) <= width and shown.endswith("about 1 h 6 min left of the run")
     if width >= 60:
