@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import ordered_supernet, temporary_job
-from compressor.inputs import training_blocks
-from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
+from compressor.inputs import FEW_AT_ONCE, few_blocks, training_blocks
+from compressor.stages.warm_start import layer_variants, rounds_of
 from evals.warm_starts.blockwise import blockwise, refined
 from search.knapsack import Path
 from search.space import SearchSpace
@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with temporary_job(arguments.checkpoint, arguments.data) as job:
         blocks = training_blocks(job, 3 * (arguments.blocks + 32) * 256)
-        seen, held_out = blocks[: blocks_to_read(job)].split(BATCH), blocks.split(least=arguments.blocks)[1]
+        seen, held_out = blocks[: few_blocks(job)].split(FEW_AT_ONCE), blocks.split(least=arguments.blocks)[1]
         supernet = ordered_supernet(job, blocks[:32].ids.split(8))
         variants = layer_variants(SearchSpace.preset("fine", job.structure))
         whole = job.structure.parameters(job.structure.base)

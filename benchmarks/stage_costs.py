@@ -24,12 +24,12 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks.common import make_parser, print_header, print_row, resident, timed
 from benchmarks.jobs import temporary_job
 from compressor import demo
-from compressor.inputs import calibration_blocks, training_blocks
+from compressor.inputs import calibration_blocks, few_batches, training_blocks
 from compressor.job import Job
 from compressor.stages.finetuning import order_supernet
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import HeldOut
-from compressor.stages.warm_start import BATCH, blocks_to_read, layer_variants, rounds_of
+from compressor.stages.warm_start import layer_variants, rounds_of
 from evals.speed.table import SpeedTable
 from evals.warm_starts.blockwise import blockwise, refined
 from export.layouts.table import write_layout
@@ -57,7 +57,7 @@ def timing(job: Job, supernet: SuperNetwork, share: float) -> str:
 def proposals(job: Job, supernet: SuperNetwork, share: float) -> str:
     """Block by block, then around what that proposes at one size."""
     variants = layer_variants(job.space)
-    batches = training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
+    batches = few_batches(job)
     began = time.perf_counter()
     found = blockwise(supernet, variants, batches)
     first = time.perf_counter() - began

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from compressor.generated import is_written, rows_at_once, rows_to_read
-from compressor.inputs import calibration_blocks
+from compressor.inputs import calibration_blocks, few_blocks
 from compressor.job import Job
 from compressor.memory_needs import HEALED, expected_memory
 from compressor.rates import DISK_RATE, Rates
@@ -21,7 +21,7 @@ from compressor.stages.llama_types import SAMPLES, llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import is_tuned
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
-from compressor.stages.warm_start import blocks_to_read, expected_passes
+from compressor.stages.warm_start import expected_passes
 from evals.speed.measured import runs_within
 from evals.speed.table import SpeedTable
 from export.layouts.table import GGUF_MIXED
@@ -263,7 +263,7 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
 def _measuring_bits(counts: _Counts, rates: Rates, genes: Iterable[Gene]) -> float:
     """Each value of each gene in the whole network, from the first layer that has fewer bits on."""
     passes = sum(bits < AS_STORED for gene in genes for bits in gene.values) / 2
-    return passes * blocks_to_read(counts.job) * counts.length * rates.teach
+    return passes * few_blocks(counts.job) * counts.length * rates.teach
 
 
 def _measuring_types(counts: _Counts, rates: Rates) -> float:

@@ -9,9 +9,10 @@ import torch
 
 from compressor.generated import generated_fingerprint, generated_rows
 from compressor.job import Job
+from compressor.recipe import Finetuning
 from export.shards import weight_files
 from supernet.common.files import content_fingerprint, fingerprint
-from supernet.training.data import Blocks, pack, pack_rows
+from supernet.training.data import Batch, Blocks, pack, pack_rows
 from supernet.training.sources import Row, is_generated, local_files, read_rows
 
 CALIBRATION_BLOCKS = 64
@@ -19,6 +20,12 @@ CALIBRATION_BLOCKS = 64
 Losses of sub-networks ordered on 32 blocks differ by a twentieth of what another 64 blocks change (docs/results.md)."""
 LARGE = 30_000_000
 """Parameters from which on fewer blocks are read for what only has to be put in order, since each costs more."""
+
+FEW_BLOCKS = 8
+"""Blocks of the training text that single changes to the whole network are measured on. Of networks of over `LARGE`
+parameters fewer, down to 2: what is measured on 2 is ordered as differently from 8 as what is measured on 8 others."""
+FEW_AT_ONCE = 4
+"""How many of them in a batch."""
 
 STATE = "training.safetensors"
 """What the training can go on from, beside what the stage fills, until all of that is there."""
@@ -35,6 +42,24 @@ def calibration_blocks(job: Job) -> int:
 def calibration_batches(job: Job, blocks: Blocks) -> list[torch.Tensor]:
     """Token ids of the first blocks that are trained on, which all criteria of importance share."""
     return [batch.ids for batch in blocks.split()[0][: calibration_blocks(job)].to(job.device).split(8)]
+
+
+def few_blocks(job: Job) -> int:
+    """How many blocks of the training text single changes are measured on."""
+    parameters = job.structure.parameters(job.structure.base)
+    return min(FEW_BLOCKS, max(2, round(FEW_BLOCKS * LARGE / parameters)))
+
+
+def few_batches(job: Job) -> list[Batch]:
+    """These blocks."""
+    return training_blocks(job, 0)[: few_blocks(job)].to(job.device).split(FEW_AT_ONCE)
+
+
+def few_inputs(job: Job) -> list[object]:
+    """What the inputs of a kept file say of them: of the length of blocks nothing where it is the default, as in
+    earlier versions."""
+    length = job.recipe.finetuning.sequence_length
+    return [rows_fingerprint(job, 0), *([] if length == Finetuning().sequence_length else [length])]
 
 
 def text_fingerprint(job: Job, tokens: int) -> str:

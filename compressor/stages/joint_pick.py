@@ -31,12 +31,12 @@ from compressor.sizing import (
     smallest_storage,
     storage_of,
 )
+from compressor.stages.bit_losses import in_groups_of, losses_by_bits
 from compressor.stages.picks import BitsRecord
 from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from compressor.stages.warm_start import in_groups_of, losses_by_bits
 from export.quantization.quantize import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, FormName, OuterBits

@@ -18,6 +18,7 @@ from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.schedule import stage
 from compressor.sizing import byte_limit
+from compressor.stages.bit_losses import RoundingMethod, losses_by_bits
 from compressor.stages.joint_pick import (
     MEASURED,
     Bits,
@@ -30,7 +31,6 @@ from compressor.stages.joint_pick import (
     sizes_within,
 )
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from compressor.stages.warm_start import RoundingMethod, losses_by_bits
 from export.layouts.gguf.layout import FileSize, take_stored_weights
 from export.layouts.gguf.types import BY_BITS, as_stored, type_by_bits
 from export.layouts.table import GGUF_MIXED, write_layout

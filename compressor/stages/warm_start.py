@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from compressor.inputs import LARGE, rows_fingerprint, training_blocks
+from compressor.inputs import LARGE, few_batches, few_blocks, few_inputs
 from compressor.job import Job
-from compressor.recipe import Finetuning
 from compressor.run import Run
 from compressor.schedule import stage
 from compressor.sizing import bits_group, byte_limit, sizes_asked_for, smallest_storage
+from compressor.stages.bit_losses import in_groups_of, losses_by_bits
 from compressor.stages.front import read_front
-from compressor.stages.repairing import load_searched, rounded_variants, search_repair_inputs, searched_weights
+from compressor.stages.repairing import load_searched, search_repair_inputs
 from evals.warm_starts import GREEDY, Shapes, WarmStart, warm_start_methods, warm_starts
-from evals.warm_starts.blockwise import ROUNDS, degradation_in, passes_around, refined
-from export.quantization.rounded_variants import Round, in_groups
-from search.bit_assignment import Losses, spread_by_bytes, with_bits, with_gene
-from search.genes import AS_STORED, BITS, Gene
+from evals.warm_starts.blockwise import ROUNDS, passes_around, refined
+from search.bit_assignment import spread_by_bytes, with_bits
+from search.genes import BITS
 from search.space import SearchSpace
 from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError, did_you_mean
 from supernet.common.files import kept_json, sha256
-from supernet.common.progress import bar, say
-from supernet.training.data import Batch
+from supernet.common.progress import say
 
-BLOCKS, BATCH = 8, 4
-"""Blocks of training text that the methods look at, and how many at a time. Of networks of over `LARGE` parameters
-fewer, down to 2: what is measured on 2 is ordered as differently from 8 as what is measured on 8 others."""
 SHAPES_SHARE = 1 / 8
 """Share of the evaluations that shapes of the sizes asked for may take."""
 SHAPES_SIZES = (0.9, 0.8, 0.7)
@@ -105,13 +98,13 @@ def proposed(job: Job, name: str) -> list[Architecture]:
 
     def propose() -> list[Architecture]:
         say(f"{name}: looking for architectures to start from")
-        batches, supernet = batches_read(job), load_searched(job)
+        batches, supernet = few_batches(job), load_searched(job)
         found = method.propose(supernet, variants, batches)
         sizes, rounds = sizes_asked_for(job), rounds_of(job)
         path = found.path + refined(supernet, variants, batches, found.path, sizes, found.halves, rounds)
         return [architecture for _, architecture in path]
 
-    of = [job.run.supernet_weights, job.space.to_dict(), *text_read(job), job.recipe.targets.model_dump()]
+    of = [job.run.supernet_weights, job.space.to_dict(), *few_inputs(job), job.recipe.targets.model_dump()]
     architectures = kept_proposals(job, name, [*of, *search_repair_inputs(job).values(), METHOD], propose)
     return [architecture for architecture in architectures if architecture in job.space]
 
@@ -143,45 +136,6 @@ def in_bits(job: Job, architectures: Sequence[Architecture]) -> list[Architectur
     return spread_by_bytes(fitting, bytes_of, job.recipe.searching.population)
 
 
-@dataclass(frozen=True)
-class RoundingMethod:
-    """A way to round to bits: its name among the run's files, all that it depends on, and what it does."""
-
-    name: str
-    inputs: object
-    round: Round
-
-
-def in_groups_of(group_size: int) -> RoundingMethod:
-    """As `mixed` packages of compressed-tensors are, in groups of so many input channels."""
-    return RoundingMethod("bits", group_size, partial(in_groups, group_size=group_size))
-
-
-def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) -> Losses:
-    """KL(whole network || with one gene of bits at another value), nats per token; from `search/NAME.json` of the
-    rounding where it was measured before."""
-    # Later layers first: less is new.
-    asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values if bits < AS_STORED]
-    named = [(gene.name, gene.values) for gene in genes]
-
-    def measure() -> dict[str, object]:
-        batches, supernet = batches_read(job), job.load_supernet()
-        supernet.use(rounded_variants(job, supernet, rounding.round))
-        degradation, measured = degradation_in(supernet, batches), list[float]()
-        with bar("measuring bits", len(asked)) as progress:
-            for gene, bits in asked:
-                measured.append(degradation(with_gene(supernet.base, gene, bits)))
-                progress.advance()
-        return {"losses": measured}
-
-    inputs = [searched_weights(job), named, rounding.inputs, *text_read(job)]
-    kept = kept_json(job.run.search / f"{rounding.name}.json", inputs, measure)
-    losses: dict[Gene, dict[int, float]] = {}
-    for (gene, bits), loss in zip(asked, kept["losses"], strict=True):
-        losses.setdefault(gene, {})[bits] = loss
-    return losses
-
-
 def shapes(job: Job, method: Shapes) -> list[Architecture]:
     """What a method proposes for the sizes asked for; from `search/proposals-NAME.json` where it was asked before."""
     whole = job.structure.parameters(job.structure.base)
@@ -189,33 +143,11 @@ def shapes(job: Job, method: Shapes) -> list[Architecture]:
 
     def propose() -> Sequence[Architecture]:
         say(f"{method.name}: what baselines would cut")
-        batches = batches_read(job)
+        batches = few_batches(job)
         return method.propose(load_searched(job), job.space, batches, sizes)
 
-    of = [job.run.supernet_weights, job.space.to_dict(), *text_read(job), sizes]
+    of = [job.run.supernet_weights, job.space.to_dict(), *few_inputs(job), sizes]
     return kept_proposals(job, method.name, [*of, *search_repair_inputs(job).values()], propose)
-
-
-def batches_read(job: Job) -> list[Batch]:
-    """The blocks of training text that the methods look at."""
-    return training_blocks(job, 0)[: blocks_to_read(job)].to(job.device).split(BATCH)
-
-
-def text_read(job: Job) -> list[object]:
-    """What the inputs of kept files say of the training text."""
-    return [rows_fingerprint(job, 0), *length_read(job)]
-
-
-def length_read(job: Job) -> list[int]:
-    """What inputs say of the length of blocks: nothing where it is the default, as in earlier versions."""
-    length = job.recipe.finetuning.sequence_length
-    return [] if length == Finetuning().sequence_length else [length]
-
-
-def blocks_to_read(job: Job) -> int:
-    """How many blocks of training text the methods look at: fewer for large networks, whose passes cost more."""
-    parameters = job.structure.parameters(job.structure.base)
-    return min(BLOCKS, max(2, round(BLOCKS * LARGE / parameters)))
 
 
 def rounds_of(job: Job) -> int:
@@ -233,7 +165,7 @@ def expected_passes(job: Job) -> tuple[float, int]:
     passes.append(sum(len(gene.values) - 1 for gene in job.declared_space.genes if gene.kind in BITS) / 2)
     if layer_variants(job.declared_space):
         passes += [method.passes(layers) + around for method in methods if isinstance(method, WarmStart)]
-    return sum(passes), blocks_to_read(job)
+    return sum(passes), few_blocks(job)
 
 
 def layer_variants(space: SearchSpace) -> Sequence[tuple[int, LayerSizes]]:

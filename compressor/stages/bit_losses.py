@@ -1,0 +1,56 @@
+"""What bits cost: each value of each gene of bits alone, in the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from compressor.inputs import few_batches, few_inputs
+from compressor.job import Job
+from compressor.stages.repairing import rounded_variants, searched_weights
+from evals.warm_starts.blockwise import degradation_in
+from export.quantization.rounded_variants import Round, in_groups
+from search.bit_assignment import Losses, with_gene
+from search.genes import AS_STORED, Gene
+from supernet.common.files import kept_json
+from supernet.common.progress import bar
+
+
+@dataclass(frozen=True)
+class RoundingMethod:
+    """A way to round to bits: its name among the run's files, all that it depends on, and what it does."""
+
+    name: str
+    inputs: object
+    round: Round
+
+
+def in_groups_of(group_size: int) -> RoundingMethod:
+    """As `mixed` packages of compressed-tensors are, in groups of so many input channels."""
+    return RoundingMethod("bits", group_size, partial(in_groups, group_size=group_size))
+
+
+def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) -> Losses:
+    """KL(whole network || with one gene of bits at another value), nats per token; from `search/NAME.json` of the
+    rounding where it was measured before."""
+    # Later layers first: less is new.
+    asked = [(gene, bits) for gene in reversed(genes) for bits in gene.values if bits < AS_STORED]
+    named = [(gene.name, gene.values) for gene in genes]
+
+    def measure() -> dict[str, object]:
+        batches, supernet = few_batches(job), job.load_supernet()
+        supernet.use(rounded_variants(job, supernet, rounding.round))
+        degradation, measured = degradation_in(supernet, batches), list[float]()
+        with bar("measuring bits", len(asked)) as progress:
+            for gene, bits in asked:
+                measured.append(degradation(with_gene(supernet.base, gene, bits)))
+                progress.advance()
+        return {"losses": measured}
+
+    inputs = [searched_weights(job), named, rounding.inputs, *few_inputs(job)]
+    kept = kept_json(job.run.search / f"{rounding.name}.json", inputs, measure)
+    losses: dict[Gene, dict[int, float]] = {}
+    for (gene, bits), loss in zip(asked, kept["losses"], strict=True):
+        losses.setdefault(gene, {})[bits] = loss
+    return losses
