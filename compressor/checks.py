@@ -8,6 +8,7 @@ from pathlib import Path
 from compressor.generated import repeated
 from compressor.job import Job
 from compressor.memory_needs import without_room
+from compressor.recipe import Finetuning
 from compressor.sizing import (
     byte_limit,
     input_widths,
@@ -46,6 +47,8 @@ def check(job: Job) -> None:
     recipe = job.recipe
     check_ordering(job)
     check_finetuning(job)
+    if job.length < recipe.finetuning.sequence_length != Finetuning().sequence_length:
+        say(f"note: finetuning.sequence_length: {job.length:,} tokens are read at once, all that this network can")
     if recipe.time is None:
         check_budgets(job)
     check_tokens(job)

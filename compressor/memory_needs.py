@@ -27,7 +27,7 @@ def expected_memory(job: Job) -> dict[str, float]:
     )
     weight_bytes = total * job.compute_dtype.itemsize
     trained = 16 * total - 4 * sum(map(math.prod, orthogonal_shapes(job)))  # Muon has one moment, AdamW two
-    tokens, checkpointing = rows * recipe.finetuning.sequence_length, recipe.finetuning.gradient_checkpointing
+    tokens, checkpointing = rows * job.length, recipe.finetuning.gradient_checkpointing
     activations = activation_bytes(structure, tokens, checkpointing, logits_at_once(job.device))
     if recipe.finetuning.parameters == "lora":
         training = weight_bytes + 16 * adapter_parameters(structure, recipe.finetuning.lora_rank)
@@ -38,7 +38,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         changed = sum(math.prod(structure.shape(tensor, base) or ()) for tensor in routed(structure))
         training += 16 * routed_parameters(structure, recipe.finetuning.lora_rank) + 8 * changed
         scoring += weight_bytes * changed // total
-    kept = (recipe.quantizing.samples or 0) * recipe.finetuning.sequence_length * base.hidden_size * 4
+    kept = (recipe.quantizing.samples or 0) * job.length * base.hidden_size * 4
     return {
         "preparing": (weight_bytes if recipe.finetuning.parameters == "lora" else 4 * total) + activations,
         "writing text": scoring,

@@ -87,7 +87,7 @@ def estimate_rates(job: Job, flops: float | None = None, bandwidth: float | None
     flops = (flops or matrix_rate(job.device, job.compute_dtype)) * EFFICIENCY
     bandwidth = bandwidth or copy_rate(job.device)
     total = structure.parameters(structure.base)
-    read = 2 * structure.macs(structure.base, job.recipe.finetuning.sequence_length // 2) / flops
+    read = 2 * structure.macs(structure.base, job.length // 2) / flops
     weights = total * job.compute_dtype.itemsize
     return Rates(
         load=1.0 + weights / DISK_RATE,

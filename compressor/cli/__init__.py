@@ -1,8 +1,8 @@
 """The command line: one file here for each command, which owns its options and what it prints.
 
 Options that set a key of the recipe stand in `options`, once. Every failure is one line. Exit status: 0 done; 2 the
-request is wrong; 1 a fault of ours; 130 interrupted. Progress and messages go to stderr, so that `--json` has stdout to
-itself. Nothing here imports torch before a command runs, so that `--help` is quick.
+request is wrong; 1 a fault of ours; 130 interrupted, also by SIGTERM. Progress and messages go to stderr, so that
+`--json` has stdout to itself. Nothing here imports torch before a command runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -91,7 +92,14 @@ def options(
 
 def main() -> None:
     """The entry point of the command `compressor`."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(*_: object) -> None:
+    """What a batch system or `docker stop` sends is an interruption like Ctrl-C: what is being done is cleaned up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: a second one must not stop the cleaning up
+    raise KeyboardInterrupt
 
 
 @quiet_libraries()

@@ -24,7 +24,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help=RECIPE_OPTIONS["tasks"].help)],
     output: Annotated[Path | None, typer.Option(help="where to write the results, in lm-eval's format")] = None,
     include_path: IncludePath = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents per task")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents per task, or per group")] = None,
     json: Json = False,
 ) -> None:
     """Score any checkpoint on lm-eval tasks.

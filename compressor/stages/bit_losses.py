@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from compressor.inputs import few_batches, few_inputs
 from compressor.job import Job
 from compressor.stages.repairing import rounded_variants, searched_weights
@@ -13,6 +16,7 @@ from evals.warm_starts.blockwise import degradation_in
 from export.quantization.rounded_variants import Round, in_groups
 from search.bit_assignment import Losses, with_gene
 from search.genes import AS_STORED, Gene
+from supernet.architecture import GROUP_SIZES
 from supernet.common.files import kept_json
 from supernet.common.progress import bar
 
@@ -24,11 +28,20 @@ class RoundingMethod:
     name: str
     inputs: object
     round: Round
+    block: int = GROUP_SIZES[-1]
+    """Input channels that have bits together: a width that this does not divide is stored in more."""
+
+    def as_asked(self, weight: Tensor, bits: int) -> Tensor:
+        """A weight [outputs, inputs] rounded as if its widths could hold so many bits: those of a sub-network may,
+        where the base's cannot."""
+        outputs, inputs = weight.shape
+        padded = F.pad(weight, (0, -inputs % self.block, 0, -outputs % GROUP_SIZES[-1]))
+        return self.round(padded, bits)[:outputs, :inputs]
 
 
 def in_groups_of(group_size: int) -> RoundingMethod:
     """As `mixed` packages of compressed-tensors are, in groups of so many input channels."""
-    return RoundingMethod("bits", group_size, partial(in_groups, group_size=group_size))
+    return RoundingMethod("bits", group_size, partial(in_groups, group_size=group_size), block=group_size)
 
 
 def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) -> Losses:
@@ -40,7 +53,7 @@ def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) ->
 
     def measure() -> dict[str, object]:
         batches, supernet = few_batches(job), job.load_supernet()
-        supernet.use(rounded_variants(job, supernet, rounding.round))
+        supernet.use(rounded_variants(job, supernet, rounding.as_asked))
         degradation, measured = degradation_in(supernet, batches), list[float]()
         with bar("measuring bits", len(asked)) as progress:
             for gene, bits in asked:
@@ -48,7 +61,10 @@ def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) ->
                 progress.advance()
         return {"losses": measured}
 
-    inputs = [searched_weights(job), named, rounding.inputs, *few_inputs(job)]
+    shapes = [job.structure.shape(tensor, job.structure.base) or () for tensor in job.structure.tensors]
+    odd = any(width % GROUP_SIZES[-1] for shape in shapes if len(shape) == 2 for width in shape[-2:])
+    as_asked = ["as asked"] if odd else []  # earlier versions measured what such widths are stored in
+    inputs = [searched_weights(job), named, rounding.inputs, *as_asked, *few_inputs(job)]
     kept = kept_json(job.run.search / f"{rounding.name}.json", inputs, measure)
     losses: dict[Gene, dict[int, float]] = {}
     for (gene, bits), loss in zip(asked, kept["losses"], strict=True):

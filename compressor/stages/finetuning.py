@@ -103,9 +103,25 @@ def check_unchanged(job: Job) -> None:
         )
     if made and job.redo != "finetune" and not run.whole(run.supernet, finetuning_inputs(job)):
         raise RequestError(
-            f"{run.path}: its super-network was fine-tuned from another recipe or data; compress with --redo finetune "
-            "to do it again (its evaluations will not count any more), or name another --output"
+            f"{run.path}: its super-network was fine-tuned from another recipe or data{what_changed(job)}; compress "
+            "with --redo finetune to do it again (its evaluations will not count any more), or name another --output"
         )
+
+
+def what_changed(job: Job) -> str:
+    """Which keys that the super-network depends on are others in the run's recipe.yaml, in brackets; nothing where none
+    is, as where the text itself changed."""
+    before, now = job.run.recipe(), job.given
+    changed = [
+        f"{name} {was} → {value}"
+        for name in ("model", "data", "text_key", "seed", "space")
+        if (was := getattr(before, name)) != (value := getattr(now, name))
+    ]
+    section = now.finetuning.model_dump()
+    for key, was in before.finetuning.model_dump().items():
+        if was != section[key]:
+            changed.append(f"finetuning.{key} {was} → {section[key]}")
+    return f" ({', '.join(changed)})" if changed else ""
 
 
 def check_same_base(job: Job) -> None:

@@ -190,8 +190,9 @@ def sizes_within(job: Job, evaluations: Sequence[Evaluation], target: Target) ->
     """The best of these sub-networks and the whole one of each size that meets the target but for its bytes. Raises
     ValueError where nothing does."""
     unlimited = replace(target, max_bytes=None)
-    whole = whole_network(job)
-    others = [row for row in evaluations if row.architecture != whole.architecture]
+    base = job.structure.base
+    whole = next((row for row in evaluations if row.architecture == base and row.full), None) or whole_network(job)
+    others = [row for row in evaluations if row.architecture != base]
     able = [row for row in [whole, *others] if row.full and not unlimited.misses(row)]
     if not able:
         raise ValueError(f"no measured architecture has {unlimited}")
@@ -202,7 +203,7 @@ def sizes_within(job: Job, evaluations: Sequence[Evaluation], target: Target) ->
 
 
 def whole_network(job: Job) -> Evaluation:
-    """The whole network as a measured sub-network: every quality is measured against it."""
+    """The whole network where the search did not measure it: nothing was lost to a cut."""
     base = job.structure.base
     values = {
         "quality": 1.0,

@@ -7,18 +7,32 @@ from collections.abc import Iterator
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from supernet.common.progress import say
-from supernet.training.contamination import RUN, Contamination
+from supernet.training.contamination import RUN, Contamination, Repeats
 from supernet.training.data import Blocks
+from supernet.training.sources import Row
+
+REPEATED = 0.05
+"""Share of the text that may repeat earlier documents before it is warned of: greetings and headings always do."""
 
 
 def read_checked(job: Job, tokens: int) -> tuple[Blocks, set[str]]:
-    """The text of a training of so many tokens, and names of the report documents that lie in it; warns of these, and
-    of rows that were passed over."""
-    overlap = Contamination(report_texts(job))
-    blocks = training_blocks(job, tokens, lambda row: overlap.show(row.text))
+    """The text of a training of so many tokens, and names of the report documents that lie in it; warns of these, of
+    rows that were passed over, and of documents that are there several times."""
+    overlap, repeats = Contamination(report_texts(job)), Repeats()
+
+    def seen(row: Row) -> None:
+        overlap.show(row.text)
+        repeats.show(row.text)
+
+    blocks = training_blocks(job, tokens, seen)
     if blocks.skipped:
         reasons = ", ".join(f"{count} because {reason}" for reason, count in blocks.skipped.items())
         say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
+    if repeats.share > REPEATED:
+        say(
+            f"warning: {repeats.share:.0%} of the text of --data {job.given.data} is documents that it holds already; "
+            "what is held out of it may be trained on, so that held-out losses are too good: leave them out"
+        )
     contaminated = overlap.contaminated
     if contaminated:
         say(

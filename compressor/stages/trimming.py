@@ -56,6 +56,8 @@ LEAST = 10_000
 """Tokens that a text must have: fewer say nothing of what is frequent."""
 HELD = 10
 """One document of so many is not counted: coverage is stated on those."""
+LEAST_COVERED = 0.97
+"""Share of the text's tokens that a cut vocabulary covers without a warning."""
 TEXTS, TEXT_LENGTH = 1000, 100
 """Pieces of held-out text that both tokenizers split, beside some that are hard to split; and their characters."""
 REMEMBERED = 32
@@ -126,6 +128,11 @@ def trim(job: Job, scratch: Path) -> None:
     splits, difference = write_base(job, cut, scratch, choice.texts())
     record = measured(choice, size, job.untouched, job.cut_checkpoint(scratch))
     say(f"vocabulary: {in_words(record)}")
+    if record.coverage < LEAST_COVERED:
+        say(
+            f"warning: {1 - record.coverage:.1%} of the text's tokens are spelled in smaller ones now, as the network "
+            "never read them; a larger --vocabulary (auto covers 99.9 %) loses less before anything is cut"
+        )
     made = CutVocabulary(inputs=inputs, record=record, splits=splits, logit_difference=difference)
     write_json(scratch / VOCABULARY, made.model_dump())
     job.use_base(scratch)

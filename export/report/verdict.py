@@ -132,6 +132,14 @@ def _size_sentences(report: Report, package: Package, first: bool) -> list[str]:
     return sentences
 
 
+def told_apart(before: float, now: float) -> str:
+    """Two numbers in as few digits, three or more, as show that they differ."""
+    for digits in range(3, 8):
+        if f"{before:.{digits}g}" != f"{now:.{digits}g}":
+            break
+    return f"{before:.{digits}g} → {now:.{digits}g}"
+
+
 def _losses(report: Report, package: Package, before: Base | Package) -> list[str]:
     """One verdict on what a package lost against the base, or against the package that it was quantized from.
 
@@ -140,7 +148,7 @@ def _losses(report: Report, package: Package, before: Base | Package) -> list[st
     """
     from_base = isinstance(before, Base)
     changes, quality = _changes(report, package, before)
-    shown = {task: f"{task} ({before.tasks[task].value:.3g} → {package.tasks[task].value:.3g})" for task in changes}
+    shown = {task: f"{task} ({told_apart(before.tasks[task].value, package.tasks[task].value)})" for task in changes}
     worse = [task for task, meaning in changes.items() if meaning == "worse"]
     heavy = package.quality < HEAVY <= before.quality
     sentences = []

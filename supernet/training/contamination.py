@@ -45,6 +45,26 @@ class Contamination:
         return {name for run, count in self._seen.items() if count <= PHRASE for name in self._owners[run]}
 
 
+class Repeats:
+    """Counts how much of a text is documents that it holds already. Remembers a number for each of them."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+        self._all = self._repeated = 0
+
+    def show(self, text: str) -> None:
+        """Look at one document."""
+        self._all += len(text)
+        if (key := hash(text)) in self._known:
+            self._repeated += len(text)
+        self._known.add(key)
+
+    @property
+    def share(self) -> float:
+        """The share of characters that repeat an earlier document."""
+        return self._repeated / max(1, self._all)
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())

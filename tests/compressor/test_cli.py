@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
+from compressor import cli
 from compressor.cli import run
 from evals.speed.table import SpeedTable
 from export.package import write_package
@@ -79,3 +81,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     assert "cannot be made a folder" in capsys.readouterr().err
     assert run(["evaluate", str(model), *tasks, "--output", str(tmp_path / "new" / "scores.json")]) == 0
     assert "tiny_choice" in json.loads((tmp_path / "new" / "scores.json").read_text())["results"]
+
+
+def test_sigterm_interrupts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a batch system sends ends as Ctrl-C does."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130 and "what was done is kept" in capsys.readouterr().err

@@ -252,7 +252,18 @@ def test_the_whole_network_is_compared_also_where_a_smaller_one_seems_better(sea
         for row in measured(job)[1:2]
     ]
     found = sizes_within(job, [*measured(job), *lucky], Target(max_bytes=10**9))
-    assert whole_network(job) in found and lucky[0] in found
+    assert job.structure.base in [row.architecture for row in found] and lucky[0] in found
+
+
+def test_the_whole_network_has_the_quality_that_was_measured(searched: Path, tmp_path: Path) -> None:
+    """A fine-tuned one is not the base. Where it was not measured, nothing is known to be lost."""
+    job = resumed(searched, tmp_path / "run", max_bytes="1MB")
+    unmeasured = whole_network(job)
+    trained = replace(unmeasured, values={**unmeasured.values, "quality": 0.6}, index=200)
+    for rows, quality in (([trained], 0.6), ([], 1.0)):
+        found = sizes_within(job, [*measured(job)[1:2], *rows], Target(max_bytes=10**9))
+        (whole,) = [row for row in found if row.architecture == job.structure.base]
+        assert whole.values["quality"] == quality
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -259,7 +260,8 @@ def test_picks_keep_the_speedup_and_the_quality_asked_for(made: Made, tmp_path: 
 def test_measured_work_is_not_thrown_away_unasked(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = (made.run / "recipe.yaml").read_text()
     assert run(made.arguments("--train-tokens", "3200")) == 2
-    assert "--redo finetune" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--redo finetune" in error and re.search(r"\(finetuning.tokens \d+ → 3200\)", error)
     assert (made.run / "recipe.yaml").read_text() == recipe
     assert run(made.arguments()) == 0  # the run is as it was
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compressor import memory_needs, pipeline, rates
-from compressor.checks import check_budgets
+from compressor.checks import check, check_budgets
 from compressor.cli import run
 from compressor.costs import COSTS, stage_costs
 from compressor.generated import repeated
@@ -284,6 +284,15 @@ def test_a_plan_that_knew_fewer_budgets_goes_on(given: dict[str, Any], tmp_path:
     again = pipeline.start(recipe, tmp_path / "run")
     assert {name: again.recipe.budget(name) for name in budgets} == budgets
     assert again.recipe.repair.tokens == BUDGETS["standard"].calibration and len(imagined) == 1
+
+
+def test_sequences_are_no_longer_than_the_context_and_it_is_said(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, long = (job_of(given, tmp_path, **{"finetuning.sequence_length": n}) for n in (10**6, 10**7))
+    assert job.length < 10**6 and memory_needs.expected_memory(job) == memory_needs.expected_memory(long)
+    check(job)
+    assert f"{job.length:,} tokens are read at once" in capsys.readouterr().err
 
 
 def test_how_often_text_is_read_is_said_of_the_budgets_by_the_time(

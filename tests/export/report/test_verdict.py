@@ -9,7 +9,7 @@ import pytest
 
 from evals.comparison import paired_interval
 from export.report.schema import validate_report
-from export.report.verdict import verdict
+from export.report.verdict import told_apart, verdict
 from tests.support.report_helpers import minimal_report, score
 
 NO_LOSS, HEAVY = "No loss is larger than the noise", "heavy loss"
@@ -81,3 +81,8 @@ def test_one_verdict(
         next(s for s in statements if s in expected)
     ]
     assert (HEAVY in text) == heavy
+
+
+def test_two_numbers_that_differ_are_shown_so() -> None:
+    shown = [told_apart(*two) for two in ((0.5, 0.25), (2.9004, 2.9031), (1.0, 1.0))]
+    assert shown == ["0.5 → 0.25", "2.9 → 2.903", "1 → 1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compressor.cli import run
-from supernet.training.contamination import LEAST, PHRASE, RUN, Contamination
+from supernet.training.contamination import LEAST, PHRASE, RUN, Contamination, Repeats
 from tests.support import tiny
 
 WORDS = [f"word{number}" for number in range(40)]
@@ -41,6 +41,29 @@ def test_what_many_documents_say_is_a_phrase() -> None:
     assert contamination.contaminated == {"a"}
     contamination.show(" ".join(WORDS[:RUN]))
     assert contamination.contaminated == set()
+
+
+def test_what_repeats_is_counted_by_its_length() -> None:
+    repeats = Repeats()
+    assert repeats.share == 0
+    for text in ("one", "another one", "one", "one"):
+        repeats.show(text)
+    assert repeats.share == 6 / 20
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_documents_that_are_there_twice_are_warned_of(
+    times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is held out of them may be trained on."""
+    tiny.checkpoint(tmp_path / "m")
+    rows = [json.dumps({"text": f"{number} {' '.join(WORDS)} {number * 7}"}) + "\n" for number in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(rows * times))
+    arguments = ["finetune", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--train-tokens", "0"]
+    arguments += ["--set", "finetuning.sequence_length=32", "--output", str(tmp_path / "run"), "--device", "cpu"]
+    assert run(arguments) == 0
+    warned = "50% of the text of" in " ".join(capsys.readouterr().err.split())
+    assert warned == (times == 2)
 
 
 def test_the_user_is_warned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
