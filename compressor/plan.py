@@ -6,9 +6,8 @@ them. After a stage, the budgets of those that have not begun are chosen anew fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -230,18 +229,10 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
     Where even the least budgets take longer, they are taken, or with `strict` it is refused: `RequestError`.
     """
     assert job.recipe.time is not None
-    open_ = set(open_)
+    budgets = OpenBudgets(job, rates, open_)
     time = (1 - RESERVE) * (parse_duration(job.recipe.time) - job.schedule.elapsed)
-
-    def set_open(**values: int) -> None:
-        put(job, {name: value for name, value in values.items() if name in open_})
-
-    def total() -> float:
-        return sum(cost.seconds for cost in stage_costs(job, rates) if not job.schedule.over(cost.name))
-
     # 1. The least that a run takes.
-    put(job, {name: value for name, value in FEWEST.items() if name in open_})
-    least = total()
+    least = budgets.set(FEWEST)
     if least > time and strict:
         longest = sorted(stage_costs(job, rates), key=lambda cost: -cost.seconds)[:3]
         parts = ", ".join(f"{cost.name} {duration(cost.seconds)}" for cost in longest)
@@ -250,47 +241,61 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
             f"for {duration(1.1 * least)} or more, for fewer tasks, or set budgets yourself"
         )
     spare = max(0.0, time - least)
-    # 2. Search and rounding: their shares.
-    if open_ & {"evaluations", "limit"}:
+    # 2. Search, rounding and calibration: their shares.
+    budgets.spend(
+        SEARCH_SHARE * spare, "evaluations", limit=lambda n: min(MOST["limit"], round(n * LIMIT_PER_EVALUATION))
+    )
+    budgets.spend(
+        ROUNDING_SHARE * spare, "rounding", samples=lambda steps: min(MOST["samples"], FEWEST["samples"] + steps)
+    )
+    if job.repairs:
+        budgets.spend(CALIBRATION_SHARE * spare, "calibration")
+    # 3. Training: the rest.
+    budgets.train_until(time)
 
-        def searched(evaluations: int) -> float:
-            set_open(evaluations=evaluations, limit=min(MOST["limit"], round(evaluations * LIMIT_PER_EVALUATION)))
-            return total()
 
-        largest(searched, least + SEARCH_SHARE * spare, FEWEST["evaluations"], MOST["evaluations"])
-    if open_ & {"rounding", "samples"}:
-        before = total()
+class OpenBudgets:
+    """The budgets that a time sets, and what the stages still to run take under them."""
 
-        def rounded(steps: int) -> float:
-            set_open(rounding=steps, samples=min(MOST["samples"], FEWEST["samples"] + steps))
-            return total()
+    def __init__(self, job: Job, rates: Rates, names: Iterable[str]) -> None:
+        self.job, self.rates, self.names = job, rates, set(names)
 
-        largest(rounded, before + ROUNDING_SHARE * spare, 0, MOST["rounding"])
-    # 3. Calibration, where cut projections are refitted: its share.
-    if "calibration" in open_ and job.repairs:
-        before = total()
+    def set(self, values: Mapping[str, int]) -> float:
+        """Put in those of these that are open; returns the seconds of all stages still to run."""
+        put(self.job, {name: value for name, value in values.items() if name in self.names})
+        return sum(cost.seconds for cost in stage_costs(self.job, self.rates) if not self.job.schedule.over(cost.name))
 
-        def calibrated(tokens: int) -> float:
-            set_open(calibration=two_digits(tokens))
-            return total()
+    def spend(self, seconds: float, name: str, **others: Callable[[int], int]) -> None:
+        """Raise a budget as far as so many seconds more allow, and `others` with it, each a function of it."""
+        if not self.names & {name, *others}:
+            return
+        before = self.set({})
 
-        largest(calibrated, before + CALIBRATION_SHARE * spare, FEWEST["calibration"], MOST["calibration"])
-    # 4. Training: the rest.
-    if open_ & {"train_tokens", "heal_tokens"}:
+        def taken(value: int) -> float:
+            return self.set({name: value, **{other: of(value) for other, of in others.items()}})
 
-        def trained(batch: int, tokens: int) -> float:
+        largest(taken, before + seconds, FEWEST[name], MOST[name])
+
+    def train_until(self, time: float) -> None:
+        """Raise the tokens of fine-tuning and healing as far as all stages still end within so many seconds.
+
+        Steps cost time too, so more tokens may fit in larger batches: the largest one that leaves enough steps, and
+        that a GPU has memory for.
+        """
+        job, batch = self.job, MOST["batch"]
+        if not self.names & {"train_tokens", "heal_tokens"}:
+            return
+
+        def taken(tokens: int) -> float:
             pays = tokens >= WORTH_TRAINING * job.structure.parameters(job.structure.base)
             train = round(TRAINED * tokens) if pays else 0
-            set_open(train_tokens=two_digits(train), heal_tokens=two_digits(tokens - train), batch=batch)
-            return total()
+            heal = two_digits(tokens - train)
+            return self.set({"train_tokens": two_digits(train), "heal_tokens": heal, "batch": batch})
 
-        # Steps cost time too, so more tokens may fit in larger batches: the largest one that leaves enough steps, and
-        # that a GPU has memory for.
-        batch = MOST["batch"]
         while True:
-            largest(partial(trained, batch), time, 0, 10**11)
+            largest(taken, time, 0, 10**11)
             tokens = max(job.recipe.finetuning.tokens or 0, job.recipe.healing.tokens or 0)
-            enough = tokens >= STEPS * job.length * batch and not ("batch" in open_ and without_room(job))
+            enough = tokens >= STEPS * job.length * batch and not ("batch" in self.names and without_room(job))
             if batch <= FEWEST["batch"] or enough:
                 break
             batch //= 2
