@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.cli.options import RECIPE_OPTIONS
+from compressor.quiet import quiet_libraries
 from compressor.recipe import Recipe, read_recipe
 from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json
@@ -42,16 +43,17 @@ class Result:
         """A package's network for transformers, on the CPU, in the dtype that it is stored in. The code file of an
         uneven package runs only where it is what this version writes. Raises `RequestError` for a package that there
         is not, or that transformers does not load."""
-        from compressor.stages.measuring import LOADABLE
-        from export.package_record import read_record
-        from supernet.loading import load_network
-        from supernet.trust import check_code
-
         folder = self._folder(name)
-        layout = read_record(folder).entry.layout
-        if layout not in LOADABLE:
-            raise RequestError(f"{folder}: transformers does not load the layout {layout}; try compressor chat")
-        network, _ = load_network(folder, "auto", check_code(folder))
+        with quiet_libraries():
+            from compressor.stages.measuring import LOADABLE
+            from export.package_record import read_record
+            from supernet.loading import load_network
+            from supernet.trust import check_code
+
+            layout = read_record(folder).entry.layout
+            if layout not in LOADABLE:
+                raise RequestError(f"{folder}: transformers does not load the layout {layout}; try compressor chat")
+            network, _ = load_network(folder, "auto", check_code(folder))
         return network.eval()
 
     def tokenizer(self, name: str = "best") -> Any:
@@ -124,7 +126,8 @@ def compress(
     refuses says so in its row of the report (`refused`). Whether the network may be asked is the program's to say
     (`HF_HUB_OFFLINE`): the command asks none where all that it needs lies here.
     """
-    from compressor.pipeline import compress as run_all
+    with quiet_libraries():
+        from compressor.pipeline import compress as run_all
 
     if isinstance(model, Recipe):
         if recipe is not None or settings or options:

@@ -106,6 +106,10 @@ export = explain_oom(_export, healing=True)
 check_proved = exporting.check_proved
 
 
+REDONE_FROM = {"finetune": "ordering", "search": "search", "export": "quantizing"}
+"""The first stage that is done again, by what `--redo` names."""
+
+
 def start(recipe: Recipe, output: Path, *, redo: str | None = None, tasks_needed: bool = True) -> Job:
     """Check everything that can be checked before work begins, then create or continue the run at `output`.
 
@@ -154,6 +158,8 @@ def prepare(
     with job.schedule.stage("preparing"):
         trim(job, scratch)
         check(job)
+        if redo is not None:
+            job.schedule.redo(REDONE_FROM[redo])
         plan: Plan | None = None
         if open_budgets(asked) and (not recipe.tasks or processes() > 1):
             raise RequestError("time: plans the whole job in one process; name the tasks too, or set the budgets")
@@ -287,6 +293,8 @@ def resume(
             check_unchanged(job)
         if keep:
             remember(job)
+    if redo is not None:
+        job.schedule.redo(REDONE_FROM[redo])
     keep_records(job)
     return job
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 
-LOGGERS = ("torchao", "torch.utils._pytree", "transformers", "datasets", "lm_eval", "accelerate")
+LOGGERS = ("torchao", "torch.utils._pytree", "torch.onnx", "transformers", "datasets", "lm_eval", "accelerate")
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -65,6 +65,13 @@ class Schedule:
         self._finished = self.over(STAGES[-1])
         self.began = time.monotonic()
 
+    def redo(self, name: str) -> None:
+        """Forget what a stage and all behind it took, for they are done again."""
+        for later in STAGES[STAGES.index(name) :]:
+            self.times.pop(later, None)
+        self._earlier = sum(row.seconds for row in self.times.values())
+        self._finished = False
+
     @property
     def running(self) -> str | None:
         """The stage that was begun last and has not ended, in whatever process; None where there is none."""

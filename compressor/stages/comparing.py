@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
-from compressor.sizing import size_label
+from compressor.sizing import parameter_limits, size_label
 from compressor.stages.choosing import choose
 from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
 from compressor.stages.exporting import remember_vocabulary
@@ -193,12 +193,14 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
         if len(labels) != len(picked) or not all(near):  # a size says what was picked, not only what was asked for
             labels = [f"{job.structure.parameters(a) / full:.2f}" for a in picked]
         return [(size_label(label), a) for label, a in zip(labels, picked, strict=True)]
-    evaluations = measured(job)
+    evaluations, shipped = measured(job), own_picks(job)
     chosen = []
     for size in asked:
         try:
             limit = parse_parameters(size, full)
-            best = choose(job, evaluations, Target(max_params=limit)).architecture.without_bits()
+            best = shipped.get(limit)
+            if best is None:
+                best = choose(job, evaluations, Target(max_params=limit)).architecture.without_bits()
         except ValueError as error:
             raise RequestError(f"--max-params: {error}") from error
         if job.structure.parameters(best) < 0.9 * limit:
@@ -208,6 +210,15 @@ def sizes_to_compare(job: Job, asked: Sequence[str]) -> list[tuple[str, Architec
             )
         chosen.append((size_label(size), best))
     return chosen
+
+
+def own_picks(job: Job) -> dict[int, Architecture]:
+    """What the run picked for each size that it was asked for, by the most parameters; not by a key. Of several
+    finalists that is the one that healed best, which another choice might not find."""
+    if not job.run.picks.is_file() or job.recipe.key:
+        return {}
+    picked = {row["name"]: cut_out(row) for row in read_picks(job)}
+    return {limit: picked[name] for name, limit in parameter_limits(job) if limit is not None and name in picked}
 
 
 def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: int, blocks: Blocks) -> list[Path]:

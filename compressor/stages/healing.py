@@ -23,6 +23,7 @@ from compressor.stages.subnet_files import (
 )
 from export.package import write_package
 from supernet.common.files import fingerprint, write_json
+from supernet.common.progress import say
 from supernet.common.versions import versions
 from supernet.training.data import Blocks
 from supernet.training.loop import TrainSettings
@@ -53,9 +54,12 @@ def blocks_to_heal_on(job: Job) -> Blocks:
 def heal_picks(job: Job, blocks: Blocks) -> list[Healed]:
     """Choose among the finalists of every pick, cut it out and heal it, where its own package is not there yet.
 
-    All of them before the first is packaged: what rounding may cost is known only then.
+    All of them before the first is packaged: what rounding may cost is known only then. What was healed is not healed
+    again where the export is done again.
     """
     run, picks, healed = job.run, read_picks(job), list[Healed]()
+    if job.redo == "export" and job.recipe.healing.tokens:
+        say(f"what was healed is kept; without {run.subnets} it would be healed again")
     with job.schedule.stage("healing"):
         for number, row in enumerate(picks):
             picked, start = best_finalist(job, row, blocks)

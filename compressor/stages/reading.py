@@ -30,7 +30,7 @@ def read_checked(job: Job, tokens: int) -> tuple[Blocks, set[str]]:
         say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
     if repeats.share > REPEATED:
         say(
-            f"warning: {repeats.share:.0%} of the text of --data {job.given.data} is documents that it holds already; "
+            f"warning: {repeats.share:.0%} of what is read of --data {job.given.data} repeats documents before it; "
             "what is held out of it may be trained on, so that held-out losses are too good: leave them out"
         )
     contaminated = overlap.contaminated

@@ -354,6 +354,7 @@ def test_a_size_says_what_was_picked(made: Path) -> None:
     job = pipeline.resume(made, {})
     ((label, ours),) = comparing.sizes_to_compare(job, [])
     assert label == "0.9"
+    assert comparing.sizes_to_compare(job, ["90%"]) == [("0.9", ours)]  # what ships, also where another would be chosen
     job.recipe.targets.max_params = ["1M"]  # as if something far smaller than asked for had been the best
     share = job.structure.parameters(ours) / job.structure.parameters(job.structure.base)
     assert comparing.sizes_to_compare(job, []) == [(f"{share:.2f}", ours)]

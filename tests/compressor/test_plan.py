@@ -559,6 +559,8 @@ def test_schedule_counts_down(tmp_path: Path) -> None:
     done = Schedule(tmp_path / "times.json")
     done.expected = schedule.expected
     assert done.left() is None  # all of it was done before
+    done.redo("quantizing")
+    assert set(done.times) == {"ordering", "search", "healing"} and done.left() == 5.0
 
 
 def test_a_stage_that_goes_on_has_a_headline_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def test_documents_that_are_there_twice_are_warned_of(
     arguments = ["finetune", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--train-tokens", "0"]
     arguments += ["--set", "finetuning.sequence_length=32", "--output", str(tmp_path / "run"), "--device", "cpu"]
     assert run(arguments) == 0
-    warned = "50% of the text of" in " ".join(capsys.readouterr().err.split())
+    warned = "50% of what is read of" in " ".join(capsys.readouterr().err.split())
     assert warned == (times == 2)
 
 
