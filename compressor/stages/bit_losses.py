@@ -16,7 +16,7 @@ from evals.warm_starts.blockwise import degradation_in
 from export.quantization.rounded_variants import Round, in_groups
 from search.bit_assignment import Losses, with_gene
 from search.genes import AS_STORED, Gene
-from supernet.architecture import GROUP_SIZES
+from supernet.architecture import GROUP_SIZES, Structure
 from supernet.common.files import kept_json
 from supernet.common.progress import bar
 
@@ -61,12 +61,18 @@ def losses_by_bits(job: Job, genes: Sequence[Gene], rounding: RoundingMethod) ->
                 progress.advance()
         return {"losses": measured}
 
-    shapes = [job.structure.shape(tensor, job.structure.base) or () for tensor in job.structure.tensors]
-    odd = any(width % GROUP_SIZES[-1] for shape in shapes if len(shape) == 2 for width in shape[-2:])
-    as_asked = ["as asked"] if odd else []  # earlier versions measured what such widths are stored in
+    # Earlier versions measured what widths that hold no such bits are stored in.
+    as_asked = [] if holds_bits(job.structure, rounding.block) else ["as asked"]
     inputs = [searched_weights(job), named, rounding.inputs, *as_asked, *few_inputs(job)]
     kept = kept_json(job.run.search / f"{rounding.name}.json", inputs, measure)
     losses: dict[Gene, dict[int, float]] = {}
     for (gene, bits), loss in zip(asked, kept["losses"], strict=True):
         losses.setdefault(gene, {})[bits] = loss
     return losses
+
+
+def holds_bits(structure: Structure, block: int) -> bool:
+    """Whether the base's widths can hold any bits in every linear layer inside blocks."""
+    linear = [tensor for tensor in structure.tensors if tensor.role == "linear" and tensor.half]
+    shapes = [shape for tensor in linear if (shape := structure.shape(tensor, structure.base)) is not None]
+    return not any(outputs % GROUP_SIZES[-1] or inputs % block for outputs, inputs in shapes)
