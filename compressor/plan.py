@@ -18,7 +18,7 @@ from compressor.costs import StageCost, stage_costs
 from compressor.job import Job
 from compressor.memory_needs import without_room
 from compressor.rates import Rates, measure_rates, tunes
-from compressor.recipe import OPEN, Recipe
+from compressor.recipe import BUDGETS, OPEN, Recipe
 from export.models import Model
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import read_json, write_json
@@ -73,12 +73,12 @@ STAGE_OF = {
     "batch": "fine-tuning",
     "evaluations": "search",
     "limit": "search",
-    "calibration": "search",
+    "calibration": "proposals",
     "heal_tokens": "healing",
     "rounding": "quantizing",
     "samples": "quantizing",
 }
-"""The stage that a budget is spent in; once it has begun, the budget stays."""
+"""The stage that a budget is spent in first; once it has begun, the budget stays."""
 
 
 class Plan(Model):
@@ -252,6 +252,8 @@ def fit(job: Job, rates: Rates, open_: Iterable[str], *, strict: bool) -> None:
         budgets.spend(CALIBRATION_SHARE * spare, "calibration")
     # 3. Training: the rest.
     budgets.train_until(time)
+    if not job.repairs:  # of so many tokens it is not; whoever turns it on later has what is usual
+        budgets.set({"calibration": BUDGETS["standard"].calibration})
 
 
 class OpenBudgets:

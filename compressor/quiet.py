@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partialmethod
 
-LOGGERS = ("torchao", "torch.utils._pytree", "torch.onnx", "transformers", "datasets", "lm_eval", "accelerate")
+LOGGERS = (
+    "torchao",
+    "torch.utils._pytree",
+    "torch.onnx._internal.exporter._registration",  # by its whole name: torch sets those above it when it is imported
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "accelerate",
+)
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

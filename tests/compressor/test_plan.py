@@ -270,6 +270,12 @@ def test_a_longer_time_calibrates_on_more(given: dict[str, Any], tmp_path: Path)
     job = job_of(given, tmp_path / "own", time="3h", **{"repair.enabled": True, "repair.tokens": 5000})
     fit(job, slow, [name for name in OPEN if name != "calibration"], strict=False)
     assert job.recipe.repair.tokens == 5000
+    with job.schedule.stage("proposals"):
+        pass
+    assert is_settled(job, "calibration")  # which moments were gathered on by then
+    healed = job_of(given, tmp_path / "healed", time="10h")  # on more than a hundredth of the parameters
+    fit(healed, RATES, list(OPEN), strict=True)
+    assert not healed.repairs and healed.recipe.repair.tokens == BUDGETS["standard"].calibration
 
 
 def test_a_plan_that_knew_fewer_budgets_goes_on(given: dict[str, Any], tmp_path: Path, imagined: list[int]) -> None:

@@ -24,6 +24,26 @@ def test_importing_the_library_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_call_is_quiet_from_its_first_import_on(tmp_path: Path) -> None:
+    """Torch is imported by the first call, and sets the levels of loggers of its own then."""
+    code = f"""
+from compressor import compress
+try:
+    compress({str(tmp_path / "none")!r}, {str(tmp_path / "run")!r}, data="x", tasks="y")
+except Exception as error:
+    print(type(error).__name__)
+"""
+    exporting = """
+from compressor.quiet import quiet_libraries
+with quiet_libraries():
+    from torch.onnx._internal.exporter import _registration
+    _registration.logger.warning("noise")
+"""
+    for run, out in ((code, "RequestError\n"), (exporting, "")):
+        done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
+
+
 def test_that_no_network_is_asked_can_be_said_after_the_command_line_was_imported() -> None:
     code = (
         "import compressor.cli; from compressor.cli.offline import stay_offline; stay_offline(); "
