@@ -107,9 +107,9 @@ def write_text(job: Job, folder: Path, rows: int) -> None:
     job.accelerator.wait_for_everyone()  # until all of it is there
 
 
-def rows_at_once(job: Job, device: str | None = None) -> int:
-    """Rows that are written side by side on the job's device or another kind of one, a power of two."""
-    most, memory = ROWS_AT_ONCE["cpu" if (device or job.device.type) == "cpu" else "cuda"]
+def rows_at_once(job: Job) -> int:
+    """Rows that are written side by side on the job's device, a power of two."""
+    most, memory = ROWS_AT_ONCE["cpu" if job.device.type == "cpu" else "cuda"]
     structure = job.structure
     cache = structure.kv_cache_bytes(structure.base, job.length) // structure.dtype_bytes
     of_one = cache * job.compute_dtype.itemsize + 24 * structure.vocab_size

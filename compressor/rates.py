@@ -109,15 +109,16 @@ def orthogonal_shapes(job: Job) -> list[tuple[int, ...]]:
     return [shape for shape in shapes if shape is not None and muon.is_matrix(shape)]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a square matrix product, the best of a few."""
-    size = 8192 if device.type == "cuda" else size
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / min(_seconds(device, lambda: a @ a) for _ in range(4))
 
 
-def copy_rate(device: torch.device, size: int = 2**25) -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes per second that a large tensor is read and written with, the best of a few."""
+    size = 2**25
     a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / min(_seconds(device, lambda: b.copy_(a)) for _ in range(4))
 

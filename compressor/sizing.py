@@ -267,17 +267,17 @@ def smallest_in_training(job: Job, space: SearchSpace | None = None) -> tuple[Ar
     return uniform_near(job, low, space), low
 
 
-def largest_in_training(job: Job, space: SearchSpace | None = None) -> Architecture:
+def largest_in_training(job: Job) -> Architecture:
     """The large end of the fine-tuning: the base, or the uniform cut nearest to the largest size that is trained. The
     base where nothing is trained.
 
-    Of `space`, or else of the run's own. Raises `RequestError` where it is not larger than the smallest.
+    Raises `RequestError` where it is not larger than the smallest.
     """
     base, share = job.structure.base, job.recipe.finetuning.largest_share
     if share is None or share == 1 or job.recipe.finetuning.tokens == 0:
         return base
-    largest = uniform_near(job, share * job.structure.parameters(base), space)
-    least, _ = smallest_in_training(job, space)
+    largest = uniform_near(job, share * job.structure.parameters(base))
+    least, _ = smallest_in_training(job)
     if BELOW_LARGEST * job.structure.parameters(largest) <= job.structure.parameters(least):
         raise RequestError("finetuning.largest_share: must be above the smallest size that is trained")
     return largest

@@ -60,17 +60,15 @@ def score_intervals(
     return {name: paired_interval([sign * ours[name]], [sign * theirs[name]]) for name, sign in signs.items()}
 
 
-def text_qualities(
-    losses: Sequence[float], base: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> NDArray[np.float64]:
+def text_qualities(losses: Sequence[float], base: Sequence[float]) -> NDArray[np.float64]:
     """Quality in each resample where no task counts, from the losses of both on each block of held-out text: blocks are
     drawn with replacement, the same ones for everybody."""
-    draws = np.random.default_rng([seed, len(base)]).integers(0, len(base), (resamples, len(base)))
+    draws = np.random.default_rng([0, len(base)]).integers(0, len(base), (RESAMPLES, len(base)))
     return np.exp((np.asarray(base) - np.asarray(losses))[draws].mean(1))
 
 
 def paired_interval(
-    ours: Sequence[NDArray[np.float64]], theirs: Sequence[NDArray[np.float64]], *, seed: int = 0
+    ours: Sequence[NDArray[np.float64]], theirs: Sequence[NDArray[np.float64]]
 ) -> tuple[float, float] | None:
     """Central 95 % of the difference of mean quality or score, ours less theirs, from each side's numbers in all
     resamples, for every seed.
@@ -78,7 +76,7 @@ def paired_interval(
     Where a side has several seeds they are drawn with replacement too, so that chance in training counts as chance.
     None where no resample gives both a number.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def drawn(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         """The mean over seeds drawn anew in each resample; what is drawn spreads too little by n / (n - 1)."""

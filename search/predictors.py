@@ -104,10 +104,10 @@ def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Model:
     return Model(lambda z: trees.predict(z[:, :ordinals]))
 
 
-def _kernel(x: Matrix, y: Vector, ordinals: int, most: int = 120) -> ConstantKernel:
-    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of at most `most`
+def _kernel(x: Matrix, y: Vector, ordinals: int) -> ConstantKernel:
+    """The Gaussian process's kernel, its length scale and noise fitted to the marginal likelihood of at most 120
     rows; with `OWN_SCALES` rows for each gene and more, every gene has a length scale of its own."""
-    rows = np.linspace(0, len(x) - 1, min(len(x), most)).astype(int)
+    rows = np.linspace(0, len(x) - 1, min(len(x), 120)).astype(int)
     scale = max(float(np.sqrt(x[:, :ordinals].var(axis=0).sum())), 1e-3)
     scales = np.full(ordinals, scale) if len(rows) >= OWN_SCALES * ordinals else scale
     kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(scales, (scale / 20, scale * 50), nu=2.5) + WhiteKernel(

@@ -274,10 +274,6 @@ class SearchSpace:
             return False
         return True
 
-    def canonical(self, genome: Sequence[int]) -> Genome:
-        """`canonicalize` for one genome."""
-        return tuple(self.canonicalize(self._row(genome))[0].tolist())
-
     def inert(self, genome: Sequence[int]) -> list[bool]:
         """Which genes of a genome have no effect."""
         return self._canonicalize(self._row(genome))[1][0].tolist()

@@ -382,12 +382,12 @@ def dumped(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     return {name: score.model_dump() for name, score in scores.items()}
 
 
-def openings(job: Job, count: int = 3) -> dict[str, torch.Tensor]:
+def openings(job: Job) -> dict[str, torch.Tensor]:
     """The openings of a few documents of the user's data, and their token ids [1, length]."""
     # Of conversations that the base wrote, the template's words are still in the text.
     texts = [row.text for row in islice(training_rows(job), 400) if row.ids is None or not row.chat]
     prompts = {}
-    for text in [text for text in texts if len(text) > 20][-count:]:
+    for text in [text for text in texts if len(text) > 20][-3:]:
         ids = job.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
         ids = ids[:, : min(24, 1 + ids.shape[1] // 2)]
         prompts[job.tokenizer.decode(ids[0], skip_special_tokens=True)] = ids.to(job.device)

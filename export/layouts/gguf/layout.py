@@ -362,14 +362,6 @@ class FileSize:
         return -(-written // writer.data_alignment) * writer.data_alignment
 
 
-def file_bytes(
-    config: PreTrainedConfig, architecture: Architecture, gguf_type: str, embedding: int | None = None
-) -> int:
-    """Bytes of all tensors of the file that `write` writes of a sub-network of the base with this configuration: the
-    file less its header."""
-    return FileSize(config, architecture).tensors(kinds_of(gguf_type, embedding, None))
-
-
 def _header(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> Header:
     """The header but for the tokenizer, by the writer's methods (without `add_`)."""
     sizes = _sizes(family, architecture)

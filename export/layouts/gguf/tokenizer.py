@@ -200,7 +200,7 @@ def tokenization(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> li
     return [(text, tokenizer(text, verbose=False).input_ids) for text in texts]
 
 
-def sample_texts(count: int = 200) -> list[str]:
+def sample_texts() -> list[str]:
     """Texts on which tokenizers differ: words, digits, contractions, accents, other scripts, code, and spaces between,
     before and behind them. Seeded."""
     rng = random.Random(0)
@@ -209,7 +209,7 @@ def sample_texts(count: int = 200) -> list[str]:
     words += ["7", "42", "1234567", "3.14", "10%", "x=y+1;", "def f(a):", "http://a.b/c?d=e", "...", "—", "(a)", "#!"]
     spaces = [" ", " ", " ", " ", "  ", "   ", "\n", "\n\n", "\t", ", ", ". "]
     texts = []
-    for _ in range(count):
+    for _ in range(200):
         pieces = [rng.choice(words) + rng.choice(spaces) for _ in range(rng.randint(1, 12))]
         text = "".join(pieces)
         texts.append(text.strip() if rng.random() < 0.6 else rng.choice(["", " ", "  ", "\n"]) + text)

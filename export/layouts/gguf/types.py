@@ -147,9 +147,9 @@ def blocks_of(values: Tensor, gguf_type: str, importance: Tensor | None = None) 
 # Fitting. Parts are [..., n]; scales [..., 1].
 
 
-def _tried(count: int = TRIED) -> list[float]:
+def _tried() -> list[float]:
     """Shares by which the range of the codes is stretched or shrunk."""
-    return [1 + 0.25 * (2 * number / (count - 1) - 1) for number in range(count)]
+    return [1 + 0.25 * (2 * number / (TRIED - 1) - 1) for number in range(TRIED)]
 
 
 def _fit(x: Tensor, w: Tensor, codes: Callable[[Tensor], Tensor], ends: tuple[int, int]) -> Tensor:

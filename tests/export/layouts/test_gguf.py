@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
-from export.layouts.gguf.layout import FileSize, file_bytes, take_stored_weights, weight_file
+from export.layouts.gguf.layout import FileSize, kinds_of, take_stored_weights, weight_file
 from export.layouts.gguf.runtime import check_gguf, measure_speed
 from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import QUANTIZED, TYPES, VALUES, blocks_of, stored_bytes, type_by_bits
@@ -362,8 +362,8 @@ def test_types(gguf_type: str, tmp_path: Path) -> None:
     package = write(tmp_path / "p", architecture, network, gguf_type=gguf_type, calibration=probe_ids())
     report = package.entry.quantization_report
     header = gguf.GGUFReader(package.folder / package.entry.file).data_offset
-    config = tiny_llama(**sizes).config
-    assert package.entry.bytes - header == file_bytes(config, architecture, gguf_type)
+    expected = FileSize(tiny_llama(**sizes).config, architecture)
+    assert package.entry.bytes - header == expected.tensors(kinds_of(gguf_type, None, None))
     if gguf_type not in QUANTIZED:
         assert proved(package, 1) and report is None
         return
@@ -420,7 +420,8 @@ def test_the_embedding_has_the_bits_that_were_asked_for(embedding: int | None, k
     package = write(tmp_path / "p", EVEN, cut(model, EVEN), gguf_type="q4_0", embedding=embedding)
     reader = gguf.GGUFReader(package.folder / package.entry.file)
     assert {t.name: t.tensor_type.name for t in reader.tensors}["token_embd.weight"] == kind
-    assert package.entry.bytes - reader.data_offset == file_bytes(model.config, EVEN, "q4_0", embedding)
+    expected = FileSize(model.config, EVEN).tensors(kinds_of("q4_0", embedding, None))
+    assert package.entry.bytes - reader.data_offset == expected
     bits = {"F16": 16, "Q8_0": 8.5, "IQ4_NL": 4.5}[kind]
     assert (package.entry.quantization_report.embedding, package.entry.quantization_report.head) == (bits, bits)
     check_gguf(package)
