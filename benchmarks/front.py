@@ -27,15 +27,9 @@ from compressor import demo, pipeline
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.recipe import Recipe
-from compressor.stages.comparing import (
-    FinishedRow,
-    base_documents,
-    comparison_rows,
-    prove,
-    run_method,
-    time_beside_base,
-)
+from compressor.stages.comparing import prove, run_method, score_base, time_beside_base
 from compressor.stages.comparison_methods import Method, SizeComparison, published
+from compressor.stages.comparison_rows import FinishedRow, comparison_rows
 from compressor.stages.measuring import load_package
 from compressor.stages.picks import PickRecord, cut_out
 from compressor.stages.repairing import pick_variants
@@ -159,7 +153,7 @@ def compared(run: Callable[[], Job], names: list[str]) -> dict[str, Any]:
     long, short = training_blocks(job, total), training_blocks(job, job.recipe.healing.tokens or 0)
     base, calibration = job.load_base(), tuple(calibration_batches(job, long))
     job.run.comparison.mkdir(exist_ok=True)
-    base_documents(job, base)
+    score_base(job, base)
     size = job.recipe.targets.max_params[0]
     comparison = SizeComparison(job, size, picks["quality"], job.load_supernet(), base, calibration, long)
     files: dict[str, Path] = {}

@@ -44,8 +44,9 @@ from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.choosing import choices
-from compressor.stages.comparing import base_documents, heal_as_ours, network_fingerprint, scored
+from compressor.stages.comparing import heal_as_ours, network_fingerprint, score_base, scored
 from compressor.stages.comparison_methods import SizeComparison, methods
+from compressor.stages.comparison_rows import BaseDocuments
 from compressor.stages.picking import measured
 from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
@@ -151,7 +152,7 @@ def make(arguments: Namespace) -> None:
         for file in (job.run.front, job.run.recipe_file, job.run.log_file):
             shutil.copy(file, folder)
     job.run.comparison.mkdir(exist_ok=True)
-    base_documents(job, job.load_untouched())
+    score_base(job, job.load_untouched())
     wanted = [(size, name) for name in arguments.methods.split(",") for size in ("1" if is_base(name) else sizes)]
     missing = [(size, name) for size, name in wanted if not row_file(rows, size, name).is_file()]
     release_cached_memory(job.device)
@@ -235,7 +236,7 @@ class Worker:
             known = read_json(file)
             if not own and (known.get("made"), known.get("tokens")) == (made, tokens):
                 return known | {"method": name, "made_as": known["method"]}
-        unhealed = scored(job, network).quality(base_documents(job).scale) if self.arguments.as_cut else None
+        unhealed = scored(job, network).quality(BaseDocuments.read(job).scale) if self.arguments.as_cut else None
         state = self.rows / f".{size}-{name}-{tokens}.safetensors"
         healing = 0.0
         if tokens:

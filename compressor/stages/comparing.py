@@ -12,45 +12,49 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from compressor.inputs import calibration_batches, training_blocks
 from compressor.job import Job
 from compressor.sizing import parameter_limits, size_label
 from compressor.stages.choosing import choose
-from compressor.stages.comparison_methods import Method, SizeComparison, documents_scored, methods
+from compressor.stages.comparison_methods import Method, SizeComparison, methods
+from compressor.stages.comparison_rows import (
+    BaseDocuments,
+    FinishedRow,
+    base_file,
+    comparison_rows,
+    documents_scored,
+    provenance,
+)
 from compressor.stages.exporting import remember_vocabulary
 from compressor.stages.healing import round_as_stored
 from compressor.stages.measuring import load_package, unread_text
 from compressor.stages.picking import measured
 from compressor.stages.picks import cut_out, is_uniform, read_picks
 from evals.baselines import Cut
-from evals.comparison import paired_interval, resampled, text_qualities
 from evals.quality import QualityScale
 from evals.scoring.encoding import Encoder
 from evals.scoring.evaluate import load_checkpoint
 from evals.scoring.lm import NetworkLM
 from evals.scoring.scorer import DocumentValues, Scorer
-from evals.scoring.tasks import ScoredTask, TaskSet
+from evals.scoring.tasks import TaskSet
 from evals.speed.measured import speed_beside
 from export.layouts.table import write_layout
 from export.package_record import read_record, update_record
 from export.report.comparison import OURS
-from export.report.schema import Comparison, Difference
+from export.report.schema import Comparison
 from export.verify import verify_all
 from search.pareto import Target
 from search.scores import Score
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, unknown
-from supernet.common.files import fingerprint, read_json, write_json
+from supernet.common.files import fingerprint, read_json
 from supernet.common.formatting import parse_parameters, shell_word
 from supernet.common.progress import say
 from supernet.training.data import Blocks
@@ -59,52 +63,6 @@ from supernet.training.supernet_training import heal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class FinishedRow(BaseModel):
-    """What `comparison/NAME.json` holds: a row of the report, and what it depends on."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    inputs: str
-    """Fingerprint of all that the row depends on; rows of others are not compared with it."""
-    of: dict[str, str] | None = None
-    """What the row shares with its run (`provenance`); None for a checkpoint from elsewhere."""
-    made: str | None = None
-    """Fingerprint of the network as cut, with tokens and seed; None for a checkpoint from elsewhere."""
-    weights: str | None = None
-    """Fingerprint of a checkpoint from elsewhere."""
-    row: Comparison
-    documents: DocumentValues
-    losses: list[float] | None = None
-    """On each block of held-out text, nats per token, where no task counts; and that of all of it behind them."""
-    before_healing: dict[str, Score] | float | None = None
-    """Scores as cut, or where no task counts the held-out loss. None in rows of versions that kept a quality only."""
-
-    @classmethod
-    def read(cls, file: Path) -> FinishedRow:
-        return cls.model_validate(read_json(file))
-
-    def write(self, file: Path) -> None:
-        write_json(file, self.model_dump(mode="json", exclude_unset=True))
-
-    def with_row(self, **values: Any) -> FinishedRow:
-        """The same with some values of the row replaced."""
-        return self.model_copy(update={"row": self.row.model_copy(update=values)})
-
-
-class BaseDocuments(BaseModel):
-    """What `comparison/base.json` holds: the base's scores and documents, which every quality is measured against."""
-
-    inputs: str
-    tasks: dict[str, Score]
-    documents: DocumentValues
-    losses: list[float] | None = None
-    """As in `FinishedRow`."""
-
-    @property
-    def scale(self) -> QualityScale:
-        return QualityScale(self.tasks, self.losses[-1] if self.losses else None)
 
 
 @dataclass(frozen=True)
@@ -154,7 +112,7 @@ def compare(
     untouched = base if job.vocabulary is None else job.load_untouched()
     calibration = tuple(calibration_batches(job, long))
     run.comparison.mkdir(exist_ok=True)
-    remark = base_documents(job, untouched).scale.remark
+    remark = score_base(job, untouched).scale.remark
     if remark:
         say(f"warning: {remark}")
     rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
@@ -228,11 +186,9 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
     job = comparison.job
     cut: Cut | None = None
     unhealed: Scored | None = None
-    scale = base_documents(job).scale
     rows = []
     for seed in range(seeds):
-        name = f"{method.name}-{comparison.size}-{seed}"
-        file = job.run.comparison / f"{name}.json"
+        file = job.run.comparison / f"{method.name}-{comparison.size}-{seed}.json"
         if file.is_file() and read_json(file)["inputs"] == comparison.inputs:
             rows.append(file)
             continue
@@ -248,49 +204,69 @@ def run_method(comparison: SizeComparison, method: Method, seeds: int, tokens: i
                 return rows
         rows.append(file)
         made = fingerprint([network_fingerprint(cut[0]), tokens, seed, *healed_otherwise(job, method.repaired)])
+        # 2. What is already made of this cut has another name; else heal and package a copy, the cut serves again.
         if twin := made_before(comparison, made):
             twin.with_row(method=method.name, about=method.about).write(file)
             continue
         network: Any = copy.deepcopy(cut[0])
-        params = sum(p.numel() for p in network.parameters())
-        # 2. Score as cut, heal, score again.
         if unhealed is None and tokens:
             unhealed = scored(job, network)
-        if tokens:
-            # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
-            state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
-            heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state, repaired=method.repaired)
-        now = scored(job, network)
-        cut_scores = unhealed or now
-        # 3. Package, and write the row.
-        row = Comparison(
-            method=method.name,
-            about=method.about,
-            size=comparison.size,
-            seed=seed,
-            path=f"comparison/{name}",
-            architecture=cut[1],
-            params=params,
-            bytes=0,
-            tokens=tokens,
-            quality=now.quality(scale),
-            quality_before_healing=cut_scores.quality(scale),
-            tasks=now.tasks,
-        )
-        stored = write_method_package(comparison, row, network, cut[1], blocks)
-        finished = FinishedRow(
-            inputs=comparison.inputs,
-            of=provenance(job),
-            made=made,
-            row=row,
-            documents=now.documents,
-            losses=now.losses,
-            before_healing=cut_scores.summary,
-        )
-        finished.with_row(bytes=stored).write(file)
-        for left in job.run.comparison.glob(f".{name}-*.training.safetensors*"):
+        finished = healed_row(comparison, method, seed, (network, cut[1]), unhealed, made, tokens, blocks)
+        finished.write(file)
+        for left in file.parent.glob(f".{file.stem}-*.training.safetensors*"):
             left.unlink()
     return rows
+
+
+def healed_row(
+    comparison: SizeComparison,
+    method: Method,
+    seed: int,
+    cut: Cut,
+    unhealed: Scored | None,
+    made: str,
+    tokens: int,
+    blocks: Blocks,
+) -> FinishedRow:
+    """Heal a cut in place where there are tokens for it, score it and write its package; returns its row.
+
+    `unhealed` are its scores as cut, needed only where it is healed; `made` is as in `FinishedRow`.
+    """
+    job, (network, architecture) = comparison.job, cut
+    name = f"{method.name}-{comparison.size}-{seed}"
+    # 1. Heal, and score.
+    if tokens:
+        # Named after all that it is trained from: an interrupted healing of anything else is not gone on with.
+        state = job.run.comparison / f".{name}-{fingerprint([comparison.inputs, made])}.training.safetensors"
+        heal_as_ours(job, comparison.base, network, tokens, blocks, seed, state, repaired=method.repaired)
+    now = scored(job, network)
+    before = unhealed or now
+    # 2. Package, and the row.
+    scale = BaseDocuments.read(job).scale
+    row = Comparison(
+        method=method.name,
+        about=method.about,
+        size=comparison.size,
+        seed=seed,
+        path=f"comparison/{name}",
+        architecture=architecture,
+        params=sum(p.numel() for p in network.parameters()),
+        bytes=0,
+        tokens=tokens,
+        quality=now.quality(scale),
+        quality_before_healing=before.quality(scale),
+        tasks=now.tasks,
+    )
+    stored = write_method_package(comparison, row, network, architecture, blocks)
+    return FinishedRow(
+        inputs=comparison.inputs,
+        of=provenance(job),
+        made=made,
+        row=row.model_copy(update={"bytes": stored}),
+        documents=now.documents,
+        losses=now.losses,
+        before_healing=before.summary,
+    )
 
 
 def write_method_package(
@@ -314,11 +290,6 @@ def write_method_package(
     )
     remember_vocabulary(job, [folder])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def provenance(job: Job) -> dict[str, str]:
-    """What a row must share with the run as it is now to be shown in its report."""
-    return {"supernet": job.run.supernet_weights, "documents": fingerprint(documents_scored(job))}
 
 
 def made_before(comparison: SizeComparison, made: str) -> FinishedRow | None:
@@ -369,7 +340,7 @@ def scored(job: Job, network: PreTrainedModel) -> Scored:
     """Scores and every document's own value, on the report split; where no task counts, losses on held-out text."""
     job.threads(scoring=True)
     scores, documents = job.scorer(network).score_with_documents("report")
-    return Scored(scores, documents, text_losses(job, network) if base_documents(job).scale.by_text else None)
+    return Scored(scores, documents, text_losses(job, network) if BaseDocuments.read(job).scale.by_text else None)
 
 
 def text_losses(job: Job, network: PreTrainedModel) -> list[float]:
@@ -379,19 +350,18 @@ def text_losses(job: Job, network: PreTrainedModel) -> list[float]:
     return [held_out_loss(network, part, 1, job.device) for part in [*blocks, text]]
 
 
-def base_documents(job: Job, base: PreTrainedModel | None = None) -> BaseDocuments:
-    """The base's scores and documents on the report split; with `base`, scored where that was not done yet."""
-    file = job.run.comparison / "base.json"
+def score_base(job: Job, base: PreTrainedModel) -> BaseDocuments:
+    """The base's scores and documents on the report split, scored where that was not done yet."""
     inputs = fingerprint(documents_scored(job))
-    if base is not None and not (file.is_file() and read_json(file)["inputs"] == inputs):
+    if not (base_file(job).is_file() and read_json(base_file(job))["inputs"] == inputs):
         job.threads(scoring=True)
         scores, documents = job.scorer(base, job.untouched_tasks).score_with_documents("report")
-        write_json(file, BaseDocuments(inputs=inputs, tasks=scores, documents=documents).model_dump(mode="json"))
-    known = BaseDocuments.model_validate(read_json(file))
-    if base is not None and known.scale.by_text and known.losses is None:
+        BaseDocuments(inputs=inputs, tasks=scores, documents=documents).write(job)
+    known = BaseDocuments.read(job)
+    if known.scale.by_text and known.losses is None:
         same_tokens = base if job.vocabulary is None else job.load_base()
         known = known.model_copy(update={"losses": text_losses(job, same_tokens)})
-        write_json(file, known.model_dump(mode="json"))
+        known.write(job)
     return known
 
 
@@ -431,7 +401,7 @@ def external_checkpoint(job: Job, given: str) -> Path:
         name = f"{name}-{fingerprint(given)[:6]}"
         file = job.run.comparison / f"with-{name}.json"
     model, tokenizer = load_checkpoint(given, str(job.device), job.recipe.dtype, None, job.recipe.trust_remote_code)
-    weights, base = network_fingerprint(model), base_documents(job)
+    weights, base = network_fingerprint(model), BaseDocuments.read(job)
     if file.is_file():
         before = FinishedRow.read(file)
         if before.inputs == base.inputs and before.weights == weights:
@@ -462,74 +432,3 @@ def external_checkpoint(job: Job, given: str) -> Path:
     )
     FinishedRow(inputs=base.inputs, weights=weights, row=row, documents=documents, losses=now.losses).write(file)
     return file
-
-
-def comparison_rows(job: Job) -> list[Comparison]:
-    """Every finished row, with how sure its difference to ours is; empty where nothing was compared.
-
-    Qualities follow from the scores that the rows hold, so rows of earlier versions are shown by today's definition.
-    Rows of another super-network, of another pick than the newest ours, or scored on other documents are left out. Rows
-    of one method and size are judged together, over all their seeds. A checkpoint from elsewhere is judged against ours
-    of the nearest size.
-    """
-    folder = job.run.comparison
-    files = sorted(folder.glob("*-*.json"))
-    if not files:
-        return []
-    tasks, base, now = job.tasks.tasks, base_documents(job), provenance(job)
-    if base.inputs != now["documents"]:
-        return []
-    # 1. Keep what is of this run. Every comparison makes the first seed of ours anew where anything changed: what
-    # agrees with that row is current.
-    finished = [row for row in map(FinishedRow.read, files) if row.of is None or row.of == now]
-    current: dict[str | None, str] = {None: now["documents"]}
-    current |= {f.row.size: f.inputs for f in finished if (f.row.method, f.row.seed) == (OURS, 0)}
-    finished = [f for f in finished if f.inputs == current.get(f.row.size)]
-    # 2. Draw documents again and again, the same for all rows.
-    scale = base.scale
-    finished = [f for f in finished if not scale.by_text or (f.losses and base.losses)]
-    drawn = [_drawn(f, base, tasks) for f in finished]
-    rows = []
-    groups: dict[tuple[str, str | None], list[int]] = {}
-    for number, (f, values) in enumerate(zip(finished, drawn, strict=True)):
-        stderr = float(np.nanstd(values)) if np.isfinite(values).any() else None
-        qualities = {
-            "quality": _quality(scale, f.losses[-1] if f.losses else f.row.tasks),
-            "quality_stderr": stderr,
-            "quality_before_healing": None if f.before_healing is None else _quality(scale, f.before_healing),
-        }
-        rows.append(f.row.model_copy(update=qualities))
-        groups.setdefault((f.row.method, f.row.size), []).append(number)
-    # 3. Judge every other method against ours of its size.
-    ours = {size: group for (method, size), group in groups.items() if method == OURS}
-
-    def mean(group: Sequence[int]) -> float:
-        return sum(rows[number].quality for number in group) / len(group)
-
-    for (method, size), group in groups.items():
-        params = rows[group[0]].params
-        nearest = min(ours.values(), key=lambda own: abs(rows[own[0]].params - params), default=None)
-        rival = ours.get(size, nearest)
-        if method == OURS or rival is None:
-            continue
-        interval = paired_interval([drawn[i] for i in rival], [drawn[i] for i in group])
-        if interval is not None:
-            difference = Difference(value=mean(rival) - mean(group), low=interval[0], high=interval[1])
-            for number in group:
-                rows[number] = rows[number].model_copy(update={"ours_minus_this": difference})
-    return rows
-
-
-def _quality(scale: QualityScale, kept: Mapping[str, Score] | float) -> float:
-    """Quality from what a row keeps: its scores, where one that is missing was not finite, or its held-out loss."""
-    if isinstance(kept, float):
-        return scale.kept_of_text(kept)
-    none = {name: base.model_copy(update={"value": math.nan}).or_worst() for name, base in scale.base.items()}
-    return scale.quality(none | dict(kept))
-
-
-def _drawn(finished: FinishedRow, base: BaseDocuments, tasks: Mapping[str, ScoredTask]) -> NDArray[np.float64]:
-    """Quality of a row in each resample."""
-    if base.scale.by_text:
-        return text_qualities((finished.losses or [])[:-1], (base.losses or [])[:-1])
-    return base.scale.resampled(resampled(tasks, finished.documents))

@@ -17,6 +17,7 @@ from compressor.job import Job
 from compressor.run import Run
 from compressor.sizing import draw_near
 from compressor.stages.choosing import choose
+from compressor.stages.comparison_rows import documents_scored
 from compressor.stages.finetuning import finetune, finetuning_inputs, hidden_is_ordered
 from compressor.stages.picking import measured
 from compressor.stages.repairing import calibration_text, pick_variants, repair_inputs, trained_variants
@@ -201,11 +202,6 @@ def methods(repair: bool = False) -> dict[str, Method]:
         own.insert(1, Method("ours-unrepaired", "ours, sliced plainly", ours_unrepaired, trained=True))
         beside += [repaired(baseline) for baseline in baselines().values() if baseline.repairable]
     return {method.name: method for method in [*own, *beside]}
-
-
-def documents_scored(job: Job) -> dict[str, str]:
-    """Fingerprint of every task's documents on the report split."""
-    return {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks}
 
 
 def same_size(parameters: float, wanted: int) -> bool:

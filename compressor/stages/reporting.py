@@ -11,8 +11,7 @@ from compressor.again import command_line
 from compressor.inputs import HEALING, text_fingerprint
 from compressor.job import Job
 from compressor.shown_report import show_report
-from compressor.stages.comparing import comparison_rows
-from compressor.stages.comparison_methods import documents_scored
+from compressor.stages.comparison_rows import comparison_rows, documents_scored
 from compressor.stages.control import control_of, likeness_of
 from compressor.stages.front import FrontRecord, scored_weights
 from compressor.stages.measuring import Measurements, ReportDocuments

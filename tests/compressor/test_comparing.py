@@ -21,7 +21,7 @@ from rich.console import Console
 from compressor import pipeline
 from compressor.cli import run
 from compressor.run import Run
-from compressor.stages import comparing
+from compressor.stages import comparing, comparison_rows
 from compressor.stages.comparison_methods import methods
 from evals.comparison import paired_interval, resampled, score_intervals, text_qualities
 from evals.quality import QualityScale
@@ -216,7 +216,7 @@ class Folder:
         self.job.run.supernet.mkdir(parents=True)
         self.job.run.comparison.mkdir()
         self.trained("weights")
-        documents = comparing.provenance(self.job)["documents"]
+        documents = comparison_rows.provenance(self.job)["documents"]
         write_json(
             self.job.run.comparison / "base.json",
             {"inputs": documents, "tasks": {"coin": self.score(1.0)}, "documents": {"coin": [[1.0] * 4]}},
@@ -241,12 +241,12 @@ class Folder:
             "tasks": {"coin": self.score(quality)},
         }
         documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
-        data = {"inputs": inputs, "of": comparing.provenance(self.job), "row": row, "documents": documents}
+        data = {"inputs": inputs, "of": comparison_rows.provenance(self.job), "row": row, "documents": documents}
         write_json(self.job.run.comparison / f"{method}-{size}-{seed}.json", data)
 
     @property
     def shown(self) -> list[tuple[str, int, float]]:
-        return [(row.method, row.seed, row.quality) for row in comparing.comparison_rows(self.job)]
+        return [(row.method, row.seed, row.quality) for row in comparison_rows.comparison_rows(self.job)]
 
 
 def test_rows_of_an_earlier_comparison_are_not_shown(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_packages_are_timed_one_by_one_beside_the_base(tmp_path: Path, monkeypat
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)
     comparing.time_beside_base(folder.job, torch.nn.Identity(), rows)  # nothing is left to time
     assert timed == ["flap", "ours", "wanda"]
-    wanda = comparing.FinishedRow.read(tmp_path / "comparison" / "wanda-0.67-0.json").row
+    wanda = comparison_rows.FinishedRow.read(tmp_path / "comparison" / "wanda-0.67-0.json").row
     assert wanda.speed == fast.model_copy(update={"runtime": "wanda"}) and wanda.base_speed == fast
 
 
