@@ -54,7 +54,7 @@ from evals.comparison import paired_interval, resampled, score_intervals
 from evals.quality import QualityScale
 from evals.scoring.tasks import ScoredTask, TaskSet
 from evals.speed.measured import speed_beside
-from export.layouts.gguf.layout import take_stored_weights
+from export.layouts.gguf.file import take_stored_weights
 from search.pareto import Target
 from search.preference import PREFERENCES
 from search.scores import Score

@@ -31,7 +31,7 @@ from compressor.stages.llama_types import bits_that_fit
 from compressor.stages.measuring import load_package
 from export.layouts import graphs
 from export.layouts.gguf import runtime as llama_cpp
-from export.layouts.gguf.layout import take_stored_weights
+from export.layouts.gguf.file import take_stored_weights
 from export.layouts.gguf.types import QUANTIZED
 from export.layouts.table import GGUF_MIXED, write_layout
 from export.package_record import PackageRecord, read_record

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.scoring.evaluate import load_checkpoint
-from export.layouts.gguf.layout import weight_file
+from export.layouts.gguf.file import weight_file
 from export.layouts.gguf.server import LlamaCpp
 from export.layouts.installed import check_installed
 from export.package_record import RECORD, read_record

@@ -31,7 +31,7 @@ from compressor.stages.joint_pick import (
     sizes_within,
 )
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from export.layouts.gguf.layout import FileSize, take_stored_weights
+from export.layouts.gguf.file import FileSize, take_stored_weights
 from export.layouts.gguf.types import BY_BITS, as_stored, type_by_bits
 from export.layouts.table import GGUF_MIXED, write_layout
 from search.bit_assignment import best_within, fewest_bytes, with_gene

@@ -26,7 +26,7 @@ from evals.speed.measured import Speed, speed_beside
 from export.layouts import graphs
 from export.layouts.elastic import load_size
 from export.layouts.gguf import runtime as llama_cpp
-from export.layouts.gguf.layout import take_stored_weights
+from export.layouts.gguf.file import take_stored_weights
 from export.models import Model
 from export.package_record import ElasticSize, PackageRecord, read_record, update_record
 from export.report.card import read_base_card

@@ -1,68 +1,53 @@
 """The gguf layout: one file for llama.cpp, weights and tokenizer, written with the `gguf` package.
 
 Networks that the plain class holds go under the family's own architecture name. Uneven ones go under `deci`, whose
-sizes are lists over layers; only families whose blocks are Llama's can. llama.cpp computes a `deci` layer that has
-attention and no FFN wrongly, so such a layer gets a narrow FFN of zeros, which adds nothing.
+sizes are lists over layers; only families whose blocks are Llama's can (`export.layouts.gguf.header`).
 
-What a family's parameters are called and how their values change is in `export.layouts.gguf.families`.
+What a family's parameters are called and how their values change is in `export.layouts.gguf.families`; the file itself
+is written, and read back, in `export.layouts.gguf.file`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from export.layouts.gguf.checks import check_network, table_of
-from export.layouts.gguf.families import GGUFFamily, Header
+from export.layouts.gguf.file import kinds_of, write_file
+from export.layouts.gguf.header import network_header
 from export.layouts.gguf.tokenizer import (
     check_tokenizer,
     composes,
     sample_texts,
     strips_behind,
     tokenization,
-    write_tokenizer,
 )
 from export.layouts.gguf.types import (
     MIXED,
     QUANTIZED,
     TYPES,
     asked_type,
-    blocks_of,
-    stored_bytes,
-    type_by_bits,
-    type_of,
 )
 from export.package import check_destination, package_draft
-from export.package_record import PackageRecord, read_record
+from export.package_record import PackageRecord, Probe, read_record
 from export.probe import TOP, default_ids, greedy, logits_of, make_probe, stored_network
 from export.shards import weight_bytes
-from supernet.architecture import Architecture, LayerSizes
+from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.versions import versions
-from supernet.families import head_dim
 from supernet.hooks import Hooks
-from supernet.slicing import build_standalone, family_of_standalone, standalone_config
+from supernet.slicing import family_of_standalone
 from supernet.trust import load_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NARROW = 32
-"""Width of the zero FFN: the smallest that quantized types hold."""
-Kinds = Callable[[str, tuple[int, ...]], str]
-"""The stored type of a tensor of a file, by its name and shape."""
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 MODELFILE = "Modelfile"
 """What Ollama makes its model from; the chat template is in the gguf file."""
@@ -112,30 +97,18 @@ def write(
     kind, _, described = check_tokenizer(tokenizer)
     # 2. What transformers says of the weights as the file holds them.
     network = stored_network(model, dtype)
-    family = table_of(config)
     # llama.cpp knows by this name alone that special tokens take the spaces behind them.
     phi = " (phi-3)" if kind == "llama" and strips_behind(described) else ""
-    header = {**_header(config, family, architecture), "name": f"{entry['name']}{phi}"}
+    header = {**network_header(config, table_of(config), architecture), "name": f"{entry['name']}{phi}"}
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
     ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
-    held = _as_held(network, gguf_type)
-    searched = quantized and calibration is not None
-    importance = input_squares(network, calibration[:, :context]) if searched and calibration is not None else {}
-    probe = make_probe(
-        logits_of(held, ids),
-        ids,
-        tokenizer,
-        tokenization=tokenization(tokenizer, [*sample_texts(), *texts]),
-        composed=composes(tokenizer),
-        greedy=greedy(held, ids, context),
-        exact_to="f16" if family.half_activation and gguf_type == "f32" else gguf_type,
-        rounding=rounding(held, ids, HALVES[gguf_type]) if gguf_type in HALVES else 0.0,
-    )
+    probe = _probe(network, ids, context, tokenizer, texts, gguf_type)
+    importance = {} if calibration is None or not quantized else input_squares(network, calibration[:, :context])
     # 3. The file, and what it costs.
     with package_draft(destination, needed, entry=entry, lineage=lineage, card=card) as draft:
         file = draft.folder / f"model-{gguf_type}.gguf"
         kinds = kinds_of(gguf_type, embedding, bits)
-        matrices = _write_file(file, network, architecture, header, tokenizer, kinds, importance)
+        matrices = write_file(file, network, architecture, header, tokenizer, kinds, importance)
         read = min(header["context_length"], OLLAMA_CONTEXT)
         (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\nPARAMETER num_ctx {read}\n", encoding="utf-8")
         draft.probe = probe
@@ -148,37 +121,28 @@ def write(
     return read_record(destination)
 
 
-def kinds_of(gguf_type: str, embedding: int | None, bits: Architecture | None) -> Kinds:
-    """The stored type of every tensor of a file of a type, by name and shape."""
-    if gguf_type != MIXED:
-        return partial(type_of, gguf_type=gguf_type, embedding=embedding)
-    if bits is None:
-        raise RequestError("a mixed gguf file needs the bits of every half-block")
-    return partial(type_by_bits, bits=bits)
-
-
-def _quantization_report(
-    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits: Architecture | None, bits_per_parameter: float
-) -> dict[str, object]:
-    """The fields of a `QuantizationReport`, from every matrix's type and number of weights."""
-    in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
-    if bits is None:
-        exceptions = {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type}
-    else:
-        asked = {name: asked_type(name, bits) for name in matrices if name.startswith("blk.")}
-        others = {name: kind for name, kind in asked.items() if kind != matrices[name][0]}
-        exceptions = {name: f"{matrices[name][0]} for {kind}" for name, kind in others.items()}
-    return {
-        "scheme": gguf_type,
-        "group_size": min((TYPES[kind].block for kind, _ in in_layers if kind in QUANTIZED), default=-1),
-        "iterations": 0,
-        "embedding": TYPES[matrices["token_embd"][0]].bits,
-        "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,
-        "bits_per_weight": sum(TYPES[kind].bits * n for kind, n in in_layers) / sum(n for _, n in in_layers),
-        "bits_per_parameter": bits_per_parameter,
-        "exceptions": exceptions,
-        "bits": None if bits is None else bits.to_dict(),
-    }
+def _probe(
+    network: PreTrainedModel,
+    ids: Tensor,
+    context: int,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    gguf_type: str,
+) -> Probe:
+    """What llama.cpp is compared with: what transformers says about `ids` [sequences, length] of the network as a file
+    of the type holds it, and how the tokenizer splits fixed texts and `texts`."""
+    held = _as_held(network, gguf_type)
+    half_activation = table_of(network.config).half_activation
+    return make_probe(
+        logits_of(held, ids),
+        ids,
+        tokenizer,
+        tokenization=tokenization(tokenizer, [*sample_texts(), *texts]),
+        composed=composes(tokenizer),
+        greedy=greedy(held, ids, context),
+        exact_to="f16" if half_activation and gguf_type == "f32" else gguf_type,
+        rounding=rounding(held, ids, HALVES[gguf_type]) if gguf_type in HALVES else 0.0,
+    )
 
 
 def _as_held(network: PreTrainedModel, gguf_type: str) -> PreTrainedModel:
@@ -229,68 +193,6 @@ def rounding(network: PreTrainedModel, ids: Tensor, dtype: torch.dtype, ways: in
     return max(float((one - exact).gather(-1, top).abs().max()) for one in rounded)
 
 
-def _write_file(
-    file: Path,
-    model: PreTrainedModel,
-    architecture: Architecture,
-    header: Header,
-    tokenizer: PreTrainedTokenizerBase,
-    kind_of: Kinds,
-    importance: Mapping[str, Tensor],
-) -> dict[str, tuple[str, int]]:
-    """Write the file, each tensor in the type that `kind_of` gives its name and shape. `importance` has that of the
-    inputs of matrices, by their parameters' names. Returns the type and the number of weights of each matrix, by its
-    name in the file."""
-    from gguf import GGMLQuantizationType, quants  # an optional dependency
-
-    config, family = model.config, table_of(model.config)
-    # 1. The header.
-    writer = _begun(file, config, header, tokenizer)
-    # 2. The tensors.
-    matrices: dict[str, tuple[str, int]] = {}
-
-    def add(name: str, values: Tensor, kind: str, weight: Tensor | None = None) -> None:
-        ggml = GGMLQuantizationType[kind.upper()]
-        if TYPES[kind].searched:
-            stored = blocks_of(values, kind, weight)
-        else:
-            stored = quants.quantize(np.ascontiguousarray(values.numpy()), ggml)
-        writer.add_tensor(name, stored, raw_dtype=ggml)
-
-    for factors, values in _rotary_factors(config, family.rope(config)).items():
-        add(f"{factors}.weight", values, "f32")
-    for source, parameter in model.named_parameters():
-        stored = family.stored(source)
-        for final, values in stored.to_file(parameter.detach().float().cpu(), config).items():
-            kind = "f32" if stored.exact else kind_of(final, tuple(values.shape))
-            if values.dim() > 1:
-                matrices[final.removesuffix(".weight")] = kind, values.numel()
-            add(final, values, kind, importance.get(source))
-    for final, values in _stand_ins(config, family, architecture).items():
-        add(final, values, kind_of(final, tuple(values.shape)))
-    # 3. Write both.
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return matrices
-
-
-def _begun(file: Path, config: PreTrainedConfig, header: Header, tokenizer: PreTrainedTokenizerBase) -> GGUFWriter:
-    """The writer of a file, header and tokenizer added."""
-    from gguf import GGUFWriter  # an optional dependency
-
-    family = table_of(config)
-    writer = GGUFWriter(file, family.name)
-    for key, value in header.items():
-        if "." in key:
-            writer.add_array(f"{family.name}.{key}", value)
-        else:
-            getattr(writer, f"add_{key}")(value)
-    write_tokenizer(writer, tokenizer, config.vocab_size)
-    return writer
-
-
 @torch.no_grad()
 def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """The mean square of every input channel of each linear layer of the blocks on some text, [inputs], by the name of
@@ -316,180 +218,25 @@ def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return sums
 
 
-class FileSize:
-    """What the files that `write` writes of a sub-network of the base with this configuration take, in any types."""
-
-    def __init__(self, config: PreTrainedConfig, architecture: Architecture) -> None:
-        self._model = build_standalone(standalone_config(config, architecture))
-        self._architecture, family = architecture, table_of(self._model.config)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._exact: set[str] = set()
-        """Tensors that are f32 in every file."""
-        for source, parameter in self._model.named_parameters():
-            stored = family.stored(source)
-            for final, values in stored.to_file(parameter.detach(), self._model.config).items():
-                self._shapes[final] = tuple(values.shape)
-                if stored.exact:
-                    self._exact.add(final)
-        for final, values in _stand_ins(self._model.config, family, architecture).items():
-            self._shapes[final] = tuple(values.shape)
-        for factors, values in _rotary_factors(self._model.config, family.rope(self._model.config)).items():
-            self._shapes[f"{factors}.weight"] = tuple(values.shape)
-            self._exact.add(f"{factors}.weight")
-
-    def tensors(self, kind_of: Kinds) -> int:
-        """Bytes of all tensors: the file less its header."""
-        kinds = {name: "f32" if name in self._exact else kind_of(name, shape) for name, shape in self._shapes.items()}
-        return sum(stored_bytes(self._shapes[name], kind) for name, kind in kinds.items())
-
-    def header(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-        """Bytes of everything else, which are the same in every type. `name` is that of the package."""
-        from gguf import GGMLQuantizationType  # an optional dependency
-
-        config = self._model.config
-        header = {**_header(config, table_of(config), self._architecture), "name": name}
-        with tempfile.TemporaryDirectory(prefix="compressor-gguf-") as folder:
-            file = Path(folder) / "header.gguf"
-            writer = _begun(file, config, header, tokenizer)
-            for final, shape in self._shapes.items():
-                dtype, size = np.dtype(np.float32), 4 * math.prod(shape)
-                writer.add_tensor_info(final, shape, dtype, size, raw_dtype=GGMLQuantizationType.F32)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
-            written = file.stat().st_size
-        return -(-written // writer.data_alignment) * writer.data_alignment
-
-
-def _header(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> Header:
-    """The header but for the tokenizer, by the writer's methods (without `add_`)."""
-    sizes = _sizes(family, architecture)
-    lists = {
-        "feed_forward_length": [layer.intermediate_size for layer in sizes],
-        "head_count": [layer.num_attention_heads for layer in sizes],
-        "head_count_kv": [layer.num_key_value_heads for layer in sizes],
-    }
-    width, rope = head_dim(config), family.rope(config)
+def _quantization_report(
+    matrices: Mapping[str, tuple[str, int]], gguf_type: str, bits: Architecture | None, bits_per_parameter: float
+) -> dict[str, object]:
+    """The fields of a `QuantizationReport`, from every matrix's type and number of weights."""
+    in_layers = [(kind, count) for name, (kind, count) in matrices.items() if name.startswith("blk.")]
+    if bits is None:
+        exceptions = {name: kind for name, (kind, _) in matrices.items() if kind != gguf_type}
+    else:
+        asked = {name: asked_type(name, bits) for name in matrices if name.startswith("blk.")}
+        others = {name: kind for name, kind in asked.items() if kind != matrices[name][0]}
+        exceptions = {name: f"{matrices[name][0]} for {kind}" for name, kind in others.items()}
     return {
-        "block_count": len(sizes),
-        "context_length": _context(config, rope),
-        "embedding_length": config.hidden_size,
-        **{key: values if family.listed else max(values) for key, values in lists.items()},
-        "key_length": width,
-        "value_length": width,
-        "vocab_size": config.vocab_size,
-        **_rotary(config, rope),
-        **family.header(config),
+        "scheme": gguf_type,
+        "group_size": min((TYPES[kind].block for kind, _ in in_layers if kind in QUANTIZED), default=-1),
+        "iterations": 0,
+        "embedding": TYPES[matrices["token_embd"][0]].bits,
+        "head": TYPES[matrices.get("output", matrices["token_embd"])[0]].bits,
+        "bits_per_weight": sum(TYPES[kind].bits * n for kind, n in in_layers) / sum(n for _, n in in_layers),
+        "bits_per_parameter": bits_per_parameter,
+        "exceptions": exceptions,
+        "bits": None if bits is None else bits.to_dict(),
     }
-
-
-def _sizes(family: GGUFFamily, architecture: Architecture) -> list[LayerSizes]:
-    """Sizes of the layers that are kept, as the file states them: a listed one has an FFN in every layer."""
-    sizes = [architecture.layers[i] for i in architecture.kept]
-    if not family.listed:
-        return sizes
-    sizes = [replace(layer, intermediate_size=layer.intermediate_size or NARROW) for layer in sizes]
-    if not sizes[0].num_attention_heads:  # llama.cpp takes the width of a head from the first layer
-        sizes[0] = replace(sizes[0], num_attention_heads=1, num_key_value_heads=1)
-    return sizes
-
-
-def _stand_ins(config: PreTrainedConfig, family: GGUFFamily, architecture: Architecture) -> dict[str, Tensor]:
-    """Tensors that llama.cpp requires of an uneven network though their half-block is removed: they add nothing."""
-    hidden, width = config.hidden_size, head_dim(config)
-    tensors: dict[str, Tensor] = {}
-
-    def half_block(layer: int, norm: str, inward: Sequence[str], outward: str, between: int) -> dict[str, Tensor]:
-        return {
-            f"blk.{layer}.{norm}.weight": torch.ones(hidden),
-            **{f"blk.{layer}.{name}.weight": torch.zeros(between, hidden) for name in inward},
-            f"blk.{layer}.{outward}.weight": torch.zeros(hidden, between),
-        }
-
-    if family.listed:
-        for index, layer in enumerate(architecture.layers[i] for i in architecture.kept):
-            if "mlp" in layer.skip:
-                tensors |= half_block(index, "ffn_norm", ("ffn_gate", "ffn_up"), "ffn_down", NARROW)
-            if "attention" in layer.skip and not index:
-                tensors |= half_block(index, "attn_norm", ("attn_q", "attn_k", "attn_v"), "attn_output", width)
-    return tensors
-
-
-def _context(config: PreTrainedConfig, rope: Mapping[str, Any]) -> int:
-    """Positions for which the file computes what transformers does.
-
-    Where the family has no layers with windows in llama.cpp, those within a window; with `longrope`, those that
-    transformers takes the short factors for, since llama.cpp takes the long ones for short texts too.
-    """
-    limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
-    if rope.get("rope_type") == "longrope":
-        limits.append(rope["original_max_position_embeddings"])
-    return min(limit for limit in limits if limit)
-
-
-def _rotary(config: PreTrainedConfig, rope: Mapping[str, Any]) -> Header:
-    """Rotary base, width and scaling; nothing for learned positions."""
-    from gguf import RopeScalingType  # an optional dependency
-
-    if not rope:
-        return {}
-    header: Header = {
-        "rope_freq_base": float(rope["rope_theta"]),
-        "rope_dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)),
-    }
-    kind = rope.get("rope_type")
-    if kind == "linear":
-        header |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": float(rope["factor"])}
-    if kind == "longrope":
-        original = rope["original_max_position_embeddings"]
-        factor = rope.get("factor") or config.max_position_embeddings / original
-        attention = rope.get("attention_factor")
-        if attention is None:  # LongRoPE (Ding et al. 2024), as transformers computes it
-            attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        header |= {"rope_scaling_orig_ctx_len": original, "rope_scaling_attn_factors": attention}
-    return header
-
-
-def _rotary_factors(config: PreTrainedConfig, rope: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What each frequency is divided by, where the scaling differs by frequency."""
-    kind = rope.get("rope_type")
-    if kind == "longrope":
-        return {f"rope_factors_{length}": torch.tensor(rope[f"{length}_factor"]) for length in ("short", "long")}
-    if kind != "llama3":
-        return {}
-    width = head_dim(config)
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-    wavelengths = 2 * math.pi * rope["rope_theta"] ** exponents
-    context = rope["original_max_position_embeddings"]
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
-    return {"rope_freqs": (1 / ((1 - smooth) / factor + smooth)).float()}
-
-
-def weight_file(package: Path) -> tuple[Path, str]:
-    """The one file of a gguf package, and its type."""
-    (file,) = package.glob("*.gguf")
-    return file, file.stem.rpartition("-")[2]
-
-
-def take_stored_weights(network: PreTrainedModel, package: Path) -> PreTrainedModel:
-    """`network` with the values that the file of a gguf package of the same architecture holds for it.
-
-    Scores are computed with these in transformers; that llama.cpp computes the same from the file is proved by
-    `export.layouts.gguf.runtime.check_gguf`.
-    """
-    from gguf import GGUFReader, quants  # an optional dependency
-
-    file, _ = weight_file(package)
-    config, family = network.config, table_of(network.config)
-    held = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            stored = family.stored(name)
-            tensors = {
-                final: torch.from_numpy(quants.dequantize(held[final].data, held[final].tensor_type).astype("float32"))
-                for final in stored.names
-            }
-            parameter.copy_(stored.from_file(tensors, config).view(parameter.shape))
-    return network

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from evals.speed.measured import Speed
-from export.layouts.gguf.layout import weight_file
+from export.layouts.gguf.file import weight_file
 from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import TYPES, bound_of_bits
 from export.layouts.installed import check_installed

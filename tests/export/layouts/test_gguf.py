@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
-from export.layouts.gguf.layout import FileSize, kinds_of, take_stored_weights, weight_file
+from export.layouts.gguf.file import FileSize, kinds_of, take_stored_weights, weight_file
 from export.layouts.gguf.runtime import check_gguf, measure_speed
 from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import QUANTIZED, TYPES, VALUES, blocks_of, stored_bytes, type_by_bits
