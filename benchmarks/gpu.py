@@ -564,8 +564,9 @@ def optimizers(arguments: argparse.Namespace) -> Facts:
     import torch
 
     from compressor.rates import estimate_rates
-    from supernet.training.loop import OPTIMIZERS, parameter_groups
+    from supernet.training.loop import parameter_groups
     from supernet.training.muon import orthogonal
+    from supernet.training.optimizers import OPTIMIZERS
 
     for name in ("muon", "adamw"):
         changes = {"finetuning.optimizer": name, "finetuning.tokens": 4096}

@@ -25,7 +25,7 @@ from compressor.sizing import uniform_near
 from supernet.repair import repair_in_sequence
 from supernet.slicing import extract
 from supernet.training.history import History
-from supernet.training.loop import TrainSettings
+from supernet.training.settings import TrainSettings
 from supernet.training.supernet_training import heal
 from supernet.variants import Variants
 

@@ -30,8 +30,8 @@ from search.genes import AS_STORED, Gene
 from search.scores import Split
 from supernet.training.adapters import adapter_parameters
 from supernet.training.data import HELD_OUT_BLOCKS
-from supernet.training.loop import points_of
 from supernet.training.sources import is_generated
+from supernet.training.watch import points_of
 
 SCORED_TOKENS = 120
 """Tokens that scoring one document is taken to need, all its choices together, where the tasks are not known."""

@@ -30,7 +30,7 @@ from supernet.device import parts_of_batch, pass_tokens
 from supernet.loading import check_fit, load_causal_lm
 from supernet.ordering import by_influence
 from supernet.training.accelerator import make_accelerator, processes
-from supernet.training.loop import TrainSettings
+from supernet.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -27,8 +27,8 @@ from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, read_json, write_json
 from supernet.common.progress import say
 from supernet.training.data import HELD_OUT_BLOCKS, Blocks
-from supernet.training.loop import TrainSettings
 from supernet.training.losses import held_out_loss
+from supernet.training.settings import TrainSettings
 from supernet.training.supernet_training import heal
 
 FURTHER_SEED = 7919

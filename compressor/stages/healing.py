@@ -26,7 +26,7 @@ from supernet.common.files import fingerprint, write_json
 from supernet.common.progress import say
 from supernet.common.versions import versions
 from supernet.training.data import Blocks
-from supernet.training.loop import TrainSettings
+from supernet.training.settings import TrainSettings
 from supernet.training.sources import is_generated
 from supernet.training.supernet_training import heal
 

@@ -21,9 +21,10 @@ from supernet.training.adapters import Parameters
 from supernet.training.data import HELD_OUT_BLOCKS, Batch, Blocks
 from supernet.training.history import History, Losses, Rule
 from supernet.training.inactive import Inactive
-from supernet.training.loop import Backward, TrainSettings, train
+from supernet.training.loop import Backward, train
 from supernet.training.losses import Loss, held_out_loss
 from supernet.training.samplers import DRAWS, SAMPLERS, Draw, Member, Memory, TrainingRange
+from supernet.training.settings import TrainSettings
 from supernet.training.traces import HiddenStates, Recorder, trace
 
 if TYPE_CHECKING:

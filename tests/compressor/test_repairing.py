@@ -28,7 +28,7 @@ from compressor.stages.repairing import (
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.slicing import extract
-from supernet.training.loop import TrainSettings
+from supernet.training.settings import TrainSettings
 from tests.support import tiny
 
 

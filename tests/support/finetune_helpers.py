@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from supernet.architecture import Architecture, LayerSizes
-from supernet.training.loop import TrainSettings
 from supernet.training.samplers import TrainingRange
+from supernet.training.settings import TrainSettings
 
 SMALL = Architecture(32, (LayerSizes(2, 1, 32), LayerSizes(0, 0, 32), LayerSizes(2, 1, 32)))
 CUT = Architecture(32, (LayerSizes(2, 1, 48),) * 3)

@@ -22,14 +22,17 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.families import describe
 from supernet.slicing import extract
-from supernet.training import loop, supernet_training
+from supernet.training import supernet_training
 from supernet.training.adapters import PARAMETERS
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.history import History, Rule
-from supernet.training.loop import Backward, TrainSettings, points_of, train
+from supernet.training.loop import Backward, train
 from supernet.training.losses import Loss, held_out_loss
+from supernet.training.settings import TrainSettings
+from supernet.training.state import TrainingState
 from supernet.training.supernet_training import TOLERANCE, ElasticScheme, finetune_supernet, heal
 from supernet.training.traces import trace
+from supernet.training.watch import points_of
 from tests.support import tiny
 from tests.support.finetune_helpers import CUT, SMALL, range_of, settings
 
@@ -211,13 +214,13 @@ def test_a_killed_run_that_went_back_ends_as_if_it_had_not_been_killed(
     """Its state is written every third step, so that points and returns lie between the last one and the kill."""
     killed, later = copy.deepcopy(learned), copy.deepcopy(learned)
     how = settings(32 * 24, learning_rate=0.2, checkpoint_seconds=0)
-    save = loop.TrainingState.save
+    save = TrainingState.save
 
     def seldom(self: Any, step: int, accelerator: Accelerator) -> None:
         if step % 3 == 0:
             save(self, step, accelerator)
 
-    monkeypatch.setattr(loop.TrainingState, "save", seldom)
+    monkeypatch.setattr(TrainingState, "save", seldom)
     whole = finetuned(learned, blocks, tmp_path / "whole", how)
     assert len(whole.halved) > 1
     passes = 0

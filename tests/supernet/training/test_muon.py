@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from supernet.training import muon
-from supernet.training.loop import TrainSettings, parameter_groups
+from supernet.training.loop import parameter_groups
 from supernet.training.muon import Muon, in_stacks, operations, orthogonal
+from supernet.training.settings import TrainSettings
 from tests.support.tiny_families import CONFIGS, tiny_network
 
 BETAS = (0.9, 0.95)

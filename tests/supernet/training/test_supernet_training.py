@@ -26,7 +26,7 @@ from supernet.training.adapters import PARAMETERS, AllWeights
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.history import History
 from supernet.training.inactive import inactive_slices, restore_inactive
-from supernet.training.loop import Backward, TrainSettings, train
+from supernet.training.loop import Backward, train
 from supernet.training.losses import LOSSES, Loss
 from supernet.training.optimizers import OPTIMIZERS
 from supernet.training.samplers import (
@@ -37,6 +37,8 @@ from supernet.training.samplers import (
     SizesAndCuts,
     UniformGenes,
 )
+from supernet.training.settings import TrainSettings
+from supernet.training.state import TrainingState
 from supernet.training.supernet_training import ElasticScheme, finetune_supernet, heal, without_dropout
 from supernet.training.traces import Recorder, trace
 from tests.support import tiny, tiny_families
@@ -408,8 +410,8 @@ def test_a_state_that_takes_long_to_write_is_written_seldom(
         now += 30
         written.append(now)
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(loop.TrainingState, "save", save)
+    monkeypatch.setattr("supernet.training.state.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(TrainingState, "save", save)
     state = tmp_path / "s.safetensors"
     train(network, blocks, settings(32 * 150), step, what="t", state=state, accelerator=Accelerator(cpu=True))
     assert written == [100, 740, 1380]
