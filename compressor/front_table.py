@@ -16,8 +16,8 @@ from compressor.sizing import smallest_storage
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.picking import measured
 from compressor.stages.picks import read_picks
+from compressor.stages.requalify import current_front
 from compressor.stages.score_keys import held_out_keys
-from compressor.stages.searching import current_front
 from export.models import Model
 from export.package_record import RECORD, read_record
 from search.objectives import Evaluation

@@ -37,10 +37,11 @@ from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, picking, searching
 from compressor.stages.finetuning import check_same_base, check_unchanged
 from compressor.stages.healing import blocks_to_heal_on, heal_picks
+from compressor.stages.layer_timings import check_speedup
 from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
-from compressor.stages.searching import check_searching, check_speedup
+from compressor.stages.searching import check_searching
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
 from export.package_record import PackageEntry

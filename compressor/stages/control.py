@@ -7,10 +7,11 @@ from contextlib import closing
 
 from compressor.job import Job
 from compressor.stages.front import FrontRecord
+from compressor.stages.goals import goals, judged
+from compressor.stages.layer_timings import speed_table
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.search_parts import for_search, searches_in_turn
-from compressor.stages.searching import goals, judged, speed_table
 from compressor.stages.subnet_scores import SubnetEvaluator
 from search.control import measured_control, random_genomes, within_bounds
 from search.control_records import Control, Likeness

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compressor.job import Job
-from compressor.stages.searching import current_front
+from compressor.stages.requalify import current_front
 from export.layouts.elastic import ElasticSource, size_name
 from export.package_record import ElasticSize
 from supernet.architecture import Architecture

@@ -11,10 +11,11 @@ from compressor.sizing import byte_limit, parameter_limits, picks_bits, picks_ty
 from compressor.stages.choosing import Choice, Choices, by_key, choices, decode_speeds
 from compressor.stages.front import read_front, scored_weights
 from compressor.stages.joint_pick import pick_with_bits
+from compressor.stages.layer_timings import speed_table, untouched_decode_tps
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
 from compressor.stages.repairing import rounding_inputs, searched_weights
-from compressor.stages.searching import current_front, speed_table, untouched_decode_tps
+from compressor.stages.requalify import current_front
 from export.layouts.table import GGUF_MIXED, copies_hold
 from export.report.alternatives import in_words
 from search.objectives import Evaluation

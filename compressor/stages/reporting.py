@@ -16,8 +16,8 @@ from compressor.stages.control import control_of, likeness_of
 from compressor.stages.front import FrontRecord, scored_weights
 from compressor.stages.measuring import Measurements, ReportDocuments
 from compressor.stages.repairing import repaired_on
+from compressor.stages.requalify import current_front
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
-from compressor.stages.searching import current_front
 from compressor.stages.subnet_scores import known_scores
 from evals.comparison import Resampled, paired_interval, resampled, score_intervals
 from evals.quality import QualityScale

@@ -1,4 +1,4 @@
-"""A search that an earlier version scored by another definition of quality, put under the one of today.
+"""The front as it is by today's definition of quality, whatever version scored the search.
 
 The tasks' scores do not depend on it, so nothing is measured again; the front is another all the same.
 """
@@ -11,19 +11,34 @@ from collections.abc import Sequence
 import numpy as np
 
 from compressor.job import Job
-from compressor.stages.front import FrontRecord, QualityRecord
+from compressor.stages.front import FrontRecord, QualityRecord, read_front
+from compressor.stages.goals import goals
 from compressor.stages.repairing import searched_weights
 from compressor.stages.score_keys import score_keys
+from compressor.stages.search_parts import for_search
 from compressor.stages.subnet_scores import known_scores
 from evals.quality import DEFINITION, QualityScale
-from search.objectives import Constraint, Evaluation, EvaluationRecord, Objective
+from search.objectives import SPEEDS, Constraint, Evaluation, EvaluationRecord, Objective
 from search.pareto import costs, hypervolume_in, violations
 from search.pareto import front as pareto_front
 from search.run import GenerationRecord
 from search.scores import Score, ScoreKey
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import RequestError, reading
+
+
+def current_front(job: Job) -> FrontRecord:
+    """What front.json holds, its qualities by today's definition. Raises `RequestError` where they cannot be."""
+    front = read_front(job.run.front)
+    quality = front.get("quality", {})
+    # By text there is no cap: those of the definition before are the same.
+    if quality.get("definition") == DEFINITION or (quality.get("definition") == 2 and not quality["counted"]):
+        return front
+    # Every evaluation holds its speed, so only the base's is asked for here.
+    speed = dict.fromkeys(SPEEDS, front["base_decode_tps"])
+    with reading(f"{job.run.front}: an earlier version searched for other objectives; run compressor search"):
+        return requalified(job, front, *goals(for_search(job), lambda architecture: speed))
 
 
 def quality_of(scale: QualityScale) -> QualityRecord:

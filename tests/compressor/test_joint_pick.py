@@ -15,12 +15,12 @@ from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.stages.exporting import say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, sizes_within, whole_network
+from compressor.stages.layer_timings import speed_table
 from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picking import measured, pick
 from compressor.stages.picks import read_picks
 from compressor.stages.quantized_base import base_schemes, tunes
 from compressor.stages.reporting import report
-from compressor.stages.searching import speed_table
 from export.package_record import read_record
 from search.pareto import Target
 from supernet.architecture import Architecture

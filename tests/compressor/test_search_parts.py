@@ -16,8 +16,9 @@ from compressor.front_table import front_rows
 from compressor.job import Job
 from compressor.recipe import read_recipe
 from compressor.run import Run
+from compressor.stages.layer_timings import speed_table
 from compressor.stages.picking import measured
-from compressor.stages.searching import LARGER_SHARE, speed_table
+from compressor.stages.searching import LARGER_SHARE
 from supernet.common.errors import RequestError
 from supernet.common.formatting import percent
 from tests.support import tiny

@@ -23,10 +23,11 @@ from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets
 from compressor.stages.choosing import choose
 from compressor.stages.control import control_of, likeness_of
+from compressor.stages.layer_timings import speed_table
 from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
+from compressor.stages.requalify import current_front
 from compressor.stages.score_keys import held_out_keys, score_keys
-from compressor.stages.searching import current_front, speed_table
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOut
 from compressor.stages.warm_start import proposals
 from evals.speed.table import SpeedTable
