@@ -19,7 +19,7 @@ from benchmarks.jobs import ordered_supernet, temporary_job
 from compressor.inputs import FEW_AT_ONCE, few_blocks, training_blocks
 from compressor.stages.warm_start import layer_variants, rounds_of
 from evals.warm_starts.blockwise import blockwise, refined
-from search.knapsack import Path
+from search.layer_options import Path
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture

@@ -1,7 +1,7 @@
 """Where a search may start: architectures proposed from the network's outputs or gradients instead of task scores.
 
 One file here is one method. Most estimate how much each size of a half-block degrades the network with all else whole;
-`search.knapsack` assembles the best combination for every size from that.
+`search.layer_options` assembles the best combination for every size from that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from search.knapsack import HalfSizes, Path, Variants
+from search.layer_options import HalfSizes, Path, Variants
 from supernet.architecture import Half
 
 if TYPE_CHECKING:

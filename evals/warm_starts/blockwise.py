@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evals.warm_starts import Halves, Proposals, WarmStart
-from search.knapsack import HalfSizes, Option, Path, Variants, assemble, half_sizes, options_around
+from search.layer_options import HalfSizes, Option, Path, Variants, assemble, half_sizes, options_around
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes
 from supernet.common.progress import bar

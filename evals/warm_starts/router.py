@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from evals.warm_starts import Proposals, WarmStart
 from evals.warm_starts.superposition import Mixture
-from search.knapsack import Variants
+from search.layer_options import Variants
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.progress import bar

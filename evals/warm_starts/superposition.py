@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.warm_starts import Proposals, WarmStart
-from search.knapsack import Variants, assemble, half_of, options, with_layer
+from search.layer_options import Variants, assemble, half_of, options, with_layer
 from supernet.activation import SuperNetwork
 from supernet.architecture import HALVES, Architecture, Half, LayerSizes, Unit
 from supernet.common.errors import RequestError

@@ -17,7 +17,7 @@ from evals.warm_starts import WarmStart, warm_starts
 from evals.warm_starts.blockwise import blockwise, degradation_in, halves_of, refined
 from evals.warm_starts.router import Router, exchanged, gumbel_softmax, restored, with_its_head
 from evals.warm_starts.superposition import superposition
-from search.knapsack import HalfSizes, assemble, half_sizes, options, with_layer
+from search.layer_options import HalfSizes, assemble, half_sizes, options, with_layer
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half, LayerSizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from search.knapsack import half_sizes, options_around, with_layer
+from search.layer_options import half_sizes, options_around, with_layer
 from supernet.architecture import REMOVED, Architecture, LayerSizes
 from supernet.families import describe
 from tests.support.tiny_families import CONFIGS
