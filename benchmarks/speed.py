@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import Measurements, make_parser, print_header, print_row, timed
 from compressor import demo
-from evals.speed.measured import Reference
+from evals.speed.beside import Reference
 from evals.speed.table import PartTimes, SpeedTable
 from search.sampling import sample_near
 from search.space import SearchSpace

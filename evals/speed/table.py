@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.speed.measured import READS, STEPS, Reference, Times, context_of, fitting, layer_times_beside, runtime_of
+from evals.speed.beside import READS, STEPS, Reference, Times, layer_times_beside
+from evals.speed.measured import runtime_of
+from evals.speed.passes import context_of, fitting
 from supernet.architecture import Architecture, LayerSizes, Structure
 from supernet.common.errors import reading
 from supernet.common.files import read_json, write_json

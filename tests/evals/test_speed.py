@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig
 
 from evals.speed import measured as timing
+from evals.speed.beside import layer_times_beside
 from evals.speed.measured import REPLAYED, Speed, compare_speed, runs_within, speed_beside
 from evals.speed.table import PartTimes, SpeedTable, Timed, designed, mixtures, sizes_to_time, times_layers
 from supernet.activation import SuperNetwork
@@ -150,7 +151,7 @@ def test_layers_are_timed_each_for_itself() -> None:
     small = LayerSizes(0, 0, 32)
     mixed = Architecture(base.hidden_size, (base.layers[0], small, base.layers[2]))
     network, reference = (extract(supernet.model, supernet.structure, a) for a in (mixed, base))
-    times = timing.layer_times_beside(network, reference, batch=1, prompt=24, new=8, rounds=3)
+    times = layer_times_beside(network, reference, batch=1, prompt=24, new=8, rounds=3)
     for layers, rest in ((times.prefill_layers, times.prefill_rest), (times.decode_layers, times.decode_rest)):
         assert len(layers) == 3 and min(*layers, rest) > 0
     assert times.reference.prefill > 0 and times.reference.decode > 0
