@@ -33,7 +33,8 @@ from compressor.pipeline import resume
 from compressor.stages.picks import cut_out, read_picks
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Half
-from supernet.moments import Moments, Sums, choose_ridge, factorised, gather, prefix_weight
+from supernet.least_squares import Sums, choose_ridge, factorised, prefix_weight
+from supernet.moments import Moments, gather
 from supernet.repair import RepairedVariants, repair_in_sequence
 
 ROWS = 8

@@ -3,7 +3,7 @@
 A layer of experts puts out Σ sₑ Wₑ xₑ over the experts that its router chose, with weights s. Where neurons of experts
 or whole experts are cut, its gap to the output that is wanted is known for every token. One expert after the other is
 fitted to its own output and the gap, on the tokens that come to it; the gap is then what is left. So each step is the
-least squares of `supernet.moments.refit` in the inputs sₑ xₑ, and no step makes the fitted gap larger (coordinate
+least squares of `supernet.least_squares.refit` in the inputs sₑ xₑ, and no step makes the fitted gap larger (coordinate
 descent over experts; all of them at once would need moments of all inputs together).
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from supernet.experts import FEWEST_TOKENS, ExpertInputs, Experts
-from supernet.moments import Sums, check_finite, refit
+from supernet.least_squares import Sums, refit
+from supernet.moments import check_finite
 
 
 @torch.no_grad()

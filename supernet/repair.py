@@ -31,19 +31,8 @@ from supernet.expert_repair import refit_experts
 from supernet.experts import ExpertInputs, Experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, Through, residual_scale
-from supernet.moments import (
-    OTHER,
-    Moments,
-    Projection,
-    Sums,
-    check_finite,
-    expert_place,
-    factorised,
-    is_held_out,
-    prefix_weight,
-    projections,
-    refit,
-)
+from supernet.least_squares import Sums, factorised, prefix_weight, refit
+from supernet.moments import OTHER, Moments, Projection, check_finite, expert_place, is_held_out, projections
 from supernet.variants import FixedVariants
 
 

@@ -17,7 +17,8 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Half, LayerSizes
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
-from supernet.moments import Projection, Sums, projections
+from supernet.least_squares import Sums
+from supernet.moments import Projection, projections
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from supernet.moments import Moments, Projection, factorised
+from supernet.least_squares import factorised
+from supernet.moments import Moments, Projection
 
 STEPS = 128
 """Units are removed in so many steps at most, several at once where there are more."""

@@ -16,7 +16,8 @@ from supernet.expert_repair import refit_experts
 from supernet.experts import FEWEST_TOKENS, ExpertInputs, Experts, stacked_experts
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
-from supernet.moments import Sums, expert_place, gather, layer_file, load_moments, refit, save_moments
+from supernet.least_squares import Sums, refit
+from supernet.moments import expert_place, gather, layer_file, load_moments, save_moments
 from supernet.repair import RepairedVariants, experts_bytes, repair_in_sequence
 from supernet.variants import Variants
 from tests.support.tiny_families import tiny_network

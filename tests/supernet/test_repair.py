@@ -18,20 +18,8 @@ from supernet.architecture import Architecture, LayerSizes
 from supernet.common.errors import RequestError
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk, residual_scale
-from supernet.moments import (
-    Moments,
-    Sums,
-    choose_ridge,
-    factorised,
-    gather,
-    is_held_out,
-    layer_file,
-    load_moments,
-    prefix_weight,
-    projections,
-    refit,
-    save_moments,
-)
+from supernet.least_squares import Sums, choose_ridge, factorised, prefix_weight, refit
+from supernet.moments import Moments, gather, is_held_out, layer_file, load_moments, projections, save_moments
 from supernet.repair import RepairedVariants, repair_in_sequence
 from supernet.slicing import extract
 from tests.support.tiny_families import CONFIGS, assert_close, logits, random_architecture, tiny_network

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from supernet.activation import SuperNetwork
 from supernet.importance import IMPORTANCES
-from supernet.moments import factorised, prefix_weight
+from supernet.least_squares import factorised, prefix_weight
 from supernet.ordering import order_by, score_shapes
 from supernet.surgeon import removed_in_turn
 from tests.support.tiny_families import assert_close, tiny_network
