@@ -34,9 +34,10 @@ from compressor.stages.comparison_rows import (
 )
 from compressor.stages.exporting import remember_vocabulary
 from compressor.stages.healing import round_as_stored
-from compressor.stages.measuring import load_package, unread_text
+from compressor.stages.measuring import load_package
 from compressor.stages.picking import measured
 from compressor.stages.picks import cut_out, is_uniform, read_picks
+from compressor.stages.report_text import unread_text
 from evals.baselines import Cut
 from evals.quality import QualityScale
 from evals.scoring.encoding import Encoder

@@ -20,7 +20,7 @@ from compressor.recipe import Recipe, read_recipe
 from compressor.run import Run
 from compressor.stages import trimming
 from compressor.stages.layer_timings import untouched_decode_tps, weights_read
-from compressor.stages.measuring import learnt_tokens, split_again
+from compressor.stages.report_text import learnt_tokens, split_again
 from export.package_record import read_record, update_record
 from export.verify import verify
 from supernet.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ import torch
 
 from compressor.cli import run
 from compressor.rates import decoding_rate
-from compressor.stages.measuring import continuations
+from compressor.stages.report_text import continuations
 from evals.scoring.encoding import Encoder
 from evals.scoring.generation import Generation, Generator
 from export.chat import open_speaker
