@@ -50,7 +50,7 @@ from compressor.stages.joint_pick import (
 from compressor.stages.picking import measured
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
-from export.quantization.quantize import linear_layers_in, plan_scheme
+from export.quantization.plan import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, OuterBits, SchemePlan, weight_format
 from export.shards import header_bytes

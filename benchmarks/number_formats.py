@@ -24,7 +24,7 @@ from benchmarks.common import make_parser, print_header, print_row, timed
 from benchmarks.jobs import temporary_job
 from benchmarks.quantization import HELD_OUT, bits_per_byte, logits_of
 from export.layouts.gguf.types import VALUES
-from export.quantization.quantize import linear_layers_in
+from export.quantization.plan import linear_layers_in
 
 GROUP = 32
 SHARES = [1.0, *(0.6 + 0.025 * number for number in range(16)), 1.025, 1.05]

@@ -35,7 +35,8 @@ from export.layouts.gguf.file import take_stored_weights
 from export.layouts.gguf.types import QUANTIZED
 from export.layouts.table import GGUF_MIXED, write_layout
 from export.package_record import PackageRecord, read_record
-from export.quantization.quantize import pack_texts, quantize_packages
+from export.quantization.quantize import quantize_packages
+from export.quantization.tuning import pack_texts
 
 HELD_OUT = 200
 """Documents at the end of the data that no variant sees."""

@@ -28,7 +28,7 @@ from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
 from export.layouts.installed import check_installed
 from export.layouts.table import GGUF_MIXED
-from export.quantization.quantize import linear_layers
+from export.quantization.plan import linear_layers
 from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
 from supernet.common.formatting import percent, size

@@ -17,7 +17,7 @@ from compressor.recipe import MUON_WIDTH, WARMUP_AFTER_REPAIR, Finetuning, Heali
 from compressor.run import Run, band_folder
 from compressor.schedule import Schedule
 from evals.speed.table import SpeedTable
-from export.quantization.quantize import linear_layers
+from export.quantization.plan import linear_layers
 from export.vocabulary_record import VOCABULARY, CutVocabulary
 from search.space import SearchSpace
 from supernet.activation import SuperNetwork

@@ -37,7 +37,7 @@ from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
-from export.quantization.quantize import linear_layers_in, plan_scheme
+from export.quantization.plan import linear_layers_in, plan_scheme
 from export.quantization.round_to_nearest import round_network
 from export.quantization.schemes import EmbeddingBits, FormName, OuterBits
 from export.shards import header_bytes

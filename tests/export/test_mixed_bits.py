@@ -12,7 +12,8 @@ import torch
 
 from compressor.stages.quantizing import bits_by_module
 from export.probe import logits_of
-from export.quantization.quantize import linear_layers_in, quantize_mixed
+from export.quantization.plan import linear_layers_in
+from export.quantization.quantize import quantize_mixed
 from export.quantization.round_to_nearest import round_network
 from export.quantization.rounded_variants import RoundedVariants, in_groups
 from export.quantization.schemes import OuterBits, SchemePlan

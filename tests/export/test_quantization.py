@@ -21,19 +21,13 @@ from compressor import demo
 from export.package import write_tokenizer
 from export.package_record import PackageRecord, check_files, read_record
 from export.probe import default_ids, logits_of, next_log_probabilities
-from export.quantization import quantize
+from export.quantization import tuning
 from export.quantization.cost import step_seconds
-from export.quantization.quantize import (
-    linear_layers,
-    linear_layers_in,
-    linear_layers_of,
-    pack_texts,
-    plan_scheme,
-    quantize_package,
-    quantize_packages,
-)
+from export.quantization.plan import linear_layers, linear_layers_in, linear_layers_of, plan_scheme
+from export.quantization.quantize import quantize_package, quantize_packages
 from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_network, round_to_nearest
 from export.quantization.schemes import SCHEMES, EmbeddingBits, OuterBits, SchemeName, outer_bits
+from export.quantization.tuning import pack_texts, position
 from export.shards import header_bytes, weight_bytes, weight_files
 from export.verify import check, verify_all
 from supernet.architecture import Architecture, LayerSizes
@@ -104,7 +98,7 @@ def test_a_card_that_is_too_small_to_tune_on_is_said(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = "Traceback\n\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n"
-    monkeypatch.setattr(quantize, "_run_child", lambda *_: lost)
+    monkeypatch.setattr(tuning, "_run_child", lambda *_: lost)
     with pytest.raises(RequestError, match=r"out of memory \(.*2\.00 GiB\); --rounding-steps 0 needs less"):
         quantize_package(source, tmp_path / "int4", "int4", calibration=probe_ids(length=32), iterations=2)
     assert not (tmp_path / "int4").exists()
@@ -124,12 +118,12 @@ def test_named_chat_templates_come_along(source: Path, tmp_path: Path) -> None:
 
 def test_the_display_moves_with_every_step() -> None:
     log = "\n== int8\nQuantizing model.layers.1: 50%|##  | 2/4 [00:09<00:09]\n-- step 25\n"
-    assert quantize.position("loading", 4, 2, 10) == (0, 8, "starting")
-    assert quantize.position(log, 4, 2, 10) == (2.5, 8, "int8")
-    assert quantize.position(log + "\n-- step 38\n", 4, 2, 10) == (3.8, 8, "int8")
-    assert quantize.position(log + "\n== int4\n", 4, 2, 10) == (4, 8, "int4")
-    assert quantize.position(log + "\n== int4\n\n-- step 3\n", 4, 2, 10)[0] == 4.3
-    assert quantize.position(log, 4, 2, 0) == (2, 8, "int8")  # nothing is tuned
+    assert position("loading", 4, 2, 10) == (0, 8, "starting")
+    assert position(log, 4, 2, 10) == (2.5, 8, "int8")
+    assert position(log + "\n-- step 38\n", 4, 2, 10) == (3.8, 8, "int8")
+    assert position(log + "\n== int4\n", 4, 2, 10) == (4, 8, "int4")
+    assert position(log + "\n== int4\n\n-- step 3\n", 4, 2, 10)[0] == 4.3
+    assert position(log, 4, 2, 0) == (2, 8, "int8")  # nothing is tuned
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
@@ -430,7 +424,7 @@ def test_without_data_weights_are_rounded_to_nearest(
     def never(*args: object) -> str:
         raise AssertionError("a child process was started where none is needed")
 
-    monkeypatch.setattr(quantize, "_run_child", never)
+    monkeypatch.setattr(tuning, "_run_child", never)
     quantize_package(source, tmp_path / "p", scheme, calibration=None, iterations=0)
     stored = load_file(tmp_path / "p" / "model.safetensors")
     tuned = load_file(quantized[scheme].folder / "model.safetensors")
@@ -509,7 +503,7 @@ def test_bad_requests_compute_nothing(source: Path, tmp_path: Path, monkeypatch:
     def never(*args: object) -> str:
         raise AssertionError("the child process was started")
 
-    monkeypatch.setattr(quantize, "_run_child", never)
+    monkeypatch.setattr(tuning, "_run_child", never)
     ids = probe_ids()
     for scheme, calibration, group_size, reason in (
         ("int4", ids, 64, "64 does not divide the width"),
