@@ -251,7 +251,8 @@ class Job:
 
         `tasks` are `untouched_tasks` for the untouched checkpoint.
         """
-        from evals.scoring.scorer import NetworkLM, Scorer  # as above
+        from evals.scoring.lm import NetworkLM  # as above
+        from evals.scoring.scorer import Scorer  # as above
 
         tasks = tasks or self.tasks
         lm = NetworkLM(model, tasks.encoder, max_tokens=self.batch_tokens)

@@ -24,8 +24,8 @@ from supernet.common.files import follow_umask, read_json, temporary_name, write
 from supernet.common.formatting import size
 from supernet.families import families
 from supernet.streaming import StreamedNetwork
-from supernet.trust import UNEVEN_PREFIX, load_tokenizer
-from supernet.uneven import auto_map, modeling_file_name, modeling_source
+from supernet.trust import load_tokenizer
+from supernet.uneven import UNEVEN_PREFIX, auto_map, modeling_file_name, modeling_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ def verify(
     if not package.is_dir():
         raise RequestError(f"{package}: no such folder; give the folder of a package")
     announce(str(package), "export.verify")
-    from export.verify import TaskFiles  # imports transformers
+    from export.network_check import TaskFiles  # imports transformers
     from export.verify import verify as run_verification
 
     try:

@@ -24,8 +24,9 @@ from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_good, is_made_from
 from export.layouts.table import GGUF_MIXED, needs_uniform, write_layout
+from export.network_check import TaskFiles
 from export.package_record import RECORD, PackageEntry, read_record, update_record
-from export.verify import TaskFiles, prove_all
+from export.verify import prove_all
 from supernet.architecture import Architecture
 from supernet.common.errors import VerificationError
 from supernet.common.files import fingerprint

@@ -19,8 +19,8 @@ from compressor.stages.repairing import repaired_on
 from compressor.stages.requalify import current_front
 from compressor.stages.score_keys import HELD_OUT, fidelities, score_keys
 from compressor.stages.subnet_scores import known_scores
-from evals.comparison import Resampled, paired_interval, resampled, score_intervals
-from evals.quality import QualityScale
+from evals.comparison import paired_interval, resampled, score_intervals
+from evals.quality import QualityScale, Resampled
 from export.package_record import PackageRecord, read_record, update_record, write_card
 from export.report.card import render_card
 from export.report.page import write_report

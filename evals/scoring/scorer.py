@@ -21,11 +21,11 @@ from lm_eval.api.metrics import (
     stderr_for_metric,
 )
 
-from evals.scoring.documents import Document, Split, Subtask
+from evals.scoring.documents import Document, Subtask
 from evals.scoring.lm import NetworkLM
 from evals.scoring.tasks import ScoredTask, SubtaskDocuments, TaskSet
 from evals.scoring.tree_attention import Plan
-from search.scores import Score
+from search.scores import Score, Split
 from supernet.architecture import Architecture
 from supernet.common.errors import reading
 

@@ -23,10 +23,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.config.group import AggMetricConfig
 
-from evals.scoring.documents import Document, Prompting, Split, Subtask
+from evals.scoring.documents import Document, Prompting, Subtask
 from evals.scoring.encoding import CannotScore, Encoder
 from evals.scoring.prefix_tree import tokens_read
 from evals.scoring.task_loading import build, index_tasks, lm_eval_seeds, prepare, scored_items
+from search.scores import Split
 from supernet.common.errors import RequestError
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")

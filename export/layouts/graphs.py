@@ -43,7 +43,8 @@ from supernet.common.errors import RequestError, VerificationError
 from supernet.common.processes import available_cores, last_line
 from supernet.common.versions import versions
 from supernet.families import head_dim
-from supernet.trust import UNEVEN_PREFIX, load_tokenizer
+from supernet.trust import load_tokenizer
+from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,7 +20,8 @@ from supernet.activation import CACHE_MODES
 from supernet.architecture import Architecture, Axis, LayerSizes, unit_counts
 from supernet.common.errors import RequestError
 from supernet.families import Family, describe
-from supernet.slicing import build_standalone, family_of_standalone, fill
+from supernet.slicing import build_standalone, fill
+from supernet.uneven import family_of_standalone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

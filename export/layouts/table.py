@@ -24,7 +24,7 @@ from export.package import write_package
 from export.package_record import PackageRecord
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, did_you_mean
-from supernet.trust import UNEVEN_PREFIX
+from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -15,9 +15,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from export.quantization.schemes import SCHEMES, LinearLayers, SchemeName, SchemePlan
 from supernet.architecture import GROUP_SIZES
 from supernet.common.errors import RequestError
-from supernet.slicing import family_of_standalone
 from supernet.streaming import WeightFiles
 from supernet.trust import check_code
+from supernet.uneven import family_of_standalone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

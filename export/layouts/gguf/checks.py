@@ -10,7 +10,7 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.families import families, head_dim
 from supernet.slicing import standalone_config
-from supernet.trust import UNEVEN_PREFIX
+from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

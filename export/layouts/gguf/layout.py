@@ -42,8 +42,8 @@ from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.versions import versions
 from supernet.hooks import Hooks
-from supernet.slicing import family_of_standalone
 from supernet.trust import load_tokenizer
+from supernet.uneven import family_of_standalone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
