@@ -16,7 +16,7 @@ from torch import Tensor
 from export.layouts.gguf.checks import table_of
 from export.layouts.gguf.families import Header
 from export.layouts.gguf.header import network_header, rotary_factors, stand_ins
-from export.layouts.gguf.tokenizer import write_tokenizer
+from export.layouts.gguf.tokenizer import add_tokenizer
 from export.layouts.gguf.types import MIXED, TYPES, blocks_of, stored_bytes, type_by_bits, type_of
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
@@ -97,7 +97,7 @@ def _begun(file: Path, config: PreTrainedConfig, header: Header, tokenizer: PreT
             writer.add_array(f"{family.name}.{key}", value)
         else:
             getattr(writer, f"add_{key}")(value)
-    write_tokenizer(writer, tokenizer, config.vocab_size)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
     return writer
 
 

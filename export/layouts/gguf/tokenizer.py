@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from supernet.common.errors import RequestError
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, TokenType
     from transformers import PreTrainedTokenizerBase
 
 Described = Mapping[str, Any]
@@ -37,28 +37,13 @@ _QWEN3_5_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
 )
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """Add the tokenizer to the header; `vocabulary` is the number of rows that the embedding has."""
-    from gguf import TokenType  # an optional dependency
-
     kind, pre, described = check_tokenizer(tokenizer)
-    # 1. Every token and its type; rows of the embedding that have no token get a name.
-    model = described["model"]
-    tokens = [f"[unused {i}]" for i in range(vocabulary)]
-    types = [TokenType.UNUSED] * vocabulary
-    for token, number in model["vocab"].items():
-        if number < vocabulary:
-            tokens[number], types[number] = token, TokenType.NORMAL
-            if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
-                types[number] = TokenType.BYTE
-    for added in described["added_tokens"]:
-        number, own = added["id"], not added["special"]
-        if number < vocabulary:  # what has no row, no text may hold
-            # llama.cpp prints these as they are, and replaces underlines of others only.
-            tokens[number] = added["content"].replace("▁", " ") if own and kind == "llama" else added["content"]
-            types[number] = TokenType.USER_DEFINED if own else TokenType.CONTROL
-    # 2. Merges: as they are, or as the scores that lead to them.
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    tokens, types = _tokens_and_types(described, kind, tokenizer.unk_token_id, vocabulary)
+    # 1. Tokens and merges: these as they are, or as the scores that lead to them.
+    merges = described["model"]["merges"]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -66,13 +51,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
         # SentencePiece merges the pair with the highest score first: that of the earliest merge.
         ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(pairs)))}
         writer.add_token_scores([ranks.get(token, 0.0) for token in tokens])
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < vocabulary:
-            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
         writer.add_add_space_prefix(_UNDERLINE_FIRST in _normalizers(described) or _adds_space(described))
     else:
         writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_token_types(types)
-    # 3. Special tokens, and which of them are added to a text.
+    # 2. Special tokens, and which of them are added to a text.
     for add, number in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
@@ -84,12 +67,36 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, voca
     plain, full = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     writer.add_add_bos_token(full[:1] == [tokenizer.bos_token_id] != plain[:1])
     writer.add_add_eos_token(len(full) > len(plain) and full[-1] == tokenizer.eos_token_id != plain[-1])
-    if tokenizer.chat_template:
-        template = tokenizer.chat_template
-        named = isinstance(template, dict)  # one for chats, others for tools and so on
+    # 3. The chat template, or several with names: one for chats, others for tools and so on.
+    if template := tokenizer.chat_template:
+        named = isinstance(template, dict)
         writer.add_chat_template(
             [{"name": name, "template": text} for name, text in template.items()] if named else template
         )
+
+
+def _tokens_and_types(
+    described: Described, kind: str, unknown: int | None, vocabulary: int
+) -> tuple[list[str], list[TokenType]]:
+    """The token of each of `vocabulary` rows of the embedding, and its type; rows without a token get a name."""
+    from gguf import TokenType  # an optional dependency
+
+    tokens = [f"[unused {i}]" for i in range(vocabulary)]
+    types = [TokenType.UNUSED] * vocabulary
+    for token, number in described["model"]["vocab"].items():
+        if number < vocabulary:
+            tokens[number], types[number] = token, TokenType.NORMAL
+            if kind == "llama" and len(token) == 6 and token.startswith("<0x"):
+                types[number] = TokenType.BYTE
+    for added in described["added_tokens"]:
+        number, own = added["id"], not added["special"]
+        if number < vocabulary:  # what has no row, no text may hold
+            # llama.cpp prints these as they are, and replaces underlines of others only.
+            tokens[number] = added["content"].replace("▁", " ") if own and kind == "llama" else added["content"]
+            types[number] = TokenType.USER_DEFINED if own else TokenType.CONTROL
+    if kind == "llama" and unknown is not None and unknown < vocabulary:
+        types[unknown] = TokenType.UNKNOWN
+    return tokens, types
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, Described]:
