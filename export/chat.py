@@ -75,6 +75,7 @@ def open_speaker(name: str, device: str = "auto") -> Speaker:
 
 
 def _in_transformers(name: str, device: str) -> Speaker:
+    """A checkpoint that transformers loads, by folder or hub name."""
     import torch
 
     with redirect_stderr(StringIO()):  # compressed-tensors draws bars of its own
@@ -106,6 +107,7 @@ def _in_transformers(name: str, device: str) -> Speaker:
 
 
 def _in_llama_cpp(folder: Path) -> Speaker:
+    """A gguf package, in a server of llama.cpp."""
     check_installed("gguf")
     from gguf import GGUFReader  # an optional dependency
 

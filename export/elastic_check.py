@@ -21,6 +21,7 @@ def check_sizes(check: NetworkCheck) -> Claims:
 
 
 def _check_size(check: NetworkCheck, size: ElasticSize) -> Claims:
+    """The claims of one size."""
     assert size.proof is not None
     with check.step(f"loading size {size.name}"):
         model = load_size(check.folder, size.name, torch.float32).eval()

@@ -111,6 +111,7 @@ class WeightWriter:
         self._total += size
 
     def _flush(self) -> None:
+        """Begin to write what is held as the next shard."""
         from safetensors.torch import save_file  # torch stays out of processes that only read packages
 
         def write(tensors: dict[str, Tensor], file: Path) -> None:
@@ -130,6 +131,7 @@ class WeightWriter:
         self._held, self._held_bytes = {}, 0
 
     def _finish(self) -> None:
+        """Write the last shard, give all their final names, and add the index where there are several."""
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}

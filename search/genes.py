@@ -76,6 +76,7 @@ def check_genes(structure: Structure, genes: Sequence[Gene]) -> None:
 
 
 def _check_values(structure: Structure, gene: Gene) -> None:
+    """Raises ValueError, with what would be valid, for values that the base cannot be cut to."""
     if gene.kind in BITS:
         _check_bits(structure, gene)
         return
@@ -123,6 +124,7 @@ def _check_values(structure: Structure, gene: Gene) -> None:
 
 
 def _check_bits(structure: Structure, gene: Gene) -> None:
+    """Raises ValueError, with what would be valid, for bits that weights of this kind cannot have."""
     values, known = list(gene.values), BITS[gene.kind]
     if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
         raise ValueError(f"{gene.name}: {values} are not all whole numbers")

@@ -253,6 +253,7 @@ def _targets(name: str, base: tuple[LayerSizes, ...]) -> list[str]:
 
 
 def _read_values(name: str, values: object, structure: Structure) -> tuple[int, ...]:
+    """The values of a gene from a list or, of an FFN width, from `{step, min}`. Raises ValueError for anything else."""
     if isinstance(values, Mapping):
         kind, _, index = name.partition(".")
         if kind != "ffn" or set(values) - {"step", "min"}:

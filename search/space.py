@@ -121,6 +121,7 @@ class SearchSpace:
         return self._sizes_unrepaired(self.repair(genomes))
 
     def _sizes_unrepaired(self, genomes: Genomes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `sizes`, of genomes that need no repair."""
         # 1. The base's sizes, replaced by what the genes say.
         n = len(genomes)
         sizes = np.repeat(self._base_sizes[None], n, axis=0)
