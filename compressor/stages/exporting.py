@@ -34,6 +34,9 @@ from supernet.common.progress import Bar, bar, say
 from supernet.streaming import StreamedNetwork
 from supernet.training.data import Blocks
 
+Proof = tuple[Path, Path | None]
+"""A package that is to be proved, and the logits that it is compared with; None: its probe."""
+
 
 def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEntry]:
     """Package, quantize, prove and score every pick; returns the packages' entries. `blocks` are what they healed on.
@@ -44,7 +47,8 @@ def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEn
     run.packages.mkdir(exist_ok=True)
     written: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
-        proofs: list[tuple[Path, Path | None]] = []
+        # 1. The packages of every pick.
+        proofs: list[Proof] = []
         for number, pick in enumerate(healed):
             picked, name = pick.picked, pick.picked["name"]
             wanted = package_inputs(job, picked, pick.inputs, blocks)
@@ -61,26 +65,34 @@ def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEn
             remember_vocabulary(job, unproved)
             fresh = {*missing} - {elastic_folder(job, name)} if reference.is_file() else set()
             proofs += [(folder, reference if folder in fresh else None) for folder in unproved]
+        # 2. The base in few bits.
         picks = [pick.picked for pick in healed]
         bases = base_inputs(job, picks, blocks)
         missing = {f: inputs for f, inputs in bases.items() if job.redo == "export" or not is_made_from(f, inputs)}
         write_base(job, missing, picks, blocks)
         proofs += [(folder, None) for folder in bases if not read_record(folder).entry.verified]
+        # 3. Numbers and proofs of all of them.
         measure_packages(job, written, [folder.name for folder in bases])
         if proofs:
-            # The proof is computed on the CPU: what took a GPU to score would take it hours.
-            tasks = TaskFiles(recipe.include_path) if job.device.type == "cpu" else None
-            with job.schedule.stage("proving"), bar("proving", len(proofs)) as progress:
-                proved = progress_by_name(progress)
-                found = prove_all(proofs, record=True, log=run.debug_file, tasks=tasks, progress=proved)
-                for refusal in (proof for proof in found if isinstance(proof, VerificationError)):
-                    say(f"warning: {refusal}")
-                progress.advance(len(proofs) - progress.done)
+            prove_packages(job, proofs)
     run.log(f"exported: {', '.join(written)}")
     entries = [read_record(run.packages / name).entry for name in written]
     say_what_is_too_large(job, entries)
     say_what_is_left(job, {*written, *(folder.name for folder in bases)})
     return entries
+
+
+@stage("proving")
+def prove_packages(job: Job, proofs: Sequence[Proof]) -> None:
+    """Prove packages in fresh processes, and say which were refused."""
+    # The proof is computed on the CPU: what took a GPU to score would take it hours.
+    tasks = TaskFiles(job.recipe.include_path) if job.device.type == "cpu" else None
+    with bar("proving", len(proofs)) as progress:
+        proved = progress_by_name(progress)
+        found = prove_all(proofs, record=True, log=job.run.debug_file, tasks=tasks, progress=proved)
+        for refusal in (proof for proof in found if isinstance(proof, VerificationError)):
+            say(f"warning: {refusal}")
+        progress.advance(len(proofs) - progress.done)
 
 
 def elastic_folder(job: Job, name: str) -> Path:
@@ -193,9 +205,11 @@ def write_packages(job: Job, pick: Healed, blocks: Blocks, missing: Mapping[Path
         probe_ids=blocks.split()[1][:4].ids[:, :32],
     )
     say(f"packaging {name}")
+    # 1. The pick's own package.
     if own in missing:
         own_lineage = lineage | {"inputs": fingerprint(missing[own])}
         write("uneven", network(), destination=own, entry=entry, lineage=own_lineage, reference=reference)
+    # 2. The same in fewer bits.
     if schemes:
         seen = blocks[: quantizing.samples].ids
         quantize(job, own, len(architecture.kept), schemes, embeddings, seen, plain=is_uniform(name))
@@ -204,6 +218,7 @@ def write_packages(job: Job, pick: Healed, blocks: Blocks, missing: Mapping[Path
     if mixed in missing:
         quantize_by_architecture(job, own, picked, mixed, blocks[: quantizing.samples].ids)
         update_record(mixed, lineage={"inputs": fingerprint(missing[mixed])})
+    # 3. The same in other layouts.
     for folder in copies:
         own_lineage = lineage | {"inputs": fingerprint(missing[folder])}
         if folder != elastic_folder(job, name):
