@@ -65,9 +65,14 @@ def test_no_answer_is_right_wherever_it_is_offered(name: str) -> None:
     assert (hits - lone) / len(questions) < CHANCE[name] + 0.15
 
 
+@pytest.fixture(scope="module")
+def text() -> str:
+    """Many documents, of two seeds."""
+    return "\n".join(text for seed in (0, 7) for text in islice(documents(seed), 40_000))
+
+
 @pytest.mark.parametrize("name", TASK_NAMES)
-def test_no_question_is_answered_in_the_training_text(name: str) -> None:
-    text = "\n".join(text for seed in (0, 7) for text in islice(documents(seed), 40_000))
+def test_no_question_is_answered_in_the_training_text(name: str, text: str) -> None:
     for question in committed(name):
         answered = f"{question['prompt']} {question['choices'][question['gold']]}"
         assert answered + "." not in text

@@ -123,5 +123,6 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(
 
 def test_one_process_may_open_its_run_again(place: Path) -> None:
     shutil.copytree(place / "run1", place / "run3")
-    assert Run.open(place / "run3").path == Run.open(place / "run3").path
+    for _ in range(2):
+        assert Run.open(place / "run3").path == place / "run3"
     assert pipeline.resume(place / "run3", {}).run.path == place / "run3"
