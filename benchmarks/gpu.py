@@ -149,7 +149,7 @@ def peak_gib() -> float | None:
 def open_job(arguments: argparse.Namespace, **changes: Any) -> Iterator[Job]:
     """A job in a folder that goes away, with recipe keys by dotted name."""
     from compressor.job import Job
-    from compressor.recipe import read_recipe
+    from compressor.recipe_file import read_recipe
     from compressor.run import Run
 
     with tempfile.TemporaryDirectory() as folder:

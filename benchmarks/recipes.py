@@ -19,7 +19,7 @@ from compressor.costs import stage_costs
 from compressor.job import Job
 from compressor.names import recipes
 from compressor.rates import GPU_BANDWIDTH, GPU_RATE, estimate_rates
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from supernet.common.files import write_text
 from supernet.common.formatting import count, duration, size

@@ -27,7 +27,8 @@ from benchmarks.common import add_options, make_parser, median_range, print_head
 from compressor import demo, pipeline
 from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.stages.searching import GREEDY_SHARE
 from compressor.stages.subnet_scores import SubnetEvaluator

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.cli.options import RECIPE_OPTIONS
 from compressor.quiet import quiet_libraries
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from supernet.common.errors import RequestError, unknown
 from supernet.common.files import read_json
 

@@ -13,9 +13,10 @@ import yaml
 
 from compressor.local_paths import LocalPaths, localized
 from compressor.names import REDOABLE
-from compressor.recipe import MUON_WIDTH, WARMUP_AFTER_REPAIR, Finetuning, Healing, Recipe, learning_rate_for
+from compressor.recipe import Finetuning, Healing, Recipe
 from compressor.run import Run, band_folder
 from compressor.schedule import Schedule
+from compressor.training_defaults import MUON_WIDTH, WARMUP_AFTER_REPAIR, learning_rate_for
 from evals.speed.table import SpeedTable
 from export.quantization.plan import linear_layers
 from export.vocabulary_record import VOCABULARY, CutVocabulary

@@ -31,7 +31,8 @@ from compressor.job import Job
 from compressor.local_paths import remembered
 from compressor.plan import Plan, adjust, make_plan, open_budgets, print_plan, read_plan, write_plan
 from compressor.quiet import quiet_libraries
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.sizing import keep_smallest_share
 from compressor.stages import comparing, control, exporting, finetuning, picking, searching

@@ -1,4 +1,4 @@
-"""The recipe: what the user asks for, every default filled in. Read from YAML, overridden by the command line.
+"""The recipe: what the user asks for, every default filled in. `compressor.recipe_file` reads it from YAML and options.
 
 The resolved recipe stands in `RUN/recipe.yaml`; with the same seed and the same `speed.json` it gives the same run on
 the same kind of machine. `docs/recipe.md` is made from the sentences at the keys (`compressor.recipe_reference`).
@@ -6,35 +6,34 @@ the same kind of machine. `docs/recipe.md` is made from the sentences at the key
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from compressor.names import FORMATS, recipes
+from compressor.names import FORMATS
 from export.quantization.schemes import EmbeddingBits, SchemeName
 from search.preference import Preference
-from supernet.common.errors import RequestError, did_you_mean, reading
-from supernet.common.files import read_text, write_text
+from supernet.common.errors import did_you_mean
 from supernet.common.formatting import parse_bytes, parse_count, parse_duration, parse_parameters
 from supernet.training.sources import generated_limit, is_generated
 from supernet.vocabulary import AUTO, is_size, parse_size
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+FEW_TOKENS = 0.01
+"""Tokens for each parameter, of fine-tuning and healing together, below which cut projections are repaired: what is
+healed on more than that ends as well without (docs/results.md)."""
 
 
 class Budget(BaseModel):
@@ -514,113 +513,3 @@ class Recipe(Section):
         if recipe.searching.targets == recipe.targets:
             recipe.searching.targets = None
         return recipe
-
-
-FEW_TOKENS = 0.01
-"""Tokens for each parameter, of fine-tuning and healing together, below which cut projections are repaired: what is
-healed on more than that ends as well without (docs/results.md)."""
-WARMUP_AFTER_REPAIR = 0.3
-"""Share of the steps in which the rate of healing rises for a repaired network: what was given back must not be
-undone."""
-MUON_WIDTH = 1024
-"""Residual width up to which Muon is the default: its matrix products are nearly half as many operations there as the
-passes of a step of 4,096 tokens, and more in proportion to the width. Measured on widths of 64 to 576
-(docs/results.md)."""
-RATES = {"fine-tuning": 0.1, "adapters": 0.3, "healing": 0.2, "healing after repair": 0.1}
-"""Peak learning rates times the residual width. A plain slice needs, and bears, a rate that would undo much of what a
-whole or a repaired network knows; adapters alone, whose products start at zero, bear three times what whole weights
-do."""
-
-
-def learning_rate_for(what: str, hidden_size: int, weight_scale: float | None = None) -> float:
-    """Peak learning rate of one of `RATES` by residual width, and by the root mean square of the weights where that is
-    known: 1.6e-3 to fine-tune at width 64, 2.4e-5 at 4096.
-
-    The inverse of the width is how the best rate of an Adam-like step falls for hidden weights (Yang et al., arXiv
-    2203.03466); the constants were found on stories260K and prose-7m.
-
-    A step of Adam moves every weight by about the rate, whatever its size. So a fine-tuning moves none by more than a
-    hundredth of what is typical of them: babyllama-char361, whose weights are three times smaller than those of another
-    network of its width, is lost otherwise (`docs/results.md`).
-    """
-    return RATES[what] * min(1 / hidden_size, weight_scale / 10 if weight_scale else inf)
-
-
-def read_recipe(file: Path | None, overrides: Mapping[str, object], *, new_targets: bool = False) -> Recipe:
-    """A recipe from a YAML file (or nothing) and overrides by dotted name; `new_targets` forgets the file's targets.
-    Targets among the overrides are the search's too.
-
-    Raises `RequestError` in one line.
-    """
-    values: dict[str, Any] = {}
-    where = "the command line"
-    if file is not None:
-        where = f"--recipe {file}"
-        if not file.is_file():
-            if str(file) not in recipes():
-                raise RequestError(f"--recipe {file}: no such file{did_you_mean(str(file), recipes())}")
-            file = recipes()[str(file)]
-        with reading(f"--recipe {file}: not valid YAML"):
-            loaded = yaml.safe_load(read_text(file))
-        if not isinstance(loaded, dict):
-            raise RequestError(f"--recipe {file}: expected keys and values")
-        values = {name: value for name, value in loaded.items() if value is not None}  # no value says nothing
-    if new_targets:
-        values.pop("targets", None)
-    if any(name.startswith("targets.") for name in overrides) and isinstance(values.get("searching"), dict):
-        values["searching"].pop("targets", None)
-    for name, value in overrides.items():
-        if value is None:
-            continue
-        section, _, key = name.rpartition(".")
-        target = values.setdefault(section, {}) if section else values
-        if not isinstance(target, dict):
-            raise RequestError(f"{where}: '{section}': expected keys and values (got {target!r})")
-        target[key or name] = value
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        place = [str(part) for part in error.errors()[0]["loc"]]
-        given = any(place[: name.count(".") + 1] == name.split(".") for name, v in overrides.items() if v is not None)
-        raise RequestError(f"{'the command line' if given else where}: {explain(error)}") from error
-
-
-def explain(error: ValidationError) -> str:
-    """The first problem of a validation error in one line, with the nearest known key for an unknown one."""
-    problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in problem["loc"][:-1]:
-            if part in getattr(section, "model_fields", {}):
-                section = section.model_fields[part].annotation
-            elif isinstance(part, int):  # one of a list
-                section = get_args(section)[0]
-        known, word = list(getattr(section, "model_fields", Recipe.model_fields)), str(problem["loc"][-1])
-        elsewhere = [key for key in keys() if section is Recipe and key.endswith(f".{word}")]
-        if elsewhere:
-            return f"unknown key '{path}'; did you mean {', '.join(elsewhere)}?"
-        return f"unknown key '{path}'{did_you_mean(word, known) or '; known are ' + ', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"'{path}' is missing"
-    hint = ""
-    if problem["type"] == "literal_error":
-        hint = did_you_mean(str(problem["input"]), re.findall(r"'([^']+)'", problem["ctx"]["expected"]), 1)
-    return f"'{path}': {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r}){hint}"
-
-
-def keys() -> list[str]:
-    """Every key of a recipe with its section, such as `healing.tokens`."""
-    dotted = []
-    for name, field in Recipe.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        dotted += [name] if inner is None else [f"{name}.{key}" for key in inner]
-    return dotted
-
-
-def write_recipe(recipe: Recipe, path: Path, extra: Mapping[str, object]) -> None:
-    """`recipe.yaml`: the resolved recipe, with versions and fingerprints under `provenance` for the reader."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    provenance = yaml.safe_dump({"provenance": extra}, sort_keys=False)
-    commented = "".join(f"# {line}\n" for line in provenance.splitlines())
-    write_text(path, text + "\n# Written for the reader; not part of the recipe:\n" + commented)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from compressor.local_paths import LocalPath, LocalPaths
-from compressor.recipe import Recipe, read_recipe, write_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe, write_recipe
 from supernet.common.errors import RequestError, reading
 from supernet.common.files import fingerprint, follow_umask, read_json, write_json
 from supernet.common.metrics import Number

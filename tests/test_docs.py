@@ -21,7 +21,7 @@ from compressor.cli import app
 from compressor.cli.reference import reference
 from compressor.early_checks import check_names
 from compressor.names import BASELINES, WARM_STARTS, recipes
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from tests.support import ROOT
 
 DOCS = ROOT / "docs"

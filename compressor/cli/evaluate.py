@@ -32,7 +32,7 @@ def evaluate(
     Ours or not, quantized or not, with the code that the search uses.
     """
     from compressor.early_checks import check_tasks  # these import pydantic
-    from compressor.recipe import read_recipe
+    from compressor.recipe_file import read_recipe
 
     asked = read_recipe(None, {"model": path_or_repo, "tasks": tasks, "include_path": include_path} | given)
     check_tasks(asked)

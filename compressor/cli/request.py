@@ -36,7 +36,7 @@ def recipe_of(
     # Here, since pydantic takes longer to import than --help may.
     from compressor.early_checks import check_request
     from compressor.local_paths import localized, remembered
-    from compressor.recipe import read_recipe
+    from compressor.recipe_file import read_recipe
     from compressor.run import Run
 
     recipe = read_recipe(file, {"model": model} | given)
@@ -64,7 +64,7 @@ def run_recipe(run: Path, given: Given) -> None:
     """Refuse a folder that is no run, and options that its recipe cannot have, before anything heavy is imported."""
     from compressor.early_checks import check_names, check_tasks  # here, as above
     from compressor.local_paths import localized, remembered
-    from compressor.recipe import read_recipe
+    from compressor.recipe_file import read_recipe
     from compressor.run import Run
 
     opened = Run(run)

@@ -12,7 +12,8 @@ import yaml
 from compressor.again import command_line, recipe_text
 from compressor.cli import run
 from compressor.local_paths import remembered
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from tests.support import tiny
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from compressor.cli import run
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.sizing import band_limits, training_range
 from supernet.architecture import Architecture

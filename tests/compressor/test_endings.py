@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 from compressor.cli import run
 from compressor.pipeline import added
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run_status import run_status
 from compressor.stages import healing
 from export.package_record import read_record, update_record

@@ -20,7 +20,8 @@ from compressor.inputs import text_fingerprint, training_blocks
 from compressor.inspection import inspect_job
 from compressor.job import Job
 from compressor.local_paths import localized, remembered
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from supernet.common.errors import RequestError
 from supernet.training import generated as writing

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from compressor import pipeline
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.stages.exporting import say_what_is_too_large
 from compressor.stages.joint_pick import Bits, RoundedLosses, candidates, pick_with_bits, sizes_within, whole_network
 from compressor.stages.layer_timings import speed_table

@@ -11,7 +11,7 @@ from benchmarks.recipes import MARK, SIZES
 from compressor import names
 from compressor.cli import run
 from compressor.early_checks import check_names
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from supernet.families import families
 from tests.support import tiny
 

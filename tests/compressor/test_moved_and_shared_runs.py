@@ -14,7 +14,7 @@ import pytest
 from compressor import pipeline
 from compressor.cli import run
 from compressor.local_paths import LocalPath, localized, remembered
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from supernet.common.errors import RequestError
 from tests.support import ROOT, tiny

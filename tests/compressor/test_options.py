@@ -12,7 +12,8 @@ import pytest
 from compressor.cli import run
 from compressor.cli.options import BY_EFFORT, RECIPE_OPTIONS
 from compressor.names import FORMATS
-from compressor.recipe import Recipe, keys, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import keys, read_recipe
 from tests.support import ROOT, tiny
 
 

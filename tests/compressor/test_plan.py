@@ -37,7 +37,8 @@ from compressor.plan import (
     write_plan,
 )
 from compressor.rates import Rates
-from compressor.recipe import BUDGETS, OPEN, read_recipe
+from compressor.recipe import BUDGETS, OPEN
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.schedule import STAGES, Schedule
 from export.quantization.cost import step_seconds

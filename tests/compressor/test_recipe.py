@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from compressor.demo import MODEL, RECIPE, TASK_NAMES
-from compressor.recipe import BUDGETS, former_names, learning_rate_for, read_recipe, write_recipe
+from compressor.recipe import BUDGETS, former_names
+from compressor.recipe_file import read_recipe, write_recipe
 from compressor.recipe_reference import reference
 from compressor.sizing import size_label
+from compressor.training_defaults import learning_rate_for
 from supernet.common.errors import RequestError
 from supernet.common.formatting import parse_bytes, parse_parameters
 from tests.support import ROOT

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compressor import pipeline
 from compressor.cli import run
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.stages.comparison_methods import methods
 from compressor.stages.repairing import (

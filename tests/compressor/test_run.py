@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from compressor import pipeline
 from compressor.inputs import few_inputs
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.stages.finetuning import finetuning_inputs
 from supernet.common.errors import RequestError

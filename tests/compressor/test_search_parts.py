@@ -14,7 +14,7 @@ import pytest
 from compressor import cli, pipeline
 from compressor.front_table import front_rows
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.stages.layer_timings import speed_table
 from compressor.stages.picking import measured

@@ -17,7 +17,7 @@ from compressor import cli, pipeline
 from compressor.front_table import front_rows
 from compressor.inputs import training_blocks
 from compressor.job import Job
-from compressor.recipe import read_recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.sizing import training_range
 from compressor.stages import subnet_scores as subnets

@@ -16,7 +16,8 @@ from compressor.checks import hint_at_vocabulary
 from compressor.cli import run
 from compressor.front_table import front_rows
 from compressor.job import Job
-from compressor.recipe import Recipe, read_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_file import read_recipe
 from compressor.run import Run
 from compressor.stages import trimming
 from compressor.stages.layer_timings import untouched_decode_tps, weights_read
