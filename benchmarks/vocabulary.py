@@ -25,7 +25,7 @@ import torch
 from benchmarks.common import Measurements, make_parser, print_header, print_row
 from benchmarks.jobs import temporary_job
 from compressor.job import Job
-from compressor.stages.trimming import Choice, bytes_per_token, measured, order_tokens, write_base
+from compressor.stages.trimming import Choice, bytes_per_token, cut_record, order_tokens, write_cut_base
 from evals.scoring.encoding import Encoder
 from evals.speed.measured import speed_beside
 from export.quantization.schemes import SCHEMES
@@ -53,13 +53,13 @@ def bits_per_byte(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
 def base_of_size(job: Job, choice: Choice, size: int) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
     """The base with so many tokens, and what its record says; the untouched one where all stay."""
     if size == len(choice.tokens):
-        record = measured(choice, size, job.untouched, job.untouched).model_dump()
+        record = cut_record(choice, size, job.untouched, job.untouched).model_dump()
         yield job.untouched, record | {"logit_difference": 0.0}
         return
     with tempfile.TemporaryDirectory() as folder:
-        _, difference = write_base(job, choice.cut(size), Path(folder), choice.texts())
+        _, difference = write_cut_base(job, choice.cut(size), Path(folder), choice.texts())
         made = job.cut_checkpoint(Path(folder))
-        yield made, measured(choice, size, job.untouched, made).model_dump() | {"logit_difference": difference}
+        yield made, cut_record(choice, size, job.untouched, made).model_dump() | {"logit_difference": difference}
 
 
 def measure(job: Job, choice: Choice, size: str, texts: Sequence[str], arguments: Namespace) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def front_rows(path: Path, sort: str = "size") -> list[FrontRow]:
     names: dict[str, list[str]] = {}
     for pick in read_picks(job) if run.picks.is_file() else []:
         names.setdefault(pick["key"], []).append(pick["name"])
-    speeds, losses = measured_speedups(run), held_out_losses(job, list(evaluations.values()))
+    speeds, losses = measured_speedups(run), losses_of_picks(job, list(evaluations.values()))
     rows = []
     for key in current_front(job)["front"]:
         architecture = evaluations[key].architecture
@@ -109,7 +109,7 @@ def measured_speedups(run: Run) -> dict[str, float]:
     return speeds
 
 
-def held_out_losses(job: Job, evaluations: list[Evaluation]) -> dict[str, float]:
+def losses_of_picks(job: Job, evaluations: list[Evaluation]) -> dict[str, float]:
     """Held-out losses that a pick measured, by the network's key."""
     key = held_out_keys(job, ["held_out_loss"])["held_out_loss"]
     weights = scored_weights(job, read_front(job.run.front))

@@ -63,7 +63,7 @@ def origin_fingerprint(job: Job) -> str:
 def generated_rows(job: Job, tokens: int) -> Iterator[Row]:
     """The documents that a training of so many tokens reads, written first where they are not there yet."""
     rows, folder = rows_to_read(job, tokens), folder_of(job)
-    write_text(job, folder, rows)
+    write_missing(job, folder, rows)
     return writing.read_documents(folder, rows)
 
 
@@ -77,7 +77,7 @@ def is_written(job: Job, tokens: int) -> bool:
     return not writing.missing_rows(folder_of(job), rows_to_read(job, tokens), rows_at_once(job))
 
 
-def write_text(job: Job, folder: Path, rows: int) -> None:
+def write_missing(job: Job, folder: Path, rows: int) -> None:
     """Let the base write what is missing of the first `rows` rows. Of several processes each writes its share."""
     at_once, length = rows_at_once(job), job.length
     missing = writing.missing_rows(folder, rows, at_once)

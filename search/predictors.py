@@ -46,7 +46,7 @@ CHANCE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Judgement:
     """How well predictions rank and match measurements: Kendall's tau-b, Spearman's rho, mean absolute error.
 
     `chance` is the probability that a random ranking has at least this tau. Correlations are 0 and `chance` 1 where
@@ -65,18 +65,20 @@ class Report:
         return self.n < JUDGED or self.chance < CHANCE
 
 
-def report(y_true: Vector, y_pred: Vector) -> Report:
+def judge(y_true: Vector, y_pred: Vector) -> Judgement:
     """How well predictions match measurements, [n] each."""
     y_true, y_pred = np.asarray(y_true, dtype=float), np.asarray(y_pred, dtype=float)
     mae = float(np.abs(y_true - y_pred).mean()) if len(y_true) else float("nan")
     if len(y_true) < 2 or np.ptp(y_true) == 0 or np.ptp(y_pred) == 0:
-        return Report(0.0, 0.0, mae, 1.0, len(y_true))
+        return Judgement(0.0, 0.0, mae, 1.0, len(y_true))
     tau = kendalltau(y_true, y_pred, alternative="greater")
-    return Report(float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true))
+    return Judgement(
+        float(tau.statistic), float(spearmanr(y_true, y_pred).statistic), mae, float(tau.pvalue), len(y_true)
+    )
 
 
 @dataclass
-class Model:
+class Regressor:
     """A trained regressor, as functions of features [n, features]: means [n], and standard deviations [n] where it has
     them, both of standardised targets."""
 
@@ -84,24 +86,24 @@ class Model:
     deviation: Callable[[Matrix], Vector] | None = None
 
 
-Fit = Callable[[Matrix, Vector, int], Model]
+Fit = Callable[[Matrix, Vector, int], Regressor]
 """Trains on features [n, features] and targets [n], given how many features are ordinal."""
 
 
-def _ridge(x: Matrix, y: Vector, ordinals: int, alpha: float) -> Model:
-    return Model(Ridge(alpha=alpha).fit(x, y).predict)
+def _ridge(x: Matrix, y: Vector, ordinals: int, alpha: float) -> Regressor:
+    return Regressor(Ridge(alpha=alpha).fit(x, y).predict)
 
 
-def _svr(x: Matrix, y: Vector, ordinals: int, c: float, gamma: float) -> Model:
+def _svr(x: Matrix, y: Vector, ordinals: int, c: float, gamma: float) -> Regressor:
     spread = max(float(x.var(axis=0).sum()), 1e-12)
-    return Model(SVR(C=c, gamma=gamma / spread, epsilon=0.02).fit(x, y).predict)
+    return Regressor(SVR(C=c, gamma=gamma / spread, epsilon=0.02).fit(x, y).predict)
 
 
-def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Model:
+def _boosting(x: Matrix, y: Vector, ordinals: int, seed: int) -> Regressor:
     trees = GradientBoostingRegressor(
         n_estimators=60, max_depth=3, learning_rate=0.15, subsample=0.7, min_samples_leaf=2, random_state=seed
     ).fit(x[:, :ordinals], y)
-    return Model(lambda z: trees.predict(z[:, :ordinals]))
+    return Regressor(lambda z: trees.predict(z[:, :ordinals]))
 
 
 def _kernel(x: Matrix, y: Vector, ordinals: int) -> ConstantKernel:
@@ -118,9 +120,9 @@ def _kernel(x: Matrix, y: Vector, ordinals: int) -> ConstantKernel:
         return GaussianProcessRegressor(kernel).fit(x[rows, :ordinals], y[rows]).kernel_
 
 
-def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Model:
+def _gp(x: Matrix, y: Vector, ordinals: int, kernel: ConstantKernel) -> Regressor:
     process = GaussianProcessRegressor(kernel, optimizer=None).fit(x[:, :ordinals], y)
-    return Model(
+    return Regressor(
         lambda z: process.predict(z[:, :ordinals]),
         lambda z: process.predict(z[:, :ordinals], return_std=True)[1],
     )
@@ -169,8 +171,8 @@ class _Trained:
     """Every kind of predictor, trained on one scale, and how cross-validation judges each."""
 
     scale: Scale
-    models: dict[str, Model]
-    scores: dict[str, Report]
+    models: dict[str, Regressor]
+    scores: dict[str, Judgement]
 
     def best(self, kinds: Collection[str]) -> str:
         """The kind of the highest tau, the least error among equals."""
@@ -187,8 +189,8 @@ class Predictor:
 
     ordinals: int
     seed: int = 0
-    models: dict[str, Model] = field(default_factory=dict)
-    scores: dict[str, Report] = field(default_factory=dict)
+    models: dict[str, Regressor] = field(default_factory=dict)
+    scores: dict[str, Judgement] = field(default_factory=dict)
     chosen: str | None = None
     scale: Scale = field(default_factory=lambda: Scale(0.0, 1.0, None))
 
@@ -218,7 +220,7 @@ class Predictor:
     def _train(self, x: Matrix, y: Vector, scale: Scale, folds: Folds) -> _Trained:
         z = scale.trained(y)
         # 1. Each kind with the hyperparameters of the least out-of-fold error, trained on everything.
-        models: dict[str, Model] = {}
+        models: dict[str, Regressor] = {}
         outside: dict[str, Vector] = {}
         for name, candidates in self._candidates(x, z).items():
             tried = [(_out_of_fold(fit, x, z, self.ordinals, folds), fit) for fit in candidates]
@@ -227,7 +229,7 @@ class Predictor:
         # 2. A stack of all kinds.
         weights, outside["stack"] = _stack(np.column_stack(list(outside.values())), z, folds)
         models["stack"] = _weighted(list(models.values()), weights)
-        return _Trained(scale, models, {name: report(y, scale.costs(p)) for name, p in outside.items()})
+        return _Trained(scale, models, {name: judge(y, scale.costs(p)) for name, p in outside.items()})
 
     def _candidates(self, x: Matrix, z: Vector) -> Mapping[str, list[Fit]]:
         """For each kind, how to train it with each of its hyperparameters."""
@@ -253,13 +255,13 @@ class Predictor:
         probabilities: Matrix = ndtr(gap / np.maximum(deviation(x), 1e-9)[:, None])
         return probabilities
 
-    def _used(self) -> Model:
+    def _used(self) -> Regressor:
         if self.chosen is None:
             raise ValueError("no predictor is in use")
         return self.models[self.chosen]
 
     @unchecked
-    def _predict(self, model: Model, x: Matrix) -> Vector:
+    def _predict(self, model: Regressor, x: Matrix) -> Vector:
         return self.scale.costs(model.mean(x))
 
 
@@ -280,7 +282,7 @@ def _stack(predictions: Matrix, y: Vector, folds: Folds) -> tuple[Vector, Vector
     return nnls(predictions, y)[0], outside
 
 
-def _weighted(models: list[Model], weights: Vector) -> Model:
+def _weighted(models: list[Regressor], weights: Vector) -> Regressor:
     """The weighted sum of models."""
     used = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight > 0]
-    return Model(lambda x: sum((w * m.mean(x) for m, w in used), np.zeros(len(x))))
+    return Regressor(lambda x: sum((w * m.mean(x) for m, w in used), np.zeros(len(x))))

@@ -30,7 +30,7 @@ from compressor.stages.comparison_rows import (
     base_file,
     comparison_rows,
     documents_scored,
-    provenance,
+    origin,
 )
 from compressor.stages.exporting import remember_vocabulary
 from compressor.stages.healing import round_as_stored
@@ -261,7 +261,7 @@ def healed_row(
     stored = write_method_package(comparison, row, network, architecture, blocks)
     return FinishedRow(
         inputs=comparison.inputs,
-        of=provenance(job),
+        of=origin(job),
         made=made,
         row=row.model_copy(update={"bytes": stored}),
         documents=now.documents,

@@ -30,7 +30,7 @@ class FinishedRow(BaseModel):
     inputs: str
     """Fingerprint of all that the row depends on; rows of others are not compared with it."""
     of: dict[str, str] | None = None
-    """What the row shares with its run (`provenance`); None for a checkpoint from elsewhere."""
+    """What the row shares with its run (`origin`); None for a checkpoint from elsewhere."""
     made: str | None = None
     """Fingerprint of the network as cut, with tokens and seed; None for a checkpoint from elsewhere."""
     weights: str | None = None
@@ -85,7 +85,7 @@ def documents_scored(job: Job) -> dict[str, str]:
     return {task: job.tasks.fingerprint(task, "report") for task in job.tasks.tasks}
 
 
-def provenance(job: Job) -> dict[str, str]:
+def origin(job: Job) -> dict[str, str]:
     """What a row must share with the run as it is now to be shown in its report."""
     return {"supernet": job.run.supernet_weights, "documents": fingerprint(documents_scored(job))}
 
@@ -101,7 +101,7 @@ def comparison_rows(job: Job) -> list[Comparison]:
     files = sorted(job.run.comparison.glob("*-*.json"))
     if not files:
         return []
-    base, now = BaseDocuments.read(job), provenance(job)
+    base, now = BaseDocuments.read(job), origin(job)
     if base.inputs != now["documents"]:
         return []
     finished = _current([FinishedRow.read(file) for file in files], now)
@@ -113,7 +113,7 @@ def comparison_rows(job: Job) -> list[Comparison]:
 
 
 def _current(finished: Sequence[FinishedRow], now: Mapping[str, str]) -> list[FinishedRow]:
-    """The rows that are of the run as it is `now` (`provenance`), each size of its newest comparison only.
+    """The rows that are of the run as it is `now` (`origin`), each size of its newest comparison only.
 
     Every comparison makes the first seed of ours anew where anything changed, so what agrees with that row is current.
     """

@@ -125,8 +125,8 @@ def trim(job: Job, scratch: Path) -> None:
     choice = order_tokens(job)
     size = choice.size(job.recipe.vocabulary.size)
     cut = choice.cut(size)
-    splits, difference = write_base(job, cut, scratch, choice.texts())
-    record = measured(choice, size, job.untouched, job.cut_checkpoint(scratch))
+    splits, difference = write_cut_base(job, cut, scratch, choice.texts())
+    record = cut_record(choice, size, job.untouched, job.cut_checkpoint(scratch))
     say(f"vocabulary: {in_words(record)}")
     if record.coverage < LEAST_COVERED:
         say(
@@ -272,7 +272,7 @@ def pieces(text: str) -> list[str]:
     return [part[: 4 * TEXT_LENGTH] for part in [*made, piece] if part]
 
 
-def write_base(job: Job, cut: VocabularyCut, folder: Path, texts: Sequence[str]) -> tuple[list[SplitText], float]:
+def write_cut_base(job: Job, cut: VocabularyCut, folder: Path, texts: Sequence[str]) -> tuple[list[SplitText], float]:
     """Write the cut base; returns how it splits some of the texts, and the largest difference of the kept tokens'
     logits, as a share of the largest one.
 
@@ -302,7 +302,7 @@ def write_base(job: Job, cut: VocabularyCut, folder: Path, texts: Sequence[str])
     return [SplitText(text=s.text, ids=list(s.cut_ids), decoded=s.decoded, kept=s.kept) for s in few], difference
 
 
-def measured(choice: Choice, size: int, untouched: Checkpoint, made: Checkpoint) -> VocabularyRecord:
+def cut_record(choice: Choice, size: int, untouched: Checkpoint, made: Checkpoint) -> VocabularyRecord:
     """A cut in numbers, on text that was not counted."""
     share, tasks_share = choice.coverage(size)
     return VocabularyRecord(

@@ -31,7 +31,7 @@ Result = tuple[Architecture, Mapping[str, float]]
 
 
 class ChosenPredictor(TypedDict):
-    """Which kind predicts an objective, and how cross-validation judged each kind (`predictors.Report`)."""
+    """Which kind predicts an objective, and how cross-validation judged each kind (`predictors.Judgement`)."""
 
     chosen: str | None
     cross_validation: dict[str, dict[str, float]]

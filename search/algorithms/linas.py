@@ -13,7 +13,7 @@ from pymoo.core.termination import NoTermination
 from search.algorithms import Algorithm
 from search.algorithms.evolution import Unwanted, evaluated, operators, problem_of
 from search.pareto import Costs, non_dominated, ranks, spread
-from search.predictors import JUDGED, KINDS, Predictor, Report, Vector, report
+from search.predictors import JUDGED, KINDS, Judgement, Predictor, Vector, judge
 from search.sampling import sample_tilted
 from search.space import Genome, Genomes
 
@@ -61,7 +61,7 @@ class LINAS(Algorithm):
         ordinals = len(self.space.genes)
         self.predictors = {o.name: Predictor(ordinals, seed=self.seed) for o in self.measured}
         self._set_aside: dict[str, list[str]] = {o.name: [] for o in self.measured}
-        self._newest: dict[str, dict[str, Report]] = {}
+        self._newest: dict[str, dict[str, Judgement]] = {}
         self._unjudged: dict[str, list[tuple[Vector, dict[str, Vector]]]] = {o.name: [] for o in self.measured}
 
     def _learn(self, new: int) -> None:
@@ -80,7 +80,7 @@ class LINAS(Algorithm):
                 continue
             costs = np.concatenate([costs for costs, _ in waiting])
             self._newest[name] = {
-                kind: report(costs, np.concatenate([predictions[kind] for _, predictions in waiting])) for kind in KINDS
+                kind: judge(costs, np.concatenate([predictions[kind] for _, predictions in waiting])) for kind in KINDS
             }
             self._unjudged[name] = []
             for kind, judged in self._newest[name].items():
@@ -92,7 +92,7 @@ class LINAS(Algorithm):
         self.report["predictors"] = {
             name: {
                 "used": self.predictors[name].chosen,
-                "newest": {kind: asdict(report) for kind, report in newest.items()},
+                "newest": {kind: asdict(judgement) for kind, judgement in newest.items()},
                 "set_aside": list(self._set_aside[name]),
             }
             for name, newest in self._newest.items()
@@ -109,7 +109,7 @@ class LINAS(Algorithm):
         self.report["chosen"] = {
             name: {
                 "chosen": predictor.chosen,
-                "cross_validation": {kind: asdict(report) for kind, report in predictor.scores.items()},
+                "cross_validation": {kind: asdict(judgement) for kind, judgement in predictor.scores.items()},
             }
             for name, predictor in self.predictors.items()
         }

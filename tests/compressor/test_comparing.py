@@ -216,7 +216,7 @@ class Folder:
         self.job.run.supernet.mkdir(parents=True)
         self.job.run.comparison.mkdir()
         self.trained("weights")
-        documents = comparison_rows.provenance(self.job)["documents"]
+        documents = comparison_rows.origin(self.job)["documents"]
         write_json(
             self.job.run.comparison / "base.json",
             {"inputs": documents, "tasks": {"coin": self.score(1.0)}, "documents": {"coin": [[1.0] * 4]}},
@@ -241,7 +241,7 @@ class Folder:
             "tasks": {"coin": self.score(quality)},
         }
         documents = {"coin": [[1.0, quality, 0.0, 1.0]]}
-        data = {"inputs": inputs, "of": comparison_rows.provenance(self.job), "row": row, "documents": documents}
+        data = {"inputs": inputs, "of": comparison_rows.origin(self.job), "row": row, "documents": documents}
         write_json(self.job.run.comparison / f"{method}-{size}-{seed}.json", data)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.predictors import FEWEST, KINDS, Predictor, Scale, report
+from search.predictors import FEWEST, KINDS, Predictor, Scale, judge
 
 
 def smooth(rng: np.random.Generator, n: int, genes: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -14,20 +14,20 @@ def smooth(rng: np.random.Generator, n: int, genes: int = 6) -> tuple[np.ndarray
 
 
 def test_report_by_hand() -> None:
-    judged = report(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
+    judged = judge(np.array([1.0, 2, 3, 4]), np.array([1.5, 2, 4, 3]))
     assert judged.kendall == pytest.approx(4 / 6) and judged.spearman == pytest.approx(0.8)
     assert judged.mae == pytest.approx(2.5 / 4) and judged.n == 4
     assert judged.chance == pytest.approx(4 / 24)  # orders of four with at most one inversion
-    assert report(np.array([1.0, 2, 3, 4, 5]), np.arange(5.0)).chance == pytest.approx(1 / 120)
+    assert judge(np.array([1.0, 2, 3, 4, 5]), np.arange(5.0)).chance == pytest.approx(1 / 120)
 
 
 def test_useful_means_better_than_chance() -> None:
     truth = np.arange(8.0)
-    assert report(truth, truth**3).useful
-    assert not report(truth, -truth).useful
-    assert not report(truth, np.ones(8)).useful
-    assert not report(np.array([0.0, 1, 2, 3]), np.array([1.0, 0, 3, 2])).useful
-    assert report(truth[:3], -truth[:3]).useful, "three measurements are too few to judge by"
+    assert judge(truth, truth**3).useful
+    assert not judge(truth, -truth).useful
+    assert not judge(truth, np.ones(8)).useful
+    assert not judge(np.array([0.0, 1, 2, 3]), np.array([1.0, 0, 3, 2])).useful
+    assert judge(truth[:3], -truth[:3]).useful, "three measurements are too few to judge by"
 
 
 def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
@@ -36,12 +36,12 @@ def test_all_kinds_learn_a_smooth_function_and_one_is_chosen() -> None:
     new_x, new_y = smooth(rng, 60)
     predictor = Predictor(ordinals=6)
     predictor.fit(x, 100 + 50 * y)
-    newest = {kind: report(100 + 50 * new_y, costs) for kind, costs in predictor.predictions(new_x).items()}
+    newest = {kind: judge(100 + 50 * new_y, costs) for kind, costs in predictor.predictions(new_x).items()}
     assert tuple(newest) == tuple(predictor.scores) == KINDS
     assert all(judged.kendall > 0.7 and judged.useful for judged in newest.values())
     assert predictor.scores[predictor.chosen].kendall == max(s.kendall for s in predictor.scores.values())
     assert newest[predictor.chosen].kendall > 0.85
-    assert report(100 + 50 * new_y, predictor.predict(new_x)) == newest[predictor.chosen]
+    assert judge(100 + 50 * new_y, predictor.predict(new_x)) == newest[predictor.chosen]
     known, far = predictor.probability(np.vstack([x[:1], x[:1] + 5]), 100 + 50 * (y[0] + np.array([-0.5, 0.5])))
     assert known[0] < 0.01 and known[1] > 0.99 and far[1] - far[0] < 0.5
 
@@ -65,7 +65,7 @@ def test_losses_that_grow_exponentially_are_learnt_on_the_bent_scale() -> None:
     predictor = Predictor(ordinals=6)
     predictor.fit(x, np.exp(3 * y))
     assert predictor.scale.bend is not None
-    assert report(np.exp(3 * new_y), predictor.predict(new_x)).kendall > 0.8
+    assert judge(np.exp(3 * new_y), predictor.predict(new_x)).kendall > 0.8
 
 
 def test_kinds_that_are_set_aside_are_not_chosen() -> None:
@@ -88,7 +88,7 @@ def test_noise_ranks_no_better_than_chance() -> None:
         predictor = Predictor(ordinals=6)
         predictor.fit(rng.random((60, 6)), rng.random(60))
         new_x, new_y = rng.random((40, 6)), rng.random(40)
-        judged += [report(new_y, costs) for costs in predictor.predictions(new_x).values()]
+        judged += [judge(new_y, costs) for costs in predictor.predictions(new_x).values()]
     assert sum(each.useful for each in judged) < len(judged) / 2
     assert abs(np.mean([each.kendall for each in judged])) < 0.1
 
