@@ -63,6 +63,18 @@ def measured_record(package: Path) -> PackageRecord:
     return record
 
 
+def shown_entry(record: PackageRecord, scale: QualityScale) -> dict[str, Any]:
+    """A package's entry as the report has it, with its quality by today's definition. A record that an earlier version
+    wrote gets it too."""
+    entry = record.entry.model_dump(exclude_unset=True)
+    for size in entry.get("sizes", []):  # what only the proof reads
+        size.pop("proof", None)
+    entry["quality"] = scale.quality(record.entry.tasks, record.entry.held_out_loss)
+    if entry["quality"] != record.entry.quality:
+        update_record(record.folder, entry={"quality": entry["quality"]})
+    return entry
+
+
 def report(job: Job) -> Report:
     """Assemble report.json, write report.html and the cards, print the table."""
     run, recipe = job.run, job.recipe
@@ -72,13 +84,6 @@ def report(job: Job) -> Report:
     exported = Measurements.read(base_file)
     scale = QualityScale(exported.base.tasks, exported.base.held_out_loss)
     records = [measured_record(run.packages / name) for name in exported.packages]
-    packages = [record.entry.model_dump(exclude_unset=True) for record in records]
-    for record, entry in zip(records, packages, strict=True):
-        for size in entry.get("sizes", []):  # what only the proof reads
-            size.pop("proof", None)
-        entry["quality"] = scale.quality(record.entry.tasks, record.entry.held_out_loss)
-        if entry["quality"] != record.entry.quality:  # an earlier version's definition
-            update_record(record.folder, entry={"quality": entry["quality"]})
     fingerprints = {
         "model": job.untouched_fingerprint,
         "data": text_fingerprint(job, recipe.finetuning.tokens or 0),
@@ -92,7 +97,7 @@ def report(job: Job) -> Report:
         "base": exported.base,
         "quality": QualityBasis.of(scale),
         "front": [point for point in search.points if point.on_front] if search else [],
-        "packages": packages,
+        "packages": [shown_entry(record, scale) for record in records],
         "quantized_base": [
             measured_record(run.packages / name).entry.model_dump(exclude_unset=True)
             for name in exported.quantized_base
