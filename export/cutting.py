@@ -9,7 +9,7 @@ import torch
 
 from export.layouts.elastic import nearest_size, open_elastic
 from export.package import write_package
-from export.package_record import PackageRecord, check_files, read_record, write_card
+from export.package_record import PackageRecord, check_files, read_record, update_record, write_card
 from export.report.card import render_slice_card
 from export.verify import verify
 from supernet.common.errors import RequestError, VerificationError
@@ -41,6 +41,9 @@ def cut(package: Path, destination: Path, most: Callable[[int], int]) -> Package
         lineage={**lineage, "cut_from": record.entry.name, "size": size.name},
         probe_ids=torch.tensor(record.probe.ids),
     )
+    if record.entry.vocabulary is not None:  # the proof splits texts by it
+        splits = [split.model_dump() for split in record.probe.splits]
+        update_record(destination, entry={"vocabulary": record.entry.vocabulary.model_dump()}, probe={"splits": splits})
     verify(destination, record=True)
     card = render_slice_card(read_record(destination).entry, record, size, source.structure.base)
     write_card(destination, card)

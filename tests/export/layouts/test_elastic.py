@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from export.cutting import cut
 from export.layouts.elastic import ElasticSource, nearest_size, open_elastic, size_name, write
-from export.package_record import ElasticSize
+from export.package_record import ElasticSize, update_record
+from export.vocabulary_record import SplitText, VocabularyRecord
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, VerificationError
 from supernet.families import describe
@@ -107,6 +109,21 @@ def test_other_code_is_not_trusted(package: Path, tmp_path: Path) -> None:
     code.write_text(code.read_text() + "\n")
     with pytest.raises(VerificationError, match="differs from what this version writes"):
         check_code(tmp_path / "package")
+
+
+def test_a_size_of_its_own_says_what_the_vocabulary_was_cut_to(package: Path, tmp_path: Path) -> None:
+    folder, text = tmp_path / "package", "Anna has"
+    shutil.copytree(package, folder)
+    ids = tiny.byte_tokenizer()(text).input_ids
+    split = SplitText(text=text, ids=ids, decoded=tiny.byte_tokenizer().decode(ids), kept=True)
+    rows = open_elastic(package)[1].structure.vocab_size
+    vocabulary = VocabularyRecord(
+        rows=rows, base_rows=2 * rows, coverage=1.0, bytes_per_token=1.0, base_bytes_per_token=2.0
+    )
+    update_record(folder, entry={"vocabulary": vocabulary.model_dump()}, probe={"splits": [split.model_dump()]})
+    made = cut(folder, tmp_path / "size", lambda parameters: parameters)
+    assert made.entry.vocabulary == vocabulary and made.probe.splits == [split]
+    assert made.entry.verified is not None and made.entry.verified["texts_split_as_before"] == 1
 
 
 def test_the_nearest_size_below(package: Path) -> None:
