@@ -97,6 +97,7 @@ def compare(
     `baselines` are names of `methods()`, all where none is given; `sizes` as in `--max-params`, the run's own picks
     where none is given; `others` are checkpoints, by folder or hub name, that were compressed elsewhere.
     """
+    # 1. What is compared, at which sizes.
     known = methods(repair=job.repairs)
     for name in baselines:
         if name not in known:
@@ -106,6 +107,7 @@ def compare(
     chosen = [known[name] for name in dict.fromkeys([OURS, *(baselines or known)])]
     run, recipe = job.run, job.recipe
     picked = sizes_to_compare(job, sizes)
+    # 2. Text, networks, and the base's scores.
     total = (recipe.finetuning.tokens or 0) + (recipe.healing.tokens or 0)
     long = training_blocks(job, total)  # before networks are in memory, since the base may have to write some of it
     short = training_blocks(job, recipe.healing.tokens or 0)
@@ -116,7 +118,8 @@ def compare(
     remark = score_base(job, untouched).scale.remark
     if remark:
         say(f"warning: {remark}")
-    rows = [external_checkpoint(job, other) for other in others]  # first, for they may be refused
+    # 3. Checkpoints from elsewhere, first, for they may be refused; then every method at every size.
+    rows = [external_checkpoint(job, other) for other in others]
     comparisons = [SizeComparison(job, size, one, supernet, base, calibration, long) for size, one in picked]
     for comparison in comparisons:
         done: list[Path] = []

@@ -155,6 +155,7 @@ def finetune(job: Job) -> dict[str, Any]:
     with run.stage(run.supernet, inputs) as (folder, facts):
         job.accelerator.wait_for_everyone()  # until the folder is as it should be
         job.threads(scoring=False)
+        # 1. The base, its units in order of importance: it still says what transformers alone makes of it.
         blocks, contaminated = text_to_train_on(job)
         # What is not trained needs no more precision than it is computed in.
         dtype = job.compute_dtype if recipe.finetuning.parameters == "lora" else torch.float32
@@ -167,16 +168,19 @@ def finetune(job: Job) -> dict[str, Any]:
         job.rank_layers(influence)
         check_targets(job)  # where layers differ in size, what is within reach may not be what it seemed
         facts["block_influence"] = influence
+        # 2. The one training.
         history, resumable = History(), folder / STATE
         if recipe.finetuning.tokens:
             history = train_supernet(job, supernet, blocks, resumable)
         if recipe.finetuning.shard:
             model = gathered(job, model)
+        # 3. The super-network as it is searched.
         if run.writes:
             save_ordering(order, influence, folder / "ordering.safetensors", job.ordering)
             proof["files"] = store(job, model, folder, ids)
             if isinstance(supernet.variants, RoutedDeltas):
                 save_file(supernet.variants.tensors(job.stored_dtype), folder / ROUTED)
+        # 4. Of several bands of sizes, the super-networks of the smaller ones.
         if limits := band_limits(job):
             del model, supernet  # two would be in memory
             trained = []
@@ -185,6 +189,7 @@ def finetune(job: Job) -> dict[str, Any]:
                 trained.append({"below": limit, **vars(of_band)})
                 proof["files"] = max(proof.get("files", 0.0), off)
             facts["bands"] = trained
+        # 5. What the manifest says.
         if run.writes:
             facts["base"] = job.untouched_fingerprint
             facts["logit_differences"] = proof
@@ -322,6 +327,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
     if section.bands > 1:
         say(f"super-network {band + 1} of {section.bands}, each for a band of sizes")
         section = section.model_copy(update={"tokens": (section.tokens or 0) // section.bands})
+    # 1. What is trained, and the sizes whose held-out losses are watched.
     loss = Loss(section.losses, section.temperature)
     scheme = ElasticScheme(section.sampler, section.draw, section.random_members, loss, section.strong_teacher)
     range_ = training_range(job, band)
@@ -336,6 +342,7 @@ def train_supernet(job: Job, supernet: SuperNetwork, blocks: Blocks, state: Path
         asked = [size for size in asked if band == sum(size < limit for limit in limits)]
     if asked:
         watched["asked"] = [uniform_near(job, size) for size in asked]
+    # 2. The frozen base, where it teaches, and the training.
     model: Any = supernet.model
 
     def load() -> SuperNetwork:

@@ -79,6 +79,7 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
             "warning: the search scored networks that were repaired otherwise; held-out losses are of today's repair: "
             f"compressor search {shell_word(run.path)} --redo search makes them one"
         )
+    # 1. What can be picked: for a uniform package, only networks whose layers are alike.
     config = job.checkpoint.config
     plain = [as_plain_class(job, e) for e in evaluations if fits_plain_class(config, e.architecture)]
     plain = [e for e in plain if copies_hold(e.architecture, config, recipe.formats)]
@@ -86,6 +87,7 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
     kinds += [True] if "uniform" in recipe.formats else []
     if beside:
         kinds = [True]
+    # 2. By the key, or for every size.
     picks = [*beside]
     if recipe.key is not None:
         chosen = by_key(evaluations, recipe.key)
