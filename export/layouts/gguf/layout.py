@@ -10,6 +10,7 @@ is written, and read back, in `export.layouts.gguf.file`.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,11 +199,13 @@ def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """The mean square of every input channel of each linear layer of the blocks on some text, [inputs], by the name of
     its weight: what llama.cpp calls an importance matrix."""
     sums: dict[str, Tensor] = {}
+    tokens: Counter[str] = Counter()
 
     def adds(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
         def before(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-            squares = inputs[0].detach().float().square().flatten(0, -2).mean(0)
-            sums[name] = sums.get(name, 0.0) + squares
+            squares = inputs[0].detach().float().square().flatten(0, -2)
+            sums[name] = sums.get(name, 0.0) + squares.sum(0)
+            tokens[name] += len(squares)
 
         return before
 
@@ -215,7 +218,7 @@ def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     with Hooks([module.register_forward_pre_hook(adds(name)) for name, module in linear.items()]):
         for part in ids.split(8):
             logits_of(network, part)
-    return sums
+    return {name: total / max(1, tokens[name]) for name, total in sums.items()}
 
 
 def _quantization_report(

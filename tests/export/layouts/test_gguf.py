@@ -23,6 +23,7 @@ from compressor.checks import check_formats
 from export.layouts.gguf.checks import check_family
 from export.layouts.gguf.families import DECI, FAMILIES, Stored
 from export.layouts.gguf.file import FileSize, kinds_of, take_stored_weights, weight_file
+from export.layouts.gguf.layout import input_squares
 from export.layouts.gguf.runtime import check_gguf, measure_speed
 from export.layouts.gguf.server import LlamaCpp
 from export.layouts.gguf.types import QUANTIZED, TYPES, VALUES, blocks_of, stored_bytes, type_by_bits
@@ -350,6 +351,15 @@ def test_uneven_families(family: str, tmp_path: Path) -> None:
     sizes = [LayerSizes(6, structure.base.layers[0].num_key_value_heads, 56), LayerSizes(*heads, 40)]
     uneven = Architecture(96, (sizes[0], sizes[1], LayerSizes(0, 0, 24), sizes[0]))
     proved(write(tmp_path / "p", uneven, extract(model, structure, uneven)), 1e-3)
+
+
+def test_every_sequence_of_the_calibration_weighs_the_same() -> None:
+    """Also those of the last batch, which may hold few."""
+    network, ids = tiny_llama(), torch.cat([probe_ids()] * 3 + [probe_ids(vocabulary=2)[:1]])
+    whole = input_squares(network, ids)
+    each = [input_squares(network, row[None]) for row in ids]
+    for name, squares in whole.items():
+        assert torch.allclose(squares, torch.stack([one[name] for one in each]).mean(0), rtol=1e-4), name
 
 
 @pytest.mark.parametrize("gguf_type", TYPES)
