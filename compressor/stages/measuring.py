@@ -104,7 +104,8 @@ def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
     """Score base and packages, and those of the base itself in few bits, on the report split, time them side by side,
     and record it in each package.
 
-    Scores are rows of evaluations.db like any other, so nothing is scored twice.
+    Scores are rows of evaluations.db like any other, so nothing is scored twice, and what was timed before an
+    interruption is not timed again.
     """
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
@@ -112,18 +113,22 @@ def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
     with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + len(bases) + 1) as progress:
         progress.advance(0, "the base")
         measurer.measure_base(store)
-        for name in (*names, *bases):
+        for number, name in enumerate((*names, *bases)):
             progress.advance(note=name)
             measurer.measure(name, store, of_base=name in bases)
+            done = number + 1
+            measurer.write(names[:done], bases[: max(0, done - len(names))], measurer.interrupted)
         progress.advance()
-    measurer.write(names, bases)
+    measurer.write(names, bases, measurer.file)
+    measurer.interrupted.unlink(missing_ok=True)
 
 
 class PackageMeasurer:
     """The base, and everything beside it one at a time: only these two are in memory.
 
-    What `packages/base.json` and a package's own record hold already is kept while the conditions of its measuring
-    are the same. `losses`, `texts` (by prompt) and `scores` go by name, "base" among them.
+    What `packages/base.json`, or what an interrupted measuring left instead, and a package's own record hold already is
+    kept while the conditions of its measuring are the same. `losses`, `texts` (by prompt) and `scores` go by name,
+    "base" among them.
     """
 
     def __init__(self, job: Job) -> None:
@@ -138,7 +143,9 @@ class PackageMeasurer:
             "threads": torch.get_num_threads() if job.device.type == "cpu" else None,
         }
         self.file = job.run.packages / "base.json"
-        before = Measurements.read(self.file) if self.file.exists() else None
+        self.interrupted = self.file.with_name(".measured.json")
+        kept = next((file for file in (self.interrupted, self.file) if file.exists()), None)
+        before = Measurements.read(kept) if kept else None
         if before is not None and before.conditions != self.conditions:
             before = None
         self.speed = before.base.speed if before else None
@@ -243,8 +250,8 @@ class PackageMeasurer:
         speed, self.speed = speed_beside(model(), self.base(), self.speed)
         return speed
 
-    def write(self, names: list[str], bases: list[str]) -> None:
-        """Write `base.json`."""
+    def write(self, names: list[str], bases: list[str], file: Path) -> None:
+        """Write to `file` what was measured of the base and beside these packages."""
         job = self.job
         base = Base(
             name=Path(job.recipe.model).name,
@@ -267,7 +274,7 @@ class PackageMeasurer:
         measured = Measurements(
             base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
         )
-        write_json(self.file, measured.model_dump(mode="json"))
+        write_json(file, measured.model_dump(mode="json"))
 
 
 def scored_network(job: Job, record: PackageRecord) -> Any:

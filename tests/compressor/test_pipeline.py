@@ -299,6 +299,36 @@ def test_an_interrupted_search_goes_on_to_the_same_result(
     assert [row["values"]["quality"] for row in first] == [row["values"]["quality"] for row in second]
 
 
+def test_an_interrupted_measuring_times_no_package_twice(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressor.stages.measuring import PackageMeasurer
+
+    again = Made(tmp_path)
+    shutil.copytree(made.run, again.run)
+    (again.run / "packages" / "base.json").unlink()  # nothing is known to be measured
+    original, timed = PackageMeasurer.time, list[str]()
+
+    def time(measurer: PackageMeasurer, record: Any, model: Any) -> Any:
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.append(record.entry.name)
+        return original(measurer, record, model)
+
+    monkeypatch.setattr(PackageMeasurer, "time", time)
+    assert run(["export", str(again.run)]) == 130
+    before, timed = timed, []
+    monkeypatch.setattr(PackageMeasurer, "time", lambda *args: (timed.append(args[1].entry.name), original(*args))[1])
+    assert run(["export", str(again.run)]) == 0
+    everything = sorted(folder.parent.name for folder in again.run.glob("packages/*/compression.json"))
+    assert len(before) == 3 and sorted(before + timed) == everything
+    base = json.loads((again.run / "packages" / "base.json").read_text())
+    for name in everything:
+        lineage = json.loads((again.run / "packages" / name / "compression.json").read_text())["lineage"]
+        assert lineage["base_speed"] == base["base"]["speed"]
+    assert [file.name for file in (again.run / "packages").glob(".*")] == []
+
+
 def test_training_free_uniform_and_by_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor import Recipe, Result, compress
     from supernet.streaming import StreamedNetwork
