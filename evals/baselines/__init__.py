@@ -113,6 +113,19 @@ def removal(context: PruningContext, removals: Iterable[Collection[int]]) -> Arc
     return narrowed(context, chosen)
 
 
+def removable(context: PruningContext) -> int:
+    """How many whole layers can be removed at the most without falling below the size asked for."""
+    structure, layers = context.structure, range(len(context.structure.base.layers))
+    left = structure.parameters(structure.base)
+    number = 0
+    for saved in sorted(left - structure.parameters(without(structure.base, {layer})) for layer in layers):
+        left -= saved
+        if left < context.parameters * (1 - TOLERANCE / 2) or number == len(layers) - 1:
+            break
+        number += 1
+    return number
+
+
 def narrowed(context: PruningContext, architecture: Architecture) -> Architecture:
     """`architecture` with the FFN of every remaining layer at the same width, so that the size is met. Raises
     RequestError where no width meets it."""

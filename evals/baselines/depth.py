@@ -14,13 +14,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.baselines import Baseline, Cut, PruningContext, as_batch, ordered_cut, removal, without
+from evals.baselines import Baseline, Cut, PruningContext, as_batch, ordered_cut, removable, removal, without
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.common.progress import bar
@@ -87,22 +87,20 @@ def least_turning(supernet: SuperNetwork, batches: Sequence[Tensor]) -> Callable
 
 def sleb(context: PruningContext) -> Cut:
     """The base without one layer after another, always the one without which the calibration loss is least."""
-    loss, base = calibration_loss(context), context.structure.base
-
-    def greedily() -> Iterator[set[int]]:
-        removed: set[int] = set()
-        while len(removed) < len(base.layers) - 1:
-            losses = losses_without_one_more(loss, base, removed)
-            removed = removed | {min(losses, key=losses.__getitem__)}
-            yield removed
-
-    return _cut(context, removal(context, greedily()))
+    loss, base, most = calibration_loss(context), context.structure.base, removable(context)
+    removals: list[set[int]] = [set()]
+    with bar("choosing layers to remove", sum(len(base.layers) - n for n in range(most))) as progress:
+        for _ in range(most):
+            losses = losses_without_one_more(loss, base, removals[-1], progress.advance)
+            removals.append(removals[-1] | {min(losses, key=losses.__getitem__)})
+    return _cut(context, removal(context, removals))
 
 
 def one_shot_loss(context: PruningContext) -> Cut:
     """The base without the layers without each of which, alone, the calibration loss is least."""
     loss, base = calibration_loss(context), context.structure.base
-    losses = losses_without_one_more(loss, base, set())
+    with bar("choosing layers to remove", len(base.layers)) as progress:
+        losses = losses_without_one_more(loss, base, set(), progress.advance)
     order = sorted(losses, key=losses.__getitem__)
     return _cut(context, removal(context, (order[:n] for n in range(1, len(order)))))
 
@@ -115,15 +113,14 @@ def nemotron_depth(context: PruningContext) -> Cut:
 
 
 def losses_without_one_more(
-    loss: Callable[[Architecture], float], base: Architecture, removed: set[int]
+    loss: Callable[[Architecture], float], base: Architecture, removed: set[int], progress: Callable[[], object]
 ) -> dict[int, float]:
-    """The loss without the `removed` layers and one more, by that layer."""
-    left = [index for index in range(len(base.layers)) if index not in removed]
+    """The loss without the `removed` layers and one more, by that layer. `progress` is called after each."""
     losses = {}
-    with bar(f"choosing layer {len(removed) + 1} to remove", len(left)) as progress:
-        for index in left:
+    for index in range(len(base.layers)):
+        if index not in removed:
             losses[index] = loss(without(base, removed | {index}))
-            progress.advance()
+            progress()
     return losses
 
 

@@ -86,15 +86,20 @@ def test_layers_that_do_nothing_go_first(method: str) -> None:
 def test_sleb_measures_again_after_each_layer_and_minitron_depth_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, layers 1 and 2 cost least; but once 1 is removed, 2 costs most and 4 least."""
     losses = {0: 5.0, 1: 1.0, 2: 1.5, 3: 4.0, 4: 3.0}
+    asked: list[tuple[int, ...]] = []
 
     def loss(architecture: Architecture) -> float:
         removed = losses.keys() - set(architecture.kept)
+        asked.append(architecture.kept)
         return max(losses[index] for index in removed) + 10 * ({1, 2} <= removed)
 
     monkeypatch.setattr(depth, "calibration_loss", lambda _: loss)
     context = context_of(llama(), 0.62)  # two layers and a little
     assert baselines()["minitron-depth"].cut(context)[1].kept == (0, 3, 4)
+    assert len(asked) == 5
+    asked.clear()
     assert baselines()["sleb"].cut(context)[1].kept == (0, 2, 3)
+    assert len(asked) == 5 + 4  # no third layer can go
 
 
 def test_the_loss_without_layers_is_that_of_the_network_without_them() -> None:
