@@ -157,13 +157,12 @@ def tunes(job: Job) -> bool:
 
 def training_rates(model: PreTrainedModel, accelerator: Accelerator, length: int, most: int) -> tuple[float, float]:
     """Seconds for each token of a teacher's pass, and of a student's forward and backward, as healing does them, on up
-    to `most` rows of `length` tokens. The network's matrices are frozen by this.
+    to `most` rows of `length` tokens. The network's weights are frozen by this.
 
     Gradients of matrices are counted as one more forward pass (they cost 0.5 to 1 of one on prose-7m, 1.2 on SmolLM2):
     to hold them, and moments, would take four times the memory of a network of which perhaps nothing will be trained.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.ndim <= 1)
+    model.requires_grad_(False).enable_input_require_grads()
     loss, device, vocabulary = Loss({"kl": 1.0}), model.device, model.config.get_text_config().vocab_size
 
     def teach(batch: Batch) -> None:
@@ -174,9 +173,9 @@ def training_rates(model: PreTrainedModel, accelerator: Accelerator, length: int
         with accelerator.autocast():
             states = trace(model, batch)
             loss(states, states.detached()).backward()
-        model.zero_grad(set_to_none=True)
 
     rows = [_per_row(device, work, most, length, vocabulary) / length for work in (teach, train)]
+    model.disable_input_require_grads()
     return rows[0], rows[0] + rows[1]
 
 

@@ -26,6 +26,7 @@ from export.probe import (
     load_reference,
     logits_of,
     next_log_probabilities,
+    padding_token,
     shorter_rows,
     tokenizer_fault,
 )
@@ -210,7 +211,7 @@ class NetworkCheck:
 
     def padding(self, model: PreTrainedModel, logits: Tensor) -> Claims:
         """Sequences of different lengths, padded on the left, against each one alone."""
-        padded, mask, kept = shorter_rows(self.ids, model.config.pad_token_id or 0)
+        padded, mask, kept = shorter_rows(self.ids, padding_token(model))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             batch = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -228,7 +229,7 @@ class NetworkCheck:
                 attention_mask=torch.ones_like(prompt),
                 **GREEDY,
                 max_new_tokens=min(NEW_TOKENS, room),
-                pad_token_id=model.config.pad_token_id or 0,
+                pad_token_id=padding_token(model),
             )
             for use_cache in (True, False)
         )

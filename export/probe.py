@@ -121,6 +121,13 @@ def compare_padded(package: Path, batch: Tensor, logits: Tensor, kept: Sequence[
         largest(batch[row, logits.shape[1] - keep :] - logits[row, :keep], allowed, message)
 
 
+def padding_token(model: PreTrainedModel) -> int:
+    """The configuration's padding token; 0 where it names none, or one that the network has no row for, such as -1."""
+    config = model.config.get_text_config()
+    named: int | None = config.pad_token_id
+    return named if named is not None and 0 <= named < config.vocab_size else 0
+
+
 def shorter_rows(ids: Tensor, pad: int = 0) -> tuple[Tensor, Tensor, list[int]]:
     """The sequences cut to different lengths and padded on the left, their mask, and how much is left of each."""
     count, length = ids.shape

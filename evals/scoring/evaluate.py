@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import lm_eval
 import torch
 import transformers
-from lm_eval.api.metrics import mean
 from lm_eval.evaluator_utils import _collect_results, aggregate_groups
+from lm_eval.utils import handle_non_serializable
 
 from evals.scoring.documents import Prompting
 from evals.scoring.encoding import Encoder
 from evals.scoring.lm import NetworkLM
-from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Answers, Scorer, raw_metrics, standard_error
-from evals.scoring.tasks import TaskSet
+from evals.scoring.scorer import BOOTSTRAP_ITERATIONS, Answers, RawMetrics, Scorer, aggregated, raw_metrics
+from evals.scoring.tasks import Subtask, TaskSet
 from supernet.common.errors import RequestError, VerificationError, reading
 from supernet.common.processes import available_cores
+from supernet.common.progress import say
 from supernet.device import prepare
 from supernet.loading import check_fit, checkpoint_folder, load_network, unpack
 from supernet.tokens import read_tokenizer
@@ -94,19 +97,39 @@ def evaluate(
 
 def _harness_results(task_set: TaskSet, limit: int | None, answers: Answers) -> dict[str, Any]:
     """What lm-eval 0.4.13 reports of the answers: every metric of every task and group, with standard errors."""
-    collected = {}
+    collected: dict[str, dict[str, Any]] = {}
+    ours: dict[str, dict[str, float]] = {}  # values and standard errors beside lm-eval's, by subtask
     for subtasks in task_set.requests("all", limit).documents.values():
         for subtask, documents in subtasks:
             if documents:
                 metrics = raw_metrics(subtask, documents, answers)
-                collected[subtask.name] = {"task": subtask.task, "raw_metrics": metrics, "logged_samples": []}
+                sound, ours[subtask.name] = _aggregates(subtask, metrics)
+                collected[subtask.name] = {"task": subtask.task, "raw_metrics": sound, "logged_samples": []}
     accumulated = _collect_results(collected, task_set.groups, bootstrap_iters=0)
-    for name, row in collected.items():
-        for (metric, filter_name), items in row["raw_metrics"].items():
-            error = standard_error(row["task"].aggregation().get(metric, mean), items, everywhere=False)
-            if error is not None:
-                accumulated.metrics[name][f"{metric}_stderr,{filter_name}"] = error
-    return dict(aggregate_groups(accumulated)._to_eval_results())
+    for name, values in ours.items():
+        accumulated.metrics[name].update(values)
+    results = aggregate_groups(accumulated)._to_eval_results()
+    # As lm-eval's own files hold them: a task's functions, as of its few-shot examples, by their text.
+    return dict(json.loads(json.dumps(results, default=handle_non_serializable)))
+
+
+def _aggregates(subtask: Subtask, metrics: RawMetrics) -> tuple[RawMetrics, dict[str, float]]:
+    """The metrics that lm-eval can aggregate, and what it does not state: standard errors, and infinity where its
+    perplexities overflow. One that the task's own aggregation fails on is left out, and said."""
+    sound, beside = dict(metrics), dict[str, float]()
+    for (metric, filter_name), items in metrics.items():
+        try:
+            value, error = aggregated(subtask, metric, items, everywhere=False)
+        except RequestError as reason:
+            say(f"warning: {reason}; left out")
+            del sound[metric, filter_name]
+            continue
+        if error is not None:
+            beside[f"{metric}_stderr,{filter_name}"] = error
+        if math.isinf(value):
+            del sound[metric, filter_name]
+            beside[f"{metric},{filter_name}"] = value
+    return sound, beside
 
 
 def _settings(lm: NetworkLM, limit: int | None, prompting: Prompting) -> dict[str, object]:

@@ -115,12 +115,12 @@ def score_of(
 
     Where lm-eval states no standard error (bits per byte, and the like), it is bootstrapped over the documents.
     """
-    aggregated = [
-        _aggregated(subtask.task.aggregation().get(task.metric, mean), items) if items else (math.nan, None)
+    of_subtasks = [
+        aggregated(subtask, task.metric, items) if items else (math.nan, None)
         for (subtask, _), items in zip(documents, values, strict=True)
     ]
     sizes = [len(items) for items in values]
-    value, stderr = task.aggregate([value for value, _ in aggregated], [error for _, error in aggregated], sizes)
+    value, stderr = task.aggregate([value for value, _ in of_subtasks], [error for _, error in of_subtasks], sizes)
     return Score(
         metric=task.metric,
         value=value,
@@ -173,9 +173,14 @@ def standard_error(
     return float(sample_stddev(_bootstrap_internal(aggregation, BOOTSTRAP_ITERATIONS)((0, items))))
 
 
-def _aggregated(aggregation: Callable[[Sequence[Any]], float], items: Sequence[Any]) -> tuple[float, float | None]:
-    """An aggregate and its standard error. Infinity where lm-eval's perplexities overflow, beyond 709 nats a word."""
-    try:
-        return float(aggregation(items)), standard_error(aggregation, items)
-    except OverflowError:
-        return math.inf, None
+def aggregated(
+    subtask: Subtask, metric: str, items: Sequence[Any], everywhere: bool = True
+) -> tuple[float, float | None]:
+    """A metric of all documents, from its value for each, and `standard_error`. Infinity where lm-eval's perplexities
+    overflow, beyond 709 nats a word. Raises `RequestError` where the task's own aggregation fails."""
+    aggregation = subtask.task.aggregation().get(metric, mean)
+    with reading(f"task {subtask.name}: its metric {metric} cannot be computed of {len(items)} documents"):
+        try:
+            return float(aggregation(items)), standard_error(aggregation, items, everywhere)
+        except OverflowError:
+            return math.inf, None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from compressor import memory_needs, pipeline, rates
 from compressor.checks import check, check_budgets
@@ -482,13 +483,22 @@ def test_measured_rates_are_of_this_network(given: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_can_be_measured(family: str) -> None:
-    """Its matrices hold no gradients afterwards: a large network would not fit four times."""
+    """Its weights hold no gradients: a large network would not fit four times."""
     network = tiny_network(family)
     teach, train = rates.training_rates(network, make_accelerator("cpu", "float32"), 16, 2)
     assert 0 < teach < train and rates.decoding_rate(network, 16) > 0
-    assert all(p.grad is None and p.requires_grad == (p.ndim <= 1) for p in network.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in network.parameters())
     if family not in ("gpt2", "mixtral", "qwen3_moe"):  # refused before: their weights are not in linear layers
         assert step_seconds(network, 16, 2) > 0
+
+
+def test_a_network_without_biases_and_norms_can_be_measured() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, max_position_embeddings=32, enable_bias=False, layer_norm_elementwise_affine=False)
+    network = AutoModelForCausalLM.from_config(config)
+    assert all(parameter.ndim == 2 for parameter in network.parameters())
+    teach, train = rates.training_rates(network, make_accelerator("cpu", "float32"), 16, 2)
+    assert 0 < teach < train
 
 
 def test_a_run_that_is_done_has_no_plan_left(

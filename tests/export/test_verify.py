@@ -67,6 +67,13 @@ def test_a_fresh_process_proves_good_packages(packages: Path, tmp_path: Path) ->
     assert log.exists()
 
 
+def test_a_padding_token_that_the_network_has_no_row_for_is_no_fault(package: Path) -> None:
+    with edited(package / "config.json") as config:
+        config["pad_token_id"] = -1  # as of checkpoints that were never padded
+    record_anew(package, "config.json")
+    assert verify(package)["padding_equal"] is True
+
+
 def test_faults_reach_the_caller_from_the_fresh_process(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with edited(package / "config.json") as config:
         config["rms_norm_eps"] = 0.3

@@ -204,6 +204,9 @@ def test_a_perplexity_beyond_all_numbers_is_infinite(
     monkeypatch.setattr(scorer.lm, "answer", lambda plan, architecture=None: [(-1e6, False)] * len(plan.index))
     score = scorer.score("all")["rolling"]
     assert score.value == math.inf and score.stderr is None
+    monkeypatch.setattr(NetworkLM, "answer", lambda lm, plan, architecture=None: [(-1e6, False)] * len(plan.index))
+    results = evaluate(llama, ["rolling"], tokenizer=tiny.byte_tokenizer(), include_path=tasks)["results"]["rolling"]
+    assert results["word_perplexity,none"] == math.inf and math.isfinite(results["bits_per_byte,none"])
 
 
 @pytest.mark.parametrize(("asked", "cores"), [("3", 3), ("2,1", 2), ("", None), ("many", None)])
@@ -292,6 +295,39 @@ def test_evaluate_gives_lm_evals_results(llama: PreTrainedModel, tasks: Path, tm
     assert ours["scores"]["both"]["n"] == 21 and ours["scores"]["both"]["chance"] == pytest.approx(0.4206, abs=1e-3)
     with pytest.raises(RequestError, match="no such folder"):
         evaluate(str(tmp_path / "models"), names, include_path=tasks)
+
+
+def test_a_task_may_bring_functions_of_its_own(
+    llama: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As lm-eval's own tasks do; the results are JSON all the same, and one metric that fails takes none along."""
+    rows = [{"question": f"what {i}", "word": "x"} for i in range(5)]
+    write_task(tmp_path, "own", rows, **WRITING)
+    (tmp_path / "own_functions.py").write_text(
+        "def docs(dataset): return dataset.select(range(4))\n"
+        "def results(doc, answers): return {'length': len(answers[0]), 'odd': 1.0}\n"
+        "def fails(items): return 1 / 0\n"
+    )
+    file = tmp_path / "own.yaml"
+    settings = json.loads(file.read_text())
+    del settings["metric_list"]
+    file.write_text(
+        json.dumps(settings).removesuffix("}")
+        + ",\nprocess_docs: !function own_functions.docs,\nprocess_results: !function own_functions.results,\n"
+        "metric_list: [{metric: length, aggregation: mean, higher_is_better: true},\n"
+        "{metric: odd, aggregation: !function own_functions.fails, higher_is_better: true}]}"
+    )
+    tokenizer = tiny.byte_tokenizer()
+    ours = evaluate(llama, ["own:length"], tokenizer=tokenizer, include_path=tmp_path, device="cpu")
+    assert ours == json.loads(json.dumps(ours))
+    assert "def docs" in ours["configs"]["own"]["process_docs"]
+    assert "warning: task own: its metric odd cannot be computed of 4 documents (division by zero)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    results = ours["results"]["own"]
+    assert results["length,none"] == ours["scores"]["own"]["value"] and "odd,none" not in results
+    with pytest.raises(RequestError, match=r"task own: its metric odd cannot be computed of 4 documents"):
+        evaluate(llama, ["own:odd"], tokenizer=tokenizer, include_path=tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("planted", ["modeling_uneven_llama.py", "sub/evil.py", "custom_generate/generate.py"])
