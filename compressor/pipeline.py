@@ -181,8 +181,9 @@ def prepare(
 
 
 @contextmanager
-def records_end() -> Iterator[None]:
-    """Within, a run may keep what is said and measured; what comes afterwards is not its. An error is its last line."""
+def job_ends(output: Path) -> Iterator[None]:
+    """Within, a job works in the run at `output`, which may keep what is said and measured. What comes afterwards is
+    not its, and others may work in the run then. An error is its last line."""
     try:
         yield
     except BaseException as error:
@@ -193,6 +194,7 @@ def records_end() -> Iterator[None]:
     finally:
         keep_lines()
         send_to()
+        Run(output).unlock()
 
 
 def check_alone() -> None:
@@ -207,7 +209,7 @@ def check_alone() -> None:
 def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> Report:
     """The whole job; returns its report, also where a package was refused: `check_proved` raises."""
     check_alone()
-    with records_end():
+    with job_ends(Path(output)):
         job = start(recipe, Path(output), redo=redo)
         show_plan(job)
         with counting_down(job.schedule.left):

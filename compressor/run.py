@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ from supernet.common.files import fingerprint, follow_umask, read_json, write_js
 from supernet.common.metrics import Number
 from supernet.training.accelerator import is_main
 
-_LOCKED: dict[Path, IO[str]] = {}
-"""Lock files of the runs that this process works in: closing one would give the lock up."""
+_LOCKED: dict[Path, tuple[IO[str], int]] = {}
+"""Lock files of the runs that this process works in, and the thread that does: closing one gives the lock up."""
 
 
 def band_folder(supernet: Path, band: int) -> Path:
@@ -106,11 +107,15 @@ class Run:
             return {name: LocalPath.model_validate(path) for name, path in read_json(self.paths_file).items()}
 
     def lock(self) -> None:
-        """Keep other processes out of this run until this one ends, however it ends.
+        """Keep others out of this run until `unlock`, or until this process ends, however it ends.
 
         Raises `RequestError` that names the process that works here. A process that died holds no lock.
         """
-        if not self.writes or self.path.resolve() in _LOCKED:
+        if not self.writes:
+            return
+        if (held := _LOCKED.get(self.path.resolve())) is not None:
+            if held[1] != threading.get_ident():
+                raise RequestError(f"{self.path}: another thread of this process works in this run; wait for it")
             return
         file = self.lock_file.open("a+", encoding="utf-8")
         if not is_locked_by_us(file):
@@ -122,7 +127,12 @@ class Run:
         now = datetime.now().isoformat(timespec="seconds", sep=" ")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now},")
         file.flush()
-        _LOCKED[self.path.resolve()] = file
+        _LOCKED[self.path.resolve()] = file, threading.get_ident()
+
+    def unlock(self) -> None:
+        """Let others work in this run again."""
+        if (held := _LOCKED.pop(self.path.resolve(), None)) is not None:
+            held[0].close()
 
     def check_free(self) -> None:
         """Raises `RequestError` where the folder holds something that is not a run."""

@@ -12,13 +12,14 @@ import importlib.util
 import logging
 import multiprocessing
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -33,6 +34,10 @@ Outcome = tuple[bool, Any]
 
 TRIES = 3
 """Deaths of workers on one item after which it is taken to be the item's fault."""
+
+
+ENDS_WITHIN = 5.0
+"""Seconds in which a worker that nothing more is asked of ends by itself."""
 
 
 class WorkersLost(RuntimeError):
@@ -135,8 +140,21 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.connection, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(build, far_end), daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         far_end.close()  # so that the end of the process is the end of the pipe
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Within, a process that is started does not run the program's main module again, as multiprocessing has it. That
+    may be a script of the user's without `if __name__ == "__main__"`, which would begin its whole job once more."""
+    own = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = own
 
 
 class Processes(Workers[Item, Result]):
@@ -160,6 +178,13 @@ class Processes(Workers[Item, Result]):
                     self._stop(worker)
                     outcomes.append((worker, (False, None)))
         return outcomes
+
+    def close(self) -> None:
+        for worker in self._waiting:
+            worker.connection.close()  # so it ends, and gives back what it holds of the system
+        for worker in self._waiting:
+            worker.process.join(ENDS_WITHIN)
+        super().close()
 
     def _stop(self, worker: _Process) -> None:
         worker.process.kill()  # it holds nothing that is needed: results are recorded here

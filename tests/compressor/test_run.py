@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,20 @@ def test_a_kill_while_the_old_folder_makes_room_loses_neither(
     assert run.whole(run.supernet, "new inputs")
     assert (run.supernet / "weights").read_text() == "hours of training"
     assert [path.name for path in tmp_path.iterdir()] == ["supernet"]
+
+
+def test_a_run_is_free_again_once_it_is_unlocked(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    asked = f"from pathlib import Path; from compressor.run import Run; Run(Path({str(tmp_path)!r})).lock()"
+    other = [sys.executable, "-c", asked]
+    run.lock()
+    run.lock()  # by the same job
+    assert "works in this run" in subprocess.run(other, capture_output=True, text=True, check=False).stderr
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RequestError, match="another thread of this process works in"):
+        pool.submit(Run(tmp_path).lock).result()
+    run.unlock()
+    run.unlock()
+    subprocess.run(other, check=True)
 
 
 def test_who_looks_at_a_run_for_a_moment_keeps_nobody_out(tmp_path: Path) -> None:

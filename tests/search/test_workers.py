@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -47,6 +50,20 @@ def ray_sees_this_file() -> Iterator[None]:
         import ray
 
         ray.shutdown()
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, math\nfrom functools import partial\nfrom search.workers import Processes\n"
+        "print('runs')\n"
+        "with Processes(partial(partial, math.sqrt), 2) as workers:\n"
+        "    print(json.dumps(sorted(workers.map([4, 9, 16]))))\n"
+        "import __main__\nassert __main__.__file__ == __file__\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, *rest = ended.stdout.splitlines()
+    assert first == "runs" and [json.loads(line) for line in rest] == [[[4, 2.0], [9, 3.0], [16, 4.0]]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
