@@ -82,28 +82,28 @@ def check_places(recipe: Recipe) -> None:
 
 def check_tasks(recipe: Recipe) -> None:
     """Refuse a folder of task files that is none, and a task that neither it nor lm-eval says anything of."""
-    own: dict[str, Path] = {}
+    files: list[Path] = []
     if recipe.include_path is not None:
         folder = Path(recipe.include_path).expanduser()
         if not folder.is_dir():
             raise RequestError(f"--include-path {recipe.include_path}: no such folder")
-        own = tasks_of(folder)
+        files = [file for file in sorted(folder.rglob("*.yaml")) if file.is_file()]
+    own = tasks_of(files)
     for spec in recipe.tasks:
         name = spec.partition(":")[0]
-        if name in own or names.in_lm_eval(name) or said_in(own.values(), name):
+        if name in own or names.in_lm_eval(name) or said_in(files, name):
             continue
         also = "; give the folder of your own task files with --include-path"
         raise unknown("--tasks", name, own or names.lm_eval_tasks(), also=also)
 
 
-def tasks_of(folder: Path) -> dict[str, Path]:
-    """The tasks and groups that the files of a folder name, each with its file."""
+def tasks_of(files: Iterable[Path]) -> list[str]:
+    """The tasks and groups that files name at the beginning of a line, as most do."""
     named = re.compile(r"^(?:task|group): *[\"']?([^\s\"'#\[\]]+)", re.M)
-    files = sorted(folder.rglob("*.yaml"))
-    return {name: file for file in files if file.is_file() for name in named.findall(read_text(file))}
+    return [name for file in files for name in named.findall(read_text(file))]
 
 
 def said_in(files: Iterable[Path], name: str) -> bool:
-    """Whether a file says this name anywhere as a word: a group may define tasks in place."""
+    """Whether a file says this name anywhere as a word: a group may define tasks in place, and a file may be JSON."""
     word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    return any(word.search(read_text(file)) for file in set(files))
+    return any(word.search(read_text(file)) for file in files)

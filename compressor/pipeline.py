@@ -43,6 +43,7 @@ from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
 from compressor.stages.searching import check_searching
+from compressor.stages.subnet_scores import check_base
 from compressor.stages.trimming import keep_base, scratch_folder, trim
 from compressor.trackers import open_trackers
 from export.package_record import PackageEntry
@@ -92,6 +93,7 @@ def explain_oom(
 
 finetune = explain_oom(finetuning.finetune)
 search = explain_oom(searching.search)
+score_base = explain_oom(check_base)
 measure_control = explain_oom(control.measure_control)
 pick = explain_oom(picking.pick)
 
@@ -213,6 +215,8 @@ def compress(recipe: Recipe, output: Path | str, *, redo: str | None = None) -> 
         job = start(recipe, Path(output), redo=redo)
         show_plan(job)
         with counting_down(job.schedule.left):
+            with job.schedule.stage("preparing"):
+                score_base(job)
             finetune(job)
             keep_time(job)
             search(job)

@@ -44,7 +44,7 @@ def _tasks(include_path: str | None = None) -> Listed:
 
     if not Path(include_path).expanduser().is_dir():
         raise RequestError(f"--include-path {include_path}: no such folder")
-    return dict.fromkeys(sorted(tasks_of(Path(include_path).expanduser())), "")
+    return dict.fromkeys(sorted(tasks_of(Path(include_path).expanduser().rglob("*.yaml"))), "")
 
 
 def _spaces() -> Listed:

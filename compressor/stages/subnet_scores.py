@@ -322,9 +322,16 @@ def stored_scores(
 
 
 def base_scores(job: Job, store: EvaluationStore) -> dict[str, Score]:
-    """The base's own scores on the search documents, by name of the objective."""
+    """The base's own scores on the search documents, by name of the objective. Once they are measured, it is said which
+    tasks do not count.
+
+    Raises `RequestError` where nothing can be measured against the base.
+    """
+    anew = False
 
     def measure() -> Measured:
+        nonlocal anew
+        anew = True
         say("scoring the base")
         job.threads(scoring=True)
         with torch.no_grad():
@@ -333,18 +340,25 @@ def base_scores(job: Job, store: EvaluationStore) -> dict[str, Score]:
 
     keys = score_keys(job, "full")
     wanted = {name: keys[name] for name in scored_tasks(job)}
-    return stored_scores(store, job.untouched.structure.base, job.untouched_fingerprint, wanted, measure)
+    scores = stored_scores(store, job.untouched.structure.base, job.untouched_fingerprint, wanted, measure)
+    remark = QualityScale({name: scores[name] for name in job.tasks.tasks}).remark
+    if anew and remark:
+        say(f"warning: {remark}")
+    return scores
+
+
+def check_base(job: Job) -> None:
+    """Score the base on the search documents, as every search needs: before anything is trained, since a task on which
+    it scores nothing is refused."""
+    job.run.search.mkdir(exist_ok=True)
+    with EvaluationStore(job.run.evaluations) as store:
+        base_scores(job, store)
 
 
 def search_scale(job: Job, store: EvaluationStore, scores: Mapping[str, Score]) -> QualityScale:
-    """What the search's qualities are measured against, from the base's scores. Which tasks do not count is said; where
-    none counts, the base's held-out loss is measured, or taken from the store.
-
-    Raises `RequestError` where nothing can be measured against the base.
-    """
+    """What the search's qualities are measured against, from the base's scores; where no task counts, its held-out loss
+    is measured, or taken from the store."""
     scale = QualityScale({name: scores[name] for name in job.tasks.tasks})
-    if scale.remark:
-        say(f"warning: {scale.remark}")
     if not scale.by_text:
         return scale
 

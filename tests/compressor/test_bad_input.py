@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from compressor.cli import run
 from supernet.checkpoint import open_checkpoint
 from tests.support import tiny
+from tests.support.scoring_helpers import WRITING, write_task
 
 
 class Bench:
@@ -411,6 +412,19 @@ def test_workers_that_cannot_be_had_are_refused_before_anything_is_trained(
     assert bench.compress() == 2
     assert "error: searching.executor: ray is not installed" in capsys.readouterr().err
     assert not bench.output.exists()
+
+
+def test_a_task_that_the_base_scores_nothing_on_is_refused_before_anything_is_trained(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"what {i}", "word": "no network writes this"} for i in range(12)]
+    bench.tasks = write_task(bench.folder / "more", "hopeless", rows, **WRITING)
+    bench.options |= {"--tasks": "hopeless", "--train-tokens": "4000"}
+    assert bench.compress() == 2
+    assert "error: task hopeless: the base scores 0, so nothing can be measured" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (bench.output / "supernet").exists()
 
 
 def test_what_helps_where_memory_is_short_depends_on_what_is_done(
