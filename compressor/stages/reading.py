@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from compressor.inputs import training_blocks
@@ -18,16 +19,20 @@ REPEATED = 0.05
 def read_checked(job: Job, tokens: int) -> tuple[Blocks, set[str]]:
     """The text of a training of so many tokens, and names of the report documents that lie in it; warns of these, of
     rows that were passed over, and of documents that are there several times."""
-    overlap, repeats = Contamination(report_texts(job)), Repeats()
+    overlap, repeats, unread = Contamination(report_texts(job)), Repeats(), Counter[str]()
 
     def seen(row: Row) -> None:
         overlap.show(row.text)
         repeats.show(row.text)
+        unread.update(row.unread)
 
     blocks = training_blocks(job, tokens, seen)
     if blocks.skipped:
         reasons = ", ".join(f"{count} because {reason}" for reason, count in blocks.skipped.items())
         say(f"warning: rows of --data {job.given.data} were passed over: {reasons}")
+    if unread:
+        columns = ", ".join(f"'{name}' of {count} rows" for name, count in unread.items())
+        say(f"warning: --data {job.given.data}: not read: {columns}; what they say belongs in the messages")
     if repeats.share > REPEATED:
         say(
             f"warning: {repeats.share:.0%} of what is read of --data {job.given.data} repeats documents before it; "

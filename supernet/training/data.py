@@ -171,7 +171,10 @@ def _encode_messages(
     only to render earlier turns as prefixes.
     """
     if tokenizer.chat_template is None:
-        raise RequestError(f"{where}: a conversation, but the tokenizer has no chat template; give 'text'")
+        raise RequestError(
+            f"{where}: a conversation, but the tokenizer has no chat template; give 'text' (--text-key text where rows "
+            "have both)"
+        )
     ids: list[int] = []
     labels: list[int] = []
     for turn, message in enumerate(messages):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +35,11 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
 """Files that `datasets` writes beside the rows of a folder."""
+SPLITS = "dataset_dict.json"
+"""The file that `datasets` writes beside a folder for each split."""
+
+UNREAD = ("tools", "functions", "system")
+"""Columns beside a conversation or an instruction that say something of it, but are not read."""
 
 SPEAKERS = {
     "human": "user",
@@ -67,6 +73,8 @@ class Row:
     content: Text
     prompt: Text | None = None
     chat: bool = False
+    unread: Sequence[str] = ()
+    """Columns that say something of the row, but are not read."""
     ids: Sequence[int] | None = None
     learnt: Sequence[tuple[int, int]] = ()
 
@@ -91,7 +99,8 @@ def read_rows(source: str, text_key: str | None = None, skipped: Counter[str] | 
         if isinstance(row, Row) and not _is_unicode(row.text):
             row = "the text is not valid Unicode"
         if isinstance(row, Row):
-            yield row
+            spoken = text_key is None and (row.chat or not isinstance(row.content, str))
+            yield replace(row, unread=[name for name in UNREAD if values.get(name)]) if spoken else row
         elif skipped is not None:
             skipped[row] += 1
 
@@ -328,8 +337,21 @@ def other_files(source: str) -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
+    if (path / SPLITS).is_file():
+        path = _training_split(path)
     inside = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in METADATA)
     return [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _training_split(folder: Path) -> Path:
+    """The folder of the split that is read of several that `datasets` saved: `train`, as of a hub dataset, or the only
+    one there is."""
+    splits = [part for part in sorted(folder.iterdir()) if part.is_dir()]
+    train = [part for part in splits if part.name == "train"] or splits
+    if len(train) != 1:
+        names = ", ".join(part.name for part in splits) or "nothing"
+        raise RequestError(f"--data {folder}: holds {names}, and no split 'train'; name the folder of one split")
+    return train[0]
 
 
 def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
@@ -347,20 +369,23 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
         raise RequestError(f"--data {asked}: {what}") from error
 
 
+EMPTY_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+
 Numbered: TypeAlias = Iterator[tuple[int, object]]
 """The rows of a file with their numbers, from 1 on; in JSON lines, those of the lines."""
 
 
 def _paragraphs(file: Path) -> Numbered:
-    """What empty lines separate."""
+    """What empty lines separate, those of nothing but spaces among them."""
     number, rest = 0, ""
     with _opened(file) as stream:
         while chunk := stream.read(2**20):
-            *whole, rest = (rest + chunk).split("\n\n")
-            for text in filter(None, whole):
-                yield (number := number + 1), {"text": text}
-    if rest:
-        yield number + 1, {"text": rest}
+            *whole, rest = EMPTY_LINES.split(rest + chunk)
+            for text in whole:
+                if text := text.lstrip("\n"):
+                    yield (number := number + 1), {"text": text}
+    if rest.strip():
+        yield number + 1, {"text": rest.lstrip("\n")}
 
 
 def _json_lines(file: Path) -> Numbered:

@@ -175,6 +175,35 @@ def test_text_is_split_at_empty_lines_wherever_it_is_read_in_pieces(tmp_path: Pa
     assert [row.text for row in read_rows(str(tmp_path / "a.txt"))] == texts
 
 
+def test_lines_of_spaces_and_several_empty_ones_separate_as_one_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\none\n\n\n  two\nlines\n \t\nthree\n\n\n\n")
+    assert [row.text for row in read_rows(str(tmp_path / "a.txt"))] == ["one", "  two\nlines", "three"]
+
+
+def test_of_several_saved_splits_the_training_split_is_read(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("test", "train")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert [row.text for row in read_rows(str(tmp_path / "both"))] == ["train"]
+    datasets.DatasetDict({"test": splits["test"]}).save_to_disk(tmp_path / "one")
+    assert [row.text for row in read_rows(str(tmp_path / "one"))] == ["test"]
+    datasets.DatasetDict({"a": splits["test"], "b": splits["train"]}).save_to_disk(tmp_path / "neither")
+    with pytest.raises(RequestError, match="holds a, b, and no split 'train'; name the folder of one split"):
+        list(read_rows(str(tmp_path / "neither")))
+
+
+def test_columns_beside_a_conversation_that_are_not_read_are_known(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = [
+        {"messages": turns, "tools": [{"name": "f"}]},
+        {"messages": turns, "tools": []},
+        {"instruction": "do", "output": "done", "system": "be brief"},
+        {"text": "plain", "system": "unix"},
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [list(row.unread) for row in read_rows(str(file))] == [["tools"], [], ["system"], []]
+
+
 def test_rows_without_a_text_are_passed_over_and_counted(tmp_path: Path) -> None:
     skipped = Counter[str]()
     rows = [
