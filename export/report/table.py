@@ -102,15 +102,20 @@ ABOUT_QUALITY = (
 
 def notes(report: Report) -> list[str]:
     """What the numbers of the table are."""
-    speeds = [row.speed for row in report.rows if row.speed]
     lines = ["Scores on documents that the search never saw, ± one standard error."]
     searched = report.search and report.search.quality
     if searched and searched.left_out != report.scale.left_out:
         lines.append(f"On the search's documents: {searched.remark or 'all tasks count for the quality.'}")
     if searched and searched.counted:
         lines.append("In the search's own qualities no task is worth more than the base's score.")
-    if speeds:
-        lines.append(f"Speed at {' or '.join(dict.fromkeys(speed.workload for speed in speeds))}.")
+    workloads: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.speed:
+            workloads.setdefault(row.speed.workload, []).append("the base" if isinstance(row, Base) else row.label)
+    if workloads:
+        usual, *others = workloads  # a file for llama.cpp may hold a shorter context
+        parts = [f"Speed at {usual}", *(f"of {', '.join(workloads[work])} at {work}" for work in others)]
+        lines.append(f"{'; '.join(parts)}.")
     lines += vocabulary_notes(report)
     if any(decompressed_at_load(package) for package in [*report.packages, *report.quantized_base]):
         lines.append(f"* {DECOMPRESSED}")

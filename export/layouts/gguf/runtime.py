@@ -33,6 +33,9 @@ def measure_speed(
 ) -> Speed:
     """Speed of a gguf package of `vocabulary` tokens in llama.cpp at batch 1: medians over `repeats` runs.
 
+    `prompt` and `new` are cut to what the file's context holds, which may be shorter than the base's (a window of its
+    attention, say); the result says what was timed.
+
     In a process of its own: where torch has computed on several threads, llama.cpp on several is ten times
     slower, as threads of two OpenMP libraries wait for each other's processors (docs/results.md).
     """
@@ -51,7 +54,8 @@ def measure_speed(
         )
         if done.returncode:
             raise RuntimeError(f"{file}: timing it in llama.cpp failed: {last_line(done.stderr)}")
-        runs = read_json(scratch / "runs.json")
+        timed = read_json(scratch / "timed.json")
+    runs, prompt, new = timed["runs"], timed["prompt"], timed["new"]
     return Speed(
         runtime="llama.cpp",
         device="cpu",

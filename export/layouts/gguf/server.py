@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +31,27 @@ class LlamaCpp:
         self._harmless = self.tokenize("a")[-1]
 
     def ask(self, path: str, **values: object) -> dict[str, Any]:
-        """The server's reply, as JSON, to a request with these values."""
+        """The server's reply, as JSON, to a request with these values, or to a question without any. Raises
+        RuntimeError with what the server says where it refuses."""
         request = urllib.request.Request(
-            f"{self.address}{path}", json.dumps(values).encode(), {"Content-Type": "application/json"}
+            f"{self.address}{path}",
+            json.dumps(values).encode() if values else None,
+            {"Content-Type": "application/json"},
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=600) as reply:
-            return json.load(reply)
+        try:
+            with opener.open(request, timeout=600) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:  # which says no more than its number: the reason is in the body
+            body = " ".join(error.read().decode(errors="replace").split())
+            raise RuntimeError(
+                f"llama.cpp's server answers {path} with {error.code}: {body or error.reason}"
+            ) from error
+
+    @property
+    def context(self) -> int:
+        """Tokens that it holds: what it was asked for, or fewer where the file's context is shorter."""
+        return int(self.ask("/props")["default_generation_settings"]["n_ctx"])
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with those that stand for the text's beginning."""

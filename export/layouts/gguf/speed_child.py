@@ -1,7 +1,8 @@
 """Times a file in llama.cpp: `python -m export.layouts.gguf.speed_child JOB.json`, for `runtime.measure_speed`.
 
-Writes `runs.json` beside the job: for each run, the seconds to read the prompt and to write each token. Nothing here
-imports torch, whose threads would be in llama.cpp's way.
+Writes `timed.json` beside the job: for each run, the seconds to read the prompt and to write each token; and of how
+many tokens, where the file's context holds fewer than it was to be. Nothing here imports torch, whose threads would be
+in llama.cpp's way.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from evals.speed.passes import fitting
 from export.layouts.gguf.server import LlamaCpp
 
 
@@ -18,8 +20,10 @@ def main() -> None:
     job = json.loads(file.read_text(encoding="utf-8"))
     ids, new = job["ids"], job["new"]
     server = LlamaCpp(Path(job["file"]), len(ids) + new + 8, job["threads"])
-    runs = [server.timed(ids, new) for _ in range(job["repeats"] + 1)][1:]  # the first is for warming up
-    file.with_name("runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    prompt, new = fitting(len(ids), new, server.context)
+    runs = [server.timed(ids[:prompt], new) for _ in range(job["repeats"] + 1)][1:]  # the first is for warming up
+    timed = {"runs": runs, "prompt": prompt, "new": new}
+    file.with_name("timed.json").write_text(json.dumps(timed), encoding="utf-8")
 
 
 if __name__ == "__main__":

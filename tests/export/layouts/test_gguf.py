@@ -512,6 +512,19 @@ def test_the_files_weights_can_be_scored_and_its_speed_measured(gguf_type: str, 
     assert speed.prefill_tps > 0 and speed.decode_tps > 0
 
 
+def test_no_more_is_timed_than_the_files_context_holds(tmp_path: Path) -> None:
+    """The base reads more at once than a file whose context is a window of its attention."""
+    model = tiny_member("mixtral", sliding_window=24)
+    package = write(tmp_path / "p", describe(model.config).base, model)
+    speed = measure_speed(package, prompt=128, new=128, threads=1, vocabulary=64, repeats=1)
+    assert (speed.prompt, speed.new) == (12, 12) and speed.prefill_tps > 0
+    server = LlamaCpp(weight_file(package.folder)[0], 264)
+    reply = server.complete([1] * speed.prompt, speed.new, ignore_eos=True)
+    assert reply["timings"]["predicted_n"] == speed.new  # as many as are said to be timed
+    with pytest.raises(RuntimeError, match=r"with 400: .*exceeds the available context size"):
+        server.timed([1] * 128, 128)
+
+
 def test_timing_is_in_a_process_without_torch_and_its_failure_is_one_line(tmp_path: Path) -> None:
     """Where torch has computed on several threads, llama.cpp on several is slowed down by a tenfold."""
     code = "import sys, export.layouts.gguf.speed_child; sys.exit('torch' in sys.modules)"

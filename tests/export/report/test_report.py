@@ -237,6 +237,14 @@ def test_a_speed_measured_elsewhere_is_not_compared() -> None:
     assert "fast" not in verdict_of(data)
 
 
+def test_what_was_timed_at_other_work_is_named() -> None:
+    data = full_report()
+    data["packages"][1]["speed"] |= {"prompt": 24, "new": 24}
+    line = next(note for note in footnotes(validate_report(data)) if note.startswith("Speed at"))
+    others = "; of compressed INT8 at batch 1, prompt of 24, 24 new tokens."
+    assert line == f"Speed at batch 1, prompt of 128, 128 new tokens{others}"
+
+
 def test_terminal_rows() -> None:
     shown = terminal(full_report())
     lines = shown.splitlines()
