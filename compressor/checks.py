@@ -23,7 +23,7 @@ from compressor.sizing import (
 )
 from compressor.stages.finalists import check_rounds
 from compressor.stages.llama_types import smallest_file
-from export.layouts import graphs
+from export.layouts import graphs, padded
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf import tokenizer as gguf_tokenizer
 from export.layouts.installed import check_installed
@@ -229,7 +229,9 @@ def check_formats(job: Job) -> None:
                 "--format elastic: holds one set of weights, and this run repairs what it cuts, which gives every size "
                 "its own; search without (--repair off)"
             )
-        if layout in ("onnx", "openvino"):
+        if layout == "padded":
+            padded.check_family(config)
+        elif layout in ("onnx", "openvino"):
             graphs.check_family(layout, config.model_type)
         elif layout.startswith("gguf"):
             if layout == GGUF_MIXED:

@@ -23,12 +23,12 @@ from compressor.stages.picks import PickRecord, cut_out, is_uniform
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_good, is_made_from
-from export.layouts.table import GGUF_MIXED, needs_uniform, write_layout
+from export.layouts.table import GGUF_MIXED, check_sizes, needs_uniform, write_layout
 from export.network_check import TaskFiles
 from export.package_record import RECORD, PackageEntry, read_record, update_record
 from export.verify import prove_all
 from supernet.architecture import Architecture
-from supernet.common.errors import VerificationError
+from supernet.common.errors import NotHeldError, RequestError, VerificationError
 from supernet.common.files import fingerprint
 from supernet.common.progress import Bar, bar, say
 from supernet.streaming import StreamedNetwork
@@ -41,11 +41,13 @@ Proof = tuple[Path, Path | None]
 def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEntry]:
     """Package, quantize, prove and score every pick; returns the packages' entries. `blocks` are what they healed on.
 
-    One that its proof refuses says so in its entry, and the others are made all the same: `check_proved` raises.
+    One that its proof refuses says so in its entry, and the others are made all the same; so they are where a layout
+    does not hold a pick. `check_proved` raises for both.
     """
     recipe, run = job.recipe, job.run
     run.packages.mkdir(exist_ok=True)
     written: list[str] = []
+    left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         # 1. The packages of every pick.
         proofs: list[Proof] = []
@@ -54,17 +56,23 @@ def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEn
             wanted = package_inputs(job, picked, pick.inputs, blocks)
             if number == 0 and "elastic" in recipe.formats:  # it has all sizes, so one is enough
                 wanted[elastic_folder(job, name)] = elastic_inputs(job, picked)
-            written += [folder.name for folder in wanted]
+            refused = refused_by_sizes(job, picked, wanted)
+            wanted = {folder: inputs for folder, inputs in wanted.items() if folder not in refused}
             missing = {f: inputs for f, inputs in wanted.items() if job.redo == "export" or not is_good(f, inputs)}
             reference = Path(scratch) / f"{name}.safetensors"
             if missing:
-                write_packages(job, pick, blocks, missing, reference)
+                refused |= write_packages(job, pick, blocks, missing, reference)
+            wanted = {folder: inputs for folder, inputs in wanted.items() if folder not in refused}
+            written += [folder.name for folder in wanted]
+            left_out |= {folder.name: reason for folder, reason in refused.items()}
             # An export that was interrupted may have left some unproved. What was there already, and copies of it, are
             # compared with its probe; so is what holds the super-network, of which nothing was healed.
             unproved = [folder for folder in wanted if not read_record(folder).entry.verified]
             remember_vocabulary(job, unproved)
             fresh = {*missing} - {elastic_folder(job, name)} if reference.is_file() else set()
             proofs += [(folder, reference if folder in fresh else None) for folder in unproved]
+        for folder_name, reason in left_out.items():
+            say(f"warning: {folder_name} is left out: {reason}")
         # 2. The base in few bits.
         picks = [pick.picked for pick in healed]
         bases = base_inputs(job, picks, blocks)
@@ -72,7 +80,7 @@ def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEn
         write_base(job, missing, picks, blocks)
         proofs += [(folder, None) for folder in bases if not read_record(folder).entry.verified]
         # 3. Numbers and proofs of all of them.
-        measure_packages(job, written, [folder.name for folder in bases])
+        measure_packages(job, written, [folder.name for folder in bases], left_out)
         if proofs:
             prove_packages(job, proofs)
     run.log(f"exported: {', '.join(written)}")
@@ -100,8 +108,20 @@ def elastic_folder(job: Job, name: str) -> Path:
     return job.run.packages / f"{name}-elastic"
 
 
+def refused_by_sizes(job: Job, picked: PickRecord, wanted: Iterable[Path]) -> dict[Path, str]:
+    """Which of a pick's folders are of a layout that does not hold its sizes, and why; nothing is read for it."""
+    refused = {}
+    for folder in wanted:
+        try:
+            check_sizes(folder.name.removeprefix(f"{picked['name']}-"), job.checkpoint.config, cut_out(picked))
+        except NotHeldError as error:
+            refused[folder] = str(error)
+    return refused
+
+
 def check_proved(run: Run) -> None:
-    """Raise `VerificationError` where a package of the run was refused by its proof, or its proof did not end."""
+    """Raise `VerificationError` where a package of the run was refused by its proof, or its proof did not end, and
+    `RequestError` where one was left out."""
     measured = Measurements.read(run.packages / "base.json")
     entries = [read_record(run.packages / name).entry for name in (*measured.packages, *measured.quantized_base)]
     if unproved := [entry for entry in entries if not entry.verified]:
@@ -111,6 +131,9 @@ def check_proved(run: Run) -> None:
             why = "not proved yet: run the same command again"
         more = f"; nor {'is' if len(others) == 1 else 'are'} {', '.join(others)} proved" if others else ""
         raise VerificationError(f"{run.packages / first.name}: {why}{more}; all others are proved")
+    if measured.left_out:
+        reasons = "; ".join(f"{name} is left out: {reason}" for name, reason in measured.left_out.items())
+        raise RequestError(f"{reasons}; all other packages are made and proved")
 
 
 def say_what_is_too_large(job: Job, entries: Iterable[PackageEntry]) -> None:
@@ -182,11 +205,14 @@ def elastic_inputs(job: Job, picked: PickRecord) -> Inputs:
 
 
 @stage("quantizing")
-def write_packages(job: Job, pick: Healed, blocks: Blocks, missing: Mapping[Path, Inputs], reference: Path) -> None:
-    """Write the `missing` folders of one pick.
+def write_packages(
+    job: Job, pick: Healed, blocks: Blocks, missing: Mapping[Path, Inputs], reference: Path
+) -> dict[Path, str]:
+    """Write the `missing` folders of one pick; returns those whose layout turned out not to hold it, and why.
 
     If the pick's own layout is among them, `reference` receives the logits that each folder is proved against.
     """
+    refused: dict[Path, str] = {}
     quantizing, picked = job.recipe.quantizing, pick.picked
     name, architecture = picked["name"], cut_out(picked)
     own = job.run.packages / name
@@ -233,7 +259,11 @@ def write_packages(job: Job, pick: Healed, blocks: Blocks, missing: Mapping[Path
             write_copy = partial(write, embedding=quantizing.embedding, calibration=blocks[: quantizing.samples].ids)
         if layout == GGUF_MIXED:
             write_copy = partial(write_copy, bits=bits_that_fit(job, architecture, folder.name))
-        write_copy(layout, built, destination=folder, entry=named, lineage=own_lineage)
+        try:
+            write_copy(layout, built, destination=folder, entry=named, lineage=own_lineage)
+        except NotHeldError as error:
+            refused[folder] = str(error)
+    return refused
 
 
 def remember_vocabulary(job: Job, packages: Iterable[Path]) -> None:

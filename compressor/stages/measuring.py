@@ -61,6 +61,8 @@ class Measurements(Model):
     packages: list[str]
     quantized_base: list[str] = Field(default_factory=list)
     """The packages that hold the base itself in few bits."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Why packages that were asked for were not made, by name."""
     samples: list[Sample]
 
     @classmethod
@@ -100,16 +102,16 @@ class ReportDocuments(BaseModel):
 
 
 @stage("measuring")
-def measure_packages(job: Job, names: list[str], bases: list[str]) -> None:
+def measure_packages(job: Job, names: list[str], bases: list[str], left_out: Mapping[str, str]) -> None:
     """Score base and packages, and those of the base itself in few bits, on the report split, time them side by side,
-    and record it in each package.
+    and record it in each package. What was `left_out`, and why, is recorded beside the base.
 
     Scores are rows of evaluations.db like any other, so nothing is scored twice, and what was timed before an
     interruption is not timed again.
     """
     job.threads(scoring=True)
     job.run.search.mkdir(exist_ok=True)
-    measurer = PackageMeasurer(job)
+    measurer = PackageMeasurer(job, left_out)
     with EvaluationStore(job.run.evaluations) as store, bar("measuring", len(names) + len(bases) + 1) as progress:
         progress.advance(0, "the base")
         measurer.measure_base(store)
@@ -131,8 +133,9 @@ class PackageMeasurer:
     "base" among them.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, left_out: Mapping[str, str]) -> None:
         self.job, self.base = job, cache(job.load_untouched)
+        self.left_out = dict(left_out)
         self.text, self.prompts = unread_text(job), openings(job)
         self.base_text = self.text if job.vocabulary is None else split_again(job, self.text)
         self.conditions: dict[str, str | int | None] = {
@@ -272,7 +275,12 @@ class PackageMeasurer:
             for prompt in self.prompts
         ]
         measured = Measurements(
-            base=base, conditions=self.conditions, packages=names, quantized_base=bases, samples=samples
+            base=base,
+            conditions=self.conditions,
+            packages=names,
+            quantized_base=bases,
+            left_out=self.left_out,
+            samples=samples,
         )
         write_json(file, measured.model_dump(mode="json"))
 

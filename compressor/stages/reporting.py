@@ -102,6 +102,7 @@ def report(job: Job) -> Report:
             measured_record(run.packages / name).entry.model_dump(exclude_unset=True)
             for name in exported.quantized_base
         ],
+        "left_out": exported.left_out,
         "samples": exported.samples,
         "comparison": comparison_rows(job),
         "search": search,

@@ -39,7 +39,7 @@ from export.probe import (
     tokenizer_fault,
 )
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError, VerificationError
+from supernet.common.errors import NotHeldError, VerificationError
 from supernet.common.processes import available_cores, last_line
 from supernet.common.versions import versions
 from supernet.families import head_dim
@@ -96,7 +96,7 @@ def write(
 
     `dtype` is the base's: weights are rounded to it first, so that the graph holds what the other packages hold.
 
-    Raises `RequestError` for a network that the exporter does not support.
+    Raises `NotHeldError` for a network that the exporter does not support.
     """
     config = model.config
     check_family(layout, config.model_type.removeprefix(UNEVEN_PREFIX))
@@ -123,16 +123,16 @@ def write(
 
 
 def check_family(layout: str, model_type: str) -> None:
-    """Raises `RequestError` for a family that the layout does not hold."""
+    """Raises `NotHeldError` for a family that the layout does not hold."""
     if model_type not in FAMILIES:
         why = REFUSED.get(model_type, f"it is known to work for {', '.join(FAMILIES)}")
-        raise RequestError(f"--format {layout} does not hold {model_type} networks: {why}")
+        raise NotHeldError(f"--format {layout} does not hold {model_type} networks: {why}")
 
 
 def _exported(layout: GraphLayout, network: PreTrainedModel, cached: list[int]) -> Any:
     """The network traced and converted, as transformers' exporter returns it.
 
-    Raises `RequestError` with the exporter's message where it does not support the network.
+    Raises `NotHeldError` with the exporter's message where it does not support the network.
     """
     # An optional dependency: transformers has these from 5.23 on.
     from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
@@ -157,7 +157,7 @@ def _exported(layout: GraphLayout, network: PreTrainedModel, cached: list[int]) 
     except Exception as error:  # a tracer or a converter may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = network.config.model_type
-        raise RequestError(f"transformers' {layout} exporter does not support this {kind} network: {reason}") from error
+        raise NotHeldError(f"transformers' {layout} exporter does not support this {kind} network: {reason}") from error
 
 
 def cache(key_value_heads: list[int], width: int, batch: int, length: int = 0) -> DynamicCache:

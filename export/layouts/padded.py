@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from supernet.activation import CACHE_MODES
 from supernet.architecture import Architecture, Axis, LayerSizes, unit_counts
-from supernet.common.errors import RequestError
+from supernet.common.errors import NotHeldError
 from supernet.families import Family, describe
 from supernet.slicing import build_standalone, fill
 from supernet.uneven import family_of_standalone
@@ -46,12 +46,11 @@ def padded_sizes(architecture: Architecture, base_heads: int, all_heads: bool = 
 def pad(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
     """A plain-class copy of an uneven model (from `extract`) with identical logits.
 
-    Raises `RequestError` where padding would change the function: experts that were removed, norms over all heads
-    together, layers of two kinds.
+    Raises `NotHeldError` where padding would change the function, as `check_network` does.
     """
     config = model.config
     family = family_of_standalone(config)
-    _check(config, family, architecture)
+    check_network(config, architecture)
     # 1. An empty network of the plain class.
     target = padded_sizes(architecture, config.num_attention_heads, family.head_width_follows)
     plain = _plain_config(config, family, architecture, target)
@@ -73,24 +72,33 @@ def pad(model: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
     return fill(padded, weights)
 
 
-def _check(config: PreTrainedConfig, family: Family, architecture: Architecture) -> None:
-    """Refuse networks whose function padding would change, as `pad` says."""
+def check_family(config: PreTrainedConfig) -> None:
+    """Raises `NotHeldError` for a family whose function padding changes at any sizes: norms over all heads."""
+    family = family_of_standalone(config)
+    for name, axes in family.layer.items():
+        if "norm" in name and any(unit in ("query", "kv", "ffn") for unit in axes):
+            raise NotHeldError(
+                f"--format padded does not hold {family.model_type} networks: {name} averages over all heads, zeros too"
+            )
+
+
+def check_network(config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Raises `NotHeldError` where padding would change the function: as `check_family`, and for experts that were
+    removed, layers of two kinds, and norms that would stay behind a removed half-block. `config` is the standalone
+    network's."""
+    check_family(config)
+    family = family_of_standalone(config)
     kind = family.model_type
     kept = [architecture.layers[i] for i in architecture.kept]
     if family.dense_ffn and len({bool(layer.num_experts) for layer in kept if layer.intermediate_size}) > 1:
-        raise RequestError(f"the padded layout cannot hold this {kind} network: some of its layers have experts")
+        raise NotHeldError(f"the padded layout cannot hold this {kind} network: some of its layers have experts")
     all_experts = getattr(config, family.settings.get("experts", ""), 0)
     if any(layer.num_experts not in (0, all_experts) for layer in kept):
-        raise RequestError("the padded layout cannot hold removed experts: a router would choose the zeros")
+        raise NotHeldError("the padded layout cannot hold removed experts: a router would choose the zeros")
     if not getattr(config, "do_layer_norm_before", True) and any(layer.skip for layer in kept):
-        raise RequestError(
+        raise NotHeldError(
             f"the padded layout cannot hold this {kind} network: a removed half-block's norm would remain"
         )
-    for name, axes in family.layer.items():
-        if "norm" in name and any(unit in ("query", "kv", "ffn") for unit in axes):
-            raise RequestError(
-                f"the padded layout cannot hold {kind} networks: {name} averages over all heads, zeros too"
-            )
 
 
 def _plain_config(

@@ -19,11 +19,12 @@ from export.layouts.gguf import layout as gguf_layout
 from export.layouts.gguf.types import MIXED
 from export.layouts.gguf.types import TYPES as GGUF_TYPES
 from export.layouts.installed import check_installed
-from export.layouts.padded import pad
+from export.layouts.padded import check_network, pad
 from export.package import write_package
 from export.package_record import PackageRecord
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError, did_you_mean
+from supernet.slicing import standalone_config
 from supernet.uneven import UNEVEN_PREFIX
 
 if TYPE_CHECKING:
@@ -77,11 +78,19 @@ LAYOUTS: dict[str, Write] = {
 def write_layout(
     layout: str, model: PreTrainedModel | ElasticSource, architecture: Architecture, destination: Path, **options: Any
 ) -> PackageRecord:
-    """Write `model` in the layout of that name. Raises `RequestError` for a layout that is unknown or not installed."""
+    """Write `model` in the layout of that name. Raises `NotHeldError` for a network that it does not hold, and
+    `RequestError` for a layout that is unknown or not installed."""
     if layout not in LAYOUTS:
         raise RequestError(f"unknown format '{layout}'; known are: {', '.join(LAYOUTS)}{did_you_mean(layout, LAYOUTS)}")
     check_installed(layout)
     return LAYOUTS[layout](model, architecture, destination, **options)
+
+
+def check_sizes(layout: str, config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Raises `NotHeldError` where a layout does not hold this architecture of the base, as far as its sizes tell: what
+    only tracing the network tells (`graphs`), `write_layout` finds."""
+    if layout == "padded":
+        check_network(standalone_config(config, architecture), architecture)
 
 
 def needs_uniform(layout: str, config: PreTrainedConfig) -> bool:

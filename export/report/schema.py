@@ -360,6 +360,8 @@ class Report(Model):
     packages: list[Package]
     quantized_base: list[Package] = Field(default_factory=list)
     """The base itself in few bits, measured as packages are."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Why packages that were asked for were not made, by name."""
     comparison: list[Comparison] = Field(default_factory=list)
     search: Search | None = None
     finetune: Finetune | None = None

@@ -60,6 +60,7 @@ def verdict(report: Report) -> list[str]:
             )
         elif not package.verified:
             sentences.append(f"{_sentence(package.label)} was not proved yet; compressor export proves it.")
+    sentences += [f"{name} was asked for and left out: {reason}." for name, reason in report.left_out.items()]
     shipped = [package for package in report.packages if not package.refused]
     for package in shipped:
         if missing := [task for task in base.tasks if task not in package.tasks]:

@@ -12,6 +12,10 @@ class RequestError(Exception):
     """The user's request cannot be met (exit status 2). One line says what is wrong, and how to correct it."""
 
 
+class NotHeldError(RequestError):
+    """A layout cannot hold a network, which others may."""
+
+
 class VerificationError(Exception):
     """A package differs from its record, by our mistake or a later edit. One line says what differs."""
 

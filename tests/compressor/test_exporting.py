@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM
 
+from compressor.checks import check_formats
+from compressor.cli import run
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
 from compressor.stages.exporting import package_inputs
 from compressor.stages.healing import network_inputs
 from compressor.stages.subnet_files import Inputs, load_healed
+from export.layouts import graphs
 from export.package import write_package
+from supernet.common.errors import NotHeldError, RequestError
 from supernet.common.files import write_json
 from supernet.families import describe
 from supernet.streaming import StreamedNetwork
@@ -93,3 +98,62 @@ def test_a_healed_network_is_read_back_as_it_was(family: str, uneven: bool, tmp_
     assert [name for name, _ in again.named_parameters()] == list(expected)
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+def job_of(family: str, formats: list[str]) -> Job:
+    """A job on one of the tests' networks, as far as its formats are checked."""
+    job = Job(Run(Path("nowhere")), Recipe.model_validate({"model": "m", "formats": formats}))
+    config = tiny_network(family).config
+    checkpoint: Any = SimpleNamespace(config=config, structure=describe(config))
+    job.checkpoint = checkpoint
+    return job
+
+
+def test_a_family_that_a_layout_never_holds_is_refused_before_any_work() -> None:
+    with pytest.raises(RequestError, match=r"--format padded does not hold olmo2 networks: .*q_norm"):
+        check_formats(job_of("olmo2", ["uneven", "padded"]))
+    check_formats(job_of("opt", ["uneven", "padded"]))  # which depends on what is picked
+
+
+def test_where_a_layout_does_not_hold_the_pick_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its sizes, or as only writing it shows; run again, it says so again and makes nothing anew."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 3, "max_position_embeddings": 64}
+    marks = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    model = OPTForCausalLM(OPTConfig(vocab_size=259, do_layer_norm_before=False, **sizes, **marks))
+    model.save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = {
+        "space": {"ffn.*": [0, 64]},
+        "targets": {"max_params": ["0.85"]},
+        "finetuning": {"tokens": 0, "sequence_length": 32},
+        "searching": {"evaluations": 4, "population": 4, "limit": 8},
+        "healing": {"tokens": 0},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+
+    def exported(*_: Any) -> None:
+        raise NotHeldError("transformers' onnx exporter does not support this opt network: no")
+
+    monkeypatch.setattr(graphs, "_exported", exported)
+    run_folder = tmp_path / "run"
+    arguments = [
+        "compress", str(tmp_path / "model"), "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(run_folder),
+        "--data", str(tiny.data(tmp_path / "data.jsonl", 300)), "--tasks", "tiny_choice",
+        "--include-path", str(tiny.task(tmp_path / "tasks", documents=40)), "--repair", "off",
+    ]  # fmt: skip
+    for _ in range(2):
+        assert run([*arguments, "--format", "uneven,padded,onnx"]) == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert "best-padded is left out: the padded layout cannot hold this opt network" in said
+        assert "best-onnx is left out: transformers' onnx exporter does not support" in said
+        assert said.rstrip().endswith("; all other packages are made and proved")
+        report = json.loads((run_folder / "report.json").read_text())
+        assert [package["name"] for package in report["packages"] if package["verified"]] == ["best"]
+        assert {*report["left_out"]} == {"best-padded", "best-onnx"}
+        stamp = (run_folder / "packages" / "best" / "model.safetensors").stat().st_mtime_ns
+    assert run([*arguments, "--format", "uneven"]) == 0
+    assert (run_folder / "packages" / "best" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert not json.loads((run_folder / "report.json").read_text())["left_out"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from export.layouts.gguf.families import FAMILIES, GGUFFamily
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import NotHeldError
 from supernet.families import families, head_dim
 from supernet.slicing import standalone_config
 from supernet.uneven import UNEVEN_PREFIX
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def table_of(config: PreTrainedConfig) -> GGUFFamily:
-    """The table for a network, plain or uneven. Raises `RequestError` where there is none."""
+    """The table for a network, plain or uneven. Raises `NotHeldError` where there is none."""
     plain = config.model_type.removeprefix(UNEVEN_PREFIX)
     if plain not in FAMILIES:
-        raise RequestError(f"--format gguf does not know {plain} networks; it writes {', '.join(FAMILIES)}")
+        raise NotHeldError(f"--format gguf does not know {plain} networks; it writes {', '.join(FAMILIES)}")
     family = FAMILIES[plain]
     if plain == config.model_type and (not family.square or _is_square(config)):
         return family
     if family.uneven is not None:
         return family.uneven
     if plain == config.model_type:
-        raise RequestError(
+        raise NotHeldError(
             f"llama.cpp's {family.name} networks have query heads that are together as wide as the residual"
         )
-    raise RequestError(
+    raise NotHeldError(
         f"llama.cpp has no architecture for uneven {plain} networks; let one whose layers are alike be picked "
         "(--format uniform,gguf), or use --format padded"
     )
@@ -46,7 +46,7 @@ def holds(config: PreTrainedConfig, architecture: Architecture) -> bool:
     plain = standalone_config(config, architecture)
     try:
         return all(table_of(plain).assumed_of_layers(plain).values())
-    except RequestError:
+    except NotHeldError:
         return False
 
 
@@ -58,7 +58,7 @@ def _is_square(config: PreTrainedConfig) -> bool:
 def check_family(config: PreTrainedConfig, parameters: Collection[str]) -> None:
     """Refuse a family, a parameter or a setting that llama.cpp does not know: what no choice of sizes changes.
 
-    `parameters` are the names of the network's parameters. Raises `RequestError` that says what llama.cpp cannot do.
+    `parameters` are the names of the network's parameters. Raises `NotHeldError` that says what llama.cpp cannot do.
     """
     family = table_of(config)
     networks = f"llama.cpp's {family.name} networks"
@@ -67,37 +67,37 @@ def check_family(config: PreTrainedConfig, parameters: Collection[str]) -> None:
         family.stored(parameter)
     if not family.listed:
         for parameter in family.missing(parameters, config.num_hidden_layers):
-            raise RequestError(f"{networks} need {parameter}, which this one lacks")
+            raise NotHeldError(f"{networks} need {parameter}, which this one lacks")
     own_head = families()[family.model_type].head in parameters
     if family.head != "either" and (family.head == "own") != own_head:
         head = "a separate weight" if family.head == "own" else "the embedding"
-        raise RequestError(f"{networks} have {head} as their output head; this one does not")
+        raise NotHeldError(f"{networks} have {head} as their output head; this one does not")
     # 2. The activation.
     names = ("hidden_activation", "activation_function", "hidden_act")
     activation = next(value for name in names if (value := getattr(config, name, None)))
     if activation not in family.activations:
-        raise RequestError(f"{networks} have no activation '{activation}'; known are: {', '.join(family.activations)}")
+        raise NotHeldError(f"{networks} have no activation '{activation}'; known are: {', '.join(family.activations)}")
     # 3. Rotary embeddings.
     rope = family.rope(config)
     kind = rope.get("rope_type", "default")
     if kind not in family.rotary:
-        raise RequestError(
+        raise NotHeldError(
             f"{networks} have no rotary embeddings of type '{kind}'; known are: {', '.join(family.rotary)}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0 and not family.partial:
-        raise RequestError(f"{networks} rotate whole heads; this one rotates a part of each")
+        raise NotHeldError(f"{networks} rotate whole heads; this one rotates a part of each")
     # 4. What else llama.cpp takes for granted.
     for statement, holds in family.assumed(config).items():
         if not holds:
-            raise RequestError(f"{networks} {statement}; this one does not")
+            raise NotHeldError(f"{networks} {statement}; this one does not")
 
 
 def check_network(config: PreTrainedConfig, parameters: Collection[str]) -> None:
-    """Refuse a cut-out network that llama.cpp does not compute. Raises `RequestError` as `check_family` does."""
+    """Refuse a cut-out network that llama.cpp does not compute. Raises `NotHeldError` as `check_family` does."""
     check_family(config, parameters)
     family = table_of(config)
     for statement, holds in family.assumed_of_layers(config).items():
         if not holds:
-            raise RequestError(
+            raise NotHeldError(
                 f"llama.cpp's {family.name} networks {statement}; with the layers that are left this one does not"
             )

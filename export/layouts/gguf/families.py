@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from supernet.common.errors import RequestError
+from supernet.common.errors import NotHeldError
 from supernet.families import families, head_dim
 
 if TYPE_CHECKING:
@@ -135,13 +135,13 @@ class GGUFFamily:
         return any("gelu" in name for name in self.activations)
 
     def stored(self, parameter: str) -> Stored:
-        """How a parameter is stored, its names complete. Raises `RequestError` where the file cannot hold it."""
+        """How a parameter is stored, its names complete. Raises `NotHeldError` where the file cannot hold it."""
         prefix = families()[self.model_type].layers + "."
         number, _, rest = parameter.removeprefix(prefix).partition(".")
         inside = parameter.startswith(prefix)
         stored = {**self.layer, **self.optional}.get(rest) if inside else self.outer.get(parameter)
         if stored is None:
-            raise RequestError(f"llama.cpp's {self.name} networks have no {parameter}")
+            raise NotHeldError(f"llama.cpp's {self.name} networks have no {parameter}")
         return replace(stored, names=tuple(f"blk.{number}.{name}" for name in stored.names)) if inside else stored
 
     def missing(self, parameters: Collection[str], layers: int) -> Iterable[str]:

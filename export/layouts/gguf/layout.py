@@ -82,7 +82,8 @@ def write(
     the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the file
     holds what the other packages hold.
 
-    Raises `RequestError` for a network, a rotary embedding or a tokenizer that llama.cpp does not know.
+    Raises `NotHeldError` for a network or a rotary embedding that llama.cpp does not know, and
+    `RequestError` for such a tokenizer.
     """
     # 1. Refuse what llama.cpp cannot compute, before anything is computed or written.
     if gguf_type not in (*TYPES, MIXED):
