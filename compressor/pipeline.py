@@ -39,6 +39,7 @@ from compressor.stages import comparing, control, exporting, finetuning, picking
 from compressor.stages.finetuning import check_same_base, check_unchanged
 from compressor.stages.healing import blocks_to_heal_on, heal_picks
 from compressor.stages.layer_timings import check_speedup
+from compressor.stages.picking import NothingAlikeError
 from compressor.stages.picks import PickRecord, is_uniform, read_picks
 from compressor.stages.reporting import report
 from compressor.stages.search_parts import further_search, named_in
@@ -359,13 +360,18 @@ def resume_export(path: Path, given: Mapping[str, object]) -> Job:
             f"{others[0]}: what was picked is exported; run compressor pick {shlex.quote(str(path))} first"
         )
     job = resume(path, given, add=True, keep=False)
-    picks = read_picks(job)
-    wanted = "uniform" in job.recipe.formats and not has_uniform(picks) and not has_uniform(pick(job, picks))
-    if wanted and "formats" in given:
-        raise RequestError(
-            f"--format uniform holds only networks whose layers are alike, and those of {job.recipe.key} differ; pick "
-            "another, or export --format uneven"
-        )
+    picks, asked = read_picks(job), is_given("uniform", {"formats": given.get("formats")})
+    if "uniform" in job.recipe.formats and not has_uniform(picks):
+        try:
+            if not has_uniform(pick(job, picks)) and asked:
+                raise RequestError(
+                    f"--format uniform holds only networks whose layers are alike, and those of {job.recipe.key} "
+                    "differ; pick another, or export --format uneven"
+                )
+        except NothingAlikeError as error:  # of a format that the run was made with, the others are exported
+            if asked:
+                raise
+            say(f"warning: {error}")
     if given:
         remember(job)
     return job

@@ -77,11 +77,9 @@ def uniform_members(
     """At most `n` architectures whose kept layers are alike and whole, and that `holds` accepts, spread over all sizes
     up to `largest` parameters, the most evenly cut of each size: what the plain layout can hold."""
     members: dict[Architecture, tuple[int, float]] = {}  # to parameters, and how unevenly it is cut
-    for candidate, shares in _uniform_candidates(space):
-        if candidate.is_uniform_in(space.base) and candidate in space and holds(candidate):
-            parameters = space.structure.parameters(candidate)
-            if largest is None or parameters <= largest:
-                members[candidate] = (parameters, max(shares) - min(shares))
+    for candidate, shares in _uniform_members(space, largest):
+        if holds(candidate):
+            members[candidate] = (space.structure.parameters(candidate), max(shares) - min(shares))
     if not members or n < 1:
         return []
     low, high = min(p for p, _ in members.values()), max(p for p, _ in members.values())
@@ -89,6 +87,21 @@ def uniform_members(
     for candidate, (parameters, _) in members.items():
         bins.setdefault(min(int(n * (parameters - low) / max(high - low, 1)), n - 1), []).append(candidate)
     return [min(alike, key=lambda a: (members[a][1], members[a][0], a.layers)) for _, alike in sorted(bins.items())]
+
+
+def any_uniform_member(
+    space: SearchSpace, largest: float | None = None, holds: Callable[[Architecture], bool] = lambda _: True
+) -> Architecture | None:
+    """One of what `uniform_members` chooses from; None where there is none."""
+    return next((candidate for candidate, _ in _uniform_members(space, largest) if holds(candidate)), None)
+
+
+def _uniform_members(space: SearchSpace, largest: float | None) -> Iterator[tuple[Architecture, list[float]]]:
+    """The candidates that are of the space, alike, and of at most `largest` parameters."""
+    for candidate, shares in _uniform_candidates(space):
+        small = largest is None or space.structure.parameters(candidate) <= largest
+        if small and candidate.is_uniform_in(space.base) and candidate in space:
+            yield candidate, shares
 
 
 def _uniform_candidates(space: SearchSpace) -> Iterator[tuple[Architecture, list[float]]]:

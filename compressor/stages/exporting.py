@@ -19,6 +19,7 @@ from compressor.stages.elastic_sizes import elastic_source
 from compressor.stages.healing import Healed, lineage_of, shipped_network
 from compressor.stages.llama_types import bits_that_fit
 from compressor.stages.measuring import Measurements, measure_packages
+from compressor.stages.picking import MEND_ALIKE
 from compressor.stages.picks import PickRecord, cut_out, is_uniform
 from compressor.stages.quantized_base import base_inputs, write_base
 from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
@@ -47,7 +48,7 @@ def export(job: Job, healed: Sequence[Healed], blocks: Blocks) -> list[PackageEn
     recipe, run = job.recipe, job.run
     run.packages.mkdir(exist_ok=True)
     written: list[str] = []
-    left_out: dict[str, str] = {}
+    left_out = without_uniform(job, [pick.picked["name"] for pick in healed])
     with tempfile.TemporaryDirectory(prefix="compressor-") as scratch:
         # 1. The packages of every pick.
         proofs: list[Proof] = []
@@ -106,6 +107,18 @@ def prove_packages(job: Job, proofs: Sequence[Proof]) -> None:
 def elastic_folder(job: Job, name: str) -> Path:
     """Where a pick's elastic package is."""
     return job.run.packages / f"{name}-elastic"
+
+
+def without_uniform(job: Job, picks: Collection[str]) -> dict[str, str]:
+    """The packages that want layers that are alike and for which nothing was picked, and why. A network that was picked
+    by its key is its own answer."""
+    recipe, config = job.recipe, job.checkpoint.config
+    if "uniform" not in recipe.formats or recipe.key is not None:
+        return {}
+    missing = [f"{name}-uniform" for name in picks if not is_uniform(name) and f"{name}-uniform" not in picks]
+    copies = ["", *(f"-{layout}" for layout in recipe.formats if needs_uniform(layout, config))]
+    why = f"no measured network whose layers are alike meets what is asked for; {MEND_ALIKE}"
+    return {f"{name}{copy}": why for name in missing for copy in copies}
 
 
 def refused_by_sizes(job: Job, picked: PickRecord, wanted: Iterable[Path]) -> dict[Path, str]:

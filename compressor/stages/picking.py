@@ -16,7 +16,7 @@ from compressor.stages.llama_types import pick_with_types
 from compressor.stages.picks import ChoiceNumbers, NetworkRecord, PickRecord, check_rounding
 from compressor.stages.repairing import rounding_inputs, searched_weights
 from compressor.stages.requalify import current_front
-from export.layouts.table import GGUF_MIXED, copies_hold
+from export.layouts.table import GGUF_MIXED, copies_hold, needs_uniform
 from export.report.alternatives import in_words
 from search.objectives import Evaluation
 from search.pareto import Target
@@ -26,10 +26,16 @@ from supernet.common.formatting import percent, shell_word
 from supernet.common.progress import say
 from supernet.slicing import fits_plain_class
 
+MEND_ALIKE = "search more (--evaluations), use --space uniform, or leave the format out"
+"""What to do where nothing whose layers are alike can be picked."""
 GAP = 0.05
 """Share of a size by which a pick may be smaller without a word."""
 POOR = 0.5
 """Quality on the search's documents below which a pick is said to be poor, before anything is spent on it."""
+
+
+class NothingAlikeError(RequestError):
+    """Nothing whose layers are alike can be picked."""
 
 
 def measured(job: Job) -> list[Evaluation]:
@@ -70,7 +76,8 @@ def measured(job: Job) -> list[Evaluation]:
 def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
     """Choose from all that was measured, for the recipe's targets or by its key; returns what picks.json holds.
 
-    `beside` picks stay as they are: then only those for layouts that want layers that are alike are chosen.
+    `beside` picks stay as they are: then only those for layouts that want layers that are alike are chosen. Such a pick
+    is left out where nothing can be it; raises `NothingAlikeError` where no other is wanted.
     """
     recipe, run = job.recipe, job.run
     evaluations = measured(job)
@@ -105,7 +112,12 @@ def pick(job: Job, beside: Sequence[PickRecord] = ()) -> list[PickRecord]:
         for name, size in parameter_limits(job):
             for uniform in kinds:
                 own = f"{name}-uniform" if uniform else name
-                picks.append(picked_for(job, own, size, plain if uniform else evaluations, uniform))
+                try:
+                    picks.append(picked_for(job, own, size, evaluations, plain if uniform else None))
+                except NothingAlikeError as error:
+                    if False not in kinds:
+                        raise
+                    say(f"warning: {own} is left out: {error}")
     if recipe.formats and all(layout.startswith("gguf") for layout in recipe.formats):
         say("  (these speeds are of layers in transformers; llama.cpp's will be measured of the packages)")
     write_json(run.picks, picks)
@@ -127,9 +139,13 @@ def picked_by_key(job: Job, chosen: Evaluation, uniform: bool) -> PickRecord:
     return pick_row(job, "best-uniform" if uniform else "best", f"key {choice.key}", choice, None)
 
 
-def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluation], uniform: bool) -> PickRecord:
-    """The pick called `name` of the most parameters `size` and the recipe's other targets, which is also said. Raises
-    `RequestError` where nothing meets them."""
+def picked_for(
+    job: Job, name: str, size: int | None, measured: list[Evaluation], plain: list[Evaluation] | None
+) -> PickRecord:
+    """The pick called `name` of the most parameters `size` and the recipe's other targets, which is also said: of all
+    that was measured or, where they are given, of the networks that a uniform package holds (`plain`). Raises
+    `RequestError` where nothing meets them, `NothingAlikeError` where none of the latter does."""
+    uniform, evaluations = plain is not None, measured if plain is None else plain
     targets = job.recipe.targets
     target = Target(
         max_params=size, max_bytes=byte_limit(job), min_speedup=targets.min_speedup, max_drop=targets.max_drop
@@ -150,12 +166,33 @@ def picked_for(job: Job, name: str, size: int | None, evaluations: list[Evaluati
             return row
         found = choices(job, evaluations, target)
     except ValueError as error:
+        if plain is not None:
+            raise NothingAlikeError(why_nothing_alike(job, size, measured, plain, str(error))) from error
         raise RequestError(f"{error}; ask for less, or search more (--evaluations)") from error
     row = pick_row(job, name, str(target), found.by_preference[job.recipe.prefer], found)
     if size is not None:
         picked = found.by_preference[job.recipe.prefer].evaluation
         say_what_is_nearest(job, size, picked.values["parameters"], evaluations)
     return row
+
+
+def why_nothing_alike(
+    job: Job, size: int | None, measured: list[Evaluation], plain: list[Evaluation], missed: str
+) -> str:
+    """Why no uniform package can be picked of these: none is alike, or those that are miss the other targets."""
+
+    def of_size(evaluations: list[Evaluation]) -> int:
+        return sum(e.full and (size is None or e.values["parameters"] <= size) for e in evaluations)
+
+    small = "" if size is None else f" of at most {size:,} parameters"
+    held = (
+        " as llama.cpp needs them" if any(needs_uniform(f, job.checkpoint.config) for f in job.recipe.formats) else ""
+    )
+    if of_size(measured) and not of_size(plain):
+        why = f"none of the {of_size(measured)} measured networks{small} has layers that are alike{held}"
+    else:
+        why = f"of networks whose layers are alike{held}, {missed}"
+    return f"--format uniform: {why}; {MEND_ALIKE}"
 
 
 def pick_row(job: Job, name: str, target: str, chosen: Choice, found: Choices | None, bits: str = "") -> PickRecord:

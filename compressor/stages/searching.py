@@ -27,16 +27,17 @@ from compressor.stages.search_progress import SearchProgress
 from compressor.stages.subnet_scores import SubnetEvaluator, check_workers
 from compressor.stages.warm_start import proposals, sources
 from evals.warm_starts import GREEDY
+from export.layouts.gguf.checks import check_alike
 from export.layouts.table import copies_hold
 from search.algorithms import algorithm
 from search.control import likeness, predicted_control
 from search.objectives import SPEEDS, Constraint, computed
 from search.run import SearchResult, greedy_path
 from search.run import search as run_search
-from search.sampling import uniform_members
+from search.sampling import any_uniform_member, uniform_members
 from search.store import EvaluationStore
 from supernet.architecture import Architecture
-from supernet.common.errors import RequestError
+from supernet.common.errors import NotHeldError, RequestError
 from supernet.common.files import write_json
 from supernet.common.progress import bar, say
 from supernet.slicing import fits_plain_class
@@ -240,6 +241,7 @@ def check_searching(job: Job) -> None:
     sources(job)
     if not job.run.front.is_file():  # whoever goes on from a search may be on another machine
         check_workers(job)
+        check_uniform(job)
     if job.recipe.searching.earlier:
         for part, _ in searches_in_turn(job):
             check_targets(part)
@@ -249,19 +251,53 @@ def check_searching(job: Job) -> None:
         raise RequestError(f"searching.algorithm: {error}") from error
 
 
+def check_uniform(job: Job) -> None:
+    """Refuse `--format uniform` where the search could measure nothing for it: in a space without a network whose
+    layers are alike, of the sizes asked for, that the copies of it hold, or with too few evaluations for one."""
+    if "uniform" not in job.recipe.formats:
+        return
+    size = min(sizes_asked_for(job), default=None)
+    if any_uniform_member(job.space, size, partial(is_held_alike, job)) is None:
+        small = "" if size is None else f" of at most {size:,} parameters"
+        alike = any_uniform_member(job.space, size, partial(fits_plain_class, job.checkpoint.config))
+        if alike is not None:  # so llama.cpp is in the way
+            try:
+                check_alike(job.checkpoint.config, alike)
+            except NotHeldError as error:
+                raise RequestError(
+                    f"--format gguf: of networks{small} whose layers are alike, this space has none that llama.cpp "
+                    f"holds: {error}; leave the format out"
+                ) from error
+        if any_uniform_member(job.space) is not None:
+            raise RequestError(
+                f"--format uniform: no network of this space{small} has layers that are alike; ask for a larger size, "
+                "or leave the format out"
+            )
+        return  # of a base with layers of several kinds: what is alike is not made, but may be found
+    if job.recipe.searching.evaluations == 2:  # the base and the smallest
+        raise RequestError("--evaluations: --format uniform needs 3, so that the search measures a network for it")
+
+
+def is_held_alike(job: Job, architecture: Architecture) -> bool:
+    """Whether the family's plain class holds an architecture, and so do the layouts that are written of such ones."""
+    config = job.checkpoint.config
+    return fits_plain_class(config, architecture) and copies_hold(architecture, config, job.recipe.formats)
+
+
 def uniform_architectures(job: Job, larger: bool = False) -> list[Architecture]:
     """A few architectures that the plain layout can hold, within the sizes asked for, or `larger` ones: every search
-    measures some."""
-    sizes = sizes_asked_for(job)
-    config, parameters = job.checkpoint.config, job.structure.parameters
-    holds = partial(copies_hold, config=config, layouts=job.recipe.formats)
-    most = None if larger else max(sizes, default=None)
-    uniform = [a for a in uniform_members(job.space, 6, most, holds) if fits_plain_class(config, a)]
+    measures some. First one of at most the smallest size, whatever is left of the budget."""
     if job.space.bits:
         return []  # as stored, they have more bytes than anything that is looked for
+    sizes, parameters = sizes_asked_for(job), job.structure.parameters
+
+    def members(most: int | None) -> list[Architecture]:
+        return uniform_members(job.space, 6, most, partial(is_held_alike, job))
+
     if larger:
-        return [a for a in uniform if max(sizes) < parameters(a) < parameters(job.structure.base)]
-    if sizes:
-        low = smallest_to_search(job)
-        uniform = [a for a in uniform if parameters(a) >= low] or uniform[-1:]
-    return uniform
+        return [a for a in members(None) if max(sizes) < parameters(a) < parameters(job.structure.base)]
+    if not sizes:
+        return members(None)
+    low = smallest_to_search(job)
+    largest_of_each = [a for size in sorted(sizes) for a in members(size)[-1:]]
+    return list(dict.fromkeys([*largest_of_each, *(a for a in members(max(sizes)) if parameters(a) >= low)]))

@@ -17,6 +17,7 @@ from compressor.cli import run
 from compressor.job import Job
 from compressor.recipe import Recipe
 from compressor.run import Run
+from compressor.stages import picking
 from compressor.stages.exporting import package_inputs
 from compressor.stages.healing import network_inputs
 from compressor.stages.subnet_files import Inputs, load_healed
@@ -115,6 +116,23 @@ def test_a_family_that_a_layout_never_holds_is_refused_before_any_work() -> None
     check_formats(job_of("opt", ["uneven", "padded"]))  # which depends on what is picked
 
 
+def training_free(folder: Path) -> tuple[Path, list[str]]:
+    """The smallest job on `folder`'s model: where it runs, and its arguments."""
+    recipe = {
+        "space": {"ffn.*": [0, 64]},
+        "targets": {"max_params": ["0.85"]},
+        "finetuning": {"tokens": 0, "sequence_length": 32},
+        "searching": {"evaluations": 4, "population": 4, "limit": 8},
+        "healing": {"tokens": 0},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder / "run", [
+        "compress", str(folder / "model"), "--recipe", str(folder / "recipe.yaml"), "--output", str(folder / "run"),
+        "--data", str(tiny.data(folder / "data.jsonl", 300)), "--tasks", "tiny_choice",
+        "--include-path", str(tiny.task(folder / "tasks", documents=40)), "--repair", "off",
+    ]  # fmt: skip
+
+
 def test_where_a_layout_does_not_hold_the_pick_the_others_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,25 +143,12 @@ def test_where_a_layout_does_not_hold_the_pick_the_others_are_made(
     model = OPTForCausalLM(OPTConfig(vocab_size=259, do_layer_norm_before=False, **sizes, **marks))
     model.save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
-    recipe = {
-        "space": {"ffn.*": [0, 64]},
-        "targets": {"max_params": ["0.85"]},
-        "finetuning": {"tokens": 0, "sequence_length": 32},
-        "searching": {"evaluations": 4, "population": 4, "limit": 8},
-        "healing": {"tokens": 0},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
 
     def exported(*_: Any) -> None:
         raise NotHeldError("transformers' onnx exporter does not support this opt network: no")
 
     monkeypatch.setattr(graphs, "_exported", exported)
-    run_folder = tmp_path / "run"
-    arguments = [
-        "compress", str(tmp_path / "model"), "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(run_folder),
-        "--data", str(tiny.data(tmp_path / "data.jsonl", 300)), "--tasks", "tiny_choice",
-        "--include-path", str(tiny.task(tmp_path / "tasks", documents=40)), "--repair", "off",
-    ]  # fmt: skip
+    run_folder, arguments = training_free(tmp_path)
     for _ in range(2):
         assert run([*arguments, "--format", "uneven,padded,onnx"]) == 2
         said = capsys.readouterr().err.replace("\n", " ")
@@ -157,3 +162,23 @@ def test_where_a_layout_does_not_hold_the_pick_the_others_are_made(
     assert run([*arguments, "--format", "uneven"]) == 0
     assert (run_folder / "packages" / "best" / "model.safetensors").stat().st_mtime_ns == stamp
     assert not json.loads((run_folder / "report.json").read_text())["left_out"]
+
+
+def test_where_nothing_alike_can_be_picked_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.checkpoint(tmp_path / "model")
+    monkeypatch.setattr(picking, "fits_plain_class", lambda *_: False)  # of bases whose layers are of several kinds
+    run_folder, arguments = training_free(tmp_path)
+    arguments += ["--set", "space=fine"]
+    for _ in range(2):
+        assert run([*arguments, "--format", "uneven,uniform"]) == 2
+        said = capsys.readouterr().err
+        assert "best-uniform is left out: no measured network whose layers are alike meets what is asked for" in said
+        report = json.loads((run_folder / "report.json").read_text())
+        assert [package["name"] for package in report["packages"] if package["verified"]] == ["best"]
+    assert run(["pick", str(run_folder)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "best-uniform is left out: --format uniform: none of the" in said and "use --space uniform" in said
+    assert run(["export", str(run_folder), "--format", "uniform"]) == 2  # asked for by itself, it is all that counts
+    assert "error: --format uniform: none of the" in " ".join(capsys.readouterr().err.split())

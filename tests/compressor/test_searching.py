@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from compressor.stages.picking import measured
 from compressor.stages.repairing import searched_weights
 from compressor.stages.requalify import current_front
 from compressor.stages.score_keys import held_out_keys, score_keys
+from compressor.stages.searching import check_uniform, uniform_architectures
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS, HeldOut
 from compressor.stages.warm_start import proposals
 from evals.speed.table import SpeedTable
@@ -38,9 +40,11 @@ from search.store import EvaluationStore
 from supernet.architecture import Architecture
 from supernet.common.errors import RequestError
 from supernet.common.files import read_json
+from supernet.families import describe, head_dim
 from supernet.training.data import HELD_OUT_BLOCKS
 from supernet.training.losses import held_out_loss
 from tests.support import tiny
+from tests.support.tiny_families import CONFIGS
 
 
 class Made:
@@ -378,3 +382,40 @@ def test_a_space_without_sizes_of_single_layers_is_searched_without_proposals(ma
     shutil.copytree(made.run, tmp_path / "run")
     given = {"space": {"ffn": [16, 32, 64]}, "searching.warm_start": "blockwise"}
     assert proposals(pipeline.resume(tmp_path / "run", given)) == []
+
+
+def asked_for(model: Path, formats: list[str], evaluations: int, *sizes: str) -> Job:
+    """A job on a checkpoint, before anything of it is done."""
+    given = {"model": str(model), "formats": formats, "targets.max_params": list(sizes)}
+    return Job(Run(model / "run"), read_recipe(None, {**given, "searching.evaluations": evaluations}).resolved())
+
+
+def test_networks_whose_layers_are_alike_are_measured_of_every_size_asked_for(tmp_path: Path) -> None:
+    job = asked_for(tiny.checkpoint(tmp_path / "model"), ["uneven", "uniform"], 3, "0.9", "0.6", "0.5")
+    first, *_ = uniform_architectures(job)
+    parameters = job.structure.parameters(first)  # the base, the smallest and this are all that three evaluations see
+    assert parameters <= 0.5 * job.structure.parameters(job.structure.base)
+    for share in (0.9, 0.6):
+        most = share * job.structure.parameters(job.structure.base)
+        assert any(parameters < job.structure.parameters(a) <= most for a in uniform_architectures(job))
+    check_uniform(job)
+
+
+def test_a_search_that_could_measure_nothing_for_uniform_is_refused(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    check_uniform(asked_for(model, ["uneven"], 2, "0.75"))
+    with pytest.raises(RequestError, match="--evaluations: --format uniform needs 3"):
+        check_uniform(asked_for(model, ["uneven", "uniform"], 2, "0.75"))
+    job = asked_for(model, ["uneven", "uniform"], 8, "0.35")
+    smallest = job.structure.parameters(job.space.smallest())
+    assert smallest < 0.35 * job.structure.parameters(job.structure.base)  # which is no reason to refuse the size
+    with pytest.raises(RequestError, match=r"--format uniform: no network of this space of at most .* are alike; ask"):
+        check_uniform(job)
+    config = CONFIGS["gemma2"]()
+    config.query_pre_attn_scalar = 2 * head_dim(config)
+    job = asked_for(model, ["uneven", "uniform", "gguf"], 8)
+    job.checkpoint = SimpleNamespace(config=config, structure=describe(config))
+    with pytest.raises(
+        RequestError, match=r"--format gguf: of networks whose layers are alike, .* have a query_pre_attn_scalar"
+    ):
+        check_uniform(job)

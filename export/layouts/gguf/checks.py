@@ -41,13 +41,29 @@ def holds_uneven(config: PreTrainedConfig) -> bool:
     return FAMILIES[config.model_type].uneven is not None
 
 
+def check_layers(config: PreTrainedConfig) -> None:
+    """Raises `NotHeldError` where llama.cpp does not compute a cut-out network with the layers that are left."""
+    family = table_of(config)
+    for statement, is_so in family.assumed_of_layers(config).items():
+        if not is_so:
+            raise NotHeldError(
+                f"llama.cpp's {family.name} networks {statement}; with the layers that are left this one does not"
+            )
+
+
+def check_alike(config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Raises `NotHeldError` where llama.cpp does not compute a sub-network whose layers are alike; `config` is the
+    base's."""
+    check_layers(standalone_config(config, architecture))
+
+
 def holds(config: PreTrainedConfig, architecture: Architecture) -> bool:
-    """Whether llama.cpp computes a sub-network whose layers are alike; `config` is the base's."""
-    plain = standalone_config(config, architecture)
+    """Whether `check_alike` finds nothing wrong."""
     try:
-        return all(table_of(plain).assumed_of_layers(plain).values())
+        check_alike(config, architecture)
     except NotHeldError:
         return False
+    return True
 
 
 def _is_square(config: PreTrainedConfig) -> bool:
@@ -95,9 +111,4 @@ def check_family(config: PreTrainedConfig, parameters: Collection[str]) -> None:
 def check_network(config: PreTrainedConfig, parameters: Collection[str]) -> None:
     """Refuse a cut-out network that llama.cpp does not compute. Raises `NotHeldError` as `check_family` does."""
     check_family(config, parameters)
-    family = table_of(config)
-    for statement, holds in family.assumed_of_layers(config).items():
-        if not holds:
-            raise NotHeldError(
-                f"llama.cpp's {family.name} networks {statement}; with the layers that are left this one does not"
-            )
+    check_layers(config)
