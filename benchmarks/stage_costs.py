@@ -26,6 +26,7 @@ from benchmarks.jobs import temporary_job
 from compressor import demo
 from compressor.inputs import calibration_blocks, few_batches, training_blocks
 from compressor.job import Job
+from compressor.sizing import uniform_near
 from compressor.stages.finetuning import order_supernet
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import HeldOut
@@ -38,6 +39,7 @@ from export.quantization.quantize import quantize_package
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture
 from supernet.slicing import extract
+from supernet.training.supernet_training import heal
 
 
 def ordering(job: Job, supernet: SuperNetwork, share: float) -> str:
@@ -98,6 +100,22 @@ def rounding(job: Job, supernet: SuperNetwork, share: float) -> str:
     return f"{seconds:.2f} s a step and block predicted, {(spent[1] - spent[0]) / 20:.2f} s taken"
 
 
+def healing(job: Job, supernet: SuperNetwork, share: float) -> str:
+    """A few steps of healing a network of that size, cut uniformly, taught by the base."""
+    batch, length = job.recipe.finetuning.batch_size or 4, job.length
+    blocks = training_blocks(job, STEPS * batch * length)
+    network = extract(
+        supernet.model,
+        job.structure,
+        uniform_near(job, share * job.structure.parameters(supernet.base)),
+    )
+    section = job.recipe.healing.model_copy(update={"tokens": STEPS * batch * length})
+    settings = job.in_parts(job.train_settings(section, length, job.recipe.seed))
+    with torch.enable_grad():
+        heal(network, supernet.model, blocks, settings, state=job.run.path / "state", accelerator=job.accelerator)
+    return f"{STEPS} steps of {batch} x {length} tokens, {job.optimizer}"
+
+
 def scoring(job: Job, supernet: SuperNetwork, share: float) -> str:
     """A candidate's task scores, and the same requests through HFLM."""
     limit = job.recipe.searching.limit
@@ -118,11 +136,15 @@ def scoring(job: Job, supernet: SuperNetwork, share: float) -> str:
     )
 
 
+STEPS = 8
+"""Of healing."""
+
 STAGES: dict[str, Callable[[Job, SuperNetwork, float], str]] = {
     "ordering": ordering,
     "timing": timing,
     "proposals": proposals,
     "held_out": held_out,
+    "healing": healing,
     "rounding": rounding,
     "scoring": scoring,
 }

@@ -87,7 +87,7 @@ def check_tasks(recipe: Recipe) -> None:
         folder = Path(recipe.include_path).expanduser()
         if not folder.is_dir():
             raise RequestError(f"--include-path {recipe.include_path}: no such folder")
-        files = [file for file in sorted(folder.rglob("*.yaml")) if file.is_file()]
+        files = task_files(folder)
     own = tasks_of(files)
     for spec in recipe.tasks:
         name = spec.partition(":")[0]
@@ -95,6 +95,11 @@ def check_tasks(recipe: Recipe) -> None:
             continue
         also = "; give the folder of your own task files with --include-path"
         raise unknown("--tasks", name, own or names.lm_eval_tasks(), also=also)
+
+
+def task_files(folder: Path) -> list[Path]:
+    """The files of a folder, however deep, that may define tasks."""
+    return [file for file in sorted(folder.rglob("*.yaml")) if file.is_file()]
 
 
 def tasks_of(files: Iterable[Path]) -> list[str]:

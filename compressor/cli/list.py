@@ -40,11 +40,11 @@ def _tasks(include_path: str | None = None) -> Listed:
     """Those of a folder where one is named, else lm-eval's."""
     if include_path is None:
         return dict.fromkeys(names.lm_eval_tasks(), "")
-    from compressor.early_checks import tasks_of  # imports pydantic
+    from compressor.early_checks import task_files, tasks_of  # imports pydantic
 
     if not Path(include_path).expanduser().is_dir():
         raise RequestError(f"--include-path {include_path}: no such folder")
-    return dict.fromkeys(sorted(tasks_of(Path(include_path).expanduser().rglob("*.yaml"))), "")
+    return dict.fromkeys(sorted(tasks_of(task_files(Path(include_path).expanduser()))), "")
 
 
 def _spaces() -> Listed:

@@ -14,6 +14,7 @@ import pkgutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,15 +116,11 @@ def removal(context: PruningContext, removals: Iterable[Collection[int]]) -> Arc
 
 def removable(context: PruningContext) -> int:
     """How many whole layers can be removed at the most without falling below the size asked for."""
-    structure, layers = context.structure, range(len(context.structure.base.layers))
-    left = structure.parameters(structure.base)
-    number = 0
-    for saved in sorted(left - structure.parameters(without(structure.base, {layer})) for layer in layers):
-        left -= saved
-        if left < context.parameters * (1 - TOLERANCE / 2) or number == len(layers) - 1:
-            break
-        number += 1
-    return number
+    structure, base = context.structure, context.structure.base
+    whole = structure.parameters(base)
+    saved = sorted(whole - structure.parameters(without(base, {layer})) for layer in range(len(base.layers)))
+    left = (whole - total for total in accumulate(saved[:-1]))  # one layer always stays
+    return sum(parameters >= context.parameters * (1 - TOLERANCE / 2) for parameters in left)
 
 
 def narrowed(context: PruningContext, architecture: Architecture) -> Architecture:
