@@ -53,10 +53,23 @@ def subnet_loss(supernet: SuperNetwork, architecture: Architecture, held_out: Bl
         return held_out_loss(network.eval(), held_out, 8, network.device)
 
 
-def write_llama_cpp(job: Job, network: Any, architecture: Architecture, folder: Path, layout: str = "gguf") -> None:
-    """A file of llama.cpp with the base's tokenizer, in a new folder. Raises `RequestError` where it cannot be one."""
+def write_llama_cpp(
+    job: Job,
+    network: Any,
+    architecture: Architecture,
+    folder: Path,
+    layout: str = "gguf",
+    calibration: Tensor | None = None,
+) -> None:
+    """A file of llama.cpp with the base's tokenizer, in a new folder, its scales chosen on `calibration` [sequences,
+    length] where that is given. Raises `RequestError` where it cannot be one."""
     entry = {"name": layout, "architecture": architecture.to_dict()}
-    options = {"tokenizer": job.untouched_tokenizer, "dtype": job.stored_dtype, "lineage": {}}
+    options = {
+        "tokenizer": job.untouched_tokenizer,
+        "dtype": job.stored_dtype,
+        "lineage": {},
+        "calibration": calibration,
+    }
     write_layout(layout, network, architecture, folder, entry=entry, **options)
 
 

@@ -48,6 +48,7 @@ from compressor.stages.comparing import heal_as_ours, network_fingerprint, score
 from compressor.stages.comparison_methods import SizeComparison, methods
 from compressor.stages.comparison_rows import BaseDocuments
 from compressor.stages.picking import measured
+from compressor.stages.quantized_base import untouched_ids
 from compressor.stages.repairing import pick_variants
 from evals.baselines import Cut, baselines
 from evals.comparison import paired_interval, resampled, score_intervals
@@ -270,12 +271,13 @@ class Worker:
         return row
 
     def rounded(self, gguf_type: str) -> Any:
-        """The base with the weights that a file of llama.cpp holds."""
+        """The base with the weights that a file of llama.cpp holds, its scales chosen on the text as in a run."""
         job = self.job
+        calibration = untouched_ids(job, self.blocks[False][: job.recipe.quantizing.samples].ids)
         network, base = job.untouched.load_model(job.stored_dtype, "cpu"), job.untouched.structure.base
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / gguf_type
-            write_llama_cpp(job, network, base, folder, f"gguf-{gguf_type}")
+            write_llama_cpp(job, network, base, folder, f"gguf-{gguf_type}", calibration)
             return take_stored_weights(network, folder).to(job.device, job.compute_dtype)
 
 
