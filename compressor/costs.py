@@ -38,6 +38,8 @@ SCORED_TOKENS = 120
 ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
 """Seconds that AutoRound needs for each scheme beside its steps, and those for each parameter: some 17 for 135 M on an
 H200."""
+GPTQ_LOAD = 2e-7
+"""Seconds that GPTQ needs for each parameter beside its two passes over the samples: some 27 for 135 M on a core."""
 GPU_TIMED, GPU_SPOKEN = 0.75, 6.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there (23 seconds for 32 networks of 135 M parameters on an H200)."""
@@ -287,8 +289,8 @@ def _healing(counts: _Counts, rates: Rates) -> StageCost:
 
 
 def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
-    """The unquantized packages are written too. AutoRound reads the samples twice, then tunes each block by its own
-    steps (`export.quantization.cost`)."""
+    """The unquantized packages are written too. AutoRound and GPTQ read the samples twice; AutoRound then tunes each
+    block by its own steps (`export.quantization.cost`)."""
     quantizing, weight = counts.recipe.quantizing, counts.job.stored_dtype.itemsize
     copies = counts.packages - counts.elastic - counts.picks * counts.forms
     disk = counts.base * weight * (counts.share * (counts.picks + copies) + counts.elastic)
@@ -297,23 +299,24 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
         seconds += _measuring_types(counts, rates)
     if not counts.bases:
         return StageCost("quantizing", "packages only", seconds, disk=disk)
-    if not counts.schemes:  # only the base is rounded, without data
-        seconds += 2 * rates.load + counts.bases * (rates.load + 2 * counts.base / DISK_RATE)
-        return StageCost("quantizing", "of the base", seconds, disk=disk + counts.bases * counts.base)
-    iterations = quantizing.iterations or 0
     samples = 2 * (quantizing.samples or 0) * counts.length * rates.teach
+    iterations = (quantizing.iterations or 0) if counts.schemes else 0  # where only the base is rounded, none is tuned
+    if iterations:
+        process, start = rates.process, ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
+    else:
+        process, start = 0.0, GPTQ_LOAD * counts.base + 2 * rates.load
     tuned = iterations * counts.layers * rates.rounding
-    start = ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
     # Schemes of 8 bits are rounded without data, tensor by tensor.
     several = sum(is_tuned(name) for name in counts.schemes)
     several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
     plain = 2 * rates.load + 2 * counts.base / DISK_RATE
-    seconds += counts.picks * (rates.process * bool(several) + several * (start + counts.share * (samples + tuned)))
-    seconds += rates.process + several_bases * (start + samples + tuned)
+    seconds += counts.picks * (process * bool(several) + several * (start + counts.share * (samples + tuned)))
+    seconds += process + several_bases * (start + samples + tuned)
     seconds += plain * (counts.picks * (len(counts.schemes) - several) + counts.bases - several_bases)
     bits = sum(SCHEMES[name].bits for name in counts.schemes)
     disk += counts.picks * counts.base * counts.share * bits / 8 + counts.bases * counts.base
-    return StageCost("quantizing", f"{iterations} rounding steps", seconds, disk=disk)
+    rounding = f"{iterations} rounding steps" if iterations else "by GPTQ" if counts.schemes else "of the base"
+    return StageCost("quantizing", rounding, seconds, disk=disk)
 
 
 def _measuring(counts: _Counts, rates: Rates) -> StageCost:

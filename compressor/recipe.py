@@ -54,7 +54,7 @@ class Budget(BaseModel):
     rounding: int
     """AutoRound's steps for each block."""
     samples: int = 64
-    """Sequences that the rounding is tuned on."""
+    """Sequences that weights of fewer than 8 bits are rounded on."""
     calibration: int = 16384
     """Tokens that cut projections are refitted to."""
 
@@ -389,9 +389,9 @@ class Quantizing(Section):
     widths."""
     iterations: int | None = Field(default=None, ge=0)
     """Steps for which AutoRound tunes the rounding of each block, for fewer than 8 bits (8 gain nothing by it); 0
-    rounds to nearest. Unset: by `effort`."""
+    rounds by GPTQ, which makes up for each weight's rounding by those behind it. Unset: by `effort`."""
     samples: int | None = Field(default=None, ge=1)
-    """Sequences that the rounding is tuned on. Unset: by `effort`."""
+    """Sequences of text that weights of fewer than 8 bits are rounded on. Unset: by `effort`."""
 
 
 class Recipe(Section):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from supernet.activation import SuperNetwork, removed_layer
 from supernet.hooks import Hooks
@@ -17,20 +18,36 @@ class Through(Exception):
 
 
 class LayerWalk:
-    """A walk from the first layer to the last; several over one super-network may take turns.
+    """A walk from the first layer to the last; several over one network may take turns.
 
     `states` are what the next layer reads, [rows, length, hidden] for each batch of token ids; empty before the first
-    layer. Each step runs one layer of the sub-network that is active then, on the model's own embeddings, masks and
-    positions; the layers before it are not run again. So it needs memory for two sets of states and no more.
+    layer. Each step runs one layer as it is then, on the model's own embeddings, masks and positions; the layers
+    before it are not run again. So it needs memory for two sets of states and no more.
+
+    `layers` is the name of the list of layers in the model. `removed` says which of them are removed now.
     """
 
-    def __init__(self, supernet: SuperNetwork, batches: Sequence[Tensor]) -> None:
-        self._supernet, self._batches = supernet, batches
-        path, _, self._name = supernet.family.layers.rpartition(".")
-        self._decoder = supernet.model.get_submodule(path)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        batches: Sequence[Tensor],
+        removed: Callable[[int], bool] = lambda _: False,
+    ) -> None:
+        self._batches, self._removed = batches, removed
+        path, _, self._name = layers.rpartition(".")
+        self._decoder = model.get_submodule(path)
+        registered = self._decoder._modules[self._name]  # an attribute may stand in its place, where some are removed
+        assert isinstance(registered, nn.ModuleList)
+        self._layers = list(registered)
         self.states: list[Tensor] = []
         self.number = 0
         """The batch that is being run, for hooks."""
+
+    @classmethod
+    def of(cls, supernet: SuperNetwork, batches: Sequence[Tensor]) -> LayerWalk:
+        """A walk through the sub-network that is active at each step."""
+        return cls(supernet.model, supernet.family.layers, batches, lambda i: supernet.current.layers[i].removed)
 
     @torch.no_grad()
     def outputs(self, index: int) -> list[Tensor]:
@@ -44,11 +61,9 @@ class LayerWalk:
         def entry(hidden: Tensor, *_: object, **__: object) -> Tensor:
             return self.states[self.number]
 
-        layers = self._supernet.layers
-        removed = self._supernet.current.layers[index].removed
-        own = removed_layer if removed else layers[index]
+        own = removed_layer if self._removed(index) else self._layers[index]
         # A last layer has none behind it: its place is taken by the decoder's norm, which sees what leaves it.
-        walk: list[object] = [removed_layer] * index + [own] + [through] * (len(layers) - 1 - index)
+        walk: list[object] = [removed_layer] * index + [own] + [through] * (len(self._layers) - 1 - index)
         if index:
             walk[index - 1] = entry
         with self._standing_in(walk), self._last(index, own, outputs):
@@ -80,7 +95,7 @@ class LayerWalk:
     @contextmanager
     def _last(self, index: int, own: object, outputs: list[Tensor]) -> Iterator[None]:
         """Within, what leaves the last layer is kept too."""
-        if index < len(self._supernet.layers) - 1:
+        if index < len(self._layers) - 1:
             yield
             return
         if not isinstance(own, nn.Module):  # removed: what enters it leaves it
@@ -120,7 +135,7 @@ def residual_scale(supernet: SuperNetwork, ids: Tensor) -> float | None:
 
     halves = supernet.halves(index).values()
     with Hooks([*(half.register_forward_hook(add) for half in halves), layer.register_forward_hook(keep)]):
-        walk = LayerWalk(supernet, [ids])
+        walk = LayerWalk.of(supernet, [ids])
         for number in range(index + 1):
             walk.step(number)
     first, last = (end.float() for end in ends)

@@ -158,7 +158,7 @@ def gather(
     what gives more of them.
     """
     by_half, by_layer = projections(supernet), stacked_experts(supernet) if experts else {}
-    walk = LayerWalk(supernet, batches)
+    walk = LayerWalk.of(supernet, batches)
     adds = bool(batches) and residual_scale(supernet, batches[0][:1]) is not None
     lengths = [batch.shape[1] for batch in batches]
     rows = [(length, sum(map(len, batches[:n]))) for n, length in enumerate(lengths)]

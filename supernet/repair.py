@@ -267,7 +267,7 @@ class _Sequence:
         self.supernet, self.architecture, self.batches = supernet, architecture, batches
         self.tensors: dict[str, Tensor] = {}
         self.variants = FixedVariants(self.tensors)
-        self.whole, self.cut = LayerWalk(supernet, batches), LayerWalk(supernet, batches)
+        self.whole, self.cut = LayerWalk.of(supernet, batches), LayerWalk.of(supernet, batches)
         self.first_rows = [sum(len(batch) for batch in batches[:n]) for n in range(len(batches))]
         self._show(whole=True)
         self.scale = residual_scale(supernet, batches[0][:1])

@@ -31,7 +31,7 @@ def slice_errors(
     `batches` are token ids, [rows, length] each. The full network must be active; one layer's moments are in memory.
     """
     by_half = {key: p for key, p in projections(supernet).items() if key in cuts}
-    walk = LayerWalk(supernet, batches)
+    walk = LayerWalk.of(supernet, batches)
     errors: dict[tuple[int, Half, LayerSizes], float] = {}
     for index in range(max((layer for layer, _ in by_half), default=-1) + 1):
         here = {half: p for (layer, half), p in by_half.items() if layer == index}

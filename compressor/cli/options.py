@@ -122,7 +122,7 @@ RECIPE_OPTIONS = {
         "quantizing.group_size", int, "int4's group size", default="the largest of 128, 64, 32 that divides all widths"
     ),
     "rounding_steps": RecipeOption(
-        "quantizing.iterations", int, "steps that tune each block's rounding; 0: round to nearest", default=BY_EFFORT
+        "quantizing.iterations", int, "steps that tune each block's rounding; 0: round by GPTQ", default=BY_EFFORT
     ),
     "formats": RecipeOption(
         "formats", str, f"{', '.join(FORMATS)}; comma-separated", flag="--format", default="uneven"

@@ -136,7 +136,7 @@ def write_base(
         source = Path(scratch) / BASE
         write_package(base, source, entry=entry(BASE), lineage=lineage, **options)
         del base
-        seen = calibration if tunes(job, picks) else None
-        quantize(job, source, len(architecture.kept), schemes, base_schemes(job, picks), seen)
+        tuned = tunes(job, picks)
+        quantize(job, source, len(architecture.kept), schemes, base_schemes(job, picks), calibration, tuned=tuned)
     for folder in schemes.values():
         update_record(folder, lineage={"inputs": fingerprint(missing[folder])})

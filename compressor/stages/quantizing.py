@@ -56,20 +56,21 @@ def quantize(
     layers: int,
     schemes: Mapping[SchemeName, Path],
     embeddings: Mapping[SchemeName, EmbeddingBits | None],
-    calibration: torch.Tensor | None,
+    calibration: torch.Tensor,
     *,
+    tuned: bool = True,
     plain: bool = False,
 ) -> None:
     """Quantize the package in `source`, of so many layers, with the embeddings in these bits. `calibration` are token
-    ids [samples, length]; None: rounded to nearest without data. `plain`: packages stay of the family's plain class,
-    whatever it cannot hold."""
+    ids [samples, length]. `tuned`: with the recipe's steps of tuning; else, as where there are none, by GPTQ. `plain`:
+    packages stay of the family's plain class, whatever it cannot hold."""
     quantizing = job.recipe.quantizing
     release_cached_memory(job.device)  # the child quantizes on the same device
-    tuned = {name: folder for name, folder in schemes.items() if calibration is not None and is_tuned(name)}
-    nearest = {name: folder for name, folder in schemes.items() if name not in tuned}
+    on_text = {name: folder for name, folder in schemes.items() if is_tuned(name)}
+    nearest = {name: folder for name, folder in schemes.items() if name not in on_text}
     records: list[PackageRecord] = []
     with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
-        for part, seen in ((nearest, None), (tuned, calibration)):
+        for part, seen in ((nearest, None), (on_text, calibration)):
             if not part:
                 continue
             before = progress.done
@@ -77,7 +78,7 @@ def quantize(
                 source,
                 part,
                 calibration=seen,
-                iterations=0 if seen is None else quantizing.iterations or 0,
+                iterations=(quantizing.iterations or 0) if tuned and seen is not None else 0,
                 group_size=quantizing.group_size,
                 embedding=embeddings,
                 code=not plain,

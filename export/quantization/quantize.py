@@ -1,8 +1,9 @@
 """INT8 and INT4 packages: neural-compressor's AutoRound, in compressed-tensors or auto-round's own form.
 
 AutoRound tunes the rounding in a child process (`export.quantization.tuning`). Of its output, only weights and
-quantization configuration are used; everything else is copied from the unquantized package. Without calibration data
-there is no child: weights are rounded to nearest, tensor by tensor (`export.quantization.round_to_nearest`). The
+quantization configuration are used; everything else is copied from the unquantized package. Where nothing is tuned
+there is no child: weights of fewer than 8 bits are rounded by GPTQ (`export.quantization.gptq`), and all others, and
+all where there is no calibration data, to nearest, tensor by tensor (`export.quantization.round_to_nearest`). The
 schemes are in `export.quantization.schemes`. Scales are bfloat16 in compressed-tensors, float16 in auto-round's form.
 """
 
@@ -23,8 +24,9 @@ from transformers import AutoConfig
 
 from export.package import check_destination, package_draft, write_config
 from export.package_record import CARD, RECORD, PackageRecord, QuantizationReport, read_record, update_record
+from export.quantization.gptq import round_in_sequence
 from export.quantization.plan import AUTOROUND_STEP, linear_layers_of, plan_scheme
-from export.quantization.round_to_nearest import QuantizationConfig, round_files
+from export.quantization.round_to_nearest import QuantizationConfig, Rounded, round_files
 from export.quantization.schemes import (
     SCHEMES,
     EmbeddingBits,
@@ -42,6 +44,7 @@ from supernet.common.errors import RequestError
 from supernet.common.files import read_json, sha256, write_json
 from supernet.common.versions import versions
 from supernet.families import describe
+from supernet.loading import check_fit, load_causal_lm
 from supernet.slicing import build_standalone, standalone_config
 from supernet.trust import check_code
 
@@ -71,9 +74,9 @@ def quantize_packages(
     """Write a quantized package for each scheme in `destinations`, all in one child process; returns their records.
 
     `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
-    for each block; 0 rounds to nearest with scales chosen on the calibration data. Without calibration data, weights
-    are rounded to nearest and nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is
-    the user's, for fewer than 8 bits. The child's output is appended to `log`.
+    for each block; 0 rounds fewer than 8 bits by GPTQ. Without calibration data, weights are rounded to nearest and
+    nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is the user's, for fewer than
+    8 bits. The child's output is appended to `log`.
 
     `embedding` are the bits of embedding and head, of all schemes or by scheme. A plain class holds no
     quantized embedding: where bits are asked for, the package gets a code file, unless `code` is false. None: 8 bits,
@@ -104,18 +107,17 @@ def quantize_packages(
         outer = outer_bits(SCHEMES[scheme], tied=linear.tied, code=with_code, asked=asked)
         plans.append(replace(plan, outer=outer))
     assemble = functools.partial(_assemble, record, destinations, linear, iterations)
-    # 3. Without data: round to nearest in this process.
-    if calibration is None:
+    if calibration is not None and not isinstance(calibration, Tensor):
+        calibration = pack_texts(source, calibration)
+    # 3. Where nothing is tuned: round in this process.
+    if calibration is None or not iterations:
         packages = []
         for number, plan in enumerate(plans):
-            if progress is not None:
-                progress(number, len(plans), plan.scheme)
-            write_weights = functools.partial(round_files, source, plan, linear)
+            rounded = _by_gptq(source, plan, linear, calibration, device, _counted(progress, number, len(plans), plan))
+            write_weights = functools.partial(round_files, source, plan, linear, rounded=rounded)
             packages.append(assemble(plan, write_weights, ["compressed-tensors"]))
         return packages
-    # 4. With data: tune the rounding in a child process, then make packages of what it wrote.
-    if not isinstance(calibration, Tensor):
-        calibration = pack_texts(source, calibration)
+    # 4. Else tune the rounding in a child process, then make packages of what it wrote.
     options = {"iterations": iterations, "seed": seed, "device": device}
     with tuned(record, linear, plans, calibration, log, progress, **options) as scratch:
         return [assemble(plan, functools.partial(move_weights, scratch / plan.scheme), TUNERS) for plan in plans]
@@ -139,7 +141,7 @@ def quantize_mixed(
 
     `bits` are by name of the linear layer in the package, 16 for bfloat16; `architecture` says the same by half-block,
     and those of the embedding and of a head with a weight of its own. Below 8, `group_size` input channels share a
-    scale. Without `calibration`, weights are rounded to nearest; else their rounding is tuned, and all else is as in
+    scale. Without `calibration`, weights are rounded to nearest; else as `iterations` say, and all else is as in
     `quantize_packages`.
     """
     record, linear = read_record(source), linear_layers_of(source)
@@ -149,8 +151,10 @@ def quantize_mixed(
     left_out = [name for name in odd if bits[name] < 16]
     plan = SchemePlan("mixed", group_size, left_out, outer, {name: bits[name] for name in linear.widths})
     assemble = functools.partial(_assemble, record, {"mixed": destination}, linear)
-    if calibration is None:
-        assemble(0, plan, functools.partial(round_files, source, plan, linear), ["compressed-tensors"])
+    if calibration is None or not iterations:
+        rounded = _by_gptq(source, plan, linear, calibration, device, _counted(progress, 0, 1, plan))
+        write_weights = functools.partial(round_files, source, plan, linear, rounded=rounded)
+        assemble(0, plan, write_weights, ["compressed-tensors"])
     else:
         options = {"iterations": iterations, "seed": seed, "device": device}
         with tuned(record, linear, [plan], calibration, log, progress, **options) as scratch:
@@ -160,6 +164,32 @@ def quantize_mixed(
     report = made.model_dump(exclude_unset=True) | {"bits": architecture.to_dict()}
     update_record(destination, entry={"quantization_report": report})
     return read_record(destination)
+
+
+def _by_gptq(
+    source: Path,
+    plan: SchemePlan,
+    linear: LinearLayers,
+    calibration: Tensor | None,
+    device: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, Rounded]:
+    """The linear layers of a package whose rounding calibration text helps, rounded on it; none where there is none."""
+    if calibration is None or all(plan.format_of(name, shape)[0] >= 8 for name, shape in linear.widths.items()):
+        return {}
+    network, info = load_causal_lm(source, torch.float32 if device == "cpu" else torch.bfloat16, check_code(source))
+    check_fit(str(source), info)
+    return round_in_sequence(network.to(device), plan, linear, calibration, progress)
+
+
+def _counted(progress: Progress | None, number: int, plans: int, plan: SchemePlan) -> Callable[[int, int], None]:
+    """Tells `progress` of one plan of several: blocks done of those of all plans."""
+
+    def tell(done: int, blocks: int) -> None:
+        if progress is not None:
+            progress(number * blocks + done, plans * blocks, plan.scheme)
+
+    return tell
 
 
 def _assemble(

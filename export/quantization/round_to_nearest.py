@@ -1,6 +1,7 @@
 """Weights rounded to nearest, as compressed-tensors and auto-round store them: tensor by tensor, without data or model.
 
-Data-free packages hold such weights, and so do the layers of tuned ones that AutoRound leaves out.
+Data-free packages hold such weights, and so do the layers of tuned ones that AutoRound leaves out. What was rounded
+otherwise (`export.quantization.gptq`) is stored here too.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.quantization.schemes import LinearLayers, SchemePlan, form_of
+from export.quantization.schemes import LinearLayers, Scheme, SchemePlan, form_of
 from export.shards import WeightWriter
 from supernet.architecture import table_format
 from supernet.streaming import WeightFiles
 
+Rounded = tuple[Tensor, Tensor]
+"""Codes [outputs, inputs] (int8) and scales [outputs, groups] of a linear layer's weight."""
 QuantizationConfig = dict[str, Any]
 """`quantization_config` of a config.json."""
 
@@ -40,10 +43,8 @@ CHANNEL_INT8 = {
 CHANNEL_GROUP = {"targets": ["Linear"], "weights": CHANNEL_INT8, **_NO_ACTIVATIONS, "format": "pack-quantized"}
 
 
-def round_to_nearest(
-    weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16
-) -> tuple[Tensor, Tensor]:
-    """Codes [out, in] (int8) and scales [out, groups] of a linear layer's weight [out, in].
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16) -> Rounded:
+    """Codes and scales of a linear layer's weight [out, in].
 
     `group_size` input channels share a scale; -1: all of them. Codes are computed with the scale as it is stored.
     """
@@ -64,8 +65,18 @@ def round_to_nearest(
 
 def rounded(weight: Tensor, bits: int, group_size: int) -> Tensor:
     """The values [out, in] that a weight has once it is rounded so, in its own dtype."""
-    codes, scale = round_to_nearest(weight, bits, group_size)
-    return (codes.unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(1).to(weight.dtype)
+    return values_of(round_to_nearest(weight, bits, group_size)).to(weight.dtype)
+
+
+def scale_dtype(form: Scheme) -> torch.dtype:
+    """The dtype that a scheme's scales are stored in."""
+    return torch.float16 if form.auto_round else torch.bfloat16
+
+
+def values_of(rounded: Rounded) -> Tensor:
+    """What codes and scales say: float32 values [out, in]."""
+    codes, scale = rounded
+    return (codes.unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(1)
 
 
 @torch.no_grad()
@@ -82,22 +93,27 @@ def round_network(network: nn.Module, plan: SchemePlan, linear: LinearLayers) ->
 
 
 def packed(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+    """A linear layer's tensors, rounded to nearest, as `pack-quantized` names and stores them."""
+    return packed_codes(round_to_nearest(weight, bits, group_size), bits)
+
+
+def packed_codes(rounded: Rounded, bits: int) -> dict[str, Tensor]:
     """A linear layer's tensors as `pack-quantized` names and stores them: codes in words of 32 bits."""
     # compressed-tensors takes seconds to import.
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    codes, scale = round_to_nearest(weight, bits, group_size)
+    codes, scale = rounded
     return {
         "weight_packed": pack_to_int32(codes, bits),
         "weight_scale": scale,
-        "weight_shape": torch.tensor(weight.shape),
+        "weight_shape": torch.tensor(codes.shape),
     }
 
 
-def packed_by_auto_round(weight: Tensor, bits: int, group_size: int) -> dict[str, Tensor]:
+def packed_by_auto_round(rounded: Rounded, bits: int) -> dict[str, Tensor]:
     """A linear layer's tensors in auto-round's own form, which is GPTQ's: unsigned codes [in, out] in words of 32 bits
     down the inputs, zero points (less one) along the outputs, float16 scales [groups, out]."""
-    codes, scale = round_to_nearest(weight, bits, group_size, torch.float16)
+    codes, scale = rounded
     zero = 2 ** (bits - 1)
     zeros = torch.full(scale.shape, zero - 1, dtype=torch.int32)
     return {
@@ -154,16 +170,20 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return (codes.unflatten(0, (-1, count)) << shifts[:, None]).sum(1, dtype=torch.int32)
 
 
-def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Path) -> QuantizationConfig:
+def round_files(
+    source: Path, plan: SchemePlan, linear: LinearLayers, target: Path, rounded: Mapping[str, Rounded] | None = None
+) -> QuantizationConfig:
     """Write `source`'s weights to `target` with the linear layers inside blocks rounded, and embedding and head where
     the plan says so; returns their configuration.
 
-    Layers that the plan leaves out are rounded to 8 bits, or (in auto-round's own form) not at all. Needs memory for a
-    few tensors and shards.
+    Layers among `rounded`, by module name, are so already; the others are rounded to nearest. Layers that the plan
+    leaves out are rounded to 8 bits, or (in auto-round's own form) not at all. Needs memory for a few tensors and
+    shards.
     """
     # 1. The weights, tensor by tensor.
     files, form, left_out = WeightFiles(source), form_of(plan.scheme), plan.left_out
     outer, tables = outer_modules(plan, linear), dict[str, tuple[int, int]]()
+    given = rounded or {}
     with WeightWriter(target) as weights:
         for stored_name in files:
             tensor, name = files.read(stored_name), linear.name_of(stored_name)
@@ -179,13 +199,15 @@ def round_files(source: Path, plan: SchemePlan, linear: LinearLayers, target: Pa
                 continue
             if part != "weight":
                 stored = {part: tensor.to(torch.float16 if form.auto_round else torch.bfloat16)}
-            elif form.auto_round:
-                stored = packed_by_auto_round(tensor, form.bits, plan.group_size)
-            elif form.dynamic:
-                codes, scale = round_to_nearest(tensor, 8, -1)
-                stored = {"weight": codes, "weight_scale": scale}
             else:
-                stored = packed(tensor, *plan.format_of(module, tensor.shape))
+                bits, group_size = plan.format_of(module, tensor.shape)
+                codes_and_scales = given.get(module) or round_to_nearest(tensor, bits, group_size, scale_dtype(form))
+                if form.auto_round:
+                    stored = packed_by_auto_round(codes_and_scales, bits)
+                elif form.dynamic:
+                    stored = dict(zip(("weight", "weight_scale"), codes_and_scales, strict=True))
+                else:
+                    stored = packed_codes(codes_and_scales, bits)
             for suffix, value in stored.items():
                 weights.add(f"{module}.{suffix}", value)
     return with_outer(plan_configuration(plan, linear), linear, tables)

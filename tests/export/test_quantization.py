@@ -15,6 +15,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from compressor import demo
@@ -23,9 +24,16 @@ from export.package_record import PackageRecord, check_files, read_record
 from export.probe import default_ids, logits_of, next_log_probabilities
 from export.quantization import tuning
 from export.quantization.cost import step_seconds
+from export.quantization.gptq import round_in_sequence
 from export.quantization.plan import linear_layers, linear_layers_in, linear_layers_of, plan_scheme
 from export.quantization.quantize import quantize_package, quantize_packages
-from export.quantization.round_to_nearest import packed, packed_by_auto_round, round_network, round_to_nearest
+from export.quantization.round_to_nearest import (
+    packed,
+    packed_by_auto_round,
+    round_network,
+    round_to_nearest,
+    values_of,
+)
 from export.quantization.schemes import SCHEMES, EmbeddingBits, OuterBits, SchemeName, outer_bits
 from export.quantization.tuning import pack_texts, position
 from export.shards import header_bytes, weight_bytes, weight_files
@@ -440,6 +448,35 @@ def test_without_data_weights_are_rounded_to_nearest(
         assert (error <= 1.05 * step).all() and (error <= 0.51 * step).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_without_tuning_fewer_than_eight_bits_are_rounded_by_gptq(
+    source: Path, scheme: SchemeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> str:
+        raise AssertionError("a child process was started where nothing is tuned")
+
+    monkeypatch.setattr(tuning, "_run_child", never)
+    seen: list[tuple[float, int, str]] = []
+    ids = probe_ids(length=32)
+    package = quantize_package(
+        source, tmp_path / "p", scheme, calibration=ids, iterations=0, progress=lambda *at: seen.append(at)
+    )
+    assert check(package.folder)["quantization"] == scheme and "auto-round" not in package.lineage.quantizer
+    bits, stored = SCHEMES[scheme].bits, load_file(package.folder / "model.safetensors")
+    if bits == 8:  # as without text
+        quantize_package(source, tmp_path / "nearest", scheme, calibration=None, iterations=0)
+        nearest = load_file(tmp_path / "nearest" / "model.safetensors")
+        assert seen == [] and all(torch.equal(stored[name], nearest[name]) for name in stored | nearest)
+        return
+    assert seen == [(done, 4, scheme) for done in (1, 2, 3, 4)]
+    network, _ = load_network(source, torch.float32, True)
+    linear = linear_layers_of(source)
+    found = round_in_sequence(network, plan_scheme(linear.widths, scheme), linear, ids)
+    assert found.keys() == linear.widths.keys() - set(ODD)
+    for module, rounded in found.items():
+        assert_close(dequantized(stored, module, bits)[0], values_of(rounded))
+
+
 def test_networks_without_linear_layers_are_refused() -> None:
     for name in ("gpt2", "qwen3_moe"):
         with pytest.raises(
@@ -493,7 +530,7 @@ def test_rounding_by_hand() -> None:
     assert stored["weight_shape"].tolist() == [2, 6] and torch.equal(stored["weight_scale"], scale)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     codes, scale = round_to_nearest(weight, 4, 32, torch.float16)
-    stored = packed_by_auto_round(weight, 4, 32)
+    stored = packed_by_auto_round((codes, scale), 4)
     assert stored["qweight"].shape == (8, 32) and stored["qzeros"].shape == (2, 4) and stored["scales"].shape == (2, 32)
     value, _ = dequantized({f"m.{name}": tensor for name, tensor in stored.items()}, "m", 4)
     assert torch.equal(value, codes * scale.float().repeat_interleave(32, 1))
@@ -539,7 +576,7 @@ def test_a_failing_child_says_why(source: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(source, tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{}")  # only the child opens it
     with pytest.raises(RuntimeError, match="broken failed: "):
-        quantize_package(broken, tmp_path / "p", "int8", calibration=probe_ids(), iterations=0)
+        quantize_package(broken, tmp_path / "p", "int8", calibration=probe_ids(), iterations=1)
     assert not (tmp_path / "p").exists()
 
 

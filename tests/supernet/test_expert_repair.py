@@ -46,7 +46,7 @@ def behind_layer(
     """What leaves a layer on a text, [tokens, hidden]."""
     supernet.use(variants)
     with supernet.activated(architecture):
-        walk = LayerWalk(supernet, text)
+        walk = LayerWalk.of(supernet, text)
         for number in range(index):
             walk.step(number)
         outputs = torch.cat(walk.outputs(index))
@@ -91,7 +91,7 @@ def test_in_a_search_each_expert_is_fitted_to_its_own_output(family: str, tmp_pa
     assert repaired is not None and repaired.shape == (number, supernet.base.hidden_size, width)
 
     with Hooks([experts.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))]):
-        walk = LayerWalk(supernet, text)
+        walk = LayerWalk.of(supernet, text)
         for layer in range(index + 1):
             walk.step(layer)
     states, chosen, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))

@@ -150,12 +150,12 @@ def test_half_blocks_come_nearer_to_the_uncut_ones(family: str) -> None:
     cut = LayerSizes(heads, groups, full.intermediate_size // 2, full.num_experts)
     architecture = Architecture(supernet.base.hidden_size, (cut, *supernet.base.layers[1:]))
     rows = text(96, 16)
-    uncut = torch.cat(LayerWalk(supernet, rows).outputs(0))
+    uncut = torch.cat(LayerWalk.of(supernet, rows).outputs(0))
 
     def gap(variants: object) -> float:
         supernet.use(variants)  # type: ignore[arg-type]
         with supernet.activated(architecture):
-            gap = torch.cat(LayerWalk(supernet, rows).outputs(0)) - uncut
+            gap = torch.cat(LayerWalk.of(supernet, rows).outputs(0)) - uncut
         supernet.use(None)
         return float(gap.square().sum())
 
@@ -187,7 +187,7 @@ def test_the_half_that_stays_says_what_the_other_said(family: str, width: int) -
         supernet.halves(0)["attention"].register_forward_hook(lambda _, __, out: said.append(out[0].flatten(0, -2))),
     ]
     with Hooks(hooks):
-        LayerWalk(supernet, rows).outputs(0)
+        LayerWalk.of(supernet, rows).outputs(0)
     x, other = torch.cat(read), torch.cat(said).double()
     target = x @ projection.weight().T + other
     biased = projection.bias() is not None
@@ -217,7 +217,7 @@ def test_a_walk_sees_what_a_pass_sees() -> None:
         architecture = random_architecture(supernet.base, random.Random(8))
         layers = supernet.family.layers.rpartition(".")[0]
         with supernet.activated(architecture), torch.no_grad():
-            walk = LayerWalk(supernet, text())
+            walk = LayerWalk.of(supernet, text())
             for index in range(len(supernet.layers)):
                 walk.step(index)
             expected = [model.get_submodule(layers)(ids, use_cache=False).last_hidden_state for ids in text()]

@@ -1,0 +1,128 @@
+"""Rounding that makes up for itself, on calibration text and without training: GPTQ (Frantar et al., arXiv 2210.17323).
+
+Inputs of a linear layer are rounded one after the other. What the rounding of one takes from the layer's output is
+given back by those that are not rounded yet, as well as least squares can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from export.quantization.round_to_nearest import Rounded, scale_dtype, values_of
+from export.quantization.schemes import LinearLayers, SchemePlan, form_of
+from supernet.common.errors import RequestError
+from supernet.hooks import Hooks
+from supernet.layer_walk import LayerWalk
+from supernet.least_squares import Sums
+from supernet.uneven import family_of_standalone
+
+DAMPING = 0.01
+"""Added to the diagonal of the second moments, as a share of its mean; the paper's."""
+SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+"""Scales to choose from, as shares of the one at which no weight is clipped."""
+ROWS = 8
+"""Sequences of calibration text that are computed at a time."""
+
+
+def gptq(weight: Tensor, second: Tensor, bits: int, group_size: int, stored: torch.dtype = torch.bfloat16) -> Rounded:
+    """Codes and scales of a linear layer's weight [out, in] in fewer than 8 bits, `group_size` inputs to a scale.
+
+    `second` are the second moments E[x xᵀ] [in, in] of its inputs; an input that is always zero is rounded to nearest.
+    `stored` is the dtype of scales.
+    """
+    # 1. The inverse of the moments as Uᵀ U, U upper triangular: row i of U says how the inputs behind i make up for it.
+    moments = second.double()
+    diagonal = moments.diagonal()
+    moments = moments + torch.diag(DAMPING * diagonal.mean() + (diagonal == 0))
+    flipped = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    makes_up = torch.linalg.solve_triangular(flipped, torch.eye(len(moments)).to(moments), upper=True).float()
+    # 2. Group by group: a scale for what is there by now, then input by input.
+    left, means = weight.detach().float().clone(), diagonal.float()
+    codes, scales = torch.empty_like(left, dtype=torch.int8), []
+    lowest = -(2 ** (bits - 1))
+    for start in range(0, left.shape[1], group_size):
+        here = slice(start, start + group_size)
+        group, own = left[:, here], makes_up[here, here]
+        scale = best_scale(group, means[here], lowest, stored)
+        scales.append(scale)
+        step = scale.float()
+        divisor, errors = torch.where(step == 0, 1.0, step), torch.empty_like(group)
+        for i in range(group.shape[1]):
+            code = (group[:, i] / divisor).round_().clamp_(lowest, -lowest - 1)
+            codes[:, start + i] = code.to(torch.int8)
+            errors[:, i] = (group[:, i] - code * step) / own[i, i]
+            group[:, i + 1 :].addr_(errors[:, i], own[i, i + 1 :], alpha=-1)
+        # 3. What the groups behind give back for this one.
+        behind = slice(start + group_size, None)
+        left[:, behind] -= errors @ makes_up[here, behind]
+    return codes, torch.stack(scales, 1)
+
+
+def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
+    """The scale [out], as it is stored, at which a group [out, inputs] rounded to nearest errs least; errors are
+    weighed by the inputs' mean squares."""
+    low, high = group.aminmax(dim=1)
+    # Codes reach one step further below zero than above: the scale's sign puts the largest weight on that side.
+    largest = torch.where(-low > high, low, high) / lowest
+    best, least = torch.zeros_like(largest, dtype=dtype), torch.full_like(largest, torch.inf)
+    for share in SHRUNK:
+        scale = (largest * share).to(dtype)
+        step = scale.float()[:, None]
+        codes = (group / torch.where(step == 0, 1.0, step)).round_().clamp_(lowest, -lowest - 1)
+        error = (codes * step - group).square_() @ means
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+@torch.no_grad()
+def round_in_sequence(
+    network: PreTrainedModel,
+    plan: SchemePlan,
+    linear: LinearLayers,
+    ids: Tensor,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Rounded]:
+    """Round the linear layers inside blocks that a plan gives fewer than 8 bits, the first block first, each on what
+    the blocks before it say once they are rounded; returns codes and scales by module name.
+
+    `ids` are calibration text, [sequences, length]. The network holds the rounded values then. `progress` is told
+    blocks done and blocks in all. Needs memory for the network and the second moments of one block's inputs.
+
+    Raises `RequestError` where inputs are not finite.
+    """
+    layers = family_of_standalone(network.config).layers
+    walk = LayerWalk(network, layers, ids.to(network.device).split(ROWS))
+    formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
+    dtype, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
+    blocks = len(network.get_submodule(layers))
+    for index in range(blocks):
+        prefix = f"{layers}.{index}."
+        here = {name: form for name, form in formats.items() if name.startswith(prefix) and form[0] < 8}
+        sums = {name: Sums(linear.widths[name][1], device=network.device) for name in here}
+
+        def add(own: Sums) -> Callable[..., None]:
+            return lambda _, inputs: own.add(inputs[0].flatten(0, -2))
+
+        # The moments of all of a block's layers come from one pass, before any of them is rounded: to pass again after
+        # each gains nothing that can be measured (docs/results.md, "Rounding without tuning").
+        modules = {name: network.get_submodule(name) for name in here}
+        with Hooks([modules[name].register_forward_pre_hook(add(own)) for name, own in sums.items()]):
+            if here:
+                walk.outputs(index)
+        for name, (bits, group_size) in here.items():
+            weight = modules[name].weight
+            assert isinstance(weight, nn.Parameter)
+            second = sums.pop(name).moments(centred=False)[0]
+            if not second.isfinite().all():
+                raise RequestError(f"{name}: what it reads of the calibration text is not finite; nothing is rounded")
+            codes, scales = gptq(weight, second, bits, group_size, dtype)
+            weight.copy_(values_of((codes, scales)))
+            found[name] = codes.cpu(), scales.cpu()
+        walk.step(index)
+        progress(index + 1, blocks)
+    return found
