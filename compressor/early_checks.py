@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
-
 from compressor import names
 from compressor.recipe import Recipe
 from compressor.trackers import check_trackers
 from export.layouts.installed import check_installed
 from supernet.common.errors import RequestError, reading, unknown
-from supernet.common.files import read_text
-from supernet.raw_config import local_folder, read_raw_config
+from supernet.common.files import load_yaml, read_text
+from supernet.raw_config import files_like_weights, loaded_files, local_folder, read_raw_config
 from supernet.training.accelerator import check_device
 from supernet.training.sources import GENERATED, hub_dataset, is_generated, local_files
 
@@ -63,11 +61,13 @@ def check_places(recipe: Recipe) -> None:
     """Refuse files and folders that are not there, or not what they should be."""
     if (folder := local_folder(recipe.model)) is not None:
         read_raw_config(recipe.model, folder)
+        if files_like_weights(folder):  # `inspect` also takes a folder that holds none
+            loaded_files(folder)
     if isinstance(recipe.space, str) and Path(recipe.space).suffix in (".yaml", ".yml"):
         if not Path(recipe.space).is_file():
             raise RequestError(f"--space {recipe.space}: no such file")
         with reading(f"--space {recipe.space}: not valid YAML"):
-            yaml.safe_load(read_text(Path(recipe.space)))
+            load_yaml(read_text(Path(recipe.space)))
     if recipe.data is not None and not is_generated(recipe.data):
         if (named := hub_dataset(recipe.data)) is None:
             local_files(recipe.data)

@@ -25,7 +25,7 @@ from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, Structure
 from supernet.checkpoint import Checkpoint, open_checkpoint
 from supernet.common.errors import RequestError, reading, unknown
-from supernet.common.files import read_json, write_json
+from supernet.common.files import load_yaml, read_json, write_json
 from supernet.common.processes import available_cores
 from supernet.device import parts_of_batch, pass_tokens
 from supernet.loading import check_fit, load_causal_lm
@@ -211,7 +211,7 @@ class Job:
                 return SearchSpace.from_dict(named, self.structure, measured_order)
             if Path(named).suffix in (".yaml", ".yml"):
                 return SearchSpace.from_dict(
-                    yaml.safe_load(Path(named).read_text(encoding="utf-8")), self.structure, measured_order
+                    load_yaml(Path(named).read_text(encoding="utf-8")), self.structure, measured_order
                 )
             return SearchSpace.preset(named, self.structure)
         except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from compressor.names import recipes
 from compressor.recipe import Recipe
 from supernet.common.errors import RequestError, did_you_mean, reading
-from supernet.common.files import read_text, write_text
+from supernet.common.files import load_yaml, read_text, write_text
 
 
 def read_recipe(file: Path | None, overrides: Mapping[str, object], *, new_targets: bool = False) -> Recipe:
@@ -31,7 +31,7 @@ def read_recipe(file: Path | None, overrides: Mapping[str, object], *, new_targe
                 raise RequestError(f"--recipe {file}: no such file{did_you_mean(str(file), recipes())}")
             file = recipes()[str(file)]
         with reading(f"--recipe {file}: not valid YAML"):
-            loaded = yaml.safe_load(read_text(file))
+            loaded = load_yaml(read_text(file))
         if not isinstance(loaded, dict):
             raise RequestError(f"--recipe {file}: expected keys and values")
         values = {name: value for name, value in loaded.items() if value is not None}  # no value says nothing

@@ -22,8 +22,8 @@ from supernet.common.errors import RequestError, reading
 from supernet.common.files import content_fingerprint
 from supernet.common.progress import say
 from supernet.families import describe, family_of
-from supernet.loading import check_fit, checkpoint_folder, load_causal_lm, loaded_files
-from supernet.raw_config import read_raw_config
+from supernet.loading import check_fit, checkpoint_folder, load_causal_lm
+from supernet.raw_config import loaded_files, read_raw_config
 from supernet.streaming import WeightFiles
 from supernet.tokens import read_tokenizer
 

@@ -14,13 +14,10 @@ from torch import nn
 
 from supernet.common.errors import RequestError, first_line, out_of_space
 from supernet.common.files import read_json
-from supernet.raw_config import local_folder
+from supernet.raw_config import INDEX, SINGLE, files_of_index, loaded_files, local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class LoadingInfo(TypedDict):
@@ -30,38 +27,6 @@ class LoadingInfo(TypedDict):
     missing_keys: set[str]
     unexpected_keys: set[str]
     mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
-
-
-def loaded_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads of a folder: one, or the shards of an index.
-
-    Others, such as `consolidated.safetensors`, are not looked at. Raises `RequestError` where there are none, or one
-    is missing or outside the folder.
-    """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        others = sorted(
-            file.name for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)
-        )
-        hint = f" ({others[0]} is not what transformers loads; convert it first)" if others else ""
-        raise RequestError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}{hint}")
-    names = files_of_index(folder)
-    for name in names:
-        if Path(name).name != name:
-            raise RequestError(f"{folder / INDEX}: names the file {name}, which is outside the folder")
-        if not (folder / name).is_file():
-            raise RequestError(f"{folder}: the shard {name} is missing ({len(names)} are listed); fetch it again")
-    return [folder / name for name in names]
-
-
-def files_of_index(folder: Path) -> list[str]:
-    """The names of the files that a folder's index lists. Raises `RequestError` where it is no such index."""
-    index = read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise RequestError(f"{folder / INDEX}: has no 'weight_map' of tensors to files; fetch it again")
-    return sorted(set(weight_map.values()))
 
 
 def load_causal_lm(

@@ -1,4 +1,5 @@
-"""What can be refused of a checkpoint by its name and its config.json as text, without torch or transformers."""
+"""What can be refused of a checkpoint by its name, its config.json as text and the names of its files, without torch or
+transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from supernet.common.errors import RequestError
+from supernet.common.files import read_json
 from supernet.elastic import ELASTIC_PREFIX
 from supernet.families import family_named
 from supernet.uneven import UNEVEN_PREFIX
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def local_folder(name: str) -> Path | None:
@@ -59,3 +63,38 @@ def read_raw_config(name: str, path: Path) -> dict[str, Any]:
     if "auto_map" not in raw:
         family_named(raw["model_type"])
     return raw
+
+
+def loaded_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads of a folder: one, or the shards of an index.
+
+    Others, such as `consolidated.safetensors`, are not looked at. Raises `RequestError` where there are none, or one
+    is missing or outside the folder.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        others = [file.name for file in files_like_weights(folder)]
+        hint = f"; {others[0]} is not read: save it anew, from transformers with save_pretrained" if others else ""
+        raise RequestError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}{hint}")
+    names = files_of_index(folder)
+    for name in names:
+        if Path(name).name != name:
+            raise RequestError(f"{folder / INDEX}: names the file {name}, which is outside the folder")
+        if not (folder / name).is_file():
+            raise RequestError(f"{folder}: the shard {name} is missing ({len(names)} are listed); fetch it again")
+    return [folder / name for name in names]
+
+
+def files_of_index(folder: Path) -> list[str]:
+    """The names of the files that a folder's index lists. Raises `RequestError` where it is no such index."""
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise RequestError(f"{folder / INDEX}: has no 'weight_map' of tensors to files; fetch it again")
+    return sorted(set(weight_map.values()))
+
+
+def files_like_weights(folder: Path) -> list[Path]:
+    """The files of a folder that may hold weights, whether they are read or not."""
+    return sorted(file for suffix in ("safetensors", "bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))

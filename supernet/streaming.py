@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from supernet.architecture import Architecture, Structure
 from supernet.families import family_of
 from supernet.hooks import Hooks
-from supernet.loading import loaded_files
+from supernet.raw_config import loaded_files
 from supernet.slicing import (
     build_standalone,
     check_without_bits,

@@ -44,11 +44,11 @@ def evaluate(
 
     with working("scoring"):
         results = run_evaluation(path_or_repo, asked.tasks, include_path=include_path, limit=limit, **given)
-    if output is not None:
-        write_json(output, results)
     if not json:
         console.print(score_table(results["scores"]))
     emit(results, json)
+    if output is not None:  # last: a disk that is full by now costs no result
+        write_json(output, results)
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> Table:

@@ -14,6 +14,7 @@ import yaml
 from compressor.names import FORMATS, SPACES, TRACKERS, WARM_STARTS
 from export.quantization.schemes import SCHEMES
 from supernet.common.errors import RequestError
+from supernet.common.files import load_yaml
 
 Model = Annotated[str, typer.Argument(help="a checkpoint: a folder or a hub name")]
 RunFolder = Annotated[Path, typer.Argument(help="a run directory made by compress or finetune", metavar="RUN")]
@@ -188,7 +189,7 @@ def _settings(pairs: list[str]) -> Given:
         if not equals or not key.strip():
             raise RequestError(f"--set {pair}: expected KEY=VALUE, such as healing.tokens=2M")
         try:
-            given[key.strip()] = yaml.safe_load(text)
+            given[key.strip()] = load_yaml(text)
         except yaml.YAMLError:
             given[key.strip()] = text
     return given

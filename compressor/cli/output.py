@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,4 +34,9 @@ def writable(option: str, file: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{option} {file}: {file.parent} cannot be made a folder: {error.strerror}") from error
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{option} {file}: nothing can be written to {file.parent}: {error.strerror}") from error
     return file

@@ -12,6 +12,8 @@ from supernet.common.errors import RequestError
 @recipe_options(*TARGETS, "prefer", "key", "bits")
 def pick(run: RunFolder, given: Given, json: Json = False) -> None:
     """Choose from what was measured, for new targets or by a key."""
+    if given.get("key") == "":
+        raise RequestError("--key is empty; give the beginning of a key, as compressor front lists them")
     if given.get("key") and any(name.startswith("targets.") for name in given):
         raise RequestError("--key names one network; leave the targets out, or the key")
     run_recipe(run, given)

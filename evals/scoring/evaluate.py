@@ -78,6 +78,7 @@ def evaluate(
     lm.tune(task_set.requests("all", limit).spans, available_cores())
     scorer = Scorer(task_set, lm)
     answers = scorer.ask("all", limit)
+    check_numbers(name, answers)
 
     # 3. lm-eval's results and our scores from them.
     source = {"pretrained": name, "revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -93,6 +94,18 @@ def evaluate(
         "transformers_version": transformers.__version__,
         "torch_version": torch.__version__,
     }
+
+
+def check_numbers(name: str, answers: Answers) -> None:
+    """Raise `RequestError` where log-probabilities are no numbers: as scores they would be wrong answers."""
+    for responses in answers.values():
+        for response in responses:
+            said = response[0] if isinstance(response, tuple) else response
+            if isinstance(said, float) and math.isnan(said):
+                raise RequestError(
+                    f"{name}: its log-probabilities are no numbers; a weight has NaN or infinite values, or the dtype "
+                    "is too small for it"
+                )
 
 
 def _harness_results(task_set: TaskSet, limit: int | None, answers: Answers) -> dict[str, Any]:

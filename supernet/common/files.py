@@ -6,11 +6,14 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from supernet.common.errors import RequestError
 
@@ -128,3 +131,31 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not text in UTF-8 ({error})") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses what YAML takes in silence and nobody means: a key that stands twice, of which the last would count, and
+    numbers such as 010, which is 8. 1:30, which is 90, stays the text that it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def plain_int(self, node: yaml.ScalarNode) -> int | str:
+        if ":" in node.value:
+            return str(node.value)
+        if re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+            problem = f"{node.value} begins with 0, as numbers in base 8 do; leave the 0 out"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.plain_int)
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML says, of plain values only. Raises `yaml.YAMLError`, also for a key that stands twice in one place and
+    for a number with a leading 0."""
+    return yaml.load(text, _PlainLoader)

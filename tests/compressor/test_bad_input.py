@@ -307,7 +307,7 @@ CASES: list[tuple[Callable[[Bench], None], list[str]]] = [
     (adapter, ["adapter", "merge"]),
     (quantized, ["already quantized", "gptq"]),
     (unsupported, ["mamba", "llama"]),
-    (pickled, ["pytorch_model.bin", "model.safetensors", "convert"]),
+    (pickled, ["pytorch_model.bin", "model.safetensors", "save_pretrained"]),
     (outside_shard, ["../model-00002-of-00002.safetensors", "outside"]),
     (original_weights_only, ["consolidated.safetensors", "model.safetensors"]),
     (adapter_beside, ["adapter_config.json", "merge"]),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,14 +75,21 @@ def test_a_speed_table_is_measured_for_a_search_elsewhere(
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     tasks = ["--tasks", "tiny_choice", "--include-path", str(tiny.task(tmp_path / "tasks"))]
     assert run(["evaluate", str(model), *tasks, "--output", str(tmp_path)]) == 2
     assert f"error: --output {tmp_path}: is a folder; name a file" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert run(["speed-table", str(model), str(tmp_path / "file" / "table.json")]) == 2
     assert "cannot be made a folder" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", read_only)
+        assert run(["speed-table", str(model), str(tmp_path / "table.json")]) == 2
+    assert f"table.json: nothing can be written to {tmp_path}: {os.strerror(errno.EROFS)}" in capsys.readouterr().err
     assert run(["evaluate", str(model), *tasks, "--output", str(tmp_path / "new" / "scores.json")]) == 0
     assert "tiny_choice" in json.loads((tmp_path / "new" / "scores.json").read_text())["results"]
 
@@ -93,3 +104,24 @@ def test_sigterm_interrupts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 130 and "what was done is kept" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_all_there_are_refused_before_anything_is_loaded(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with no weights at all may be inspected; one with a part of them is refused like everywhere else."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert run(["inspect", str(folder)]) == 0
+    (folder / "pytorch_model.bin").touch()
+    assert run(["inspect", str(folder)]) == 2
+    assert "pytorch_model.bin is not read: save it anew, from transformers with save_pretrained" in (
+        capsys.readouterr().err
+    )
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (folder / shards[0]).touch()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict(zip("ab", shards, strict=True))})
+    )
+    assert run(["inspect", str(folder)]) == 2
+    assert f"the shard {shards[1]} is missing" in capsys.readouterr().err

@@ -94,6 +94,33 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
         read_recipe(file, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: m\nseed: 1\nseed: 2\n", ["'seed' stands there twice"]),
+        ("model: m\ntargets: {max_params: 0.7}\ntargets: {max_drop: 1%}\n", ["'targets' stands there twice"]),
+        ("model: m\nseed: 010\n", ["010 begins with 0"]),
+        ("model: m\ntime: 1:30\n", ["'time'", "got '1:30'"]),
+    ],
+)
+def test_what_yaml_takes_in_silence_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RequestError) as refused:
+        read_recipe(tmp_path / "r.yaml", {})
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_anchors_of_yaml_may_be_merged_and_overridden(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: m\nfinetuning: &a {tokens: 7, batch_size: 2}\nhealing: {<<: *a, tokens: 9}\n"
+    )
+    with pytest.raises(RequestError, match=r"unknown key 'healing\.batch_size'"):  # merged, and looked at
+        read_recipe(tmp_path / "r.yaml", {})
+    (tmp_path / "r.yaml").write_text("model: m\nfinetuning: &a {tokens: 7}\nhealing: {<<: *a, tokens: 9}\nseed: 0\n")
+    recipe = read_recipe(tmp_path / "r.yaml", {})
+    assert (recipe.finetuning.tokens, recipe.healing.tokens, recipe.seed) == (7, 9, 0)
+
+
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_recipes_that_come_with_the_project_are_valid(file: Path) -> None:
     assert read_recipe(file, {"model": "m"}).resolved().model == "m"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -295,6 +296,16 @@ def test_evaluate_gives_lm_evals_results(llama: PreTrainedModel, tasks: Path, tm
     assert ours["scores"]["both"]["n"] == 21 and ours["scores"]["both"]["chance"] == pytest.approx(0.4206, abs=1e-3)
     with pytest.raises(RequestError, match="no such folder"):
         evaluate(str(tmp_path / "models"), names, include_path=tasks)
+
+
+def test_a_network_that_gives_no_numbers_is_refused(llama: PreTrainedModel, tasks: Path) -> None:
+    """As scores they would be wrong answers: 0, without a word."""
+    broken = copy.deepcopy(llama)
+    with torch.no_grad():
+        broken.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = torch.nan
+    for name in ("choice", "rolling"):
+        with pytest.raises(RequestError, match="its log-probabilities are no numbers; a weight has NaN"):
+            evaluate(broken, [name], tokenizer=tiny.byte_tokenizer(), include_path=tasks, device="cpu")
 
 
 def test_a_task_may_bring_functions_of_its_own(
