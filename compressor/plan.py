@@ -44,6 +44,9 @@ FEWEST = {
 """Least budgets; less is not worth a run."""
 MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "samples": 64, "batch": 32, "calibration": 65536}
 """Budgets beyond which more was never seen to help."""
+WORTHWHILE = {"rounding": 50}
+"""Budgets of which fewer are no better than the least: with few steps AutoRound loses more than GPTQ, which takes none
+(docs/results.md, "Quantization")."""
 LIMIT_PER_EVALUATION = 200 / 72
 """Documents to sub-networks, in which a search's time is split."""
 WORTH_TRAINING = 0.1
@@ -274,6 +277,7 @@ class OpenBudgets:
         before = self.set({})
 
         def taken(value: int) -> float:
+            value = value if value >= WORTHWHILE.get(name, 0) else FEWEST[name]
             return self.set({name: value, **{other: of(value) for other, of in others.items()}})
 
         largest(taken, before + seconds, FEWEST[name], MOST[name])

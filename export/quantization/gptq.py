@@ -6,7 +6,8 @@ given back by those that are not rounded yet, as well as least squares can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,10 @@ def gptq(weight: Tensor, second: Tensor, bits: int, group_size: int, stored: tor
     `second` are the second moments E[x xᵀ] [in, in] of its inputs; an input that is always zero is rounded to nearest.
     `stored` is the dtype of scales.
     """
-    # 1. The inverse of the moments as Uᵀ U, U upper triangular: row i of U says how the inputs behind i make up for it.
-    moments = second.double()
-    diagonal = moments.diagonal()
-    moments = moments + torch.diag(DAMPING * diagonal.mean() + (diagonal == 0))
-    flipped = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
-    makes_up = torch.linalg.solve_triangular(flipped, torch.eye(len(moments)).to(moments), upper=True).float()
+    # 1. How the inputs behind each one make up for it.
+    makes_up, means = compensation(second), second.diagonal().float()
     # 2. Group by group: a scale for what is there by now, then input by input.
-    left, means = weight.detach().float().clone(), diagonal.float()
+    left = weight.detach().float().clone()
     codes, scales = torch.empty_like(left, dtype=torch.int8), []
     lowest = -(2 ** (bits - 1))
     for start in range(0, left.shape[1], group_size):
@@ -62,6 +59,16 @@ def gptq(weight: Tensor, second: Tensor, bits: int, group_size: int, stored: tor
     return codes, torch.stack(scales, 1)
 
 
+def compensation(second: Tensor) -> Tensor:
+    """U [in, in], upper triangular, of the inverse Uᵀ U of second moments [in, in]: where the rounding of input i moves
+    its weight by e, those behind it make up for it best by moving by e U[i, j] / U[i, i] (the paper's eq. 2 and 3)."""
+    moments = second.double()
+    diagonal = moments.diagonal()
+    moments = moments + torch.diag(DAMPING * diagonal.mean() + (diagonal == 0))
+    flipped = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(flipped, torch.eye(len(moments)).to(moments), upper=True).float()
+
+
 def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
     """The scale [out], as it is stored, at which a group [out, inputs] rounded to nearest errs least; errors are
     weighed by the inputs' mean squares."""
@@ -79,7 +86,6 @@ def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) ->
     return best
 
 
-@torch.no_grad()
 def round_in_sequence(
     network: PreTrainedModel,
     plan: SchemePlan,
@@ -87,42 +93,62 @@ def round_in_sequence(
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Rounded]:
-    """Round the linear layers inside blocks that a plan gives fewer than 8 bits, the first block first, each on what
-    the blocks before it say once they are rounded; returns codes and scales by module name.
+    """Round the linear layers inside blocks that a plan gives fewer than 8 bits; returns codes and scales by module
+    name. The network holds the rounded values then. The other arguments and errors are those of `in_sequence`."""
+    formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
+    dtype, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
 
-    `ids` are calibration text, [sequences, length]. The network holds the rounded values then. `progress` is told
-    blocks done and blocks in all. Needs memory for the network and the second moments of one block's inputs.
+    def round_one(name: str, weight: Tensor, second: Tensor) -> Tensor:
+        codes, scales = gptq(weight, second, *formats[name], dtype)
+        found[name] = codes.cpu(), scales.cpu()
+        return values_of((codes, scales))
+
+    in_sequence(network, [name for name, (bits, _) in formats.items() if bits < 8], ids, round_one, progress)
+    return found
+
+
+@torch.no_grad()
+def in_sequence(
+    network: PreTrainedModel,
+    names: Iterable[str],
+    ids: Tensor,
+    rounded: Callable[[str, Tensor, Tensor], Tensor],
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Give linear layers inside blocks their rounded values, the first block first, each by what it reads once the
+    blocks before it are rounded.
+
+    `rounded` makes them of a module's name, its weight as it is stored and the second moments [in, in] of its inputs on
+    `ids`, [sequences, length]. `progress` is told blocks done and blocks in all. Needs memory for the network and the
+    second moments of one block's inputs.
 
     Raises `RequestError` where inputs are not finite.
     """
-    layers = family_of_standalone(network.config).layers
+    layers, chosen = family_of_standalone(network.config).layers, set(names)
     walk = LayerWalk(network, layers, ids.to(network.device).split(ROWS))
-    formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
-    dtype, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
-    blocks = len(network.get_submodule(layers))
-    for index in range(blocks):
-        prefix = f"{layers}.{index}."
-        here = {name: form for name, form in formats.items() if name.startswith(prefix) and form[0] < 8}
-        sums = {name: Sums(linear.widths[name][1], device=network.device) for name in here}
 
-        def add(own: Sums) -> Callable[..., None]:
-            return lambda _, inputs: own.add(inputs[0].flatten(0, -2))
+    sums: dict[str, Sums] = {}
 
+    def add(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
+            sums.setdefault(name, Sums(x.shape[1], device=x.device)).add(x)
+
+        return hook
+
+    blocks = cast(nn.ModuleList, network.get_submodule(layers))
+    for index, block in enumerate(blocks):
+        modules = {f"{layers}.{index}.{name}": module for name, module in block.named_modules()}
+        modules = {name: module for name, module in modules.items() if name in chosen}
         # The moments of all of a block's layers come from one pass, before any of them is rounded: to pass again after
-        # each gains nothing that can be measured (docs/results.md, "Rounding without tuning").
-        modules = {name: network.get_submodule(name) for name in here}
-        with Hooks([modules[name].register_forward_pre_hook(add(own)) for name, own in sums.items()]):
-            if here:
+        # each gains nothing that can be measured (docs/results.md, "Quantization").
+        with Hooks([module.register_forward_pre_hook(add(name)) for name, module in modules.items()]):
+            if modules:
                 walk.outputs(index)
-        for name, (bits, group_size) in here.items():
-            weight = modules[name].weight
-            assert isinstance(weight, nn.Parameter)
-            second = sums.pop(name).moments(centred=False)[0]
+        for name, module in modules.items():
+            weight, second = cast(Tensor, module.weight), sums.pop(name).moments(centred=False)[0]
             if not second.isfinite().all():
                 raise RequestError(f"{name}: what it reads of the calibration text is not finite; nothing is rounded")
-            codes, scales = gptq(weight, second, bits, group_size, dtype)
-            weight.copy_(values_of((codes, scales)))
-            found[name] = codes.cpu(), scales.cpu()
+            weight.copy_(rounded(name, weight, second))
         walk.step(index)
-        progress(index + 1, blocks)
-    return found
+        progress(index + 1, len(blocks))
