@@ -105,6 +105,23 @@ def test_refit_finds_the_target_and_starts_from_the_slice() -> None:
     assert math.isfinite(ridge) or torch.equal(weight, start)
 
 
+def test_no_ridge_is_taken_where_the_plain_slice_is_better() -> None:
+    """Inputs 2 and 3 are those in front of them in what is fitted to, and their negatives in what is held out: whatever
+    is said with them is wrong there, and better only than what loses the means, which a bias carries."""
+    first = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    fitted_to, held_out = torch.cat([first, first], 1), torch.cat([first, -first], 1)
+    weight = torch.ones(1, 4, dtype=torch.float64)
+    assert math.isinf(choose_ridge(weight, sums(fitted_to), sums(held_out), centred=False))
+    assert math.isinf(choose_ridge(weight, sums(fitted_to), sums(held_out), centred=True))
+    assert math.isfinite(choose_ridge(weight, sums(fitted_to + 5), sums(held_out + 5), centred=True))
+
+
+def test_a_refit_that_is_worse_on_what_is_held_out_is_not_taken() -> None:
+    x, start = torch.tensor([[1.0], [-1.0]]), torch.zeros(1, 1, dtype=torch.float64)
+    weight, ridge = refit(start, sums(x, x), sums(x, -x), centred=False)
+    assert torch.equal(weight, start) and math.isinf(ridge)
+
+
 def provider(supernet: SuperNetwork, memory: int = 2**30) -> RepairedVariants:
     moments = dict(gather(supernet, text(), experts=True))
     return RepairedVariants(supernet, moments.__getitem__, memory)

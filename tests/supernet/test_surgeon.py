@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 from supernet.activation import SuperNetwork
 from supernet.importance import IMPORTANCES
 from supernet.least_squares import factorised, prefix_weight
+from supernet.moments import Moments, projections
 from supernet.ordering import order_by, score_shapes
-from supernet.surgeon import removed_in_turn
+from supernet.surgeon import RIDGE, removal_errors, removed_in_turn
 from tests.support.tiny_families import assert_close, tiny_network
 
 
@@ -75,6 +77,25 @@ def test_several_at_once_are_about_as_good() -> None:
     slow, fast = map(error, in_turn)
     wanda = error((second.diagonal() * weight.square().sum(0)).argsort(descending=True))
     assert slow <= fast * 1.0001 and fast < 1.1 * slow and fast < wanda
+
+
+def test_errors_behind_steps_of_two_are_of_both_together() -> None:
+    weight, second = problem(12)
+    errors = removed_in_turn(weight, second.inverse(), 12, steps=6)
+    order = errors.argsort().tolist()
+    for first in range(0, 12, 2):
+        assert errors[order[first]] == pytest.approx(error_without(weight, second, order[: first + 1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(("judged", "taken"), [(0.5, 0.5), (math.inf, RIDGE)])
+def test_moments_are_taken_less_their_means_and_with_the_ridge_that_was_judged(judged: float, taken: float) -> None:
+    """Of a projection with a bias, which carries the means."""
+    projection = projections(SuperNetwork(tiny_network("opt")))[0, "mlp"]
+    _, second = problem(56)
+    moments = Moments((second + 1).float(), torch.ones(56), 400, judged)
+    ridge = taken * second.diagonal().mean() * torch.eye(56)
+    expected = removed_in_turn(projection.weight(), (second + ridge).inverse(), 56)
+    assert_close(removal_errors(projection, moments, 56), expected)
 
 
 def test_brute_force_of_a_small_case() -> None:
