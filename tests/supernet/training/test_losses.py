@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from supernet.activation import SuperNetwork
 from supernet.architecture import Architecture, LayerSizes
 from supernet.training import losses
-from supernet.training.data import IGNORED, Batch
+from supernet.training.data import IGNORED, Batch, Blocks
 from supernet.training.losses import Loss, cross_entropy, forward_kl
 from supernet.training.traces import HiddenStates, Recorder, trace
 from tests.support import tiny_families
@@ -131,6 +131,37 @@ def test_state_losses_are_nothing_for_the_teacher_itself(network: PreTrainedMode
     assert losses.hidden(seen, seen).item() == pytest.approx(0, abs=1e-6)
 
 
+def of_logits(logits: Tensor) -> HiddenStates:
+    """States that a head gives as they are."""
+    nothing = torch.zeros(1, 1)
+    targets = torch.zeros(len(logits), dtype=torch.int64)
+    return HiddenStates(Batch(nothing, nothing, nothing), logits, targets, lambda states: states, logits.shape[1])
+
+
+def test_the_temperature_of_a_loss_is_that_of_its_divergence() -> None:
+    """Twice the logits at temperature 2 are the same distributions, times 4."""
+    logits, teacher = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]]), torch.zeros(2, 3)
+    warm = Loss({"kl": 1.0}, temperature=2.0)(of_logits(2 * logits), of_logits(teacher)).item()
+    assert warm == pytest.approx(4 * Loss({"kl": 1.0})(of_logits(logits), of_logits(teacher)).item())
+
+
+def test_a_held_out_loss_is_the_mean_over_tokens_and_not_over_blocks(network: PreTrainedModel, batch: Batch) -> None:
+    blocks = Blocks(torch.stack([batch.ids, batch.labels, batch.positions], 1).int(), "", 2)
+    with torch.no_grad():
+        logits = network(input_ids=batch.ids, use_cache=False).logits[:, :-1][batch.learnt]
+    expected = torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][batch.learnt]).item()
+    for rows in (1, 2):
+        loss = losses.held_out_loss(network, blocks, rows, torch.device("cpu"))
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_narrower_residual_is_compared_with_the_teachers_first_channels() -> None:
+    """The cosine between (1, 0) and (3, 4) is 0.6."""
+    student, teacher = of_logits(torch.zeros(1, 2)), of_logits(torch.zeros(1, 4))
+    student.layers[1], teacher.layers[1] = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 4.0, 1.0, 0.0]]])
+    assert losses.hidden(student, teacher).item() == pytest.approx(0.4)
+
+
 def test_relations_by_hand() -> None:
     """One head of width 1, two tokens in one document: pairs (0,0), (1,0), (1,1); a third token is a document of its
     own, paired with itself only."""
@@ -143,6 +174,17 @@ def test_relations_by_hand() -> None:
     # Scores: the teacher's 1, 2, 4, 9; the student's 1, 1, 1, 9.
     loss = losses.relations(of([1.0, 1.0, 3.0]), of([1.0, 2.0, 3.0])).item()
     assert loss == pytest.approx((0 + 1 + 9 + 0) / (1 + 4 + 16 + 81))
+
+
+def test_relations_of_a_narrower_student_are_scaled_by_its_own_width() -> None:
+    """One token: the student's one channel scores 1 / 1, the teacher's four 4 / 2."""
+    batch = Batch(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+
+    def of(values: list[float]) -> HiddenStates:
+        projected = [torch.tensor([[values]])]
+        return HiddenStates(batch, torch.zeros(1), torch.zeros(1), lambda h: h, 1, head_dim=4, attention=projected)
+
+    assert losses.relations(of([1.0]), of([2.0, 0.0, 0.0, 0.0])).item() == pytest.approx((1 - 2) ** 2 / 2**2)
 
 
 def test_a_recorder_sees_the_sub_network_and_takes_its_hooks_off(network: PreTrainedModel, batch: Batch) -> None:
