@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def test_a_stack_is_many_matrices_and_nothing_stays_nothing() -> None:
     assert not made[1].any()
 
 
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (2, 16, 24)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (4, 64), (2, 16, 24)])
 def test_a_step_moves_a_matrix_by_the_rate(shape: tuple[int, ...]) -> None:
     parameter = nn.Parameter(random(*shape))
     optimizer = Muon([{"params": [parameter], "weight_decay": 0.0, "matrices": True}], 0.01, BETAS)
@@ -48,6 +50,21 @@ def test_a_step_moves_a_matrix_by_the_rate(shape: tuple[int, ...]) -> None:
     moved = parameter.detach() - before
     assert 0.006 < moved.square().mean().sqrt() < 0.012
     assert (moved * parameter.grad).sum() < 0
+
+
+def test_a_step_follows_nesterovs_momentum() -> None:
+    parameter = nn.Parameter(torch.zeros(4, 6))
+    optimizer = Muon([{"params": [parameter], "weight_decay": 0.0, "matrices": True}], 0.01, BETAS)
+    before, first, second = parameter.detach().clone(), *random(2, 4, 6)
+    for gradient in (first, second):
+        before.copy_(parameter.detach())
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    new = 1 - muon.MOMENTUM
+    momentum = muon.MOMENTUM * new * first + new * second
+    assert torch.allclose(optimizer.state[parameter]["momentum"], momentum, atol=1e-6)
+    move = orthogonal(new * second + muon.MOMENTUM * momentum)
+    assert torch.allclose(parameter - before, -0.01 * sqrt(6) * move, atol=1e-5)
 
 
 def test_rates_are_shared_and_what_is_no_matrix_is_adamws() -> None:

@@ -108,6 +108,17 @@ def test_sizes_are_drawn_evenly_and_genes_as_they_fall(network: PreTrainedModel)
     assert abs(drawn.count(CUT) / 2000 - 0.5) < 0.04 and drawn.count(CUT) + drawn.count(SMALL) == 2000
 
 
+def test_shifted_sizes_lie_within_the_range(network: PreTrainedModel) -> None:
+    asked: list[float] = []
+    range_ = replace(range_of(describe(network.config)), near=lambda rng, size: asked.append(size) or SMALL)
+    low, high = range_.sizes
+    draw, rng = ShiftedSizes(range_), np.random.default_rng(2)
+    for _ in range(200):
+        draw(rng)
+    bin_ = (high - low) / draw.BINS
+    assert low <= min(asked) < low + bin_ and high - bin_ < max(asked) <= high
+
+
 def test_sizes_that_still_learn_are_drawn_more_often(network: PreTrainedModel) -> None:
     structure = describe(network.config)
     range_ = range_of(structure)
