@@ -118,6 +118,24 @@ def test_a_chat_that_the_template_cannot_render_is_named(tmp_path: Path, templat
         encode_row(rows[1], tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE.replace("A:{{ m.content }}", "A:{{ m.content if loop.last else '' }}"),
+        TEMPLATE.replace("A:{% endif", "B:{% endif"),
+    ],
+    ids=["earlier answers are left out", "answers begin otherwise than they are asked for"],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, template: str) -> None:
+    """What is learnt from would not be what the assistant said."""
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = template
+    turns = [("user", "hi"), ("assistant", "yo"), ("user", "q"), ("assistant", "z")]
+    (row,) = rows_of(tmp_path, {"messages": [{"role": role, "content": text} for role, text in turns]})
+    with pytest.raises(RequestError, match="rewrites earlier turns"):
+        encode_row(row, tokenizer)
+
+
 def test_a_token_without_a_row_in_the_embedding_is_named(tmp_path: Path) -> None:
     tokenizer = tiny.byte_tokenizer()
     rows = len(tokenizer)
@@ -342,6 +360,7 @@ def test_every_epoch_visits_every_block_once_in_its_own_order() -> None:
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
     assert seen[:7] != seen[7:]
     assert seen[4:6] == blocks.batch(2, 2, seed=1).ids.flatten().tolist()
+    assert seen[:7] != blocks.batch(0, 7, seed=2).ids.flatten().tolist()
 
 
 @pytest.mark.parametrize(
