@@ -24,6 +24,7 @@ from supernet.families import describe
 from supernet.slicing import extract
 from supernet.training import supernet_training
 from supernet.training.adapters import PARAMETERS
+from supernet.training.best_state import BestState
 from supernet.training.data import Batch, Blocks, pack
 from supernet.training.history import History, Rule
 from supernet.training.loop import Backward, train
@@ -91,6 +92,18 @@ def test_a_rise_is_allowed_as_long_as_the_steps_left_can_regain_it() -> None:
     assert RULE.holds(rise, START, 1.0) and not RULE.holds(rise, START, 0.1)
     assert not RULE.holds(rise | {"largest": 1.2}, START, 1.0)
     assert not RULE.holds({"largest": 0.9, "middle": 3.0, "smallest": 4.0}, START, 1.0)  # what is to be low rose
+
+
+def test_the_best_that_the_state_on_disk_refers_to_stays_until_that_is_written_again(tmp_path: Path) -> None:
+    """A run that is killed in between goes on from it."""
+    weight = {"weight": torch.nn.Parameter(torch.zeros(1))}
+    best = BestState(RULE, tmp_path / "state", weight, History(), Accelerator(cpu=True))
+    best.keep(2)
+    best.state_saved()
+    best.keep(4)
+    assert best.file(2).is_file() and best.file(4).is_file()
+    best.state_saved()
+    assert not best.file(2).exists() and best.file(4).is_file()
 
 
 def test_losses_are_measured_often_at_first_and_seldom_later() -> None:
