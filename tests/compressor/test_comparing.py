@@ -127,6 +127,11 @@ def test_better_is_said_only_where_it_is() -> None:
     assert paired_interval(two, [np.zeros(4000)]) == pytest.approx((0.5 - 0.5 * 2**0.5, 0.5 + 0.5 * 2**0.5))
 
 
+def test_an_interval_holds_the_middle_95_percent_of_all_resamples() -> None:
+    low, high = paired_interval([np.linspace(0.0, 1.0, 1001)], [np.zeros(1001)]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((0.025, 0.975))
+
+
 def test_seeds_that_disagree_widen_the_doubt() -> None:
     base = [1.0] * 100
     low, high = [float(i % 10 < 6) for i in range(100)], [float(i % 10 < 8) for i in range(100)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evals.scoring.encoding import Span
-from evals.scoring.prefix_tree import Pack, coarse_sizes, fine_sizes, pack
+from evals.scoring.prefix_tree import Pack, coarse_sizes, fine_sizes, pack, tokens_read
 
 
 def seen(packed: Pack, last: bool = False) -> list[set[int]]:
@@ -71,7 +71,7 @@ def test_what_spans_share_is_one_node() -> None:
     preamble = tuple(range(100, 150))
     spans = [Span((*preamble, question, answer), 1) for question in range(3) for answer in range(60, 64)]
     (packed,) = pack(spans, 10_000)
-    assert len(packed) == 50 + 3
+    assert len(packed) == tokens_read(spans) == 50 + 3  # the answers are only scored
     assert len(packed.rows) == 3 and len(packed.at) == 12
 
 
