@@ -9,6 +9,7 @@ import pytest
 
 from search.bit_assignment import best_within, choices_of, fewest_bytes, spread_by_bytes, with_bits, with_gene
 from search.genes import AS_STORED, Gene
+from search.knapsack import knapsacks
 from supernet.architecture import Architecture, LayerSizes, StorageFormat
 from tests.support.search_helpers import PROSE
 
@@ -76,6 +77,13 @@ def test_nothing_that_fits_loses_less(seed: int) -> None:
         assert lost == pytest.approx(best)
     assert best_within(PROSE.base, losses, bytes_of, stored[0] - 1) is None
     assert best_within(PROSE.base, losses, bytes_of, stored[-1]) == (PROSE.base, 0.0)
+
+
+def test_of_sizes_that_are_rounded_to_one_the_least_loss_is_kept_and_others_are_told_apart() -> None:
+    """100 and 101 of a million are less than a 4096th of it apart; of 1000 every whole size is told apart."""
+    assert [filled.degradation for filled in knapsacks([[(100, 10.0), (101, 0.0)]], 10**6)] == [0.0]
+    every = [[(size, 1000.0 - size) for size in range(1001)]]
+    assert [(filled.size, filled.taken) for filled in knapsacks(every, 1000)] == [(n, [n]) for n in range(1001)]
 
 
 def test_fewer_bits_that_seem_to_lose_less_lose_as_much() -> None:

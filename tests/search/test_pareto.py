@@ -57,6 +57,7 @@ def test_spread_and_knee() -> None:
     assert spread(line, 3) == [0, 10, 5]
     assert spread(line, 1, occupied=np.array([[0.0, 10.0]])) == [10]
     assert spread(line, 1, occupied=np.array([[0.0, 10.0], [10.0, 0.0]])) == [5]
+    assert spread(np.array([[10.0], [20.0]]), 1, occupied=np.array([[10.5]])) == [1]
     assert spread(line[:2], 5) == [0, 1]
     assert knee(np.array([[0.0, 10], [1, 2], [10, 0]])) == 1
 
@@ -114,6 +115,12 @@ MEASURED = [
 )
 def test_what_a_target_asks_for(target: Target, size: int) -> None:
     assert [e.values["parameters"] for e in contenders(MEASURED, target)] == [size]
+
+
+def test_what_is_missed_is_a_share_of_each_bound() -> None:
+    wanted = Target(max_params=1000, min_speedup=2.0, max_drop=0.1)
+    assert wanted.misses(evaluation(0.8, 1100, speedup=1.5)) == pytest.approx(0.1 + 0.25 + 0.1)
+    assert wanted.misses(evaluation(0.9, 1000, speedup=2.0)) == 0.0
 
 
 def test_architectures_within_noise_of_the_best_all_contend() -> None:

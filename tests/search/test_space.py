@@ -28,6 +28,9 @@ SPACES = {
     "any one removed": SearchSpace.from_dict(
         {"depth": {"keep": [[1, 2], [0, 2], [0, 1], [0, 1, 2]]}, "ffn.*": [32, 64, 128]}, SMALL
     ),
+    "a removable layer in one of two sets": SearchSpace.from_dict(
+        {"depth": {"keep": [[0, 1], [0, 2], [0, 1, 2]]}, "kv.2": [0, 2], "ffn.2": [0, 128]}, SMALL
+    ),
     "queries and hidden": SearchSpace.from_dict(
         {"heads": [1, 2], "hidden_size": [8, 16], "kv.*": [0, 1, 2], "layer.1": [0, 1]}, SMALL
     ),
@@ -37,6 +40,9 @@ SPACES = {
         SMALL,
     ),
     "bits of all layers": SearchSpace.from_dict({"ffn.*": [0, 128], "ffn_bits": [2, 16], "kv.*": [0, 2]}, SMALL),
+    "experts": SearchSpace.from_dict(
+        {"ffn.*": [0, 8, 24], "experts.*": [1, 4, 6], "kv.0": [0, 3]}, describe(CONFIGS["qwen3_moe"]())
+    ),
     "one layer with the lot": SearchSpace.from_dict({"kv.1": [0, 2], "ffn.1": [0, 128]}, SMALL),
 }
 
