@@ -17,6 +17,7 @@ import pytest
 from search.algorithms import algorithm, algorithms
 from search.algorithms.evolution import StepMutation
 from search.algorithms.linas import LINAS
+from search.multi_fidelity import ScreeningFilter
 from search.objectives import Constraint, Evaluation, Objective, choose, computed
 from search.pareto import costs, front, hypervolume, non_dominated
 from search.run import GenerationRecord, SearchResult, first_generation, greedy_path, search
@@ -358,6 +359,18 @@ def test_screening_spares_what_cannot_matter(name: str) -> None:
     values = [[-quality(SMALL, e.architecture), e.values["parameters"]] for e in [*full, *predicted]]
     assert sum(i >= len(full) for i in non_dominated(np.array(values))) <= 1
     assert all(e.full for e in result.front)
+
+
+def test_a_screening_is_dominated_by_what_meets_the_constraints_only() -> None:
+    objectives = objectives_of(SMALL, "quality", "parameters")
+    (loss,) = (o for o in objectives_of(SMALL, "quality", "loss") if o.name == "loss")
+    filter_ = ScreeningFilter(objectives, [Constraint(loss, maximum=2.0)])
+    for _ in range(8):
+        filter_.learn({"quality": 0.5, "loss": 1.0}, {"quality": 0.5, "loss": 1.0})
+    screened = Evaluation(SMALL.base, {"quality": 0.5, "loss": 1.5, "parameters": 100})
+    better = {"quality": 0.9, "parameters": 50}
+    assert not filter_.rules_out(screened, [Evaluation(SMALL.base, better | {"loss": 2.5})])
+    assert filter_.rules_out(screened, [Evaluation(SMALL.base, better | {"loss": 1.5})])
 
 
 def test_known_evaluations_count_and_are_not_asked_for_again() -> None:
