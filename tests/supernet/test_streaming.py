@@ -39,6 +39,17 @@ def test_every_family_streams(family: str, tmp_path: Path) -> None:
         assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
+def test_logits_are_those_of_weights_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    model = tiny_network("llama")
+    model.save_pretrained(tmp_path, save_original_format=False)
+    structure = describe(model.config)
+    streamed = StreamedNetwork(tmp_path, model.config, structure, structure.base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert_close(streamed.logits(IDS, torch.bfloat16), logits(model))
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
