@@ -16,11 +16,11 @@ from export.quantization.plan import linear_layers_in
 from export.quantization.quantize import quantize_mixed
 from export.quantization.round_to_nearest import round_network
 from export.quantization.rounded_variants import RoundedVariants, in_groups
-from export.quantization.schemes import OuterBits, SchemePlan
+from export.quantization.schemes import SCHEMES, OuterBits, SchemePlan, bound_of
 from export.shards import weight_bytes, weight_files
 from export.verify import check
 from supernet.activation import SuperNetwork
-from supernet.architecture import Architecture, StorageFormat, Structure
+from supernet.architecture import Architecture, LayerSizes, StorageFormat, Structure
 from supernet.common.files import read_json
 from supernet.families import describe
 from supernet.loading import load_network
@@ -152,3 +152,8 @@ def test_tuned_packages_hold_the_same_bits_and_lose_less(tmp_path: Path) -> None
             rounded = logits_of(package, calibration).log_softmax(-1)
             off.append(float((whole.exp() * (whole - rounded)).sum(-1).mean()))
     assert max(off[:2]) < off[2]
+
+
+def test_a_proof_allows_what_the_fewest_bits_cost() -> None:
+    bits = Architecture(64, (LayerSizes(4, 2, 64, attention_bits=8, ffn_bits=3),), embedding_bits=4)
+    assert bound_of("mixed", bits) == SCHEMES["int3"].bound

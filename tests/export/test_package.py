@@ -7,12 +7,14 @@ import os
 import shutil
 from collections import namedtuple
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -167,6 +169,9 @@ def test_shards_are_named_and_indexed_as_the_hub_does(tmp_path: Path) -> None:
     total = index["metadata"]["total_size"]
     assert total == 4 * record.entry.params and set(index["weight_map"].values()) == set(shards)
     assert record.entry.bytes == sum((record.folder / shard).stat().st_size for shard in shards)
+    held = [[tensor.nbytes for tensor in load_file(record.folder / shard).values()] for shard in shards]
+    assert all(sum(one) <= 60_000 or len(one) == 1 for one in held)
+    assert all(sum(one) + sum(following) > 60_000 for one, following in pairwise(held))  # as full as they may be
     assert_same_logits(record.folder, cut(tiny_llama(), EVEN))
     (record.folder / shards[1]).unlink()
     with pytest.raises(VerificationError, match=shards[1]):

@@ -525,6 +525,11 @@ def test_rounding_by_hand() -> None:
     codes, scale = round_to_nearest(weight, 4, 3)
     assert codes[0].tolist() == [-8, 3, 0, 0, 5, -8] and scale.shape == (2, 2)
     assert scale[0, 0] < 0 < scale[0, 1]
+    _, largest_kept = round_to_nearest(torch.tensor([[127.19, 1.0]]), 8, -1)  # 1.0015 would be stored as 1
+    assert 127.19 <= 127 * largest_kept.item() <= 127.19 * (1 + 2**-7)
+    # 8.012 / 8 is stored as 1: 3.502 is nearer to 4 steps of that, and to 3 of what it was before.
+    codes_of_stored, stored_scale = round_to_nearest(torch.tensor([[-8.012, 3.502]]), 4, 2)
+    assert codes_of_stored.tolist() == [[-8, 4]] and stored_scale.item() == 1
     stored = packed(weight, 4, 3)
     assert torch.equal(unpack_from_int32(stored["weight_packed"], 4, weight.shape), codes)
     assert stored["weight_shape"].tolist() == [2, 6] and torch.equal(stored["weight_scale"], scale)
