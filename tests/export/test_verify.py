@@ -155,6 +155,13 @@ def test_changed_weights_are_found(package: Path, packages: Path) -> None:
         check(package, packages / "uneven.safetensors")
 
 
+def test_another_probability_of_a_top_token_is_found(package: Path) -> None:
+    with edited(package / "compression.json") as record:
+        record["probe"]["top_logprob"][1][3][2] += 1e-3
+    with pytest.raises(VerificationError, match="log-probabilities differ"):
+        check(package)
+
+
 def test_missing_and_unknown_weights_are_found(package: Path) -> None:
     weights = load_file(package / "model.safetensors")
     moved = weights.pop("model.layers.1.mlp.up_proj.weight")
@@ -221,7 +228,7 @@ def test_reported_scores_are_measured_again(tmp_path: Path, monkeypatch: pytest.
     assert claims["task_scores"] == {"tiny_choice": score.value} and claims["task_scores_equal"] is True
     assert read_record(package).entry.verified == claims and "task_scores" not in check(package)
 
-    entry["tasks"]["tiny_choice"]["value"] += 2 / score.n  # type: ignore[index]
+    entry["tasks"]["tiny_choice"]["value"] += 1.5 / score.n  # type: ignore[index]
     update_record(package, entry=entry)
     with pytest.raises(VerificationError, match=r"task tiny_choice scores 0\.\d+, the report says"):
         check(package, tasks=TaskFiles(str(files)))
