@@ -265,6 +265,16 @@ def test_rows_of_an_earlier_comparison_are_not_shown(tmp_path: Path) -> None:
     assert folder.shown == [("ours", 0, 0.9), ("wanda", 0, 0.8)]
 
 
+def test_a_difference_is_ours_less_theirs(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.compared("ours", 0, "now", 0.9)
+    folder.compared("wanda", 0, "now", 0.8)
+    ours, theirs = comparison_rows.comparison_rows(folder.job)
+    assert ours.ours_minus_this is None and theirs.ours_minus_this is not None
+    assert theirs.ours_minus_this.value == pytest.approx(0.1)
+    assert 0 <= theirs.ours_minus_this.low < theirs.ours_minus_this.high  # type: ignore[operator]
+
+
 def test_rows_of_another_super_network_or_of_other_documents_are_not_shown(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.compared("ours", 0, "first", 0.5)
