@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantization [--checkpoint DIR --data FILE.jsonl] [--iterations 200] [--samples 64] [--mixed]
 
-The whole checkpoint (nothing is cut) is packaged, quantized without data, with data, and with tuned rounding, and
+The whole checkpoint (nothing is cut) is packaged, quantized without data, by GPTQ, and with tuned rounding, and
 written for llama.cpp and ONNX Runtime. Text that no variant saw is scored by transformers with each one's weights, as
 unpacked, and the ONNX graph by its runtime; speed is that of llama.cpp and ONNX Runtime, one thread, batch 1, prompt
 128, 128 new tokens. `--mixed` adds a row for every size of a llama.cpp file: the mixed types that fit in its bytes.
@@ -130,7 +130,7 @@ def measure(arguments: argparse.Namespace, job: Job) -> None:
         return logits_of(load_package(package, torch.float32, torch.device("cpu")))
 
     row("as it is", whole, 0, loaded(whole))
-    hows = {"data-free": (None, 0), "untuned": (calibration, 0), "tuned": (calibration, arguments.iterations)}
+    hows = {"data-free": (None, 0), "GPTQ": (calibration, 0), "tuned": (calibration, arguments.iterations)}
     for how, (seen, iterations) in hows.items():
         for scheme in filter(None, arguments.schemes.split(",") if how != "tuned" or iterations else []):
             packages = {scheme: folder / f"{scheme}-{how}"}

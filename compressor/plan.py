@@ -44,7 +44,7 @@ FEWEST = {
 """Least budgets; less is not worth a run."""
 MOST = {"evaluations": 500, "limit": 2000, "rounding": 200, "samples": 64, "batch": 32, "calibration": 65536}
 """Budgets beyond which more was never seen to help."""
-WORTHWHILE = {"rounding": 50}
+WORTHWHILE = {"rounding": 25}
 """Budgets of which fewer are no better than the least: with few steps AutoRound loses more than GPTQ, which takes none
 (docs/results.md, "Quantization")."""
 LIMIT_PER_EVALUATION = 200 / 72

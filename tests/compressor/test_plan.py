@@ -24,6 +24,7 @@ from compressor.plan import (
     MOSTLY,
     STEPS,
     WORTH_TRAINING,
+    WORTHWHILE,
     adjust,
     expected_of,
     fit,
@@ -151,6 +152,16 @@ def test_more_time_buys_no_less_of_anything(given: dict[str, Any], tmp_path: Pat
         now = {name: job.recipe.budget(name) or 0 for name in OPEN}
         assert all(now[name] >= before[name] for name in OPEN), (before, now)
         before = now
+
+
+def test_rounding_is_tuned_for_enough_steps_or_none(given: dict[str, Any], tmp_path: Path) -> None:
+    """With few steps AutoRound loses more than GPTQ, which takes none."""
+    slow, steps = RATES.model_copy(update={"rounding": 0.2}), set()
+    for minutes in range(8, 40, 2):
+        job = job_of(given, tmp_path, time=f"{minutes}m")
+        fit(job, slow, list(OPEN), strict=True)
+        steps.add(job.recipe.quantizing.iterations or 0)
+    assert 0 in steps and max(steps) > 40 and all(n == 0 or n >= WORTHWHILE["rounding"] for n in steps)
 
 
 def test_few_tokens_all_heal(given: dict[str, Any], tmp_path: Path) -> None:
