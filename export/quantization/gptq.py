@@ -126,7 +126,6 @@ def in_sequence(
     """
     layers, chosen = family_of_standalone(network.config).layers, set(names)
     walk = LayerWalk(network, layers, ids.to(network.device).split(ROWS))
-
     sums: dict[str, Sums] = {}
 
     def add(name: str) -> Callable[..., None]:
@@ -145,7 +144,8 @@ def in_sequence(
         with Hooks([module.register_forward_pre_hook(add(name)) for name, module in modules.items()]):
             if modules:
                 walk.outputs(index)
-        for name, module in modules.items():
+        for name in modules.keys() & sums.keys():  # a part that no token reaches stays as it is
+            module = modules[name]
             weight, second = cast(Tensor, module.weight), sums.pop(name).moments(centred=False)[0]
             if not second.isfinite().all():
                 raise RequestError(f"{name}: what it reads of the calibration text is not finite; nothing is rounded")
