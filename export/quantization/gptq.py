@@ -144,7 +144,7 @@ def in_sequence(
         with Hooks([module.register_forward_pre_hook(add(name)) for name, module in modules.items()]):
             if modules:
                 walk.outputs(index)
-        for name in modules.keys() & sums.keys():  # a part that no token reaches stays as it is
+        for name in [name for name in modules if name in sums]:  # a part that no token reaches stays as it is
             module = modules[name]
             weight, second = cast(Tensor, module.weight), sums.pop(name).moments(centred=False)[0]
             if not second.isfinite().all():
