@@ -19,7 +19,7 @@ from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_b
 from compressor.stages.joint_pick import MEASURED, bit_genes
 from compressor.stages.llama_types import SAMPLES, llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
-from compressor.stages.quantizing import is_tuned
+from compressor.stages.quantizing import gains_by_text
 from compressor.stages.subnet_scores import FINALISTS, FIRST_BLOCKS
 from compressor.stages.warm_start import expected_passes
 from evals.speed.measured import runs_within
@@ -38,8 +38,9 @@ SCORED_TOKENS = 120
 ROUNDING_START, ROUNDING_LOAD = 3.0, 1e-7
 """Seconds that AutoRound needs for each scheme beside its steps, and those for each parameter: some 17 for 135 M on an
 H200."""
-GPTQ_LOAD = 2e-7
-"""Seconds that GPTQ needs for each parameter beside its two passes over the samples: some 27 for 135 M on a core."""
+GPTQ_LOAD = {"cpu": 2.5e-7, "cuda": 2.5e-8}
+"""Seconds that GPTQ needs for each parameter beside its two passes over the samples: some 35 for 135 M on a core. On a
+GPU not measured."""
 GPU_TIMED, GPU_SPOKEN = 0.75, 6.0
 """Seconds on a GPU to capture and time a network of the speed table, and to time a package beside the base: passes are
 replayed as graphs there (23 seconds for 32 networks of 135 M parameters on an H200)."""
@@ -304,11 +305,12 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     if iterations:
         process, start = rates.process, ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
     else:
-        process, start = 0.0, GPTQ_LOAD * counts.base + 2 * rates.load
+        load = GPTQ_LOAD["cpu" if counts.job.device.type == "cpu" else "cuda"]
+        process, start = 0.0, load * counts.base + 2 * rates.load
     tuned = iterations * counts.layers * rates.rounding
     # Schemes of 8 bits are rounded without data, tensor by tensor.
-    several = sum(is_tuned(name) for name in counts.schemes)
-    several_bases = sum(is_tuned(name) for name in base_schemes(counts.job, []))
+    several = sum(gains_by_text(name) for name in counts.schemes)
+    several_bases = sum(gains_by_text(name) for name in base_schemes(counts.job, []))
     plain = 2 * rates.load + 2 * counts.base / DISK_RATE
     seconds += counts.picks * (process * bool(several) + several * (start + counts.share * (samples + tuned)))
     seconds += process + several_bases * (start + samples + tuned)

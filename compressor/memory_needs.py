@@ -50,7 +50,7 @@ def expected_memory(job: Job) -> dict[str, float]:
         "search": scoring * recipe.finetuning.bands,  # each band's super-network stays open
         "picking": scoring * recipe.finetuning.bands,
         "healing": weight_bytes + (HEALED * trained + activations if recipe.healing.tokens else 0),
-        "quantizing": weight_bytes + 3 * kept,
+        "quantizing": weight_bytes + 3 * kept + 8 * 6 * (base.hidden_size**2 + neurons**2),  # GPTQ's moments
         "measuring": 2 * scoring,
         "proving": scoring,
     }

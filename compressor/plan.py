@@ -277,7 +277,8 @@ class OpenBudgets:
         before = self.set({})
 
         def taken(value: int) -> float:
-            value = value if value >= WORTHWHILE.get(name, 0) else FEWEST[name]
+            if name in self.names and value < WORTHWHILE.get(name, 0):
+                value = FEWEST[name]
             return self.set({name: value, **{other: of(value) for other, of in others.items()}})
 
         largest(taken, before + seconds, FEWEST[name], MOST[name])

@@ -39,7 +39,10 @@ class QuantizationReport(Model):
     """Input channels that share a scale; -1: all of an output channel's. Of a llama.cpp file of several types, the
     weights in their smallest block."""
     iterations: int
-    """Rounds of tuning; 0: rounded to nearest."""
+    """Steps of tuning of each block; 0: none."""
+    rounding: Literal["nearest", "gptq", "autoround"] | None = None
+    """How the blocks' weights of fewer than 8 bits were rounded; None: to nearest or as a llama.cpp type is, or by a
+    version that did not say."""
     bits_per_weight: float
     """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
     embedding: float = 16

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from supernet.activation import SuperNetwork, removed_layer
 from supernet.hooks import Hooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Through(Exception):

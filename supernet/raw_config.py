@@ -96,5 +96,5 @@ def files_of_index(folder: Path) -> list[str]:
 
 
 def files_like_weights(folder: Path) -> list[Path]:
-    """The files of a folder that may hold weights, whether they are read or not."""
-    return sorted(file for suffix in ("safetensors", "bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
+    """The files of a folder that hold weights by their names, whether they are read or not."""
+    return sorted(file for name in ("*.safetensors", "pytorch_model*", "consolidated*") for file in folder.glob(name))

@@ -22,7 +22,14 @@ from compressor.stages.measuring import Measurements, measure_packages
 from compressor.stages.picking import MEND_ALIKE
 from compressor.stages.picks import PickRecord, cut_out, is_uniform
 from compressor.stages.quantized_base import base_inputs, write_base
-from compressor.stages.quantizing import own_group, quantize, quantize_by_architecture, quantizing_inputs, schemes_of
+from compressor.stages.quantizing import (
+    by_gptq,
+    own_group,
+    quantize,
+    quantize_by_architecture,
+    quantizing_inputs,
+    schemes_of,
+)
 from compressor.stages.subnet_files import Inputs, cut_inputs, held_dtype, is_good, is_made_from
 from export.layouts.table import GGUF_MIXED, check_sizes, needs_uniform, write_layout
 from export.network_check import TaskFiles
@@ -192,13 +199,15 @@ def package_inputs(job: Job, picked: PickRecord, network: Inputs, blocks: Blocks
     quantizing = quantizing_inputs(job, blocks)
     inputs: dict[str, Inputs] = {"": {"network": network}}
     for scheme, embedding in schemes_of(job, picked).items():
-        inputs[f"-{scheme}"] = {"network": network, "quantizing": quantizing | {"embedding": embedding}}
+        rounding = quantizing | {"embedding": embedding} | by_gptq(job, scheme)
+        inputs[f"-{scheme}"] = {"network": network, "quantizing": rounding}
         if is_uniform(name) and embedding not in (None, 16):  # earlier versions gave such a package a code file
             inputs[f"-{scheme}"]["plain"] = True
     if (architecture := Architecture.from_dict(picked["architecture"])).has_bits:
         inputs["-mixed"] = {"network": network, "bits": architecture.to_dict(), "group_size": own_group(job, picked)}
         if picked.get("bits") is not None:
-            inputs["-mixed"]["quantizing"] = {key: value for key, value in quantizing.items() if key != "group_size"}
+            rounding = {key: value for key, value in quantizing.items() if key != "group_size"}
+            inputs["-mixed"]["quantizing"] = rounding | by_gptq(job, "mixed")
     for layout in recipe.formats:
         if layout in ("uneven", "uniform", "elastic"):
             continue

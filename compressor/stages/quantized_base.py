@@ -15,7 +15,7 @@ import torch
 from compressor.job import Job
 from compressor.sizing import JOINT, can_hold, package_bytes, storage_of
 from compressor.stages.picks import PickRecord
-from compressor.stages.quantizing import quantize, quantizing_inputs, schemes_of
+from compressor.stages.quantizing import by_gptq, quantize, quantizing_inputs, schemes_of
 from export.layouts.gguf import checks as gguf_checks
 from export.layouts.gguf.types import QUANTIZED
 from export.layouts.table import write_layout
@@ -76,11 +76,12 @@ def base_inputs(job: Job, picks: Sequence[PickRecord], blocks: Blocks) -> dict[P
     """Of every folder, all that it depends on."""
     bits: dict[str, int | None] = dict(base_schemes(job, picks).items())
     bits.update(dict.fromkeys(base_layouts(job), job.recipe.quantizing.embedding))
-    quantizing = quantizing_inputs(job, blocks) | {"tuned": tunes(job, picks)}
+    tuned = tunes(job, picks)
+    quantizing = quantizing_inputs(job, blocks) | {"tuned": tuned}
     return {
         job.run.packages / f"{BASE}-{form}": {
             "base": job.untouched_fingerprint,
-            "quantizing": quantizing | {"embedding": embedding},
+            "quantizing": quantizing | {"embedding": embedding} | by_gptq(job, form, tuned),
         }
         for form, embedding in bits.items()
     }

@@ -50,6 +50,14 @@ def quantizing_inputs(job: Job, blocks: Blocks) -> dict[str, object]:
     }
 
 
+def by_gptq(job: Job, scheme: str, tuned: bool = True) -> dict[str, object]:
+    """What a package that GPTQ rounds depends on more than `quantizing_inputs` says: earlier versions rounded the same
+    package otherwise. `scheme` may be `mixed`, of bits that were picked; `tuned` is as in `quantize`."""
+    steps = job.recipe.quantizing.iterations if tuned else 0
+    gains = scheme == "mixed" or any(name == scheme and gains_by_text(name) for name in SCHEMES)
+    return {"by": "gptq"} if gains and not steps else {}
+
+
 def quantize(
     job: Job,
     source: Path,
@@ -65,8 +73,8 @@ def quantize(
     ids [samples, length]. `tuned`: with the recipe's steps of tuning; else, as where there are none, by GPTQ. `plain`:
     packages stay of the family's plain class, whatever it cannot hold."""
     quantizing = job.recipe.quantizing
-    release_cached_memory(job.device)  # the child quantizes on the same device
-    on_text = {name: folder for name, folder in schemes.items() if is_tuned(name)}
+    release_cached_memory(job.device)  # what rounds is on the same device
+    on_text = {name: folder for name, folder in schemes.items() if gains_by_text(name)}
     nearest = {name: folder for name, folder in schemes.items() if name not in on_text}
     records: list[PackageRecord] = []
     with bar(f"quantizing {source.name}", len(schemes) * layers) as progress:
@@ -107,7 +115,7 @@ def quantize_by_architecture(
     job: Job, source: Path, picked: PickRecord, folder: Path, calibration: torch.Tensor
 ) -> None:
     """Quantize the package in `source` to the bits that a pick's architecture says: bits that were searched as they
-    were scored, rounded to nearest; bits that were picked with the size tuned as those of a scheme are."""
+    were scored, rounded to nearest; bits that were picked with the size rounded as those of a scheme are."""
     architecture = Architecture.from_dict(picked["architecture"])
     plan = mixed_plan(job, architecture, own_group(job, picked))
     bits, tuned = plan.bits or {}, picked.get("bits") is not None
@@ -116,7 +124,7 @@ def quantize_by_architecture(
             f"warning: {folder.name}: --group-size {job.recipe.quantizing.group_size}: its bits were picked for groups "
             f"of {plan.group_size}, which it keeps; run compressor pick to pick them for others"
         )
-    release_cached_memory(job.device)  # the child quantizes on the same device
+    release_cached_memory(job.device)  # what rounds is on the same device
     layers = len(architecture.kept)
     with bar(f"quantizing {source.name}", layers) as progress:
         quantize_mixed(
@@ -166,7 +174,7 @@ def _follow(progress: Bar, before: float, done: float, _: int, what: str) -> Non
     progress.advance(before + done - progress.done, what)
 
 
-def is_tuned(scheme: SchemeName) -> bool:
-    """Whether tuning a scheme's rounding is worth its time. At 8 bits it gains at most 0.02 % in bits per byte over
-    rounding to nearest (docs/results.md, "Quantization")."""
+def gains_by_text(scheme: SchemeName) -> bool:
+    """Whether a scheme's weights are worth rounding on text, by tuning or by GPTQ. At 8 bits tuning gains at most
+    0.02 % in bits per byte over rounding to nearest (docs/results.md, "Quantization")."""
     return SCHEMES[scheme].bits < 8

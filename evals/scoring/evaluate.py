@@ -102,10 +102,7 @@ def check_numbers(name: str, answers: Answers) -> None:
         for response in responses:
             said = response[0] if isinstance(response, tuple) else response
             if isinstance(said, float) and math.isnan(said):
-                raise RequestError(
-                    f"{name}: its log-probabilities are no numbers; a weight has NaN or infinite values, or the dtype "
-                    "is too small for it"
-                )
+                raise RequestError(f"{name}: its log-probabilities are no numbers; a wider --dtype may give some")
 
 
 def _harness_results(task_set: TaskSet, limit: int | None, answers: Answers) -> dict[str, Any]:
@@ -187,6 +184,9 @@ def load_checkpoint(
     except VerificationError as error:  # here a folder is the user's, whoever wrote it
         raise RequestError(str(error)) from error
     check_fit(name, info)
+    for weight, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise RequestError(f"{name}: the weight {weight} has NaN or infinite values; fetch it again")
     prepare(place)
     model = model.to(place).eval()
     unpack(model)

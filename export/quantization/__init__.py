@@ -1,1 +1,1 @@
-"""Quantized packages: the schemes, tuned rounding through AutoRound, and rounding to nearest."""
+"""Quantized packages: the schemes, rounding that AutoRound tunes, GPTQ's, and rounding to nearest."""

@@ -6,20 +6,22 @@ given back by those that are not rounded yet, as well as least squares can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from export.quantization.round_to_nearest import Rounded, scale_dtype, values_of
 from export.quantization.schemes import LinearLayers, SchemePlan, form_of
 from supernet.common.errors import RequestError
 from supernet.hooks import Hooks
 from supernet.layer_walk import LayerWalk
-from supernet.least_squares import Sums
+from supernet.least_squares import WIDE, Sums
 from supernet.uneven import family_of_standalone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DAMPING = 0.01
 """Added to the diagonal of the second moments, as a share of its mean; the paper's."""
@@ -62,11 +64,12 @@ def gptq(weight: Tensor, second: Tensor, bits: int, group_size: int, stored: tor
 def compensation(second: Tensor) -> Tensor:
     """U [in, in], upper triangular, of the inverse Uᵀ U of second moments [in, in]: where the rounding of input i moves
     its weight by e, those behind it make up for it best by moving by e U[i, j] / U[i, i] (the paper's eq. 2 and 3)."""
-    moments = second.double()
-    diagonal = moments.diagonal()
-    moments = moments + torch.diag(DAMPING * diagonal.mean() + (diagonal == 0))
-    flipped = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(flipped, torch.eye(len(moments)).to(moments), upper=True).float()
+    # Half the memory, and precise enough with this damping, where inputs are many.
+    damped = second.to(torch.float64 if len(second) <= WIDE else torch.float32, copy=True)
+    diagonal = damped.diagonal()
+    diagonal.add_(DAMPING * diagonal.mean() + (diagonal == 0))
+    factor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True).float()
 
 
 def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) -> Tensor:
@@ -86,6 +89,7 @@ def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) ->
     return best
 
 
+@torch.no_grad()
 def round_in_sequence(
     network: PreTrainedModel,
     plan: SchemePlan,
@@ -93,39 +97,19 @@ def round_in_sequence(
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Rounded]:
-    """Round the linear layers inside blocks that a plan gives fewer than 8 bits; returns codes and scales by module
-    name. The network holds the rounded values then. The other arguments and errors are those of `in_sequence`."""
-    formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
-    dtype, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
+    """Round the linear layers inside blocks that a plan gives fewer than 8 bits, the first block first, each by what
+    it reads once the blocks before it are rounded; returns codes and scales by module name.
 
-    def round_one(name: str, weight: Tensor, second: Tensor) -> Tensor:
-        codes, scales = gptq(weight, second, *formats[name], dtype)
-        found[name] = codes.cpu(), scales.cpu()
-        return values_of((codes, scales))
-
-    in_sequence(network, [name for name, (bits, _) in formats.items() if bits < 8], ids, round_one, progress)
-    return found
-
-
-@torch.no_grad()
-def in_sequence(
-    network: PreTrainedModel,
-    names: Iterable[str],
-    ids: Tensor,
-    rounded: Callable[[str, Tensor, Tensor], Tensor],
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> None:
-    """Give linear layers inside blocks their rounded values, the first block first, each by what it reads once the
-    blocks before it are rounded.
-
-    `rounded` makes them of a module's name, its weight as it is stored and the second moments [in, in] of its inputs on
-    `ids`, [sequences, length]. `progress` is told blocks done and blocks in all. Needs memory for the network and the
-    second moments of one block's inputs.
+    `ids` are calibration text, [sequences, length]. The network holds the rounded values then. `progress` is told
+    blocks done and blocks in all. Needs memory for the network, two sets of hidden states, and in float64 the second
+    moments of one block's inputs and five times the largest of them.
 
     Raises `RequestError` where inputs are not finite.
     """
-    layers, chosen = family_of_standalone(network.config).layers, set(names)
+    layers = family_of_standalone(network.config).layers
     walk = LayerWalk(network, layers, ids.to(network.device).split(ROWS))
+    formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
+    stored, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
     sums: dict[str, Sums] = {}
 
     def add(name: str) -> Callable[..., None]:
@@ -135,20 +119,23 @@ def in_sequence(
 
         return hook
 
-    blocks = cast(nn.ModuleList, network.get_submodule(layers))
-    for index, block in enumerate(blocks):
-        modules = {f"{layers}.{index}.{name}": module for name, module in block.named_modules()}
-        modules = {name: module for name, module in modules.items() if name in chosen}
+    blocks = len(cast(nn.ModuleList, network.get_submodule(layers)))
+    for index in range(blocks):
+        here = [n for n, (bits, _) in formats.items() if n.startswith(f"{layers}.{index}.") and bits < 8]
+        modules = {name: network.get_submodule(name) for name in here}
         # The moments of all of a block's layers come from one pass, before any of them is rounded: to pass again after
         # each gains nothing that can be measured (docs/results.md, "Quantization").
         with Hooks([module.register_forward_pre_hook(add(name)) for name, module in modules.items()]):
             if modules:
                 walk.outputs(index)
-        for name in [name for name in modules if name in sums]:  # a part that no token reaches stays as it is
-            module = modules[name]
-            weight, second = cast(Tensor, module.weight), sums.pop(name).moments(centred=False)[0]
+        for name in [name for name in modules if name in sums]:  # one that no token reaches is rounded to nearest
+            weight, second = cast(Tensor, modules[name].weight), sums.pop(name).moments(centred=False)[0]
             if not second.isfinite().all():
                 raise RequestError(f"{name}: what it reads of the calibration text is not finite; nothing is rounded")
-            weight.copy_(rounded(name, weight, second))
-        walk.step(index)
-        progress(index + 1, len(blocks))
+            codes, scales = gptq(weight, second, *formats[name], stored)
+            weight.copy_(values_of((codes, scales)))
+            found[name] = codes.cpu(), scales.cpu()
+        if index + 1 < blocks:
+            walk.step(index)
+        progress(index + 1, blocks)
+    return found

@@ -1,4 +1,4 @@
-"""INT8 and INT4 packages: neural-compressor's AutoRound, in compressed-tensors or auto-round's own form.
+"""Packages in few bits, in compressed-tensors or auto-round's own form: by neural-compressor's AutoRound, or by GPTQ.
 
 AutoRound tunes the rounding in a child process (`export.quantization.tuning`). Of its output, only weights and
 quantization configuration are used; everything else is copied from the unquantized package. Where nothing is tuned
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -71,19 +71,19 @@ def quantize_packages(
     log: Path | None = None,
     progress: Progress | None = None,
 ) -> list[PackageRecord]:
-    """Write a quantized package for each scheme in `destinations`, all in one child process; returns their records.
+    """Write a quantized package for each scheme in `destinations`; returns their records.
 
     `calibration` is token ids [sequences, length], or texts, of the user's data. `iterations` are AutoRound's steps
     for each block; 0 rounds fewer than 8 bits by GPTQ. Without calibration data, weights are rounded to nearest and
     nothing else (and `iterations` must be 0), in memory for a few tensors. `group_size` is the user's, for fewer than
-    8 bits. The child's output is appended to `log`.
+    8 bits. All that is tuned is so in one child process, whose output is appended to `log`.
 
     `embedding` are the bits of embedding and head, of all schemes or by scheme. A plain class holds no
     quantized embedding: where bits are asked for, the package gets a code file, unless `code` is false. None: 8 bits,
     where that needs no other class.
 
     Raises `RequestError` (a group size that does not divide, a destination that holds something else, no disk space)
-    before anything is computed, and RuntimeError with the last line that the child printed where it fails.
+    before anything is computed, and RuntimeError with the last line that the child printed where tuning fails.
     """
     # 1. Refuse what cannot be done.
     record = read_record(source)
@@ -114,13 +114,12 @@ def quantize_packages(
         packages = []
         for number, plan in enumerate(plans):
             rounded = _by_gptq(source, plan, linear, calibration, device, _counted(progress, number, len(plans), plan))
-            write_weights = functools.partial(round_files, source, plan, linear, rounded=rounded)
-            packages.append(assemble(plan, write_weights, ["compressed-tensors"]))
+            packages.append(assemble("gptq" if rounded else "nearest", plan, _written(source, plan, linear, rounded)))
         return packages
     # 4. Else tune the rounding in a child process, then make packages of what it wrote.
     options = {"iterations": iterations, "seed": seed, "device": device}
     with tuned(record, linear, plans, calibration, log, progress, **options) as scratch:
-        return [assemble(plan, functools.partial(move_weights, scratch / plan.scheme), TUNERS) for plan in plans]
+        return [assemble("autoround", plan, functools.partial(move_weights, scratch / plan.scheme)) for plan in plans]
 
 
 def quantize_mixed(
@@ -153,12 +152,11 @@ def quantize_mixed(
     assemble = functools.partial(_assemble, record, {"mixed": destination}, linear)
     if calibration is None or not iterations:
         rounded = _by_gptq(source, plan, linear, calibration, device, _counted(progress, 0, 1, plan))
-        write_weights = functools.partial(round_files, source, plan, linear, rounded=rounded)
-        assemble(0, plan, write_weights, ["compressed-tensors"])
+        assemble(0, "gptq" if rounded else "nearest", plan, _written(source, plan, linear, rounded))
     else:
         options = {"iterations": iterations, "seed": seed, "device": device}
         with tuned(record, linear, [plan], calibration, log, progress, **options) as scratch:
-            assemble(iterations, plan, functools.partial(move_weights, scratch / plan.scheme), TUNERS)
+            assemble(iterations, "autoround", plan, functools.partial(move_weights, scratch / plan.scheme))
     made = read_record(destination).entry.quantization_report
     assert made is not None
     report = made.model_dump(exclude_unset=True) | {"bits": architecture.to_dict()}
@@ -182,6 +180,12 @@ def _by_gptq(
     return round_in_sequence(network.to(device), plan, linear, calibration, progress)
 
 
+def _written(
+    source: Path, plan: SchemePlan, linear: LinearLayers, rounded: Mapping[str, Rounded]
+) -> Callable[[Path], QuantizationConfig]:
+    return functools.partial(round_files, source, plan, linear, rounded=rounded)
+
+
 def _counted(progress: Progress | None, number: int, plans: int, plan: SchemePlan) -> Callable[[int, int], None]:
     """Tells `progress` of one plan of several: blocks done of those of all plans."""
 
@@ -197,9 +201,9 @@ def _assemble(
     destinations: Mapping[Any, Path],
     linear: LinearLayers,
     iterations: int,
+    rounding: Literal["nearest", "gptq", "autoround"],
     plan: SchemePlan,
     write_weights: Callable[[Path], QuantizationConfig],
-    tools: Sequence[str],
 ) -> PackageRecord:
     """The quantized package: `write_weights` puts its weights into a folder and returns their configuration, and the
     rest is the source's."""
@@ -213,7 +217,7 @@ def _assemble(
     }
     lineage = source.lineage.model_dump(exclude_unset=True) | {
         "quantized_from": {"name": source.entry.name, "record_sha256": sha256(source.folder / RECORD)},
-        "quantizer": versions(tools),
+        "quantizer": versions(TUNERS if rounding == "autoround" else ("compressed-tensors",)),
     }
     with package_draft(destination, weight_bytes(source.folder), entry=entry, lineage=lineage) as draft:
         # 1. What the source has besides weights, and a code file where the plain class cannot hold the embedding.
@@ -239,6 +243,7 @@ def _assemble(
             scheme=plan.scheme,
             group_size=plan.group_size,
             iterations=iterations,
+            rounding=rounding,
             embedding=plan.outer.embedding,
             head=plan.outer.head,
             bits_per_weight=stored_bits(draft.folder, linear.widths),

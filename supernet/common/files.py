@@ -137,11 +137,13 @@ class _PlainLoader(yaml.SafeLoader):
     """Refuses what YAML takes in silence and nobody means: a key that stands twice, of which the last would count, and
     numbers such as 010, which is 8. 1:30, which is 90, stays the text that it is."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # as it is written: nothing is merged into it yet
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.composer.ComposerError(None, None, f"'{key[1]}' stands there twice", node.start_mark)
+        return node
 
     def plain_int(self, node: yaml.ScalarNode) -> int | str:
         if ":" in node.value:
@@ -151,8 +153,12 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return self.construct_yaml_int(node)
 
+    def plain_float(self, node: yaml.ScalarNode) -> float | str:
+        return str(node.value) if ":" in node.value else self.construct_yaml_float(node)
+
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.plain_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.plain_float)
 
 
 def load_yaml(text: str) -> Any:

@@ -72,6 +72,10 @@ def test_what_is_read_is_what_counts(tmp_path: Path) -> None:
         inputs(tmp_path, {"quantizing": {"schemes": ["int4"], "iterations": n}})[1]["best-int4"] for n in (1, 2)
     )
     assert int4 != longer
+    # By GPTQ, where earlier versions rounded otherwise; 8 bits are as they were.
+    for scheme, marked in (("int4", True), ("int8", False)):
+        settings = {"quantizing": {"schemes": [scheme], "iterations": 0}}
+        assert (inputs(tmp_path, settings)[1][f"best-{scheme}"]["quantizing"].get("by") == "gptq") == marked
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["plain", "uneven"])

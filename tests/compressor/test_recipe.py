@@ -13,6 +13,7 @@ from compressor.recipe_reference import reference
 from compressor.sizing import size_label
 from compressor.training_defaults import learning_rate_for
 from supernet.common.errors import RequestError
+from supernet.common.files import load_yaml
 from supernet.common.formatting import parse_bytes, parse_parameters
 from tests.support import ROOT
 
@@ -101,6 +102,7 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
         ("model: m\ntargets: {max_params: 0.7}\ntargets: {max_drop: 1%}\n", ["'targets' stands there twice"]),
         ("model: m\nseed: 010\n", ["010 begins with 0"]),
         ("model: m\ntime: 1:30\n", ["'time'", "got '1:30'"]),
+        ("model: m\ntime: 1:30.5\n", ["'time'", "got '1:30.5'"]),
     ],
 )
 def test_what_yaml_takes_in_silence_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -119,6 +121,9 @@ def test_anchors_of_yaml_may_be_merged_and_overridden(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: m\nfinetuning: &a {tokens: 7}\nhealing: {<<: *a, tokens: 9}\nseed: 0\n")
     recipe = read_recipe(tmp_path / "r.yaml", {})
     assert (recipe.finetuning.tokens, recipe.healing.tokens, recipe.seed) == (7, 9, 0)
+    # One that something is merged into is merged elsewhere before its own turn comes.
+    nested = "base: &b {tokens: 1}\nx: {y: &a {<<: *b, tokens: 7}}\nhealing: {<<: *a, tokens: 9}\n"
+    assert load_yaml(nested)["healing"] == {"tokens": 9} and load_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)

@@ -72,6 +72,10 @@ class Stored:
         split = changed.chunk(len(self.names), -2) if len(self.names) > 1 else [changed]
         return dict(zip(self.names, split, strict=True))
 
+    def inputs_to_file(self, values: Tensor, config: PreTrainedConfig) -> Tensor:
+        """Values of a matrix's inputs, [inputs], in the order in which the file has these."""
+        return self.change.to_file(values[None], config)[0] if self.change is TILED_COLUMNS else values
+
     def from_file(self, tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> Tensor:
         """The parameter's values, from tensors by name; others may be among them."""
         own = [tensors[name] for name in self.names]

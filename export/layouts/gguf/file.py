@@ -70,12 +70,14 @@ def write_file(
     for factors, values in rotary_factors(config, family.rope(config)).items():
         add(f"{factors}.weight", values, "f32")
     for source, parameter in model.named_parameters():
-        stored = family.stored(source)
+        stored, weights = family.stored(source), importance.get(source)
+        if weights is not None:
+            weights = stored.inputs_to_file(weights, config)
         for final, values in stored.to_file(parameter.detach().float().cpu(), config).items():
             kind = "f32" if stored.exact else kind_of(final, tuple(values.shape))
             if values.dim() > 1:
                 matrices[final.removesuffix(".weight")] = kind, values.numel()
-            add(final, values, kind, importance.get(source))
+            add(final, values, kind, weights)
     for final, values in stand_ins(config, family, architecture).items():
         add(final, values, kind_of(final, tuple(values.shape)))
     # 3. Write both.

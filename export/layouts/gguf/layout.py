@@ -10,15 +10,16 @@ is written, and read back, in `export.layouts.gguf.file`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from export.layouts.gguf.checks import check_network, table_of
-from export.layouts.gguf.compensation import compensate
 from export.layouts.gguf.file import kinds_of, write_file
 from export.layouts.gguf.header import network_header
 from export.layouts.gguf.tokenizer import (
@@ -43,6 +44,7 @@ from supernet.common.errors import RequestError
 from supernet.common.versions import versions
 from supernet.hooks import Hooks
 from supernet.trust import load_tokenizer
+from supernet.uneven import family_of_standalone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,10 +77,10 @@ def write(
 
     Weights whose rows a type's blocks do not divide are stored in another type (`types.type_of`), and so are listed;
     `embedding` are the bits of embedding and head in quantized files (None: 8). Where `gguf_type` is `mixed`, every
-    half-block, embedding and head have the type of their `bits`. `calibration` are token ids [sequences, length]: on
-    them, types whose scales are searched weigh the inputs, and make up for what rounding loses. `texts` are compared
-    between the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the
-    file holds what the other packages hold.
+    half-block, embedding and head have the type of their `bits`. `calibration` are token ids [sequences,
+    length], by whose activations the types whose scales are searched weigh the inputs. `texts` are compared between
+    the two tokenizers besides fixed ones. `dtype` is the base's: weights are rounded to it first, so that the file
+    holds what the other packages hold.
 
     Raises `NotHeldError` for a network or a rotary embedding that llama.cpp does not know, and
     `RequestError` for such a tokenizer.
@@ -103,12 +105,11 @@ def write(
     context = header["context_length"] - 1  # llama.cpp's server takes no longer prompts
     ids = (probe_ids if probe_ids is not None else default_ids(config))[:, :context]
     probe = _probe(network, ids, context, tokenizer, texts, gguf_type)
+    importance = {} if calibration is None or not quantized else input_squares(network, calibration[:, :context])
     # 3. The file, and what it costs.
-    kinds, importance = kinds_of(gguf_type, embedding, bits), dict[str, Tensor]()
-    if calibration is not None and quantized:
-        importance = compensate(network, kinds, calibration[:, :context])
     with package_draft(destination, needed, entry=entry, lineage=lineage, card=card) as draft:
         file = draft.folder / f"model-{gguf_type}.gguf"
+        kinds = kinds_of(gguf_type, embedding, bits)
         matrices = write_file(file, network, architecture, header, tokenizer, kinds, importance)
         read = min(header["context_length"], OLLAMA_CONTEXT)
         (draft.folder / MODELFILE).write_text(f"FROM ./{file.name}\nPARAMETER num_ctx {read}\n", encoding="utf-8")
@@ -192,6 +193,33 @@ def rounding(network: PreTrainedModel, ids: Tensor, dtype: torch.dtype, ways: in
     with Hooks([module.register_forward_pre_hook(before) for module in matrices]):
         rounded = [logits_of(network, ids).log_softmax(-1) for _ in range(ways)]
     return max(float((one - exact).gather(-1, top).abs().max()) for one in rounded)
+
+
+@torch.no_grad()
+def input_squares(network: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """The mean square of every input channel of each linear layer of the blocks on some text, [inputs], by the name of
+    its weight: what llama.cpp calls an importance matrix."""
+    sums: dict[str, Tensor] = {}
+    tokens: Counter[str] = Counter()
+
+    def adds(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def before(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            squares = inputs[0].detach().float().square().flatten(0, -2)
+            sums[name] = sums.get(name, 0.0) + squares.sum(0)
+            tokens[name] += len(squares)
+
+        return before
+
+    blocks = family_of_standalone(network.config).layers + "."
+    linear = {
+        f"{name}.weight": module
+        for name, module in network.named_modules()
+        if name.startswith(blocks) and isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    with Hooks([module.register_forward_pre_hook(adds(name)) for name, module in linear.items()]):
+        for part in ids.split(8):
+            logits_of(network, part)
+    return {name: total / max(1, tokens[name]) for name, total in sums.items()}
 
 
 def _quantization_report(

@@ -106,17 +106,12 @@ def asked_type(name: str, bits: Architecture) -> str:
 def as_stored(weight: Tensor, bits: int) -> Tensor:
     """A weight [outputs, inputs] of a half-block of these bits with the values that a `mixed` file holds, all input
     channels alike."""
-    kind = type_of("blk.", tuple(weight.shape), BY_BITS[bits])
-    return dequantized(weight.detach().float().cpu(), kind).to(weight)
-
-
-def dequantized(values: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
-    """Float32 values of a matrix as a file holds them in a type. `importance` is as in `blocks_of`."""
     from gguf import GGMLQuantizationType, quants  # an optional dependency
 
-    ggml = GGMLQuantizationType[kind.upper()]
-    blocks = blocks_of(values, kind, importance) if TYPES[kind].searched else quants.quantize(values.numpy(), ggml)
-    return torch.from_numpy(quants.dequantize(blocks, ggml).astype("float32")).view_as(values)
+    kind = type_of("blk.", tuple(weight.shape), BY_BITS[bits])
+    ggml, values = GGMLQuantizationType[kind.upper()], weight.detach().float().cpu()
+    blocks = blocks_of(values, kind) if TYPES[kind].searched else quants.quantize(values.numpy(), ggml)
+    return torch.from_numpy(quants.dequantize(blocks, ggml).astype("float32")).view_as(values).to(weight)
 
 
 def bound_of_bits(bits: Architecture) -> float:
