@@ -45,6 +45,16 @@ def test_what_changed_is_written_again(made: Run, name: str) -> None:
     assert current_report(made.path) is None
 
 
+def test_what_cannot_be_written_again_is_shown_as_it_is(
+    made: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy on a medium that is only read: copying gave its files other times."""
+    later(made.path / "recipe.yaml", 10)
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == made.path and mode == os.W_OK))
+    assert current_report(made.path) is not None
+    assert "nothing can be written to" in capsys.readouterr().err
+
+
 def test_a_spoiled_report_or_that_of_another_version_is_written_again(made: Run) -> None:
     write_report(validate_report(full_report() | {"versions": {"nas-compressor": "0.0.1"}}), made.path)
     assert current_report(made.path) is None
