@@ -211,7 +211,7 @@ def test_a_network_is_picked_by_the_beginning_of_its_key(
     assert (pick["name"], pick["key"]) == ("best", key)
     assert Run(run).recipe().targets.max_params == ["0.7"]  # what the search was for stays
     capsys.readouterr()
-    for wrong, hint in (("", "picked best"), (key[:-1] + "x", key), ("zz", "compressor front")):
+    for wrong, hint in (("", "--key is empty"), (key[:-1] + "x", key), ("zz", "compressor front")):
         assert cli.run(["pick", str(run), "--key", wrong]) == (0 if not wrong else 2)
         assert hint in " ".join(capsys.readouterr().err.split())
     assert cli.run(["pick", str(run), "--key", unique, "--max-params", "0.7"]) == 2
