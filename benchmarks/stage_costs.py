@@ -41,6 +41,9 @@ from supernet.architecture import Architecture
 from supernet.slicing import extract
 from supernet.training.supernet_training import heal
 
+STEPS = 8
+"""Steps of healing that are timed."""
+
 
 def ordering(job: Job, supernet: SuperNetwork, share: float) -> str:
     """Wanda's order of all units, and block influence."""
@@ -137,9 +140,6 @@ def scoring(job: Job, supernet: SuperNetwork, share: float) -> str:
         f"largest difference {difference:.0e} nats"
     )
 
-
-STEPS = 8
-"""Of healing."""
 
 STAGES: dict[str, Callable[[Job, SuperNetwork, float], str]] = {
     "ordering": ordering,

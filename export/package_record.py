@@ -41,8 +41,7 @@ class QuantizationReport(Model):
     iterations: int
     """Steps of tuning of each block; 0: none."""
     rounding: Literal["nearest", "gptq", "autoround"] | None = None
-    """How the blocks' weights of fewer than 8 bits were rounded; None: to nearest or as a llama.cpp type is, or by a
-    version that did not say."""
+    """How the blocks' weights were rounded; None: as a llama.cpp type is, or by a version that did not say."""
     bits_per_weight: float
     """Stored bits (codes, scales, shapes) for each weight of the linear layers inside blocks."""
     embedding: float = 16

@@ -183,6 +183,7 @@ def _by_gptq(
 def _written(
     source: Path, plan: SchemePlan, linear: LinearLayers, rounded: Mapping[str, Rounded]
 ) -> Callable[[Path], QuantizationConfig]:
+    """Writes a package's weights into a folder, with those that are `rounded` already; see `round_files`."""
     return functools.partial(round_files, source, plan, linear, rounded=rounded)
 
 
