@@ -136,11 +136,14 @@ def test_table_shows_base_package_and_siblings() -> None:
 
 
 def test_how_it_was_made_and_verified() -> None:
-    text = card_of(full_report(), "best-int4").text
+    data = full_report()
+    (int4,) = [package for package in data["packages"] if package["name"] == "best-int4"]
+    int4["quantization_report"]["rounding"] = "gptq"
+    text = card_of(data, "best-int4").text
     assert "fine-tuned once as an elastic super-network on 400 tokens of train.jsonl" in text
     assert "searched with linas: 2 sub-networks" in text
     assert "over 1.00 k tokens" in text
-    assert "quantized to INT4: 8.25 stored bits" in text
+    assert "quantized to INT4: 8.25 stored bits" in text and "weights of the blocks rounded by GPTQ" in text
     assert "- logits: yes" in text
     assert "- max logit difference: 1.25e-06" in text
     assert "- Not under int4: model.layers.1.mlp.down_proj, per-channel INT8" in text
