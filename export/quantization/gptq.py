@@ -89,6 +89,28 @@ def best_scale(group: Tensor, means: Tensor, lowest: int, dtype: torch.dtype) ->
     return best
 
 
+class _Inputs:
+    """Sums over what linear layers read. Those that read one and the same tensor, as q, k and v do, share theirs."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Sums] = {}
+        self.first: dict[str, str] = {}
+        """By layer, the first that reads the same: whose sums they are."""
+        self._last: tuple[Tensor, str] | None = None
+
+    def by(self, name: str) -> Callable[..., None]:
+        """The hook that adds what a layer reads."""
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._last is None or self._last[0] is not inputs[0]:
+                self._last = inputs[0], name
+                x = inputs[0].flatten(0, -2)
+                self.sums.setdefault(name, Sums(x.shape[1], device=x.device)).add(x)
+            self.first[name] = self._last[1]
+
+        return add
+
+
 @torch.no_grad()
 def round_in_sequence(
     network: PreTrainedModel,
@@ -110,31 +132,29 @@ def round_in_sequence(
     walk = LayerWalk(network, layers, ids.to(network.device).split(ROWS))
     formats = {name: plan.format_of(name, shape) for name, shape in linear.widths.items()}
     stored, found = scale_dtype(form_of(plan.scheme)), dict[str, Rounded]()
-    sums: dict[str, Sums] = {}
-
-    def add(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
-            sums.setdefault(name, Sums(x.shape[1], device=x.device)).add(x)
-
-        return hook
-
     blocks = len(cast(nn.ModuleList, network.get_submodule(layers)))
     for index in range(blocks):
         here = [n for n, (bits, _) in formats.items() if n.startswith(f"{layers}.{index}.") and bits < 8]
-        modules = {name: network.get_submodule(name) for name in here}
+        modules, read = {name: network.get_submodule(name) for name in here}, _Inputs()
         # The moments of all of a block's layers come from one pass, before any of them is rounded: to pass again after
         # each gains nothing that can be measured (docs/results.md, "Quantization").
-        with Hooks([module.register_forward_pre_hook(add(name)) for name, module in modules.items()]):
+        with Hooks([module.register_forward_pre_hook(read.by(name)) for name, module in modules.items()]):
             if modules:
                 walk.outputs(index)
-        for name in [name for name in modules if name in sums]:  # one that no token reaches is rounded to nearest
-            weight, second = cast(Tensor, modules[name].weight), sums.pop(name).moments(centred=False)[0]
+        # Layers of the same inputs and format are rounded as one. One that no token reaches is rounded to nearest.
+        together: dict[tuple[str, tuple[int, int]], list[str]] = {}
+        for name, first in read.first.items():
+            together.setdefault((first, formats[name]), []).append(name)
+        for (first, format_), names in together.items():
+            second = read.sums[first].moments(centred=False)[0]
             if not second.isfinite().all():
-                raise RequestError(f"{name}: what it reads of the calibration text is not finite; nothing is rounded")
-            codes, scales = gptq(weight, second, *formats[name], stored)
-            weight.copy_(values_of((codes, scales)))
-            found[name] = codes.cpu(), scales.cpu()
+                raise RequestError(f"{first}: what it reads of the calibration text is not finite; nothing is rounded")
+            weights = [cast(Tensor, modules[name].weight) for name in names]
+            rows = [len(weight) for weight in weights]
+            codes, scales = gptq(torch.cat(weights), second, *format_, stored)
+            for name, weight, *rounded in zip(names, weights, codes.split(rows), scales.split(rows), strict=True):
+                found[name] = rounded[0].cpu(), rounded[1].cpu()
+                weight.copy_(values_of(found[name]))
         if index + 1 < blocks:
             walk.step(index)
         progress(index + 1, blocks)

@@ -111,6 +111,31 @@ def test_blocks_of_every_family_say_more_of_what_they_said(name: str) -> None:
     assert gaps[0] < gaps[1]
 
 
+def test_layers_that_read_the_same_are_rounded_as_each_alone() -> None:
+    ids = torch.randint(0, 101, (10, 24), generator=torch.Generator().manual_seed(0))
+    network, whole = wide("llama"), wide("llama")
+    linear = linear_layers_in(network)
+    plan = plan_scheme(linear.widths, "int3")
+    found = round_in_sequence(network, plan, linear, ids)
+    seconds: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).double()
+        seconds[name] = x.T @ x / len(x)
+
+    first = [name for name in found if name.startswith("model.layers.0.")]
+    assert {name.rpartition(".")[2] for name in first} >= {"q_proj", "o_proj", "gate_proj", "up_proj"}
+    for name in first:
+        whole.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+    with torch.no_grad():
+        whole(ids)
+    for name in first:
+        weight, second = whole.get_parameter(f"{name}.weight").detach(), seconds[name]
+        alone = gptq(weight, second, *plan.format_of(name, linear.widths[name]))
+        losses = [lost(weight.double(), one, second) for one in (found[name], alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02), name
+
+
 def test_a_network_that_breaks_on_the_text_is_refused() -> None:
     network = wide("llama")
     with torch.no_grad():
