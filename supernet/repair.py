@@ -79,7 +79,7 @@ class RepairedVariants:
 
     Where one half-block of a layer is removed, the other one is fitted to what both put out, in families that simply
     add them to the residual: with C = E[o xᵀ] of the removed one's output o, W H + C stands for W H above. What a
-    removed layer said is not made up for.
+    removed layer said is not made up for, nor what the last MLP said: in sequence the layer behind one does that.
 
     Of experts, each is fitted to its own output on the tokens that come to it in the full network. So neurons that were
     cut are made up for, and experts that were removed are not.
@@ -172,6 +172,8 @@ class RepairedVariants:
     def _carries(self, projection: Projection) -> bool:
         """Whether a projection can say something of what the other half-block of its layer says."""
         key = (projection.layer, projection.half)
+        if key not in self._carrying and key == (len(self._full) - 1, "attention"):
+            self._carrying[key] = False  # nothing stands behind it, and in sequence nothing makes up for it
         if key not in self._carrying:
             other = self._load(projection.layer)[projection.half].other
             self._carrying[key] = other is not None and math.isfinite(other.ridge)

@@ -32,6 +32,8 @@ BATCH = 8
 """Blocks of calibration text in a pass."""
 METHOD = "halves"
 """Changes with what is refitted, so that scores of repaired networks are of one kind."""
+SEARCHED = "last"
+"""The same of what only a search refits."""
 
 
 class RoundingRecord(TypedDict):
@@ -52,7 +54,8 @@ def repair_inputs(job: Job) -> dict[str, object]:
 
 def search_repair_inputs(job: Job) -> dict[str, object]:
     """The same of the repaired sub-networks of a search, in which experts may be sliced plainly."""
-    return repair_inputs(job) | ({"experts": METHOD} if repairs_experts(job) else {})
+    repair = repair_inputs(job)
+    return repair and {**repair, "search": SEARCHED, **({"experts": METHOD} if repairs_experts(job) else {})}
 
 
 def repairs_experts(job: Job) -> bool:

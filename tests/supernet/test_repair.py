@@ -220,6 +220,25 @@ def test_the_half_that_stays_says_what_the_other_said(family: str, width: int) -
     assert variants.tensor(projection.weight_name, full) is None
 
 
+def test_nothing_says_what_a_removed_last_mlp_said() -> None:
+    """In sequence it is made up for by the layer behind it, so what a search scores must not count on more."""
+    supernet, rows = SuperNetwork(tiny_network("llama")), text(96, 16)
+    repaired = RepairedVariants(supernet, dict(gather(supernet, rows)).__getitem__, 2**30)
+    full = supernet.base.layers
+    for index in (0, len(full) - 1):
+        last = index == len(full) - 1
+        layers = [replace(sizes, intermediate_size=0) if n == index else sizes for n, sizes in enumerate(full)]
+        architecture = Architecture(supernet.base.hidden_size, tuple(layers))
+        name = projections(supernet)[index, "attention"].weight_name
+        assert (repaired.tensor(name, layers[index]) is None) == last
+        if last:
+            in_sequence = repair_in_sequence(supernet, architecture, rows)
+            cut = [extract(supernet.model, supernet.structure, architecture, each) for each in (repaired, in_sequence)]
+            plain = extract(supernet.model, supernet.structure, architecture)
+            for network in cut:
+                assert_close(logits(network), logits(plain))
+
+
 @pytest.mark.parametrize("family", sorted(POST_NORM))
 def test_where_norms_stand_behind_half_blocks_nothing_is_carried(family: str) -> None:
     supernet = SuperNetwork(tiny_network(family))
