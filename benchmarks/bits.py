@@ -5,13 +5,13 @@
 
 Each RUN is a run that was searched, of one seed each; measured losses and repaired weights are kept there. All ways
 choose from the same evaluations, by losses on the same held-out text; what they choose is healed by the same tokens,
-rounded without data, and measured on documents of FILE that no run has seen. `int8 after` and so on: the best
-sub-network that fits with that scheme, whose embedding has 8 bits. `whole network`: the best scheme and embedding with
-which all of it fits. `mixed after` and `whole, mixed`: the network of `int4 after` or `int3 after`, whichever is better
-so, and the whole one, each layer in the bits that AutoRound's AutoScheme gives it, as many in the mean as fit. `joint`:
-`compressor pick --bits joint`. `genes`: the lowest loss that fits of a run that searched sizes and bits
-(`--space simq`, with held_out_loss and bytes as objectives), one of --genes for each RUN. A way that fits nothing has
-no number.
+rounded as packages are that nobody tunes, below 8 bits by GPTQ, and measured on documents of FILE that no run has seen.
+`int8 after` and so on: the best sub-network that fits with that scheme, whose embedding has 8 bits. `whole network`:
+the best scheme and embedding with which all of it fits. `mixed after` and `whole, mixed`: the network of `int4 after`
+or `int3 after`, whichever is better so, and the whole one, each layer in the bits that AutoRound's AutoScheme gives it,
+as many in the mean as fit. `joint`: `compressor pick --bits joint`. `genes`: the lowest loss that fits of a run that
+searched sizes and bits (`--space simq`, with held_out_loss and bytes as objectives), one of --genes for each RUN,
+rounded to nearest, as it was scored. A way that fits nothing has no number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.quantization import bits_per_byte, logits_of
 from compressor.inputs import training_blocks
 from compressor.job import Job
 from compressor.pipeline import resume
-from compressor.sizing import bits_storage, package_bytes, storage_of
+from compressor.sizing import bits_group, bits_storage, package_bytes, storage_of
 from compressor.stages.healing import round_as_stored
 from compressor.stages.joint_pick import (
     Bits,
@@ -45,9 +45,11 @@ from compressor.stages.joint_pick import (
     mean_bits,
     pick_with_bits,
     round_as_packaged,
+    round_by_plan,
     whole_network,
 )
 from compressor.stages.picking import measured
+from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import pick_variants
 from compressor.stages.subnet_scores import held_out_losses
 from export.quantization.plan import linear_layers_in, plan_scheme
@@ -150,7 +152,7 @@ def with_auto_scheme(job: Job, evaluation: Evaluation, embedding: EmbeddingBits,
             return None
     # 3. What it loses.
     plan = SchemePlan("mixed", group_size, [], OuterBits(storage.embedding, storage.head), bits)
-    round_network(network, plan, linear)
+    round_by_plan(job, network, plan)
     loss = held_out_loss(network, held_out.part(0, HELD_OUT_BLOCKS), 1, job.device)
     return MixedCandidate(
         evaluation=evaluation, bits=Bits(None), storage=storage, bytes=stored, plan=plan, weights=counts, loss=loss
@@ -218,7 +220,10 @@ def made(job: Job, candidate: Candidate, tokens: int) -> Any:
         round_as_stored(job, network)
         job.threads(scoring=True)
     if isinstance(candidate, MixedCandidate):
-        round_network(network, candidate.plan, linear_layers_in(network))
+        round_by_plan(job, network, candidate.plan)
+    elif candidate.bits.scheme is None and candidate.architecture.has_bits:
+        plan = mixed_plan(job, candidate.architecture, bits_group(job))
+        round_network(network, plan, linear_layers_in(network))
     elif form_of(candidate) is not None:
         round_as_packaged(job, network, candidate)
     return network.eval()

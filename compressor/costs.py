@@ -16,7 +16,7 @@ from compressor.memory_needs import HEALED, expected_memory
 from compressor.rates import DISK_RATE, Rates
 from compressor.schedule import STAGES
 from compressor.sizing import JOINT, JOINT_EMBEDDINGS, parameter_limits, picks_bits, picks_types
-from compressor.stages.joint_pick import MEASURED, bit_genes
+from compressor.stages.joint_pick import CALIBRATED, MEASURED, bit_genes
 from compressor.stages.llama_types import SAMPLES, llama_genes
 from compressor.stages.quantized_base import base_layouts, base_schemes
 from compressor.stages.quantizing import gains_by_text
@@ -126,6 +126,11 @@ class _Counts:
         layers = self.job.structure.base.layers
         cubes = sum(layer.intermediate_size**3 * max(1, layer.num_experts * each_expert) for layer in layers)
         return seconds["cpu" if self.job.device.type == "cpu" else "cuda"] * cubes
+
+    @property
+    def gptq(self) -> float:
+        """Seconds of rounding the base by GPTQ, beside its passes over text."""
+        return GPTQ_LOAD["cpu" if self.job.device.type == "cpu" else "cuda"] * self.base
 
     def steps(self, tokens: int) -> int:
         return math.ceil(tokens / ((self.recipe.finetuning.batch_size or 1) * self.length))
@@ -255,10 +260,11 @@ def _picking(counts: _Counts, rates: Rates) -> StageCost:
         seconds += MEASURED * (file + read) * counts.searched
         of_bits = _measuring_types(counts, rates)
     elif picks_bits(job):
-        # Some on a few blocks to know what bits cost, the best on all; and each half-block's bits in the whole network,
-        # from the first layer that has fewer on.
-        blocks = len(JOINT) * len(JOINT_EMBEDDINGS) * FIRST_BLOCKS + 2 * MEASURED * HELD_OUT_BLOCKS
-        seconds += blocks * counts.length * rates.teach * counts.searched
+        # Some on a few blocks to know what bits cost, and the best on all, nearly each rounded by GPTQ; and each
+        # half-block's bits in the whole network, from the first layer that has fewer on.
+        schemes, best = len(JOINT) * len(JOINT_EMBEDDINGS), 2 * MEASURED
+        blocks = schemes * FIRST_BLOCKS + best * HELD_OUT_BLOCKS + 2 * (schemes + best) * CALIBRATED
+        seconds += (blocks * counts.length * rates.teach + (schemes + best) * counts.gptq) * counts.searched
         of_bits = _measuring_bits(counts, rates, bit_genes(job))
     return StageCost("picking", "", rates.load + of_bits + counts.limits * seconds)
 
@@ -305,8 +311,7 @@ def _quantizing(counts: _Counts, rates: Rates) -> StageCost:
     if iterations:
         process, start = rates.process, ROUNDING_START + ROUNDING_LOAD * counts.base + 2 * rates.load
     else:
-        load = GPTQ_LOAD["cpu" if counts.job.device.type == "cpu" else "cuda"]
-        process, start = 0.0, load * counts.base + 2 * rates.load
+        process, start = 0.0, counts.gptq + 2 * rates.load
     tuned = iterations * counts.layers * rates.rounding
     # Schemes of 8 bits are rounded without data, tensor by tensor.
     several = sum(gains_by_text(name) for name in counts.schemes)

@@ -2,11 +2,12 @@
 
 Candidates are the best sub-networks of each size that were measured, and the whole network. Each is taken with every
 scheme of `JOINT` and embedding of `JOINT_EMBEDDINGS`, and once `mixed`: with bits of its own for every half-block and
-the embedding, those that fit and lose least by what each alone costs the whole network (`search.bit_assignment`). What
-a scheme costs is measured on the largest network that fits with it, and added to the loss of every other; what mixed
-bits cost is the sum over them. That is good enough to rank (`docs/results.md`): the best `MEASURED` of both kinds are
-measured as rounded, and the best of these is picked. Losses are on text that the fine-tuning held out, before healing,
-and rounding is to nearest: what a package holds that is rounded without data.
+the embedding, those that fit and lose least by what each alone, rounded to nearest, costs the whole network
+(`search.bit_assignment`). What a scheme costs is measured on the largest network that fits with it, and added to the
+loss of every other; what mixed bits cost is the sum over them, times what the largest network that fits shows of it.
+That is good enough to rank (`docs/results.md`): the best `MEASURED` of both kinds are measured as rounded, and the best
+of these is picked. Losses are on text that the fine-tuning held out, before healing, of weights that are rounded as
+those of packages are that nobody tunes: below 8 bits by GPTQ, on less text.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from compressor.stages.quantizing import mixed_plan
 from compressor.stages.repairing import search_variants, searched_weights
 from compressor.stages.score_keys import held_out_keys
 from compressor.stages.subnet_scores import FIRST_BLOCKS, held_out_losses
+from export.quantization.gptq import round_in_sequence
 from export.quantization.plan import linear_layers_in, plan_scheme
-from export.quantization.round_to_nearest import round_network
-from export.quantization.schemes import EmbeddingBits, FormName, OuterBits
+from export.quantization.round_to_nearest import Rounded, round_network
+from export.quantization.schemes import EmbeddingBits, FormName, OuterBits, SchemePlan
 from export.shards import header_bytes
 from search.bit_assignment import Losses, best_within
 from search.genes import AS_STORED, BITS, Gene
@@ -62,6 +64,8 @@ CANDIDATES = 24
 """Sub-networks that are compared, at least, where so many were measured."""
 MEASURED = 6
 """Sub-networks with bits that are measured as rounded: so many under one scheme, and so many with bits of their own."""
+CALIBRATED = 16
+"""Blocks of text that what is measured is rounded on: GPTQ loses hardly more on few (`docs/results.md`)."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,17 @@ def pick_with_bits(job: Job, evaluations: Sequence[Evaluation], target: Target, 
     architectures = list(dict.fromkeys(row.sizes for row in [*fitting, *mixed]))
     unrounded = dict(zip(architectures, held_out_losses(job, architectures, FIRST_BLOCKS), strict=True))
     measure, cost = RoundedLosses(job), dict[Bits, float]()
-    for row in sorted(fitting, key=lambda row: -row.bytes):  # of each the largest that fits, as that may be picked
-        if row.bits not in cost:
-            cost[row.bits] = measure(row, FIRST_BLOCKS) - unrounded[row.sizes]
+    most = max(mixed, key=lambda row: job.structure.parameters(row.sizes), default=None)
+    by_size = sorted(fitting, key=lambda row: row.bytes) + [row for row in [most] if row is not None]
+    largest = {row.bits: row for row in by_size}  # of each the largest that fits, as that may be picked
+    with bar("what bits cost", len(largest)) as progress:
+        for bits, row in largest.items():
+            cost[bits] = measure(row, FIRST_BLOCKS) - unrounded[row.sizes]
+            progress.advance()
     fitting.sort(key=lambda row: (unrounded[row.sizes] + cost[row.bits], row.bytes, row.architecture.key))
-    mixed.sort(key=lambda row: (unrounded[row.sizes] + row.harm, row.bytes, row.architecture.key))
+    # Of the sum for mixed bits, what is lost: less by GPTQ than to nearest, more where errors add up.
+    share = max(0.0, cost[most.bits]) / most.harm if most is not None and most.harm else 1.0
+    mixed.sort(key=lambda row: (unrounded[row.sizes] + share * row.harm, row.bytes, row.architecture.key))
     # 4. The best by the sum, as rounded.
     return lowest(fitting[:MEASURED] + mixed[:MEASURED], measure)
 
@@ -300,11 +310,12 @@ def form_of(candidate: Candidate) -> str | None:
     scheme, storage = candidate.bits.scheme, candidate.storage
     if scheme is None or storage is None:
         return None
-    return f"{scheme}-{storage.group_size}-{storage.embedding}-{storage.head}"
+    by = "" if scheme == "int8" else "-gptq"  # earlier versions measured what is rounded to nearest
+    return f"{scheme}-{storage.group_size}-{storage.embedding}-{storage.head}{by}"
 
 
 def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) -> None:
-    """Give a network the values that a package of the candidate holds, rounded to nearest."""
+    """Give a network the values that a package of the candidate holds."""
     scheme, storage = candidate.bits.scheme, candidate.storage
     assert scheme is not None and scheme != "gguf-mixed" and storage is not None
     linear = linear_layers_in(network)
@@ -314,7 +325,17 @@ def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) 
     else:
         plan = plan_scheme(linear.widths, scheme, job.recipe.quantizing.group_size if storage.bits < 8 else None)
         plan = replace(plan, outer=OuterBits(storage.embedding, storage.head))
-    round_network(network, plan, linear)
+    round_by_plan(job, network, plan)
+
+
+def round_by_plan(job: Job, network: PreTrainedModel, plan: SchemePlan) -> None:
+    """Give a network the values that a package of the plan holds: below 8 bits rounded by GPTQ, else to nearest."""
+    linear, done = linear_layers_in(network), dict[str, Rounded]()
+    if any(plan.format_of(name, shape)[0] < 8 for name, shape in linear.widths.items()):
+        training, _ = training_blocks(job, job.recipe.finetuning.tokens or 0).split()
+        ids = training[: min(CALIBRATED, job.recipe.quantizing.samples or CALIBRATED)].ids
+        done = round_in_sequence(network, plan, linear, ids)
+    round_network(network, plan, linear, done)
 
 
 @dataclass(frozen=True)

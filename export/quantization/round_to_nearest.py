@@ -6,7 +6,7 @@ otherwise (`export.quantization.gptq`) is stored here too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ def values_of(rounded: Rounded) -> Tensor:
 
 
 @torch.no_grad()
-def round_network(network: nn.Module, plan: SchemePlan, linear: LinearLayers) -> None:
-    """Give a network in memory the weights that a package of the scheme holds where they are rounded without data."""
-    for name in linear.widths:
+def round_network(network: nn.Module, plan: SchemePlan, linear: LinearLayers, done: Collection[str] = ()) -> None:
+    """Give a network in memory the weights that a package of the scheme holds where they are rounded without data;
+    `done` are linear layers that are rounded already."""
+    for name in linear.widths.keys() - set(done):
         parameter = network.get_parameter(f"{name}.weight")
         bits, group_size = plan.format_of(name, parameter.shape)
         if bits < 16:
