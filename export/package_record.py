@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 from evals.speed.measured import Speed
 from export.models import JSONArchitecture, Model, first_error
 from export.quantization.schemes import FormName
-from export.shards import FileRecord
+from export.shards import FileRecord, weight_bytes
 from export.vocabulary_record import SplitText, VocabularyRecord
 from search.scores import Score
 from supernet.common.errors import RequestError, VerificationError
@@ -171,7 +171,7 @@ class Probe(Model):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=True)
 
-    ids: list[list[int]]
+    ids: list[list[int]] = Field(min_length=1)
     next_logprob: list[list[float]]
     """log p(token t+1 | tokens up to t), one position less than `ids`; for a quantized package those of the
     unquantized one."""
@@ -312,5 +312,9 @@ def check_files(package: Path) -> PackageRecord:
         loadable = file.suffix in FORBIDDEN | {".py", ".safetensors", ".gguf", ".onnx", ".xml"}
         if file.is_file() and loadable and file.relative_to(package).as_posix() not in record.files:
             raise VerificationError(f"{file}: the file was not part of the package when it was written")
+    if record.entry.bytes != (stored := weight_bytes(package)):
+        raise VerificationError(
+            f"{package / RECORD}: it says {record.entry.bytes:,} bytes of weights, where there are {stored:,}"
+        )
     check_code(package)
     return record

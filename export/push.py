@@ -1,7 +1,7 @@
 """Upload a verified package to the hub.
 
 `huggingface_hub` does the work: one commit, files that are there already are not sent again, so a broken upload is
-resumed by running the command again. This module never reads, keeps or prints a token.
+resumed by running the command again. No token is kept or printed, also where what answers repeats it.
 """
 
 from __future__ import annotations
@@ -127,17 +127,28 @@ def _upload(package: Path, repo_id: str, names: list[str], private: bool) -> tup
     except OfflineModeIsEnabled:
         raise RequestError("HF_HUB_OFFLINE is set: unset it to reach the hub") from None
     except HfHubHTTPError as error:
-        raise RequestError(_refusal(repo_id, error)) from None
+        raise _without_token(_refusal(repo_id, error)) from None
     except transport_error as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).rstrip(".")
         hint = "run the command again to resume"
-        raise RequestError(f"cannot reach the hub at {api.endpoint}: {reason}; {hint}") from None
+        raise _without_token(f"cannot reach the hub at {api.endpoint}: {reason}; {hint}") from None
     except RuntimeError as error:  # huggingface_hub wraps the failure of one file so
         cause = error.__cause__
         if not isinstance(cause, transport_error):
             raise
-        raise RequestError(f"{error} ({first_line(cause)}); run the command again to resume") from None
+        raise _without_token(f"{error} ({first_line(cause)}); run the command again to resume") from None
+    except ValueError as error:  # no JSON, or addresses of another host: a proxy, a login page, a mirror
+        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        raise _without_token(
+            f"what answers at {api.endpoint} does not speak as a hub does ({reason}); is it a proxy or a login page?"
+        ) from None
     return str(repo), commit.oid
+
+
+def _without_token(line: str) -> RequestError:
+    """The error that says this line, without the token where a server repeated it."""
+    token = get_token()
+    return RequestError(line.replace(token, "(the token)") if token else line)
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
@@ -148,4 +159,5 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
         return f"the hub does not know the token: {reason}; run `hf auth login` again, or renew HF_TOKEN"
     if status == 403:
         return f"the token may not write to {repo_id}: {reason}; use one with write access to that namespace"
-    return f"the hub refused the upload to {repo_id} (status {status}): {reason}"
+    again = "; somebody wrote to it meanwhile: run the command again" if status == 412 else ""
+    return f"the hub refused the upload to {repo_id} (status {status}): {reason}{again}"

@@ -29,7 +29,8 @@ AUTOROUND_STEP = 32
 def linear_layers(config: PreTrainedConfig, trust_remote_code: bool = False) -> LinearLayers:
     """The linear layers of the network of a configuration, plain or uneven.
 
-    Raises `RequestError` where most weights are in modules of other kinds: compressed-tensors knows linear layers.
+    Raises `RequestError` where experts or most weights are in modules of other kinds: compressed-tensors knows linear
+    layers.
     """
     with torch.device("meta"):
         return linear_layers_in(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -41,10 +42,15 @@ def linear_layers_in(model: PreTrainedModel) -> LinearLayers:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     prefix = family.layers + "."
     widths = {name: (m.out_features, m.in_features) for name, m in linear.items() if name.startswith(prefix)}
-    weights = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(prefix))
-    if 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
-        kind = family.model_type
-        raise RequestError(f"{kind} networks cannot be quantized: most of their weights are not in linear layers")
+    inside = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+    weights, experts = sum(parameter.numel() for parameter in inside), any(parameter.dim() > 2 for parameter in inside)
+    # Stacked experts are refused however few they are: files hold them one by one, and a code file's class does not.
+    if experts or 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
+        held = "weights of experts" if experts else "most of their weights"
+        raise RequestError(
+            f"{family.model_type} networks{' with experts' if experts else ''} cannot be quantized: {held} are not in "
+            "linear layers; leave the quantization out"
+        )
     head = family.head.removesuffix(".weight")
     embedding = family.embedding.removesuffix(".weight")
     outside = [name for name in linear if name not in widths]

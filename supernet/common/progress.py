@@ -21,8 +21,17 @@ from rich.text import Text
 
 from supernet.common.formatting import duration
 
+
+class _Console(Console):
+    """One that falls silent where its reader has gone, as `head` or a terminal goes: the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python complains when it flushes
+
+
 # Of several processes that train together, only the first prints.
-console = Console(stderr=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
+console = _Console(stderr=True, highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0")
 
 IMPORTED = time.monotonic()
 """When this process began to import us, before any large library, by its monotonic clock."""

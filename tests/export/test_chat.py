@@ -88,6 +88,10 @@ def test_lines_of_stdin_are_answered_beside_the_base(
     assert run(["chat", base, "--max-tokens", "4"]) == 0  # a line that is too long ends nothing
     shown = capsys.readouterr()
     assert "do not fit into its context" in shown.err and len(shown.out.splitlines()) == 1
+    with io.TextIOWrapper(io.BytesIO(b"the \xff cat\nthe dog\n"), encoding="utf-8", errors="surrogateescape") as bytes_:
+        monkeypatch.setattr("sys.stdin", bytes_)
+        assert run(["chat", base, "--max-tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
     assert run(["chat", str(tmp_path / "nowhere")]) == 2
     assert run(["chat", str(tmp_path)]) == 2
     assert run(["chat", base, "--max-tokens", "0"]) == 2

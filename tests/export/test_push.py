@@ -39,6 +39,9 @@ class Hub:
     sent: list[str] = field(default_factory=list)
     commits: list[list[dict[str, Any]]] = field(default_factory=list)
     refuse_create: tuple[int, str] | None = None
+    is_a_page: bool = False
+    named: str = ""
+    """The address that it says it has, where that is another."""
     lose: set[str] = field(default_factory=set)
     others_stored: threading.Event = field(default_factory=threading.Event)
 
@@ -108,6 +111,12 @@ class Handler(BaseHTTPRequestHandler):
         if not self.known():
             return None
         if self.path == "/api/repos/create":
+            if self.hub.is_a_page:
+                self.send_response(200)
+                self.send_header("Content-Length", "6")
+                self.end_headers()
+                self.wfile.write(b"<html>")
+                return None
             if self.hub.refuse_create:
                 status, message = self.hub.refuse_create
                 return self.answer({"error": message}, status, X_Error_Message=message)
@@ -116,7 +125,8 @@ class Handler(BaseHTTPRequestHandler):
             exists = name in self.hub.repos
             self.hub.repos.setdefault(name, {".gitattributes": b""})
             self.hub.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
-            return self.answer({"url": f"{self.hub.address}/{name}", "name": name}, 409 if exists else 200)
+            address = self.hub.named or self.hub.address
+            return self.answer({"url": f"{address}/{name}", "name": name}, 409 if exists else 200)
         if found := re.match(r"/api/models/(.+)/preupload/main", self.path):
             modes = {True: "lfs", False: "regular"}
             files = [
@@ -270,6 +280,18 @@ def test_refusals_are_explained(package: Path, hub: Hub) -> None:
     done, _ = run_push(package, hub, "bob/best")
     assert "may not write to bob/best" in done["error"] and "namespace bob" in done["error"]
     assert "\n" not in done["error"]
+    hub.refuse_create = (500, f"cannot read Bearer {TOKEN}")  # which `run_push` finds nowhere
+    done, _ = run_push(package, hub)
+    assert "cannot read Bearer (the token)" in done["error"]
+
+
+def test_what_is_no_hub_is_said(package: Path, hub: Hub) -> None:
+    hub.is_a_page = True
+    done, _ = run_push(package, hub)
+    assert f"what answers at {hub.address} does not speak as a hub does" in done["error"]
+    hub.is_a_page, hub.named = False, "http://elsewhere.example"
+    done, _ = run_push(package, hub)
+    assert "does not speak as a hub does" in done["error"] and not hub.commits
 
 
 def test_a_dry_run_lists_and_asks_nobody(

@@ -478,11 +478,13 @@ def test_without_tuning_fewer_than_eight_bits_are_rounded_by_gptq(
 
 
 def test_networks_without_linear_layers_are_refused() -> None:
-    for name in ("gpt2", "qwen3_moe"):
-        with pytest.raises(
-            RequestError, match=f"{name} networks cannot be quantized: most of their weights are not in"
-        ):
-            linear_layers(CONFIGS[name]())
+    with pytest.raises(RequestError, match="gpt2 networks cannot be quantized: most of their weights are not in"):
+        linear_layers(CONFIGS["gpt2"]())
+    few_experts = CONFIGS["qwen3_moe-dense"]()
+    few_experts.mlp_only_layers = [0, 1, 2]
+    for config in (CONFIGS["qwen3_moe"](), few_experts):
+        with pytest.raises(RequestError, match="qwen3_moe networks with experts cannot be quantized: weights of"):
+            linear_layers(config)
     for name, outside in (("gpt_neox", 1), ("gemma3_text", 1), ("llama", 1), ("opt-projected", 3)):
         assert len(linear_layers(CONFIGS[name]()).outside) == outside  # the head; OPT's projections around its layers
     assert len(linear_layers(CONFIGS["phi3"]()).widths) == 4 * 4

@@ -189,6 +189,20 @@ def test_a_wrong_parameter_count_is_found(package: Path) -> None:
         check(package)
 
 
+def test_bytes_that_are_not_those_of_the_files_are_found(package: Path) -> None:
+    with edited(package / "compression.json") as record:
+        record["entry"]["bytes"] += 1
+    with pytest.raises(VerificationError, match=r"compression\.json: it says [\d,]+ bytes of weights, where there are"):
+        verify(package)
+
+
+def test_a_probe_of_nothing_is_said(package: Path) -> None:
+    with edited(package / "compression.json") as record:
+        record["probe"]["ids"] = []
+    with pytest.raises(RequestError, match=r"probe\.ids"):
+        verify(package)
+
+
 def test_a_quantization_of_another_layout_is_said(package: Path) -> None:
     with edited(package / "compression.json") as record:
         record["entry"]["quantization"] = "q8_0"

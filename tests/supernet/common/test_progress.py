@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from supernet.common import progress
 from supernet.common.progress import Bar, bar, counting_down, keep_lines, line, say, working
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize("width", [36, 40, 60, 80, 120])
@@ -34,6 +39,19 @@ def test_what_an_interrupted_run_did_says_nothing_of_the_time_left(monkeypatch: 
         running.advance()
         monkeypatch.setattr(progress.time, "monotonic", lambda: running.began + 30)
         assert line(running, 80).endswith("13 min 30 s left")  # 27 steps of 30 seconds
+
+
+def test_work_goes_on_where_its_reader_has_gone(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from supernet.common.progress import bar, keep_lines, say\n"
+        "log = open(sys.argv[1], 'a'); keep_lines(lambda line: print(line, file=log, flush=True))\n"
+        "with bar('working', 200) as b:\n    for n in range(200): say(f'line {n}'); b.advance(); time.sleep(0.002)\n"
+        "say('done')"
+    )
+    work = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "log")], stderr=subprocess.PIPE, cwd=ROOT)
+    assert work.stderr is not None and work.stderr.readline()
+    work.stderr.close()
+    assert work.wait(timeout=60) == 0 and (tmp_path / "log").read_text().endswith("done\n")
 
 
 def test_a_finished_bar_says_so_and_lines_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
