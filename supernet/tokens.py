@@ -29,7 +29,11 @@ def read_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with reading(f"{folder}: its tokenizer cannot be used"):
+    what = f"{folder}: its tokenizer cannot be used"
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        # What transformers says then names a library that seldom helps.
+        what += "; it has no tokenizer.json: save it with one, by save_pretrained where it can be read"
+    with reading(what):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         tokenizer.decode(tokenizer("A text.").input_ids)
         return tokenizer
