@@ -172,8 +172,8 @@ class RepairedVariants:
     def _carries(self, projection: Projection) -> bool:
         """Whether a projection can say something of what the other half-block of its layer says."""
         key = (projection.layer, projection.half)
-        if key not in self._carrying and key == (len(self._full) - 1, "attention"):
-            self._carrying[key] = False  # nothing stands behind it, and in sequence nothing makes up for it
+        if key == (len(self._full) - 1, "attention"):
+            return False  # nothing stands behind the last MLP, so in sequence nothing makes up for it
         if key not in self._carrying:
             other = self._load(projection.layer)[projection.half].other
             self._carrying[key] = other is not None and math.isfinite(other.ridge)

@@ -43,7 +43,8 @@ def linear_layers_in(model: PreTrainedModel) -> LinearLayers:
     prefix = family.layers + "."
     widths = {name: (m.out_features, m.in_features) for name, m in linear.items() if name.startswith(prefix)}
     inside = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
-    weights, experts = sum(parameter.numel() for parameter in inside), any(parameter.dim() > 2 for parameter in inside)
+    weights = sum(parameter.numel() for parameter in inside)
+    experts = "experts" in family.settings and any(parameter.dim() > 2 for parameter in inside)
     # Stacked experts are refused however few they are: files hold them one by one, and a code file's class does not.
     if experts or 2 * sum(rows * columns for rows, columns in widths.values()) < weights:
         held = "weights of experts" if experts else "most of their weights"
