@@ -60,10 +60,10 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, line by line, with a mark on a terminal; nothing is asked of a pipe. Bytes that are no UTF-8 are
+    """What is typed, line by line, with a mark on a terminal; nothing is asked of a pipe. Bytes that are no text are
     replaced by the sign for what cannot be read."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        sys.stdin.reconfigure(errors="replace")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

@@ -329,7 +329,8 @@ def round_as_packaged(job: Job, network: PreTrainedModel, candidate: Candidate) 
 
 
 def round_by_plan(job: Job, network: PreTrainedModel, plan: SchemePlan) -> None:
-    """Give a network the values that a package of the plan holds: below 8 bits rounded by GPTQ, else to nearest."""
+    """Give a network the values that a package of the plan holds: below 8 bits rounded by GPTQ, on the first
+    `CALIBRATED` blocks of the training text, else to nearest. Raises `RequestError` where its states are not finite."""
     linear, done = linear_layers_in(network), dict[str, Rounded]()
     if any(plan.format_of(name, shape)[0] < 8 for name, shape in linear.widths.items()):
         training, _ = training_blocks(job, job.recipe.finetuning.tokens or 0).split()

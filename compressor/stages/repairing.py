@@ -33,7 +33,7 @@ BATCH = 8
 METHOD = "halves"
 """Changes with what is refitted, so that scores of repaired networks are of one kind."""
 SEARCHED = "last"
-"""The same of what only a search refits."""
+"""The same of what a search alone does: it makes up for no removed last MLP."""
 
 
 class RoundingRecord(TypedDict):
